@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Any
 
-from fd_large.backbones.published import Format, Wanted
+from fd_large.backbones.published import Format, TargetModel
 from fd_large.backbones.recognition import activation_named, count_of, mlp_ratio, qkv_bias, side_of
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import (
@@ -92,7 +92,7 @@ FREE = frozenset({"image_size", "window_size"})
 AGREE = {"depths": _has_first, "num_heads": _has_first}
 
 
-def first_stages(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
+def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
     """Keeps only the model's stages, with a neutral final norm if the file has more.
 
     For FD's stage-3 target the file's last merging and final norm belong to a wider map and are

@@ -110,8 +110,8 @@ class Matched(NamedTuple):
     remedy: str
 
 
-class Wanted(NamedTuple):
-    """The requested model for a file, with the file's known facts.
+class TargetModel(NamedTuple):
+    """The model that a file is to fill, with the file's known facts.
 
     Attributes:
         architecture: The model.
@@ -171,7 +171,7 @@ class Published:
     formats: Mapping[str, Format]
     recognise: Callable[[Shapes, TensorFile], Architecture]
     configs: Mapping[str, ConfigReader]
-    adapt: Callable[[Pieces, Wanted], tuple[Pieces, list[str]]]
+    adapt: Callable[[Pieces, TargetModel], tuple[Pieces, list[str]]]
     beyond: Callable[[Shapes], str] = lambda shapes: ""
     guess: Callable[[Architecture], Architecture] = lambda architecture: Architecture()
     free: frozenset[str] = frozenset({"image_size"})

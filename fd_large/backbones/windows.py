@@ -61,7 +61,7 @@ class StageWindows:
     """The windows of a stage's maps.
 
     Attributes:
-        side: Side of a window in tokens, as wanted.
+        side: Requested side of a window in tokens.
         shifts: Whether odd blocks shift their windows, by half a side.
         rule: "masked" or "official".
     """

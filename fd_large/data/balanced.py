@@ -104,7 +104,7 @@ class _Order:
 
     Args:
         sources: The sources.
-        shares: Positions of each among as many as the sum of all.
+        shares: Positions of each source in a period, which is the sum of the shares.
 
     Attributes:
         ends: (num_sources,) int64, the number of images up to the end of each source.

@@ -22,8 +22,8 @@ class Seen(NamedTuple):
     """Facts about held-out images and the weights of a model.
 
     Attributes:
-        by: The trainings that led to it and had these images.
-        not_known: Those, and the weights, of which nothing says whether they had them.
+        by: The trainings that led to the model and had these images.
+        not_known: Trainings and weights of which nothing says whether they had these images.
     """
 
     by: tuple[str, ...] = ()

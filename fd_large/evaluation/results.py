@@ -31,8 +31,8 @@ class Row:
             seeds where a run was made before they were kept.
         labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
         recipe: Name of the recipe that the model was trained by, if any.
-        unlike_first: Where that recipe, as it was trained, differs from the first row's: the first
-            row's value and its own, by field.
+        unlike_first: Fields in which that recipe, as trained, differs from the first row's: the
+            first row's value and its own, by field.
         sweep: Result of a sweep before the training, if any.
         feature: Words for its feature where a model has several rows.
         pool: Pooling of its feature; rows are compared with the first row of the same pooling.

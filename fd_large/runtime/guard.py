@@ -123,8 +123,8 @@ class _Past:
         accepted: The last accepted steps that the present weights descend from.
         refused: The refused steps since the last accepted one.
         roll_backs: Step after which the run was taken back (from 0) -> steps of the state it took.
-        restored: Steps of the state that it was last taken back to, while no step was accepted
-            since.
+        restored: Steps of the state of the last roll-back, as long as no step was accepted since;
+            else None.
     """
 
     accepted: deque[Values]

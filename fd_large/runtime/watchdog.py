@@ -55,7 +55,7 @@ class Silence:
     """Measures the time since a counter last changed.
 
     Args:
-        interval: Seconds between two looks, as intended.
+        interval: Intended seconds between two looks.
         now: The time, in seconds.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fd_large.backbones.family import Family
-from fd_large.backbones.published import Format, Published, Wanted
+from fd_large.backbones.published import Format, Published, TargetModel
 from fd_large.backbones.registry import FAMILIES, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
@@ -151,7 +151,7 @@ class PublishedWeights:
             expected: Shapes of the tensors of the model.
         """
         pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
-        target = Wanted(architecture, expected, self.found, self.dropped)
+        target = TargetModel(architecture, expected, self.found, self.dropped)
         pieces, notes = self.published.adapt(pieces, target)
         if self.dropped:
             notes = [f"left out on purpose: {_groups(self.dropped)}", *notes]

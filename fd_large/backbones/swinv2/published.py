@@ -11,8 +11,8 @@ from fd_large.backbones.published import (
     Format,
     Published,
     Settling,
+    TargetModel,
     TensorFile,
-    Wanted,
     WeightFacts,
 )
 from fd_large.backbones.statistics import IMAGENET
@@ -163,7 +163,7 @@ def shared_bias(name: str) -> str:
     return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
 
 
-def _adapt(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
+def _adapt(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
     pieces, notes = names.first_stages(pieces, target)
     pieces, copied = expanded(pieces, target.shapes, shared_bias)
     return pieces, [*notes, *copied]

@@ -35,7 +35,7 @@ class Kind:
         model: transformers' class of the model.
         nested: Key of the vision model's configuration, where the type is of image and text.
         without: Fields of the configuration that leave out modules after the map.
-        arguments: Arguments of the model that do.
+        arguments: Arguments of the model that leave out such modules.
         norm_of_mean: Attribute of the norm after the mean of the map, or "".
         asks_to_resize: Whether positions are resized where the call says so.
         class_tokens: Tokens of the map before registers and patches.

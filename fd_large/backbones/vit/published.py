@@ -10,8 +10,8 @@ from torch import nn
 from fd_large.backbones.published import (
     Format,
     Published,
+    TargetModel,
     TensorFile,
-    Wanted,
     WeightFacts,
 )
 from fd_large.backbones.recognition import (
@@ -518,7 +518,7 @@ def shared_bias(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.attn\.(?=relative_position)", "rel_pos_bias.", name)
 
 
-def _adapt(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
+def _adapt(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
     pieces, notes = expanded(pieces, target.shapes, shared_bias)
     if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in target.dropped):
         pieces = pieces | fresh_norm(target.architecture.embed_dim)

@@ -39,13 +39,13 @@ Measure = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss around a model.
+    """A loss whose landscape is computed around a model's weights.
 
     Attributes:
         comparable: The same text for losses that can be compared; they share a scale.
         module: The module whose parameters the landscape moves.
-        on: (B, 3, S, S) uint8 images and their indices in the dataset -> a function of the loss
-            on them.
+        on: Takes (B, 3, S, S) uint8 images and their indices in the dataset; returns a function
+            that computes the loss on them.
     """
 
     comparable: str

@@ -12,7 +12,7 @@ from oracle_files import assert_matches, oracle, weights_of
 from oracles_models import fd_swinv2, max_relative
 from translated_names import translate
 
-from fd_large.backbones.published import Wanted
+from fd_large.backbones.published import TargetModel
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.backbones.swin.swin import Swin
@@ -190,7 +190,7 @@ def test_first_stages_end_with_a_norm_that_only_normalises():
     state = whole.state_dict()
     pieces = translated(state, FORMATS["swin"].format.rows).pieces
     three = resolve("swin_base_esvit_s3", Architecture(embed_dim=8, num_heads=(1, 1, 2)))
-    wanted = Wanted(three, {}, Architecture(depths=(1, 1, 1, 1)), [])
+    wanted = TargetModel(three, {}, Architecture(depths=(1, 1, 1, 1)), [])
     pieces, _ = FAMILIES["swin"].published.adapt(pieces, wanted)
     found = {name: piece.read(state) for name, piece in pieces.items()}
     target.load_state_dict(found)
