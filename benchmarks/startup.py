@@ -68,7 +68,10 @@ def run_as_rank(timeline: Path) -> int:
 def command_of(launcher: str, ranks: int) -> list[Any]:
     """Returns the command that starts this file on so many ranks, without flags of train.py."""
     if launcher == "deepspeed":
-        return [BIN / "deepspeed", "--quiet", "--num_accelerators", ranks, __file__]
+        from fd_large.ranks.launch import free_port
+
+        head = [BIN / "deepspeed", "--quiet", "--num_accelerators", ranks]
+        return [*head, "--master_port", free_port(), __file__]
     return [sys.executable, __file__, "--ranks", ranks, "train"]
 
 
