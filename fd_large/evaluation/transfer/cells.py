@@ -6,7 +6,7 @@ A row is a model, a column a task, and a cell a training in its own folder, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -189,16 +189,25 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
     folder = Path(flags.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
     run = with_stored_ends(run, fields)
+    inputs, known = {"weights": row.weights}, _changes_of(run, base, fields)
+    return Cell(row, column, RecordedRun(RECORD, "a training", run, inputs, known))
+
+
+def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
+    """Returns a record's entries on what was changed in a recipe.
+
+    Args:
+        run: The recipe, as it is trained.
+        base: The recipe as it is published.
+        fields: Fields that were changed on purpose; those of the model are not.
+    """
+    asked = {*fields} - {"data.root"}
     changed = {
         name: values
         for name, values in difference(base, run).items()
-        if name in fields and decides(name, run.task.name)
+        if name in asked and decides(name, run.task.name)
     }
-    changed.pop("data.root", None)
-    known = {"unchanged": not changed, "changed": changed}
-    return Cell(
-        row, column, RecordedRun(RECORD, "a training", run, {"weights": row.weights}, known)
-    )
+    return {"unchanged": not changed, "changed": changed}
 
 
 def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
@@ -227,13 +236,8 @@ def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> 
 def swept(cell: Cell, sweep: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
     """Returns a cell with the best setting of a sweep for its row."""
     run = replace(sweep.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
-    decided = {*changes.fields, "optim.base_lr", "optim.layer_decay"} - {"data.root"}
-    changed = {
-        name: values
-        for name, values in difference(registry.get(run.name), run).items()
-        if name in decided and decides(name, run.task.name)
-    }
-    known = {"unchanged": not changed, "changed": changed, "sweep": sweep.as_json()}
+    fields = (*changes.fields, "optim.base_lr", "optim.layer_decay")
+    known = {**_changes_of(run, registry.get(run.name), fields), "sweep": sweep.as_json()}
     return cell._replace(recorded=cell.recorded._replace(run=run, known=known))
 
 
@@ -365,13 +369,6 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
     for (row, column), why in refused.items():
         columns.setdefault((row, why), []).append(column)
     return "; ".join(f"{row} on {', '.join(on)} ({why})" for (row, why), on in columns.items())
-
-
-def opens(cell: Cell) -> Callable[[], object]:
-    """Returns the opener of a cell's dataset, to report mistakes before hours of training."""
-    from fd_large.tasks.jobs import job_of
-
-    return job_of(cell.recorded.run).open_samples
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:

@@ -140,6 +140,7 @@ def _measure(request: Request) -> Result:
     environ = dict(os.environ)
     columns = columns_of(flags)
     from fd_large.ranks import distributed, meeting
+    from fd_large.tasks.jobs import job_of
 
     rows, cells = cells_of_table(flags, columns, request.changes)
     refused = meeting.meet(lambda: cells_.untrainable(cells[: len(rows) * len(columns)]))
@@ -153,7 +154,9 @@ def _measure(request: Request) -> Result:
     if refused and distributed.is_main():
         log.warning("transfer: left out, because they cannot be trained: %s", why)
     first = {cell.column.name: cell for cell in reversed(cells)}
-    meeting.meet(lambda: check_all(*map(cells_.opens, reversed(first.values()))))
+    # Mistakes in datasets are reported before hours of training.
+    jobs = [job_of(cell.recorded.run) for cell in reversed(first.values())]
+    meeting.meet(lambda: check_all(*(job.open_samples for job in jobs)))
     if flags.sweep:
         code, cells = _swept(cells, request)
         if code:
@@ -189,9 +192,10 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
         )
     config = flags.deepspeed_config
     train = partial(recorded_runs.train, deepspeed_config=config, train_run=request.train)
+    for name in columns:
+        check_fields(request.changes[name].fields)
     for column in columns.values():
         changes = request.changes[column.name]
-        check_fields(changes.fields)
         of_column = [cell for cell in cells if cell.column is column]
         firsts = of_column[: len(of_column) // flags.seeds]
         rows = [cell.row for cell in firsts]
@@ -208,9 +212,10 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
         )
         if code:
             return code, []
-        for cell in of_column:
-            place = next(i for i, first in enumerate(firsts) if first.row is cell.row)
-            chosen[id(cell)] = cells_.swept(cell, sweeps[place], tried[place], changes)
+        # The rows come in the same order for each seed.
+        for place, cell in enumerate(of_column):
+            of_row = place % len(rows)
+            chosen[id(cell)] = cells_.swept(cell, sweeps[of_row], tried[of_row], changes)
     return 0, list(chosen.values())
 
 

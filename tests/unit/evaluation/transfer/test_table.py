@@ -260,6 +260,12 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
     del trained[:]
     assert main(words) == 0
     assert not trained
+    # What the last column may not set is said before the first one's trials.
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert main([*words, "--nyuv2.optim.layer_decay", "0.5"]) == 2
+    assert "--optim.layer_decay: the sweep decides it" in capsys.readouterr().err
+    assert not trained
+    (tmp_path / "before").rename(tmp_path / "out")
     record = next((tmp_path / "out" / "sweep").glob("ade20k/mine/*/trial.json"))
     assert "held_out_mIoU" in json.loads(record.read_text())
     (tmp_path / "ade20k" / "images" / "training" / "0000.jpg").unlink()
