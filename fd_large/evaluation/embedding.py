@@ -213,7 +213,9 @@ def _write_csv(path: Path, chunks: Chunks) -> None:
                 writer.writerow(["name", *(f"f{number}" for number in range(chunk.rows.shape[1]))])
                 is_first = False
             # The shortest digits that are read as the same float32.
-            writer.writerows([name, *map(str, row)] for name, row in _pairs(chunk))
+            writer.writerows(
+                [name, *map(str, row)] for name, row in zip(chunk.names, chunk.rows, strict=True)
+            )
 
 
 def _write_npz(path: Path, chunks: Chunks) -> None:
@@ -248,10 +250,6 @@ def _write_parquet(path: Path, chunks: Chunks) -> None:
     finally:
         if writer:
             writer.close()
-
-
-def _pairs(chunk: Chunk) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    return zip(chunk.names, chunk.rows, strict=True)
 
 
 WRITERS: dict[str, Callable[[Path, Chunks], None]] = {

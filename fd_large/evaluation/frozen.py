@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large import doors
-from fd_large.errors import ConfigError, FDError, nearest, without_secrets
+from fd_large.errors import ConfigError, FDError, nearest
 from fd_large.evaluation.extraction import extracted, join_ranks, working
-from fd_large.evaluation.protocol import Batched, Pooled, Protocol, Repeated, Request, Result
-from fd_large.evaluation.results import Row, finish
+from fd_large.evaluation.protocol import Batched, Pooled, Protocol, Request, Result
+from fd_large.evaluation.results import Row, finish_frozen
 from fd_large.files import out_folder
 from fd_large.recipes.fields import require
 from fd_large.recipes.sections import RANDOM, Data
@@ -210,13 +209,9 @@ def _measure(how: _How, request: Request) -> Result:
         for row in _rows(how, subject, train, test, seeds, flags, data)
     ]
     settings = {name: getattr(flags, flag) for name, flag in how.settings.items()}
-    return finish(
-        Path(flags.out),
+    return finish_frozen(
+        request,
         rows,
-        request.protocol.title,
-        is_random=issubclass(request.protocol.flags, Repeated),
-        task=request.protocol.name,
-        root=without_secrets(data.root),
         seeds=seeds,
         settings=settings | {"batch_size": flags.batch_size},
         classes=len(train.classes),

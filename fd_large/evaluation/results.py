@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large.evaluation.protocol import Result
+from fd_large.errors import without_secrets
+from fd_large.evaluation.protocol import Repeated, Request, Result
 from fd_large.evaluation.sweep import Sweep
 from fd_large.files import unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
@@ -118,6 +119,21 @@ def finish(
         below=f"{', '.join(map(_label, rows))}; {summary['device']}",
     )
     return Result(shown, (folder / SUMMARY, plot, page))
+
+
+def finish_frozen(request: Request, rows: Sequence[Row], **facts: Any) -> Result:
+    """Makes the results of a protocol of frozen models; see `finish`.
+
+    Args:
+        request: The user's request.
+        rows: The rows of the table.
+        facts: Further entries of summary.json, besides task and root.
+    """
+    assert request.run is not None  # `evaluate` takes one.
+    protocol, root = request.protocol, without_secrets(request.run.data.root)
+    is_random = issubclass(protocol.flags, Repeated)
+    facts = {"task": protocol.name, "root": root, **facts}
+    return finish(Path(request.flags.out), rows, protocol.title, is_random=is_random, **facts)
 
 
 def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:

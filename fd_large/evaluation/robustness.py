@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fd_large.errors import ConfigError, DataError, without_secrets
+from fd_large.errors import ConfigError, DataError
 from fd_large.evaluation.extraction import extracted, join_ranks
 from fd_large.evaluation.protocol import Batched, Protocol, Request, Result
-from fd_large.evaluation.results import Row, finish
+from fd_large.evaluation.results import Row, finish_frozen
 from fd_large.evaluation.zeroshot import imagenet_numbers, tested_part
 from fd_large.files import kind_of, out_folder, read_json
 
@@ -235,16 +235,8 @@ def _measure(request: Request) -> Result:
         accuracy = 100 * float((predicted == row.labels)[counts].mean()) if counts.any() else 0.0
         row.add(accuracy, {"images": int(counts.sum())}, predicted)
         rows.append(row)
-    return finish(
-        Path(flags.out),
-        rows,
-        request.protocol.title,
-        is_random=False,
-        task=request.protocol.name,
-        root=without_secrets(data.root),
-        settings={"labels": flags.labels, "batch_size": flags.batch_size},
-        pictures=len(label_set.images),
-    )
+    settings = {"labels": flags.labels, "batch_size": flags.batch_size}
+    return finish_frozen(request, rows, settings=settings, pictures=len(label_set.images))
 
 
 def _job_of(model: NamedModel) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation.extraction import extracted, join_ranks
 from fd_large.evaluation.protocol import Batched, Protocol, Request, Result
-from fd_large.evaluation.results import Row, finish
+from fd_large.evaluation.results import Row, finish_frozen
 from fd_large.files import kind_of, out_folder
 
 if TYPE_CHECKING:
@@ -157,17 +157,8 @@ def _measure(request: Request) -> Result:
             row.labels = np.array(features.labels)
             row.add(features.percent(predicted), {"text": without_secrets(text)}, predicted)
         rows.append(row)
-    return finish(
-        Path(flags.out),
-        rows,
-        request.protocol.title,
-        is_random=False,
-        task=request.protocol.name,
-        root=without_secrets(data.root),
-        settings={"prompts": flags.prompts, "clip": flags.clip, "batch_size": flags.batch_size},
-        classes=len(names),
-        pictures=len(images),
-    )
+    settings = {"prompts": flags.prompts, "clip": flags.clip, "batch_size": flags.batch_size}
+    return finish_frozen(request, rows, settings=settings, classes=len(names), pictures=len(images))
 
 
 def tested_part(root: str) -> LabelledImages:
