@@ -111,19 +111,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_on_ranks(arguments: list[str]) -> int:
     """Runs the command after `--ranks N` in so many processes; returns the exit code."""
-    _, given, text = arguments[0].partition("=")
-    text, *rest = arguments[1:] or [""] if not given else [text, *arguments[1:]]
+    _, equals, text = arguments[0].partition("=")
+    text, *rest = arguments[1:] or [""] if not equals else [text, *arguments[1:]]
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(
-            f"{RANKS}: the number of processes; got {text!r}, expected 1 or more. Write "
+            f"{RANKS}: not a number of processes; got {text!r}, expected 1 or more. Write "
             f"{RANKS} 2 before the command."
         )
     if not HELP.isdisjoint(rest):
         return main(rest)
     check_alone()
-    command, own = choose(rest, COMMANDS, note=_BEGIN)
+    command, command_arguments = choose(rest, COMMANDS, note=_BEGIN)
     if command == "train":
-        import_module("fd_large.cli.train").checked(own)
+        import_module("fd_large.cli.train").checked(command_arguments)
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not any(map(files.kind_of, _GPUS)):
         with imports.for_good("deepspeed"):
             import_module("fd_large.engine.run")

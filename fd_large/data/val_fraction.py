@@ -91,9 +91,9 @@ class DivisibleImages:
         if not fraction:
             return self
         names = (os.path.relpath(path, self.folder) for path in self)
-        kept, chosen = divided(names, part, fraction, root=self.folder), copy(self)
-        chosen.places = self.places[kept]
-        digest = hashlib.sha256(self.fingerprint.encode() + kept.tobytes())
+        numbers, chosen = divided(names, part, fraction, root=self.folder), copy(self)
+        chosen.places = self.places[numbers]
+        digest = hashlib.sha256(self.fingerprint.encode() + numbers.tobytes())
         chosen.fingerprint = digest.hexdigest()
         return chosen
 

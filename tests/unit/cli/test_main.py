@@ -215,9 +215,9 @@ def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("--ranks", "--ranks: the number of processes; got ''"),
-        ("--ranks=0 train", "--ranks: the number of processes; got '0'"),
-        ("--ranks train", "--ranks: the number of processes; got 'train'"),
+        ("--ranks", "--ranks: not a number of processes; got ''"),
+        ("--ranks=0 train", "--ranks: not a number of processes; got '0'"),
+        ("--ranks train", "--ranks: not a number of processes; got 'train'"),
         ("--ranks 2 trian", "nearest: train"),
         ("--ranks 2 train --deepspeed_config zero3 --data.root /nowhere", "data.root"),
     ],
