@@ -50,8 +50,8 @@ HOOK_CALLS = 27
 # Python that benchmarks/host_calls.py counts of it above DDP, over what DeepSpeed's own way took
 # for each of the 9 and 13 modules of a block, it costs as 2.5 of them (ViT-L) and 1.9 (SwinV2-G),
 # if frozen 1.8 and 1.4. So 0.28 and 0.29 of the calls of a block are left (with checkpoints 0.22
-# and 0.24); of the processor time of a ViT-L's, on a busy machine, 0.30. Other modules are planned
-# with all of the cost, although 0.67 of their calls are left.
+# and 0.24); of the processor time, on a busy machine, 0.30 and 0.45 to 0.52. Other modules are
+# planned with all of the cost, although 0.67 of their calls are left.
 WHOLE_BLOCK = 2.5
 HOPPER = 9  # Compute capability.
 
