@@ -210,7 +210,8 @@ def held(
         device["buckets"] = (4 if place.float32_sums else compute) * place.bucket_size
     else:
         device["parameters"] = compute * total
-        optimizer["masters"] = 4 * part
+        if place.bfloat16 or place.offload_optimizer:  # Else they are the parameters themselves.
+            optimizer["masters"] = 4 * part
         if place.offload_optimizer:
             # They hold its part on the way to the device and a tensor's gradient on the way back.
             host["buckets"] = compute * (part + max(student))

@@ -12,6 +12,8 @@ Methods on the objects of one engine replace DeepSpeed's; the numbers stay the s
 | float32      | with every step, all-reduces these, copies  | or where the optimiser reads them; |
 |              | the rank's shard out of them, and joins it  | on few ranks (`MOST_OWNERS`) sends |
 |              | norm from float64 copies                    | each to the one that steps it      |
+|              | float32: steps a copy of the parameters,    | steps the parameters themselves    |
+|              | and copies it back                          |                                    |
 | 1, bfloat16  | adds float32 copies to zeros, zeroes twice  | writes the first micro batch       |
 |              | all-reduces a float32 copy of all gradients | sums them in place, by buckets,    |
 |              | after backward                              | beside backward, as above          |

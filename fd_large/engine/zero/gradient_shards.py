@@ -54,6 +54,9 @@ class OwnedShards(InOrder):
     Two bucket buffers are used in turn; in float32 the owner fills a bucket where the optimiser
     reads it. A gradient is freed once it is in its buckets. Micro batches of a step are summed in
     float32: at stage 2 in the shard, at stage 1 where autograd does.
+
+    In float32 the optimiser steps the parameters' own memory; DeepSpeed steps a copy of it, and
+    copies that back.
     """
 
     def __init__(self, engine: Any, bucket_size: int) -> None:
@@ -61,10 +64,13 @@ class OwnedShards(InOrder):
         self._rank, self._world = distributed.rank(), distributed.world_size()
         self._buckets = self._cut(bucket_size)
         super().__init__([len(bucket.parts) for bucket in self._buckets])
-        self._buckets_of: dict[nn.Parameter, list[int]] = {}
+        # By identity: the hash of a tensor is a function of Python.
+        self._buckets_of: dict[int, list[int]] = {}
         for number, bucket in enumerate(self._buckets):
             for parameter, *_ in bucket.parts:
-                self._buckets_of.setdefault(parameter, []).append(number)
+                self._buckets_of.setdefault(id(parameter), []).append(number)
+        # Views for the gradients of a bucket, by its number and whether they are in the shard.
+        self._views: dict[tuple[int, bool], list[Tensor]] = {}
         groups, sizes = self._optimizer.bit16_groups, self._optimizer.partition_size
         self._shards = [
             torch.zeros(size, device=group[0].device)
@@ -83,6 +89,18 @@ class OwnedShards(InOrder):
         replace(self._optimizer, "reduce_gradients", self._reduce)
         replace(self._optimizer, "overlapping_partition_gradients_reduce_epilogue", self._reduce)
         replace(self._optimizer, "scaled_global_norm", self._norm)
+        self._step_in_place()
+
+    def _step_in_place(self) -> None:
+        """Lets float32 masters be the parameters' own memory, which nothing has to update."""
+        optimizer = self._optimizer
+        groups = optimizer.parallel_partitioned_bit16_groups
+        for shards, master in zip(groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            if shards[self._rank].dtype == master.dtype:
+                master.data = shards[self._rank].data
+        optimizer._link_all_hp_params()  # Else what it made of the old masters would stay.
+        # After a step DeepSpeed makes each parameter a view of its group, which it is already.
+        replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
 
     def _cut(self, bucket_size: int) -> list[_Bucket]:
         """Cuts the groups into buckets, in about the order in which backward completes them."""
@@ -109,7 +127,7 @@ class OwnedShards(InOrder):
     def _take(self, parameter: nn.Parameter, group: int) -> None:
         """Takes a gradient of a micro batch from autograd."""
         if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
-            for number in self._buckets_of[parameter]:
+            for number in self._buckets_of[id(parameter)]:
                 self.arrived(number)
 
     @torch.no_grad()
@@ -119,17 +137,27 @@ class OwnedShards(InOrder):
             self._settle()
         filled = self._spare[number % MOST_COPIES][: bucket.size]
         mine, place = self._own(bucket)
-        if bucket.owner == self._rank and self._first and mine.dtype == filled.dtype:
+        in_shard = bucket.owner == self._rank and self._first and mine.dtype == filled.dtype
+        if in_shard:
             filled = mine
-        for parameter, low, high, start in bucket.parts:
-            view = filled[start : start + high - low]
-            if parameter.grad is None:
+        if (number, in_shard) not in self._views:
+            self._views[number, in_shard] = _views(filled, bucket)
+        views, gradients = [], []
+        parts = zip(self._views[number, in_shard], bucket.parts, strict=True)
+        for view, (parameter, low, high, _) in parts:
+            gradient = parameter.grad
+            if gradient is None:
                 # It took no part on this rank, but may have on others.
                 view.zero_()
-            else:
-                view.copy_(parameter.grad.reshape(-1)[low:high])
-            if number == self._buckets_of[parameter][-1]:
+                continue
+            if view.shape != gradient.shape:
+                gradient = gradient.reshape(-1)[low:high]
+            views.append(view)
+            gradients.append(gradient)
+            if number == self._buckets_of[id(parameter)][-1]:
                 parameter.grad = None
+        if views:
+            torch._foreach_copy_(views, gradients)
         work = start_sum(filled, bucket.owner)
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
@@ -160,6 +188,15 @@ class OwnedShards(InOrder):
 
     def _norm(self, norm_type: float = 2) -> Tensor:
         return norm_of_shards(self._shards)
+
+
+def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
+    """Returns the views of a bucket's memory for its parts, a whole parameter's in its shape."""
+    views = []
+    for parameter, low, high, start in bucket.parts:
+        view = filled[start : start + high - low]
+        views.append(view.view(parameter.shape) if high - low == parameter.numel() else view)
+    return views
 
 
 def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:

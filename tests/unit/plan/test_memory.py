@@ -31,9 +31,9 @@ def place(stage, bfloat16=False, **values) -> Placement:
     ("stage", "bfloat16", "expected"),
     [
         (0, False, {"parameters": 4 * 1017, "moments": 8 * 1017, "gradients": 4 * 1017}),
-        (1, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509,
+        (1, False, {"parameters": 4 * 1017, "moments": 8 * 509,
                     "gradients": 4 * 509, "buckets": 800}),
-        (2, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509,
+        (2, False, {"parameters": 4 * 1017, "moments": 8 * 509,
                     "gradients": 4 * 509, "buckets": 800}),
         (1, True, {"parameters": 2 * 1017, "masters": 4 * 509, "moments": 8 * 509,
                    "gradients": 4 * 1017}),

@@ -24,11 +24,19 @@ class ZeroOptimizer:
             )
             self.bit16_groups_flat.append(flat)
             self.partition_size.append(len(flat) // 2)
-        self.averaged_gradients = {}
+        self.parallel_partitioned_bit16_groups = [flat.chunk(2) for flat in self.bit16_groups_flat]
+        self.single_partition_of_fp32_groups = [
+            shards[distributed.rank()].clone() for shards in self.parallel_partitioned_bit16_groups
+        ]
+        self.averaged_gradients, self.linked = {}, []
 
     def process_gradients(self, parameter, group):
         raise NotImplementedError
 
+    def _link_all_hp_params(self):
+        self.linked = [master.data_ptr() for master in self.single_partition_of_fp32_groups]
+
+    _update_model_bit16_weights = process_gradients
     reduce_gradients = overlapping_partition_gradients_reduce_epilogue = process_gradients
     scaled_global_norm = process_gradients
 
@@ -84,6 +92,32 @@ def test_each_rank_has_the_means_of_what_it_steps(
             assert torch.equal(found.flat_partition, whole[rank * size : (rank + 1) * size])
         exact = norm_of(optimizer.averaged_gradients)
         assert optimizer.scaled_global_norm() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float32_masters_are_the_parameters_themselves(twin_rank, monkeypatch, rank, dtype):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    optimizer = ZeroOptimizer()
+    shards = [group[rank] for group in optimizer.parallel_partitioned_bit16_groups]
+    masters = [torch.nn.Parameter(shard.to(dtype, copy=True)) for shard in shards]
+    optimizer.single_partition_of_fp32_groups = masters
+    engine = SimpleNamespace(
+        optimizer=optimizer, zero_optimization_stage=lambda: 1, communication_data_type=dtype
+    )
+    OwnedShards(engine, 5)
+    in_place = dtype == torch.float32
+    for master, shard in zip(masters, shards, strict=True):
+        assert (master.data_ptr() == shard.data_ptr()) == in_place
+    assert optimizer.linked == [master.data_ptr() for master in masters]
+    with torch.no_grad():
+        masters[0].fill_(3)
+    optimizer._update_model_bit16_weights(0)
+    found = torch.cat([p.detach().view(-1) for p in optimizer.bit16_groups[0]])
+    begin = rank * optimizer.partition_size[0]
+    stepped = torch.zeros(len(found), dtype=torch.bool)
+    stepped[begin : begin + optimizer.partition_size[0]] = in_place
+    assert torch.equal(found == 3, stepped)
 
 
 def norm_of(gradients) -> torch.Tensor:

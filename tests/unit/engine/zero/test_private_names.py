@@ -67,6 +67,9 @@ NAMES = {
     f"{_STAGE_1_2}.overlapping_partition_gradients_reduce_epilogue": "9f0b89f0",
     f"{_STAGE_1_2}.scaled_global_norm": "13a298f4",
     f"{_STAGE_1_2}._get_preflattened_grad_partition": "64b598b7",
+    # A master may be the parameters' memory, and they stay views of their group.
+    f"{_STAGE_1_2}._link_all_hp_params": "b341878d",
+    f"{_STAGE_1_2}._update_model_bit16_weights": "a6ccee23",
     # What steps the inner optimiser, before which the gate stands.
     f"{_STAGE_1_2}.step": "7d7aeb50",
     f"{_STAGE_1_2}._optimizer_step": "d0ebca57",
@@ -165,6 +168,7 @@ ATTRIBUTES = {
         "bit16_groups",
         "bit16_groups_flat",
         "cpu_offload",
+        "parallel_partitioned_bit16_groups",
         "partition_size",
         "single_partition_of_fp32_groups",
     ),
