@@ -1,8 +1,10 @@
-"""Two collectives of DeepSpeed over gloo, without the copies that gloo makes.
+"""Three collectives of DeepSpeed over gloo, without the copies that gloo makes.
 
 gloo gathers into a second buffer and copies it out, and does a reduce-scatter as an all-reduce of a
 copy. Gathering 28M float32 parameters on two CPU ranks takes 130 ms of processor time that way, and
-25 ms as broadcasts of each rank's shard in place. The values are the same.
+25 ms as broadcasts of each rank's shard in place. Summing as many, a half on each of two ranks,
+takes 50 ms as gloo's reductions, and 17 ms where one rank sends and the other adds. The values are
+the same.
 """
 
 from __future__ import annotations
@@ -38,12 +40,41 @@ def scatter_in_place(
     """Replaces `reduce_scatter_tensor`: this rank's shard of the sum; overwrites `input_tensor`."""
     ranks, shards, mine = _shards(input_tensor, group)
     works = _Works(
-        # DeepSpeed has its own operations, with torch's names.
-        dist.reduce(shard, rank, getattr(dist.ReduceOp, op.name), group=group, async_op=True)
+        sum_on_owner(shard, rank, op, group, async_op=True)
         for rank, shard in zip(ranks, shards, strict=True)
     )
     if output_tensor.data_ptr() != mine.data_ptr():
         works.then = lambda: output_tensor.view(-1).copy_(mine)
+    return works if async_op else works.wait()
+
+
+def sum_on_owner(
+    tensor: Tensor,
+    dst: int,
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """Replaces `reduce`: the sum over the ranks, on one of them; overwrites `tensor` on others.
+
+    Three ranks and more would be added up in another order than gloo's.
+    """
+    # `start` imports DeepSpeed, and this file before.
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    # Where the host runs ahead of a device, the addition would need a stream of its own.
+    adds = op.name == "SUM" and get_accelerator().is_synchronized_device()
+    if len(ranks) != 2 or not adds:
+        # DeepSpeed has its own operations, with torch's names.
+        plain = getattr(dist.ReduceOp, op.name)
+        return dist.reduce(tensor, dst, plain, group=group, async_op=async_op)
+    owns = dist.get_rank() == dst
+    # A broadcast, since the watchdog sees no messages between two ranks.
+    sent = torch.empty_like(tensor) if owns else tensor
+    works = _Works([dist.broadcast(sent, sum(ranks) - dst, group=group, async_op=True)])
+    if owns:
+        works.then = lambda: tensor.add_(sent)
     return works if async_op else works.wait()
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from fd_large.engine.zero import private_names
-from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
+from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place, sum_on_owner
 from fd_large.engine.zero.step_gate import ask_once
 from fd_large.imports import without
 from fd_large.ranks import distributed
@@ -67,6 +67,7 @@ def start() -> None:
         collectives = private_names.get("deepspeed.comm.comm:cdb")
         private_names.replace(collectives, "all_gather_into_tensor", gather_in_place)
         private_names.replace(collectives, "reduce_scatter_tensor", scatter_in_place)
+        private_names.replace(collectives, "reduce", sum_on_owner)
 
 
 def stop() -> None:

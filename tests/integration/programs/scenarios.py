@@ -333,6 +333,15 @@ def same_collectives() -> None:
                 works.wait()
             # More than two ranks may be added up in another order.
             assert (mine - summed).abs().max() <= (0 if ranks <= 2 else 1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        for wait in (False, True):
+            for owner in range(ranks):
+                plain, own = whole.to(dtype), whole.to(dtype)
+                torch.distributed.reduce(plain, owner)
+                works = gloo.sum_on_owner(own, owner, async_op=wait)
+                if works is not None:
+                    works.wait()
+                assert rank != owner or torch.equal(own, plain)
 
 
 def main(folder: Path) -> None:

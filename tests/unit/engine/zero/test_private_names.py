@@ -118,6 +118,7 @@ NAMES = {
     "deepspeed.comm:comm": PRESENT,
     "deepspeed.comm.comm:cdb": PRESENT,
     "deepspeed.comm.torch:TorchBackend.all_gather_into_tensor": PRESENT,
+    "deepspeed.comm.torch:TorchBackend.reduce": PRESENT,
     "deepspeed.comm.torch:TorchBackend.reduce_scatter_tensor": PRESENT,
     # Replaced by what asks Python for less, and knows whole blocks.
     "deepspeed.utils:nvtx": PRESENT,
