@@ -172,19 +172,27 @@ count_ranks() {
     ((cores)) || cores=1
 }
 
-# Run on every node: looks for the files that the run names, takes a checksum of the source, which
-# shows changes that are not committed too and needs no git in a container, and asks what Python is
-# on.
+# Run on every node: asks PYTHON for the package and looks for what else the ranks import, looks for
+# the files that the run names, takes a checksum of the source, which shows changes that are not
+# committed too and needs no git in a container, and asks what Python is on.
 # shellcheck disable=SC2016 # expanded on the nodes
 on_a_node='
-absent= sources="fd_large ds_configs"
-kind=$(stat -f -c %T "$(dirname "$(command -v "$1")")" 2>/dev/null)
-[ -d fd_large ] || sources=$("$1" -c "import importlib.util as util
-print(*util.find_spec(\"fd_large\").submodule_search_locations)") || absent=" fd_large of $1"
+absent= broken=
+program=$(command -v "$1") && kind=$(stat -f -c %T "$(dirname "$program")" 2>/dev/null)
+said=$("$1" -c "import importlib.util as util, sys
+import fd_large.cli.main
+for name in (\"torch\", \"deepspeed\"):
+    util.find_spec(name) or sys.exit(\"No module named \" + name)
+print(*fd_large.__path__)" 2>&1) || broken=$(tail -n 1 <<<"$said" | tr "\t" " ")
+sources=$(tail -n 1 <<<"$said")
+[ ! -d fd_large ] || sources="fd_large ds_configs"
+[ ! "$broken" ] || sources=
+[ "$program" ] || broken="no such program"
 shift
 for path; do [ -e "$path" ] || absent="$absent $path"; done
 sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort | xargs cat | cksum)
-printf "%s\t%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent" "$kind"'
+printf "%s\t%s\t%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent" "$kind" \
+    "$broken"'
 
 check_nodes() {
     local name path kind report paths=(.)
@@ -204,6 +212,10 @@ check_nodes() {
         code=1
         return
     fi
+    path=$(awk -F '\t' '$5 != "" { print $1 " (" $5 ")"; exit }' <<<"$report")
+    [[ -z $path ]] || refuse "PYTHON: cannot run fd_large; got $PYTHON on node $path, expected a" \
+        "Python with fd_large's packages, at the same path on every node or in the container. Set" \
+        "PYTHON in $scripts/site.sh, or PYTHON=PATH sbatch ..."
     path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
     [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
         "job sees. Mend ${learns_from[1]}${learns_from[3]:+, ${learns_from[3]}}, LOG_DIR or" \

@@ -50,8 +50,10 @@ MODULE = """#!/bin/bash
 [[ $2 == a ]] && exit 1
 echo "$@" >"$SCRATCH/modules"
 """
+PYTHON = "#!/bin/sh\necho fd_large\n"
 # sleep: the pauses between two tries of a requeue.
 STAND_INS = {"srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n", "module": MODULE}
+STAND_INS |= {"python": PYTHON}
 
 
 class Script:
@@ -130,14 +132,15 @@ def script(tmp_path: Path) -> Script:
 
 
 def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Path) -> None:
+    python = str(tmp_path / "python")
     code, said = script.run(
-        "--optim.epochs", "3", "--x=a b", SLURM_CPUS_PER_TASK="12", PYTHON="/env/python"
+        "--optim.epochs", "3", "--x=a b", SLURM_CPUS_PER_TASK="12", PYTHON=python
     )
     assert code == 0, said
     words = script.words()
-    command = words.index("/env/python")
+    command = words.index(python)
     assert words[command:] == [
-        *("/env/python", "fd_large/train.py"),
+        *(python, "fd_large/train.py"),
         *("--data.root", str(tmp_path), "--teacher.source", "random"),
         *("--recipe", "fd_swinv2g", "--deepspeed_config", "zero2"),
         *("--teacher.placement", "replicated", "--student.activation_checkpointing", "off"),
@@ -246,9 +249,39 @@ def test_from_a_folder_of_their_own_the_scripts_start_the_installed_package(
     code, said = script.run(**where, DATA_ROOT="")
     assert code == 2
     assert "./site.sh: DATA_ROOT is empty" in said
-    # Without the package there, no checksum of nothing is compared.
-    code, said = script.run(**where | {"PYTHON": "/no/python"})
-    assert (code, "does not exist there" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("place", ["clone", "init"])
+@pytest.mark.parametrize("python", ["absent", "bare", "old", "no torch"])
+def test_a_python_that_cannot_run_the_package_is_named(
+    python: str, place: str, script: Script, tmp_path: Path
+) -> None:
+    if place == "init":
+        init.write(tmp_path / "cluster")
+        script.environ["SLURM_SUBMIT_DIR"] = str(tmp_path / "cluster")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    path = site / "python"
+    shut_out = {
+        # Without the packages of any folder.
+        "bare": f'exec {sys.executable} -E -s -S "$@"',
+        "old": "echo SyntaxError: invalid syntax >&2; exit 1",
+        "no torch": f'exec env PYTHONPATH={site}:{ROOT} {sys.executable} "$@"',
+    }
+    if python != "absent":
+        path.write_text(f"#!/bin/sh\n{shut_out[python]}\n")
+        path.chmod(0o755)
+    code, said = script.run(PYTHON=str(path))
+    assert code == 2, said
+    told = said.splitlines()[-1]
+    assert told.startswith(f"PYTHON: cannot run fd_large; got {path} on node "), said
+    assert f"Set PYTHON in {'slurm' if place == 'clone' else '.'}/site.sh" in told
+    reason = {"absent": "no such program", "bare": "No module named", "old": "SyntaxError"}
+    assert reason.get(python, "No module named torch") in told
+    assert "Traceback" not in said
+    assert not (tmp_path / "ranks").exists()
+    assert script.requeues() == 0
 
 
 def test_other_scripts_and_arguments_that_win(script: Script) -> None:
