@@ -34,7 +34,7 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
             raise ConfigError(
                 f"{where}: a module makes steps depend on rank, micro batch or resume; got "
                 f"{type(module).__name__} {part!r} in {name}, expected none. Remove dropout (a "
-                f"student has `keep` in its place), and {remedy}."
+                f"student may use drop path by its argument `keep` instead), and {remedy}."
             )
 
 

@@ -115,6 +115,12 @@ def test_mistakes_name_the_field(toy, arguments, field):
         given(*arguments)
 
 
+def test_a_taken_name_is_refused_with_the_names_that_are_taken(toy):
+    expected = "'finetune' from .*, expected a name other than name, distillation, finetune, "
+    with pytest.raises(ConfigError, match=expected):
+        given("--task.name", "module:toy.py:TAKEN")
+
+
 @pytest.mark.parametrize(
     ("kind", "part"),
     [

@@ -190,7 +190,8 @@ def test_a_student_without_what_training_needs():
 )
 def test_a_step_depends_on_images_weights_and_keep_alone(name, module):
     build(resolve(f"module:own_nets/patches.py:{name}"))  # A teacher's step is not trained.
-    with pytest.raises(ConfigError, match=module):
+    expected = rf"{module}.* \(a student may use drop path by its argument `keep` instead\)"
+    with pytest.raises(ConfigError, match=expected):
         make_student(Student(model=f"module:own_nets/patches.py:{name}", init="weights.pt"))
 
 

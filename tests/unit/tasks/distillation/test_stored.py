@@ -87,6 +87,8 @@ def test_an_export_has_the_student_without_mask_token_and_decoder(tmp_path, capl
             continue
         with pytest.raises(ConfigError, match="no head"):
             exported.teacher_map("teacher", images)
+        with pytest.raises(ConfigError, match="this run's heads read the map of a decoder"):
+            fd_large.load_student(tmp_path / "run").teacher_map("teacher", images)
     assert ("heads are left out" in caplog.text) == (student == "dropped")
 
 
