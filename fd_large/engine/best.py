@@ -27,8 +27,8 @@ class Best:
     Args:
         metric: Name of the number, as in evaluations.jsonl.
         lower_is_better: Whether a lower metric is better.
-        patience: Evaluations in a row without a better value after which the run is to stop; 0:
-            it never is.
+        patience: Number of consecutive evaluations without a better value after which the run is
+            to stop early; 0 never stops it.
         values: {finished steps: value} of the evaluations so far.
     """
 
@@ -64,8 +64,8 @@ class Best:
         Args:
             step: Number of finished steps.
             metrics: The numbers.
-            all_made: Whether every evaluation of the run was made, so that the metric is there or
-                never will be.
+            all_made: Whether `metrics` has the numbers of all the run's evaluations, so that a
+                metric that it lacks is never measured.
 
         Raises: ConfigError: on all ranks, if the run does not measure the metric.
         """
@@ -87,7 +87,7 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Step of the best evaluation (the earliest of equals), or None before a finite one."""
+        """Step of the best evaluation (the earliest of equal ones); None without a finite value."""
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 
@@ -107,7 +107,7 @@ class Best:
         )
 
     def to_dict(self) -> dict[str, Any] | None:
-        """Returns the best evaluation for summary.json, or None before a finite one."""
+        """Returns the best evaluation for summary.json, or None if no value is finite."""
         step = self.step
         if step is None:
             return None

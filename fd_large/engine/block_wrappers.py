@@ -1,7 +1,7 @@
 """Wrappers around a student's blocks: activation checkpointing and torch.compile.
 
 Checkpointing mode `every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with
-recomputed attention, and needs no saved random state, since drop path is an input. `offload` is
+recomputed attention, and saves no random state, since drop-path masks are inputs. `offload` is
 fairscale's wrapper, which moves the inputs of checkpointed blocks to the host; torch's
 `save_on_cpu` cannot, because a non-reentrant checkpoint holds its inputs outside of it.
 """
@@ -28,8 +28,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
     Args:
         blocks: The blocks, in execution order.
-        mode: "off"; "every": a block keeps only its input; "offload": in host memory.
-        every: 1 for every block, k for each k-th (blocks k-1, 2k-1, ...).
+        mode: "off"; "every": a wrapped block keeps only its input until backward; "offload": it
+            keeps this input in host memory.
+        every: 1 wraps every block, k each k-th (those of index k-1, 2k-1, ...).
 
     Returns: the number of blocks wrapped.
     Raises: ConfigError: if the mode is unknown or fairscale is missing.
@@ -51,8 +52,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Compiles the blocks' forward in place, before anything wraps it; parameter names stay.
 
-    Blocks that do the same on the same shapes share a graph. Under ZeRO-3 the hooks that fetch a
-    module's parameters break the graph, and the parts between them are compiled.
+    Blocks with the same computation on the same shapes share a compiled graph. Under ZeRO-3 the
+    hooks that fetch a module's parameters break the graph, and the parts between the hooks are
+    compiled.
     """
     compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
     for block in blocks:
@@ -70,9 +72,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a block's forward that first tells the watchdog that the run moves.
+    """Returns a block's forward that first tells the watchdog that the run makes progress.
 
-    A block's first call compiles, for up to a minute: dozens of blocks would pass for a hang.
+    A block's first call compiles for up to a minute, and the watchdog would take the compilation
+    of dozens of blocks for a hang.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:

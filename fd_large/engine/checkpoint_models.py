@@ -45,7 +45,7 @@ def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
     """Fills a task with the weights of a checkpoint; tensors on the meta device are only compared.
 
     Args:
-        task: Whole, in host memory, or in part without memory.
+        task: The task, not sharded, with its tensors in host memory or on the meta device.
         reader, kind: See `stored_task`.
 
     Raises: CheckpointError: if the checkpoint is of another task.
@@ -78,15 +78,16 @@ def sources_of(
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
-    Checks its bytes, on rank 0 alone. Not a collective: if that run is still training, ranks may
-    find different checkpoints, so the result names the opened checkpoint; that of rank 0 counts.
+    Rank 0 alone checks the checkpoint's bytes. This is not a collective: if the run is still
+    training, ranks may find different checkpoints. So the result names the checkpoint that was
+    opened, and the choice of rank 0 counts.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.
         where: The field that the user set, for messages.
         job_of: Makes the job of the stored recipe.
 
-    Returns: None if the path is neither.
+    Returns: the student; None if the path is neither a run nor a checkpoint.
     Raises: CheckpointError: if no checkpoint is sound, or it is of another model than its recipe.
     """
     is_checkpoint = store.manifest_of(path) is not None
@@ -129,7 +130,8 @@ class _Tensors(Tensors):
         reader: The checkpoint.
         shapes: Returns the shape of each tensor by name. Called on first access only, since it
             may import the user's own code.
-        absent: Value of each tensor that the task did without; other names are ignored.
+        absent: {name: fill value} of the tensors that the task left out of its student, so that
+            the checkpoint lacks them; names that the student does not have are ignored.
     """
 
     def __init__(

@@ -44,8 +44,9 @@ class Checkpoints:
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
-        decided_steps: Length that a time limit of an earlier version gave the restored run, which
-            later checkpoints record again; None if none did, or if the recipe has another since.
+        decided_steps: Number of steps to which an earlier version's time limit set the length of
+            the restored run; later checkpoints record it again. None if there was no such limit, or
+            if the recipe's length has changed since.
         bad_images: Images of this start and of earlier ones that could not be used, over all ranks,
             as of the restored checkpoint; the trainer counts on.
         stored_recipe: The recipe of the restored checkpoint; empty where there is none.
@@ -113,10 +114,11 @@ class Checkpoints:
 
     @property
     def flags(self) -> list[bool]:
-        """Flags of this rank for the loop's all-reduce.
+        """Three flags of this rank for the loop's all-reduce.
 
-        Whether it is still writing, whether it failed, and whether it failed because its state is
-        not finite, which stays until a state is restored or saved.
+        They tell whether the rank is still writing a checkpoint, whether it failed to, and whether
+        it failed because its state is not finite. The last flag stays set until a state is
+        restored or the next save begins.
         """
         return [self._saver.busy, self._saver.failed, bool(self._saver.not_finite)]
 
@@ -131,12 +133,12 @@ class Checkpoints:
     def save(self, step: int, *, evaluated: bool = True, prunes: bool = True) -> float | None:
         """Starts to write the state as of a step; all ranks call it.
 
-        State that lies on a disk is written to the end, while training stands still. State that is
-        not finite on any rank becomes no checkpoint.
+        State that is offloaded to a disk is written completely before training goes on. If the
+        state of any rank is not finite, no checkpoint results.
 
         Args:
             step: Number of finished steps.
-            evaluated: Whether the evaluation that is due then, if any, was made.
+            evaluated: Whether the evaluation that is due after this step, if any, was made.
             prunes: Whether old checkpoints are deleted when this one is complete.
 
         Returns: the seconds that this save or an earlier one took, if training waited for it and
@@ -175,7 +177,7 @@ class Checkpoints:
 
     def mark_evaluated(self) -> None:
         """Records in the checkpoint of the present step that its evaluation is done."""
-        # One that is still being written takes its manifest at the end.
+        # A checkpoint that is still being written gets its manifest at the end.
         self._manifest["evaluated"] = True
         if distributed.is_main() and not self._saver.begun and self._saved is not None:
             path = store.checkpoints_of(self._folder) / store.name_of(self._saved)
@@ -218,7 +220,7 @@ class Checkpoints:
         """Restores the newest sound checkpoint; returns its step, or 0 without a checkpoint.
 
         Raises:
-            CheckpointError: If their folder is a link that leads nowhere, none of the checkpoints
+            CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints
                 is sound, or the newest belongs to another model or training.
             NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
         """
@@ -278,7 +280,7 @@ class Checkpoints:
                 broken[reader.path.name] = str(error)
                 at_most = step - 1
                 continue
-            # Or else they would count among the newest that stay.
+            # Otherwise they would count among the newest checkpoints, which are kept.
             on_main(partial(store.set_aside, self._folder, list(broken)))
             return step, damaged, list(broken.values())
 

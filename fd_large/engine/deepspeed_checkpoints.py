@@ -1,7 +1,7 @@
 """DeepSpeed's own checkpoints, for tools that read them: exported from a run, imported into one.
 
-Both directions build the run as training does and let DeepSpeed (0.19.8) write or read.
-DeepSpeed's files fit one number of ranks only, unlike the run's own.
+Export and import build the run as training does, and let DeepSpeed (0.19.8) write or read the
+files. DeepSpeed's files fit one number of ranks only, unlike the run's own checkpoints.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """Restricts every torch.load to data; DeepSpeed calls the variant that runs code."""
+    """Lets every torch.load in the block read data only; DeepSpeed would let files run code."""
     allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
@@ -85,11 +85,13 @@ def import_checkpoint(
         source: The folder that `save_checkpoint` was given, with `latest` in it.
         run_dir: A folder with the run's recipe.json.
         job_of: Makes the job of that recipe.
-        deepspeed_config: Path of the JSON that it was trained with; stage and ranks must agree.
+        deepspeed_config: Path of the DeepSpeed JSON that the source was trained with. Its ZeRO
+            stage and the number of ranks must be those of the source.
         lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
-    Raises: CheckpointError: if DeepSpeed cannot read it, or only by running code of its files.
+    Raises: CheckpointError: if DeepSpeed cannot read the source, or only by running code from its
+        files; if the run's checkpoint cannot be written.
     """
     opened = open_stored(
         run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint", lease=lease

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, kept where the masters are.
+"""An exponential moving average of the trained weights, sharded like the float32 masters.
 
 Each rank averages the elements that it owns: four bytes per owned element, no communication, and
 the same numbers at any ZeRO stage. The average lives in the optimiser's state under its own key,
@@ -58,7 +58,7 @@ class Ema:
         except Interrupted:
             self._exchange()
             raise
-        # Not after other errors: if one rank alone fails, the others wait in another collective.
+        # Not after other errors: if one rank alone fails, the others wait in some other collective.
         self._exchange()
 
     def _exchange(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluations of a run: metrics, cadence, precision, interruption."""
+"""Evaluations during a run: when they are due, their precision, and how they are interrupted."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Evaluation(NamedTuple):
     Attributes:
         measure: Called with the number of finished steps, whether it is the last evaluation, and a
             function to call between batches; returns numbers by name, and a panel where one is
-            due. All ranks call it alike, with the task in training mode and with the average of
-            the weights in their place where the run keeps one. Training need not wait for numbers
-            that are `Pending`.
+            due. All ranks call it alike, with the task in training mode. In a run that keeps an
+            average of the weights, the task computes with this average. Training need not wait for
+            numbers that are `Pending`.
         every: Steps between two calls; 0 evaluates only before the first step and after the last.
         left: Called once by a resumed run, with its number of finished steps and whether the
             evaluation due at that step is repeated; returns the step of an earlier start's
@@ -121,10 +121,10 @@ def in_float32(
 ) -> Iterator[Callable[[Tensor, Any], Any]]:
     """Yields the task's forward in evaluation mode and float32, as a function of (images, targets).
 
-    Where the engine computes in bfloat16, a float32 copy of the task with the masters' values takes
-    its place, at 4 bytes a parameter within the block. ZeRO-3 computes in the precision in which it
-    trains: its memory may not hold the whole model. Making the copy is a collective, and so is each
-    call under ZeRO-3.
+    Where the engine computes in bfloat16 at stages 0 to 2, the function calls a float32 copy of the
+    task with the masters' values, which takes 4 bytes a parameter within the block. ZeRO-3 computes
+    in the precision in which it trains, since a rank's memory may not hold the whole model. Making
+    the copy is a collective, and so is each call under ZeRO-3.
 
     Args:
         engine: The engine.

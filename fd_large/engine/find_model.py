@@ -1,4 +1,4 @@
-"""Finds the model that a user names: a run's student, a model that it uses, or weights."""
+"""Finds the model that a user names: a run's student, a run's frozen model, or weights."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
             MODEL=SOURCE, for weights that do not show their model: MODEL is a name of the table of
             models or timm:NAME, SOURCE is weights or `random`.
         job_of: Makes the job of a stored recipe.
-        image_size: Side of its images, in pixels, to which tables of positions are resized; 0: as
-            it was trained.
+        image_size: Side of the model's images, in pixels, to which tables of positions are resized;
+            0: the side with which the model was trained.
 
     Raises: FDError: if there is no such model.
     """
@@ -158,7 +158,7 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
     """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
 
     Args: As `find_model`.
-    Raises: FDError: as `find_model`; if a model is there twice.
+    Raises: FDError: as `find_model`; if two sources name the same model.
     """
     return with_own_labels(
         [find_model(source, job_of, image_size=image_size) for source in sources]
@@ -168,7 +168,7 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
 def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
     """Gives models distinct labels, also distinct as folder names.
 
-    Raises: ConfigError: if a model is there twice.
+    Raises: ConfigError: if two models have the same source.
     """
     for candidates in (models, [replace(model, label=model.source) for model in models]):
         if len({slug(model.label) for model in candidates}) == len(candidates):

@@ -1,4 +1,4 @@
-"""The micro batches of a step through a task: preparation without gradient, loss, backward."""
+"""Runs the micro batches of a step: preparation without gradient, forward, and backward."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Returns a micro batch on the device, with the frozen models' outputs."""
+    """Adds the frozen models' outputs to the targets of a micro batch on the device."""
     with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
@@ -53,9 +53,9 @@ def arguments_of_step(
     """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
 
     A step in one pass takes and prepares each micro batch on demand. A step in two passes first
-    takes and prepares all of them, then makes one small collective on all ranks. Its sums are
-    added in the order of the micro batches and then over the ranks, in float64: sums of integers
-    are exact, other sums vary with the number of ranks and micro batches by rounding.
+    takes and prepares all of them, then makes one small collective on all ranks. The task's sums
+    are added in the order of the micro batches and then over the ranks, in float64: sums of
+    integers are exact, other sums vary with the number of ranks and micro batches by rounding.
 
     Args:
         task: The trained Module, outside of its engine.
@@ -81,7 +81,7 @@ def arguments_of_step(
     totals = distributed.sum_tensor(rank_sums)
     parts = count * distributed.world_size()
     while prepared_batches:
-        # Each is let go of once its turn is over.
+        # Popping it frees its memory once its turn is over.
         yield task.with_totals(prepared_batches.pop(0), totals, parts=parts)
 
 

@@ -35,7 +35,8 @@ class Frozen(nn.Module):
         statistics: The normalisation that the backbone was trained with.
         image_size: Side to which the normalised images are resized (bilinear, antialiased) before
             the backbone; 0 leaves them as they are.
-        sides: The same for images of some sides, in place of `image_size`.
+        sides: {side of the images: side to which they are resized}; it takes precedence over
+            `image_size`.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ def frozen_maker(
         image_size: Side of the images that the model will be given, in pixels.
         own_image_size: Side to which the images are resized for the model; 0 keeps their size, or
             uses the only side that the model's table of positions allows.
-        sides: The same by the side of the images, where they have several.
+        sides: {side of the images: side to which they are resized}, where they have several sides;
+            it takes precedence over `own_image_size`.
         residual_dtype: See `Options`.
         before_norm: Whether the map is taken before the final norm instead of after it.
         options: Other `Options`.
@@ -143,7 +145,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
 
     Args:
         section: The settled section.
-        sources: Opens the weights, or has opened them.
+        sources: The sources that open the weights.
         where: The flag of the source, for messages.
 
     Returns: The tensors of the model, complete as far as the headers show; None if the weights
@@ -159,7 +161,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
         f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to do "
         "without."
     )
-    if by_name(section.model) is None:  # It is the model of the file.
+    if by_name(section.model) is None:  # The model's name was found from the file.
         remedy = (
             f"If it is a model of timm, set {flags}.model timm:NAME. {flags}.allow NAMES does "
             "without tensors that the map does not need."
@@ -188,8 +190,8 @@ def built_from(
         dtype: Data type of its parameters.
         where: The flag of the source, for messages.
 
-    Returns: the model; None if it needs more than its weights: some are missing, with the user's
-        leave, or buffers are made of parameters.
+    Returns: the model; None if the weights do not suffice to build it, because the user allows
+        some to be missing or because buffers are computed from parameters.
     Raises: WeightsError: if the weights do not fit, on all ranks.
     """
     if weights.may_be_missing:

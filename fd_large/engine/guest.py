@@ -80,7 +80,7 @@ def guest() -> Iterator[None]:
         torch.set_num_threads(threads)
         for flag, value in zip(flags, tf32, strict=True):
             flag.allow_tf32 = value
-        # What the caller had is not to stay hidden for good (`fd_large.imports`).
+        # `fd_large.imports` froze the caller's objects too: the collector is to see them again.
         gc.unfreeze()
         gc.collect()
         if torch.cuda.is_initialized():

@@ -1,7 +1,8 @@
 """The engine's requests to a task: samples, a Module, batches, evaluations, hooks.
 
-The engine builds, trains, stores and resumes any task through this face and knows none. It is the
-first of a task's three faces (`fd_large/recipes/task_kind.py`), and all that a task needs to have.
+The engine builds, trains, stores and resumes any task through this interface, and imports no task.
+It is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the only one
+that every task has.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class StoredStudent(NamedTuple):
 
     Attributes:
         architecture: The student's architecture, with the image size of its tables.
-        absent: Value of each of its tensors that the task did without.
+        absent: {name: fill value} of the tensors that the task left out of its student, so that the
+            checkpoint lacks them.
         statistics: The normalisation that it was trained with.
     """
 
@@ -58,7 +60,8 @@ class FrozenPart(NamedTuple):
 
     Attributes:
         section: The recipe's section that describes it.
-        image_size: Side to which the run's images are resized for it; 0: see `frozen_maker`.
+        image_size: Side to which the run's images are resized for the model, in pixels; 0: as
+            `own_image_size` of `frozen_maker`.
     """
 
     section: FrozenModel
@@ -70,7 +73,7 @@ class TensorSizes(NamedTuple):
 
     Attributes:
         trained: Elements of each tensor that is trained.
-        frozen: Elements of each tensor of frozen models that may be split too.
+        frozen: Elements of each tensor of those frozen models that ZeRO-3 may shard.
     """
 
     trained: tuple[int, ...]
@@ -78,10 +81,11 @@ class TensorSizes(NamedTuple):
 
 
 class TrainingJob:
-    """A task's part in a training run; made again once the recipe is settled.
+    """A task's part in a training run; the engine constructs another job for the settled recipe.
 
-    The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective:
-    the user's mistakes end here), `build`, and then `make_task` any number of times.
+    The engine calls `settle`, then `open_samples` and `check`, which raise the user's mistakes
+    without a collective and without a model in memory, then `build`, and then `make_task` any
+    number of times.
 
     Args:
         run: The recipe.
@@ -89,8 +93,8 @@ class TrainingJob:
     Attributes:
         run: The recipe.
         weights: The sources that open the recipe's weights, each once.
-        between_batches: Called between the batches of work before an epoch, on all ranks; may
-            raise to leave.
+        between_batches: Called on all ranks between the batches of work that a task does before an
+            epoch, such as storing a teacher's maps; it may raise to end this work.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -103,11 +107,11 @@ class TrainingJob:
     memory_remedy: ClassVar[str] = ""
     """A flag that saves memory if the task's models do not fit; empty: there is none."""
     learns_from_images_alone: ClassVar[bool] = False
-    """Whether a step can be replayed from its images alone, without targets. `diagnose` takes the
-    student of a task that needs targets for one that learnt labels."""
+    """Whether a step can be replayed from its images alone, without targets. `diagnose` assumes
+    that the student of a task that needs targets has learnt labels."""
     ignored_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of a recipe, section.field, that this task ignores. Setting one would mislead, and is
-    refused."""
+    """Fields of a recipe, section.field, that this task ignores. A recipe that sets one of them is
+    refused, since it would mislead."""
     remedies: Mapping[str, str] = MappingProxyType({})
     """Remedies for ignored fields that should not simply be left out, by field."""
 
@@ -168,12 +172,12 @@ class TrainingJob:
         return {"student.init": self.run.student.init}
 
     def tensor_sizes(self) -> TensorSizes:
-        """Returns the sizes of the tensors that may be split, without allocating them."""
+        """Returns the sizes of the tensors that ZeRO-3 may shard, without allocating them."""
         with torch.device("meta"):
             return TensorSizes(sizes_of(self.make_task()), ())
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns facts besides the student's fields that decide a step's memory, by name."""
+        """Returns the facts that decide a step's memory, besides the student's fields, by name."""
         return {}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -271,7 +275,7 @@ class TrainingJob:
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        It is 0 if the task trains none of them: then any micro batch will do.
+        It is 0 if the task trains no batch norm; then any size of micro batch is valid.
         """
         return self.run.norm_batch()
 

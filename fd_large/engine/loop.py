@@ -118,8 +118,10 @@ class Trainer:
         evaluations: Measurements before, during and after training.
         layer_rates: Steps each layer at its own learning rate; None if all have the same.
         ema: Moving average of the weights, or None.
-        best: Keeps the checkpoint of the best evaluation, and may end the run early; None: neither.
-        begun: Takes the hooks that know of the start, and so are to hear of the end.
+        best: Keeps the checkpoint of the best evaluation, and may end the run early; None does
+            neither.
+        begun: List to which each hook is appended once its `on_start` has returned; the caller
+            tells these hooks of an error that ends the run.
 
     Attributes:
         engine: The task in its engine.
@@ -153,7 +155,7 @@ class Trainer:
         self._moved_on = True
         self._bad_images, self._bad_before = BadImages(), checkpoints.bad_images
         self._improved = self.stopped_early = False
-        # At most one is pending; beside it stand the steps that it followed.
+        # The evaluation that is pending, if any, after the number of steps that preceded it.
         self._pending: tuple[int, Pending] | None = None
 
     @property
@@ -196,11 +198,11 @@ class Trainer:
             self._checkpoints.mark_evaluated()
             self._after_evaluation(saved=True)
         elif self.best is not None and self.best.exhausted:
-            # It was ended between its last evaluation and its end.
+            # The last start ended after the evaluation that exhausted patience, before it stopped.
             self._after_evaluation(saved=True)
 
     def leave(self) -> None:
-        """Saves and stops after the present step, because another student's run does."""
+        """Saves and stops after the present step, because another student's run has stopped."""
         if self.status:
             return
         self._stop()
@@ -211,7 +213,7 @@ class Trainer:
         """Ends a run with a status; returns `done`, `preempted`, `not saved` or a hook's status."""
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
-        # Whoever is told to leave leaves at once; the next start takes them up.
+        # A preempted run does not wait for pending numbers; the next start takes them up.
         if self._status != PREEMPTED:
             self._take_numbers(self._beat)
         status = self.status
@@ -283,7 +285,7 @@ class Trainer:
                 self._bad_images.add(len(batch.positions), batch.bad)
                 passed.batches.append(batch)
                 yield micro_batches.completed(on_device)
-                # Once it is queued, and before the host waits for the device in `_agree`.
+                # Once the batch's work is queued, and before the host waits in `_agree`.
                 begin = time.perf_counter()
                 micro_batches.stage()
                 passed.waited += time.perf_counter() - begin
@@ -341,7 +343,7 @@ class Trainer:
     def _agree(
         self, losses: list[Tensor], epoch: int, learning_rate: float, norm: Tensor | None
     ) -> _Agreed:
-        """Makes a step's only collective of decisions and its only read by the host.
+        """Lets the ranks decide on a step, in its only such collective and only read by the host.
 
         Args:
             norm: Norm of the gradients before clipping; None at stage 0, whose optimiser computes
@@ -367,7 +369,7 @@ class Trainer:
         update = Update(self._finished, epoch, loss_mean, norm_mean, learning_rate)
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
         agreed = _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
-        # What follows from a state that could not be saved could not be saved either.
+        # After a state that is not finite, no later state could be saved either.
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
@@ -397,11 +399,11 @@ class Trainer:
         if last or finished % plan.count_bad_every == 0:
             too_bad = agreed_error(self._count_bad(), plan.max_bad_fraction, self._bad_images.names)
         self._save_owed |= agreed.save or self._checkpoints.due(finished, plan.steps_per_epoch)
-        # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
+        # Not in a row of refused steps, which may be rolled back to the last good checkpoint.
         due = self._save_owed and not agreed.update.skipped
         saves = bool(self._status or last or due or too_bad or rolled_back)
-        # Before the evaluation: what fails in it, on whatever rank, costs no step, and the next
-        # start makes up for it.
+        # Before the evaluation: if it fails on any rank, no step is lost, and the next start
+        # makes the evaluation again.
         if saves:
             self._save(evaluated=not evaluates, counts_anew=too_bad is not None)
         if too_bad:
@@ -415,7 +417,7 @@ class Trainer:
         if self._evaluate(last=last):
             if saves:
                 self._checkpoints.mark_evaluated()
-            # A row of refused steps is never what is kept.
+            # A state within a row of refused steps is never kept as the best.
             if not agreed.update.skipped:
                 self._after_evaluation(saved=saves)
         elif not saves:
@@ -456,7 +458,7 @@ class Trainer:
 
     @step_clock.standing()
     def _save(self, *, evaluated: bool, counts_anew: bool = False) -> None:
-        """Starts to write the state.
+        """Starts to write a checkpoint of the present step.
 
         Args:
             evaluated: Whether the evaluation that is due, if any, was made.
@@ -469,7 +471,7 @@ class Trainer:
             return
         self._save_owed = False
         self._checkpoints.bad_images = BadCount(0, 0) if counts_anew else self._count_bad()
-        # A good checkpoint is what a row of refused steps may be rolled back to.
+        # Older checkpoints stay after a refused step: the run may be rolled back to one of them.
         seconds = self._checkpoints.save(self._finished, evaluated=evaluated, prunes=self._moved_on)
         self._report_saved(seconds)
 

@@ -1,6 +1,6 @@
 """The memory of a rank: its size and peak, errors when it runs out, and its release.
 
-Host memory is as the C library and the kernel of Linux manage it.
+Host memory is measured and released by interfaces of Linux and of its C library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class OutOfMemory(FDError):
-    """A step that does not fit into memory; names the field and the next value to try."""
+    """A step or models do not fit into memory; the message names what to set instead."""
 
     rank_local = True
 
@@ -172,7 +172,7 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        # The memory may be freed, and taken by what the next children need.
+        # The allocator may reuse this memory for tensors that later children need.
         for span in spans:
             _advised(advise, span, mmap.MADV_DOFORK)
 

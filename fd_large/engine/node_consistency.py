@@ -1,4 +1,4 @@
-"""Checks before anything heavy that all nodes have the same code, packages, data and weights."""
+"""Checks, before models are built, that all nodes have the same code, packages, data, weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fd_large.weights.resolve import Sources
 
 log = logging.getLogger(__name__)
 
-# Another version of these may compute, or decode, something else.
+# Packages whose versions may change what is computed or decoded.
 PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy", "triton")
 
 _SAME_ENVIRONMENT = "Use one environment on a shared disk, or one image, on every node"
@@ -82,7 +82,7 @@ def check(
 
 
 def software() -> dict[str, Fact]:
-    """Returns the code that this process runs, by content and commit, Python, and the packages."""
+    """Returns fd_large's commit and hash, and the versions of Python and packages, as facts."""
     commit = source_commit()
     code = f"{commit[:9] if commit else 'no commit'}, the files' hash {code_hash()[:8]}"
     same_code = "Use one checkout on a shared disk, or one image, on every node"
@@ -95,7 +95,7 @@ def software() -> dict[str, Fact]:
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
-    """Returns this rank's GPU, CUDA, NCCL and driver: others may choose other kernels."""
+    """Returns this rank's GPU, CUDA, NCCL and driver, on which the choice of kernels depends."""
     same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
     if device.type != "cuda":
         return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}

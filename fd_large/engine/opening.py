@@ -1,4 +1,4 @@
-"""Opening a run: fields from its weights, all mistakes, its folder, then models and engine.
+"""Opens a run: settles and checks its recipe, prepares its folder, builds its models and engine.
 
 Four stages, each a function of one run whose result the next stage takes: `settle`, `check`,
 `enter`, `build`. `open_together` leads the runs of several students through them in step;
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 class Checked(NamedTuple):
-    """A settled run without mistakes, of which nothing is built yet.
+    """A settled and checked run, of which no model is built yet.
 
     Attributes:
         job: The job of the settled recipe.
@@ -126,10 +126,10 @@ def open_together(
         leases: This start's right to write each run's folder; None: nothing is written to it.
         whole: The recipe of all students and the right to write the folder that contains their
             folders, or None for a single run.
-        fresh: Start over; the old run's files are moved aside.
+        fresh: Whether to start over; the old run's files are moved aside.
         resumes: Whether the newest checkpoints are restored.
 
-    Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
+    Raises: FDError: for the user's mistakes, before models are built where that is possible.
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
@@ -160,7 +160,7 @@ def open_together(
 def _share_cores(local_world_size: int) -> None:
     """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set.
 
-    A launcher may have given each rank cores of its own already; it never takes more than these.
+    A launcher may have bound each rank to some cores; a rank never uses more threads than these.
     """
     if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         share = (os.cpu_count() or 1) // local_world_size
@@ -171,10 +171,11 @@ def _share_cores(local_world_size: int) -> None:
 
 
 def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
-    """Returns {source: image statistics} of the models that runs use whose folders exist already.
+    """Returns {source: image statistics} from the stored recipes of those runs that have begun.
 
-    The sources of the students' initial weights are among them. Earlier versions guessed
-    statistics that now have to be stated; their runs keep them.
+    The sources are those of the frozen models and of the students' initial weights. Earlier
+    versions guessed statistics that a recipe now has to state; runs that began with guessed ones
+    keep these.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -209,7 +210,8 @@ def _settle_each(
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
     """Returns the recipe with the fields that its weights decide: models, windows, statistics.
 
-    Raises: FDError: also naming the mistakes that do not depend on weights.
+    Raises: FDError: if weights do not fit the recipe, or for a mistake that `others` find; the
+        message names all of them.
     """
     try:
         return job.settle(weights)
@@ -260,7 +262,7 @@ def check(
     open_samples: Callable[[], ImageSource],
     launch: Launch,
 ) -> Checked:
-    """Finds the user's mistakes; without a collective, and without a model in memory.
+    """Finds the user's mistakes, without a collective and without a model in memory.
 
     Args:
         job: The job of a settled recipe.
@@ -328,7 +330,7 @@ def _disk_bytes(checked: Checked) -> int:
 
 
 def _fetch_weights(job: TrainingJob) -> None:
-    """Downloads weights that a library would fetch as it reads them; in a meeting of all ranks."""
+    """Downloads weights that a library would fetch as it reads them; called in `meeting.meet`."""
     for where, source in job.sources().items():
         job.weights.resolve(source, where=f"--{where}").fetch()
 
@@ -402,7 +404,7 @@ def _with_probed_micro_batch(
 
     Args:
         checked: The runs, their frozen models built.
-        folder: The folder of all.
+        folder: The folder of the whole run, which contains all students' folders.
         keep: Whether the probe's result is stored in the folder.
     """
     share = checked[0].numbers.accumulation
@@ -431,7 +433,7 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
         "world_size": distributed.world_size(),
         "deepspeed": config["zero_optimization"],
         "bfloat16": config["bf16"]["enabled"],
-        # Whoever comes later among several students is held to no stored recipe.
+        # No stored recipe is compared with a student that a later start adds.
         "student": asdict(run.student),
         "code": run.code(),
         "compile": run.engine.compile,
@@ -557,7 +559,7 @@ def _average_of(engine: Engine, run: Run) -> Ema | None:
 
 
 def resume(opened: Opened) -> Opened:
-    """Restores the newest sound checkpoint, if any; the last part of `build`."""
+    """Restores the newest sound checkpoint, if any, into a run that `build` made."""
     opened.checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         finished = opened.checkpoints.resume()
@@ -600,14 +602,15 @@ def open_stored(
 def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
     """Checks a recipe and builds the models that it does not train; a collective.
 
-    They are held and compute as in the run itself. No student, no engine.
+    The frozen models are sharded and compute as in the run itself. Neither student nor engine is
+    built.
 
     Args:
         run: The recipe.
         job_of: Makes the job of the recipe's task.
 
     Returns: the job of the settled recipe, and the training images.
-    Raises: FDError: for the user's mistakes, before anything heavy.
+    Raises: FDError: for the user's mistakes, before models are built.
     """
     launch = distributed.start()
     weights = sources_of(job_of)

@@ -1,4 +1,4 @@
-"""Work on a separate CUDA stream, beside the next work of the current stream.
+"""Runs work on a separate CUDA stream, concurrently with later work of the current stream.
 
 A replicated teacher's forward needs no collective, while the student's forward under ZeRO-3 waits
 for the gathers of its parameters: on a separate stream, the teacher computes in these waits. The

@@ -16,7 +16,7 @@ from torch import Tensor
 class Part:
     """A component that needs sums over a whole step; all ranks call it alike.
 
-    A part that only follows training (`noted`, `after_step`) makes no second pass.
+    A part that only follows training (`noted`, `after_step`) needs no second pass.
     """
 
     of_step: ClassVar[bool] = True
@@ -30,7 +30,7 @@ class Part:
 
         Args:
             task: The task; its student is not run.
-            prepared: Result of the task's `prepare` on it.
+            prepared: Result of the task's `prepare` on the micro batch.
         """
         raise NotImplementedError
 

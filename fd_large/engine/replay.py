@@ -1,8 +1,8 @@
-"""Runs a step that the guard refused again: one process, one device, plain torch.
+"""Repeats a step that the guard refused, in one process on one device, by plain torch.
 
-Weights come from a checkpoint, whatever ranks and ZeRO stage wrote it; images from the incident;
-drop path is drawn again from seed, epoch and positions. So the losses are the recorded ones if the
-checkpoint holds the weights that the step ran on.
+The weights come from a checkpoint of any number of ranks and any ZeRO stage, and the images from
+the incident's files; the drop path is drawn again from seed, epoch and positions. So the losses are
+the recorded ones if the checkpoint holds the weights that the step ran on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run from recipe to summary: all checks before anything heavy, then build, resume, train."""
+"""Trains a run from its recipe to its summary: checks everything, then builds, resumes, trains."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ def train(
     profile: int = 0,
     hooks: Sequence[Hook] = (),
 ) -> int:
-    """Trains a recipe to its end, with everything that watches a run; returns the exit code.
+    """Trains a recipe to its end, with hooks, watchdog and signal handlers; returns the exit code.
 
     Args:
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
         lease: This start's right to write the run's folder.
-        fresh: Start over instead of resuming; the old run's files are moved aside.
-        profile: Steps to trace with torch's profiler, after the first three; 0 turns it off.
+        fresh: Whether to start over instead of resuming; the old run's files are moved aside.
+        profile: Number of steps to trace by torch's profiler, after the first three; 0 turns it
+            off.
         hooks: Further hooks besides the recipe's; each student's run calls them.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
@@ -124,8 +125,8 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     Args:
         trainers: One trainer for each student that is not finished.
         opened: Any of the opened runs, which share images and batches.
-        lease: This start's right to write the folder of all.
-        shared: The hooks that serve all.
+        lease: This start's right to write the folder that contains all students' folders.
+        shared: The hooks that all students' runs share.
     """
     if not trainers:
         return 0
@@ -169,7 +170,7 @@ def _trainer_of(
         opened: The run.
         lease: This start's right to write its folder.
         hooks: Hooks that watch the run.
-        begun: Takes the hooks that know of the start.
+        begun: See `Trainer`.
     """
     run, job, engine, checkpoints = opened.run, opened.job, opened.engine, opened.checkpoints
     finished = opened.finished
@@ -385,10 +386,11 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
 
 @contextmanager
 def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
-    """Records an error that ends the block, or a lost rank, in the folders of runs.
+    """Records an error that ends the block, or the loss of a rank, in the folders of runs.
 
     Args:
-        runs: This start's right to write a run's folder, and the hooks that know of the start.
+        runs: For each run, this start's right to write its folder, and the hooks whose `on_start`
+            has returned.
     """
 
     def lost(reason: str) -> None:
@@ -410,7 +412,7 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 
     Args:
         error: The error that ends the runs.
-        runs: This start's right to write a run's folder, and the hooks that know of the start.
+        runs: See `ends_told`.
     """
     status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
     if isinstance(error, KeyboardInterrupt):
@@ -418,7 +420,7 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
     reason = first_line(error)
     first = not distributed.peer_is_gone(error)
     if first:
-        # The other ranks at once, which wait: a hook, a file may be slow.
+        # First tell the other ranks, which wait: the hooks and files below may be slow.
         failures.tell(code, reason)
     elif heard := failures.heard():
         reason = str(heard)
@@ -432,9 +434,9 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 
 
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
-    """Writes how a run ended; unless `first`, only if no better informed rank has written it."""
+    """Writes how a run ended; unless `first`, only if no rank of this start has written it yet."""
     known = summary_of(lease.folder).get("start") == lease.start
-    # Before it is entered the folder may hold another run.
+    # Before this start has entered the folder, it may hold another run.
     if lease.entered and lease.owned() and (first or not known):
         entry = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
         write_status(lease.folder, status, **entry)

@@ -20,7 +20,8 @@ FIRST_SECONDS = 5.0
 class RunPage(Tracker):
     """Writes the page after evaluations, and when the run stops before its end.
 
-    A finished run writes its whole report by itself, and one that fails is not held up.
+    A finished run writes its whole report by other code; a run that fails writes no page, so that
+    nothing delays its end.
 
     Args:
         clock: Returns seconds.

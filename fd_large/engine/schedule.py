@@ -1,6 +1,7 @@
 """The learning rate of a step: warm-up, then cosine, polynomial or step decay.
 
-Counted in optimiser steps, so that neither ranks nor accumulation change a learning rate.
+Steps are the optimiser's, so that neither the number of ranks nor accumulation changes a learning
+rate.
 """
 
 from __future__ import annotations

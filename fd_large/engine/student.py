@@ -32,7 +32,8 @@ OWN_FIELDS = (
 FEWEST_VALUES = 16
 """Least number of values from which a batch norm takes statistics."""
 FINAL_NORM = {"norm.weight": 1.0, "norm.bias": 0.0}
-"""A ViT's final norm, which a task may do without, and the values that a whole model then has."""
+"""Parameters of a ViT's final norm, which a task may leave out, and the fill values with which a
+whole model then has them."""
 
 
 def make_student(
@@ -81,7 +82,7 @@ def check_norm_batch(
     Args:
         student: The section of a settled recipe; without batch norms every size is accepted.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
-        batch: The recipe's section.
+        batch: The recipe's section `batch`.
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
 
@@ -131,8 +132,8 @@ def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: i
     """Lets the student's batch norms normalise by groups of images; a collective.
 
     Args:
-        task: Its student may have no batch norm; batch norms of a user's own model keep their
-            groups.
+        task: The task, whose student may have no batch norm. Batch norms of a user's own model keep
+            their groups.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         global_batch: Images of a step; 0: groups begin with each micro batch.
         micro_batch: Images of a rank and pass.
@@ -150,7 +151,7 @@ def student_weights(
 
     Args:
         student: The section of a settled recipe.
-        sources: Opens the weights, or has opened them.
+        sources: The sources that open the weights.
         image_size: See `make_student`; tables of positions are resized to it.
         without: Names of tensors that the task does not use.
 
@@ -176,12 +177,12 @@ def as_student(
     *,
     trained_as: Student | None,
 ) -> Student:
-    """Returns a section of a student that starts as a named model.
+    """Returns the recipe's section of a student that starts from a named model's weights.
 
     Args:
         named: The model and its weights, settled.
         architecture: The student's architecture in training.
-        section: Section with the other fields.
+        section: The section that gives the student's other fields.
         trained_as: The student of the run that trained the model; None for a model that no run
             trained.
     """

@@ -1,4 +1,4 @@
-"""Several students in step: each batch is read once and passes the frozen models once.
+"""Trains several students in lockstep: each batch is read and passes the frozen models once.
 
 Each student has its own engine, hooks and checkpoints, and computes the same numbers as alone: a
 run with a single student takes the same path. A student that is behind, after a resume from an
@@ -25,11 +25,11 @@ from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 class HooksOfAll(Hook):
     """Hooks of the process, joined as one hook that each student's run calls.
 
-    They begin and end once. They are told of each step once, by the first student that takes it,
-    so that they see the duration of a step of all students.
+    The hooks begin and end once. They are told of each step once, by the first student that takes
+    it, so that they see the duration of a step of all students.
 
     Args:
-        hooks: The hooks, which judge no step.
+        hooks: The hooks; they give no verdict on a step.
     """
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
@@ -39,7 +39,7 @@ class HooksOfAll(Hook):
         """Tells the hooks of the start.
 
         Args:
-            settings: One for each student.
+            settings: The facts of each student's run.
             folder: The folder that this start owns.
         """
         whole = replace(
@@ -70,7 +70,7 @@ class HooksOfAll(Hook):
                 hook.after_update(update)
 
     def beat(self, *_: object, **__: object) -> None:
-        """Passes on the sign of life."""
+        """Tells each hook that the run makes progress."""
         for hook in self._hooks:
             hook.beat()
 

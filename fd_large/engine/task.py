@@ -1,6 +1,6 @@
 """The task that the engine trains: a Module that maps a batch to a loss and named metrics.
 
-All tasks have this face. The engine knows nothing of teachers, heads or targets.
+All tasks have this interface, so that the engine knows nothing of teachers, heads or targets.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ class Task(nn.Module):
         return targets
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Mapping[str, Tensor]:
-        """Returns further random draws of each image, besides view and drop path, by name.
+        """Returns random numbers of each image, besides those of view and drop path, by name.
 
-        A function of the arguments alone, so that ranks, micro batches, a resume and a replay
-        change nothing. `prepare` takes it, where it is not empty, as the keyword `draws`.
+        They are a function of the arguments alone, so that ranks, micro batches, a resume and a
+        replay do not change them. A result that is not empty is passed to `prepare` as the keyword
+        `draws`.
 
         Args:
             seed: The run's seed.
@@ -67,7 +68,7 @@ class Task(nn.Module):
         return {}
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Does the work without gradient of the trained parameters, such as a teacher's forward.
+        """Does the work that needs no gradient, such as a teacher's forward.
 
         Runs under no_grad and outside the engine, so that the engine sees one forward and one
         backward per micro batch.
@@ -91,7 +92,7 @@ class Task(nn.Module):
         The engine then prepares all micro batches of the step and holds them, adds up `sums` over
         them and over the ranks, and gives each micro batch the totals (`with_totals`). Numbers of
         ranks and of micro batches then change a step by no more than the rounding of float64 sums.
-        By default the parts decide it, and the sums are theirs.
+        By default a step needs them if one of `parts` does, and the sums are those of the parts.
 
         Args:
             micro_batches: Number of micro batches of a rank in the step.
@@ -134,7 +135,7 @@ class Task(nn.Module):
             totals: (K,) float64, the sum of `sums` over the micro batches of all ranks; the same
                 on all ranks.
             parts: Number of these micro batches. The engine averages their losses and gradients,
-                so that a loss that is a sum over the step is multiplied by it.
+                so that a loss that is a sum over the step is multiplied by this number.
         """
         for part, total in zip(self._parts_of_step, totals.split(self._sizes), strict=True):
             part.take(total, parts)
@@ -168,7 +169,7 @@ class Task(nn.Module):
 
     @cached_property
     def norms(self) -> list[Any]:
-        """The batch norms of the task; their running statistics are updated once a step."""
+        """Returns the task's batch norms, whose running statistics are updated once a step."""
         return batch_norm.norms_of(self)
 
     def student_norms(self) -> list[Any]:

@@ -1,7 +1,7 @@
 """The text tower of a CLIP model: class names as vectors for zero-shot classification.
 
-A class is the mean of its prompts' embeddings, each of length 1; an image belongs to the class
-whose vector has the largest cosine with its embedding.
+A class is the mean of its prompts' embeddings, each normalised to an L2 norm of 1; an image belongs
+to the class whose vector has the largest cosine with the image's embedding.
 
 Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 """
@@ -34,7 +34,7 @@ class Classes(NamedTuple):
     """Classes as embeddings of a text tower.
 
     Attributes:
-        vectors: (K, C) float32, of length 1, on the CPU.
+        vectors: (K, C) float32 on the CPU, each row of L2 norm 1.
         scale: The model's factor of cosines before the softmax.
     """
 
@@ -86,7 +86,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
     """Returns the probability of each class for each image, (B, K) float32.
 
     Args:
-        embeddings: (B, C) in the space of the texts, of any length.
+        embeddings: (B, C) in the texts' embedding space, of any norm.
         classes: The classes.
 
     Raises: ConfigError: if the embeddings of images and texts differ in width.
@@ -103,7 +103,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Returns the encoder of texts, to (N, C), and the scale of cosines."""
+    """Returns a function that maps N texts to embeddings (N, C), and the scale of cosines."""
     is_open_clip = source.startswith(OPEN_CLIP) or kind_of(Path(source) / _SIDECAR) == "file"
     make = _of_open_clip if is_open_clip else _of_transformers
     try:
@@ -136,7 +136,7 @@ def _of_open_clip(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
     return lambda texts: model.encode_text(tokenizer(texts)), model.logit_scale.exp().item()
 
 
-# What stands for the image tower, which is not built as the folder says.
+# Settings of a tiny image tower, built in place of the folder's own, which is not needed.
 _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 
 
@@ -194,7 +194,7 @@ def _of_transformers(source: str) -> tuple[Callable[[list[str]], Tensor], float]
     longest = model.config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
-        # To the length that it was trained with: SigLIP reads the last place, whatever is there.
+        # Padded to the length of its training: SigLIP reads the last position, padding or not.
         tokens = tokenizer(
             texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         )

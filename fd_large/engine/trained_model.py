@@ -31,7 +31,7 @@ class TrainedModel(nn.Module):
         statistics: The normalisation of its images.
         image_size: Side of the images that it was trained with, in pixels.
         source: Source of its weights.
-        heads: Reads the heads that guess teachers' maps, by name; see `StoredRun.heads`.
+        heads: Reads the heads that predict teachers' maps, by name; see `StoredRun.heads`.
 
     Attributes:
         backbone: The module.
@@ -102,7 +102,7 @@ class TrainedModel(nn.Module):
 
         Args:
             name: The teacher's name; "teacher" for a run with one teacher; NAME_summary for a
-                summary, which is one place (B, C, 1, 1).
+                summary, a map (B, C, 1, 1) of a single position.
             images: As in `forward`.
             in_teacher_units: Whether the prediction is in the teacher's own units; else it is in
                 the units of the target's normaliser.
@@ -149,10 +149,11 @@ class TrainedModel(nn.Module):
             text: The CLIP whose text tower is used: a folder of transformers with a tokenizer, or
                 of open_clip; hf:REPO; or open_clip:ARCH/TAG.
             teacher: The name of that CLIP among the run's teachers.
-            prompts: Texts that have {} where the name of a class goes; a class is their mean.
+            prompts: Texts that have {} where the name of a class goes; a class is the mean of their
+                embeddings.
 
-        Raises: ConfigError: as `teacher_map`, or if the text tower is not of the teacher's space;
-            WeightsError: if it cannot be had.
+        Raises: ConfigError: as `teacher_map`, or if the embeddings of the text tower and of the
+            teacher differ in width; WeightsError: if the text tower cannot be fetched or read.
         """
         check_prompts(class_names, prompts)
         learnt = [name.removesuffix(_SUMMARY) for name in self._loaded() if name.endswith(_SUMMARY)]

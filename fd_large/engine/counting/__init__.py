@@ -1,1 +1,1 @@
-"""Costs of a task before it trains: counts on shapes, times on one device, and its micro batch."""
+"""Finds a task's costs before it trains: operations, times on one device, largest micro batch."""

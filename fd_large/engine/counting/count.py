@@ -3,9 +3,9 @@
 The task of a job is built on the meta device, where tensors have shapes but no values, and runs a
 step there (`step.py`) under a `Recorder`.
 
-Counts at two micro-batches give all others, because each count is linear in the images
-(`plan/counts.py`). Where it is not linear, as with attention in chunks of windows, a single
-micro-batch is counted.
+Counts at two sizes of micro-batch give those at every size, because each count is linear in the
+images (`plan/counts.py`). Where a count is not linear, as with attention in chunks of windows, a
+single size is counted.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
     Args:
         models: The task and its frozen models, on the meta device.
-        batch: On the meta device.
+        batch: A micro-batch on the meta device.
         like: Recorder of another micro-batch.
 
-    Raises: NotLinear: if the step calls other operations than that one recorded.
+    Raises: NotLinear: if the step calls other operations than `like` has recorded.
     """
     recorder = Recorder(models.all(), like=like.names if like else None)
     for t in tree_leaves((batch.images, batch.targets)):
@@ -137,11 +137,11 @@ def count(
         job: Only its description is used; no weights or images are read.
         device: Decides the kernels.
         bfloat16: Whether the task computes in bfloat16.
-        frozen_bfloat16: Whether frozen models do.
+        frozen_bfloat16: Whether the frozen models compute in bfloat16.
         checkpointing: False counts without activation checkpoints, True with one at each
             `checkpoint_every`-th block of the student; False comes first.
-        micro_batch_size: Counted alone if the task is not linear in its images; auto: as many
-            images as belong together.
+        micro_batch_size: The only size that is counted if the task is not linear in its images;
+            auto: `images_together` of the job.
         image_size: Side of the images; 0 means the side of the job's probe batch, the largest.
 
     Returns: the counts with and without checkpoints, as asked.
@@ -212,12 +212,12 @@ def step_flops(
 
     Args:
         job: Only its description is used; no weights or images are read.
-        micro_batch_size: Images.
+        micro_batch_size: Number of images.
         checkpointing: Whether the student's blocks are checkpointed.
         micro_batches: Number of a rank's micro-batches in a step.
         image_size: See `count`.
     """
-    # What a CPU computes is that of fused kernels, which are counted in the shortest time.
+    # A CPU computes the same FLOPs as a GPU's fused kernels, whose counting takes the least time.
     device = choose.Device((9, 0))
     if torch.cuda.is_available():
         capability = None if torch.version.hip else torch.cuda.get_device_capability()
@@ -244,7 +244,7 @@ def kernel_calls(
         job: Only its description is used; no weights or images are read.
         device: Device that will run the kernels.
         bfloat16: Whether the task computes in bfloat16.
-        frozen_bfloat16: Whether frozen models do.
+        frozen_bfloat16: Whether the frozen models compute in bfloat16.
 
     Raises: FDError: if a step cannot run without values.
     """

@@ -144,7 +144,7 @@ def probe(
     steps = [_phases(engine, batch_of, share, seed, keeps=several) for engine in engines]
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
     gc.collect()
-    # What is measured of one student has the moments of all beside it.
+    # Each student's steps are measured while the optimiser moments of all students are in memory.
     for phases in steps if several else ():
         _take_first(phases)
     size = share
@@ -179,7 +179,7 @@ def _phases(
         arguments = arguments_of_step(
             engine.task, engine.deepspeed, repeat(batch_of(size), count), seed, count=count
         )
-        # Beside what a step in two passes holds of the others.
+        # While the other micro batches that a step in two passes has prepared are in memory.
         backward(engine, next(arguments))
         arguments.close()
 

@@ -1,8 +1,8 @@
 """Times the phases of a job's real step on one device: frozen models, forward, backward, optimiser.
 
-The task runs without an engine at two micro-batches in turn, so that other work on the machine
-meets both alike, and the shortest time of each phase counts: other work can only lengthen it. The
-lines through both (`plan/phases.py`) are the basis of `plan --probe`.
+The task runs without an engine at two sizes of micro-batch in turn, so that other work on the
+machine slows both alike. The shortest time of each phase counts, since other work can only lengthen
+a phase. The lines through both sizes (`plan/phases.py`) are the basis of `plan --probe`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 # Python, which the plan counts by itself.
 MOST_IMAGES, MOST_IMAGES_ON_GPU = 4, 16
 ROUNDS = 5
-# Fraction of what is free that a micro-batch may take.
+# Fraction of the free memory that a micro-batch may take.
 ROOM = 0.5
 UPDATE = "update"
 # Parameters that the optimiser steps on trial: more than caches hold.
@@ -47,7 +47,7 @@ UPDATED = 2**24
 def measure(
     job: TrainingJob, *, free_bytes: float, clock: Callable[[], float] = time.perf_counter
 ) -> Phases | None:
-    """Times the phases on this rank, beside the others, in torch's process group.
+    """Times the phases on all ranks of torch's process group at the same time.
 
     Args:
         job: Only its description is used; no weights or images are read.
@@ -194,7 +194,7 @@ def _seconds_of(
     """Returns the seconds of each phase that a pass reports; all ranks begin it together.
 
     Args:
-        one_pass: Runs, and tells each phase when it begins.
+        one_pass: Runs the phases, and calls its argument with the name of each as it begins.
         now: Returns seconds.
     """
     seconds: dict[str, float] = defaultdict(float)

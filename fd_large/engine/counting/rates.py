@@ -30,7 +30,7 @@ SIDE, SIDE_ON_GPU = 1024, 8192
 
 
 def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
-    """Measures on this rank, beside the others, in torch's process group.
+    """Measures on all ranks of torch's process group at the same time.
 
     Args:
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.

@@ -29,7 +29,7 @@ PHASES: dict[str, Phase] = {
     FIRST_PASS: "first_pass",
     BACKWARD: "backward",
 }
-"""Phases of a step as counts have them; all others are forwards of frozen models."""
+"""Names that counts use for a step's phases; other phases are forwards of frozen models."""
 
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
@@ -70,8 +70,8 @@ class Operation(NamedTuple):
         again: Whether it repeats a computation of the forward pass.
         name: Its name.
         flops: FLOPs of its matrix products.
-        read: Bytes.
-        written: Bytes.
+        read: Number of bytes that it reads.
+        written: Number of bytes that it writes.
     """
 
     phase: Phase
@@ -99,9 +99,11 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phase: Name of the running phase.
-        inside: Number of modules that are running now; the caller counts.
-        blocks: Forwards of blocks that stage 3 gathers at once, by phase; the caller counts.
-        modules: Forwards of modules outside such blocks, by phase; the caller counts.
+        inside: Number of modules that are running now, counted by the caller.
+        blocks: Number of forwards of blocks that stage 3 gathers at once, by phase, counted by the
+            caller.
+        modules: Number of forwards of modules outside these blocks, by phase, counted by the
+            caller.
         operations: Operations that computed or moved data.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
@@ -212,8 +214,8 @@ class Recorder(TorchDispatchMode):
 def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
     """Bytes of the temporary copies that a CPU convolution makes in its own layout.
 
-    oneDNN's, for all but channels that come last: of the larger of input and output in forward; in
-    backward of both, and of a gradient that is not contiguous.
+    oneDNN copies tensors that are not channels-last: in forward the larger of input and output, in
+    backward both of them, and a gradient that is not contiguous.
     """
     if name not in ("convolution", "convolution_backward"):
         return 0

@@ -1,8 +1,8 @@
-"""One step of a job's task on one device, or on shapes alone, for counting and timing.
+"""Runs one step of a job's task on one device, or on shapes alone, for counting and timing.
 
-The task runs as it does in training, but without an engine: frozen models and other work without
-gradients, the sums of a step in two passes, forward, backward. `run_step` tells its caller which of
-these phases begins.
+The task runs as it does in training, but without an engine: first the frozen models and other work
+without gradients, then the sums of a step in two passes, forward and backward. `run_step` tells its
+caller which of these phases begins.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Mod
     Args:
         job: Only its description is used; no weights or images are read.
         bfloat16: Whether the task computes in bfloat16.
-        frozen_bfloat16: Whether frozen models do.
+        frozen_bfloat16: Whether the frozen models compute in bfloat16.
     """
     task, frozen = job.models_on_shapes()
     group_norms(task, job.run.norm_batch())
@@ -96,7 +96,7 @@ def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
 
     models.task.sums = first_pass  # type: ignore[method-assign]
     for name, model in models.frozen.items():
-        # First, so that what others note of the model is of its phase.
+        # The first hook, so that what other hooks record counts in the model's phase.
         handles.append(
             model.register_forward_pre_hook(lambda *_, name=name: begin(name), prepend=True)
         )
@@ -125,7 +125,7 @@ def on_shapes(device: choose.Device) -> Iterator[None]:
         ours,
     )
     try:
-        # Random weights of no values would move the generator on.
+        # Initialising weights without values would still advance the generator.
         with choose.standing_in(device), torch.random.fork_rng(devices=[]), torch.device("meta"):
             yield
     except FDError:

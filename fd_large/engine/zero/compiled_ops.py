@@ -1,10 +1,10 @@
-"""DeepSpeed's compiled operations: whether this machine can build them, and one build on each node.
+"""Builds DeepSpeed's compiled operations once on each node, and tells whether it can.
 
 torch compiles an operation where it is first used, under a file `lock` in the operation's folder,
-and waits for that file without a limit. A job that is killed while it compiles leaves it behind,
-and every later start would wait for ever. Here one rank of a node compiles, in a process that a
-time limit ends, and whoever compiles or loads holds a lock of the operating system, which goes with
-its process: a `lock` of torch that is there nevertheless is stale.
+and waits for that file without a limit. A job that is killed while it compiles leaves this file
+behind, and every later start would wait for ever. Here one rank of a node compiles, in a process
+that a time limit ends. Each process that compiles or loads holds a lock of the operating system,
+which is released when the process ends; torch's `lock` that its holder finds is stale.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Op(NamedTuple):
 
     Attributes:
         name: DeepSpeed's name of it.
-        buildable: Whether compiler and libraries are there, as far as DeepSpeed looks.
+        buildable: Whether compiler and libraries are there, by DeepSpeed's own check.
         built: Whether its library is ready: installed, or left by an earlier run.
     """
 
@@ -61,7 +61,7 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Asks the builder of each operation; compiles nothing."""
+    """Returns what DeepSpeed's builder says of each operation; compiles nothing."""
     operations = []
     for name in NAMES:
         builder = _builder(name)

@@ -26,7 +26,7 @@ from fd_large.plan.memory import persistence_threshold, sums_in_float32
 AUTO = "auto"
 MICRO_BATCH, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 EIGHT_BIT_GROUP = 8
-"""Elements of which a shard that DeepSpeed 0.19.8 quantises is a multiple."""
+"""The number of elements of a shard that DeepSpeed 0.19.8 quantises must be a multiple of this."""
 
 Kind = tuple[str, Callable[[Any], bool]]
 
@@ -52,8 +52,8 @@ _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
 # The closed lists. A key of DeepSpeed that is not here belongs to the recipe, has no effect on this
 # engine, or would put shards in another order than checkpoints have (round_robin_gradients), and is
-# refused. `overlap_comm`, `contiguous_gradients` and `reduce_scatter` are heard at stage 3, and at
-# stages 1 and 2 where the optimiser is offloaded.
+# refused. `overlap_comm`, `contiguous_gradients` and `reduce_scatter` take effect at stage 3, and
+# at stages 1 and 2 where the optimiser is offloaded.
 _OFFLOAD = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
 _OFFLOAD_OPTIMIZER = {**_OFFLOAD, "nvme_path": _TEXT}
 _OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
@@ -109,7 +109,7 @@ _TOP: dict[str, Kind] = {
     "activation_checkpointing": _OBJECT,
     **dict.fromkeys(_BLOCKS, _OBJECT),
 }
-# Where an "auto" may stand: what `fill` replaces.
+# Keys whose value may be "auto", which `fill` replaces.
 _FILLED = frozenset(
     {
         "train_batch_size",
@@ -229,7 +229,7 @@ def _wrong_keys(config: Any) -> Iterator[str]:
 
 
 def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
-    # A block that is no object is told of by the one that holds it.
+    # A block that is no object is reported by the check of the block that holds it.
     for key, value in block.items() if isinstance(block, dict) else ():
         name = f"{prefix}{key}"
         if key not in keys:
@@ -412,7 +412,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     filled.pop("data_types", None)
     if numbers.bfloat16:
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
-    # It asks for nothing, or `check` would have refused it.
+    # The block has no setting with an effect, or `check` would have refused it.
     filled.pop("activation_checkpointing", None)
     _fill_zero(filled, stage, numbers)
     _fill_sums(filled, numbers)
@@ -500,7 +500,7 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
 
 
 def _check_groups(numbers: RunNumbers) -> None:
-    """Refuses weights in 8 bits where DeepSpeed cannot group them, which it would assert."""
+    """Refuses 8-bit weights whose shards DeepSpeed cannot group: it would fail an assertion."""
     ranks, of = numbers.world_size, EIGHT_BIT_GROUP
     odd = sorted({n for n in numbers.trained_sizes if -(-n // ranks) % of})
     if odd:

@@ -3,8 +3,8 @@
 With `offload_param` on the disk, the bfloat16 weights are there too.
 
 Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
-memory, placed in mapped files. So all numbers equal those of offload, and the kernel decides
-which pages stay in memory: the least recently used go to the disk.
+memory, placed in mapped files. So all numbers equal those of offload to host memory, and the kernel
+decides which pages stay in memory: the least recently used go to the disk.
 
 DeepSpeed's own way to a disk (ZeRO-Infinity, by libaio) is not used: 0.19.8 trains silently wrong
 where a swapped gradient does not begin at a multiple of 512 bytes, and keeps a float32 gradient of
@@ -66,9 +66,9 @@ class Disk:
 
         Args:
             weights: Whether weights offloaded to host memory go to the disk too.
-            exact: The masters' values, flat, by the `ds_id` of their parameters; emptied on the
-                way, so that the disk never holds all of them twice. Other masters copy their
-                parameters.
+            exact: The masters' values, flat, by the `ds_id` of their parameters. Each is removed
+                once it is copied, so that the disk never holds all of them twice. Masters that
+                `exact` lacks copy their parameters.
         """
         stage_3 = get(_STAGE_3)
         ways: dict[str, Any] = {"_setup_for_real_optimizer": partialmethod(_set_up, self, exact)}

@@ -13,7 +13,7 @@ from fd_large.ranks import distributed
 
 
 class Float32Sums:
-    """Stage 1 in bfloat16: every rank sums all its gradients in float32, and steps its shard."""
+    """Reduces gradients at ZeRO stage 1 in bfloat16, where every rank sums all in float32."""
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
@@ -90,6 +90,6 @@ class Float32Sums:
                 shard.div_(distributed.world_size())
 
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        """Returns the shards for clipping; for DeepSpeed's norm, their norm as its only input."""
+        """Returns the shards for clipping, or else their norm, as DeepSpeed's only norm input."""
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

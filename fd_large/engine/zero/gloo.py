@@ -2,9 +2,9 @@
 
 gloo gathers into a second buffer and copies it out, and does a reduce-scatter as an all-reduce of a
 copy. Gathering 28M float32 parameters on two CPU ranks takes 130 ms of processor time that way, and
-25 ms as broadcasts of each rank's shard in place. Summing as many, a half on each of two ranks,
-takes 50 ms as gloo's reductions, and 17 ms where one rank sends and the other adds. The values are
-the same.
+25 ms as broadcasts of each rank's shard in place. Summing the same number of gradients, with half
+of the sums on each of two ranks, takes 50 ms as gloo's reductions, and 17 ms where one rank sends
+and the other adds. The values are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 def gather_in_place(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> _Works | None:
-    """Replaces `all_gather_into_tensor`: every rank's shard into `output_tensor`, in rank order."""
+    """Replaces `all_gather_into_tensor`: gathers all shards into `output_tensor`, in rank order."""
     ranks, shards, mine = _shards(output_tensor, group)
     if mine.data_ptr() != input_tensor.data_ptr():
         mine.copy_(input_tensor.view(-1))
@@ -37,7 +37,7 @@ def scatter_in_place(
     group: Any = None,
     async_op: bool = False,
 ) -> _Works | None:
-    """Replaces `reduce_scatter_tensor`: this rank's shard of the sum; overwrites `input_tensor`."""
+    """Replaces `reduce_scatter_tensor`: makes this rank's shard; overwrites `input_tensor`."""
     ranks, shards, mine = _shards(input_tensor, group)
     works = _Works(
         sum_on_owner(shard, rank, op, group, async_op=True)
@@ -55,11 +55,11 @@ def sum_on_owner(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    """Replaces `reduce`: the sum over the ranks, on one of them; overwrites `tensor` on others.
+    """Replaces `reduce`: makes the sum over ranks on rank `dst`; may overwrite `tensor` on others.
 
-    Three ranks and more would be added up in another order than gloo's.
+    Three ranks and more keep gloo's own reduction, whose order of additions would change.
     """
-    # `start` imports DeepSpeed, and this file before.
+    # Not at the top: `start` imports this file before DeepSpeed.
     from deepspeed.accelerator import get_accelerator
 
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)

@@ -53,7 +53,7 @@ class InOrder(ABC):
 
     def __init__(self, needs: Sequence[int]) -> None:
         self._needs = needs
-        # What was sent and not waited for, the oldest first.
+        # The buckets in flight, the oldest first.
         self._works: list[tuple[Any, ...]] = []
         self._begin()
 
@@ -86,7 +86,7 @@ class InOrder(ABC):
 
 
 class Reductions(InOrder):
-    """Sums over ranks, in place.
+    """Buckets of gradients that are summed over ranks in place.
 
     Args:
         engine: DeepSpeed's engine, which knows the data type that is sent.

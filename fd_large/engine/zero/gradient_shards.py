@@ -49,14 +49,14 @@ class _Partition(list):
 
 
 class OwnedShards(InOrder):
-    """Stage 2, and 1 in float32: every rank keeps the sums of the gradients that it steps.
+    """Reduces gradients at ZeRO stage 2, and at stage 1 in float32: each rank keeps its shard.
 
     Two bucket buffers are used in turn; in float32 the owner fills a bucket where the optimiser
     reads it. A gradient is freed once it is in its buckets. Micro batches of a step are summed in
-    float32: at stage 2 in the shard, at stage 1 where autograd does.
+    float32: at stage 2 in the shard, at stage 1 where autograd accumulates gradients.
 
-    In float32 the optimiser steps the parameters' own memory; DeepSpeed steps a copy of it, and
-    copies that back.
+    In float32 the optimiser steps the parameters' own memory, while DeepSpeed by itself would step
+    a copy and copy it back.
     """
 
     def __init__(self, engine: Any, bucket_size: int) -> None:
@@ -117,7 +117,7 @@ class OwnedShards(InOrder):
                     if low < high:
                         parts.append((parameter, low - place, high - place, low - begin))
                 if parts:
-                    # Without the elements behind the last parameter, which pad the group.
+                    # Without the padding behind the group's last parameter.
                     _, low, high, place = parts[-1]
                     bucket = _Bucket(group, begin, place + high - low, owner, parts)
                     # Backward comes to a group's last parameters first.
@@ -147,7 +147,7 @@ class OwnedShards(InOrder):
         for view, (parameter, low, high, _) in parts:
             gradient = parameter.grad
             if gradient is None:
-                # It took no part on this rank, but may have on others.
+                # The parameter has no gradient on this rank, but may have one on others.
                 view.zero_()
                 continue
             if view.shape != gradient.shape:

@@ -104,7 +104,7 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
     Args:
         engine: The engine, before its first step.
         decay: Factor of the learning rate from each layer to the layer below; 1 turns it off.
-        backbone_rate: Factor of the learning rate of all of the student; 1: none.
+        backbone_rate: Factor of the learning rate of the whole student; 1 turns it off.
     """
     slices: dict[int, list[LayerSlice]] = defaultdict(list)
     scales: set[float] = set()

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMISERS: dict[str, Any] = {"adamw": None, "lars": Lars}
-"""The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
+"""The built-in optimisers, each a function of (groups, lr); None for AdamW, of which
+`make_optimizer` chooses an implementation."""
 
 # Numbers of the tensors that a fused optimiser steps on trial; kernels cut them at powers of two.
 _TRIED = (1, 1000, 2**18 + 3)

@@ -44,7 +44,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
         whole, state, group = _trial(make, [(8, 8)], device)
         flat, _, _ = _trial(make, [(64,)], device)
         parts, _, _ = _trial(make, [(24,), (40,)], device)
-        alone, _, _ = _trial(make, [(24,)], device)  # As on a rank that has no other part.
+        alone, _, _ = _trial(make, [(24,)], device)  # As on a rank that has this part only.
         _, first, _ = _trial(make, [(8,)], device, steps=1, still=True)
     except Exception as error:  # The user's code may raise anything.
         raise _unfit(

@@ -157,8 +157,8 @@ def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Ten
 
     Args:
         module: A module with whole or partitioned parameters in float32.
-        keep_exact: Whether the float32 values outlive this, as masters need them. A frozen model
-            has none: each tensor is freed before the next is cast.
+        keep_exact: Whether the float32 values are kept, for masters. A frozen model has no masters:
+            without `keep_exact`, each float32 tensor is freed before the next is cast.
 
     Returns: this rank's float32 shards by name; empty unless they are kept.
     """
@@ -185,8 +185,8 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
     Args:
         module: The engine's module.
-        exact: The float32 values from `to_bfloat16`; emptied on the way, so that memory never
-            holds both.
+        exact: The float32 values from `to_bfloat16`. Each is removed once it is written, so that
+            memory never holds all of them twice.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

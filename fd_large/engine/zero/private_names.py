@@ -57,7 +57,7 @@ def get(path: str) -> Any:
     """Returns a private class, function or global.
 
     Args:
-        path: Module:name. If `PARAMETERS` has it, it and its parts listed there are compared.
+        path: Module:name. The parameters that `PARAMETERS` lists for it, if any, are compared.
 
     Raises: VersionError: if it is not as in the tested version.
     """

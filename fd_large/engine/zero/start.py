@@ -1,4 +1,4 @@
-"""DeepSpeed's start: without a compiler on CPUs, without log noise, and clean between engines."""
+"""Starts DeepSpeed without a compiler on CPUs and without log noise; clears it between engines."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def not_finite(engine: Engine) -> list[str]:
     keys: dict[torch.device, list[str]] = defaultdict(list)
     for key, values in shards(engine):
         if key.partition(".")[2] not in engine.infinite_buffers:
-            # NaN is both the smallest and the largest of the numbers that it is among.
+            # If a tensor contains a NaN, torch returns NaN as its minimum and maximum.
             extremes[values.device].append(torch.stack(torch.aminmax(values.detach())))
             keys[values.device].append(key)
     broken = []
@@ -113,14 +113,15 @@ def not_finite(engine: Engine) -> list[str]:
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, flat float32 tensor) of each parameter and running statistic; a collective.
 
-    With the average in the place of the weights these are the average's.
+    While the average stands in the place of the weights (`Ema.in_place_of_weights`), the values are
+    the average's.
     """
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
         whole = torch.zeros(_numel(parameter), device=distributed.device())
         if home is not None:
             whole[home.span.start : home.span.stop] = home.master
-        # Each element is another rank's than the zeros that are added to it.
+        # Only one rank's values of an element are not zero, so that the sum is exact.
         yield name, distributed.sum_tensor(whole)
     for name, buffer in _statistics(engine).items():
         yield name, buffer.float().flatten()
@@ -223,7 +224,7 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """Returns the elements that this rank stores and reads of tensors that all ranks hold."""
+    """Returns which elements of a tensor that all ranks hold this rank stores in checkpoints."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 

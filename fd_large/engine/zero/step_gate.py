@@ -1,10 +1,11 @@
 """Stops an optimiser step between its gradients and its weights, at any ZeRO stage.
 
-DeepSpeed's `step` computes the norm, asks whether it is finite, clips and calls the inner
-optimiser, once or once per group. The gate stands in front of that question, which the ranks'
-agreement answers, so that the host reads the device once for both. At stage 0, where DeepSpeed does
-not ask, it stands in front of the inner optimiser. Gradients are complete, no weight has moved yet,
-and a refused step leaves weights, moments and step counts as they were.
+DeepSpeed's `step` computes the gradients' norm, asks whether it is finite, clips and calls the
+inner optimiser, once or once per group. The gate answers DeepSpeed's question by the ranks'
+agreement about the step, so that the host reads the device once for both. At stage 0, where
+DeepSpeed does not ask, the gate stands in front of the inner optimiser. At both places the
+gradients are complete and no weight has moved yet, and a refused step leaves weights, moments and
+step counts as they were.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Answer(NamedTuple):
 
     Attributes:
         goes_on: Whether the weights are to move.
-        finite: Whether the norm of the gradients is.
+        finite: Whether the norm of the gradients is finite.
     """
 
     goes_on: bool

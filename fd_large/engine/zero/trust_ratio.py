@@ -70,7 +70,7 @@ def scale_by_norms(engine: Engine) -> None:
     """Lets an engine scale gradients before each step, if its optimiser has a trust ratio.
 
     Args:
-        engine: The engine, before its first step, its learning rates by layer installed.
+        engine: The engine, before its first step and after layer-wise learning rates were set.
     """
     inner = engine.gate.inner
     if not hasattr(inner, "trust_ratio"):

@@ -4,8 +4,8 @@ DeepSpeed gathers the weights of every module before its forward and its backwar
 around every module, those without weights too. A block of a ViT has nine modules. What a block
 costs the host is counted by benchmarks/host_calls.py.
 
-DeepSpeed's own leaf modules do not serve: they sum the gradients of a leaf when its backward is
-over, and those of a part that is called outside of it come later, and are lost.
+DeepSpeed's own leaf modules do not serve: they sum a leaf's gradients when the leaf's backward is
+over, and lose the later gradients of a submodule that is called outside of the leaf's forward.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from fd_large.plan.buckets import gathered_whole
 
 PREFETCH, GRANULARITY = "stage3_prefetch_bucket_size", "stage3_module_granularity_threshold"
 DEFAULT = 50_000_000
-"""DeepSpeed's own bucket of what is gathered ahead."""
+"""DeepSpeed's default number of elements that it gathers ahead."""
 
 _COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 _PARTITION = "deepspeed.runtime.zero.partition_parameters"
 _iter_params = get(f"{_COORDINATOR}:iter_params")
 _print_rank_0 = get(f"{_PARTITION}:print_rank_0")
 _UNIT = "_gathered_whole"
-"""Attribute of such a module, in whose table it is: all its parameters."""
+"""Name of an attribute that lists all parameters of a block gathered whole, in its `__dict__`."""
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
     """Lets blocks that fit the bucket of prefetched parameters be gathered as one module.
 
-    Which these are says `plan/buckets.py`, for `plan` counts them too.
+    `plan/buckets.py` chooses these blocks, because `plan` counts them too.
 
     Args:
         engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser its
-            model is frozen, and loses the hooks for a backward.
+            model is frozen, and its hooks for backward are removed.
         backbone: The engine's module, or a part of it.
         zero: The section of the filled DeepSpeed JSON.
     """
@@ -64,9 +64,9 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
 
 
 def _spare_calls() -> None:
-    """Spares DeepSpeed's hooks the Python calls beside gathering, a third of all their calls.
+    """Removes from DeepSpeed's hooks the Python calls that do not gather, a third of all calls.
 
-    These are marks for NVIDIA's profiler, and texts for a log that nobody reads.
+    They are ranges for NVIDIA's profiler, and log messages that are not printed.
     """
     replace(get("deepspeed.utils:nvtx"), "enable_nvtx", False)
     for module in (_COORDINATOR, _PARTITION):

@@ -14,7 +14,7 @@ from fd_large.ranks import distributed
 
 
 class WholeGradients:
-    """Stage 0: every rank holds and steps everything."""
+    """Averages gradients at ZeRO stage 0, where every rank holds and steps all parameters."""
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine = engine
@@ -77,7 +77,7 @@ class _Averages:
         view = self._views[parameter]
         assert parameter.grad is not view, "a gradient came after its bucket was filled"
         if parameter.grad is None:
-            # It took no part on this rank, but may have on others.
+            # The parameter has no gradient on this rank, but may have one on others.
             view.zero_()
         else:
             torch.div(parameter.grad, distributed.world_size(), out=view)
