@@ -1,4 +1,4 @@
-"""Makes two feature maps comparable token by token: one grid, matched prefix tokens."""
+"""Makes two feature maps comparable token by token, on a common grid with matched prefix tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def teacher_side(
 ) -> int:
     """Returns the side in pixels to which the student's images are resized for the teacher.
 
-    The first of these sizes that the teacher accepts:
+    It is the first of these sizes that the teacher accepts:
 
-    1. The student's images, if the grids agree at their size.
-    2. The size at which the grids agree, if it is more than half the student's size and at most
-       twice the teacher's training size: enlarged pixels show a teacher nothing new.
-    3. The size that the teacher was trained at, if its map is the coarser one and that size is
-       larger; its map is then resized.
-    4. The student's images; the map is then resized.
-    5. The size that the teacher was trained at, as in 3.
+    1. The size of the student's images, if the grids agree there.
+    2. The size at which the grids agree, if it is more than half the size of the student's images
+       and at most twice the teacher's training size (larger images only show enlarged pixels).
+    3. The teacher's training size, if it is larger than the student's images and the teacher's map
+       of those is coarser than the student's map; the teacher's map is then resized.
+    4. The size of the student's images; the teacher's map is then resized.
+    5. The teacher's training size; the teacher's map is then resized.
 
     Args:
         student: Rows and columns of the student's map.
@@ -67,8 +67,8 @@ def align(
 
     With "bilinear" interpolation the teacher's map is resized to the student's grid, before
     whitening, so that the targets have unit variance per token. With "bilinear_student" the
-    student's goes to the teacher's grid, after its head, as in lightly-train; with
-    "bilinear_larger" the map of fewer places is resized, as in SAK.
+    student's map is resized to the teacher's grid, after its head, as in lightly-train; with
+    "bilinear_larger" the map with fewer places is resized to the other grid, as in SAK.
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
@@ -110,7 +110,7 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
 
 
 def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
-    """Returns a map on another grid, by bilinear interpolation; prefix tokens stay."""
+    """Returns a map resized to another grid by bilinear interpolation, with unchanged prefix."""
     if map_.grid == grid:
         return map_
     prefix, patches = _split(map_)

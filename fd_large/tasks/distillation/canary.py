@@ -1,17 +1,17 @@
 """Finds ranks whose teacher changed in memory, that compute wrongly, or that are slow.
 
-The training loss does not show it: a student learns from a damaged teacher just as well. Every rank
+The training loss does not show a damaged teacher: a student learns from it just as well. Every rank
 hashes the part of the teacher that it holds itself (a gathered weight is the same on all ranks) and
 computes the map of fixed images; both must be as they were at the start. The time of a short matrix
 product that waits for no other rank shows how fast each rank is.
 
-Cost of a check, by arithmetic, on one H100 and for the 1.06B teacher in bf16: hashed whole
-(replicated; a sharded one is hashed in parts), about 10 passes over 16 bytes per element, 1.06e9 x
-160 B at 3 TB/s = 0.06 s, and a dozen launches for each of 1,000 tensors, 0.1 s; the map of two
-images, 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s; seven products of 2 x 4096^3 = 0.14 TFLOP,
-0.003 s; two small collectives. 0.2 s every 500 steps is below 1% of training time if a step takes
-0.04 s or more; those of the 3B run take seconds. On one CPU core (measured) the hash takes
-0.006 s per million elements.
+The cost of a check is estimated by arithmetic, for the 1.06B teacher in bf16 on one H100. The hash
+of a replicated teacher (a sharded one is hashed in parts) makes about 10 passes over 16 bytes per
+element, 1.06e9 x 160 B at 3 TB/s = 0.06 s, and a dozen kernel launches for each of 1,000 tensors,
+0.1 s. The map of two images takes 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s. Seven products of
+2 x 4096^3 = 0.14 TFLOP each take 0.003 s, and there are two small collectives. A total of 0.2 s
+every 500 steps is below 1% of training time if a step takes 0.04 s or more; steps of the 3B run
+take seconds. On one CPU core (measured) the hash takes 0.006 s per million elements.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 TEACHER_CHANGED = "teacher changed"
 """The status in summary.json of a run that ends because its teacher changed."""
 MAP_TOLERANCE = 0.01
-"""Largest change of the map, as a fraction of its norm: products in bf16 may be summed in another
-order. The hash is exact."""
+"""Largest tolerated change of the map, as a fraction of its norm, since products in bf16 may be
+summed in another order. The hash must be equal."""
 SLOW = 1.5
 """Multiple of the ranks' median time above which a rank counts as slow."""
 CHECKS_BETWEEN_NAMINGS = 20

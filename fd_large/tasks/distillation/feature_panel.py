@@ -1,7 +1,7 @@
-"""The arrays of the feature panel: maps of a few held-out images, before and after training.
+"""The feature panel, which shows maps of a few held-out images before and after training.
 
-Written during the run as pictures/features_before.npz and features_after.npz, so that the report
-needs neither the models nor torch.
+Its arrays are written during the run as pictures/features_before.npz and features_after.npz, so
+that the report needs neither the models nor torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fd_large.tasks.distillation.task import Distillation
 
 PANEL_IMAGES = 4
 PANEL_CANDIDATES = 16
-"""Views of which the panel shows those that vary most; others may be blank, such as the sky."""
+"""Number of views of which the panel shows the most varied ones; a view may show blank sky."""
 
 
 class FeaturePanel(Hook):
@@ -45,8 +45,8 @@ class FeaturePanel(Hook):
         Args:
             index: Finished steps.
             panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, normalised; student of
-                the same shape and type, projected; of several teachers teacher_NAME and
-                student_NAME. Only rank 0's is used.
+                the same shape and type, projected; with several teachers, teacher_NAME and
+                student_NAME for each. Only rank 0's panel is used.
         """
         if distributed.is_main() and self._setting.owned():
             name = f"features_{'after' if index else 'before'}.npz"
@@ -85,8 +85,8 @@ def feature_panel(
         given_maps: See `Distillation.learnt`.
 
     Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
-        (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
-        host memory.
+        (n, h, w, C), projected, float32; with several teachers, teacher_NAME and student_NAME for
+        each. All tensors are in host memory.
     """
     student_tokens: dict[str, Tensor] = {}
     shown = [target for target in task.targets if target.kind == MAP]
@@ -132,7 +132,7 @@ def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
 
     Args:
         views: (3, S, S) uint8 each.
-        names: The image that each is cut from.
+        names: Name of the image that each view is cut from.
     """
     spread = torch.stack([view.float().flatten(1).var(1).sum() for view in views])
     turns, taken = {}, Counter[str]()

@@ -1,4 +1,4 @@
-"""Grids of student and teachers: sides of images, common grids, and checks of the heads."""
+"""Settles the image sides and grids of student and teachers, and checks that heads fit them."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
 
 
 class TeacherOnShapes:
-    """A teacher without weights, next to the student: its image side and its grid.
+    """Finds a teacher's image side and grid beside a student's, by models without weights.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry, with a settled model.
         student: The student's section, settled.
-        image_size: Side of the student's images, in pixels; of several, that of evaluations.
+        image_size: Side of the student's images, in pixels; if several, the side in evaluations.
         sizes: All sides of the student's images; empty for `image_size` alone.
         around: Returns a wrapper of the teacher (such as mosaics) from its entry and the side of
             the student's images; None for no wrapper.
@@ -157,9 +157,9 @@ class TeacherOnShapes:
 
     @property
     def image_size(self) -> int:
-        """Side of the teacher's images in evaluations; 0 as in `frozen_maker`.
+        """Side of the teacher's images in evaluations; see `frozen_maker` for the meaning of 0.
 
-        Raises: ConfigError: if its weights decide that, and were not opened.
+        Raises: ConfigError: if the weights decide the side, and were not opened.
         """
         size = self.sides.get(self._image_size, self.entry.teacher_image_size)
         if not isinstance(size, int):
@@ -171,13 +171,13 @@ class TeacherOnShapes:
         return size
 
     def settled(self, *, follows: bool) -> NamedTeacher:
-        """Returns its entry with image size and grid as numbers in place of "auto".
+        """Returns its entry with image size and interpolation settled in place of "auto".
 
-        If the student's images have several sizes and the teacher's follow them, the teacher's
-        size stays "auto", and `sides` returns the numbers.
+        If the student's images have several sizes, for which the teacher's differ without being
+        equal to the student's, the teacher's size stays "auto", and `sides` returns the numbers.
 
         Args:
-            follows: Whether positions may be resized to the teacher's images.
+            follows: Whether position embeddings may be resized to the teacher's images.
         """
         entry, image_size = self.entry, self._image_size
         is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
@@ -242,16 +242,16 @@ class TeacherOnShapes:
             size: Side of the student's images.
             follows: See `settled`.
 
-        Returns: the side of its images, 0 as in `frozen_maker`; its grid, or None if it rejects
-            this side; and its entry, with positions for that side.
+        Returns: the side of its images (0 as for `frozen_maker`); its grid, or None if it rejects
+            this side; and its entry, with position embeddings for that side.
         """
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """Returns the teacher's grid for a side, 0 as in `frozen_maker`, and its entry."""
+            """Returns the teacher's grid for a side (0 as for `frozen_maker`), and its entry."""
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):
-                # What is wrong at any size is told by the first call.
+                # Errors that do not depend on the size are raised by the call with side 0.
                 with torch.device("meta"), suppress(FDError if side else ShapeError):
                     tried = replace(model, teacher_image_size=side)
                     return self._made(tried, size).grid(size), model

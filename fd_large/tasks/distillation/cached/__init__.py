@@ -1,1 +1,1 @@
-"""Stored targets: a teacher's maps from a cache on disk, instead of the teacher itself."""
+"""Stores a teacher's maps in a cache on disk, and reads them in place of running the teacher."""

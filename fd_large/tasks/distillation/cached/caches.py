@@ -1,9 +1,9 @@
-"""The caches of a run: maps of training views in place of teachers, and maps of held-out views.
+"""The caches of a run, which hold its teachers' maps of training views and of held-out views.
 
-`RunCaches` is the job's access to this wing; `FromStored` (read.py) fills a seam of the task.
+The job uses this folder through `RunCaches`, and the task through `FromStored` (read.py).
 
-CACHE/held_out is a separate cache of the same format with two sets, so that it can be written
-later, and another choice of evaluation data leaves the training maps valid.
+CACHE/held_out is a separate cache of the same format with two sets of views, so that it can be
+written later, and another choice of evaluation data leaves the training maps valid.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 class RunCaches:
-    """The maps of a run's teachers on disk: caches that the run reads, and caches that it fills.
+    """The caches on disk that a run reads, or fills with its teachers' maps.
 
     The run reads the caches named by the teachers' sources, and opens each on first use.
 
@@ -133,7 +133,7 @@ class RunCaches:
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns a section with number and seed of the caches' views, unless it has a number."""
+        """Returns a section with number and seed of views; the caches' own unless it states any."""
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts
@@ -161,10 +161,10 @@ class RunCaches:
     ) -> Iterator[Callable[[], None]]:
         """Yields checks that refuse incomplete caches and settings that are incompatible with them.
 
-        All ranks call each.
+        All ranks must call every check.
 
         Args:
-            data: The recipe's section.
+            data: The recipe's section of images.
             gives_summary: Whether a teacher's model gives a summary besides its map.
         """
         for name in self.folders:
@@ -203,9 +203,9 @@ class RunCaches:
         """Opens the maps of the held-out views.
 
         Args:
-            crops: Cuts the views of each set.
+            crops: The crops of each set of views, by the set's name.
 
-        Raises: CacheError: if they are missing, or belong to other views or another teacher.
+        Raises: CacheError: if the maps are missing, or are of other views or another teacher.
         """
         facts = held_out_facts(crops, self._settings)
         self._held_out = {
@@ -224,10 +224,10 @@ class RunCaches:
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
     ) -> StoredMaps | ToRecord | None:
-        """Returns the reader of the stored maps of an epoch's view, or the places to store them.
+        """Returns a reader of the stored maps of an epoch's view, or tells where to store them.
 
-        Maps are stored if some are missing and the view comes for the first time. None if the run
-        neither reads nor stores maps. A collective.
+        The epoch stores maps (`ToRecord`) if its view comes for the first time and some of the
+        view's maps are missing. A run that neither reads nor stores maps gets None. A collective.
 
         Args:
             epoch: Number of the epoch.
@@ -302,10 +302,10 @@ class RunCaches:
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:
-    """Returns the facts that decide the views, by the fields that state them.
+    """Returns the facts that decide the held-out views, by the recipe's field or a description.
 
     Args:
-        crops: Cuts the views of each set.
+        crops: The crops of each set of views, by the set's name.
         settings: Settings of the views.
     """
     first = next(iter(crops.values()))
@@ -328,10 +328,10 @@ def held_out_writer(
     *,
     precision: str,
 ) -> CacheWriter:
-    """Returns the writer of a teacher's maps; a collective.
+    """Returns the writer of a teacher's maps of held-out views; a collective.
 
     Args:
-        folder: The cache of its training views.
+        folder: The cache of the teacher's maps of training views.
         teacher, entry, precision: See `header_of`.
         crops, settings: See `held_out_facts`.
     """
@@ -360,7 +360,7 @@ def _held_out_reader(folder: Path, training: Header, facts: Mapping[str, Any]) -
         training: Header of the cache of training views.
         facts: The `held_out_facts` of the run.
 
-    Raises: CacheError: if they are missing, or belong to other views or another teacher.
+    Raises: CacheError: if the maps are missing, or are of other views or another teacher.
     """
     held_out_folder = folder / FOLDER
     if not kind_of(held_out_folder / HEADER):

@@ -1,22 +1,23 @@
 """The files of cached targets: a header, and shards of records of one size.
 
 FOLDER/cache.json describes the contents. FOLDER/SET-SHARD.safetensors holds the records of a set
-from SHARD times `records_per_shard` on, one record an image; a set is one view of all images. The
+from SHARD times `records_per_shard` on, one record per image; a set is one view of all images. The
 tensors of a shard have a row for each record:
 
     values (R, N, C)    the tokens, in a type of `PRECISIONS`
     scales (R, N, 2)    shift and factor of each token; (R, N, 0) under fp32
     thumbnails (R, 64)  uint8, the view in grey, 8 x 8, to compare with the view of training
-    checks (R,)         int64, the record's state and the CRC-32 of its bytes; 0: not written yet
+    checks (R,)         int64, the record's state and CRC-32 (`check_of`); 0: not written yet
 
 The bytes before the first tensor follow from cache.json, so a reader compares them and parses
 nothing. A shard that is being written ends in .part; any process may write any record of it, once.
 Files are written and read by the system's own calls (checkpoint/tensor_file.py says why).
 
-In all precisions but fp32 each token is stored less a shift and divided by a factor, both float32
-and the token's own. So no channel is too large for a format, a token of any size keeps its digits,
-and no statistics of the dataset are needed. Under fp16 and fp8 (E4M3) they are mean and deviation
-of the token, as in whitening; under int8 the middle and a 254th of its range.
+In all precisions but fp32 a shift is subtracted from each token, and the difference is divided by
+a factor; each token has a shift and a factor of its own, in float32. So no channel is too large
+for the format, small and large tokens keep the same relative precision, and no statistics of the
+dataset are needed. Under fp16 and fp8 (E4M3) shift and factor are the token's mean and standard
+deviation, as in whitening; under int8 they are the middle and a 254th of its range.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Layout(NamedTuple):
         count: Number of records.
         header: The bytes before its first tensor.
         places: Places of its tensors.
-        size: Its bytes in all.
+        size: Its size in bytes.
     """
 
     name: str
@@ -152,14 +153,14 @@ class Header:
     Attributes:
         facts: Facts that decide the maps (teacher, images, views), by the field or file that
             states them. A run that reads the cache must have the same facts.
-        teacher: The teacher's section of the recipe that wrote it.
+        teacher: The teacher's section of the recipe that wrote the cache.
         precision: Precision of the stored maps: a name in `PRECISIONS`.
         tokens: Tokens of a map, N.
         width: Channels of the map, C.
         grid: Rows and columns of its patches.
         prefix_tokens: Tokens before the patches.
         dtype: Data type of the teacher's map: float32 or bfloat16.
-        sets: Records of each set.
+        sets: Number of records in each set, by the set's name.
         records_per_shard: Records of a shard; the last shard of a set may have fewer.
     """
 
@@ -265,7 +266,7 @@ class ShardFile:
         os.close(self.descriptor)
 
     def begin(self) -> None:
-        """Writes the header, the same in all processes, and gives the file its size."""
+        """Writes the header, which is the same in all processes, and sets the file's final size."""
         self._move(self._write, memoryview(self.layout.header), 0)
         os.ftruncate(self.descriptor, self.layout.size)
 
@@ -298,7 +299,7 @@ class ShardFile:
 
 
 class ShardFiles:
-    """Open shards of a folder; the least recently used are closed."""
+    """Open shards of a folder; if too many are open, the least recently used one is closed."""
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder, self.header = folder, header
@@ -351,7 +352,10 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
 
 
 def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:
-    """Returns a record's check: its state above the CRC-32 of its place and bytes."""
+    """Returns a record's check, with its state in the upper and a CRC-32 in the lower 32 bits.
+
+    The CRC-32 covers the record's set, number and bytes.
+    """
     value = zlib.crc32(f"{name} {record}".encode())
     for array in rows.values():
         value = zlib.crc32(array, value)

@@ -124,7 +124,7 @@ class CacheReader(ShardFiles):
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Reads the maps of a set of views: a `Beside` of the loader.
+    """Adds to each view in a batch its stored maps; a `Beside` of the loader.
 
     Attributes:
         readers: The caches, by the teacher's name.
@@ -224,19 +224,20 @@ class CachedTeacher:
 
 
 class FromStored:
-    """Wraps the teachers (task.py): stored maps that the loader adds become teachers' maps.
+    """Wraps the teachers (task.py) to turn what the loader adds to a batch into teachers' maps.
 
-    A `CachedTeacher` reads it; a `Recorder` reads it, or shows the images to its model and writes.
+    A `CachedTeacher` decodes the stored map; a `Recorder` does the same, or computes the map from
+    the images and stores it.
 
     Args:
-        teachers: The seam that is wrapped.
+        teachers: The wrapped seam of teachers.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the maps by name, with the other entries of the given targets."""
+        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
         maps = {
             name: teacher.of_stored(images, given_maps[name])
             for name, teacher in self.by_name.items()
@@ -246,7 +247,7 @@ class FromStored:
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
-    """Returns a teacher's entry completed from its cache: the model that made the maps.
+    """Returns a teacher's entry, completed from its cache by the model that made the maps.
 
     Raises: CacheError: if there is no cache, or the recipe asks for maps of another kind.
     """
@@ -260,7 +261,7 @@ def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
         **{name: header.facts[name] for name in ("layer", "teacher_image_size")},
     }
     usual = NamedTeacher()
-    # What was left to the weights, or to the teacher's grid, is the cache's to say.
+    # Fields that the recipe leaves to the weights or to the teacher's grid come from the cache.
     free = {name: (getattr(usual, name), AUTO) for name in stored if name != "layer"}
     free["layer"] = ()
     recipe_values = {

@@ -1,6 +1,6 @@
 """Stores a teacher's maps during the first epochs of a run, and reads them afterwards.
 
-In the first epochs each rank writes the maps of its own micro-batches. Maps that are missing then
+In the first epochs each rank writes the maps of its own micro-batches. Maps that are still missing
 (of images beyond the last whole batch) or incomplete (after a crash) are written before a view
 comes for the second time.
 """
@@ -25,10 +25,10 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class ToRecord:
-    """The place of the record to store, beside each view: a `Beside` of the loader.
+    """Adds to each view in a batch the place of its record in the cache; a `Beside` of the loader.
 
     Args:
-        names: The teachers.
+        names: The teachers' names.
         view: Number of the view.
     """
 
@@ -50,7 +50,7 @@ class ToRecord:
 
 
 class Recorder:
-    """A teacher whose maps of training views are stored, and then read instead.
+    """A teacher that stores its maps of training views, and later reads them instead of computing.
 
     Args:
         teacher: The teacher.
@@ -58,7 +58,7 @@ class Recorder:
 
     Attributes:
         module, width: The teacher's model, and the channels of its map.
-        writer: Where its maps go; None until `begin`.
+        writer: Writer of the maps; None until `begin`.
     """
 
     def __init__(self, teacher: PlacedTeacher, *, where: str) -> None:
@@ -69,7 +69,7 @@ class Recorder:
     def begin(
         self, folder: Path, entry: NamedTeacher, facts: Mapping[str, Any], *, precision: str
     ) -> CacheReader:
-        """Makes the folder ready; a collective.
+        """Prepares the folder; a collective.
 
         Args:
             folder: Folder for the maps.
@@ -120,7 +120,7 @@ class Recorder:
         Args:
             view: Number of the view.
             views: Loads the views.
-            options: Others of `write_cache`.
+            options: Further arguments of `write_cache`.
         """
         assert self.writer is not None
         self.writer.close()

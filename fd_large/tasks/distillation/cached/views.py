@@ -57,8 +57,7 @@ class ToStore(NamedTuple):
     """The views of a place.
 
     Attributes:
-        images: (batch_size, 3, S, S) uint8; black where there is no image, or none that can be
-            used.
+        images: (batch_size, 3, S, S) uint8; black where there is no usable image.
         thumbnails: (batch_size, 64) uint8.
         bad: For each record, the problem of its image; empty for usable images.
     """
@@ -80,7 +79,7 @@ def training_view(
 
 @dataclass(frozen=True)
 class ViewsToStore(Dataset):
-    """Loads the views of places in batches of fixed size, so that no map depends on the remainder.
+    """Loads views in batches of a fixed size, so that the last batch is computed like the others.
 
     Attributes:
         cut: Makes the view of a set and a record, (3, image_size, image_size) uint8; DataError if
@@ -108,11 +107,11 @@ class ViewsToStore(Dataset):
 
 
 def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
-    """Returns the facts that decide the views of a dataset, by the fields that state them.
+    """Returns the facts that decide the views of a dataset, by the recipe's field or a description.
 
     Args:
         settings: Settings of the views.
-        fixed: Draws the views.
+        fixed: The source of recurring views.
         samples: The images.
     """
     return {
@@ -129,7 +128,7 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
 
 
 def batch_size(micro_batch_size: int | Literal["auto"]) -> int:
-    """Returns the batch size of a teacher's forward: as in training, if the recipe states one."""
+    """Returns the batch size of a teacher's forward: the recipe's micro batch, or a default."""
     return BATCH_SIZE if micro_batch_size == AUTO else micro_batch_size
 
 

@@ -1,4 +1,4 @@
-"""Writes a teacher's maps of the views of a dataset: ranks share the shards, any number of them.
+"""Writes a teacher's maps of a dataset's views; any number of ranks share the shards.
 
 A rank takes whole shards and writes their missing records. With a sharded teacher every forward
 is a collective, so all ranks run as many forwards as the busiest rank.
@@ -44,7 +44,7 @@ from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "stored")
-"""The facts of a header that are the teacher's."""
+"""Names of the facts in a header that describe the teacher."""
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]
 
 
 def header_for(sample: FeatureMap, precision: str) -> Header:
-    """Returns the header of a cache without images yet, for maps shaped like a sample (1, N, C)."""
+    """Returns the header of a cache for maps shaped like a sample (1, N, C), without images yet."""
     header = Header(
         facts={},
         teacher={},
@@ -114,7 +114,7 @@ class CacheWriter(ShardFiles):
     """
 
     def prepare(self, *, where: str) -> None:
-        """Makes or reopens the folder with its header; one process calls it before all write.
+        """Makes or reopens the folder with its header; one process calls it before any writes.
 
         Raises: CacheError: if the folder holds another cache, or cannot be written.
         """
@@ -145,7 +145,7 @@ class CacheWriter(ShardFiles):
         ]
 
     def bytes_left(self) -> int:
-        """Returns the bytes that the disk must still take."""
+        """Returns the number of bytes that are still to be written."""
         left = 0
         for shard in self.unfinished():
             layout = self.header.layout(*shard)
@@ -179,7 +179,7 @@ class CacheWriter(ShardFiles):
     def write(self, name: str, record: int, content: Record | None) -> None:
         """Writes a record; None marks an image that cannot be used.
 
-        Raises: CacheError: if the disk does not take it.
+        Raises: CacheError: if the record cannot be written.
         """
         rows = self._empty(1)
         if content is None:
@@ -211,7 +211,7 @@ class CacheWriter(ShardFiles):
             self._part(layout).replace(self.folder / layout.name)
         except OSError as error:
             if kind_of(self.folder / layout.name):
-                return  # Another start writes the same, and was faster.
+                return  # Another process that writes the same cache was faster.
             raise _not_written(self.folder, error) from error
 
     def _part(self, layout: Layout) -> Path:
@@ -226,7 +226,7 @@ class CacheWriter(ShardFiles):
 
 @dataclass
 class _Shares:
-    """A rank's places, `rounds` of them; places beyond its own work are empty.
+    """A rank's places, one for each forward; a rank with less work ends with empty places.
 
     Attributes:
         writer: Writes the records.
