@@ -10,6 +10,10 @@ if __name__ == "__main__":
     from fd_large.imports import forget_current_folder
 
     forget_current_folder()
+    # What follows imports for seconds, and minutes on a slow disk.
+    from fd_large.ranks.starting import leave_at_signals
+
+    leave_at_signals()
     from fd_large.cli.main import main
     from fd_large.ranks.forked import end_with
 

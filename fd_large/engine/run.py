@@ -26,6 +26,7 @@ from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import CheckpointError, Exit, FDError, first_line
 from fd_large.plan.counts import StepFlops
 from fd_large.ranks import activity, distributed, failures
+from fd_large.ranks.starting import leave_no_more
 from fd_large.recipes.file_names import METRICS
 from fd_large.recipes.run import LENGTH, Run, difference
 from fd_large.runtime.guard import Guard
@@ -360,8 +361,10 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
 
     Only the main thread of a process can catch signals; in another thread the result is None.
     """
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if not run.runtime.preemption or not is_main_thread:
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    if not run.runtime.preemption:
+        leave_no_more()
         return None
     return Preemption(
         run.runtime.notice_seconds,

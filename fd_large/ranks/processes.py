@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fd_large.errors import ConfigError
+from fd_large.ranks.starting import await_the_end
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +136,12 @@ def handlers_to_replace() -> dict[signal.Signals, Any]:
     """Returns the present handlers of all `SIGNALS` that may be caught.
 
     Signals ignored by nohup or by a shell for its background jobs stay ignored. None means a
-    handler outside of Python, which cannot be restored.
+    handler outside of Python, which cannot be restored. That of a rank's start has done its work:
+    after training the signal's own action is back.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    waits = (number for number in SIGNALS if handlers[number] is await_the_end)
+    handlers |= dict.fromkeys(waits, signal.SIG_DFL)
     return {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
 

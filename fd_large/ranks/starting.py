@@ -1,0 +1,55 @@
+"""Signals that reach a rank while it imports, before training catches them.
+
+A scheduler's signal would kill the rank with the signal's own code (138, 143), and nothing would
+say why. Nothing is lost yet, so it leaves as after a save. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from fd_large.errors import Exit
+
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send. A Ctrl-C and a closed terminal end a start as they end any program."""
+
+
+def leave_at_signals() -> None:
+    """Makes this process end with 75 after a signal, until another handler takes its place.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
+    # A handler is not called while the main thread is in a library, such as one that meets the
+    # other ranks; a thread that reads this pipe goes on.
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(reads,), name="start", daemon=True).start()
+    for number in CAUGHT:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, await_the_end)
+
+
+def leave_no_more() -> None:
+    """Gives signals back their own action, for training that does not catch them."""
+    for number in CAUGHT:
+        if signal.getsignal(number) is await_the_end:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def await_the_end(number: int, frame: FrameType | None) -> None:
+    """Does nothing more, so that the thread which has read of the signal ends the process."""
+    threading.Event().wait()
+
+
+def _listen(pipe: int) -> None:
+    while numbers := os.read(pipe, 64):
+        for number in numbers:
+            if signal.getsignal(number) is await_the_end:
+                name = signal.Signals(number).name
+                words = f"{name} before training began: the same command starts again\n"
+                os.write(2, words.encode())
+                os._exit(Exit.AGAIN)
