@@ -425,7 +425,7 @@ requeue() {
         return
     fi
     if [[ $(field Requeue) == 0 ]]; then
-        say "exit code $code; not requeued: the job was submitted with --no-requeue"
+        say "exit code $code; not requeued: the job may not be requeued (Requeue=0)"
         return
     fi
     if [[ $state && $state != RUNNING && $reason != TimeLimit ]]; then

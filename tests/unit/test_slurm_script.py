@@ -384,6 +384,8 @@ def test_what_an_exit_code_leads_to(
     ranks = f"{script.summary(status)}; {ranks}" if status else ranks
     got, said = script.run(RANKS=ranks, **environ)
     assert (got, script.requeues()) == (code, requeues), said
+    of_the_job = " Requeue=0" in environ.get("JOB", "") and "PreemptTime" not in environ["JOB"]
+    assert ("not requeued: the job may not be requeued (Requeue=0)" in said) == of_the_job
 
 
 @pytest.mark.parametrize(
