@@ -20,7 +20,7 @@ from fd_large.files import kind_of, read_bytes
 from fd_large.recipes.sections import STUDENTS
 from fd_large.report.closing import RUNNING
 from fd_large.report.run_files import RunFiles, read_run
-from fd_large.report.run_list import DAMAGED, FAILED, KILLED, ListedRun, find_runs, state_of
+from fd_large.report.run_list import DAMAGED, FAILED, KILLED, STATES, ListedRun, find_runs, state_of
 from fd_large.runtime import terminal
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def _reason(files: RunFiles) -> str:
 def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
     """Returns the runs with all of the values.
 
-    Raises: ConfigError: if an argument is not FIELD=VALUE, or no run has the field.
+    Raises: ConfigError: if an argument is not FIELD=VALUE, no run has the field, or no such state
+        is known.
     """
     chosen = runs
     for word in conditions:
@@ -135,6 +136,11 @@ def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]
                 "example --where state=running."
             )
         _require_known(name, "--where", runs)
+        if name == "state" and value.lower() not in STATES:
+            raise ConfigError(
+                f"--where: no state of a run; got {value!r}, {nearest(value, STATES)}. Change "
+                "--where."
+            )
         chosen = [r for r in chosen if name in r.fields and _same(r.fields[name], value)]
     return chosen
 

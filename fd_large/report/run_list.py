@@ -34,6 +34,7 @@ _OWN_FOLDERS = {CHECKPOINTS, EVALUATED, EVENTS, INCIDENTS, LOGS, PICTURES}
 DONE, STOPPED, FAILED, KILLED, DAMAGED = "done", "stopped", "failed", "killed", "damaged"
 """How a run stands that is not running: at its end; saved and left; ended by a failure or a guard;
 ended without a word, or damaged so that its files cannot be read."""
+STATES = (RUNNING, DONE, STOPPED, FAILED, KILLED, DAMAGED)
 _STATES = {DONE: DONE, "preempted": STOPPED, "interrupted": STOPPED, "": KILLED}
 
 

@@ -89,6 +89,7 @@ def test_fields_are_shown_and_choose(root, capsys):
         (["state=stopped", "optim.base_lr=0.3"], ["run_2"]),
         (["student=swinv2_base", "state=done"], ["run_0"]),
         (["state=running"], []),
+        (["state=Damaged"], []),
     ]:
         assert [row["run"] for row in rows_of(root, capsys, "--where", *words)] == left
 
@@ -100,6 +101,8 @@ def test_fields_are_shown_and_choose(root, capsys):
         (["--show", "optim.base_rl"], "optim.base_lr"),
         (["--where", "optim.base_rl=1"], "optim.base_lr"),
         (["--where", "state"], "FIELD=VALUE"),
+        (["--where", "state=stoped"], "nearest: stopped"),
+        (["--where", "state=hung"], "nearest: running"),
     ],
 )
 def test_a_name_that_no_run_has_is_one_sentence(words, named, root, capsys):
