@@ -250,8 +250,8 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     most = 1e9 * best.seconds.total * machine.cluster.gpus / best.images
     return (
         f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "
-        f"a rank that reads 1 GB/s has maps of less than {size(most)}, and each is learnt from "
-        f"more than once (fd-large cache {run.name} OUT --plan: how large this teacher's are)"
+        f"each is used more than once and takes less than {size(most)}, where a rank reads 1 GB/s "
+        f"(fd-large cache {run.name} OUT --plan: how large this teacher's are)"
     )
 
 
