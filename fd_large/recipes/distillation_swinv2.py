@@ -20,8 +20,8 @@ Common choices:
 - bfloat16 teachers: a target is whitened in float32 afterwards, and the bytes halve.
 
 Memory of a rank between steps: 18 bytes per student parameter (bfloat16 weight; float32 accumulated
-gradient, master and two moments), which ZeRO-3 spreads over the ranks and ZeRO-1 but for weight and
-gradient, and 2 bytes per teacher parameter.
+gradient, master and two moments) and 2 per teacher parameter. ZeRO-3 spreads all of the student's
+over the ranks, ZeRO-1 only master and moments.
 For the backward pass, a checkpointed model stores the input of each block and one block's own
 activations. Per image, as `plan` counts it with fused kernels:
 
@@ -147,19 +147,22 @@ def fd_swinv2g() -> Run:
     Memory: 10.7 GB of each GPU
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
-    Run it with ds_configs/zero3_hpz.json. No weights of SwinV2-G are public. A run that public
-    weights allow takes the 1.06B model as teacher:
+    Needs and duration above are of these settings with ds_configs/zero3_hpz.json on A100s of 40 GB.
+    slurm/fd_swinv2g.sh overrides them: ZeRO-2 without checkpoints takes 26 to 41 h on the same 64
+    GPUs, and 12 to 19 h on H100s (docs/scaling.md).
+
+    No weights of SwinV2-G are public. A run that public weights allow takes the 1.06B model as
+    teacher:
 
         --teacher.model swinv2_1b --teacher.source PATH
 
     Its width, 8 x 448 = 3584, is reached by the projection (4096 -> 3584); both grids are 6 x 6 at
     192 px, and where an override makes them differ, the teacher's image or its map is resized
     (docs/weights.md).
-    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,900 to 3,200
-    GPU-hours.
+    It costs 4 x 744 + 276 = 3.3 instead of 3.7 TFLOP per image, 1,900 to 3,200 GPU-hours.
 
-    Work: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
-    forward passes' worth of the student with recomputation).
+    Work: (4 x 744 + 741) GFLOP x 3.84e8 images = 1.43e21 FLOP (four forward passes' worth of the
+    student with its projection and recomputation, and one forward pass of the teacher).
 
     Memory and time on 64 GPUs in nodes of 8, as `python -m fd_large plan --recipe fd_swinv2g
     --gpus 64 --gpu a100_40 --network 100` counts them (GB of a GPU; 32 images per
