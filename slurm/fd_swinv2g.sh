@@ -10,13 +10,14 @@
 #   64     --batch.global_batch_size 16384    16,384
 #
 #   sbatch --nodes=64 slurm/fd_swinv2g.sh --batch.global_batch_size 16384
-#   SBATCH_GRES=gpu:4 sbatch --nodes=16 slurm/fd_swinv2g.sh         # nodes of 4 GPUs
+#   SBATCH_GRES=gpu:4 sbatch --nodes=16 slurm/fd_swinv2g.sh         # where nodes have 4 GPUs
 #   FD_CONFIG=zero3 sbatch slurm/fd_swinv2g.sh                      # ZeRO-3, the teacher sharded
 #
 # It runs ZeRO-2 with the whole teacher on each GPU and no activation checkpoints: of all settings
 # that 40 GB hold this is the one that `plan` expects to be the fastest on 8, 64 and 512 GPUs alike,
-# 33 GB and two thirds to three quarters of the GPU-hours of ZeRO-3 with checkpoints (the table of
-# docs/scaling.md). No GPU has confirmed that. FD_CONFIG names another of ds_configs/: zero3 splits
+# in nodes of 8 with a network card per GPU: 33 GB and two thirds to three quarters of the GPU-hours
+# of ZeRO-3 with checkpoints (docs/scaling.md has the table, and what suits a slower network). No GPU
+# has confirmed that. FD_CONFIG names another of ds_configs/: zero3 splits
 # the teacher over all ranks and checkpoints every block (9 GB), zero3_hpz splits it over the ranks
 # of a node.
 #

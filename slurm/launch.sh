@@ -45,8 +45,8 @@ refuse() {
     exit 2
 }
 
-# A job that Slurm itself ended at the end of a pre-emption's grace is requeued once more after its
-# next end, whatever its exit code.
+# Forbids Slurm to requeue this job. Once Slurm itself has ended a job after a pre-emption's grace,
+# it also requeues the job after its next end, whatever the exit code.
 stay_ended() {
     [[ ! ${SLURM_JOB_ID:-} ]] || ((${SLURM_RESTART_COUNT:-0} == 0)) ||
         scontrol update JobId="$SLURM_JOB_ID" Requeue=0

@@ -1,8 +1,11 @@
 # shellcheck shell=bash
 # The site: all that differs between clusters, in one place. Every batch script sources it on the
-# job's first node; what is set already wins, and sbatch hands your environment on:
+# job's first node. Where a line reads NAME=${NAME:-...}, what is set already wins, and sbatch hands
+# your environment on:
 #
 #   DATA_ROOT=/data/imagenet22k sbatch slurm/fd_swinv2g.sh
+#
+# Other lines, such as `export NCCL_SOCKET_IFNAME=ib0` and the `unset` below, win over what is set.
 
 # ---- data and weights ---------------------------------------------------------------------------
 # Images that every node sees: a folder or tar files (docs/data.md).
@@ -33,9 +36,16 @@ STAGE_TO=${STAGE_TO:-}
 # export SBATCH_ACCOUNT=vision
 
 # ---- software -----------------------------------------------------------------------------------
-# A Python with fd_large's packages, at the same path on every node (or in the container).
+# A Python with fd_large's packages, at the same path on every node (or in the container). One on a
+# network file system starts slowly; these lines copy a virtual environment to each node's own disk,
+# and at later starts only what is newer:
+# if [[ ${SLURM_JOB_ID:-} ]]; then
+#     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 cp -au /shared/env /local/
+#     PYTHON=/local/env/bin/python
+# fi
 PYTHON=${PYTHON:-python}
-# Names for `module load`, separated by blanks.
+# Names for `module load`, separated by blanks. Where batch scripts do not know `module`, source its
+# script here first, such as /etc/profile.d/modules.sh.
 MODULES=${MODULES:-}
 # An image of the Dockerfile: IMAGE.sif runs under apptainer, all else is given to srun as
 # --container-image (pyxis with enroot: IMAGE.sqsh or a registry's name). Mounts, SOURCE:TARGET
