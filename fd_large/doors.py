@@ -9,8 +9,9 @@ A name in a recipe is one of
 
 Code runs only if this start's command line has its name (`allow_named`) or its file
 (`--allow-code`), or if name and hash are in the user's own list (`allowed_code`), written by such
-starts. Recipes, run folders and checkpoints allow nothing, since they may come from others. Entry
-points need no permission beyond the installation of their package.
+starts. Recipes, run folders and checkpoints allow nothing, since they may come from others; nor do
+the words that `slurm/resume.sh` takes from a run folder (`UNNAMED`). Entry points need no
+permission beyond the installation of their package.
 """
 
 from __future__ import annotations
@@ -52,12 +53,15 @@ Kind = Literal[
 ]
 
 PREFIX = "module:"
+UNNAMED = "stored-module:"
+"""Stands for `module:` on a command line, in a name that the line does not allow."""
 SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
 """Beginning of names that are no paths: hf:REPO, builtin:NAME, s3://..., module:FILE.py:NAME."""
 FORMS = "module:PATH/TO/FILE.py:NAME, module:package.module:NAME or a name from an installed plugin"
 """What a name can be besides a built-in one, for help texts and messages."""
 
 _NAMED = re.compile(rf"(?:^|=)({PREFIX}.+)$")
+_UNNAMED = re.compile(rf"(?:^|(?<==)){UNNAMED}")
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +132,11 @@ def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
     for argument in arguments:
         if match := _NAMED.search(argument):
             allow(match[1])
+
+
+def plain_names(arguments: Iterable[str]) -> list[str]:
+    """Returns the arguments of a command line with `module:` in place of `UNNAMED`."""
+    return [_UNNAMED.sub(PREFIX, argument) for argument in arguments]
 
 
 def allow_unchanged(checked: Mapping[str, str]) -> None:

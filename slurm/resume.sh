@@ -4,8 +4,9 @@
 #   sbatch --nodes=4 slurm/resume.sh runs/fd_swinv2g [--section.field VALUE ...]
 #
 # The arguments that started it are in the folder (environment.json), whoever launched it, as are
-# its data and teacher (recipe.json); arguments after the folder win over them. The options below are
-# explained in slurm/fd_swinv2g.sh.
+# its data and teacher (recipe.json); arguments after the folder win over them. Code of your own that
+# the folder names runs if a start of yours has named it before, or by --allow-code FILE.py after the
+# folder. The options below are explained in slurm/fd_swinv2g.sh.
 
 #SBATCH --job-name=fd_resume
 #SBATCH --nodes=8
@@ -38,7 +39,7 @@ reader=$(command -v "$PYTHON" || command -v python3) ||
         "in $scripts/site.sh."
 before=()
 while IFS= read -r -d '' word; do before+=("$word"); done < <("$reader" - "$run" <<'PYTHON'
-import json, sys
+import json, re, sys
 
 try:
     with open(sys.argv[1] + "/environment.json") as environment:
@@ -49,6 +50,14 @@ try:
     words = words[1:] if words[:1] == ["train"] else words
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
+    # The folder may come from others, so its words allow no code; those after it may.
+    allowing, kept = False, []
+    for word in words:
+        if word.startswith("--"):
+            allowing = word.partition("=")[0].replace("-", "_") == "__allow_code"
+        if not allowing:
+            kept.append(word)
+    words = kept
     # Fields that left (docs/stability.md), which the command line refuses.
     for name in ("--optim.max_seconds", "--data.stage_to"):
         words = [word for word in words if not word.startswith(name + "=")]
@@ -69,6 +78,8 @@ try:
         words, root = words[:-4], words[-3]
     # First, since they may come from the recipe and stand in no argument.
     found = [root, fields["teacher"]["source"], *words]
+    # Names of code, which the command then takes without permission: UNNAMED in fd_large/doors.py.
+    found = [re.sub("(^|=)module:", r"\1stored-module:", word) for word in found]
     text = "".join(word + "\0" for word in found)
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     text = f"{type(error).__name__}: {error}\0"

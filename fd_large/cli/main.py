@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fd_large {fd_large.__version__}")
         return 0
     doors.allow_named(arguments, remember=rank == 0)
+    # A run records sys.argv as its command.
+    arguments, sys.argv[1:] = map(doors.plain_names, (arguments, sys.argv[1:]))
     terminal.mask_uncaught()
     with suppress(AttributeError):  # A name that is not UTF-8 is no reason to fail; see stderr.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -205,6 +205,14 @@ def test_a_command_line_allows_what_it_names(tmp_path: Path) -> None:
     refused(three, "--allow-code")
 
 
+def test_words_of_a_run_folder_allow_nothing(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.py")
+    words = [name.replace("module:", doors.UNNAMED) for name in (source, f"--x={source}")]
+    doors.allow_named(words)
+    assert doors.plain_names(words) == [source, f"--x={source}"]
+    refused(source, "--allow-code")
+
+
 def new_start(*arguments: str) -> None:
     """A process that knows nothing of those before, with a command line."""
     doors.reset()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from waiting import until
 
+from fd_large import doors
 from fd_large.cli import init
 from fd_large.ranks.launch import read_token
 from fd_large.recipes import registry
@@ -715,6 +716,38 @@ def test_resume_takes_what_is_masked_from_the_recipe(script: Script) -> None:
     assert code == 0, said
     words = script.words()
     assert words[words.index("--batch") :][:5] == [*given[:3], url, f"--data.root={url}"]
+
+
+def test_a_run_folder_allows_no_code_when_it_is_resumed(script: Script, tmp_path: Path) -> None:
+    code_file = tmp_path / "theirs.py"
+    code_file.write_text("raise SystemExit('ran')\n")
+    loss, tracker = f"module:{code_file}:loss", f"module:{code_file}:tracker"
+    words = ["fd_large/train.py", "--objective.loss", loss, f"--runtime.trackers={tracker}"]
+    words += ["--allow_code", str(code_file), str(code_file), f"--allow-code={code_file}"]
+    words += ["--x", "1"]
+    script.record(words, "builtin:photographs", f"module:{code_file}:teacher")
+    code, said = script.resume()
+    assert code == 0, said
+    reached = script.words()
+    reached = reached[reached.index("fd_large/train.py") + 1 :]
+    doors.reset()
+    doors.allow_named(reached)
+    named = {name: name for name in (loss, tracker, f"module:{code_file}:teacher")}
+    for name in named:
+        assert not doors.is_allowed(name)
+    assert not {"--allow_code", f"--allow-code={code_file}", str(code_file)} & set(reached)
+    plain = doors.plain_names(reached)
+    assert plain[:4] == [
+        *("--data.root", "builtin:photographs"),
+        *("--teacher.source", f"module:{code_file}:teacher"),
+    ]
+    assert plain[4:8] == ["--objective.loss", loss, f"--runtime.trackers={tracker}", "--x"]
+    # What stands after the folder is the user's.
+    code, said = script.resume("--objective.loss", loss)
+    assert code == 0, said
+    doors.allow_named(script.words())
+    assert doors.is_allowed(loss)
+    doors.reset()
 
 
 def test_resume_leaves_out_fields_that_left(script: Script) -> None:
