@@ -13,8 +13,8 @@ Every backbone is a Module with
     blocks(), in order of execution; layer_id(name) and last_layer, for learning rates by depth;
     outside_blocks(), modules of blocks that are called outside of the blocks' forwards;
     no_weight_decay() and no_weight_decay_keywords();
-and stages(images, keep), a map a stage, with stage_widths and stage_strides, if it has stages. A
-model used only as a teacher needs no methods for training.
+and, if it has stages, stages(images, keep), which returns a map of each stage, with stage_widths
+and stage_strides. A model used only as a teacher needs no methods for training.
 
 Nothing here reads files, knows tasks or calls torch.distributed.
 """

@@ -1,4 +1,4 @@
-"""The map of an attention layer, from queries, keys and bias; fused kernels never store it.
+"""Computes a layer's attention maps from queries, keys and bias; fused kernels never store them.
 
 The attention modules of this project have a method `attention_maps` with the arguments of
 `forward`, which calls `attention_maps` here.
@@ -61,7 +61,7 @@ def attention_maps(
 def with_query_bias(projected: Tensor, bias: Tensor | None) -> Tensor:
     """Adds the bias of the queries to (B, N, 3C).
 
-    A bias of the keys adds the same to all logits of a query: no map depends on it.
+    A bias of the keys adds the same to all logits of a query, so that no map depends on it.
     """
     return projected if bias is None else projected + F.pad(bias, (0, 2 * len(bias)))
 

@@ -1,13 +1,13 @@
 """Batch normalisation over groups of neighbouring images of the global batch.
 
 In training each channel is normalised by the mean and variance of a group of images, whatever the
-ranks and micro batches that they lie on. The sums over the places of an image are taken first, in
-float32, and added over the images of a group in float64, so that the distribution over ranks
-changes only float64 rounding. Running statistics are updated once in each accepted step, by
+ranks and micro batches that they lie on. The sums over the positions of each image's map are taken
+first, in float32, and added over the images of a group in float64, so that the distribution over
+ranks changes only float64 rounding. Running statistics are updated once in each accepted step, by
 the mean over its groups, with unbiased variances.
 
-The statistics of a step are noted in backward: it runs once a forward however often that is
-recomputed, and never for an evaluation, a trial or the first of two passes.
+The statistics of a step are recorded in backward, which runs once for each forward however often
+this forward is recomputed, and never for an evaluation, a trial or the first of two passes.
 
 Source: Ioffe and Szegedy, arXiv 1502.03167.
 """
@@ -29,7 +29,7 @@ from fd_large.backbones.float32_buffers import Float32Buffers
 from fd_large.ranks import distributed
 
 PASS = -1
-"""In place of the size of a group: all images of a pass, on all ranks."""
+"""The value of a group's size for a single group of all images of a pass, on all ranks."""
 # torch's defaults, with which published heads were trained.
 EPS, MOMENTUM = 1e-5, 0.1
 
@@ -38,8 +38,8 @@ class Groups:
     """The images that share statistics, for all norms of a model.
 
     Args:
-        size: Images of a group; 0 uses the running statistics in training too; for PASS see
-            there.
+        size: Number of images of a group; 0 uses the running statistics in training too; PASS makes
+            one group of all images of a pass.
 
     Attributes:
         images: Number of images in the present forward, if a model may flatten other dimensions
@@ -55,8 +55,8 @@ class Groups:
     def lie_in(self, global_batch: int, micro_batch: int) -> None:
         """Lets groups span several ranks, if a rank has a single micro batch in a step.
 
-        Otherwise groups begin with each micro batch, which holds whole groups, or is a trial. A
-        collective.
+        Otherwise the first group begins with each micro batch, which holds a whole number of groups
+        except in a trial. A collective.
 
         Args:
             global_batch: Images of a step on all ranks, a multiple of the group.
@@ -122,7 +122,7 @@ class BatchNorm(Float32Buffers):
 
 
 def adopt(net: nn.Module) -> Groups:
-    """Gives the batch norms of a model of torch or timm this forward; returns their groups.
+    """Lets a model's batch norms, of torch's or timm's classes, normalise by groups; returns these.
 
     Names and classes stay, and so do the dropout and activation of timm's classes. Until groups
     are set, the running statistics are used.
@@ -268,7 +268,7 @@ def forget(norms: Sequence[Any]) -> None:
 
 @torch.no_grad()
 def move(norms: Sequence[Any]) -> None:
-    """Updates a task's running statistics by its norms' recorded ones; one collective for all."""
+    """Updates running statistics by those that the norms recorded, in one collective for all."""
     norms = [norm for norm in norms if norm.seen is not None]
     if not norms:
         return

@@ -15,7 +15,7 @@ from fd_large.ranks import meeting
 T = TypeVar("T")
 
 _cached: set[str] = set()
-"""What this process has found in its cache: from there on no server is asked."""
+"""Sources that this process has found in its cache, for which it asks no server again."""
 
 
 def downloaded(source: str, get: Callable[[], T]) -> T:
@@ -28,7 +28,7 @@ def downloaded(source: str, get: Callable[[], T]) -> T:
         source: The source, as the user gave it.
         get: Returns the object, from the cache or the network.
 
-    Raises: WeightsError: on all ranks, if `get` raises it where it is asked first.
+    Raises: WeightsError: on all ranks, if `get` raises it on the rank that loads first.
     """
     got = _first(source, get)
     if got:

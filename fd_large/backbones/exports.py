@@ -28,13 +28,16 @@ class Export:
         lacks: Returns the features of a model that the library lacks, given whether images are
             padded, or "".
         added: Returns tensors of the library's model that ours does without, by their names there.
-        becomes: Returns the model that is in the file: a shared position bias may be copied.
+        becomes: Returns the architecture of the model in the file, whose blocks may have copies of
+            a shared position bias.
         config: Returns config.json for the library's own loader; None for files that only this
             package loads.
         preprocessor: Returns its preprocessor_config.json, or None.
         class_name: Returns its class of the model.
-        lacks_place: Returns the parts of a model without a place in its state dict, or "".
-        window_rule: The rule of windows of its class; empty where it has none of its own.
+        lacks_place: Returns the parts of a model for which the library's state dict has no tensor,
+            or "".
+        window_rule: The rule by which the library's class cuts windows; empty where it has no rule
+            of its own.
     """
 
     names: Callable[[Any], str]
@@ -100,7 +103,7 @@ def timm_config(
         statistics: Mean and deviation by which images are normalised.
         entry: timm's model with the most similar arguments, all of which are overridden here.
         pool: "token" or "avg".
-        arguments: The family's own.
+        arguments: The arguments of timm's model that are particular to the family.
     """
     size = architecture.image_size
     return {
@@ -121,7 +124,7 @@ def timm_config(
 
 
 def timm_weights(size: int, statistics: Statistics, **others: Any) -> dict[str, Any]:
-    """Returns timm's entries on weights, such as the images of their training."""
+    """Returns the entries of timm's configuration on weights and the images that they expect."""
     return {
         "num_classes": 0,
         "input_size": [3, size, size],

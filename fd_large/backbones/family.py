@@ -28,9 +28,10 @@ class Options:
 
     Attributes:
         drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.
-        size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
-        window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models are
-            cut otherwise than "masked".
+        size_rule: "pad" pads images whose size does not fit, in Swin models alone; "drop" pads
+            none.
+        window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models have
+            another rule than "masked".
         shift_stages: Whether odd blocks of each stage shift their windows; empty for all.
         stage_windows: Side of a window in each stage, in tokens; empty for `window_size` in all.
         attention_memory: "keep" or "recompute" attention maps for backward.
@@ -38,7 +39,8 @@ class Options:
         is_trained: Whether it is a student, which has to be deterministic in training.
         resizes_positions: Whether each forward resizes a ViT's positions to its images; other
             families have no such positions.
-        residual_dtype: "compute" is the dtype of the weights; "float32" is at least that.
+        residual_dtype: "compute" keeps the residual stream in the dtype of the weights; "float32"
+            keeps it in float32 or wider.
         initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
     """
 

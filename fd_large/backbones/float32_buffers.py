@@ -11,7 +11,7 @@ from torch import nn
 class Float32Buffers(nn.Module):
     """A Module whose buffers keep their dtype when it is cast to bfloat16 or float16.
 
-    Running statistics move by small steps, which would be lost.
+    Running statistics move by small steps, which the rounding of 16-bit numbers would lose.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -154,7 +154,7 @@ class HierarchicalBackbone(nn.Module):
         return sum(self.depths[:stage]) + int(block) + 1
 
     def layers_above(self, name: str) -> int:
-        """Returns the number of layers above a parameter's if each merging is a layer of its own.
+        """Returns the number of layers above a parameter's layer, each merging being a layer.
 
         Source: models/optimizer.py of SwinTransformer/MIM-Depth-Estimation.
         """

@@ -18,7 +18,7 @@ from fd_large.backbones.translation import (
 )
 from fd_large.recipes.architectures import Architecture
 
-# What all files have in common but those of transformers.
+# The facts of all published files except those of transformers.
 imagenet_format = partial(Format, facts=Architecture(norm_eps=1e-5), statistics=IMAGENET)
 
 # --- tables of names; what no row has keeps its name ---
@@ -35,7 +35,7 @@ mask_token              -
 decoder.*               -
 *                       *
 """
-# Merging opens a stage there and closes the one before here.
+# In timm patch merging begins a stage; in this package it ends the stage before.
 _OF_TIMM = """
 *.k_bias                -
 layers.+.downsample.*   layers.#.downsample.*

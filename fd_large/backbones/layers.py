@@ -88,7 +88,7 @@ class LayerNorm(nn.Module):
     ) -> Any:
         """Normalises (..., C); the result has `dtype`, by default that of x.
 
-        With a dtype `copy` it is a pair: the result, and the same in that dtype.
+        With a dtype `copy` it returns a pair: the result, and the same values in that dtype.
         """
         if copy is None:
             return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
@@ -96,7 +96,7 @@ class LayerNorm(nn.Module):
 
 
 class ResidualNorm(LayerNorm):
-    """The post-norm residual of SwinV2 in one module, so that ZeRO-3 gathers its weight for it."""
+    """The post-norm residual of SwinV2: one module, so that ZeRO-3 gathers the norm's weight."""
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class ResidualNorm(LayerNorm):
 
 
 class AddNorm(LayerNorm):
-    """A pre-norm residual and the norm that follows it, in one module for the same reason."""
+    """A pre-norm residual with the norm after it: one module, so that ZeRO-3 gathers the weight."""
 
     def forward(
         self,
@@ -150,7 +150,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None) -> Any:
         """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`; a remainder of pixels is dropped.
 
-        With a dtype `copy` it is a pair: the result, and the same in that dtype.
+        With a dtype `copy` it returns a pair: the result, and the same values in that dtype.
         """
         x = self.proj(images).permute(0, 2, 3, 1)
         if self.norm is not None:

@@ -1,8 +1,8 @@
-"""Positions on grids other than the one of their training.
+"""Position embeddings and tables on grids other than that of their training.
 
 Absolute positions are resized bicubically. A table of relative positions lacks the offsets of a
-larger grid: they are made from it by a spline on a geometric progression, as BEiT and
-Feature-Distillation do when they fine-tune.
+larger grid. Its entries for these offsets are interpolated by a spline on a geometric progression,
+as BEiT and Feature-Distillation do when they fine-tune.
 
 `fit_...` run in every forward of a ViT and are differentiable: a smaller grid uses the inner part
 of the table, whose offsets have the same meaning, so that one table learns from images of all

@@ -57,7 +57,7 @@ _ACTIVATIONS = {
 
 
 def size_to_compare(known: Architecture) -> dict[str, int]:
-    """Returns an image size for a model in which no shape depends on it."""
+    """Returns an arbitrary image size for a model whose shapes do not depend on it; else {}."""
     if known.patch_size is None or known.absolute_position:
         return {}
     return {"image_size": known.patch_size * 2 ** len(known.depths or ())}

@@ -94,8 +94,9 @@ def build(
 
     Args:
         model: A name of the table in `recipes.architectures`, or a whole architecture.
-        overrides: Fields that differ from the named model's; None is none.
-        seed: Seed of the initial weights; None is torch's global CPU generator as it stands.
+        overrides: Fields that differ from the named model's; None changes none.
+        seed: Seed of the initial weights; None draws them from torch's global CPU generator in its
+            present state.
         options: See `Options`.
 
     Raises: ConfigError: for an unknown name or family, or values that do not fit.

@@ -1,4 +1,4 @@
-"""Image positions of an attention map's tokens, for whole images and (shifted) windows."""
+"""Positions in the image of an attention map's tokens, for whole images and (shifted) windows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fd_large.backbones.windows import Windows
 
-# These stand where other tokens have their number in the grid.
+# Values of `TokenPositions.index` for tokens that have no number in the grid.
 PREFIX, PADDING = -2, -1
 
 
 class TokenPositions(NamedTuple):
-    """The geometry of one layer's maps.
+    """The geometry of one layer's attention maps.
 
     Attributes:
         index: (nW, T) int64, the number of each token in the grid, row by row; PREFIX for class

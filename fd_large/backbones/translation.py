@@ -1,6 +1,6 @@
-"""Names of published files: a format is a table of rows for reading and exporting.
+"""Translates tensor names of published files; a format is a table of rows, read and exported by.
 
-Names alone show which tensors fit or are missing, before any tensor is read.
+The names alone show which tensors fit or are missing, before any tensor is read.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def renamed(name: str, before: str, after: str) -> str | None:
 def our_name(name: str, rows: Rows) -> tuple[str, str]:
     """Returns our name and the form of a file's tensor, by the first matching row.
 
-    A name without a matching row stays unchanged, and the model has it or lacks it.
+    A name without a matching row stays unchanged, whether or not the model has such a tensor.
     """
     for row in rows:
         if (ours := renamed(name, row.theirs, row.ours)) is not None:
@@ -249,8 +249,8 @@ def translated(names: Iterable[str], rows: Rows) -> Translation:
 def to_unfolded(tensor: Tensor) -> Tensor:
     """Reorders the last axis of merged patches, 4C, from our order to that of nn.Unfold.
 
-    In our order, all channels of one token follow another token's, column by column of the 2x2;
-    in nn.Unfold's, the four tokens of a channel are adjacent, row by row.
+    In our order, the C channels of a token are adjacent, and the 2x2 tokens follow each other
+    column by column; in nn.Unfold's order, the four values of a channel are adjacent, row by row.
     """
     return tensor.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
 
@@ -260,7 +260,7 @@ def from_unfolded(tensor: Tensor) -> Tensor:
     return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3)
 
 
-# What undoes the reading of each form.
+# The inverse of the change by which each form is read.
 _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda tensor: tensor,
     "q": lambda tensor: tensor.chunk(3)[0],

@@ -1,10 +1,11 @@
 """Windows over a map: their size, shift, padding and coordinates.
 
-Two rules exist for a map that its windows do not divide, or that is at most one window. `masked`,
-that of the published classifiers, here for maps of any size: a window is never larger than the map,
-a single window is not shifted, and padding is hidden from attention. `official`, as in the
-published backbones of mmdetection, mmsegmentation and MIM-Depth-Estimation: windows keep their size
-and shift, and the map is padded with zero tokens that take part in attention.
+Two rules exist for a map that its windows do not divide, or that is at most one window. By
+`masked`, the rule of the published classifiers extended to maps of any size, a window is never
+larger than the map, a single window is not shifted, and padding is hidden from attention. By
+`official`, the rule of the published backbones of mmdetection, mmsegmentation and
+MIM-Depth-Estimation, windows keep their size and shift, and the map is padded with zero tokens that
+take part in attention.
 
 Source of `official`: github.com/SwinTransformer/MIM-Depth-Estimation, swin_transformer_v2.py.
 

@@ -9,12 +9,13 @@
     drop_path_rates                       the rate of each row of `keep`
     blocks()                              the modules whose activations may be recomputed, in order
 
-A teacher does without the last two, and brings its weights; its `forward` is called with the images
-alone. Optional are `statistics`, mean and deviation by which its images are normalised (a
-`Statistics`); `layer_id(name)` and `last_layer`, for `optim.layer_decay`; `no_weight_decay()`,
-names of parameters without weight decay; `fewest_places`, places of the smallest map that a batch
-norm normalises, where that is not the last one; and for detection `stages(images, keep)`, four maps
-(B, H, W, C) of images of any size, with `stage_widths` and `stage_strides`.
+A teacher needs neither `drop_path_rates` nor `blocks()`, and brings its weights; its `forward` is
+called with the images alone. Optional are `statistics`, mean and deviation by which its images are
+normalised (a `Statistics`); `layer_id(name)` and `last_layer`, for `optim.layer_decay`;
+`no_weight_decay()`, names of parameters without weight decay; `fewest_places`, the number of
+positions of the smallest map that a batch norm normalises, where that is not the last map; and for
+detection `stages(images, keep)`, four maps (B, H, W, C) of images of any size, with `stage_widths`
+and `stage_strides`.
 
 The class or function is called with whichever of `image_size` and `drop_path_rate` it accepts, more
 than once, also under `torch.device("meta")`, where weights are only shapes.
@@ -47,7 +48,7 @@ def build_custom(
     """Imports the user's code and makes the model.
 
     Args:
-        architecture: Says which class or function makes it.
+        architecture: Names the class or function that makes the model.
         options: Options of the model, of which the user's code gets the drop path rate alone.
         where: Field that the user set, for messages.
 
@@ -87,7 +88,7 @@ def _group_norms(net: Any, image_size: int, where: str) -> None:
         return
 
     def count_images(net: nn.Module, arguments: tuple[Any, ...]) -> None:
-        # The model may flatten them with other dimensions before a norm.
+        # The model may flatten the images with other dimensions before a norm.
         groups.images = len(arguments[0])
 
     net.register_forward_pre_hook(count_images)
@@ -133,7 +134,7 @@ def _no_layers(name: str) -> int:
 def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> None:
     """Runs a model that was built on the meta device once, and checks its result.
 
-    A forward that fails because tensors have no values there is passed over.
+    A forward that fails because meta tensors have no values is accepted.
 
     Args:
         net: Result of `build_custom`.

@@ -68,4 +68,4 @@ CUSTOM = Family(
     },
     scheme=Scheme(settle=_settle, load=_load),
 )
-"""`module:...` in place of weights is a module that brings its own."""
+"""The `Family` of the user's own models; a source `module:...` brings a module with its weights."""

@@ -1,4 +1,4 @@
-"""A Swin of the first version in timm, and in the official names."""
+"""Exports Swin models of the first version to other libraries, or in the official names."""
 
 from __future__ import annotations
 

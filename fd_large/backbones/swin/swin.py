@@ -4,9 +4,9 @@ Parameter names are those of the Swin-Transformer and EsViT repositories. With t
 FD's stage-3 target: no merging after the last stage, the final norm on its width.
 
 timm's Swin computes the same if windows divide every map, but not otherwise: its padding takes
-part in attention, and the size that it was built for decides whether windows shift. Maps of
-140x100 pixels differ by half of their largest value from `window_rule` masked, and by a quarter
-from official ones, so students that pad need this module.
+part in attention, and the size that it was built for decides whether windows shift. Its maps of
+images of 140x100 pixels differ by half of their largest value from those of `window_rule` masked,
+and by a quarter from those of official, so students that pad need this module.
 
 Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 """
@@ -50,8 +50,8 @@ class Swin(HierarchicalBackbone):
     query, key and value have a bias.
 
     Args:
-        image_size: Side in pixels of the images of the position tables: a stage whose map is
-            smaller than the window has a table of the map's size.
+        image_size: Side in pixels of the images for which position tables are made: a stage whose
+            map is smaller than the window has a table of the map's size.
         in_chans: Channels of the images.
 
     Raises: ConfigError, ShapeError: for values that do not fit each other.
@@ -144,7 +144,7 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        # No more than decides the windows: torch.compile makes a graph for each value.
+        # Only the parity, which decides the windows: torch.compile makes a graph for each value.
         self.parity, self.windows = index % 2, windows
         self.norm1 = LayerNorm(width, norm_eps)
         self.attn = WindowAttention(
@@ -245,7 +245,7 @@ class Downsample(PatchMerging):
 def build(a: SwinArchitecture, options: Options) -> Swin:
     """Builds a model with fresh weights.
 
-    Raises: ConfigError: if windows are given for each stage: position tables decide them.
+    Raises: ConfigError: if windows are given by stage, since the position tables decide them.
     """
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):

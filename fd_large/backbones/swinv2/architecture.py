@@ -59,9 +59,9 @@ class SwinV2Architecture(WindowedTransformer):
     def overridden(self, values: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
-        Another number of stages comes with as many windows of pre-training, all 0.
+        If the number of stages changes, each stage's window of pre-training becomes 0.
 
-        Raises: ConfigError: if they do not fit the other fields.
+        Raises: ConfigError: if the values do not fit the other fields.
         """
         if "depths" in values:
             values = {"pretrained_window_sizes": (0,) * len(values["depths"]), **values}

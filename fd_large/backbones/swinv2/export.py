@@ -1,4 +1,4 @@
-"""A SwinV2 in timm, in transformers, and in FD's own names (or the official ones)."""
+"""Exports SwinV2 models to timm and transformers, in mmseg's names, and in FD's or the official."""
 
 from __future__ import annotations
 

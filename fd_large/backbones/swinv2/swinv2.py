@@ -183,7 +183,7 @@ class SwinV2Stage(Stage):
         where = (window, self.pretrained_window, x.device)
         shared = None if self.position_bias is None else self.position_bias(*where)
         for i, block in enumerate(self.blocks):
-            # Here, where no activation checkpoint makes it a second time.
+            # Outside of the blocks, whose activation checkpoints would compute the table again.
             table = block.attn.cpb_mlp.table(*where) if shared is None else shared
             sites = None if scales is None else scales[2 * i : 2 * i + 2]
             x, narrow = block(x, narrow, sites, table)
@@ -196,9 +196,10 @@ class Block(nn.Module):
     Args:
         width: C.
         num_heads: h.
-        index: Within the stage; odd blocks shift their windows.
+        index: Number of the block in its stage, from 0; odd blocks shift their windows.
         windows: Windows of the stage.
-        number: Over the whole model, from 1; it sets how much the branch ends are scaled down.
+        number: Number of the block in the model, from 1; it sets how much the branch ends are
+            scaled down.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
     """
@@ -221,7 +222,7 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        # No more than decides the windows: torch.compile makes a graph for each value.
+        # Only the parity, which decides the windows: torch.compile makes a graph for each value.
         self.parity, self.windows = index % 2, windows
         end = scheme.branch_end(2 * number)
         self.attn = CosineAttention(

@@ -1,4 +1,4 @@
-"""Any backbone of timm, as a student or a teacher: one adapter, and facts measured on a model.
+"""Adapts any backbone of timm as a student or a teacher.
 
-Facts of single timm models are measured on them (`measure.py`), not listed here.
+The facts of a single model are measured on the model (`measure.py`), not listed here.
 """

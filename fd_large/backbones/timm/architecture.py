@@ -61,9 +61,9 @@ _DRAWS = "sapiens2"
 
 
 def why_refused(name: str) -> str:
-    """Returns why a model of timm is no student or teacher; "" where nothing is known of it.
+    """Returns why a model of timm cannot be a student or teacher; "" if no reason is known.
 
-    For lists of names: the model itself decides when it is built.
+    It serves lists of names. Whether a model is accepted is decided when it is built.
     """
     for pattern, reason in _NO_MAP.items():
         if re.match(pattern, name):

@@ -1,8 +1,8 @@
 """Drop path of timm's models, driven by rows of `keep` in place of torch's generator.
 
 Each `DropPath` is replaced by a `Kept`, which has no parameters, so that names stay timm's. The
-block that owns it gets the factors of the present forward as an argument, as our own blocks
-are: whatever computes a block again for backward has the factors of the first time.
+block that owns it gets the factors of the present forward as an argument, as this package's own
+blocks do, so that recomputation of the block for backward uses the same factors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Kept(nn.Module):
 
 
 def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
-    """Lets a block take the model's factors, and its sites begin each forward with their first row.
+    """Passes the model's factors to a block, whose sites begin each forward with their first row.
 
     The block gets a subclass of its class, because wrappers for activation checkpointing call the
     forward of either the module or its class.

@@ -19,7 +19,7 @@ def _untrained(rest: str) -> str | None:
     return rest.removesuffix(_RANDOM) if rest.endswith(_RANDOM) else None
 
 
-# The log of timm's training script asks for Weights & Biases, a third of the second that its import
+# timm's import imports Weights & Biases for its training log, in a third of the second that it
 # takes.
 _later = partial(later, "timm", hides=("wandb",))
 

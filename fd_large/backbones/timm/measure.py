@@ -1,7 +1,8 @@
 """Measures on the meta device how a timm model can be trained.
 
-Which drop path is called when, which modules are its blocks, and whether anything else draws random
-numbers: timm does not say so, and its models differ.
+A forward and a backward show which drop paths are called in which order, which modules are the
+blocks, and whether anything else draws random numbers. timm does not state these facts, in which
+its models differ.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fd_large.backbones.timm.models import create, cut, map_of, sized
 from fd_large.errors import ConfigError, first_line
 
 _BATCH_SIZE = 2
-# Finds the blocks of a model that is trained without drop path.
+# A rate at which the blocks are found of a model that is trained without drop path.
 _ANY_RATE = 0.1
 
 
@@ -37,7 +38,8 @@ class Measured(NamedTuple):
         blocks: Paths of the modules whose activations can be recomputed, in order.
         layers: Layer of each parameter, from 0; empty if the model does not say.
         last_layer: The deepest layer, which belongs to the head.
-        fewest_places: Places of the smallest map under a batch norm; 0 without batch norms.
+        fewest_places: Number of positions of the smallest map that a batch norm normalises; 0
+            without batch norms.
     """
 
     arguments: Mapping[str, Any]
@@ -96,7 +98,7 @@ class _Seen(NamedTuple):
         owner: Path of the module that gets the factors of each site, by the site's path.
         growing: Paths of modules that are given a list, which may be longer when they are
             recomputed.
-        fewest_places: Places of the smallest map under a batch norm; 0 without batch norms.
+        fewest_places: See `Measured`.
     """
 
     order: tuple[tuple[str, float], ...]
@@ -166,7 +168,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
     if draws.seen:
         raise _refused(name, f"random draws besides drop path ({', '.join(sorted(draws.seen))})")
     if idle := [path for path, p in net.named_parameters() if p.grad is None]:
-        # They would be decayed all the same.
+        # Weight decay would shrink unused parameters all the same.
         raise ConfigError(
             f"student.model: the map of {name} does not depend on all of its parameters; got "
             f"{len(idle)} unused parameters ({idle[0]}, ...), expected none. Choose another model."

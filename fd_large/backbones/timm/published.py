@@ -1,6 +1,6 @@
 """Weights for a timm model: in timm's names, or in another port's with the same order.
 
-Running statistics of batch normalisation come along: buffers, but weights like any other.
+Running statistics of batch normalisation are read as well: they are weights, although buffers.
 """
 
 from __future__ import annotations
@@ -157,9 +157,10 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
 
 
 def settle(name: str, architecture: Architecture, where: str) -> tuple[Architecture, list[str]]:
-    """Returns the model of `timm:NAME`, at the last stride unless a stride is given.
+    """Returns the model of `timm:NAME`, up to its last map unless a stride is given.
 
-    Raises: ConfigError: if timm lacks the model, or it has no map, or none at the image size.
+    Raises: ConfigError: if timm lacks the model, or the model returns no map; ShapeError: if it
+        does not take the image size.
     """
     stride, notes = architecture.feature_stride, []
     known = strides(name)
@@ -287,7 +288,7 @@ def in_timm_names(shapes: Shapes, expected: Shapes, *, where: str = "weights") -
 
     Args:
         shapes: Names and shapes of a file's tensors, in order.
-        expected: timm's, of the whole model, in order.
+        expected: timm's names and shapes of the whole model's tensors, in order.
         where: Field that the user set, for the message.
 
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.

@@ -53,7 +53,7 @@ class TimmBackbone(nn.Module):
 
     Parameters and buffers have timm's names, after `net.`. It cannot be built under `zero.Init`,
     because timm's constructors write to their children's parameters, which are already split. It
-    is built whole and split afterwards. Batch normalisation is `batch_norm.py`'s.
+    is built whole and split afterwards. Its batch norms normalise by groups (`batch_norm.py`).
 
     Args:
         name: timm's name of the model.
@@ -69,10 +69,11 @@ class TimmBackbone(nn.Module):
         num_prefix_tokens: 0; class tokens are left out of the map. A frozen model returns the
             first of them as its summary.
         gives_summary: Whether the model returns a summary.
-        stage_strides: Pixels per place of each map of `stages`, finest first.
+        stage_strides: Pixels per position of each map of `stages`, finest first.
         stage_widths: Channels of each stage.
         drop_path_rates: Rate of each call of a drop path, in order.
-        fewest_places: Places of the smallest map that a batch norm of a student normalises.
+        fewest_places: Number of positions of the smallest map that a batch norm of a student
+            normalises.
 
     Raises: ConfigError: if timm lacks the model, the model lacks a map of that stride, or it
         cannot be trained.
@@ -179,7 +180,8 @@ class TimmBackbone(nn.Module):
     def layer_id(self, name: str) -> int:
         """Returns the layer of a parameter, by timm's `param_groups_layer_decay`.
 
-        The final norm belongs to the last block, where our own families count it as the last layer.
+        The final norm belongs to the last block, whereas this package's own families count it as
+        the last layer.
 
         Raises: ConfigError: if timm does not say which layers the model has.
         """

@@ -21,7 +21,7 @@ from fd_large.recipes.family import is_plain
 OLDEST = "5.3"
 """The first release that is not known to run code because a model's folder or its name says so:
 CVE-2026-4372 (config.json names a kernel of the hub, which is fetched and imported), CVE-2026-5241
-and CVE-2026-1839. What is tested, the extra's lower bound, is later."""
+and CVE-2026-1839. The lower bound of the extra in pyproject.toml, which is tested, is later."""
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -33,11 +33,12 @@ class Kind:
     Attributes:
         config: transformers' class of its configuration.
         model: transformers' class of the model.
-        nested: Key of the vision model's configuration, where the type is of image and text.
+        nested: Key of the vision model's configuration, where the type is a model of images and
+            texts.
         without: Fields of the configuration that leave out modules after the map.
         arguments: Arguments of the model that leave out such modules.
         norm_of_mean: Attribute of the norm after the mean of the map, or "".
-        asks_to_resize: Whether positions are resized where the call says so.
+        asks_to_resize: Whether positions are resized only if an argument of `forward` asks for it.
         class_tokens: Tokens of the map before registers and patches.
         statistics: Image statistics that most published models were trained with.
     """
@@ -88,7 +89,7 @@ TEXT_KINDS = {
 def kind_of(name: str, where: str) -> Kind:
     """Returns the kind of a `model_type`.
 
-    Raises: WeightsError: if it cannot teach.
+    Raises: WeightsError: if models of this type cannot be teachers.
     """
     if name not in KINDS:
         raise WeightsError(
@@ -162,5 +163,5 @@ def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[s
 
 
 _COUNTS = ("depths", "num_hidden_layers", "num_register_tokens", "num_stages")
-# Which files, which output, and where it was trained; no part of what is computed.
+# Fields on files, outputs and training, which do not change what the model computes.
 _NO_MATTER = {"architectures", "auto_map", "initializer_factor", "model_type", "num_labels"}

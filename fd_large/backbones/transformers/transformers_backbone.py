@@ -38,7 +38,7 @@ class TransformersBackbone(nn.Module):
         width: Channels of the map.
         stride: Pixels per token.
         num_prefix_tokens: Class and register tokens of the map.
-        drop_path_rates: None: a teacher drops nothing.
+        drop_path_rates: Empty, since a teacher has no drop path.
 
     Raises: WeightsError: if transformers cannot build a model of that configuration.
     """
@@ -156,7 +156,8 @@ def _width(settings: Any) -> int:
 def _stride(settings: Any) -> int:
     """Returns the pixels per token, each way.
 
-    Raises: ValueError: for maps of other pixels than squares, or images of other than 3 channels.
+    Raises: ValueError: for patches that are not square, images without 3 channels, or a Hiera that
+        does not halve its map after every stage.
     """
     if settings.num_channels != 3:
         raise ValueError(f"num_channels {settings.num_channels}")

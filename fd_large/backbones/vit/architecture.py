@@ -59,7 +59,7 @@ class ViTArchitecture(Transformer):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens of the feature map without a place in the image."""
+        """Number of tokens of the feature map without a position in the image."""
         keeps_distillation = self.distillation_token and self.keep_distillation_token
         return int(self.class_token) + int(keeps_distillation)
 

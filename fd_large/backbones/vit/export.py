@@ -1,4 +1,4 @@
-"""A ViT in timm, where it is a VisionTransformer or a Beit; in transformers; in FD's own names."""
+"""Exports ViT models to other libraries, in timm as VisionTransformer or Beit; or in FD's names."""
 
 from __future__ import annotations
 

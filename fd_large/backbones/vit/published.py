@@ -38,8 +38,8 @@ from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 
 TEXT_PROJECTIONS = {"visual.proj": True, "visual_projection.weight": False}
-"""The projection of CLIP's class token into the space of texts, in the names of OpenAI and
-open_clip and in those of transformers, and whether it is transposed: (width, embedding)."""
+"""{name: whether it is stored transposed, (width, embedding)} of the projection of CLIP's class
+token into the texts' embedding space, as OpenAI and open_clip name it, and as transformers does."""
 
 # --- tables of names; what no row has keeps its name ---
 
@@ -330,8 +330,8 @@ FORMATS = {
 
 # --- what files and configurations show of the model ---
 
-# Published models of these widths have so many heads, whoever trained them: a guess, for where no
-# table, configuration or user says.
+# {width: number of heads} of published models, whoever trained them: a guess for models whose heads
+# neither a table, a configuration nor the user shows.
 KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 # Relations of prefix tokens in a table: to a patch, of a patch to them, among themselves.
 _PREFIX_ROWS = 3

@@ -181,7 +181,7 @@ class ViT(nn.Module):
         return frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns an empty set: tables have weight decay, as published."""
+        """Returns no keywords, since position tables have weight decay, as published."""
         return ()
 
     @property
@@ -205,7 +205,7 @@ class ViT(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is no multiple of the patch, or positions are for another.
+        Raises: ShapeError: if the size is no multiple of the patch, or not that of the positions.
         """
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
@@ -326,7 +326,8 @@ class Block(nn.Module):
     Args:
         width: C.
         num_heads: h.
-        number: Within the model, from 1; it sets how much the branch ends are scaled down.
+        number: Number of the block in the model, from 1; it sets how much the branch ends are
+            scaled down.
         table_rows: Rows of the block's own position table; 0 is no table.
     """
 
@@ -429,8 +430,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Maps (B, N, C) to the same shape.
 
-        The table is that of `image_attention`, with `window` that of `window_attention`, or the
-        biases of each image, (B, h, N, N).
+        The table is that which `image_attention` takes, or with `window` that which
+        `window_attention` takes, or the biases of each image, (B, h, N, N).
         """
         projected = added = None
         if self.k_bias is not None:
