@@ -24,15 +24,15 @@ from fd_large.tasks.transfer import Transfer
 from fd_large.weights.export import HEADS
 from fd_large.weights.read import read_json
 
-# What a job does without a collective, and without a model in memory.
+# Methods of a job that need no collective and no model in memory.
 _BEFORE_A_RUN = ("settle", "open_samples", "check", "tensor_sizes")
-# What a job of earlier versions had for commands that ask `StoredRun` now.
+# Methods that jobs of earlier versions had, and the methods of `StoredRun` that replace them.
 _OF_A_STORED_RUN = {
     "score_stored": "score",
     "stored_heads": "heads",
     **{name: name for name in ("predict", "learned", "exported_into", "losses_on")},
 }
-# What the engine asked a job until version 0.1, and what it asks instead.
+# Methods that the engine called on a job until version 0.1, and what it calls instead.
 _FORMER = {
     "initial_heads": "its tensors in initial_weights(), a mapping by the names of modules",
     "parameter_sizes": "tensor_sizes()",

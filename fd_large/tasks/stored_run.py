@@ -1,8 +1,7 @@
 """The interface of stored runs for commands: export, scores, predictions, heads, losses.
 
 This is the second of a task's three faces (`fd_large/recipes/task_kind.py`), used by commands but
-not by the engine. It is the default of tasks without a face of their own: only their student can
-be exported.
+not by the engine. Tasks without a subclass use this one, which only exports their student.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class StoredRun:
     """
 
     loss_name: ClassVar[str] = ""
-    """Name of the run's loss in `diagnose` (`losses_on`); empty if neither images alone nor images
-    with a class each decide the loss."""
+    """Name of the run's loss in `diagnose` (`losses_on`); empty if the loss needs more than
+    images, with or without a class each."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.run = job, job.run

@@ -1,7 +1,7 @@
 """Trainings of a task that begin from a named model, and their comparison.
 
-The third of a task's three faces (`fd_large/recipes/task_kind.py`), which `evaluate` and `transfer`
-ask.
+This is the third of a task's three faces (`fd_large/recipes/task_kind.py`), used by the commands
+`evaluate` and `transfer`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Transfer:
         if recipe_architecture == recipe_architecture.with_own_position_biases():
             architecture = architecture.with_own_position_biases()
         window = base.architecture.window_size
-        # The windows of a Swin of the first version are those of its position tables.
+        # The position tables of a Swin of the first version fix its window.
         takes_window = architecture.has_stage_windows or _WINDOW in fields
         if window and takes_window and isinstance(architecture, WindowedTransformer):
             architecture = architecture.with_window(window)

@@ -1,4 +1,4 @@
-"""Held-out loss of a run: fixed views, split over the ranks, the same on any number of them."""
+"""Held-out loss of a run, on fixed views that are split over the ranks, whatever their number."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from fd_large.tasks.distillation.task import Distillation
 # An epoch that no training reaches, so that crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
 TRIES = 10
-# Of the search for the best constant: passes over the views, and the share of the loss below which
-# a step is the last one, from the third pass on.
+# The search for the best constant makes at most this number of passes over the views, and ends
+# before, from pass 3 on (counted from 0), if a pass lowers the loss by less than this share.
 MOST_PASSES, ENOUGH = 12, 1e-3
 
 Prepared = dict[str, Any]
@@ -50,11 +50,11 @@ class Crops:
 
     Attributes:
         source: The images.
-        views: Number of views; view v shows image v modulo the number of images. There are at
-            least as many as the panel shows.
-        settings: Settings of the views, whose colours stay.
+        views: Number of views, each of the next image in an order drawn from the seed, which begins
+            again after the last image. `len` is at least the number that the panel shows.
+        settings: Settings of the views; colours are not changed.
         seed: Seed of the crops.
-        skip_bad: Whether to replace an unusable image by the next one, as training does.
+        skip_bad: Whether to replace an unusable image by the next one, `TRIES` times at most.
     """
 
     source: ImageSource
@@ -69,7 +69,7 @@ class Crops:
     def __call__(self, view: int) -> Tensor:
         """Returns a view, (3, S, S) uint8.
 
-        Raises: DataError: for an image that cannot be used, unless `skip_bad`.
+        Raises: DataError: for an image that cannot be used, if it is not replaced (`skip_bad`).
         """
         draws = uniforms(self.seed, EVALUATION_EPOCH, [view], "view", NUM_DRAWS)[0].tolist()
         tries = TRIES if self.skip_bad else 1
@@ -97,10 +97,10 @@ class HeldOutViews:
 
     Args:
         name: Prefix of the metrics.
-        crops: Cuts them.
+        crops: Crops the views.
         micro_batch_size: Views per forward.
-        stored: Stored maps of these views, `of(number, view)` by the teacher's name; None if the
-            teachers compute them.
+        stored: Loader of the stored maps of these views (`StoredMaps`); None if the teachers
+            compute the maps.
 
     Raises: DataError: for an image that cannot be used, unless it is to be skipped.
     """
@@ -224,9 +224,10 @@ def held_out_losses(
     micro_batch_size: int,
     stored: Callable[[str, Crops], Any],
 ) -> Evaluation:
-    """Returns the evaluation of all sets of views, with the constant baseline at the end.
+    """Returns the evaluation of the losses on all sets of views; a collective.
 
-    Its panel, before the first step and after the last, shows the first set. A collective.
+    The last evaluation also measures the constant-prediction baseline. The feature panel, before
+    the first step and after the last, shows views of the first set.
 
     Args:
         crops: The views of each set, by the prefix of its metrics.
@@ -260,7 +261,7 @@ def constant_prediction_losses(
     batches: Callable[[], Iterator[tuple[Prepared, int]]],
     summed: Callable[[Tensor], Tensor],
 ) -> list[float]:
-    """Computes the loss of the best constant, one number per channel, for each target.
+    """Computes for each target the loss of the best constant prediction, a vector of C numbers.
 
     This is the constant-prediction baseline: a student that learnt only the mean of its targets
     has about these losses. If a loss has slope and curvature (`Loss.newton`), Newton steps lead
@@ -274,8 +275,8 @@ def constant_prediction_losses(
     Returns: the loss without its weight, for each of `task.targets`.
     """
     searches = [_Search(target.loss) for target in task.targets]
-    # Pass 0 gives the means; each later one the losses by the constants before it, and their
-    # Newton steps.
+    # Pass 0 gives the means; each later pass gives the losses of the present constants and the
+    # Newton steps from them.
     for _ in range(MOST_PASSES):
         for prepared, weight in batches():
             for search, tokens in zip(searches, references(task, **prepared), strict=True):
@@ -295,7 +296,7 @@ class _Search:
 
     Attributes:
         least: The least loss so far.
-        done: Whether another pass would not lower it.
+        done: Whether the search has ended.
     """
 
     def __init__(self, loss: Loss) -> None:

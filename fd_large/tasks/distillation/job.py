@@ -1,7 +1,7 @@
-"""The job of distillation: images without labels, a frozen teacher, held-out losses.
+"""The job of distillation, which learns from a frozen teacher on images without labels.
 
-Features beyond the paper live in the wings `several/`, `cached/` and `masked/`. The first part of
-this file chooses among them; no other file outside the wings knows them.
+Features beyond the paper are in the folders `several/`, `cached/` and `masked/`. The first part of
+this file chooses among them; no other file of this folder imports them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ log = logging.getLogger(__name__)
 AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
 """A teacher on the meta device, a placed teacher, or a cache or recorder in its place."""
 
-# --- which wing stands where ---
+# --- the choice among several/, cached/ and masked/ ---
 
 SIMILARITIES: dict[str, Any] = {
     "relation": Relation,
@@ -111,7 +111,7 @@ RUNNING: dict[str, type[RunningStatistics]] = {
     "running": RunningStatistics,
     "batch": StepStatistics,
 }
-"""Normalisers whose statistics training moves, by name."""
+"""Normalisers whose statistics training updates, by name."""
 KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
 """Losses and normalisers, by their names in a recipe."""
 
@@ -203,8 +203,8 @@ class DistillationJob(TrainingJob):
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
         """Whether a step can be replayed from its images alone.
 
-        Not in a run with stored maps or with teachers chosen by dataset: an incident records
-        neither.
+        It cannot in a run with stored maps or with teachers chosen by dataset, since an incident
+        records neither maps nor datasets.
         """
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
@@ -247,7 +247,7 @@ class DistillationJob(TrainingJob):
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teachers and student.
 
-        Unless it states a number of views, it takes number and seed from its caches.
+        A recipe that states no number of views takes number and seed of views from its caches.
         """
         settle = super().settle
         entries = self.run.taught_by
@@ -274,10 +274,10 @@ class DistillationJob(TrainingJob):
         return self._with_grids(self.run)
 
     def _with_grids(self, run: Run) -> Run:
-        """Returns the recipe with the teachers' image sizes and grids in place of "auto".
+        """Returns the recipe with the teachers' image sizes and interpolations settled.
 
-        Position embeddings follow a teacher's image size, unless this job's recipe sets theirs
-        (architecture.image_size).
+        Position embeddings of a teacher may be resized to its images, unless this job's recipe
+        sets the size of the embeddings (architecture.image_size).
 
         Args:
             run: The recipe, its models settled.
@@ -406,7 +406,7 @@ class DistillationJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of grey images, with empty maps if maps are stored."""
+        """Makes a batch of grey images, with maps of zeros if the run reads a cache."""
         return replace(super().probe_batch(size), targets=self.caches.blank_maps(size))
 
     def tensor_sizes(self) -> TensorSizes:
@@ -453,7 +453,7 @@ class DistillationJob(TrainingJob):
                 partial(self.make_teacher, name),
                 self.weights,
                 student_type="bfloat16" if bfloat16 else "float32",
-                # The same for all: a model is the same one whatever it is called.
+                # One seed for all teachers: random weights do not depend on a teacher's name.
                 seed=self.run.runtime.seed + 1,
                 node_size=node_size,
                 persistence_threshold=persistence_threshold,
@@ -498,7 +498,7 @@ class DistillationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
-        """Constructs the task around teachers of its own."""
+        """Constructs the task and its teachers, of which cached ones are no models."""
         teachers = self.make_teachers()
         models = tuple(teachers[name] for name in teachers if name not in self.caches)
         return self.task_around(teachers | self.caches.teachers()), models
@@ -528,7 +528,7 @@ class DistillationJob(TrainingJob):
     # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro batches of views, with datasets if these decide the teachers."""
+        """Yields micro batches of views, with each image's dataset if that decides its teachers."""
         batches = super().batches(samples, portion)
         own_data = self.run.weighting.rule == "own_data"
         return with_datasets(batches, samples) if own_data else batches

@@ -34,7 +34,7 @@ def knn_accuracy(
     max_pixels: int,
     blank_maps: Any,
 ) -> Evaluation:
-    """Returns an evaluation of `test_knn`, in percent.
+    """Returns the evaluation that measures `test_knn`, the k-NN accuracy in percent.
 
     Args:
         engine: The engine of the task.
@@ -45,7 +45,7 @@ def knn_accuracy(
         micro_batch_size: Images of a forward.
         workers: Loading processes.
         max_pixels: Pixels above which an image is refused.
-        blank_maps: Targets of one image in place of stored maps, or None without stored maps.
+        blank_maps: Zeros in the shapes of one image's stored maps, or None if no cache is read.
     """
 
     def measure(
@@ -84,12 +84,12 @@ def knn_accuracy(
 def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMap]:
     """Returns a function from pixels to the student's map, by a forward of the whole task.
 
-    Only that gathers the student's shards. The teachers are not run: their maps are replaced
-    by zeros.
+    Only a forward of the task's engine gathers the student's shards. The teachers run once, for
+    the shapes of their maps, which are then replaced by zeros.
 
     Args:
         engine: The engine of the task.
-        blank_maps: Targets of one image in place of stored maps, or None without stored maps.
+        blank_maps: Zeros in the shapes of one image's stored maps, or None if no cache is read.
     """
     task = engine.task
     outputs: list[FeatureMap] = []

@@ -39,7 +39,7 @@ class Loss:
         label: Label in logs and plots.
         reads_beta, reads_temperature: Whether the loss uses the number; a recipe that sets an
             unused number is refused.
-        temperature: `objective.temperature`, which a recipe sets after it is made.
+        temperature: `objective.temperature`, which `make_loss` sets after construction.
         of_tokens: Whether it is a mean over the losses of single tokens (`per_token`).
         in_sums: Whether it may stand in a sum of losses by weight.
     """
@@ -93,11 +93,11 @@ class Loss:
         return self.per_image(*tokens).view(projected.shape[:2])
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns slope and curvature of the loss by a constant prediction, each (C,).
+        """Returns slope and curvature of the loss in a constant prediction, each (C,), or None.
 
-        Both are summed over the images. A step of slope / curvature must not overshoot; curvature
-        zero keeps a channel fixed. None leaves the constant-prediction baseline at the mean of
-        the targets.
+        Both are summed over the images. A step of slope / curvature must not overshoot the
+        minimum; a curvature of 0 keeps a channel fixed. If a loss returns None, the
+        constant-prediction baseline predicts the mean of the targets.
 
         Args:
             constant: (C,) float32, predicted for every token.
@@ -134,10 +134,10 @@ class SmoothL1(Loss):
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of parabolas above the loss of each difference.
+        """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
-        If most tokens are further away than `beta`, the second derivative counts only the few
-        others, and a step by it would lead far beyond the minimum.
+        If most differences are larger than `beta`, the second derivative counts only the few
+        others, and a step by the second derivative would lead far beyond the minimum.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta
@@ -185,7 +185,7 @@ class L1(Loss):
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of parabolas above the loss of each difference.
+        """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
         Steps are those of iteratively reweighted least squares and lead towards the median.
         """
@@ -218,7 +218,7 @@ class Cosine(Loss):
 class CosineOfMap(Loss):
     """One minus the cosine of two maps, each taken as one long vector; the mean over images.
 
-    Long tokens count more than short ones, unlike in `Cosine`. Source: Shang et al. (Theia), arXiv
+    Tokens of larger norm count more, unlike in `Cosine`. Source: Shang et al. (Theia), arXiv
     2407.20179, and Lu et al. (SAK), arXiv 2410.14633, in their code.
     """
 
@@ -419,8 +419,8 @@ class FunctionLoss(Loss):
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Returns slope and curvature of minus the cosine between a constant and a sum of unit vectors.
 
-    They belong to a parabola whose minimum is the sum's direction at the constant's own length,
-    whatever the constant's direction.
+    They belong to a parabola whose minimum has the direction of the sum and the norm of the
+    constant, whatever the constant's direction.
     """
     length, most = constant.norm().clamp(min=_SMALLEST), directions.norm()
     slope = (most * constant / length - directions) / length

@@ -35,12 +35,12 @@ _METRICS = {
 def learned(
     entries: Mapping[str, NamedTeacher], facts: Mapping[str, Mapping[str, Any]], data: Data
 ) -> Learned:
-    """Returns the task's part of the card.
+    """Returns the task's part of the model card.
 
     Args:
         entries: The teachers by name; "" names a single teacher.
         facts: The manifest's facts of each teacher (`facts_by_teacher`).
-        data: The recipe's section.
+        data: The recipe's section of images.
     """
     entries = {
         # The source of cached targets is a folder; the manifest names the teacher.

@@ -82,13 +82,13 @@ class Affine:
 def standardise(statistics: TargetStatistics) -> Affine:
     """Gives every channel mean 0 and variance 1.
 
-    A deviation counts as at least a thousandth, as in DUNE (arXiv 2503.14405).
+    A standard deviation below 0.001 counts as 0.001, as in DUNE (arXiv 2503.14405).
     """
     return Affine(statistics.mean, statistics.deviation.clamp(min=1e-3).reciprocal())
 
 
 def phi_s(statistics: TargetStatistics) -> Affine:
-    """Rotates so that every channel has variance 1; one number scales all: see `phi_s_matrix`."""
+    """Rotates channels, and scales all by one number, to a variance of 1; see `phi_s_matrix`."""
     return Affine(statistics.mean, statistics.phi_s)
 
 
@@ -102,7 +102,7 @@ BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "standardise": standardise,
     "phi_s": phi_s,
 }
-"""The built-in normalisers that are made of a file of statistics."""
+"""The built-in normalisers that are made from a file of statistics."""
 
 
 class Undo(nn.Module):
@@ -149,7 +149,8 @@ def make_normaliser(
         eps: `objective.whitening_eps`, for whitening.
         statistics: `objective.target_statistics`, a file.
         width: Channels of the teacher's tokens, for a name in `running`.
-        running: Normalisers with statistics that training moves, made of the number of channels.
+        running: Normalisers whose statistics training updates, by name; each is constructed from
+            the number of channels.
 
     Raises: ConfigError: if the normaliser or its file does not exist.
     """

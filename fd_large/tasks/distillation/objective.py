@@ -1,4 +1,4 @@
-"""The targets of a recipe: tried before a start, built, and compared at a resume.
+"""Tries the targets of a recipe before a start, builds them, and compares them at a resume.
 
 A checkpoint's manifest records the facts that decide the targets, and a resume compares them.
 """
@@ -81,7 +81,7 @@ def target_checks(
 ) -> Iterator[Callable[[], object]]:
     """Yields checks that try a target's loss and normaliser on a few tokens, and find its head.
 
-    The head's shapes wait for the models.
+    The shapes of the head are checked later, when the models are known (`check_fit`).
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -146,7 +146,7 @@ def statistics_file(entry: NamedTeacher, kind: str) -> str:
 def check_statistics(
     target: NamedTarget, entry: NamedTeacher, facts: Callable[[], Mapping[str, Any]]
 ) -> None:
-    """Refuses a file of statistics of other targets than those of the run.
+    """Refuses a file of statistics that were measured on other targets than the run's.
 
     Args:
         target: The target.
@@ -236,7 +236,7 @@ def make_targets(
         student: The student.
         teachers: The teachers by name.
         entries: Each teacher's entry in the settled recipe.
-        image_size: Side of the student's images, in pixels; of several, that of evaluations.
+        image_size: Side of the student's images, in pixels; if several, the side in evaluations.
         width: Channels of the heads' input; None for the student's own.
         known: The losses and normalisers by name.
 
@@ -283,7 +283,10 @@ def make_targets(
 
 
 def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
-    """Returns a placed teacher's projection of its summary; for others, a tensor of its shape."""
+    """Returns the projection from summary to embedding, or None if no embedding is learnt.
+
+    For a teacher that is not placed it is an empty tensor of the projection's shape.
+    """
     if kind != SUMMARY or not entry.embedding_width:
         return None
     projection: Tensor | None = getattr(teacher, "projection", None)
@@ -307,7 +310,7 @@ def target_facts(
         teacher: The target's teacher.
         entry: The teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels.
-        teacher_image_size: Side of the teacher's images, 0 as in `frozen_maker`.
+        teacher_image_size: Side of the teacher's images; see `frozen_maker` for the meaning of 0.
     """
     facts: dict[str, Any] = {
         "teacher_hash": teacher.fingerprint,

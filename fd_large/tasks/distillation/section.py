@@ -53,22 +53,22 @@ class Objective:
 
     place: ClassVar[str] = "objective"
 
-    # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the one
-    # that this norm is given, of models of this package's own families.
+    # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the input
+    # of that norm, for models of this package's own families.
     layer: Literal["last", "before_norm"] = "last"
     # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
     # difference. cosine: one minus the cosine of two tokens. cosine_of_map: that of two whole maps.
-    # cls_and_patches: half cosine, half smooth_l1, of which CLS token and patches have equal parts.
-    # relation: the divergence between the similarities of an image's tokens. queue, of summaries:
-    # that between their similarities to the teacher's newest summaries.
+    # cls_and_patches: half cosine, half smooth_l1, with equal weight of CLS token and patches.
+    # relation: the divergence between the similarities of an image's tokens. queue, for summaries:
+    # the divergence between their similarities to the teacher's newest summaries.
     # A sum of these by weight: "0.9 cosine_of_map + 0.1 smooth_l1". A function of your own, from
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
     # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
     # channels; unbiased_whitening: by the unbiased variance, as in dBOT. none: nothing.
     # standardise: each channel gets mean 0 and variance 1. phi_s: channels are rotated so that all
-    # have variance 1. running: each channel gets about mean 0 and variance 1, by statistics that
-    # follow those of the steps; batch: exactly, by those of the step's own images. A function of
+    # have variance 1. running: each channel gets about mean 0 and variance 1, by running statistics
+    # over the steps; batch: exactly, by the statistics of the step's own images. A function of
     # your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
     # File of means, deviations and the rotation of the teacher's channels, for standardise and
@@ -90,8 +90,8 @@ class Objective:
     whitening_eps: float = 1e-5
     # What to do if student and teacher have different grids of tokens. none: stop with an error.
     # bilinear: resize the teacher's map to the student's grid. bilinear_student: resize what the
-    # head gives to the teacher's grid. bilinear_larger: resize the one of fewer places. auto:
-    # bilinear if they differ at the teacher's image size.
+    # head gives to the teacher's grid. bilinear_larger: resize the map with fewer places. auto:
+    # bilinear if the grids differ at the teacher's image size.
     interpolation: Interpolation = "none"
     # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
     # image. auto: the size at which both grids agree, where the teacher takes it (docs/weights.md
@@ -108,7 +108,7 @@ class Objective:
             at_least(f"{where}.teacher_image_size", self.teacher_image_size, 0, "pixels, or auto")
 
 
-# The teacher decides its image size and how the two grids meet: what recipes of distillation say.
+# As in recipes of distillation, the teacher decides its image size and the interpolation.
 AUTOMATIC = Objective(interpolation=AUTO, teacher_image_size=AUTO)
 
 MAP, SUMMARY = "map", "summary"
@@ -146,7 +146,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(Teacher, Objective):
-    """One of several teachers with its objective: both sections in one.
+    """One of several teachers with its objective, in one section with the fields of both.
 
     The loss of a run is the weighted sum over its teachers' maps and summaries.
     """
@@ -163,8 +163,9 @@ class NamedTeacher(Teacher, Objective):
     weight: float = 1.0
     # Names of the datasets of data.root whose images it teaches, where weighting.rule is own_data.
     datasets: tuple[str, ...] = ()
-    # Images along a side of a mosaic: so many squared are tiled into one image of the teacher's
-    # size, whose map is cut back into theirs (RADIO's way with SAM). 0: it sees each image alone.
+    # Images along a side of a mosaic, k: k x k images are tiled into one image of the teacher's
+    # size, whose map is cut back into theirs (as RADIO does for SAM). 0: the teacher sees each
+    # image alone.
     mosaic: int = 0
     interpolation: Interpolation = AUTO
     teacher_image_size: int | Literal["auto"] = AUTO
@@ -253,10 +254,11 @@ class NamedTeacher(Teacher, Objective):
 class Weighting:
     """The rule that chooses each image's teachers."""
 
-    # fixed: all of them; the loss is their sum. Else it is the mean over the pairs of image and
-    # teacher that are kept, of all images of a step. drop: the teacher with the largest loss of an
-    # image is kept, and each other one by chance, as in UNIC (DUNE's lowest_loss). own_data: those
-    # that teach the image's dataset (teachers.NAME.datasets), as in DUNE.
+    # fixed: all teachers; the loss is the sum of their losses. With the other rules it is the mean
+    # over all pairs of image and teacher that are kept in a step. drop: the teacher with the
+    # largest loss of an image is kept, and each other one by chance, as in UNIC (DUNE's
+    # lowest_loss). own_data: the teachers of the image's dataset (teachers.NAME.datasets), as in
+    # DUNE.
     rule: Literal["fixed", "drop", "own_data"] = "fixed"
     # Probability with which drop leaves out a teacher that is not the worst, in [0, 1].
     drop_probability: float = 0.5
@@ -275,7 +277,7 @@ class Mask:
     """The patches hidden from the student in training, and the tokens that count.
 
     The teachers, and all evaluations, see whole images. A mask is a function of the seed, the epoch
-    and the image's place in it.
+    and the image's position in the epoch's order.
     """
 
     # How the hidden patches of an image are drawn. none: nothing is hidden. random: each alone, as
@@ -293,8 +295,8 @@ class Mask:
     # What the student is shown in the place of a hidden patch. token: a learnt token. dropped:
     # nothing; it encodes visible patches alone, as many in each image.
     student: Literal["token", "dropped"] = "token"
-    # Whose loss counts. masked, visible: that of the hidden or of the other patches. all: both.
-    # A student that encodes visible patches alone has a decoder for the hidden ones.
+    # The tokens whose loss counts. masked: the hidden patches. visible: the other patches. all:
+    # both. A student that encodes visible patches alone has a decoder for the hidden ones.
     tokens: Literal["masked", "visible", "all"] = "masked"
     # Whether the loss of prefix tokens (CLS) counts beside that of patches.
     cls: bool = False
@@ -438,9 +440,9 @@ def cached_folder(source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """The number of views of an image, and when the teachers see them.
+    """The views of each image, and how the teachers' maps of them are computed or stored.
 
-    Views that come again can be stored with their maps.
+    Only the maps of views that come again can be stored.
     """
 
     # Number of views of each image, which the epochs take in turn: epoch e has view e modulo this
@@ -557,7 +559,8 @@ NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
         },
     ),
 }
-"""Fields of a target that name a thing: its kind, and the tables of the package by their files."""
+"""For each field of a target with the name of a loss, head or normaliser: the kind of thing, and
+the tables of built-in names in this package's files."""
 
 
 def _check_names(run: Any) -> None:
@@ -593,11 +596,11 @@ KIND = TaskKind(
     title="Distillation",
     sections=("teacher", "objective", "teachers", "weighting", "mask", "students"),
     section=Views,
-    # The hash of a file of statistics decides, not its place.
+    # A file of statistics is compared by its hash, not by its path.
     may_change=(
         "teacher.placement",
         "objective.target_statistics",
-        # What it holds decides.
+        # A cache is compared by its contents.
         "task.distillation.cache",
         "task.distillation.teacher_stream",
         "teachers.*.placement",

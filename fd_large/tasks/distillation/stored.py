@@ -1,7 +1,7 @@
 """A stored distillation: its export, heads, loss and model card.
 
-The heads guess each teacher's map from the student's. An export keeps them in a folder beside the
-student: their tensors, and the facts that each is built from.
+The heads guess each teacher's map from the student's. An export keeps the heads in a folder beside
+the student, with their tensors and the facts from which each head is built.
 """
 
 from __future__ import annotations
@@ -149,14 +149,14 @@ def fill_heads(
 ) -> dict[str, StoredHead]:
     """Returns the heads of a task by their targets' labels; "teacher" for a single one.
 
-    Only the modules of the targets have memory.
+    Only the targets' modules are allocated; the rest of the task stays on the meta device.
 
     Args:
         task: The task around `teachers`, on the meta device.
         teachers: The teachers by name.
         entries: Each teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels.
-        fill: Fills the task's tensors that have memory, called once the heads do.
+        fill: Fills the task's allocated tensors; called once the heads are allocated.
     """
     images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
     prefixes = {name: model(images).num_prefix_tokens for name, model in teachers.items()}
@@ -219,9 +219,9 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
     """Writes heads into a new folder.
 
     Args:
-        heads: By their targets' labels.
-        folder: Does not exist.
-        task: The task that reads them.
+        heads: The heads by their targets' labels.
+        folder: A new folder, which must not exist yet.
+        task: The task that reads the heads.
         shard_size: Most bytes of a file of tensors.
     """
     folder.mkdir()
@@ -284,10 +284,10 @@ class StoredDistillation(StoredRun):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the projection if the library's file format has it.
+        """Returns the shapes of a single teacher's linear head, if the library's files hold it.
 
-        The whole task is checked, whichever part is exported, except the user's own heads, whose
-        code may not be allowed.
+        The whole task is compared with the checkpoint, whichever part is exported. With several
+        teachers, another head or a mask, only the student is compared.
         """
         if self.run.teachers or self.run.objective.head != "linear" or self.run.mask.hides:
             stream.check(reader, dict(student), prefix=stream.STUDENT)
@@ -304,7 +304,7 @@ class StoredDistillation(StoredRun):
     def heads(self, reader: Reader) -> Mapping[str, StoredHead]:
         """Returns the heads of a checkpoint by their targets' labels; "teacher" for a single one.
 
-        Only the heads have memory; for other tensors, shapes are compared with the checkpoint's.
+        Only the heads are allocated; other tensors are compared with the checkpoint by shape.
 
         Args:
             reader: The checkpoint.
@@ -328,7 +328,7 @@ class StoredDistillation(StoredRun):
         )
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the heads of all teachers; only warns if a model beside them cannot be built."""
+        """Writes the heads of all teachers; if they cannot be built, only logs a warning."""
         try:
             heads = self.heads(reader)
         except FDError as error:

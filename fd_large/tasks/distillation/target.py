@@ -1,4 +1,4 @@
-"""Targets of a recipe: a teacher's map or summary, on one grid with the student's.
+"""Targets of a recipe, each a teacher's map or summary on a common grid with the student's.
 
 They extend the small `Target` of task.py by names, kinds, prefix tokens and grids.
 """
@@ -24,8 +24,8 @@ from fd_large.tasks.distillation.task import Distillation, Maps, Seen, Target
 class NamedTarget(Target):
     """A head on the student's tokens, and the loss between them and a teacher's map or summary.
 
-    Loss and normaliser may have a state that training moves: `state(label)` returns it by its name
-    in checkpoints, and `part(target)` the part of a step that moves it.
+    Loss and normaliser may have a state that training updates: `state(label)` returns it by its
+    name in checkpoints, and `part(target)` returns the part of a step that updates it.
 
     Args:
         head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
@@ -92,8 +92,9 @@ class NamedTarget(Target):
         return tuple(each.part(self) for each in self.stateful)
 
     def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the compared tokens (B, N, Ct) of student (after the head) and teacher; N is 1
-        for a summary.
+        """Returns the tokens to compare, (B, N, Ct), of student (after the head) and teacher.
+
+        N is 1 for a summary.
 
         Args:
             student_maps: The student's maps, in the data type of the head.
@@ -229,10 +230,10 @@ def reads_blocks(head: nn.Module) -> bool:
 
 
 def summary(feature_map: FeatureMap) -> Tensor:
-    """Returns the summary of an image, (B, 1, C): its class token.
+    """Returns the summary of each image, (B, 1, C), which is its class token if there is one.
 
-    It is the class token that the map leaves out, or the map's first prefix token; without
-    either, the mean of all tokens.
+    The class token is `feature_map.summary` or the map's first prefix token. Without either, the
+    summary is the mean of all tokens.
     """
     if feature_map.summary is not None:
         return feature_map.summary
@@ -247,12 +248,10 @@ def as_map(summaries: Tensor) -> FeatureMap:
 
 
 def references(task: Distillation, **prepared: Any) -> list[Tensor]:
-    """Returns the normalised tokens that each target compares with, (B, N, Ct) float32.
-
-    By running statistics, as in evaluation.
+    """Returns the teacher's normalised tokens of each target, (B, N, Ct) float32.
 
     Args:
-        task: The task.
+        task: The task, in evaluation mode, in which normalisers use their running statistics.
         prepared: Result of the task's `prepare`.
     """
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Means, deviations and a rotation of a teacher's channels, measured once and kept in a file.
 
-The tokens are a run's targets: of random crops, resized to the student's grid. Only sums are held
-in memory, including second moments, in float64, so that ranks and micro batches change the
-statistics as little as they change the teacher's own map.
+The tokens are those of a run's targets, from random crops, on the student's grid. Only sums of
+tokens and of their products are held in memory, in float64, so that ranks and micro batches change
+the statistics as little as they change the teacher's own map.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 
     It is a H U^T, where U are the eigenvectors of the covariance, H is a Hadamard matrix over the
     square root of its size, and 1 / a^2 is the mean eigenvalue. One number scales all directions,
-    so that uninformative directions are not amplified, as they are by whitening with the
-    covariance. Source: Ranzinger et al., arXiv 2410.01680.
+    so that uninformative directions are not amplified; whitening with the covariance amplifies
+    them. Source: Ranzinger et al., arXiv 2410.01680.
 
     Args:
         covariance: (C, C).
@@ -161,7 +161,7 @@ def orthogonal(size: int) -> Tensor:
 
 
 def hadamard(size: int) -> np.ndarray | None:
-    """Returns a Hadamard matrix of signs, (size, size) int8, or None without a construction.
+    """Returns a Hadamard matrix of signs, (size, size) int8, or None if none is known here.
 
     It is the Kronecker product of the largest possible Sylvester matrix and a Paley matrix. The
     signs are those of NVIDIA's code for RADIO, so that targets are comparable.

@@ -37,9 +37,9 @@ from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.distillation.registered import register
 
 Maps = Mapping[str, Any]
-"""The teachers' maps by name, and what else a batch holds beside its images."""
+"""The teachers' maps by name, and any other targets that a batch holds beside its images."""
 Drawn = Mapping[str, Tensor]
-"""What is drawn for each image of a batch by name, (..., B)."""
+"""Random draws for the images of a batch, by name, each of shape (..., B)."""
 UNDRAWN: Drawn = MappingProxyType({})
 
 smooth_l1 = partial(F.smooth_l1_loss, beta=2.0)
@@ -147,7 +147,7 @@ class Teachers:
         self.by_name = dict(by_name)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the maps by name, with the other entries of the given targets."""
+        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
         maps = {
             name: model(images) for name, model in self.by_name.items() if name not in given_maps
         }

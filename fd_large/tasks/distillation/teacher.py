@@ -1,7 +1,8 @@
-"""A frozen teacher with its weights: whole on each rank, sharded over all, or inside each node.
+"""A frozen teacher, its weights whole on each rank, sharded over all ranks, or inside each node.
 
-A sharded teacher is a second ZeRO-3 engine without an optimiser. It has its own configuration, so
-that the student may have any stage, and no gradient, no float32 copy and no entry in a checkpoint.
+A sharded teacher is a second ZeRO-3 engine without an optimiser. It has a configuration of its own,
+so that the student may have any ZeRO stage; it has no gradient, no float32 copy and no entry in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PlacedTeacher:
         """
         with torch.no_grad():
             feature_map = (self._engine or self.module)(images, **options)
-        # Afterwards, so that nothing is learned from what was changed while it was computed.
+        # Checked after the forward, so that nothing is learned from weights that changed meanwhile.
         mapped_files.check(self.module)
         return feature_map
 
@@ -191,14 +192,14 @@ class Beside:
     """Wraps the teachers (task.py) to compute on a separate CUDA stream in training.
 
     Args:
-        teachers: The seam that is wrapped.
+        teachers: The wrapped seam of teachers.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the maps by name, with the other entries of the given targets."""
+        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
         if not training:
             return self._teachers(images, given_maps, training)
 
@@ -289,7 +290,7 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
     """Returns a settled entry with the width of its embedding, if it is learnt.
 
     The image embedding of a CLIP teacher is its summary, projected into the space of its texts. The
-    projection stands in the teacher's weights after its final norm, where no map needs it.
+    projection is among the teacher's weights and follows the final norm; maps do not need it.
 
     Raises: ConfigError: if its weights have no embedding.
     """

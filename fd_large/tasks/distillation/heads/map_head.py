@@ -132,7 +132,7 @@ class HeardBlocks:
 
 
 class BesideLoss(torch.autograd.Function):
-    """A tensor, unchanged, whose backward also sends zeros to an unrelated tensor.
+    """Passes on a tensor unchanged, while its backward also sends zeros to an unrelated tensor.
 
     If heads read only blocks, the student's last map is in no loss. ZeRO-3's hooks need its
     gradient to gather the student's direct parameters (class token, positions).

@@ -1,4 +1,4 @@
-"""Heads that read maps: MLPs on all blocks, convolutions, and MLPs on a resized map."""
+"""Heads that read maps: MLPs on all blocks, convolutions, and MLPs that resize or upsample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fd_large.tasks.distillation.heads.token_heads import MLP
 
 
 class Ladder(MapHead):
-    """An MLP of each block for the patches, and another for the CLS token; each kind is summed.
+    """Sums the outputs of one MLP per block for the patches, and of others for the CLS token.
 
     Registers are left out. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088; sizes as in its
     code.
@@ -110,7 +110,7 @@ def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool
 class Convolutional(MapHead):
     """Two convolutions with norms and ReLU, and a last layer.
 
-    The norms are of whole maps, with a factor for each channel and place, so that the head,
+    Each norm is over a whole map, with a factor for each channel and place, so that the head,
     though not the student, is made for one pair of grids. Source: Shang et al. (Theia), arXiv
     2407.20179, whose translators are made for grids of 14, 16 and 64 a side; here the same layers
     take any grids in those proportions.
@@ -125,7 +125,7 @@ class Convolutional(MapHead):
         maps: Grids of both maps, both square.
         hidden: Hidden channels; None means as many as the convolutions' input.
         adapted: Channels of a first norm and linear layer; 0 for none.
-        last_side: Side of the last convolution; 1 is a linear layer.
+        last_side: Side of the last convolution's kernel; 1 is a linear layer.
 
     Raises: ConfigError: if the grids have other proportions.
     """

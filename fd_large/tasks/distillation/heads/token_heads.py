@@ -1,4 +1,4 @@
-"""Heads that map each token of the student to the teacher's width, or all tokens of an image."""
+"""Heads that map the student's tokens to the teacher's width, each alone or an image's together."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> 
             f"{WHERE}: attention does not fit the student; got a width of {width}, expected a "
             f"multiple of its {heads} heads. Take mlp."
         )
-    from timm.models.vision_transformer import Block  # A second that other heads are spared.
+    from timm.models.vision_transformer import Block  # Its import costs about a second.
 
     return Block(width, num_heads=heads, init_values=layer_scale, **options)

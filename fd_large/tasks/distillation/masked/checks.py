@@ -16,7 +16,7 @@ from fd_large.tasks.distillation.section import MAP, Mask, NamedTeacher, field_o
 
 # Heads that treat each token alone.
 _OF_TOKENS = ("linear", "mlp", "mlp_relu")
-# Heads whose map has the places of the student's.
+# Heads whose output has the same places as the student's map.
 _OF_PLACES = (*_OF_TOKENS, "attention_mlp", "block", "ladder")
 
 
@@ -53,7 +53,7 @@ def mask_checks(
     )
     yield partial(
         require,
-        # There an image weighs by its hidden patches, and its mean is over the class token, too.
+        # Other rules weigh an image by its hidden patches, though its mean includes class tokens.
         rule == "fixed" or not mask.varies or not mask.cls or mask.reduce == "image",
         "mask.cls: images that hide different numbers of patches would count their class tokens "
         "differently",
@@ -107,7 +107,7 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
 def _check_target(
     mask: Mask, name: str, entry: NamedTeacher, loss_of: Callable[[NamedTeacher, str], Loss]
 ) -> None:
-    """Refuses losses, heads and grids that do not work if only some tokens count."""
+    """Refuses a loss, head or interpolation that does not work if only some tokens count."""
     loss, heads = loss_of(entry, MAP), _OF_PLACES
     require(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),

@@ -19,12 +19,12 @@ class MaskToken(nn.Module):
     A Module of its own, so that the hooks of ZeRO-3 gather the token where it is used.
 
     Args:
-        width: C.
+        width: Channels of the tokens, C.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Three dimensions, as in the public codes: it decays as weights do.
+        # Three dimensions, as in the published code, so that weight decay applies to the token.
         self.token = nn.Parameter(torch.empty(1, 1, width))
         fill(self.token, NORMAL)
 
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, mask: Mask) -> None:
         super().__init__()
-        from timm.models.vision_transformer import Block  # A second that other runs are spared.
+        from timm.models.vision_transformer import Block  # Its import costs about a second.
 
         decoder_width, norm = mask.decoder_width, partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(width, decoder_width)
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
 def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
     """Returns fixed position embeddings (N, width) float32: columns first, then rows, as in MAE."""
-    # On the device: copied from the CPU, they would stop the host in each step.
+    # Computed on the device, since a copy from the CPU would make the host wait in each step.
     number = partial(torch.arange, dtype=torch.float64, device=device)
     rate = 10000.0 ** -(number(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(*(number(size) for size in grid), indexing="ij")

@@ -1,4 +1,4 @@
-"""Masks of hidden patches: a function of (seed, epoch, position) alone.
+"""Masks of hidden patches, each of which is a function of (seed, epoch, position) alone.
 
 So neither ranks, micro batches nor a resume change a mask.
 
@@ -60,7 +60,7 @@ def _numbers_hidden(
 
 
 def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
-    """Returns the number of hidden patches; an upper limit for blocks that need not fill it.
+    """Returns the number of hidden patches, which is only an upper limit for the sampler `block`.
 
     Args:
         mask: The recipe's section of the mask.
@@ -69,7 +69,8 @@ def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
     """
     patches, ratio = grid[0] * grid[1], mask.ratio if ratio is None else ratio
     if mask.sampler == "random":
-        # As published: the product is rounded down as it comes, so that 0.9 of 10 hides all.
+        # As published: 10 * (1 - 0.9) is just below 1 in floating point and rounds down to 0, so
+        # that a ratio of 0.9 hides all of 10 patches.
         return patches - int(patches * (1 - ratio))
     return round(patches * ratio)
 
@@ -79,7 +80,7 @@ def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
 
     Args:
         noise: (B, N).
-        numbers: Number of hidden patches, the same for all images or of each, (B,).
+        numbers: Number of hidden patches, one for all images, or one for each image, (B,).
     """
     place = noise.argsort(axis=1, kind="stable").argsort(axis=1)
     masked: Bools = place >= noise.shape[1] - np.reshape(numbers, (-1, 1))
@@ -91,12 +92,12 @@ def block_mask(
 ) -> Bools:
     """Returns a mask (N,) of rectangles, which may overlap.
 
-    The order of draws is the official code's: area, aspect, top, left.
+    Random numbers are drawn in the official code's order: area, aspect, top, left.
 
     Args:
         draw: Source of random numbers.
         grid: Rows and columns of the patches.
-        number: Most patches that are hidden.
+        number: Largest number of hidden patches.
         min_patches: Patches of the smallest rectangle; the area is drawn between it and the
             remaining number, even if that is smaller.
         exact: Whether single patches are hidden where the rectangles fall short of the number.

@@ -2,8 +2,8 @@
 
 With masks of rectangles, images hide different numbers of patches. A mean over the masked tokens
 of a micro batch, as in the published code, then depends on ranks and micro batches. Here the
-number is summed over the whole step before its first backward (`Masked.sums`), and each token has
-the same weight.
+number of masked tokens is summed over the whole step before its first backward (`Masked.sums`),
+and each of these tokens has the same weight.
 
 Source: Fang et al. (EVA), arXiv 2211.07636; Xie et al. (SimMIM), arXiv 2111.09886, for students
 with a coarse map, where a whole token's patches are hidden together; Xue et al. (MaskAlign), arXiv
@@ -55,7 +55,7 @@ class Counted(NamedTuple):
             return self.whole.value()
         if self.number is None:
             return self.per_image().mean()
-        # No image of a step may hide any: of tiny maps, few images or a small share of them.
+        # A step may hide no patch: with tiny maps, few images or a small mask.share.
         number = self.number.to(torch.float32).clamp(min=1)
         return self.micro_batches * self._losses().sum() / number
 
@@ -136,7 +136,7 @@ class Masked(Whole, Part):
         return sight
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns a mask and visible patches in the shapes of drawn ones, for counting."""
+        """Returns zeros in the shapes of a drawn mask and of visible patches, for counting."""
         sight = {"mask": images.new_zeros(self._patches, len(images), dtype=torch.bool)}
         if self._drops:
             visible = self._patches - self._num_hidden
@@ -215,7 +215,7 @@ class Masked(Whole, Part):
         return torch.stack([of_images.sum(), torch.ones_like(of_images).sum()])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Takes the numbers of the step."""
+        """Keeps the step's numbers of counted patches and of images."""
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
@@ -227,16 +227,16 @@ class Masked(Whole, Part):
 def _filled(map_: FeatureMap, places: Tensor) -> FeatureMap:
     """Returns a map of all places with zeros at patches that were not encoded.
 
-    Heads of single tokens and the loss then treat it as any other.
+    Heads of single tokens and the loss then treat the map like a whole one.
 
     Args:
         map_: Map of the visible patches alone, with the grid of all patches.
-        places: (B, V) int64, their numbers.
+        places: (B, V) int64, numbers of the visible patches.
     """
     prefix, (rows, columns) = map_.num_prefix_tokens, map_.grid
     visible, width = map_.tokens[:, prefix:], map_.tokens.shape[-1]
     empty = visible.new_zeros(len(visible), rows * columns, width)
     patches = empty.scatter(1, places[..., None].expand(-1, -1, width), visible)
-    # The mean of all places would be one of zeros too.
+    # A mean over all places would include the zeros.
     summary = map_.summary if prefix else visible.mean(1, keepdim=True)
     return map_._replace(tokens=torch.cat([map_.tokens[:, :prefix], patches], 1), summary=summary)

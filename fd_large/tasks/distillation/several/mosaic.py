@@ -1,8 +1,8 @@
 """Several images tiled into one input of a teacher with a fixed image size.
 
 A teacher such as SAM sees 1,024 px while the student's images have 256: k x k images are tiled
-into one input, and its map is cut into theirs. This costs 1 / k^2 of enlarging each image, and
-the map shows the same detail as the student's image.
+into one input, and its map is cut into theirs. This costs 1 / k^2 of the computation with each
+image enlarged, and the map shows the same detail as the student's image.
 
 Source: RADIO's mosaics for SAM, described by its authors on GitHub (NVlabs/RADIO, #175); the code
 is not published.
@@ -94,10 +94,10 @@ class Mosaic(Frozen):
 class AloneInEvaluation:
     """Wraps the teachers (task.py) so that mosaics show each image alone in evaluation.
 
-    A figure then does not depend on which images share a mosaic.
+    A metric then does not depend on which images share a mosaic.
 
     Args:
-        teachers: The seam that is wrapped.
+        teachers: The wrapped seam of teachers.
         names: The teachers with mosaics.
     """
 
@@ -105,7 +105,7 @@ class AloneInEvaluation:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the maps by name, with the other entries of the given targets."""
+        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
         alone = [] if training else [name for name in self._names if name not in given_maps]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}
         return self._teachers(images, {**given_maps, **maps}, training)
@@ -114,11 +114,12 @@ class AloneInEvaluation:
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
     """Refuses micro-batches that leave a mosaic incomplete.
 
-    An image's map depends on its neighbours in the mosaic, which must not change with the ranks.
+    An image's map depends on its neighbours in the mosaic, which must not change with the number
+    of ranks.
 
     Args:
         images: Number of images that fills the mosaics of all teachers.
-        micro_batch_size: Images of a rank; "auto" may be any number.
+        micro_batch_size: Images of a micro-batch, or "auto", which may become any number.
     """
     require(
         images == 1 or (not isinstance(micro_batch_size, str) and micro_batch_size % images == 0),

@@ -1,8 +1,8 @@
 """Normalisers by mean and deviation of a teacher's channels over the images of whole steps.
 
-Statistics are sums over the tokens of a step, added up over micro batches and ranks in float64, so
-that neither changes a target. They move once with each accepted step, and are part of a checkpoint.
-The public codes gather all features on every rank instead.
+Sums over the tokens of a step are added up over micro batches and ranks in float64, so that neither
+changes a target. Running statistics are updated once with each accepted step, and are part of a
+checkpoint. The published code gathers all features on every rank instead.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
 constants as in their code.
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
 
 
 def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-    """Returns sums, sums of squares and number of prefix tokens, and of patches, (2, 2 C + 1).
+    """Returns sums, sums of squares and number of tokens: (2, 2 C + 1), prefix tokens and patches.
 
     Args:
         tokens: (B, N, C), any floating-point dtype.
@@ -82,11 +82,11 @@ def momentum_at(progress: float) -> float:
 class RunningStatistics(Float32Buffers):
     """Normalises by running statistics from before the step's update (UNIC).
 
-    Prefix tokens (CLS) and patches have statistics of their own. In the first step tokens stay as
-    they are, nearly: the mean is 0, the deviation 1.
+    Prefix tokens (CLS) and patches have statistics of their own. In the first step tokens stay
+    nearly unchanged, since the mean is 0 and the deviation 1.
 
     Args:
-        width: C.
+        width: Channels of the tokens, C.
 
     Attributes:
         num_prefix_tokens: Tokens of an image before its patches; the target sets it.
@@ -169,8 +169,8 @@ class RunningStatistics(Float32Buffers):
 class StepStatistics(RunningStatistics):
     """Normalises in training by the statistics of the step, in evaluation by running ones (DUNE).
 
-    A deviation counts as at least 0.001. A step's statistics cover all its images, which makes it a
-    step in two passes.
+    A standard deviation below 0.001 counts as 0.001. A step's statistics cover all its images, so
+    that a step needs two passes.
     """
 
     of_step = True

@@ -1,7 +1,7 @@
-"""Losses between similarities: of a summary to other images' summaries, of patches to each other.
+"""Losses on similarities of a summary to other images' summaries, or of patches to each other.
 
-Each compares two distributions, softmaxes of cosines: the student's is pulled towards the
-teacher's by the Kullback-Leibler divergence. Source: distillation in lightly-train, version 1
+Each loss is the Kullback-Leibler divergence between two softmaxes of cosines, which pulls the
+student's distribution towards the teacher's. Source: distillation in lightly-train, version 1
 (against a queue) and version 3 (between the tokens of an image too).
 """
 
@@ -22,21 +22,21 @@ from fd_large.tasks.distillation.normalisers import NONE
 from fd_large.tasks.distillation.section import SUMMARY, field_of
 
 QUEUE = 8192
-"""Summaries in a queue: lightly-train's for large datasets."""
+"""Number of summaries in a queue, as in lightly-train for large datasets."""
 
 
 class SummaryQueue(Float32Buffers):
     """The newest summaries of a teacher, in the order of the positions of the steps' images.
 
     lightly-train has a queue on each rank, so that its loss depends on the number of ranks; here
-    a single queue holds global batches. It moves once with each accepted step and is part of a
-    checkpoint.
+    a single queue holds global batches. It is updated once with each accepted step and is part of
+    a checkpoint.
 
     Args:
-        width: C.
+        width: Channels of a summary, C.
 
     Attributes:
-        rows: (Q, C), summaries of length 1; zeros in unused rows.
+        rows: (Q, C), summaries of unit L2 norm; zeros in unused rows.
     """
 
     rows: Tensor
@@ -49,7 +49,7 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """The rows; while a step learns, with its own summaries in front, as in lightly-train."""
+        """The rows; in a training step its own summaries come first, as in lightly-train."""
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
@@ -58,11 +58,11 @@ class SummaryQueue(Float32Buffers):
         self._of_step, self._placed, self._micro_batches = None, 0, micro_batches
 
     def placed(self, summaries: Tensor) -> Tensor:
-        """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
+        """Returns the global batch, flat, with summaries (B, C) at their places, zeros elsewhere.
 
-        Their sum over the micro batches of all ranks gives the step's summaries, float64. A
-        rank's micro batches are consecutive positions; the calls come in the same order.
-        Summaries that would fall out of the queue at once are left out.
+        The sum over the micro batches of all ranks gives the step's summaries, float64. A rank's
+        micro batches have consecutive positions, and the calls come in their order. Summaries
+        that would fall out of the queue at once are left out.
         """
         size = len(summaries)
         number = distributed.rank() * self._micro_batches + self._placed
@@ -73,19 +73,19 @@ class SummaryQueue(Float32Buffers):
         return batch[:QUEUE].flatten()
 
     def take(self, batch: Tensor) -> None:
-        """Puts the summaries of a step, flat as from `placed`, in front during the step."""
+        """Puts a step's summaries, flat as from `placed`, first in the queue during the step."""
         self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
 
     @torch.no_grad()
     def move(self) -> None:
-        """Keeps the step's summaries."""
+        """Keeps the step's summaries in the queue."""
         assert self._of_step is not None
         self.rows.copy_(self._of_step)
         self._of_step = None
 
 
 class QueueOfStep(Part):
-    """The queue of a target's summaries, which the summaries of a step enter."""
+    """Adds the summaries of each step to a target's queue."""
 
     def __init__(self, target: Any, queue: SummaryQueue) -> None:
         self._target, self._queue = target, queue
@@ -99,7 +99,7 @@ class QueueOfStep(Part):
         return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Puts the summaries of the step in front."""
+        """Puts the step's summaries first in the queue during the step."""
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
@@ -108,7 +108,7 @@ class QueueOfStep(Part):
 
 
 def units(tokens: Tensor) -> Tensor:
-    """Returns tokens (..., C) scaled to length 1."""
+    """Returns tokens (..., C) scaled to unit L2 norm."""
     return F.normalize(tokens, dim=-1)
 
 
@@ -118,12 +118,12 @@ def queue_divergence(
     queue: Tensor,
     temperature: float = Loss.temperature,
 ) -> Tensor:
-    """Returns the divergence of each image between similarities to the summaries of a queue, (B,).
+    """Returns each image's divergence between similarities to the summaries of a queue, (B,).
 
     Args:
-        student: (B, C) of length 1.
-        teacher: (B, C) of length 1; takes no gradient.
-        queue: (Q, C), rows of length 1, or zeros, which take part too.
+        student: (B, C), of unit L2 norm.
+        teacher: (B, C), of unit L2 norm; takes no gradient.
+        queue: (Q, C), rows of unit L2 norm, or of zeros, which count in the softmax too.
         temperature: Divisor of cosines.
     """
     return _divergence(student @ queue.T, teacher @ queue.T, temperature)
@@ -132,15 +132,14 @@ def queue_divergence(
 def relation_divergence(
     student: Tensor, teacher: Tensor, temperature: float = Loss.temperature
 ) -> Tensor:
-    """Returns the divergence of each image between similarities of its tokens, (B,).
+    """Returns each image's divergence between similarities of its tokens, (B,).
 
     It is a mean over tokens; each token is compared with all tokens of its image, itself
-    included.
-    The widths of student and teacher may differ.
+    included. The widths of student and teacher may differ.
 
     Args:
-        student: (B, N, Cs) of length 1.
-        teacher: (B, N, Ct) of length 1; takes no gradient.
+        student: (B, N, Cs), of unit L2 norm.
+        teacher: (B, N, Ct), of unit L2 norm; takes no gradient.
         temperature: Divisor of cosines.
     """
     return _divergence(student @ student.mT, teacher @ teacher.mT, temperature).mean(-1)
@@ -164,7 +163,7 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class Relation(Loss):
     """Divergence between student's and teacher's similarities of an image's patches.
 
-    Memory grows with the square of their number.
+    Memory grows with the square of the number of patches.
     """
 
     label = "relation loss"
@@ -190,12 +189,12 @@ class Relation(Loss):
 
 
 class QueueDivergence(Loss):
-    """Divergence between student's and teacher's similarities of summaries to other images'.
+    """Divergence between student's and teacher's similarities to other images' summaries.
 
     It works on summaries only.
 
     Attributes:
-        queue: The other images' summaries; None in a trial, which uses the batch's own.
+        queue: The other images' summaries; None in a trial, which uses the summaries of its batch.
     """
 
     label = "queue loss"

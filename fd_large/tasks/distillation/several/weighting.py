@@ -1,12 +1,12 @@
 """The choice of each image's teachers, over the images of a whole step.
 
-The loss of a step is the mean over all pairs of image and teacher that are kept. Public codes
-take that mean on each rank by itself, so that pairs of ranks that keep few weigh more, and another
-number of ranks is another loss. Here their number is known for the whole step before the student
-runs: dropping keeps the worst teacher of an image, and tosses a coin for each of the others. The
-k-th coin belongs to the k-th of the others, in the teachers' order. So the number of kept
-teachers does not depend on the losses, and the distribution is the published one, with an
-independent coin for each of the others.
+The loss of a step is the mean over all pairs of image and teacher that are kept. Published code
+takes that mean on each rank by itself, so that a pair weighs more on a rank that keeps few, and the
+loss changes with the number of ranks. Here the number of kept pairs is known for the whole step
+before the student runs. Dropping keeps the worst teacher of an image, that with the largest loss,
+and tosses a coin for each other teacher; the k-th coin belongs to the k-th of the others, in the
+teachers' order. So the number of kept teachers does not depend on the losses, and the distribution
+is the published one, with an independent coin for each teacher but the worst.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
 """
@@ -33,17 +33,18 @@ from fd_large.tasks.distillation.section import NamedTeacher, Weighting
 from fd_large.tasks.distillation.task import Comparison, Drawn, Maps, Sum, Target
 
 DATASETS = ".datasets"
-"""The key, which no teacher has, of the images' datasets (B,) int64 among a batch's targets."""
+"""Key of the numbers of the images' datasets, (B,) int64, in a batch's targets; no teacher may have
+this name."""
 
 
 class Weighted(Part):
     """The join (task.py) in which each image learns from some of the teachers.
 
-    The loss is the mean over the kept pairs of image and teacher of a step, in which an image
-    counts as much as the sight says.
+    The loss is the mean over the kept pairs of image and teacher of a step, in which each image
+    has the weight that the sight gives it (`shares`).
 
     Args:
-        weighting: The rule, and the probability to be dropped.
+        weighting: The rule, and the probability of dropping a teacher.
         targets: The teachers' targets.
         teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
             teaches the images of a dataset.
@@ -97,7 +98,7 @@ class Weighted(Part):
         return weighted_loss(table * shares, kept_pairs, number, parts=self._micro_batches)
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation: the mean over the teachers."""
+        """Returns the loss of an evaluation: the mean of the teachers' weighted losses."""
         return Sum().combined(targets, losses) / len(self._names)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
@@ -191,7 +192,7 @@ def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: 
         number: Number of kept pairs of the whole step, a scalar; at 0 the loss is 0.
         parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
     """
-    # Not by a product: what is left out may be infinite.
+    # Not by a product, since a loss that is left out may be infinite.
     return parts * losses.where(kept_pairs, 0).sum() / number.to(losses).clamp(min=1)
 
 
