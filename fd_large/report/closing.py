@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large.backbones.custom.architecture import CustomArchitecture
-from fd_large.errors import printable
+from fd_large.errors import FDError, printable
 from fd_large.files import kind_of
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.fields import flat_plain
@@ -231,13 +230,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     """Returns the commands suggested by the run's task."""
     if files.task not in TASKS:
         return []  # The user's own, whose code a report does not run.
-    student = model_of(files.recipe["student"])
-    values = {
-        "{run}": str(files.folder),
-        "{data.root}": str(files.recipe["data"]["root"]),
-        # No library has a model of the user's own.
-        "{library}": "fd" if isinstance(student, CustomArchitecture) else "timm",
-    }
+    values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
     commands = []
     entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
@@ -245,8 +238,10 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         name for name, entry in entries.items() if not cached_folder(entry.get("source", ""))
     ]
     for why, steps in TASKS[files.task].next_steps:
-        if steps[0] == "export" and beats_constant(files) is False:
-            continue  # Nobody wants that student.
+        if steps[0] == "export":
+            if beats_constant(files) is False or not (library := _library(files)):
+                continue  # Nobody wants that student, or it cannot be exported.
+            values["{library}"] = library
         words = [
             each
             for word in steps
@@ -258,6 +253,23 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
             words = [word.replace(placeholder, value) for word in words]
         commands.append((why, [*_commands(files), *words]))
     return commands
+
+
+def _library(files: RunFiles) -> str:
+    """Returns the first library that `export` takes the student to, or "" if there is none."""
+    student = files.recipe["student"]
+    architecture = model_of(student)
+    if architecture is None:
+        return ""
+    # The question of `export` itself, which imports torch.
+    from fd_large.weights.export import libraries_of
+
+    pads = student.get("size_rule") == "pad"
+    rule = student.get("window_rule", "masked")
+    try:
+        return libraries_of(architecture, pads=pads, window_rule=rule)[0]
+    except FDError:
+        return ""
 
 
 def _evaluates(files: RunFiles) -> bool:

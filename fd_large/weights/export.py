@@ -55,27 +55,41 @@ def export_of(
     """
     if LIBRARIES[to].graph:
         return None
-    exports = family_of(architecture).exports
-
-    def lacks(form: str) -> str:
-        if form not in exports:
-            return f"a {architecture.family} model, of which it has none"
-        rule = exports[form].window_rule
-        if rule and rule != window_rule:
-            return f"window_rule {window_rule}, expected {rule}"
-        return exports[form].lacks(architecture, pads)
-
-    if reason := lacks(to):
+    if reason := _lacks(architecture, to, pads, window_rule):
         able = [
             f"--to {form}"
-            for form, library in LIBRARIES.items()
-            if library.graph or not (library.heads or lacks(form))
+            for form in libraries_of(architecture, pads=pads, window_rule=window_rule)
         ]
         raise ConfigError(
             f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. Use "
             f"{', '.join(able[:-1])} or {able[-1]}."
         )
-    return exports[to]
+    return family_of(architecture).exports[to]
+
+
+def libraries_of(
+    architecture: FamilyArchitecture, *, pads: bool, window_rule: WindowRule = "masked"
+) -> list[To]:
+    """Returns the libraries whose files can hold a model without heads, and all graphs.
+
+    Args: As `export_of`.
+    """
+    return [
+        form
+        for form, library in LIBRARIES.items()
+        if library.graph or not (library.heads or _lacks(architecture, form, pads, window_rule))
+    ]
+
+
+def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: WindowRule) -> str:
+    """Returns what a library's files lack of a model, or ""."""
+    exports = family_of(architecture).exports
+    if to not in exports:
+        return f"a {architecture.family} model, of which it has none"
+    rule = exports[to].window_rule
+    if rule and rule != window_rule:
+        return f"window_rule {window_rule}, expected {rule}"
+    return exports[to].lacks(architecture, pads)
 
 
 def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitecture:

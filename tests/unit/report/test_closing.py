@@ -16,6 +16,7 @@ from fd_large.cli.arguments import choose, parse, parse_with_recipe
 from fd_large.cli.main import COMMANDS
 from fd_large.cli.train import parse_train
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.fields import override
 from fd_large.report.closing import (
     beats_constant,
@@ -26,6 +27,7 @@ from fd_large.report.closing import (
 )
 from fd_large.report.run_files import read_run
 from fd_large.tasks.registry import TASKS
+from fd_large.weights.export import export_of
 
 FLAGS = ["--deepspeed_config", "ds_configs/zero3.json"]
 STARTS = {
@@ -293,6 +295,31 @@ def test_a_student_of_the_users_own_goes_out_as_fd_and_no_code_is_allowed(task, 
     assert found["export"].to == "fd"
     # The folder may have come from elsewhere, and its code.json with it.
     assert "allow" not in json.dumps(next_steps(read_run(folder)))
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture", "to"),
+    [
+        ("timm:resnet18", {}, "timm"),
+        ("timm:resnet18", {"feature_stride": 8}, "fd"),
+        # timm has no norms on the main path.
+        ("swinv2_huge", {}, "fd"),
+        ("a model of another version", {}, ""),
+    ],
+)
+def test_what_is_offered_is_what_export_takes(model, architecture, to, run_of):
+    folder, recipe = run_of("distillation")
+    plain = recipe.to_dict()
+    plain["student"] |= {"model": model, "architecture": architecture}
+    (folder / "recipe.json").write_text(json.dumps(plain))
+    found = dict(pasted(step["command"]) for step in next_steps(read_run(folder)))
+    if to == "":
+        assert "export" not in found
+        return
+    offered = found["export"].to
+    assert offered == to
+    # As `export` does, which refuses what the library lacks.
+    export_of(resolve(model, Architecture(**architecture)), offered, pads=False)
 
 
 def test_a_student_s_own_images_are_for_the_whole_group(make_run):
