@@ -319,6 +319,8 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
     first, *words = environment.get("command") or [""]
     if words[:1] == ["evaluate"]:
         return [*_commands(files), *words]  # It trains, and goes on where it stopped.
+    if environment.get("launcher") == "srun" and not more and (script := _batch_script()):
+        return ["sbatch", script, str(_group(files))]
     flags: dict[str, list[str]] = {}
     values: list[str] = []
     for word in words:
@@ -348,6 +350,15 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
         # Without GPUs the launcher cannot count what to start.
         launcher += ["--num_accelerators", str(ranks)]
     return [*launcher, *script, *arguments]
+
+
+def _batch_script() -> str:
+    """Returns the script that resumes a run in a job, from here; "" if none is here.
+
+    A clone has it in slurm/, a folder that `init` wrote at its top.
+    """
+    scripts = ("slurm/resume.sh", "resume.sh")
+    return next((name for name in scripts if kind_of(Path(name))), "")
 
 
 def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 import fd_large
 from fd_large import shipped
-from fd_large.cli import diagnose, evaluate, export, predict, recipes
+from fd_large.cli import diagnose, evaluate, export, init, predict, recipes
 from fd_large.cli.arguments import choose, parse, parse_with_recipe
 from fd_large.cli.main import COMMANDS
 from fd_large.cli.train import parse_train
@@ -122,7 +122,11 @@ def test_stored_maps_are_no_teacher_to_look_at(run_of):
 
 @pytest.mark.parametrize("launcher", STARTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_of):
+def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(
+    task, launcher, run_of, tmp_path, monkeypatch
+):
+    if launcher == "srun":
+        monkeypatch.chdir(tmp_path)  # No batch script is here.
     folder, recipe = run_of(task, launcher, status="preempted", words=["--fresh"])
     (folder / "checkpoints/step_00000005").mkdir(parents=True)
     again, *_ = next_steps(read_run(folder))
@@ -135,6 +139,24 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_o
     told, command = stopped_text(read_run(folder)).splitlines()
     assert told == "stopped and saved after step 5 of 60. To go on from there:"
     assert command.strip() == again["command"]
+
+
+@pytest.mark.parametrize("place", ["slurm", "."])
+def test_a_run_of_a_job_goes_on_by_the_script_for_that(place, run_of, tmp_path, monkeypatch):
+    folder, _ = run_of("distillation", "srun", status="preempted", words=["--fresh"])
+    monkeypatch.chdir(tmp_path)
+    if place == "slurm":
+        Path("slurm").symlink_to(shipped.folder("slurm"))
+    else:
+        init.write(tmp_path / "jobs")
+        monkeypatch.chdir(tmp_path / "jobs")
+    again, *_ = next_steps(read_run(folder))
+    program, script, run = shlex.split(again["command"])
+    assert program == "sbatch"
+    assert script == str(Path(place, "resume.sh"))
+    assert Path(script).is_file()
+    assert (folder / "environment.json").samefile(Path(run, "environment.json"))
+    assert stopped_text(read_run(folder)).splitlines()[1].strip() == again["command"]
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
