@@ -136,6 +136,9 @@ load_software() {
     # None of them empty, which bash before 4.4 takes for unset.
     on_nodes=(srun) inside=(env)
     if [[ $MODULES ]]; then
+        type module >/dev/null 2>&1 || refuse "$scripts/site.sh: MODULES: no command \`module\`" \
+            "on node $(hostname); got \"$MODULES\", expected it to be there. Source the script" \
+            "that makes it in site.sh (often /etc/profile.d/modules.sh or lmod.sh)."
         set +u
         # shellcheck disable=SC2086 # several names
         module load $MODULES || refuse "$scripts/site.sh: MODULES; got \"$MODULES\", expected" \
@@ -194,6 +197,26 @@ sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort 
 printf "%s\t%s\t%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent" "$kind" \
     "$broken"'
 
+# What would fail again at each restart: the program that runs CONTAINER is nowhere.
+check_container() {
+    local node
+    [[ $CONTAINER ]] || return
+    if [[ ${inside[0]} == env ]]; then
+        [[ $(srun --help 2>/dev/null) == *--container-image* ]] || refuse "$scripts/site.sh:" \
+            "CONTAINER: srun has no --container-image; got $CONTAINER, expected Slurm's plugin" \
+            "pyxis, or an IMAGE.sif for apptainer. Set CONTAINER in site.sh, or CONTAINER= and" \
+            "PYTHON."
+        return
+    fi
+    # shellcheck disable=SC2016 # expanded on the nodes
+    node=$("${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash -c \
+        'command -v "$1" >/dev/null || echo "${SLURMD_NODENAME:-$(hostname)}"' \
+        check "${inside[0]}" | head -n 1)
+    [[ ! $node ]] || refuse "$scripts/site.sh: CONTAINER: node $node has no ${inside[0]}; got" \
+        "$CONTAINER, expected ${inside[0]} in the PATH of every node. Load it with MODULES in" \
+        "site.sh, put its folder into PATH there, or set CONTAINER= and PYTHON."
+}
+
 check_nodes() {
     local name path kind report paths=(.)
     paths+=("$FD_LARGE_TOKEN_FILE")
@@ -208,6 +231,7 @@ check_nodes() {
     code=$?
     # srun itself failed: a node is lost, or the container; its message stands above.
     if ((code != 0)); then
+        check_container
         say "srun returned $code: no answer from every node"
         code=1
         return

@@ -571,6 +571,45 @@ def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
     ]
 
 
+def test_without_the_command_module_its_cure_is_said(script: Script, tmp_path: Path) -> None:
+    (script.scratch / "module").unlink()
+    code, said = script.run(MODULES="cuda/12.8", SLURM_RESTART_COUNT="1")
+    assert code == 2, said
+    told = said.splitlines()[-1]
+    assert told.startswith("slurm/site.sh: MODULES: no command `module` on node ")
+    assert "Source the script that makes it in site.sh" in told
+    assert "command not found" not in said
+    assert not (tmp_path / "ranks").exists()
+
+
+@pytest.mark.parametrize("image", ["fd.sif", "fd.sqsh"])
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_node_that_cannot_run_containers_is_a_mistake_and_a_lost_one_is_not(
+    absent: bool, image: str, script: Script
+) -> None:
+    """srun fails either way; where the program is there, the job starts again."""
+    srun = """#!/bin/bash
+if [[ $1 == --help ]]; then echo "$HELP"; exit; fi
+if [[ $* == *.sif* || $* == *--container-image* ]]; then
+    echo "srun: error" >&2
+    exit 2
+fi
+while [[ $1 != bash ]]; do shift; done
+exec "$@"
+"""
+    (script.scratch / "srun").write_text(srun)
+    if not absent:
+        (script.scratch / "apptainer").write_text("#!/bin/sh\n")
+        (script.scratch / "apptainer").chmod(0o755)
+    code, said = script.run(
+        CONTAINER=f"/images/{image}", HELP="" if absent else "  --container-image=IMAGE"
+    )
+    assert (code, script.requeues()) == ((2, 0) if absent else (1, 1)), said
+    lacks = "has no apptainer" if image == "fd.sif" else "srun has no --container-image"
+    told = [line for line in said.splitlines() if line.startswith("slurm/site.sh: CONTAINER: ")]
+    assert [lacks in line for line in told] == [True] * absent, said
+
+
 def test_the_ranks_are_handed_a_token_that_no_command_line_shows(script: Script) -> None:
     keep = (
         'stat -c "%a %s" "$FD_LARGE_TOKEN_FILE" >$SCRATCH/mode; cp "$FD_LARGE_TOKEN_FILE" $SCRATCH'
