@@ -6,8 +6,9 @@ that are named on the command line only (`--teachers.NAME.model VALUE`). A comma
 also takes the fields of `recipes/run.py`.
 
 tyro converts the values and prints the help, from types and comments of the fields. This file
-adds: one sentence for each mistake with the nearest names, all mistakes at once; later flags win,
-with a warning for a named entry's; values may begin with a dash; `--switch False`.
+reports all mistakes at once, each in a sentence with the nearest names. If a flag is repeated, its
+last value counts, with a warning if it is a field of a named entry. Values may begin with a dash,
+and a switch may be given as `--switch False`.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from fd_large.tasks.registry import TASKS, kind_of
 log = logging.getLogger(__name__)
 
 HELP = frozenset({"-h", "--help"})
-# The deepspeed launcher passes it to whatever it starts.
+# The deepspeed launcher passes this flag to every program that it starts.
 IGNORED = "local_rank"
 
-# Read with the flags, so that its mistakes are told with theirs.
+# The flag whose JSON is read along with the flags, so that all mistakes are reported at once.
 DEEPSPEED_CONFIG = "deepspeed_config"
 
 Own = TypeVar("Own")
@@ -62,8 +63,8 @@ class HelpShown(Exception):
 class AllowsCode:
     """The argument --allow-code of commands that build models of stored runs and exports."""
 
-    # Python files from which any name may be imported where a recipe, a stored run or an export
-    # has it (module:FILE.py:NAME). Files that you never allowed are refused.
+    # Python files whose code may be imported where a recipe, a stored run or an export names it
+    # (module:FILE.py:NAME). Files that you never allowed are refused.
     allow_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,8 +83,8 @@ class AllowsCode:
 class TakesRunFile:
     """The argument --config of commands that can take a recipe from a file."""
 
-    # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run,
-    # which can be named, too. Flags win over the file (docs/recipes.md).
+    # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run.
+    # Such a recipe.json can be given as well. Flags win over the file (docs/recipes.md).
     config: str = ""
 
 
@@ -222,7 +223,7 @@ class _Parser(Generic[Own]):
                 self._positional[name] = next(iter(metavars), name.upper())
         self._usage = " ".join(self._positional.values())
         self._mistakes: list[str] = []
-        # Flags of a wrong type, and those that an unknown one may stand for.
+        # Flags with invalid values, and known flags that an unknown flag may have meant.
         self._invalid: set[str] = set()
         self._task: type[Task] = Task
         # Names of the fields that the file of --config sets.
@@ -234,11 +235,11 @@ class _Parser(Generic[Own]):
         own_task = _own_task(arguments) if self._recipe is not None else ""
         if from_file is not None:
             self._task = type(from_file.task)
-        if own_task:  # Its section's fields are flags too.
+        if own_task:  # The fields of the task's own section are flags too.
             self._task = Task.class_for({"name": own_task})
         arguments, help_section = self._without_help(arguments)
         values = self._values(arguments)
-        # Not by the first part of a name: evaluate has a --task of its own.
+        # The first part of a name does not decide: `evaluate` has a --task of its own.
         is_own = {name: name in field_names(self._kind, like=name) for name in values}
         options = {name: value for name, value in values.items() if is_own[name]}
         recipe_fields = {name: value for name, value in values.items() if not is_own[name]}
@@ -275,13 +276,13 @@ class _Parser(Generic[Own]):
             )
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
-        # Only a command that takes no recipe has no run, and does not ask for it.
+        # The run is None only for commands without a recipe, which do not read it.
         return WithRecipe(cast(Own, built), cast(Run, run), recipe_fields, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
-        """Refuses missing files of code, and names that they lack, all at once; imports nothing.
+        """Refuses missing Python files, and names that these do not define, all at once.
 
-        It runs before imports, which take seconds.
+        It runs before imports, which take seconds, and imports nothing itself.
         """
         wrong = [
             complaint
@@ -306,7 +307,7 @@ class _Parser(Generic[Own]):
             if not typed:
                 loose += texts
             elif name in known and not (off and known[name][1] is not bool):
-                # What a flag cannot take is a positional argument, where there are such.
+                # Texts beyond a flag's value are positional arguments, if the command has any.
                 name, hint = known[name]
                 count = len(texts)
                 if self._positional:
@@ -361,10 +362,10 @@ class _Parser(Generic[Own]):
         return values
 
     def _known(self, like: str) -> dict[str, tuple[str, Any]]:
-        """Returns name and type of each flag, by its name with underscores.
+        """Returns {name with underscores: (name, type)} of every flag.
 
         Args:
-            like: A flag from the command line; an entry of a dict gets the name in it.
+            like: A flag from the command line, which gives an entry of a dict its name.
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:
@@ -374,7 +375,7 @@ class _Parser(Generic[Own]):
         return {name.replace("-", "_"): (name, hint) for name, hint in names.items()}
 
     def _say_twice(self, name: str, texts: list[str]) -> None:
-        """Warns that the later value of an entry's field counts: two entries may be meant."""
+        """Warns that the later value of a named entry's field counts, as two may be meant."""
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
             log.warning(
@@ -390,11 +391,11 @@ class _Parser(Generic[Own]):
         known = [name for name in names if name not in self._positional]
         if not known:
             return f"expected {self._usage or 'no arguments'} and no flags"
-        # A field without its section; the recipe's own before one of a named teacher or student.
+        # Fields that were named without their section, those of named entries last.
         whole = sorted(
             (name for name in known if name.split(".")[-1] == typed), key=lambda n: n.count(".")
         )
-        # A near miss stands alone; names that are further off come by the wider search.
+        # Close names are shown alone; only if there are none, less similar names are.
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
         if close:
             return f"nearest: {', '.join(f'--{name}' for name in close)}"
@@ -407,7 +408,7 @@ class _Parser(Generic[Own]):
         """
         if "config" not in field_names(self._kind):
             return None
-        # Its mistakes are told by the parser that knows the task.
+        # Mistakes found here are dropped: the parser that knows the task finds them too.
         values = _Parser(self._kind, self._command, self._recipe)._values(arguments)
         if "config" not in values:
             return None
@@ -474,8 +475,8 @@ class _Parser(Generic[Own]):
 def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
     """Splits arguments at the flags: ("optim.betas", ["0.9", "0.95"], False).
 
-    The name is "" before the first flag; the last of the three says whether the first value is
-    joined to the flag by an equals sign.
+    The name is "" before the first flag. The third item is whether the first text was joined to
+    the flag by an equals sign.
     """
     name, joined = "", False
     texts: list[str] = []

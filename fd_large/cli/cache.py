@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     return distributed.leave(0)
 
 
-# Whole records stay and the others are written anew, so that it may stop anywhere.
+# Complete records stay and the others are written again, so the command may stop at any time.
 STOPPED = (
     "cache: stopped before the end; got a signal, expected to store all maps. What is "
     "stored stays. Start the same command again: it goes on from there."
@@ -99,7 +99,7 @@ STOPPED = (
 
 
 def _with_views(run: Run, views: int) -> Run:
-    """Returns the recipe with `views` views of each image; 0 keeps the recipe's, at least 1."""
+    """Returns the recipe with `views` views of each image; 0: the recipe's number, at least 1."""
     require(
         bool(run.frozen_models),
         "cache: the recipe has no teacher whose maps could be stored",
@@ -118,11 +118,11 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     """Writes the missing maps of a recipe's teachers; every rank calls it.
 
     Args:
-        run: The recipe; its task.distillation says which views.
+        run: The recipe; its section task.distillation defines the views.
         out: Output folder, with a subfolder for each of several teachers.
         precision: Precision of the stored maps.
 
-    Returns: the maps that this start wrote, by the teacher's name.
+    Returns: the number of maps that this start wrote, by the teacher's name.
     Raises: FDError: for the user's mistakes.
     """
     # Importing torch and deepspeed takes seconds.
@@ -167,7 +167,7 @@ def plan(run: Run, options: Cache) -> Table:
     """Returns a table of the maps' costs and savings.
 
     Args:
-        run: The recipe; its task.distillation says which views.
+        run: The recipe; its section task.distillation defines the views.
         options: The command's arguments.
 
     Raises: FDError: if the models cannot be built, or the images cannot be opened.

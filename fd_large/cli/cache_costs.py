@@ -37,8 +37,8 @@ def costs_of(
 ) -> dict[str, CachedTargets]:
     """Returns the costs and savings of each teacher's maps, by the teacher's name.
 
-    Times are `plan`'s for one rank, without communication, divided among several teachers by
-    their FLOPs.
+    Times are those that `plan` estimates for one rank, without communication. The teachers' time
+    is divided among several teachers by their FLOPs.
 
     Args:
         job: The job of a settled recipe with fixed views.
@@ -78,7 +78,7 @@ def costs_of(
             uses=max(1.0, epochs * runs / fixed.count),
             map_bytes=bytes_[name],
             teacher_seconds=teacher_seconds,
-            # The other teachers are a part of the rest, whether their maps are stored or not.
+            # The time of the other teachers counts here, whether their maps are stored or not.
             student_seconds=step - teacher_seconds,
             read_bytes_per_second=read_bytes_per_second,
         )

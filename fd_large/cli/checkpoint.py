@@ -64,7 +64,7 @@ class Import(AllowsCode):
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
     # Folder of the run, with its recipe.json.
     run: Annotated[str, Positional, arg(metavar="RUN")]
-    # The JSON that it was trained with, a path or a name.
+    # DeepSpeed's JSON with which the checkpoint was trained, a path or a name.
     deepspeed_config: str
 
 

@@ -27,7 +27,7 @@ WIDTH = 100
 _MEET_SECONDS = 120.0
 _MESSAGE_BYTES = 64 << 20
 _STYLES = {"ok": "green", "-": "dim", "STOPS": "bold red"}
-# What belongs together, in the order in which one looks when a run does not start.
+# Groups of checks, in the order in which to look at them when a run does not start.
 GROUPS = (
     ("packages", "code", "devices", "fused code", "CPU/memory", "limits"),
     ("launcher", "ranks meet", "interfaces", "InfiniBand", "NCCL/gloo"),
@@ -60,14 +60,14 @@ def main(arguments: list[str]) -> int:
     """Checks this node, lets the ranks meet, and prints the table; 1 if training cannot start."""
     options = parse(Doctor, arguments, command="doctor")
     terminal.take()
-    # What libraries print meanwhile does not belong to the table.
+    # Output of libraries is kept out of the table.
     terminal.hand_over(Path(os.devnull))
     local_disk = options.local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
     speaks = find_rank() == 0
     first, launch = _launcher()
     findings = {"launcher": first}
     if speaks or (launch is not None and launch.local_rank == 0):
-        # Before the meeting, which sets variables of its own.
+        # Checked before the ranks meet, since that sets environment variables.
         ranks = launch.world_size if launch else 1
         findings |= check_node(options.run_dir, local_disk, ranks, nvme_path=options.nvme_path)
     findings["ranks meet"] = _meet(launch) if launch is not None else Finding("not tried", "-")
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         launch is not None and launch.world_size > 1 and findings["ranks meet"].verdict != "STOPS"
     )
     if not (meets or speaks):
-        return 0  # Rank 0 says what kept them apart.
+        return 0  # Rank 0 reports why the ranks did not meet.
     if meets:
         from fd_large.ranks import distributed
 
@@ -93,8 +93,8 @@ def main(arguments: list[str]) -> int:
 def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Finding]:
     """Returns the first node's findings, with differences on other nodes.
 
-    A node is named if its verdict is worse, or if a fact that must be the same differs, which
-    stops a run only for packages and code.
+    A node is named if its verdict is worse than the first node's, or if a fact differs that should
+    be the same on all nodes. Only a difference of packages or code stops a run.
 
     Args:
         nodes: Names and findings of nodes, the first rank's node first.
@@ -102,7 +102,7 @@ def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Find
     (_, first), *others = nodes
     lines = {}
     for name, finding in first.items():
-        # Nodes with one verdict share a mention, whatever their speeds.
+        # Nodes with the same verdict, remedy and facts are named together, whatever their speeds.
         odd: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
         for node, findings in others:
             other = findings[name]
@@ -173,7 +173,7 @@ def _sum(meeting_seconds: float) -> Finding:
     device = distributed.device()
     message = torch.ones(_MESSAGE_BYTES // 4, device=device)
     fastest = float("inf")
-    for _ in range(4):  # The first one makes the connections.
+    for _ in range(4):  # The first round also makes the connections.
         distributed.barrier()
         start = time.perf_counter()
         # Reading a number back waits for the device.

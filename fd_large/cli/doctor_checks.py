@@ -25,7 +25,7 @@ from fd_large.runtime import disks
 
 Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
 
-# 2: training cannot start. "-" means that there is nothing to judge.
+# 0: fine, 1: worth a look, 2: training cannot start. "-" means that there is nothing to judge.
 SEVERITY: dict[Verdict, int] = {"ok": 0, "-": 0, "slow": 1, "low": 1, "missing": 1, "check": 1}
 SEVERITY |= {"STOPS": 2}
 
@@ -42,9 +42,9 @@ class Finding(NamedTuple):
 
     Attributes:
         found: Result in a few words.
-        verdict: The judgement.
+        verdict: How serious the result is, a key of `SEVERITY`.
         remedy: Remedy for any verdict other than "ok".
-        alike: Facts that must be the same on every node, or "".
+        alike: Facts that should be the same on every node, or "".
     """
 
     found: str
@@ -300,7 +300,10 @@ def _named(variable: str) -> list[str]:
 
 
 def state_disk(folder: str) -> Finding:
-    """Checks a disk for `engine.nvme_path`: 16 bytes a parameter, 32 moved in a step."""
+    """Checks a disk for `engine.nvme_path`.
+
+    It stores 16 bytes for each parameter, and a step moves 32.
+    """
     if not folder:
         return Finding("none named; --nvme_path FOLDER looks at one", "-")
     try:

@@ -62,8 +62,8 @@ class Embed(AllowsCode):
     # Feature of an image: the mean of its patch tokens, its class token, or its whole map (height,
     # width, channels), which is written to .npz alone.
     pool: Literal["mean", "cls", "map"] = "mean"
-    # Feature of the student of a distillation run, or of an export of one: own, its map; NAME or
-    # NAME.summary, the output of its head for that teacher's map or summary.
+    # Feature of the student of a distillation run, or of an export of it. own: its map. NAME or
+    # NAME.summary: the output of its head for the map or the summary of the teacher NAME.
     features: str = "own"
     # Images at a time; the last bits of the features depend on it.
     batch_size: int = 64

@@ -30,7 +30,7 @@ from fd_large.tasks.registry import TASKS, kind_of
 
 _SCORED_FILES = {kind.scored_files: kind for kind in TASKS.values() if kind.scored_files}
 _FLAGS = tuple(dict.fromkeys(one.flags for one in PROTOCOLS if one.command == "evaluate"))
-# A class stands before what it inherits.
+# The classes of flags without those that another one inherits.
 _MOST_SPECIAL = [one for one in _FLAGS if not any(one in other.__mro__[1:] for other in _FLAGS)]
 
 
@@ -67,7 +67,7 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     out: str = "evaluation"
 
     def __post_init__(self) -> None:
-        for base in type(self).__mro__:  # Each checks its own flags.
+        for base in type(self).__mro__:  # Each base class checks its own flags.
             check = vars(base).get("__post_init__")
             if check and base is not Evaluate:
                 check(self)
@@ -109,7 +109,7 @@ def with_flags_of(task: str) -> type[Evaluate]:
 
 
 def scored_run(models: Sequence[str], task: str) -> Run | None:
-    """Returns the recipe of a run to score by its own task, whose fields flags may change.
+    """Returns the recipe of the run that its own task scores; flags may change its fields.
 
     Args:
         models: The user's names of the models.

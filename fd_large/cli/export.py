@@ -40,9 +40,9 @@ class Export(AllowsCode):
     # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names; onnx: an ONNX
-    # graph; program: a torch.export program. The last two run without any model code. Of a
-    # segmentation run the student with its heads: mmseg, in mmsegmentation's names; upernet,
-    # transformers' UperNetForSemanticSegmentation.
+    # graph; program: a torch.export program. The last two run without any model code. A
+    # segmentation run can also be written with its heads. mmseg: in mmsegmentation's names;
+    # upernet: transformers' UperNetForSemanticSegmentation.
     to: To
     # Side in pixels of the exported model's images. 0: the side of the training. Other sides fit
     # only models without a table of positions.
@@ -118,10 +118,10 @@ def export(
     licence: str = "",
     base_model: str = "",
 ) -> tuple[int, int, list[Path]]:
-    """Writes the student of a run's newest checkpoint to a new folder.
+    """Writes the student of a checkpoint to a new folder.
 
     Args:
-        run: Folder of the run, or of one of its checkpoints.
+        run: Folder of a run, whose newest checkpoint is taken, or of one of its checkpoints.
         out: Folder to write.
         to: One of LIBRARIES.
         shard_size: Largest size of a file, such as 5GB; a graph is not split.

@@ -51,18 +51,19 @@ _BEGIN = (
 )
 
 RANKS = "--ranks"
-# A process that has looked at a GPU leaves forked ranks one that they cannot use, and libraries may
-# look as they are imported.
+# After a process has initialised a GPU, ranks that are forked from it cannot use the GPU, and
+# libraries may initialise it when they are imported.
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
-# A launcher ends all ranks when the first one exits: the silent ones let rank 0 speak before.
+# A launcher ends all ranks when the first one exits, so the others wait until rank 0 has printed.
 SECONDS_FOR_RANK_0 = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    The user's mistakes are a line each on stderr, and the code that the error says, mostly 2.
+    Each mistake of the user's is printed as a line on stderr; the exit code is the error's, mostly
+    2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = find_rank()
@@ -96,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # A path that no check had asked for. All else is a fault of ours or of a library; a
-        # connection that no path goes with is a server's and not the file system's.
+        # A refused path that no check found is the user's mistake. Other errors are faults of this
+        # package or of a library, as is a connection error without a path, which a server caused.
         of_server = isinstance(error, ConnectionError) and error.filename is None
         if of_server or error.errno not in files.REFUSED.keys() | files.PASSING:
             failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_on_ranks(arguments: list[str]) -> int:
-    """Runs the command after `--ranks N` in so many processes; returns the exit code."""
+    """Runs the command after `--ranks N` in N processes; returns the exit code."""
     _, equals, text = arguments[0].partition("=")
     text, *rest = arguments[1:] or [""] if not equals else [text, *arguments[1:]]
     if not text.isdecimal() or int(text) < 1:

@@ -27,14 +27,14 @@ auto                 of a teacher: the model of its weights (docs/weights.md)"""
 class Models:
     """List the names of models for students and teachers."""
 
-    # Part of a name: lists the models that have it, timm's as well.
+    # Part of a name; lists the models whose names contain it, timm's as well.
     part: Annotated[str, Positional, arg(metavar="[PART]")] = ""
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table of the models here, or the names that match, a line each.
+    """Prints a table of this package's models, or the names that match, one per line.
 
-    A model that a recipe may not take has the reason after its name.
+    The name of a model that no recipe accepts is followed by the reason.
     """
     options = parse(Models, arguments, command="models")
     if options.part:

@@ -113,7 +113,7 @@ def require_apart(run: Run, *, fresh: bool) -> None:
 
 
 def require_sources(run: Run) -> None:
-    """Refuses teachers without weights: a mistyped name in a flag makes a further teacher.
+    """Refuses teachers without weights, which a mistyped teacher's name in a flag creates.
 
     Raises: ConfigError: a line for each.
     """
@@ -151,7 +151,7 @@ def _require_path(flag: str, text: str) -> None:
             f"{flag}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
             "Put module: in front."
         )
-    # A word may be what an installed package brings.
+    # A single word may be a source that an installed package provides.
     if "/" in text or text not in doors.installed("sources"):
         raise ConfigError(
             f"{flag}: no such file or folder; got {text!r}, expected an existing path. Check the "

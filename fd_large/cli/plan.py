@@ -32,7 +32,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 
 NARROW = 104
-"""Columns of a terminal below which the table leaves out what the lines after it give."""
+"""Width in characters of a terminal below which the table omits what the lines after it repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Plan(TakesRunFile, AllowsCode):
     Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training.
     """
 
-    # Run of record that is planned; without it quickstart.
+    # Name of the recipe that is planned; if left out, quickstart.
     recipe: str = registry.DEFAULT_RECIPE
-    # Number of ranks, one a GPU.
+    # Number of ranks, one for each GPU.
     gpus: int = 8
     # Card: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
@@ -194,7 +194,7 @@ def _with_students_of_weights(run: Run) -> Run:
     if not any(named.values()):
         return run
     require_paths(named)
-    # They import torch, which a run from random weights does without.
+    # These imports load torch, which a run from random weights does not need.
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.settle import settle_student
@@ -217,15 +217,16 @@ def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
 
 
 def as_counted(run: Run) -> Run:
-    """Returns the run for counting, with the frozen models that its sources bring.
+    """Returns the run whose step is counted, with frozen models as their sources define them.
 
-    The counts of a recipe's own teachers are kept under the names that it has for them.
+    A run with the published teachers of its recipe is returned unchanged, since its counts are
+    stored under the names in that recipe.
     """
     return run if run.frozen_models == _of_record(run) else _as_trained(run)
 
 
 def _as_trained(run: Run) -> Run:
-    """Returns the run with the frozen models that its sources bring or their files show."""
+    """Returns the run with frozen models as their sources define them, or as their files show."""
     from_source = {
         name: section
         for name, section in run.frozen_models.items()
@@ -233,7 +234,7 @@ def _as_trained(run: Run) -> Run:
     }
     if not from_source:
         return run
-    # They import torch, which a recipe of record does without.
+    # These imports load torch, which a published recipe does not need.
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
 
@@ -245,7 +246,7 @@ def _as_trained(run: Run) -> Run:
             "weights",
             f"Set --{name}.source, or name a model",
         )
-    # The student's weights decide no shape.
+    # The student's weights change no shape.
     untrained = replace(run, student=replace(run.student, init=""))
     return replace(job_of(untrained).settle(sources_of(job_of)), student=run.student)
 

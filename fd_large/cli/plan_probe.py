@@ -30,7 +30,8 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
         runs: The recipe of each student, to time its step.
         ranks: Number of processes; on GPUs at most the number of GPUs.
 
-    Returns: the machine's rates, and the phases of each recipe's step; None where that has no room.
+    Returns: the machine's rates, and the phases of each recipe's step, None if a step does not fit
+        in memory.
     Raises: LaunchError: if a rank fails.
     """
     import torch
@@ -59,7 +60,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
                 with suppress(BrokenPipeError):
                     process.stdin.write(json.dumps(request))
                     process.stdin.close()
-            # Ranks that miss one which has failed are not waited for.
+            # Once a rank has failed, the others wait for it in vain, and are ended.
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 time.sleep(0.1)
         finally:

@@ -246,7 +246,7 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")
     if not run.frozen_models or not teacher:
         return ""
-    # No map that takes longer to read, at 1 GB/s, than all that a rank does for an image.
+    # The size of a map that takes as long to read, at 1 GB/s, as a rank spends on an image.
     most = 1e9 * best.seconds.total * machine.cluster.gpus / best.images
     return (
         f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "

@@ -25,7 +25,7 @@ SHAPES = (
     *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "mask.", "task."),
     "data.image_size",
 )
-"""Beginnings of the fields that may decide what a step computes, but for these:"""
+"""Prefixes of the fields that may change what a step computes, except for `NO_SHAPES`."""
 NO_SHAPES = (
     *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
     "student.activation_checkpointing",
@@ -59,8 +59,8 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
 
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
-    """Returns the counts for a run and a card that ship with the package, or None."""
-    # They have the teachers, which cached targets stand for.
+    """Returns the counts that the package ships for a run and a card, or None."""
+    # Shipped counts include the teachers, which a run with cached targets does not compute.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
         return None
     return kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
@@ -70,7 +70,7 @@ def _norm_group(run: Run) -> int:
     """Returns the number of images that share batch norm statistics; 1 without batch norms."""
     if not run.student_architecture().has_batch_norms:
         return 1
-    # They import torch, which a recipe of record does without.
+    # These imports load torch, which a published recipe does not need.
     from fd_large.engine.student import check_norm_batch
     from fd_large.tasks.jobs import job_of
 
@@ -83,18 +83,18 @@ def _moments(run: Run) -> int:
     """Returns the number of moments that the optimiser keeps of each parameter."""
     if run.optim.name == ADAMW:
         return 2
-    # It imports torch, which a recipe of record does without.
+    # This import loads torch, which a published recipe does not need.
     from fd_large.engine.zero.optimizer import moments_of
 
     return len(moments_of(run.optim))
 
 
 def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
-    """Counts a run on a card, without activation checkpointing and with it; takes seconds.
+    """Counts a step of a run on a card, without and with activation checkpointing; takes seconds.
 
     Raises: FDError: if the run's models cannot be built.
     """
-    # They import torch, which a recipe of record does without.
+    # These imports load torch, which a published recipe does not need.
     from fd_large.engine.counting.count import count
     from fd_large.tasks.jobs import job_of
 
@@ -113,7 +113,8 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
-    """Returns the bytes of a micro-batch shared by several students."""
+    """Returns the bytes that students share: a micro-batch's images, and frozen models' outputs."""
+
     from fd_large.engine.counting.count import shared_bytes
     from fd_large.tasks.jobs import job_of
 
@@ -136,7 +137,7 @@ def _device(rates: Rates, kernels: Kernels) -> Device:
 def shape_fields(run: Run) -> dict[str, Any]:
     """Returns the fields that may affect a step's computation and differ from defaults.
 
-    Automatic fields, and unset fields of a named model, follow from the others.
+    Fields set to `auto`, and unset fields of a named model, are left out: they follow from others.
     """
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay(AllowsCode):
-    """Run a step that the guard refused again, on one device."""
+    """Repeat, on one device, a step that the guard refused."""
 
     # RUN/incidents/update_NNNNNNNN, or the incident.json in it.
     file: Annotated[str, Positional, arg(metavar="FILE")]

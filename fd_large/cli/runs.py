@@ -122,7 +122,7 @@ def _reason(files: RunFiles) -> str:
 
 
 def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
-    """Returns the runs with all of the values.
+    """Returns the runs that meet all conditions FIELD=VALUE.
 
     Raises: ConfigError: if an argument is not FIELD=VALUE, no run has the field, or no such state
         is known.

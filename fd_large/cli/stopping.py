@@ -44,6 +44,6 @@ def ending_with(sentence: str) -> Iterator[None]:
         raise StoppedError(sentence) from None
     finally:
         for number, handler in before.items():
-            # After a signal the process ends, and they stay ignored.
+            # After a signal the process ends, and further signals stay ignored.
             if handler is not None and signal.getsignal(number) == stop:
                 signal.signal(number, handler)

@@ -73,7 +73,7 @@ class Train(TakesRunFile, AllowsCode):
     On several GPUs: deepspeed fd_large/train.py, with the same flags.
     """
 
-    # Run of record whose values are the defaults below; without it quickstart.
+    # Name of the recipe whose values are the defaults below; if left out, quickstart.
     recipe: str = registry.DEFAULT_RECIPE
     # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
 
 
 def checked(arguments: list[str]) -> tuple[WithRecipe[Train], Run, set[str]]:
-    """Returns the arguments, the recipe and the user's fields, without a mistake as far as shows.
+    """Returns the arguments, the recipe and the names of the user's fields, checked without torch.
 
     Raises: FDError: See `check_names`.
     """
@@ -156,7 +156,10 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 
 
 def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
-    """Reports the mistakes for which a start on so many ranks would end before its first step."""
+    """Refuses mistakes that would end a start on `ranks` ranks before its first step.
+
+    Without mistakes it prints the images of a step and of a pass.
+    """
     require_apart(run, fresh=fresh)
     if not fresh:
         require_same_settings(run)
@@ -228,8 +231,8 @@ def train_run(
         fresh: Whether to start again although the folder has checkpoints.
         profile: Steps to trace; 0 turns it off.
         then: Function that rank 0 calls with a finished run's folder, while the run still owns it.
-        named: Full names of the user's fields: others may be fitted to the images
-            (`small_data.fit`). None fits no field.
+        named: Full names of the fields that the user set; the other fields may be fitted to the
+            images (`small_data.fit`). None: no field is fitted.
 
     Raises:
         FDError: The user's mistake, or another rank that has ended.
@@ -318,7 +321,7 @@ def say_how_to_go_on(run: Run) -> None:
 
     log = logging.getLogger(__name__)
     try:
-        # The command of one of several students is that of all.
+        # All students of a run have the same command.
         students = [read_run(student.run_dir()) for student in run.each_student().values()]
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)

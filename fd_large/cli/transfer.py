@@ -25,7 +25,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import at_least
 
-# What comes before the names that are nearest to a flag's.
+# The words of a message before the names that are nearest to a flag's.
 _UNKNOWN = "unknown flag; nearest: "
 # Fields that the command itself sets.
 _SET_HERE = {
@@ -114,7 +114,7 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
 
     Raises: ConfigError: naming the flags as they were typed.
     """
-    # A field may be of one kind of models alone.
+    # A field may exist for one kind of model only.
     usual = [COLUMNS[name].recipe(resolve(m), "") for m in ("vit_base_patch16", "swinv2_base")]
     parsed, mistakes = [], []
     for recipe in usual:

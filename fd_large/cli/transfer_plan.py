@@ -30,7 +30,7 @@ class Cost(NamedTuple):
         gpus: GPUs that it is planned on.
         hours: GPU-hours that its steps may take; None if it does not fit or cannot be planned.
         memory_bytes: Memory of a rank.
-        why: Reason that there are no hours; without a remedy, as the row sets the model.
+        why: Reason that `hours` is None; without a remedy, since the user does not set the model.
     """
 
     steps: int
@@ -143,6 +143,7 @@ def _sum(costs: Iterable[Cost | None], *, times: int = 1) -> str:
     hours = [cost.hours for cost in costs if cost and cost.hours is not None]
     if not hours:
         return "-"
-    # No better known together: what makes one slower makes all slower.
+    # The sum is no more certain than each: what makes one training slower makes all slower.
+
     low, high = map(sum, zip(*hours, strict=True))
     return figures(Between(low, high).scaled(times))

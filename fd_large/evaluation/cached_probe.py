@@ -1,4 +1,4 @@
-"""The protocol linear, cached: a linear probe on features of the centre crops, in minutes."""
+"""The linear probe of `--protocol cached`, trained in minutes on features of centre crops."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _classify(features: FrozenFeatures) -> Classified:
     from fd_large.ranks import distributed
 
     probe = _probe(features.flags, features.seed)
-    # Every rank does all of it.
+    # Every rank trains the whole probe.
     num_images = linear.work(len(features.train.labels), probe) * distributed.world_size()
     with features.working(f"probe, seed {features.seed}", num_images) as progress:
         outcome = linear.evaluate(
@@ -69,7 +69,7 @@ CACHED_PROBE = of_features(
     "Linear probe",
     _classify,
     flags=ProbeFlags,
-    # A distillation may help one and hurt the other.
+    # A distillation may improve one of these features and worsen another.
     pools=("mean", "cls", "both"),
     settings={"rates": "probe_rates", "epochs": "probe_epochs"},
     check=_warn,

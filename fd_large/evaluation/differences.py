@@ -1,4 +1,4 @@
-"""Differences of models for summary.json, with the coverage of their intervals."""
+"""Entries of summary.json for the difference between two models' scores, with its interval."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def as_json(difference: Difference, *, is_random: bool = True) -> dict[str, Any]:
     """Returns a difference, its interval, and whether it is shown.
 
-    A difference is shown if its interval excludes 0. The interval covers images and, for random
-    trainings, seeds, so that a single seed shows no difference.
+    A difference is shown if its interval excludes 0. The interval accounts for the choice of test
+    images and, if trainings are random, of seeds; with one seed of these, no difference is shown.
 
     Args:
         difference: The difference, with the intervals of `probes.paired`.

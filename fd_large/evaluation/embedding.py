@@ -1,8 +1,8 @@
 """Features of all images of a dataset, as a table in the order of their names.
 
-All ranks extract chunks of images into FILE.parts/, where a chunk appears when it is complete, so
-that a start after a kill continues behind it, on any number of ranks. The last step joins the
-chunks to the table.
+All ranks extract the features chunk by chunk into FILE.parts/. A chunk gets its final name when it
+is complete, so that a command that was killed continues after the last complete chunk, on any
+number of ranks. The last step joins the chunks into the table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fd_large.ranks import activity, distributed
 log = logging.getLogger(__name__)
 
 CHUNK = 4096
-"""Images of a chunk, or the least number above it that batches divide."""
+"""Least number of images in a chunk; it is rounded up to whole batches."""
 _SETTINGS, _ROWS, _LABELS = "settings.json", "rows.npy", "labels.npy"
 
 
@@ -73,17 +73,17 @@ def embed(
     Args:
         model: The model.
         images: The images.
-        out: A file that is not there, with an ending of `WRITERS`.
-        root: Where the images are; names are relative to it.
+        out: The file to write, which must not exist yet; its ending is one of `WRITERS`.
+        root: The dataset's root, to which the names in the table are relative.
         feature: "map" for the model's own map, or the name of a head, as in `evaluate --features`.
-        pool: Feature of an image: the mean of its patches, its class token, or its map.
+        pool: The feature of an image is the mean of its patches, its class token, or its map.
         batch_size: Images per forward; the last bits of the result depend on it.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
 
     Returns: the number of rows.
     Raises: FDError: if the feature does not exist, more than one in a hundred images is unusable,
-        or chunks of a start with other settings exist.
+        or the folder holds chunks that were extracted with other settings.
     """
     (subject,) = subjects([model], [feature])
     folder = out.with_name(f"{out.name}.parts")
@@ -99,7 +99,7 @@ def embed(
     distributed.together(partial(_begin, folder, settings))
     size = batch_size * -(-CHUNK // batch_size)
     chunks = {folder / f"{start:012d}": start for start in range(0, len(images), size)}
-    # No two starts write one file, even if they should run at once.
+    # Two starts at the same time write to different folders.
     start_id = distributed.broadcast_object(uuid.uuid4().hex)
     own_images = -(-len(images) // distributed.world_size())
     description = f"{model.label}: features at {model.image_size} px"
@@ -122,7 +122,7 @@ def embed(
                 max_bad_fraction=1.0,
                 progress=work.advance,
             )
-            distributed.barrier()  # All have mapped the files at their first name.
+            distributed.barrier()  # Every rank has mapped the files under their temporary names.
             distributed.together(partial(_appear, aside, chunk))
     shape = _shape(subject, model.image_size) if pool == "map" else (-1,)
 
@@ -155,13 +155,13 @@ def embed(
 
 
 def _begin(folder: Path, settings: dict[str, object]) -> None:
-    """Makes the folder of the chunks on rank 0, or finds the chunks of an equal start."""
+    """Makes the folder of the chunks on rank 0, or checks that its chunks have equal settings."""
     if not distributed.is_main():
         return
     path = folder / _SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
     done = sum(1 for file in folder.iterdir() if not file.suffix)
-    if not done:  # A start that ended before its first chunk decides nothing.
+    if not done:  # Settings of a start that ended before its first chunk do not bind.
         write_json(path, settings)
     before = read_json(path, where="--out", holds=dict, remedy=f"Remove {folder}.")
     differing = [name for name in settings if before.get(name) != settings[name]]
@@ -192,7 +192,7 @@ def _appear(aside: Path, chunk: Path) -> None:
 
 
 def _shape(subject: Subject, side: int) -> tuple[int, ...]:
-    """Returns the shape of a map with unknown channels."""
+    """Returns the shape (H, W, -1) of a map, which leaves the number of channels open."""
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device())
     with torch.no_grad():
         return (*subject.forward(normalise(blank, subject.statistics)).grid, -1)
@@ -242,7 +242,7 @@ def _write_parquet(path: Path, chunks: Chunks) -> None:
         for chunk in chunks():
             values = pa.array(chunk.rows.reshape(-1))
             lists = pa.FixedSizeListArray.from_arrays(values, chunk.rows.shape[1])
-            # Its texts are UTF-8, which the name of a file need not be.
+            # Texts in Parquet are UTF-8; the name of a file may be other bytes.
             names = [os.fsencode(name).decode(errors="backslashreplace") for name in chunk.names]
             table = pa.table({"name": names, "features": lists})
             writer = writer or parquet.ParquetWriter(path, table.schema)
@@ -257,4 +257,4 @@ WRITERS: dict[str, Callable[[Path, Chunks], None]] = {
     ".npz": _write_npz,
     ".parquet": _write_parquet,
 }
-"""What writes a table, by the ending of its file."""
+"""The functions that write a table, by the ending of its file."""

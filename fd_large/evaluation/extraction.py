@@ -1,4 +1,4 @@
-"""Features of a model's images, in temporary files that all ranks read; shared by the protocols."""
+"""Extraction of features into temporary files that all ranks read, for all protocols."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def join_ranks(request: Request) -> Data:
-    """Joins the ranks of a command and lets them compute in full float32; returns its images."""
+    """Starts a command's ranks, in full float32; returns the section `data` of its recipe."""
     from fd_large.kernels.precision import full_float32
     from fd_large.ranks import distributed
     from fd_large.runtime import logs
 
-    assert request.run is not None  # `evaluate` takes one.
+    assert request.run is not None  # The command `evaluate` has a recipe.
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
     return request.run.data
@@ -33,7 +33,12 @@ def join_ranks(request: Request) -> Data:
 
 @contextmanager
 def working(description: str, images: int) -> Iterator[Callable[[float], None]]:
-    """Yields a function that reports this rank's finished images, as a measure of all ranks'."""
+    """Shows progress in the block; yields a function that counts this rank's finished images.
+
+    Args:
+        description: Description of the work.
+        images: Number of images of all ranks; an equal share is expected of each.
+    """
     from fd_large.ranks import activity, distributed
 
     with activity.work(description, -(-images // distributed.world_size()), "images") as work:
@@ -55,14 +60,14 @@ def extracted(
 ) -> Iterator[list[Features]]:
     """Yields the features of images, for each pool; a collective.
 
-    The files are removed after the block: copy what is kept.
+    The files of the features are removed after the block, so copy what you need later.
 
     Args:
         forward, statistics, images, image_size, pools: See `probes.features.extract`.
         folder: Folder of the files; rank 0 removes it.
         words: Description of the work, for the progress bar.
         flags: The command's own flags, with `batch_size`.
-        data: The recipe's section of images.
+        data: The section `data` of the recipe.
     """
     from fd_large.probes.features import extract
     from fd_large.ranks import distributed

@@ -1,4 +1,4 @@
-"""Protocols of frozen models: their features, classified by k-NN, a probe or user code.
+"""Protocols that classify the features of frozen models by k-NN, a probe or the user's code.
 
 Such a protocol is a function from the features of a model's training and test images
 (`FrozenFeatures`) to a class for each test image (`Classified`). Images, heads, pooling, seeds,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 OWN_FEATURES = "own"
 # What tables call the features of `--pool`.
 _POOLS = {"mean": "mean of patches", "cls": "class token", "both": "class token and mean"}
-# What the features of a frozen model depend on.
+# Fields of the recipe on which the features of a frozen model depend.
 _FIELDS = (
     "data.root",
     "data.val_fraction",
@@ -54,9 +54,10 @@ _FIELDS = (
 class FrozenFlags(Pooled, Batched):
     """Flags of all protocols that measure features of frozen models."""
 
-    # Features of the student of a distillation run, or of an export of one: own, its map; NAME or
-    # NAME.summary, the output of its head for that teacher's map or summary (the only teacher of a
-    # run is called teacher). Several are measured side by side, other models by their own map.
+    # Features of the student of a distillation run, or of an export of it. own: its map. NAME or
+    # NAME.summary: the output of its head for the map or the summary of the teacher NAME (called
+    # teacher if it is the only one). Several are measured side by side. Models without heads are
+    # measured by their own map.
     features: tuple[str, ...] = (OWN_FEATURES,)
 
     def __post_init__(self) -> None:
@@ -72,14 +73,15 @@ class FrozenFeatures(NamedTuple):
     """Features of all images by one model.
 
     Attributes:
-        train: Features of the training images: rows (N, C) float32, labels (N,) int64, -1 where an
-            image could not be used. Both are mapped from files, and on every rank the same.
-        test: Features of the test images; their labels are for counting alone.
+        train: Features of the training images, rows (N, C) float32 and labels (N,) int64, which are
+            -1 where an image could not be used. Both arrays are mapped from files, and the same
+            on every rank.
+        test: Features of the test images; their labels serve to count correct predictions alone.
         classes: Names of the classes.
         seed: Seed of the repetition.
         flags: The command's own arguments.
         label: Name of the model.
-        pool: The feature: "mean" of the patches, "cls", the class token, or "both".
+        pool: Pooling of the features: "mean" of the patches, "cls" for the class token, or "both".
     """
 
     train: Features
@@ -118,7 +120,7 @@ Classify = Callable[[FrozenFeatures], Classified]
 
 
 class _How(NamedTuple):
-    """The parts of a protocol of frozen features; see `of_features`."""
+    """Those arguments of `of_features` with which `_measure` measures."""
 
     classify: Classify
     pools: tuple[Pool, ...]
@@ -144,8 +146,10 @@ def of_features(
         flags: A dataclass of the flags that it reads: `FrozenFlags`, or a subclass.
         pools: Kinds of pooling to compare without `--pool`; the class token only for models that
             have one.
-        settings: Names in summary.json of the flags that it reads; None keeps the flags' names.
-        check: Called with the number of training images and the flags, before hours of features.
+        settings: The flags that summary.json records, {name in summary.json: the flag's name};
+            None: the flags that `flags` adds to `FrozenFlags`, under their own names.
+        check: Called with the number of training images and the flags, before the hours in which
+            features are extracted.
     """
     if settings is None:
         common = {flag.name for flag in fields(FrozenFlags)} | {"seeds"}
@@ -165,7 +169,7 @@ class Subject(NamedTuple):
     Attributes:
         model: The model.
         feature: Words for the head; "": the model's own map.
-        forward: Normalised images -> FeatureMap, in evaluation.
+        forward: Function from normalised images to a FeatureMap, in evaluation mode.
         statistics: Normalisation of its images.
         has_class_token: Whether its map has a class token, or it gives one beside its map.
         modules: The backbone, and the head if there is one.
@@ -186,7 +190,7 @@ def _measure(how: _How, request: Request) -> Result:
     from fd_large.data.labelled import open_split
     from fd_large.ranks import meeting
 
-    assert request.run is not None  # `evaluate` takes one.
+    assert request.run is not None  # The command `evaluate` has a recipe.
     models, flags, data = request.models(), request.flags, join_ranks(request)
     keep_blocks_in(data.cache, data.cache_gb)
     train = meeting.meet(
@@ -223,7 +227,8 @@ def _measure(how: _How, request: Request) -> Result:
 def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[Subject]:
     """Yields the subjects, with one model in memory at a time.
 
-    Raises: ConfigError: if a head is named that a model lacks, or that none has.
+    Raises: ConfigError: if a head is named although no model has heads, or a model with heads lacks
+        it.
     """
     from fd_large.ranks import distributed
 

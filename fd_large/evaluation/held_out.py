@@ -1,8 +1,8 @@
-"""Checks whether compared models were trained on the images that choose between recipes.
+"""Checks whether compared models were trained on the held-out images by which a sweep chooses.
 
 A sweep holds images out of its own trials. But a student that was distilled on the same folder
-has seen them, and so has a teacher that an earlier run trained there: their accuracy on these
-images is less reliable than a model's that never saw them. With `--data.root FOLDER/train
+has seen them, and so has a teacher that an earlier run trained on it. Their accuracy on these
+images is less reliable than that of a model that never saw them. With `--data.root FOLDER/train
 --data.val_fraction 0.1`, distillation holds out the same images as a sweep.
 """
 
@@ -22,8 +22,8 @@ class Seen(NamedTuple):
     """Facts about held-out images and the weights of a model.
 
     Attributes:
-        by: The trainings that led to the model and had these images.
-        not_known: Trainings and weights of which nothing says whether they had these images.
+        by: Trainings that led to the model, and used some of these images.
+        not_known: Trainings and weights for which no record says whether they used these images.
     """
 
     by: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ NOTHING_SEEN = Seen()
 
 
 def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
-    """Returns the trainings that led to a model and had images that are held out.
+    """Returns which of the trainings that led to a model used held-out images.
 
     Datasets of runs are compared by their paths. Exports record no paths: their datasets are
     compared by the listing of the files' names.
@@ -44,7 +44,7 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
         images: The folder's images, of which a part is held out.
         fraction: Fraction of the images that a hash of their names holds out.
     """
-    # Several trainings may have one name: those that an export tells have no folder.
+    # Several trainings may have the same name, since an export records no folders.
     answers = [
         (str(training), _saw(training, images, fraction)) for training in trainings_of(source)
     ]
@@ -54,7 +54,7 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
 
 
 def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:
-    """Whether a training had images that are held out, or None if nothing says it."""
+    """Whether a training used held-out images, or None if no record says so."""
     if training.is_here:
         part, roots = Path(images.root).resolve(), filter(None, training.images)
         return any(
@@ -69,13 +69,16 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """Returns the hash of the images that a run on a folder trained on; empty if there is none."""
+    """Returns the hash of the images that a run with this `val_fraction` trains on, in a list.
+
+    The list is empty if the fraction holds out none of the images, or all.
+    """
     from fd_large.data.val_fraction import Part, places_of
 
     if not val_fraction:
         return [images.fingerprint]
     try:
         places = places_of(images, "train", val_fraction, where="--sweep")
-    except DataError:  # It holds out none of these, or all.
+    except DataError:  # The fraction holds out none of the images, or all.
         return []
     return [Part(images, places).fingerprint]

@@ -1,4 +1,4 @@
-"""The protocol knn: classification by the most similar training images, without training."""
+"""The protocol `knn`, which labels an image by the most similar training images, untrained."""
 
 from __future__ import annotations
 

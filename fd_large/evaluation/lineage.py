@@ -1,7 +1,8 @@
 """The trainings that led to weights, as far as runs and exports record them.
 
-A run names the weights of its teachers and those that its student began from; an export says in its
-config.json which runs led to it, by the names and the listings of their images, without a path.
+A run's recipe names the weights of its teachers and the initial weights of its student. The
+config.json of an export lists the runs that led to it, with the names of their datasets and the
+hashes of their lists of images, but without paths.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _MOST, _LONGEST = 50, 200
 
 
 class Training(NamedTuple):
-    """A run that led to weights, or weights of which nothing says how they were trained.
+    """A run that led to weights, or weights without a record of their training.
 
     Attributes:
-        place: The run's folder, the export that tells of it, or the weights.
+        place: The run's folder, the export that records the run, or the source of the weights.
         recipe: Name of its recipe; empty if unknown.
-        images: Its datasets, as the recipe names them; of an export their last names.
+        images: Its datasets, as the recipe names them; from an export only the last part of paths.
         fingerprint: Hash of the images' names in order; empty if unknown.
-        val_fraction: The part of the images that a hash of their names kept out of training.
-        is_here: Whether it is a run's folder, whose datasets are paths of this machine.
+        val_fraction: The fraction of the images that a hash of their names kept out of training.
+        is_here: Whether `place` is a run's folder; then `images` are paths on this machine.
     """
 
     place: str
@@ -86,7 +87,7 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
 
 
 def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
-    """Yields a run, and the trainings that led to the weights that it names."""
+    """Yields a run's training, then those behind its student's initial weights and its teachers."""
     from fd_large.checkpoint import store
     from fd_large.data.roots import weighted_roots
 
@@ -101,7 +102,7 @@ def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
 
 
 def _weights_of_cache(source: str) -> str:
-    """Returns the source of a teacher's weights, also if its stored targets are named instead."""
+    """Returns a source of weights; for a teacher's cached targets, the source of its weights."""
     from fd_large.tasks.distillation.cached.files import Header
     from fd_large.tasks.distillation.section import CACHED
 

@@ -72,7 +72,7 @@ class Request(NamedTuple):
     Attributes:
         protocol: The protocol.
         flags: The command's own arguments, including all protocols' flags.
-        changes: Given fields of a recipe, by name.
+        changes: The recipe's fields that the user gave, {full name: value}.
         run: A recipe with these fields; None for a command without a recipe.
         train: Trains a run: (run, deepspeed_config=...) -> exit code.
     """
@@ -104,11 +104,11 @@ class Protocol:
         title: Words for it in tables and plots.
         measure: Function from `Request` to tables and files. `frozen.of_features` makes it from a
             function of frozen features.
-        flags: A dataclass of the flags that it reads, all with defaults; fields that several
-            protocols read stand in a base of theirs.
+        flags: A dataclass of the flags that it reads, all with defaults; flags that several
+            protocols read are in a common base class.
         fields: Fields of a recipe that it reads, section.field; None: all.
-        variant: Which of several protocols of the same name it is, as `--protocol` names them.
-        command: The command that measures by it.
+        variant: Value of `--protocol` that selects it among protocols of the same name.
+        command: Name of the command that uses it.
     """
 
     name: str

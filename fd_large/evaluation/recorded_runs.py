@@ -18,7 +18,7 @@ from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run, difference
 from fd_large.tasks.registry import kind_of
 
-# What two starts may have differently: it decides no score.
+# Fields that two starts may set differently, since they change no score.
 _FREE = frozenset({"data.cache", "data.cache_gb", "data.workers"})
 
 
@@ -75,11 +75,11 @@ def train(
     from fd_large.ranks import distributed
     from fd_large.runtime import preemption
 
-    preemption.asked_too_late()  # What an earlier run was asked.
+    preemption.asked_too_late()  # Forgets what an earlier run was asked.
     try:
         code = train_run(run, deepspeed_config=deepspeed_config)
     finally:
-        # Others follow in this process.
+        # Further runs follow in this process.
         start.forget_engines()
         gc.collect()
     if code:
@@ -93,8 +93,8 @@ class RecordedRun(NamedTuple):
     """A run with the record in its folder.
 
     Attributes:
-        file: The file's name.
-        what: Description of the run.
+        file: Name of the record's file in the run's folder.
+        what: Words for the run in messages, such as "a trial".
         run: The recipe.
         inputs: Inputs outside of the recipe that decide the result: {"weights": a digest}.
         known: Further entries of the record.

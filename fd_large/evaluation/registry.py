@@ -34,7 +34,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
     TRANSFER,
     DIAGNOSIS,
 )
-"""The ways to measure models; of two of one name the first is what `--task` alone means."""
+"""The protocols; without `--protocol`, `--task` selects the first of several of that name."""
 
 
 def protocol_of(name: str, variant: str = "cached") -> Protocol:
@@ -42,7 +42,7 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
 
     Args:
         name: As `--task`.
-        variant: Which of several of that name.
+        variant: Value of `--protocol`, which selects among protocols of that name.
 
     Raises: ConfigError: if the protocol does not exist or cannot be imported.
     """

@@ -28,12 +28,12 @@ class Row:
         model: The measured model.
         values: The accuracy of each seed, in per cent.
         details: Further results of each seed.
-        predicted: The class that each seed gave to each test image, (N,), on rank 0; fewer than
-            seeds where a run was made before they were kept.
+        predicted: The predicted class of each test image, (N,), for each seed, on rank 0. Runs of
+            earlier versions kept none, so there may be fewer entries than seeds.
         labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
         recipe: Name of the recipe that the model was trained by, if any.
-        unlike_first: Fields in which that recipe, as trained, differs from the first row's: the
-            first row's value and its own, by field.
+        unlike_first: Differences of that recipe, as trained, from the recipe of the first row of
+            the same pooling, {field: (the first row's value, this row's)}.
         sweep: Result of a sweep before the training, if any.
         feature: Words for its feature where a model has several rows.
         pool: Pooling of its feature; rows are compared with the first row of the same pooling.
@@ -60,7 +60,10 @@ class Row:
             self.predicted.append(predicted)
 
     def right(self) -> NDArray[np.bool_] | None:
-        """Returns (seeds, images with a label), whether each was classified correctly."""
+        """Returns whether each image with a label was classified correctly, (seeds, images) bool.
+
+        None if labels, or the predictions of a seed, are missing.
+        """
         import numpy as np
 
         if self.labels is None or len(self.predicted) < len(self.values):
@@ -68,7 +71,7 @@ class Row:
         return (np.stack(self.predicted) == self.labels)[:, self.labels >= 0]
 
 
-# Names of summary.json that are other words on the page.
+# Names in summary.json for which the page has other words.
 _FACTS = {"pictures": "test images"}
 
 
@@ -79,9 +82,9 @@ def finish(
 
     Args:
         folder: Folder for the files.
-        rows: The rows of the table; the others are compared with the first row, or the first row
-            of the same pooling.
-        title: Words for the test.
+        rows: The rows of the table. Each is compared with the first row of its pooling, and these
+            with the first row of all.
+        title: Title of the table, the plot and the page.
         is_random: Whether another seed gives other values.
         facts: Further entries of summary.json, such as task, root and seeds.
     """
@@ -129,7 +132,7 @@ def finish_frozen(request: Request, rows: Sequence[Row], **facts: Any) -> Result
         rows: The rows of the table.
         facts: Further entries of summary.json, besides task and root.
     """
-    assert request.run is not None  # `evaluate` takes one.
+    assert request.run is not None  # The command `evaluate` has a recipe.
     protocol, root = request.protocol, without_secrets(request.run.data.root)
     is_random = issubclass(protocol.flags, Repeated)
     facts = {"task": protocol.name, "root": root, **facts}
@@ -160,7 +163,10 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the row with which another row is compared."""
+    """Returns the row to compare a row with.
+
+    It is the first row of the same pooling; that one is compared with the first row of all.
+    """
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind
 
@@ -173,7 +179,7 @@ def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
     """Writes the test images' labels, (N,), and each row's predictions, (seeds, N)."""
     import numpy as np
 
-    # Any name may be a model's, "labels" too.
+    # A prefix, since a model may be labelled "labels".
     predictions: dict[str, Any] = {
         f"predicted/{_label(row)}": np.stack(row.predicted)
         for row in rows

@@ -1,8 +1,9 @@
-"""The protocol robustness: fine-tuned models on sets whose labels are maps into their classes.
+"""The protocol `robustness`, which tests fine-tuned classifiers on other test sets for ImageNet.
 
-ImageNet-V2 has numbers for folders, -A and -R have 200 of the classes, ObjectNet's classes are one
-or more of ImageNet's, and the ReaL labels of ImageNet's own validation images are several or none.
-The columns of classes that a set does not have are left out before the best is taken, as published.
+The labels of such a set are mapped to the model's classes. ImageNet-V2 names its folders by class
+numbers; -A and -R have 200 of the classes; a class of ObjectNet corresponds to one or more classes
+of ImageNet; and an image of ImageNet's validation set has several ReaL labels, or none. As
+published, a prediction is the best of the classes that occur in the set; with ReaL labels, of all.
 
 Source: Recht et al. (V2), arXiv 1902.10811; Hendrycks et al., arXiv 1907.07174 (A) and 2006.16241
 (R); Wang et al. (Sketch), arXiv 1905.13549; Barbu et al. (ObjectNet), NeurIPS 2019, scored as in
@@ -42,7 +43,7 @@ _MAPPINGS, _IMAGES = "mappings", "images"
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessFlags(Batched):
-    """Flags of tests on sets of other labels."""
+    """Flags of the protocol `robustness`."""
 
     # Source of the images' classes. folders: the folder of an image. real: the ReaL labels of
     # ImageNet's validation images, by their files' names; images without a label are left out.
@@ -50,13 +51,13 @@ class RobustnessFlags(Batched):
 
 
 class LabelSet(NamedTuple):
-    """Images, each with the classes that are right.
+    """Images, each with the classes that are correct for it.
 
     Attributes:
         images: The images; their own labels are not used.
-        right: For each image the classes, by number in ImageNet's order, or by name.
-        all_classes: Whether a prediction may be any class of the model, or one that is right for
-            an image of the set.
+        right: The correct classes of each image, as ImageNet's class numbers or as names.
+        all_classes: Whether a prediction may be any class of the model; if False, only a class
+            that is correct for some image of the set.
     """
 
     images: LabelledImages
@@ -72,7 +73,7 @@ def open_set(root: str, labels: str) -> LabelSet:
             or the folder of an ObjectNet download.
         labels: See `RobustnessFlags`.
 
-    Raises: DataError: if the labels are not to be found.
+    Raises: DataError: if the labels cannot be found.
     """
     if labels == "real":
         return _real(tested_part(root))
@@ -118,7 +119,7 @@ def _objectnet(root: str) -> LabelSet:
 
 
 def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
-    """Returns ImageNet's classes by folder of ObjectNet, from the files in its download."""
+    """Returns {folder of ObjectNet: ImageNet's class numbers} from the files in its download."""
 
     def table(name: str) -> dict[str, Any]:
         entries: dict[str, Any] = read_json(
@@ -146,13 +147,13 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
 
 
 def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]:
-    """Returns for each image the columns of a model's classes that are right.
+    """Returns the columns of a model's logits that are correct for each image.
 
     Args:
-        right: The set.
+        right: The images with their correct classes.
         classes: Names of the classes that the model was trained for.
 
-    Raises: DataError: if it does not know a class of the set.
+    Raises: DataError: if the model was not trained for a class of the set.
     """
     of_imagenet = imagenet_numbers(classes)
     by_name: Mapping[Any, int] = {name: place for place, name in enumerate(classes)}
@@ -171,12 +172,12 @@ def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]
 def best_of(
     logits: NDArray[np.float32], right: Sequence[tuple[int, ...]], *, all_classes: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns labels and predictions, (N,) each; they are equal where a prediction is right.
+    """Returns labels and predictions, (N,) each; they are equal where a prediction is correct.
 
     Args:
         logits: (N, K).
-        right: For each image the columns that are right; without one its label is -1.
-        all_classes: Whether columns that are right for no image may be predicted.
+        right: The correct columns of each image; the label of an image without any is -1.
+        all_classes: Whether columns that are correct for no image may be predicted.
     """
     import numpy as np
 
@@ -185,7 +186,7 @@ def best_of(
         known = np.array(sorted({column for columns in right for column in columns}))
     predicted = known[logits[:, known].argmax(1)].astype(np.int64)
     labels = np.array([columns[0] if columns else -1 for columns in right], dtype=np.int64)
-    # One of several right classes is told as the first.
+    # If an image has several correct classes, a prediction of any is recorded as the first.
     is_right = [column in columns for column, columns in zip(predicted, right, strict=True)]
     return labels, np.where(is_right, labels, predicted)
 
@@ -242,7 +243,7 @@ def _measure(request: Request) -> Result:
 def _job_of(model: NamedModel) -> Any:
     """Returns the job of the run that fine-tuned a model.
 
-    Raises: ConfigError: if none did.
+    Raises: ConfigError: if no such run is known.
     """
     job = model.trained_by
     kind = job.run.task.kind() if job else None

@@ -41,7 +41,7 @@ def _measure(request: Request) -> Result:
         )
     path, changes = Path(models[0]), request.changes
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
-    if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
+    if "data.root" in changes:  # The val split of the given dataset, not the run's own test images.
         run = override(run, {"eval.root": "", "data.val_fraction": 0.0})
     # Importing torch takes seconds.
     from fd_large.checkpoint import stream

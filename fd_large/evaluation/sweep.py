@@ -1,11 +1,12 @@
 """`--sweep`: a search of recipes, learning rates and layer decays on held-out images.
 
-A small change of the learning rate or the recipe changes a training by more than models differ,
-and the best values depend on the model. So the same grid is tried for every model: each recipe
-published for any of the models, at each rate and decay, including the recipe's own; random
-weights have no layer decay. A trial trains on nine tenths of the training images and is tested on
-the rest, held out by a hash of the file names (data/val_fraction.py). The best setting then
-trains on all training images, with every seed, and only these runs see the test images.
+A small change of the learning rate or the recipe changes a score by more than models differ, and
+the best values depend on the model. So every model is trained on the same grid: by each recipe
+that is published for any of the models, at each learning rate and layer decay of the flags, and
+at the recipe's own. Random weights have no layer decay. A trial trains on nine tenths of the
+training images and is tested on the rest, held out by a hash of the file names
+(data/val_fraction.py). The best setting then trains on all training images, with every seed, and
+only these runs see the test images.
 
 Each trial is a separate run below OUT/sweep. A finished trial leaves its accuracy but no
 checkpoints, so the same command continues where it stopped; a folder with another trial is
@@ -78,7 +79,8 @@ class Metric(NamedTuple):
 
     Attributes:
         key: Name in trial.json and summary.json.
-        of: Returns it from the summary.json of a trial, whose test images are the held-out ones.
+        of: Function from a trial's summary.json to the score on the held-out images, on which a
+            trial is tested.
         lower_is_better: Whether less is better.
     """
 
@@ -114,7 +116,7 @@ class Sweep:
     """The results of a sweep for one model.
 
     Attributes:
-        trials: The grid, recipe by recipe; rates and decays rise.
+        trials: The trials of the grid, ordered by recipe, then by rising rate and rising decay.
         metric: The score by which it chooses.
         seen: Facts about the held-out images and the trainings that led to the model.
     """
@@ -141,13 +143,16 @@ class Sweep:
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
-        """Returns the names of values at the grid's edge, for which a wider grid may be better."""
+        """Returns which of the winner's "rate" and "decay" is at the grid's edge.
+
+        Beyond the edge there may be a better value.
+        """
         beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
         rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
         rate, decay, *_ = self.winner
         edges = {
             "rate": len(rates) > 1 and rate in (min(rates), max(rates)),
-            # A decay above 1 means nothing.
+            # A layer decay of 1 is the largest that makes sense.
             "decay": len(decays) > 1 and decay in {min(decays), max(decays)} - {1.0},
         }
         return [name for name, is_edge in edges.items() if is_edge]
@@ -175,7 +180,7 @@ class Sweep:
 
 
 def check_fields(changes: Mapping[str, Any]) -> None:
-    """Refuses given fields of a recipe that a sweep decides.
+    """Refuses values of the user's for fields of a recipe that a sweep decides.
 
     Raises: ConfigError: if one of these fields is given.
     """
@@ -215,8 +220,8 @@ def sweep(
 
     Args:
         models: The models.
-        recipes: The recipes of each that are tried; all begin from the same weights.
-        flags: The grid, the number of seeds and the folder.
+        recipes: The recipes to try for each model, which all begin from that model's weights.
+        flags: The flags of the grid, the number of seeds and the folder.
         train: Trains a run; returns the exit code and summary.json.
         named: Full names of the fields that the user set.
         metric: The score by which it chooses.
@@ -282,9 +287,9 @@ def _trials_of(
     """Returns the trials of a model: by recipe, then by rate, then by decay.
 
     Args:
-        recipes: The recipes, the model's own first, whose trials keep the folder names of a sweep
-            over a single recipe.
-        flags: The grid, to which a recipe's own rate and decay are added.
+        recipes: The recipes, the model's own first. Folders of the other recipes' trials begin with
+            the name of the recipe.
+        flags: The flags of the grid, to which a recipe's own rate and decay are added.
         named: Full names of the fields that the user set.
         images: The training images, of which a tenth is held out.
         weights: The digest of the weights that the recipe starts from.
@@ -312,7 +317,9 @@ def _trials_of(
 
 
 def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -> Run:
-    """Returns a recipe at a point of the grid; the ends of its schedule follow unless they are set.
+    """Returns a recipe with the learning rate and the layer decay of a point of the grid.
+
+    The start and the end of its schedule keep their ratios to the peak, unless the user set them.
 
     Args:
         recipe: The recipe.
@@ -348,7 +355,7 @@ def _run_trials(
         if ended_trial is None:
             distributed.of_main(recorded.write)
             code, summary = train(recorded.run)
-            # The guard ended it, and not something that has to be mended.
+            # The guard ended it; other causes of this exit code must be mended first.
             diverged = (
                 code == Exit.LOOK
                 and distributed.of_main(partial(status_of, recorded.folder)) == GUARD

@@ -52,8 +52,8 @@ def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = Tr
     Args:
         kind: The task.
         variant: See `Protocol`.
-        trains_all: Whether the whole model learns, for which `--sweep` may try recipes, or a layer
-            on its features.
+        trains_all: Whether the whole model is trained, for which `--sweep` may try recipes; if
+            False, only a layer on the frozen model's features.
     """
     return Protocol(
         name=kind.name,
@@ -110,7 +110,7 @@ def _measure(kind: TaskKind, request: Request) -> Result:
     folder = out_folder(flags.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
-            # The mean of the patches has the folder that it had when it was the only feature.
+            # The first feature has the folder that it had when a model had only one.
             is_first = next(other for other in rows if other.model is row.model) is row
             name = row.model.label if is_first else f"{row.model.label} {row.feature}"
             where = folder / f"{slug(name)}_seed_{seed}"
@@ -183,7 +183,7 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
         trained_as=model.trained_by.run.student if model.trained_by else None,
         fields=names,
     )
-    # A side that the user set stays; the job refuses it where it does not fit the model.
+    # An image size that the user set is kept; the job refuses it if it does not fit the model.
     size = changes.get("data.image_size", started.data.image_size)
     return replace(started, data=replace(started.data, image_size=size))
 

@@ -1,9 +1,10 @@
-"""The protocol zeroshot: class names instead of labels, by the text tower of a CLIP teacher.
+"""The protocol `zeroshot`, which classifies images by class names, without training images.
 
-An image is assigned to the class whose vector has the largest cosine with the student's
-prediction of that teacher's summary, or with that teacher's own embedding. Only the classes of the
-test images take part, for example the 200 of ImageNet-A or -R. The names of ImageNet's classes and
-the prompts are open_clip's, if it is installed.
+The text tower of a CLIP teacher makes a vector of each class from its name. An image is assigned to
+the class whose vector has the largest cosine similarity to the student's prediction of the CLIP's
+image embedding, or, for the CLIP itself, to this embedding. Only the classes of the test images
+can be predicted, for example the 200 of ImageNet-A or -R. The names of ImageNet's classes and the
+prompts are open_clip's, if it is installed.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def prompts_of(name: str) -> tuple[str, ...]:
 
 
 def _measure(request: Request) -> Result:
-    """Classifies the test images by every model's head for the CLIP's summary."""
+    """Classifies the test images by every model's embeddings in the CLIP's space."""
     import numpy as np
     import torch
 
@@ -183,9 +184,9 @@ def _own_projection(model: NamedModel) -> Tensor | None:
 
 
 def _embedding_of(model: NamedModel, clip: str) -> Callable[..., Any]:
-    """Returns a function of a model and normalised images: their embedding, a map of one place.
+    """Returns a function from a backbone and normalised images to embeddings, as maps of 1 x 1.
 
-    That is a student's head for the embedding of a CLIP, or the CLIP's own projection.
+    It is a student's head for the embedding of a CLIP, or applies the CLIP's own projection.
 
     Raises: ConfigError: if it has neither.
     """
@@ -222,9 +223,9 @@ def _projected(projection: Tensor, net: Any, pixels: Tensor) -> FeatureMap:
 
 
 def _source(model: NamedModel, clip: str) -> str:
-    """Returns the source of a CLIP's weights: that of a run's teacher, or of the model itself.
+    """Returns the source of a CLIP's weights, from a run's teacher or from the model itself.
 
-    Raises: ConfigError: if nothing says it.
+    Raises: ConfigError: if the source is not recorded.
     """
     if _own_projection(model) is not None:
         return str(model.section.source)

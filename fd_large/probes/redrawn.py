@@ -1,8 +1,9 @@
-"""A model's scores on redrawn test images, in a file next to its scores.
+"""A model's scores on bootstrap draws of the test images, in a file next to its scores.
 
-mIoU and AP are no means over images: how much they depend on which images are tested shows on draws
-of as many of the same images. The draws are the same for all models that are tested on them, so
-that two models are compared draw by draw (`paired.difference_of_redrawn`).
+mIoU and AP are not means over images. To show how much they depend on the choice of test images,
+they are computed on random draws, with replacement, of as many of the same images. The draws are
+the same for all models that are tested on these images, so that two models are compared draw by
+draw (`paired.difference_of_redrawn`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from fd_large.errors import FDError
 from fd_large.files import read_json, write_json
 
 REDRAWN = "redrawn.json"
-# They give a spread, and no percentiles.
+# Enough for a standard deviation, but not for percentiles.
 _DRAWS = 200
 
 
 class Redrawn(NamedTuple):
-    """A score on the test images and on redrawn test images.
+    """A score on the test images and on bootstrap draws of them.
 
     Attributes:
         images: Fingerprint of the test images.
         score: Score on the original images.
-        draws: (D,), on each draw of as many images; the draws are the same for all models.
+        draws: (D,), the score on each draw of as many images; all models have the same draws.
     """
 
     images: str
@@ -62,9 +63,10 @@ def write(
 
 
 def read(folder: Path, name: str) -> Redrawn | None:
-    """Returns a redrawn score of an evaluation, or None if it was not redrawn.
+    """Returns a score of an evaluation with its draws, or None if these are missing.
 
-    Earlier versions redrew no scores.
+    Earlier versions wrote no draws.
+
 
     Args:
         folder: The folder of the evaluation.

@@ -1,7 +1,7 @@
 """Writing a model for other programs: our own folder, or the official or timm's names.
 
-The (name, tensor) of a model in our names come from anywhere and fit in memory; the export of a run
-(export.py) streams.
+All tensors of the model are in memory at once; the export of a run (export.py) writes them one by
+one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def write(
 def _timm(architecture: FamilyArchitecture) -> Export:
     """Returns the form of a model in timm's state dict.
 
-    Raises: WeightsError: if it has none like it.
+    Raises: WeightsError: if timm has no such model.
     """
     export = family_of(architecture).exports.get("timm")
     lacks = export.lacks_place(architecture) if export else "none of this family"

@@ -1,7 +1,7 @@
-"""Exact coverage: a model's tensors all come from its file, and the file's are all used.
+"""Exact coverage: a file has every tensor of the model, and the model uses all of the file's.
 
-Otherwise nothing starts. Names and shapes are compared before any tensor is read. Tensors are then
-read one by one, resized if the model has another grid, and checked for NaN and infinity.
+Otherwise the file is refused. Names and shapes are compared before any tensor is read. Tensors are
+then read one by one, resized if the model has another grid, and checked for NaN and infinity.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TABLE = "relative_position_bias_table"
 
 
 class Fitted:
-    """The (name, tensor) pairs of a model from a file that covers it; iterating reads the file.
+    """A model's (name, tensor) pairs from a file that covers the model; iterating reads the file.
 
     Args:
         pieces: Rule that makes each tensor, by its name in the model.
@@ -48,7 +48,7 @@ class Fitted:
 
     Attributes:
         match: Result of comparing file and model.
-        may_be_missing: Names of the model that the file lacks, with the user's leave.
+        may_be_missing: Names of the model that the file lacks, as the user allowed.
 
     Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors
         that are not floating-point.
@@ -120,7 +120,7 @@ class Fitted:
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the files of the tensors; empty if a library brings them."""
+        """Returns the files of the tensors; empty if a library provides the tensors."""
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
@@ -142,14 +142,14 @@ class Match:
     """The fit of a file's tensors to those of a model.
 
     Attributes:
-        total: Elements of the model.
-        parameters: Elements of the tensors that fit.
-        matched: Names that fit, resized or not.
-        to_resize: Names of the tensors that have another grid, and are resized.
-        missing: Names of the model that the file lacks.
-        left_over: Names of the file that the model lacks.
-        misfits: Names of both that have other shapes, as "name (file's) for (model's)".
-        allowed: Missing or left-over names that the user allowed; they are not in those lists.
+        total: Number of elements in the model's tensors.
+        parameters: Number of elements in the tensors that fit.
+        matched: Names of the tensors that fit, as they are or resized.
+        to_resize: Names of position tables with another grid in the file, which are resized.
+        missing: Names of the model's tensors that the file lacks.
+        left_over: Names of the file's tensors that the model lacks.
+        misfits: Tensors whose shapes differ, as "name (file's shape) for (model's shape)".
+        allowed: Names that the user allowed to be missing or left over, which the lists omit.
     """
 
     total: int
@@ -169,9 +169,9 @@ class Match:
     def summary(self) -> str:
         """Returns the coverage in words."""
         share = 100 * self.parameters / self.total if self.total else 0.0
-        # Rounding must not call a model covered that is not.
+        # An incomplete model must not round up to 100 %.
         share = share if self.parameters == self.total else min(share, 99.99)
-        # Numbers, not parameters: running statistics are among them.
+        # The word is numbers, not parameters, since running statistics are counted too.
         return f"{share:.4g}% of the model's {self.total:,} numbers, {len(self.matched)} tensors"
 
 
@@ -235,7 +235,7 @@ def resized(
         return resize_table(tensor, shape[0], extra, where=where)
     prefix = sum(token in expected for token in ("cls_token", "dist_token"))
     if not side_of(shape[1] - prefix):
-        prefix = 0  # No class token has a position.
+        prefix = 0  # The class token has no position.
     side = square_side(shape[1] - prefix, where=where)
     return resize_positions(tensor, prefix, side, margin=margin, antialias=antialias, where=where)
 

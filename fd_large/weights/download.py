@@ -1,8 +1,8 @@
 """Files of weights: on paths, in installed packages, and downloaded by libraries.
 
-`locate` finds the file of a source. `fetch` writes a download into a folder that can be copied
-and used as a source, for clusters whose nodes have no network: with the configuration, image
-statistics and licence of the weights.
+`locate` finds the file of a source. `fetch` writes a download, with the configuration, image
+statistics and licence of the weights, into a folder that can be copied and used as a source on
+clusters whose nodes have no network.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Located(NamedTuple):
 
     Attributes:
         path: A file, or a folder that contains the file.
-        tensors: Tensors that a library brings instead of a file; None if there is a file.
-        library: The library that describes the model; "" is none.
+        tensors: Tensors that a library provides instead of a file; None if there is a file.
+        library: The library that describes the model; "" for none.
         config: The library's description of the model.
         statistics: Image statistics that the weights were trained with; None if unknown.
     """
@@ -77,7 +77,7 @@ def locate(source: str, *, where: str = "weights") -> Located:
 
 
 def _from_hub(repository: str, where: str) -> Path:
-    # timm, which is always there, brings it.
+    # timm, which is a dependency, installs this package.
     from huggingface_hub import snapshot_download
 
     try:
@@ -118,7 +118,7 @@ def _from_open_clip(name: str, where: str) -> Located:
             "expected weights in the cache or within reach. Download the file elsewhere, and give "
             "its path and --teacher.architecture.activation."
         ) from error
-    # The weights' own line says which activation they were trained with.
+    # open_clip's entry for the weights says which activation they were trained with.
     quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
     statistics = None
     if pretrained.get("mean") and pretrained.get("std"):
@@ -135,12 +135,12 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         out: The folder.
 
     Returns: the names of its files, and the licence of the weights as their publisher states it.
-    Raises: WeightsError: if the source is none that is downloaded, or cannot be had; ConfigError:
-        if something stands at `out`.
+    Raises: WeightsError: if the source is of another kind, or cannot be downloaded; ConfigError:
+        if `out` exists.
     """
     write, out = _writer(source), Path(out)
     check_out(out, where=_WHERE)
-    # An interrupted call is taken up again; files of another source must not get into this folder.
+    # The name depends on the source: an interrupted download continues, but not of another source.
     aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
     try:
         aside.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Export of a student to a folder: tensors one at a time, config.json, a model card.
 
-The safetensors format wants its header first; the header needs shapes only, so that no file has to
-be in memory before it is written. Several files have an index as transformers' sharded checkpoints.
+The header of a safetensors file comes first and needs only shapes, so that no file has to be in
+memory before it is written. Several files have an index, as transformers' sharded checkpoints do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fd_large.weights.sidecar import own_config
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"
 HEADS = "heads"
-"""The folder beside them of a task's heads, which only this project reads."""
+"""The folder, beside the tensors, of a task's heads, which only this project reads."""
 _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -43,7 +43,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def export_of(
     architecture: FamilyArchitecture, to: To, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> Export | None:
-    """Returns the form of a model in a library's files, or None for a graph, which takes any model.
+    """Returns the form of a model in a library's files, or None for a graph, which needs no form.
 
     Args:
         architecture: The student, with the image size of the export.
@@ -136,15 +136,15 @@ def export(
         shapes: Shapes of all tensors.
         architecture: The student, with the image size of the export.
         into: Result of `export_of`.
-        out: Does not exist.
+        out: The folder, which must not exist yet.
         statistics: Mean and deviation by which the student's images are normalised.
-        shard_size: Most bytes of a file.
+        shard_size: Largest size of a file in bytes.
         card: Text of the model card.
         trained_by: See `own_config`.
         beside: Function that writes further files into the folder before it appears.
 
-    Raises: ConfigError: if something stands at `out`, or it cannot be written; WeightsError: for a
-        tensor that holds NaN or infinity.
+    Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that holds
+        NaN or infinity.
     """
     theirs = [
         (output.name, output.shape)
@@ -226,10 +226,11 @@ def write_shards(
     """Writes tensors as float32, one at a time; returns the files.
 
     Args:
-        folder: Exists; a single file is NAME, several have numbers and an index.
-        shapes: Names and shapes of all tensors, in the order in which they come.
-        items: The tensors by name.
-        size: Most bytes of a file.
+        folder: An existing folder. A single file in it is `NAME`; several have numbers and an
+            index.
+        shapes: Names and shapes of all tensors, in the order of `items`.
+        items: (name, tensor) pairs.
+        size: Largest size of a file in bytes.
     """
     files = planned(shapes, size)
     paths = [_path(folder, number, len(files)) for number in range(len(files))]

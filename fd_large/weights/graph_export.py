@@ -34,7 +34,7 @@ from fd_large.weights.sidecar import own_config
 
 INPUT, OUTPUT = "images", "tokens"
 _PACKAGES: dict[To, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-# Relative to the largest value: far above rounding, far below what a wrong graph is off by.
+# Relative to the largest value: far above rounding errors, far below the errors of a wrong graph.
 _TOLERANCE = 1e-3
 
 
@@ -70,14 +70,14 @@ def export_graph(
         items: (name, tensor) of the student in our names.
         architecture: The student, with the image size of the export.
         to: "onnx" or "program".
-        out: Does not exist.
+        out: The folder, which must not exist yet.
         sizes: The student's rules for sizes that do not fit (`Student.sizes`).
         statistics: Mean and deviation by which the student's images are normalised.
         card: Text of the model card.
         trained_by: See `own_config`.
 
-    Raises: ConfigError: if the model cannot be traced, or something stands at `out`; WeightsError:
-        for a tensor that holds NaN or infinity; ShapeError: if the image size does not fit.
+    Raises: ConfigError: if the model cannot be traced, or `out` exists; WeightsError: for a tensor
+        that holds NaN or infinity; ShapeError: if the image size does not fit.
     """
     with new_folder(out, where="export") as part, choose.references(), torch.no_grad(), _quiet():
         net = build(architecture, initialization="none", **sizes)
@@ -85,7 +85,7 @@ def export_graph(
         net.requires_grad_(False).eval()
         side = architecture.image_size
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-        # Also fills what modules keep between calls, which a graph then holds as constants.
+        # The call also fills the modules' caches, which become constants of the graph.
         feature_map = net(images)
         file = part / LIBRARIES[to].graph
         try:
@@ -95,7 +95,7 @@ def export_graph(
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
             )
             run = _WRITERS[to](program, images, file, _metadata(side, feature_map, statistics))
-        except Exception as error:  # Whatever a tracer or a translator raises.
+        except Exception as error:  # A tracer or a translator may raise anything.
             logging.getLogger(__name__).debug("export", exc_info=True)
             raise _untraced(architecture, to, error) from error
         _compare(run, images[:1], feature_map.tokens[:1], architecture, to)
@@ -144,7 +144,7 @@ def _write_onnx(
     )
     assert graph is not None
     graph.model.metadata_props.update(metadata)
-    # Above two gigabytes the weights are in a second file.
+    # Weights of more than two gigabytes are in a second file.
     graph.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
@@ -173,7 +173,7 @@ def _compare(
 ) -> None:
     got = run(images)
     error = (got - expected).abs().max() / expected.abs().max()
-    # Not `error > bound`, which is false of what is no number.
+    # Not `error > bound`, which is false for NaN.
     if got.shape != expected.shape or not bool(error <= _TOLERANCE):
         raise ConfigError(
             f"export: --to {to}: the graph of this {architecture.family} model is off the model; "

@@ -43,9 +43,9 @@ class Inspection:
         architecture: Known fields of the architecture; None in unknown fields.
         statistics: Image statistics that it was trained with; None if unknown.
         named: A named model with this architecture, or "".
-        parameters: Elements of the model in the file.
-        dtypes: Types of its tensors.
-        match: Its fit with its own model or the requested one; None if too little is known.
+        parameters: Number of elements of the model in the file.
+        dtypes: Data types of the tensors.
+        match: The file's fit with its own model or the requested one; None if too little is known.
         own: Whether this project wrote it.
         unknown: Fields that neither file nor configuration shows.
         facts: Licence and origin, where the published weights are known.
@@ -77,7 +77,7 @@ def inspect(
     Args:
         source: A path, `hf:REPO`, `package:NAME` or `open_clip:ARCH/TAG`.
         model: A named model to compare with; "auto" is the file's own model.
-        sources: Opens it; None for files alone.
+        sources: Opens the source; None if it is a file.
 
     Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
         unknown model.
@@ -174,7 +174,7 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
 
 
 def _merged(weights: PublishedWeights) -> Architecture:
-    """Returns the known architecture; a configuration knows the size better than tensors."""
+    """Returns the known architecture, with a configuration's sizes in place of the tensors'."""
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}
     return replace(filled(weights.found, weights.stated), **sizes)
@@ -189,7 +189,12 @@ def _compared(weights: PublishedWeights, architecture: FamilyArchitecture) -> Ma
 
 
 def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArchitecture | None:
-    """Returns the model, with defaults for fields that affect no shape; None if others lack."""
+    """Returns the model, or None if fields that affect shapes are unknown.
+
+    Args:
+        known: The known fields.
+        without_shape: Values for unknown fields that affect no shape.
+    """
     values = without_shape | set_fields(known)
     try:
         model = whole(values)

@@ -48,7 +48,7 @@ class ExportedStudent:
         sharded: Whether the tensors are in several files.
         repository: OWNER/NAME on the Hugging Face Hub, or "" without an upload.
         licence: Licence by its name on the Hub; "" if unknown.
-        base_model: OWNER/NAME of the model on the Hub that it learned from, where the user says it.
+        base_model: OWNER/NAME on the Hub of the model that it learned from, if the user gave it.
         trained_by: See `own_config`.
     """
 

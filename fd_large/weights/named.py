@@ -25,9 +25,9 @@ HUB, OPEN_CLIP, PACKAGE, TIMM = "hf:", "open_clip:", "package:", "timm:"
 SCHEMES = (HUB, OPEN_CLIP, PACKAGE, *(f.prefix for f in FAMILIES.values() if f.prefix))
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _PACKAGE_FILES = (".safetensors", ".pth", ".pt")
-# What is no file of tensors, or says where they are.
+# Files that hold no tensors, such as an index, or a graph.
 _OTHER_FILES = {".json", *(Path(made.graph).suffix for made in LIBRARIES.values() if made.graph)}
-# Models of timm are functions of its files; old names are keys of a dict there.
+# Models of timm are functions in its source files; deprecated names are keys of a dict there.
 _NAMES = re.compile(r"(?:^def |')(\w+)(?=[('])", re.MULTILINE)
 
 
@@ -101,7 +101,8 @@ def no_open_clip(source: str, where: str) -> WeightsError:
 def require_in_timm(name: str, where: str) -> None:
     """Refuses a model that timm does not define.
 
-    Nothing is refused once timm is imported: it checks by itself, and knows what was registered.
+    Once timm is imported, nothing is refused here: timm checks the name itself, and knows models
+    that other code has registered.
 
     Args:
         name: NAME of `timm:NAME`, with a tag or arguments.
@@ -149,7 +150,7 @@ def _require_folder(source: str, where: str) -> None:
 
 
 def _require_tensors(path: Path, where: str) -> None:
-    """Refuses a file whose first bytes are not of weights: empty, text, or a server's HTML page."""
+    """Refuses a file that does not begin as weights do: an empty one, text, or an HTML page."""
     if path.suffix in _OTHER_FILES:
         return
     try:
@@ -160,7 +161,7 @@ def _require_tensors(path: Path, where: str) -> None:
             header = int.from_bytes(begin[:8], "little")
             fits = begin[8:] == b"{" and header <= size - 8
         else:
-            # Files of torch before 1.6 are pickles one after the other.
+            # Files of torch before 1.6 are a sequence of pickles.
             fits = begin[:1] == b"\x80" or zipfile.is_zipfile(path)
     except OSError as error:
         raise unusable(where, error, path, of=WeightsError) from error

@@ -1,7 +1,7 @@
 """The origin of weights: their licence and repository, as far as known.
 
-It is asked of the source's name and not of the resolved weights, since the card of a stored run is
-written where its teacher may be gone, and must neither open nor fetch it.
+The origin is found from the name of the source, and not from the resolved weights: the model card
+of a stored run is written where the teacher's weights may be gone, and must not open or fetch them.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
 
 def without_folders(source: str) -> str:
-    """Returns a source fit for publication: only the last name of a path."""
+    """Returns a source in a form fit for publication, with only the last part of a path."""
     if doors.is_own(source):
         return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name
 
 
 def file_beside(source: str, name: str) -> Path | None:
-    """Returns a file that stands beside weights, of the Hub's in the cache here; None without one.
+    """Returns a file in the folder of weights, or None if there is none.
+
+    For a repository of the Hub it is looked up in the local cache.
 
     Args:
         source: A file or folder of weights, or hf:OWNER/NAME; others have no files beside them.
@@ -132,7 +134,7 @@ def _timm_licence(config: Path) -> str:
         return ""
     try:
         settings = read_json(config, where="export")
-    except WeightsError:  # Its weights are another command's affair.
+    except WeightsError:  # A damaged configuration only means that the licence is unknown.
         return ""
     stated = settings.get("pretrained_cfg") if isinstance(settings, dict) else None
     licence = stated.get("license") if isinstance(stated, dict) else None
@@ -144,7 +146,7 @@ def _cached(repository: str, name: str) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(repository, name)
-    except ValueError:  # No name of a repository.
+    except ValueError:  # Not a name of a repository.
         return None
     return Path(cached) if isinstance(cached, str | os.PathLike) else None
 

@@ -20,7 +20,7 @@ from fd_large.weights.read import Tensors
 from fd_large.weights.sidecar import Stated
 
 _TEACHER = "feature_model."
-# What stands between a backbone and its heads, under the backbone's name.
+# Modules between a backbone and its heads whose names begin with the backbone's.
 _BETWEEN = re.compile(r"backbone\.(norm\d|hidden_states_norms|fpn\d|fpn)\.")
 
 
@@ -31,7 +31,7 @@ class Known(NamedTuple):
     format: Format
 
 
-# No file is of the formats of two families.
+# Each name of a format belongs to a single family.
 FORMATS: dict[str, Known] = {
     name: Known(family, form)
     for family in FAMILIES.values()
@@ -46,7 +46,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
     Args:
         names: Names of a file's tensors.
         where: Field that the user set, for messages.
-        wrapping: Keys that the tensors stood under, outermost first.
+        wrapping: Keys of the dictionaries around the tensors, outermost first.
 
     Raises: WeightsError: if the format is unknown, or no model here takes it.
     """
@@ -88,7 +88,7 @@ class PublishedWeights:
         file: Its tensors under their own names.
         pieces: {our name: rule that makes the tensor}.
         dropped: Names in the file that are intentionally left out.
-        unfit: Names in the file that make no tensor.
+        unfit: Names in the file that no rule turns into a tensor of the model.
         found: Fields of the architecture shown by names and shapes; None in other fields.
         stated: Statements of the format and of a configuration next to the file.
         statistics: Image statistics that it was trained with; None if unknown.
@@ -129,7 +129,7 @@ class PublishedWeights:
 
     @property
     def trained_with(self) -> str:
-        """The publishers' image statistics, if they are not stated and a guess would be wrong."""
+        """The publishers' image statistics, if none are stated and guessing them would be wrong."""
         guess_does = self.own or self.statistics is not None
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
@@ -225,7 +225,7 @@ def in_our_names(
     """
     form = detect(file, where=where, wrapping=file.wrapping)
     if form == "open_clip" and part == "teacher":
-        form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
+        form = "openai_clip"  # Feature-Distillation has no other CLIP as a teacher.
     family, line = FORMATS[form]
     published = family.published
     assert published is not None
@@ -238,9 +238,9 @@ def in_our_names(
         pieces = {n: p for n, p in pieces.items() if n not in projector}
         dropped += [name for piece in projector.values() for name in piece.sources]
     known = stated(published, line.library)
-    # The size of its images says nothing of how a model computes.
+    # A statement of the image size alone does not explain how a model computes.
     explained = known.own or bool(set_fields(known.architecture).keys() - {"image_size"})
-    if not known.own:  # Names that are ours alone say nothing of who trained the weights.
+    if not known.own:  # The format's facts do not hold for weights that this project trained.
         known = known._replace(
             architecture=filled(known.architecture, line.facts),
             statistics=known.statistics or line.statistics,

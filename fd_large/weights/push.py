@@ -19,7 +19,7 @@ def check_push(repository: str) -> None:
     """Refuses an upload that would fail, before anything is written.
 
     Args:
-        repository: OWNER/NAME; nothing may stand there.
+        repository: OWNER/NAME of a repository that must not exist yet.
 
     Raises: ConfigError: if the name is invalid or the repository exists; WeightsError: without a
         valid token or network.
@@ -45,7 +45,7 @@ def push(folder: Path, repository: str) -> str:
     api = _api()
     later = f"{folder} is written: upload it later, hf upload {repository} {folder}"
     with _explained(repository, f"{later}."):
-        # Private: whether the student may be public is for its owner to say.
+        # Private, since only its owner can decide whether the student may be public.
         address = api.create_repo(repository, private=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Export of fd_large"

@@ -24,12 +24,12 @@ from fd_large.weights import torch_files
 from fd_large.weights.libraries import LIBRARIES
 from fd_large.weights.unpickle import NAME_LENGTH, RefusedError
 
-# A file that holds several models names them by these, after a `#`: FILE#teacher.
+# The models in a file with several, as a source names them after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
 OTHER = {"student": "teacher", "teacher": "student"}
-"""The part that stands beside another in the file of a training."""
+"""The other part of a training's file, by part."""
 
-# In the order in which a folder is searched: Hugging Face's and open_clip's names.
+# Hugging Face's and open_clip's names of weights, in the order in which a folder is searched.
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,13 +39,13 @@ _FOLDER_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _INDEX = ".index.json"
-# What an export without tensors holds, by the ending of its file.
+# The formats of exports that hold a graph and no tensors, by the ending of the file.
 _GRAPHS = {Path(made.graph).suffix: made for made in LIBRARIES.values() if made.graph}
 # Bounds of the JSON that comes with weights. The largest published indices have 10 MB.
 _JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
 # Bounds of weights files. The largest models of images have a few thousand tensors.
 _HEADER_BYTES, _NAMES, _WRAPPINGS = 16 << 20, 50_000, 8
-# Characters of a file's name, or of what a library says of it, in a message.
+# Largest number of characters of a name, and of a library's reason, in a message.
 _NAME_SHOWN, _REASON_SHOWN = 100, 200
 # Keys are the names in safetensors.
 DTYPES = {
@@ -171,7 +171,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     Args:
         path: A file, an index of several files, or a folder that contains either.
         where: Field that the user set, for messages.
-        part: "student" or "teacher" where the file holds both by name; "" is the teacher, which
+        part: "student" or "teacher" if the file holds both by name; "" means the teacher, which
             DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
@@ -238,10 +238,10 @@ def files_of(path: Path) -> list[Path]:
 def unwrap(
     contents: Any, where: str = "weights", part: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the (name, tensor) pairs inside a file's wrapping, and the keys taken off.
+    """Returns {name: tensor} of a file, and the keys of the dictionaries around it.
 
-    Descends through `model`, `state_dict` and `student` (or the part asked for), then takes off a
-    common `module.` and `backbone.`.
+    Descends through `model`, `state_dict` and `student` (or the requested part), then removes a
+    common prefix `module.` or `backbone.` from the names.
 
     Raises: WeightsError: if there are no tensors, or other values among them.
     """
@@ -361,7 +361,7 @@ def _torch_file(path: Path, where: str) -> Any:
         raise _damaged(path, error, where) from error
 
 
-# What files that are cut short or altered lead to.
+# Errors that files raise which were cut short or altered.
 _DAMAGES = (
     ArithmeticError,
     AttributeError,

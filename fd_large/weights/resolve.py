@@ -1,9 +1,9 @@
 """The only way from a user's source to weights: `Sources.resolve`.
 
-A source is a model that a library or the user's code brings (`timm:NAME`, `module:FILE.py:NAME`);
-a run, a checkpoint or an export, with the model in its own files; a folder whose configuration
-names a library's model; tensors in a published format, which show their model; or other tensors,
-for a model named by the user.
+A source names one of five things: a model that a library or the user's code provides (`timm:NAME`,
+`module:FILE.py:NAME`); a run, a checkpoint or an export, whose own files describe the model; a
+folder whose configuration names a library's model; tensors in a published format, whose names and
+shapes show the model; or other tensors, for a model that the user names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fd_large.weights.sidecar import Configuration, Described, Stated
 
 log = logging.getLogger(__name__)
 
-_LONGEST_NAME = 255  # File systems take no longer one.
+_LONGEST_NAME = 255  # In bytes; file systems refuse longer names.
 _FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     """A model that this project stored: in a run, a checkpoint, or an exported folder.
 
     Attributes:
-        path: Path by which it is opened again, whatever is stored since.
+        path: Path of this model's checkpoint, also after the run has stored later ones.
         file: Its tensors in our names.
         architecture: The model.
         statistics: Mean and deviation by which its images are normalised.
@@ -70,8 +70,8 @@ class Sources:
         guesses: Whether unknown image statistics are guessed with a warning instead of refused,
             as no flag could set them.
         settled: {source: image statistics from an earlier start, empty for a guess}, used if
-            nothing states them. For such a source with both student and teacher in its file, and
-            neither named, the student is taken.
+            the weights do not state them. If the file of such a source holds a student and a
+            teacher, and the source names neither, the student is taken.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Sources:
         """Returns the weights of a source without reading or downloading yet.
 
         Args:
-            source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
+            source: See the module; `#student`, `#teacher` or `#projector` after a path is a part.
             where: Field that the user set, for messages; "" keeps the earlier name.
         """
         source = str(source)
         if source not in self._resolved:
-            # What a settled recipe names is the same weights under another name.
+            # A settled recipe names the same weights by their settled source.
             known = (w for w in self._resolved.values() if w.settled_source == source)
             new = ResolvedWeights(source, self._read_stored, was_settled=source in self.settled)
             self._resolved[source] = next(known, new)
@@ -108,7 +108,7 @@ class Sources:
         self._stored.clear()
 
     def _read_stored(self, path: Path, where: str) -> Stored | None:
-        # Once: a run that trains on must not show a start two checkpoints.
+        # Read once, so that a start sees one checkpoint of a run that is still training.
         if path not in self._stored:
             answers = (reader(path, where) for reader in self._readers)
             self._stored[path] = next((stored for stored in answers if stored), None)
@@ -129,11 +129,11 @@ class ResolvedWeights:
 
     Attributes:
         source: As the user wrote it.
-        settled_source: The source by which a settled recipe names the same weights: of a run the
-            checkpoint that was taken, of a file with two models FILE#PART.
+        settled_source: The source by which a settled recipe names the same weights: for a run, the
+            checkpoint that was taken; for a file with two models, FILE#PART.
         where: Field that the user set, for messages.
-        brought: The family that brings the model with its weights, and its name there; None for
-            sources that end in a file.
+        brought: The family that provides the model with its weights, and the model's name there;
+            None for sources that are files.
     """
 
     def __init__(self, source: str, read_stored: StoredReader, *, was_settled: bool) -> None:
@@ -282,7 +282,7 @@ class ResolvedWeights:
     def fetch(self) -> None:
         """Downloads a library's weights before their first read; all ranks call it in a `meeting`.
 
-        Raises: WeightsError: if it cannot be had.
+        Raises: WeightsError: if the weights cannot be downloaded.
         """
         if self.brought and self.brought[0].scheme.fetch:
             self.brought[0].scheme.fetch(self.brought[1], self.where)
@@ -306,7 +306,7 @@ class ResolvedWeights:
         if self._located.tensors is not None:
             return self._located.tensors, []
         (name, part), where = self._name_and_part, self.where
-        # Recipes name the part; those of earlier versions do not, and mean the student.
+        # Settled recipes name the part; those of earlier versions do not, and mean the student.
         is_open = self.source == name and not self._was_settled
         file = self._file(part or ("" if is_open else "student"))
         # Feature-Distillation learns from EsViT's student; DINO's and iBOT's own code evaluates
@@ -324,7 +324,7 @@ class ResolvedWeights:
         return file, [*others, *heads]
 
     def _file(self, part: str) -> Tensors:
-        """Returns the tensors of one model in the file; "" is the evaluated model."""
+        """Returns the tensors of one model in the file; "" means the model to be evaluated."""
         if part not in self._files:
             name, _ = self._name_and_part
             self._files[part] = read(name, where=self.where, part=part)

@@ -44,8 +44,8 @@ _STATED_BESIDE = (
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
     """Returns the section of a frozen model, completed from its weights.
 
-    A file of the Hub is downloaded; of a file only headers are read. To be called before anything
-    is built; a settled section is settled again without change.
+    Weights on the Hub are downloaded, and only headers of files are read. It is called before any
+    model is built; a section that is settled already stays as it is.
 
     Args:
         section: The section as the user set it.
@@ -67,13 +67,13 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     named = by_name(section.model)
     if described := weights.described:
         family = described.family.architecture.family
-        # Runs of earlier versions name a model of ours where the library's is taken now.
+        # Runs of earlier versions name this package's model; now the library's model is taken.
         is_of_library = section.model in (AUTO, family) or (named and named.family == family)
         if is_of_library or not described.read_here:
             return _of_library(section, described, where)
     if section.model != AUTO:
         requested = resolve(section.model, section.architecture)
-        if family_of(requested).published is None:  # Names and shapes do not show its model.
+        if family_of(requested).published is None:  # Its tensors' names and shapes show no model.
             return section
     return _of_published(section, named, weights.published, sources, where)
 
@@ -91,7 +91,7 @@ def _whole(
 
 
 def _brought(section: FrozenModel, family: Family, name: str, where: str) -> FrozenModel:
-    """Returns the section of a model that its source brings, with its own or random weights."""
+    """Returns the section of a model that its source provides, with its own or random weights."""
     assert family.scheme is not None
     untrained = family.scheme.untrained(name)
     if untrained is not None:
@@ -150,7 +150,7 @@ def _of_published(
         sources: Know which statistics were settled earlier.
         where: The flag of the source, for messages.
 
-    Raises: WeightsError: if they are of another model, or leave fields open.
+    Raises: WeightsError: if the tensors are of another model, or leave fields unknown.
     """
     flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else None
     statistics = (
@@ -204,7 +204,7 @@ def settle_student(student: Student, sources: Sources) -> Student:
     stored = weights.unpublished if is_shown else weights.stored
     if stored and stored.architecture.family != requested.family:
         raise other_model(student.init, stored.architecture, requested, where)
-    if not is_shown:  # Names and shapes do not show its model, which is what the user says.
+    if not is_shown:  # Names and shapes of tensors do not show the model, so the user names it.
         return replace(student, init=str(stored.path)) if stored else student
     named, published = resolve(name), weights.published
     architecture = reconcile(
@@ -226,15 +226,14 @@ def reconcile(
     """Returns the architecture of a model that fits the weights.
 
     Args:
-        weights: Opened.
+        weights: The opened file.
         user_fields: Fields that the user set, which take precedence.
         named: The named model; None to take the file's model.
         name: Name of the named model, for messages.
         where: Field that the user set, for messages.
         section: Section prefix of the model's flags; "" for flags without a prefix, None without
             flags.
-        trained_with: Image statistics among which the user has to choose; "" if nothing is to be
-            chosen.
+        trained_with: Image statistics among which the user has to choose; "" if there is no choice.
 
     Raises: WeightsError: if file and model differ, or a field is unknown.
     """

@@ -34,9 +34,9 @@ class Stated(NamedTuple):
     """A configuration's statements about a model.
 
     Attributes:
-        architecture: None in fields that it does not state.
-        statistics: None where it does not state them.
-        own: Whether our own export wrote it.
+        architecture: The stated fields of the architecture; the other fields are None.
+        statistics: The stated image statistics, or None.
+        own: Whether an export of this project wrote the configuration.
         code_hash: SHA-256 of the user's own file that made the model, or "".
     """
 
@@ -51,10 +51,10 @@ class Described(NamedTuple):
 
     Attributes:
         architecture: The fields that the configuration sets.
-        statistics: None where it does not state them.
-        family: The family that builds it.
-        read_here: Whether a family here can also read its tensors by names, and adds a norm of
-            the tokens that the library's module lacks.
+        statistics: The stated image statistics, or None.
+        family: The family that builds the model.
+        read_here: Whether a family of this package can also read the tensors by their names, with
+            an added norm of the tokens that the library's module lacks.
     """
 
     architecture: Architecture
@@ -69,8 +69,9 @@ class Configuration:
     Every property raises WeightsError if the file is damaged or describes an unsupported model.
 
     Args:
-        located: Where the weights are; a library that has them in its list describes them there.
-        folder: The folder that they stand in.
+        located: The location of the weights, with the library's description of weights from its
+            own list.
+        folder: The folder of the weights.
         where: Field that the user set, for messages.
     """
 
@@ -111,7 +112,7 @@ class Configuration:
             return None
         with _plain_errors(self._folder, where):
             read_here = self._reader is not None
-            # transformers' wrapper of timm's models writes its own name before timm's.
+            # transformers' wrapper adds its own prefix to the names of timm's tensors.
             is_wrapped = config.get("model_type") == "timm_wrapper"
             if read_here and not is_wrapped and not self._lacks_norm:
                 return None
@@ -183,7 +184,7 @@ class Configuration:
 
     @cached_property
     def _reader(self) -> Family | None:
-        """The family with the published names of config.json's model."""
+        """The family that reads config.json's model by the published names of its tensors."""
         read_by = (
             family
             for family in FAMILIES.values()
@@ -205,14 +206,14 @@ class Configuration:
 
     def _statistics(self) -> Statistics | None:
         if self._library == "timm":
-            # Folders of old releases have these fields at the top.
+            # Folders of old releases of timm have these fields at the top level.
             return _statistics(self._config.get("pretrained_cfg", self._config))
         preprocessing = self._read("preprocessor_config.json")
         return _statistics(preprocessing, "image_mean", "image_std")
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self._folder / name
-        # What a library brings has no folder.
+        # A model that a library provides has no folder.
         if self._located.tensors is not None or kind_of(path) != "file":
             return {}
         config = read_json(path, where=self._where)
@@ -222,7 +223,7 @@ class Configuration:
                 f"most {MOST_BLOCKS}. Fetch the file again."
             )
         config = config if isinstance(config, dict) else {}
-        # The backbone's, where the file is a whole segmentation model of transformers.
+        # For a whole segmentation model of transformers, the configuration of its backbone.
         inner = config.get("backbone_config") if config.get("model_type") == "upernet" else None
         return config if OWN in config or not isinstance(inner, dict) else inner
 
@@ -319,7 +320,7 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _made_by_timm(name: str, arguments: str) -> Any:
-    import timm  # A second that other files are spared.
+    import timm  # Takes a second, which other files do not need.
 
     if not timm.is_model(name):
         return None

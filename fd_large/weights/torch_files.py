@@ -69,7 +69,7 @@ class _Mapped:
         if begin + numel * dtype.itemsize > self.size:
             raise ValueError("a storage beyond the end of the file")
         piece = self._bytes[begin : begin + numel * dtype.itemsize]
-        # Kernels may rely on it that numbers do not straddle.
+        # Kernels may rely on the alignment of numbers.
         if begin % dtype.itemsize:
             self._copied += len(piece)
             if self._copied > self.size:
@@ -119,7 +119,7 @@ class _Archive:
         return b"".join(parts)
 
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
-        """Returns a storage, which torch does not compress."""
+        """Returns a storage; a compressed one is refused, since torch writes none."""
         info = self._zip.getinfo(f"{self._root}data/{key}")
         with open(self._zip.filename, "rb") as file:
             file.seek(info.header_offset)
@@ -133,7 +133,7 @@ class _Archive:
 
 
 class _Bounded(io.FileIO):
-    """A file that bounds the size of the table of contents that zipfile reads."""
+    """A file that refuses large reads, which bounds the table of contents that zipfile reads."""
 
     def read(self, size: int | None = -1) -> bytes:
         """Reads at most a few megabytes."""
@@ -150,7 +150,7 @@ def _legacy(path: Path) -> Any:
     if unpickled(head, _nowhere, budget) != _MAGIC:
         raise ValueError("not a torch file")
     mapped, places = _Mapped(path), {}
-    unpickled(head, _nowhere, budget)  # This one is the version of the protocol.
+    unpickled(head, _nowhere, budget)  # The second pickle is the version of the protocol.
     if not unpickled(head, _nowhere, budget).get("little_endian", True):
         raise ValueError("numbers of another byte order")
     begin, storages = head.tell(), {}
@@ -165,7 +165,7 @@ def _legacy(path: Path) -> Any:
     for key in keys:
         if not isinstance(key, str):
             raise ValueError("a storage without a name")
-        at += 8  # The number of elements stands there again.
+        at += 8  # The number of elements is repeated before the values.
         places[key] = at
         at += storages[key].numel * storages[key].dtype.itemsize
     head.seek(begin)

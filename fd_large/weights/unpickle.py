@@ -24,7 +24,7 @@ NAME_LENGTH = 500
 """Characters of the longest name of a tensor, and of any other key."""
 # 10,000 tensors are 350,000 operations.
 _OPERATIONS, _ENTRIES = 500_000, 100_000
-# torch's kernels take no more dimensions.
+# torch's kernels do not take more dimensions than these.
 _LARGEST, _DIMENSIONS = 2**63 - 1, 64
 
 
@@ -41,7 +41,7 @@ class Passive:
         return "an object of another kind"
 
 
-# No tuples, which a pickle can make itself.
+# These classes are not tuples, since a pickle can make a tuple itself.
 @dataclass(frozen=True, slots=True)
 class _Global:
     """A name that a pickle asks to import."""
@@ -126,12 +126,12 @@ _PASSIVE = re.compile(
     r"|torch\._utils\._rebuild_(sparse_tensor|qtensor|nested_tensor|meta_tensor_no_storage"
     r"|wrapper_subclass)|torch\._tensor\._rebuild_from_type"
 )
-# Make an object by a call of its class, look in a registry, or are of no file.
+# The only names that a pickle may import: data types, storages, and functions of known meaning.
 _NAMES = frozenset((*_DTYPES, *_STORAGES, *_TENSORS, _TYPED_TENSOR, _OF_TYPE))
 _PATTERNS = (_FIRST, _DICTIONARIES, _PASSIVE)
-# Make an object by calling its class.
+# Operations that make an object by calling its class.
 _CALLS = ("INST", "OBJ")
-# Look into registries of this process or at memory beside the file, which torch files never do.
+# Operations that read registries of this process, or memory outside the file; torch writes none.
 _REFUSED = ("EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
 _PROTOCOL = 5
 
@@ -256,7 +256,8 @@ def _called(function: Any, arguments: Any, budget: Budget) -> Any:
     if function.name == _OF_TYPE:
         inner, of, call_arguments = arguments[:3]
         plain = of in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter"))
-        # What it calls is no call of this kind again, which could go on without end.
+        # Nested calls of this kind are not followed, since they could go on without end.
+
         return _called(inner, call_arguments, budget) if plain and inner != function else Passive()
     if _FIRST.fullmatch(function.name):
         return arguments[0]

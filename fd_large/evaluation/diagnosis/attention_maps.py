@@ -1,8 +1,8 @@
 """Attention maps of every layer while a model runs, recomputed from queries, keys and bias.
 
-Fused kernels never hold a map. So it is computed a second time: for this project's models from the
-inputs of their attention modules, for timm's from the operands that their modules pass to torch. A
-layer's maps are passed on at once and not kept.
+Fused kernels never store an attention map, so it is computed a second time. For this project's
+models it is computed from the inputs of their attention modules; for timm's, from the operands that
+their modules pass to torch. A layer's maps are passed on at once and not kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[Non
     Args:
         note: Called in the middle of the forward.
         model: A backbone whose attention modules have a method `attention_maps`, or that has a
-            method `token_positions`; other models have no known maps.
+            method `token_positions`; `note` is not called for other models.
         grid: Rows and columns of the model's feature map.
     """
     with ExitStack() as stack:

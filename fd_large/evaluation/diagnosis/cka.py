@@ -20,7 +20,7 @@ LEAST_IMAGES = 4
 
 
 def gram(features: Tensor) -> Tensor:
-    """Returns X X^T of centred features (n, ...), without its diagonal: (n, n) float64."""
+    """Returns X X^T of centred features (n, ...) with a diagonal of zeros, (n, n) float64."""
     x = features.flatten(1).float()
     # The estimate does not change with a shift; products of centred numbers lose fewer digits.
     x = x - x.mean(0)

@@ -1,4 +1,4 @@
-"""All figures of a diagnosis: one pass over the images, and a loss landscape of each model."""
+"""The figures of a diagnosis, from one pass over the images and each model's loss landscapes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fd_large.ranks import distributed
 
 MAP = "map"
 MOST_BATCHES = 4
-"""Batches of the landscapes, over which the spread of a loss is taken."""
+"""Largest number of batches on which the losses of a landscape are computed."""
 Layers = dict[str, LayerFigures]
 """The attention of a model's layers, by name."""
 Progress = Callable[[str], None]
-"""Called after every step with what is being done."""
+"""Function that is called after every step, with a description of the work."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Extent:
     """The measured extent of the loss landscape.
 
     Attributes:
-        reach: Length of the longest step, as a multiple of the weights' own length.
+        reach: Length of the longest step, as a multiple of the norm of each filter's weights.
         points: Points of a curve; odd, so that the middle one is the model itself.
         seeds: Number of curves.
         side: Points of the map in each direction; odd.

@@ -1,4 +1,4 @@
-"""A user's named model with its weights and the losses of its landscapes."""
+"""Loading of a model that the user named, with the losses whose landscapes are drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RELATIVE = re.compile(r"rel_pos|relative_position|position_bias|cpb_mlp|rope|ro
 _ABSOLUTE = re.compile(r"pos_embed|position_embedding")
 
 Measure = Callable[[], Mapping[str, float]]
-"""Returns {words: value} for the weights as they are when it is called, the loss first."""
+"""Function that returns {description: value} with the module's present weights, the loss first."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Loss:
     """A loss whose landscape is computed around a model's weights.
 
     Attributes:
-        comparable: The same text for losses that can be compared; they share a scale.
+        comparable: A key that is equal for losses that can be compared; their plots share a scale.
         module: The module whose parameters the landscape moves.
         on: Takes (B, 3, S, S) uint8 images and their indices in the dataset; returns a function
             that computes the loss on them.
@@ -63,11 +63,11 @@ class LoadedModel:
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
-        positions: Kinds of its positions: absolute, relative, both or none.
+        positions: Kinds of its position encodings: absolute, relative, both or none.
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
-        losses: Loss of its run's task, if there is a run and the loss can be computed; then the
-            change of its own map.
+        losses: The loss of its run's task, if it has a run and the loss can be computed, followed
+            by the change of its own map.
         left_out: Reason that the task's loss is left out; "" if it is included or does not exist.
         scratch: The same model with random weights; None if it has random weights itself, or no
             such model can be made.
@@ -88,8 +88,8 @@ class LoadedModel:
 def load_model(source: str, sample: Sample) -> LoadedModel:
     """Builds a model with its weights, in float32, on this process's device.
 
-    The loss of a run's task is computed besides the change of the model's own map where the task
-    says how (`StoredRun.loss_name`), and the images have the classes that it needs.
+    Its losses include the loss of its run's task if the task has one (`StoredRun.loss_name`) and
+    the images have the classes that this loss needs.
 
     Args:
         source: See `find_model`.
@@ -107,7 +107,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
             with _of_recipe(named):
                 task, loss = _of_task(named, stored, sample)
             losses.append(loss)
-        except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
+        except (DataError, WeightsError) as error:  # A dataset or weights of the run may be gone.
             left_out = f"{stored.loss_name} is left out: {error}"
             log.warning("%s: %s", named.label, left_out)
     if task is not None and job is not None and not (student := job.stored_student()).absent:
@@ -123,7 +123,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         statistics=statistics,
         image_size=named.image_size,
         positions=_positions(backbone),
-        # What began from other weights has learnt their pre-training besides.
+        # A student that began from other weights has also learnt from their pre-training.
         is_supervised=job is not None
         and not is_random
         and not job.learns_from_images_alone
@@ -136,7 +136,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
 
 @contextmanager
 def _of_recipe(named: NamedModel) -> Iterator[None]:
-    """Adds the run to a refusal that names a flag of training, as its recipe has the field."""
+    """Adds the run's name to an error about a flag of `train` that the run's recipe sets."""
     try:
         yield
     except FDError as error:
@@ -155,7 +155,7 @@ def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[T
 
     Returns: the task, and the run with the job that built it.
     """
-    # Its weights come from the checkpoint; what they started from may be gone.
+    # The weights come from the checkpoint; the student's initial weights may be gone.
     run = stored.run.in_one_process()
     run = replace(
         run,
@@ -181,8 +181,8 @@ def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task
         labels = None if known is None else known[list(numbers)].to(images.device)
         return stored.losses_on(task, images, labels)
 
-    # A run's own objective has a teacher, whose maps no other run's loss has: only labels are the
-    # same for several runs.
+    # Losses of several runs can be compared only if they are losses on labels: the maps of a run's
+    # teacher are its own.
     comparable = named.source
     if classes is not None:
         comparable = f"{stored.loss_name} {sha256(repr(classes).encode()).hexdigest()[:16]}"
@@ -215,7 +215,7 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 
 
 def _positions(backbone: nn.Module) -> str:
-    """Returns the kinds of a model's positions, by the names of its parameters and modules."""
+    """Returns the kinds of a model's position encodings, by the names of parameters and modules."""
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]
     kinds = {

@@ -1,6 +1,6 @@
-"""The cells of `transfer`'s table: a model and a task each, with the state of their training.
+"""The cells of `transfer`'s table, each of which is the training of a model on a task.
 
-A row is a model, a column a task, and a cell a training in its own folder, with a record
+A row is a model, and a column is a task. The training of a cell has its own folder, with a record
 (`recorded_runs`).
 """
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from fd_large.engine.find_model import NamedModel
 
 RowKind = Literal["student", "teacher", "scratch"]
-# Fields of a distillation that may differ where its student is one of the paper's.
+# Fields of a distillation that may differ from the paper's without making it another student.
 _ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
 
 
-# What a training costs: of the first row in all rows, whatever their recipes.
+# Fields that decide the cost of a training; all rows take the first row's values.
 _BUDGET = (
     *("optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.ema_decay"),
     "batch.global_batch_size",
@@ -49,8 +49,8 @@ class Changes(NamedTuple):
     """The user's changes to a column's recipes.
 
     Attributes:
-        recipe: Name of the recipe, or "" for the model's own.
-        fields: Fields with other values, by name.
+        recipe: Name of the recipe, or "" for the published one that fits the model.
+        fields: The changed fields, {full name: new value}.
     """
 
     recipe: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Name of the row as a folder."""
+        """Name of the row's folder."""
         from fd_large.engine.find_model import slug
 
         return slug(self.model.label)
@@ -103,7 +103,7 @@ def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
 
     Args:
         runs: Folders of the runs that distilled the students.
-        kinds: The rows of each run.
+        kinds: The kinds of rows that each run has.
 
     Raises: FDError: if a model is missing.
     """
@@ -144,7 +144,7 @@ def cells_of(
     flags: Any,
     seed: int,
 ) -> list[Cell]:
-    """Returns the cells of a repetition, by columns, with a cell for each row.
+    """Returns the cells of a repetition, column by column, with a cell for each row.
 
     All rows take the first row's recipe, so that all are trained alike. If that recipe is for
     another kind of model (ViT, Swin) than the row's, the row takes the recipe of its kind with
@@ -155,7 +155,7 @@ def cells_of(
         columns: The columns.
         changes: The user's changes to each column's recipes.
         flags: The flags of the table.
-        seed: Number of the repetition.
+        seed: Number of the repetition from 0, which is added to runtime.seed.
 
     Raises: ConfigError: if a recipe does not allow a change or a model; names all mistakes.
     """
@@ -170,7 +170,7 @@ def cells_of(
 
 def _fitting(row: Row, column: Column) -> str:
     """Returns the name of the published recipe for a row."""
-    # Random weights take the recipe of their run's student: the difference is one of weights.
+    # Random weights take the recipe of their run's student, so that only the weights differ.
     of_run = None if row.kind == "teacher" else row.run.name
     return column.recipe(row.model.architecture, of_run)
 
@@ -199,7 +199,7 @@ def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
     Args:
         run: The recipe, as it is trained.
         base: The recipe as it is published.
-        fields: Fields that were changed on purpose; those of the model are not.
+        fields: Fields that were changed on purpose, in contrast to fields that the model decides.
     """
     asked = {*fields} - {"data.root"}
     changed = {
@@ -213,7 +213,8 @@ def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
 def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
     """Returns a sweep's recipes for a row: its own first, then the other rows'.
 
-    Where a recipe is for one kind of models (ViT, Swin), rows of the other kind do not try it.
+    In a column whose recipes are each for one kind of models (ViT, Swin), a row tries only the
+    recipes of rows of its own kind.
 
     Args:
         cell: The row's cell of the first repetition.
@@ -258,7 +259,7 @@ def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns summary.json's description of the table, without results of its runs.
 
-    Cells of other columns that earlier starts have trained, of the same weights, are among them.
+    It includes the cells that earlier starts trained in other columns from the same weights.
     """
     entries: dict[tuple[str, str, int], dict[str, Any]] = {}
     recipes: dict[tuple[str, str, int], Run] = {}
@@ -334,9 +335,9 @@ def _published(
 
 
 def _is_of_record(run: Run) -> bool:
-    """Whether a run has its named recipe's settings, whatever its teacher's file."""
+    """Whether a run has the settings of its named recipe; its teacher's file may differ."""
     recipe = registry.get(run.name)
-    # Both ways: one of two lengths is the longer, which a resume might go on to.
+    # In both directions, since a resume may change a length to a longer one.
     changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
     return changed.keys() <= _ANY_TEACHER_FILE
 
@@ -357,14 +358,14 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
                 with torch.device("meta"):
                     job_of(cell.recorded.run).make_task()
             except ConfigError as error:
-                # Its remedy is for who sets the student.
+                # The remedy is left out: it is for users who set the student.
                 why = first_line(error).rsplit(". ", 1)[0]
                 reasons[cell.row.model.label, cell.column.name] = why
     return reasons
 
 
 def named(refused: Mapping[tuple[str, str], str]) -> str:
-    """Returns in words the rows with their impossible columns and the reasons."""
+    """Returns, in words, the columns in which each row cannot be trained, with the reasons."""
     columns: dict[tuple[str, str], list[str]] = {}
     for (row, column), why in refused.items():
         columns.setdefault((row, why), []).append(column)

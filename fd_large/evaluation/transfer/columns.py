@@ -1,9 +1,10 @@
 """The columns of `transfer`: tasks, recipes and the paper's figures.
 
-Adding a column is an entry of `COLUMNS`, and a flag of its dataset where that is new (table.py).
+To add a column, add an entry to `COLUMNS` and, if its dataset is new, a flag for it (table.py).
 
-Source of the figures: Wei et al., arXiv 2205.14141: Table 1 for CLIP ViT-B/16, the ICCV text; for
-the others the repository's README and, for ADE20K, a summary of the third version.
+Source of the figures: Wei et al., arXiv 2205.14141. Those of CLIP ViT-B/16 are in Table 1 of the
+ICCV version. The others are in the repository's README and, for ADE20K, in a summary of the third
+version.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ class Column(NamedTuple):
         title: Heading of the column.
         images: Training images of the published dataset, which decide the steps of an epoch.
         scores: Reported metrics.
-        recipes: Beginnings of the names of its recipes; empty for the choice of the task
-            fine-tuning.
+        recipes: Prefixes of the names of its recipes; empty: the recipe that fine-tuning chooses
+            for the model.
         published: The paper's figures, by the recipe of the distillation.
-        held_out: The first score's name in summary.json where it is measured on held-out images, by
-            which `--sweep` chooses; empty: `--sweep` does not apply.
+        held_out: Name in summary.json of the first score on held-out images, by which `--sweep`
+            chooses; empty: `--sweep` does not apply.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Column(NamedTuple):
         return len(kinds) > 1
 
     def _names(self) -> list[str]:
-        """Its recipes."""
+        """Returns the names of its recipes."""
         return [name for name in registry.RECIPES if self.recipes and name.startswith(self.recipes)]
 
     def recipe(self, architecture: FamilyArchitecture, run_recipe: str | None) -> str:
@@ -116,7 +117,7 @@ class Column(NamedTuple):
 
 
 def _size(architecture: FamilyArchitecture) -> tuple[int, int]:
-    """Width and depth; 0 where a library alone knows them."""
+    """Returns the width and the depth, each 0 if only a library knows it."""
     return getattr(architecture, "embed_dim", 0), sum(getattr(architecture, "depths", ()))
 
 

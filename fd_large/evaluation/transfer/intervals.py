@@ -24,7 +24,7 @@ def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[st
         others: The folders of the other row.
         score: Name of the score in a run's summary.json.
 
-    Returns: None if the runs lack the necessary files (earlier versions).
+    Returns: None if the runs lack the necessary files, as those of earlier versions do.
     """
     from fd_large.probes.paired import difference_of_redrawn
 
@@ -57,7 +57,7 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 
 
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
-    """Returns a score of a run's newest evaluation, also on redrawn test images, or None."""
+    """Returns a score of a run's newest evaluation with its bootstrap draws, or None."""
     from fd_large.probes import redrawn
 
     steps = sorted((folder / EVALUATED).glob(f"{STEP}*"))

@@ -68,13 +68,13 @@ def submit_training(
         environ: The environment that the job inherits.
 
     Raises: ConfigError: if sbatch refuses the job, or the recipe names code that this start may not
-        import: the job's command line is to allow no more.
+        import, since the job must not allow more code than this start.
     """
     own_code = [name for name in run.code() if doors.is_own(name)]
     doors.require_allowed({name: name for name in own_code})
     folder = Path(run.run_dir())
     write_json(folder / RUN_FILE, run.to_dict())
-    # The paths besides, which the script looks for on every node.
+    # The recipe's paths are repeated as flags, since the script checks them on every node.
     named = {
         "config": folder / RUN_FILE,
         "deepspeed_config": deepspeed_config,

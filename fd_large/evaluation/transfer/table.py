@@ -1,10 +1,10 @@
 """Trains the missing cells of a transfer table, and writes the table.
 
-A cell is a training of its own, in OUT/ROW/COLUMN/seed_N, a run folder that resumes: of a model (a
-row: a student, its teacher, random weights) by the recipe of a column. A finished cell is not
-trained again, so the same command continues where it stopped; a folder with a training of another
-recipe, dataset or weights is refused. A failed cell is named and the others continue; the next
-start tries it last.
+A row is a model (a student, its teacher, or random weights), and a cell is the training of a row's
+model by a column's recipe, in the run folder OUT/ROW/COLUMN/seed_N. Unfinished cells resume and
+finished ones are not trained again, so the same command continues where it stopped. A folder with
+a training of another recipe, dataset or weights is refused. A failed cell is named and the others
+continue; the next start tries it last.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TransferFlags(SweepFlags):
 
     @property
     def datasets(self) -> dict[str, str]:
-        """The dataset of each dataset flag, or ""."""
+        """The value of each flag that names a dataset, by the flag's name; "" if not given."""
         return {column.data: getattr(self, column.data) for column in COLUMNS.values()}
 
 
@@ -92,7 +92,7 @@ def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
 
     Args:
         flags: Flags of the command.
-        of_all: Whether all have a dataset.
+        of_all: Whether columns without a given dataset are included.
 
     Raises: ConfigError: if there is no column.
     """
@@ -120,7 +120,7 @@ def cells_of_table(
         columns: The columns.
         changes: Changes to each column's recipes.
 
-    Raises: FDError: for models that are not there, and recipes that cannot be changed so.
+    Raises: FDError: if a model is missing, or a recipe does not allow a change.
     """
     from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs
@@ -136,7 +136,7 @@ def _measure(request: Request) -> Result:
     flags = request.flags
     if flags.table:
         return _made(Path(flags.out))
-    # Jobs inherit it, and must not meet at the port of this process.
+    # Copied for the jobs before this process adds its own port, at which they must not meet.
     environ = dict(os.environ)
     columns = columns_of(flags)
     from fd_large.ranks import distributed, meeting
@@ -166,7 +166,7 @@ def _measure(request: Request) -> Result:
     if distributed.is_main():
         write_json(out / SUMMARY, cells_.described(out, rows, cells))
         terminal.console().print(f"transfer: {len(cells)} trainings, {done} of them done before")
-    # What failed before comes last: it may fail again, and end all ranks.
+    # Cells that failed before come last, since they may fail again and end all ranks.
     ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
     missing = [cell for state, cell in ordered if state != DONE]
     if flags.slurm:
@@ -207,7 +207,7 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
             train,
             changes.fields,
             column.metric,
-            # Trials of fine-tuning lie where they lay when it was the only column that is swept.
+            # Trials of fine-tuning keep the folder of the time when only this column was swept.
             column=column.name if column.recipes else "",
         )
         if code:
