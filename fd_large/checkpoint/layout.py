@@ -1,4 +1,4 @@
-"""Layout of tensors over the files of ranks: arithmetic, from a few numbers in the manifest.
+"""Computes which rank's file holds which elements of a tensor, from numbers in the manifest.
 
 A run's state is stored as its ranks held it, one file a rank; a reader on any other number of ranks
 computes from the layout which files hold the elements that it needs, so that no index grows with
@@ -55,7 +55,8 @@ class FlatGroups:
 
     Attributes:
         groups: (name, elements) of the tensors of each group, in order.
-        shares: Elements of a rank's shard of each group's line; the end is padded.
+        shares: Number of elements of a rank's shard of each group's concatenation, which is padded
+            at its end.
         ranks: Number of shards.
     """
 

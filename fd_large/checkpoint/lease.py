@@ -35,11 +35,12 @@ OWNER = "owner.json"
 BEAT_SECONDS = 10.0
 """Seconds between two signs of life of an owner."""
 STALE_SECONDS = 120.0
-"""Seconds without one after which an owner counts as dead, if nothing better is known of it."""
+"""Seconds without a sign of life after which an owner counts as dead, if no other sign decides."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
-"""How long such an owner is watched first: after a file system stood still, all beats are old."""
-# What may stand in a folder whose run wrote no recipe.json yet: a start that was killed before, and
-# scripts that log there, leave it.
+"""Seconds for which a silent owner is watched before it counts as dead: after a stall of the file
+system all heartbeats are old."""
+# Files that a folder may hold before its run has written recipe.json: a start that was killed
+# earlier leaves them, and so do scripts that log there.
 _LEFT_BEFORE = ("owner.*", f"*{RECIPE}*", "stop", "*.log", "*.out", "*.err")
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
@@ -76,7 +77,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def owned(self) -> bool:
-        """Returns whether no other start has taken the folder, as far as its file can be read."""
+        """Returns whether no other start has taken the folder, as far as owner.json can be read."""
         try:
             return _read(self.root / OWNER)[0].start == self.start
         except FileNotFoundError:
@@ -260,8 +261,9 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
 
     Args:
         folder: The run's folder.
-        watch_seconds: Time for which an owner elsewhere is watched, if its last sign of life is
-            not of the last two minutes by this machine's clock, before it counts as dead.
+        watch_seconds: Seconds for which an owner whose process cannot be seen from here is watched
+            before it counts as dead, if its last sign of life is more than STALE_SECONDS from the
+            present by this machine's clock.
     """
     try:
         owner, beat = _read(folder / OWNER)
@@ -302,9 +304,9 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
         if not why:
             age = _age(aside, beat)
             is_ahead = age < -BEAT_SECONDS
-            # Its clock is another one's: what counts is how long the beat has stood still here.
+            # The heartbeat may be of another clock: then the time counts for which it stood still.
             silent = time.monotonic() - since if is_ahead or has_beaten else age
-            # Who replaces or removes an owner.json is done in a moment.
+            # A start that replaces or removes an owner.json needs only a moment for it.
             patience = 5.0 if len(chain) > 1 else 0.0
             if _leaving(folder, owner.start).exists():
                 patience = LEAVING_SECONDS

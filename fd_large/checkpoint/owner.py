@@ -19,9 +19,9 @@ from fd_large.ranks.launch import ask_slurm
 
 SLURM_SECONDS = 30.0
 """How long Slurm may take to answer, and how long its answer is believed."""
-# What Slurm calls a job that it has stopped for now: it is silent, and goes on later.
+# Slurm's states of a job that it has suspended, which is silent now and goes on later.
 ASLEEP = {"SUSPENDED", "STOPPED"}
-# What Slurm calls a job that runs or may still have processes.
+# Slurm's states of a job that runs or may still have processes.
 _ALIVE = {"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING"} | ASLEEP
 _UNKNOWN = "unknown"
 

@@ -61,7 +61,7 @@ class Reader:
             stop: Element after the last.
 
         Raises:
-            FileNotFoundError: If a file is there no more.
+            FileNotFoundError: If a file no longer exists.
             StorageError, CheckpointError: If a file cannot be read.
         """
         assert self._kinds is None or kind in self._kinds, f"{self.path}: {kind} was not checked"
@@ -148,7 +148,7 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
             problem = _problem(path, manifest["world_size"])
         if manifest is not None and not problem:
             newer = names[names.index(name) + 1 :]
-            # Or else they would count among the newest that stay.
+            # Otherwise they would count among the newest checkpoints, which are kept.
             on_main(partial(store.set_aside, folder, newer))
             return Reader(store.Stored(path, manifest)), complaints
         complaints.append(problem)
@@ -163,7 +163,7 @@ def _problem(path: Path, files: int) -> str:
     world, rank = distributed.world_size(), distributed.rank()
 
     def first_damaged() -> tuple[int, str] | None:
-        # The files of a rank that are nearest to what it will read, for the sake of its cache.
+        # Each rank checks files near those that it will read, which are then in its host's cache.
         near_files = (file for file in range(files) if file * world // files == rank)
         return next(((file, p) for file in near_files if (p := damage(path, file))), None)
 

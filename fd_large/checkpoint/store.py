@@ -28,7 +28,7 @@ from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"
 OLD = ".old"
-"""A checkpoint that is being replaced by one of the same step."""
+"""Suffix of a checkpoint that is being replaced by one of the same step."""
 CHUNK = 1 << 24
 BEST = "best"
 """A link to the checkpoint of the best evaluation."""
@@ -137,7 +137,7 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
         kinds: Kinds of tensors whose bytes are checked; None checks the whole file, as receipts
             without checksums by kind require.
 
-    Raises: StorageError, CheckpointError: if a file is there and cannot be read: that is no damage.
+    Raises: StorageError, CheckpointError: if a file exists but cannot be read, which is no damage.
     """
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
@@ -387,7 +387,7 @@ def sweep(folder: Path) -> None:
         if path.name.startswith("removed_"):
             remove(path)
             continue
-        # A start before this one, alive after all, may commit it in this moment, or not at all.
+        # An earlier start that is still alive may commit this folder just now, or never.
         with suppress(FileNotFoundError):
             retried(partial(_remove, path), path)
 

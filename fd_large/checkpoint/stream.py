@@ -100,7 +100,7 @@ def _outcome(manifest: Mapping[str, Any]) -> str:
 def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Tensor:
     """Returns one tensor, float32 of the given shape, by its stored name.
 
-    Raises: CheckpointError: if the file is there no more: a run that trains prunes its checkpoints.
+    Raises: CheckpointError: if the file no longer exists, as a run that trains prunes checkpoints.
     """
     try:
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)

@@ -1,8 +1,8 @@
 """Files of tensors in the safetensors format, written and read by plain system calls.
 
-The safetensors library is not enough, because a checkpoint needs the number of an error (the
-library returns a text, and a mapped file causes a signal that ends the process), reads of a few
-bytes from many files, and checksums of parts during the write.
+The safetensors library is not enough, because a checkpoint needs the errno of a failed call (the
+library raises an error with a text alone, and a read error of a mapped file is a signal that ends
+the process), reads of a few bytes from many files, and checksums of parts during the write.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fd_large.weights.read import DTYPES
 
 CHUNK = 1 << 24
 TENSORS_A_CALL = 512
-"""At most 1024, says the system."""
+"""Number of tensors that one system call writes; the system allows 1024."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -52,7 +52,7 @@ def in_words(keys: Sequence[str]) -> str:
 
 
 ALIGNMENT = 64
-"""Bytes of whose multiples each copy begins at one, so that it can be of any type."""
+"""Each tensor's copy begins at a multiple of so many bytes, so that it can be of any type."""
 
 
 class Saver:
@@ -61,7 +61,7 @@ class Saver:
     Args:
         folder: The run's folder.
         keep_last: Newest complete checkpoints that stay.
-        keep_every: Steps whose multiples stay as well; 0 keeps none of them.
+        keep_every: Interval in steps; checkpoints at its multiples stay as well. 0 keeps none.
         lease: This start's right to write the folder; None if no other process can write it.
         copies: Whether the state is copied, so that training continues; otherwise it is written
             in place without further memory, and must not change until `wait` has returned.
@@ -91,7 +91,7 @@ class Saver:
         self._part = Path()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.ended = 0.0
-        """When this rank had written its file, by time.monotonic."""
+        """Time at which this rank had written its file, by time.monotonic."""
 
     @property
     def busy(self) -> bool:
@@ -113,7 +113,7 @@ class Saver:
     ) -> None:
         """Copies the state to host memory and starts to write it; blocks only for the copy.
 
-        A state that is not finite is not written, and this rank has failed.
+        A state that is not finite is not written, and this rank counts as failed.
 
         Args:
             manifest: The content of manifest.json, without its own checksum.
@@ -233,7 +233,7 @@ class Saver:
                 aside.write_text(json.dumps(receipt))
 
         try:
-            # All of it anew: what an error has left in the file or the system's cache is unknown.
+            # A retry writes the whole file, as an error leaves unknown bytes in file and cache.
             retried(write, path)
         except Exception as error:  # Whatever it was, this rank's file is not there.
             self._problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -94,7 +94,7 @@ def add_norm_reference(
     gamma: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `add_norm`."""
+    """Computes `add_norm` in plain torch."""
     y = add_branch_reference(x, branch, scale, gamma)
     return y, layer_norm_reference(y, weight, bias, eps, dtype)
 
@@ -102,7 +102,7 @@ def add_norm_reference(
 def add_branch_reference(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:
-    """The plain twin of `add_branch`: summed in float32 and rounded once."""
+    """Computes `add_branch` in plain torch, summed in float32 and rounded once."""
     branch = branch.to(torch.promote_types(x.dtype, torch.float32))
     if gamma is not None:
         branch = branch * gamma.to(branch.dtype)

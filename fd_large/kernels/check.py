@@ -1,4 +1,4 @@
-"""Comparison of a run's fused operations with their references, on the device of the run.
+"""Compares a run's fused operations with their references, on the device of the run.
 
 Kernels are compiled for cards on which they may never have run, and a wrong kernel would corrupt
 training silently. So a start records the models' calls on the meta device (`recording`), and each
@@ -27,7 +27,7 @@ from fd_large.ranks import distributed
 log = logging.getLogger(__name__)
 
 IMAGES = 2
-# What has to be held against a reference.
+# The implementations that have to be compared with a reference.
 FUSED = ("triton", "compiled")
 
 

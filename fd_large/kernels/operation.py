@@ -1,4 +1,4 @@
-"""The parts of fused operations: launches of kernels, plain twins, checks.
+"""The parts of fused operations: launches of kernels, plain torch versions, checks of shapes.
 
 A launcher is an operation of torch over Triton kernels: it allocates the results and passes each
 kernel to `launch`. If tensors have no values (on the meta device, or while torch.compile traces),
@@ -6,7 +6,8 @@ kernel to `launch`. If tensors have no values (on the meta device, or while torc
 when the first kernel starts. A backward pass is a separate operation, so that torch.compile and the
 meta device see every tensor read or written.
 
-The plain twin goes through torch.compile if chosen, with one compiled function for each case.
+The plain torch version (twin) goes through torch.compile if chosen, with one compiled function for
+each case.
 Compiling the function instead of its module avoids graph breaks under ZeRO-3, and all blocks of a
 width and batches of any size share one graph. In a region that is itself being compiled, the twin
 is a part of that region.
@@ -35,10 +36,10 @@ class Launch(NamedTuple):
     """A launch of a kernel.
 
     Attributes:
-        kernel: "MODULE.FUNCTION" in this room.
-        grid: Numbers of programs.
+        kernel: "MODULE.FUNCTION" in this package.
+        grid: Number of programs in each dimension.
         arguments: Tensors and numbers, in the kernel's order.
-        constants: The rest by name, with Triton's options.
+        constants: Compile-time constants by name, and Triton's options.
     """
 
     kernel: str
@@ -47,7 +48,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-# Where kernels are written down in place of being started; a thread's own.
+# The list that records kernels instead of starting them; each thread has its own.
 _launches: ContextVar[list[Launch] | None] = ContextVar("launches", default=None)
 
 
@@ -119,7 +120,7 @@ def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[
     Args:
         where: Name of the function.
         beside: Description of the tensors' counterpart, for messages.
-        tensors: Each with the expected shape; None fits.
+        tensors: Each tensor with its expected shape; None in place of a tensor fits.
 
     Raises: ShapeError: if a tensor has another shape.
     """
@@ -143,12 +144,12 @@ def backend(device_type: str) -> str:
 def twin(
     op: str, choice: choose.Implementation, reference: Callable[..., Any], *batched: Tensor | None
 ) -> Callable[..., Any]:
-    """Returns the plain twin of an operation, through torch.compile if chosen.
+    """Returns the plain torch version of an operation, through torch.compile if chosen.
 
     Args:
         op: Name of the operation.
         choice: Result of `choose.implementation`.
-        reference: The twin.
+        reference: The plain torch version.
         batched: Arguments whose first dimension is the batch.
     """
     first = batched[0]

@@ -24,7 +24,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def quick_gelu_reference(x: Tensor) -> Tensor:
-    """The plain twin of `quick_gelu`."""
+    """Computes `quick_gelu` in plain torch."""
     return x * torch.sigmoid(1.702 * x)
 
 

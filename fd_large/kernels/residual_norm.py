@@ -3,9 +3,9 @@
 Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight is whole only inside
 its own module's forward, so the modules that own these weights call the functions here.
 
-From top to bottom: these functions; their plain twins (`..._reference`); the operation over the
-kernels of `residual_norm_triton.py`, and its gradients; functions shared with `add_norm.py`.
-`choose.py` selects the implementation.
+From top to bottom: these functions; their plain torch versions (`..._reference`); the operation
+over the kernels of `residual_norm_triton.py`, and its gradients; functions shared with
+`add_norm.py`. `choose.py` selects the implementation.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _fused(
 def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The plain twin of `layer_norm`."""
+    """Computes `layer_norm` in plain torch."""
     if x.dtype == weight.dtype == dtype:
         # The kernels behind this call keep float32 statistics for half-precision inputs.
         return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -165,7 +165,7 @@ def layer_norm_reference(
 def stream_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, copy: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `stream_norm`."""
+    """Computes `stream_norm` in plain torch."""
     y = layer_norm_reference(x, weight, bias, eps, dtype)
     return y, y.to(copy)
 
@@ -180,7 +180,7 @@ def residual_norm_reference(
     branch_bias: Tensor | None = None,
     copy: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `residual_norm`: norm, scale and sum in float32, rounded once."""
+    """Computes `residual_norm` in plain torch: norm, scale and sum in float32, rounded once."""
     if branch_bias is not None:
         branch = branch.to(torch.promote_types(branch.dtype, torch.float32)) + branch_bias
     normed = _wide_layer_norm(branch, weight, bias, eps)
@@ -236,7 +236,7 @@ def residual_norm_backward(
     rstd: Tensor,
     dx: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Writes dy + dcopy to `dx`; returns gradients of branch, weight, bias and branch_bias."""
+    """Returns dy + dcopy in the dtype `dx`, and gradients of branch, weight, bias, branch_bias."""
     rows = rows_of(branch)
     constants, tiles, programs = backward_launch(rows, branch.shape[-1])
     total = None if dx is None else torch.empty_like(branch, dtype=dx)
@@ -301,7 +301,7 @@ class Twice(torch.autograd.Function):
 def implementation(
     op: str, branch: Tensor, *, width: int | None = None, **case: Any
 ) -> choose.Implementation:
-    """Returns the implementation for a branch; `width` is its norm's channels, None for its own."""
+    """Returns the implementation for a branch whose norm has `width` channels (None: its own)."""
     return choose.implementation(
         op,
         branch.device.type,
@@ -352,7 +352,7 @@ def tile(width: int) -> dict[str, int]:
 def backward_launch(
     rows: int, width: int, layer_scale: bool = False
 ) -> tuple[dict[str, int], int, int]:
-    """Returns the constants of a backward's launch, its tiles, and its programs."""
+    """Returns the constants of a backward's launch, and its numbers of tiles and programs."""
     constants = tile(width)
     if width % 8:
         # Rows that cannot be loaded in vectors take more registers for addresses.

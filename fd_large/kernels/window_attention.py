@@ -2,7 +2,7 @@
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
 shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its
-backward. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the
+backward. The plain version in `window_attention_reference.py` rolls the map and copies windows; the
 Triton kernels, launched in `window_attention_launch.py`, read and write tokens in place.
 `choose.py` selects the implementation.
 

@@ -1,4 +1,4 @@
-"""Launches of the kernels of `window_attention.py`: their tiles, their gradients, their FLOPs."""
+"""Launches the kernels of `window_attention.py`, chooses their tiles, and counts their FLOPs."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Geometry:
         return blocks(windows, max(1, min(4, windows * self.num_heads * self.tiles // 2048)))
 
     def groups(self, batch: int) -> int:
-        """Returns the number of programs for windows, per diagonal of the gradient."""
+        """Returns the number of programs for windows, per diagonal of the table's gradient."""
         return min(batch * self.windows, blocks(512, self.num_heads * self.kinds))
 
     def partials(self, batch: int) -> Partials:

@@ -1,4 +1,4 @@
-"""The plain twin of `window_attention.py`: it rolls the map and copies windows, as published.
+"""Attention of `window_attention.py` in plain torch: rolls the map, copies windows, as published.
 
 Source: Liu et al., arXiv 2103.14030 and 2111.09883.
 """
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# What the plain twin does with its (N, N) maps until the backward; the kernels have none.
+# What the plain version does with its (N, N) maps until backward; the kernels have none.
 # "sequential" computes them again, as "recompute" does, for a few windows at a time.
 Memory = Literal["keep", "recompute", "sequential"]
 

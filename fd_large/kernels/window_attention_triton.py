@@ -93,7 +93,7 @@ def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def unit_factor(x, COSINE: tl.constexpr):
-    """Returns the factor that scales vectors to length 1; 1 for a dot product."""
+    """Returns the factor that scales vectors to an L2 norm of 1; 1 for a dot product."""
     x = x.to(tl.float32)
     factor = tl.full([x.shape[0]], 1.0, tl.float32)
     if COSINE:

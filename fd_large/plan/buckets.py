@@ -1,6 +1,6 @@
 """Sizes of communication buckets: large enough to hide fixed costs, small enough to begin early.
 
-And the blocks that stage 3 gathers at once, because they fit a bucket.
+The file also chooses the blocks that stage 3 gathers at once, because they fit a bucket.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 MOST_ELEMENTS, LEAST_ELEMENTS = 100_000_000, 8_000_000
 PREFETCH_ELEMENTS = 51_000_000
 # Ranks up to which a gradient's sum goes to the rank that steps its parameter alone (stages 1, 2).
-# It goes through all ranks in a row, a bucket for each owner: over many ranks the hops of the many
-# small messages take longer than an all-reduce of twice the bytes. Where "many" begins is assumed;
-# it was not measured on GPUs.
+# Such a sum goes through all ranks in a row, in a bucket for each owner: over many ranks the hops
+# of the many small messages take longer than an all-reduce of twice the bytes. Where "many" begins
+# is assumed; it was not measured on GPUs.
 MOST_OWNERS = 8
 
 
@@ -43,11 +43,11 @@ def prefetch_bucket(parameters: int) -> int:
 def gathered_whole(
     backbone: Any, bucket: int, size: Callable[[nn.Parameter], int] = methodcaller("numel")
 ) -> dict[nn.Module, list[nn.Module]]:
-    """Returns the modules that stage 3 gathers at once, each with the modules that it stands for.
+    """Returns the modules that stage 3 gathers at once, each with the modules inside it.
 
-    These are blocks, and modules of theirs that the backbone calls outside of the blocks' forwards,
-    where they fit the bucket. A backbone that does not name the latter, by `outside_blocks()`, has
-    none.
+    These are the blocks that fit the bucket, and separately those of their modules that the
+    backbone calls outside of the blocks' forwards. A backbone without the method `outside_blocks()`
+    has none.
 
     Args:
         backbone: A module with `blocks()`.

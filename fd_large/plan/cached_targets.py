@@ -1,4 +1,4 @@
-"""Whether it pays to store a teacher's maps instead of computing them in every epoch.
+"""Computes whether it pays to store a teacher's maps instead of running it in every epoch.
 
 A stored map is computed once, and then read instead. The loader reads ahead while the student
 computes, so reading costs time only if it takes longer than the student's part.

@@ -17,7 +17,7 @@ class Candidate:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
         teacher: Where the teachers are held, as in `teacher.placement`.
-        whole: Number of teachers, the smallest of several, that stay whole on every rank.
+        whole: Number of teachers that stay whole on every rank, counted from the smallest.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in a pass.
     """

@@ -56,7 +56,7 @@ class Cluster:
             size: S in bytes.
             rates: Rates of the card and its links.
             span: Over all ranks, or inside each node.
-            calls: Number of collectives into which it is cut.
+            calls: Number of collectives into which the gather or scatter is cut.
         """
         inside, nodes = self.node_size, 1 if span == "node" else self.nodes
         if inside * nodes == 1:

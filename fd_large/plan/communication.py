@@ -1,6 +1,7 @@
 """Seconds of communication in a step, during or after computation.
 
-Of a micro-batch, where S and T are one gather or scatter of student and teacher (`plan.cluster`):
+The table shows the collectives of each micro-batch and of each step. S and T are the seconds of one
+gather or scatter of the student and of the teacher (`plan.cluster`).
 
 | ZeRO | student, each micro-batch            | student, each step           |
 |------|--------------------------------------|------------------------------|

@@ -1,7 +1,7 @@
 """Counts of a task's step as data, for any micro-batch: products, bytes, calls, memory.
 
-`engine/counting/count.py` counts the real task at two sizes. Everything is a straight line in the
-images of a micro-batch, but for the peak of memory, which is the highest of several lines.
+`engine/counting/count.py` counts the real task at two sizes. Every count is linear in the images of
+a micro-batch, except the peak of memory, which is the maximum of several such lines.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from operator import add
 from typing import Any, Literal, NamedTuple
 
 Phase = Literal["inference", "first_pass", "forward", "backward"]
-"""Frozen models; what a step in two passes computes for its sums (`Task.sums`); forward of the
-trained ones; their backward, with what it computes again."""
+"""The forwards of frozen models; the first pass of a step in two passes, for its sums
+(`Task.sums`); the forward of the trained models; their backward, with its recomputation."""
 _BY_PHASE = ("moved", "calls", "modules", "blocks")
 
 
@@ -115,7 +115,7 @@ class Counts:
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def in_step_of(self, micro_batches: int) -> Counts:
-        """Returns the counts of each micro-batch of a step that has so many micro-batches.
+        """Returns the counts of each micro-batch of a step with this number of micro-batches.
 
         With a single micro-batch, sums before the step need no forward of the student, and are
         left out.
@@ -199,7 +199,7 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
             are counted in addition.
     """
     first, *others = each
-    # What the frozen models compute is there once.
+    # The forward of the frozen models is made once for all students.
     counted = [first, *(counts.without("inference") for counts in others)]
     by_phase = {name: _added([getattr(counts, name) for counts in counted]) for name in _BY_PHASE}
     return replace(
@@ -280,7 +280,7 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
     for each, fixed in sorted(best.items()):
         line = Line(fixed, each)
         while hull and hull[-1].fixed + hull[-1].each <= fixed + each:
-            hull.pop()  # It is lower at one image already, and rises less.
+            hull.pop()  # This line is lower at one image already, and rises less.
         while len(hull) > 1 and _meet(hull[-2], line) <= _meet(hull[-2], hull[-1]):
             hull.pop()
         hull.append(line)

@@ -1,7 +1,7 @@
 """The shipped counts of named recipes, so that planning them needs no torch.
 
-`benchmarks/keep_counts.py` writes the file again where a recipe or a model changes; a test holds
-it.
+`benchmarks/keep_counts.py` writes the file again where a recipe or a model changes; a test compares
+the file with new counts.
 """
 
 from __future__ import annotations

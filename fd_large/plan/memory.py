@@ -13,14 +13,16 @@ between steps, with the two moments of AdamW (4P each; another optimiser may kee
 
 - Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
   gradients' buckets stay.
-- Masters are a copy even if the parameters are float32 already. (Stage 3 is meant to share its
-  float32 shards, but compares a torch.device with a string, which is never equal.)
+- Stages 1 and 2 in float32 have no masters besides the parameters, unless the optimiser is
+  offloaded. At stage 3 masters are a copy even if the parameters are float32 already. (DeepSpeed
+  means to share the float32 shards, but compares a torch.device with a string, which is never
+  equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
   rank: 12 GB for three billion parameters.
 - Stage 2, and stage 1 in float32, keep two buckets of `reduce_bucket_size` elements (at most of a
   shard on up to `MOST_OWNERS` ranks, of the whole on more), in the data type in which gradients are
-  summed over ranks (engine/zero/gradient_reduction.py). With the optimiser in host memory they go
-  DeepSpeed's own way, and keep neither these nor gradients.
+  summed over ranks (engine/zero/gradient_reduction.py). With the optimiser in host memory DeepSpeed
+  itself reduces the gradients, and the device keeps neither these buckets nor gradients.
 - Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
   the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
   is whole on every rank beside its shards, from their first use to the step.
@@ -213,7 +215,7 @@ def held(
         if place.bfloat16 or place.offload_optimizer:  # Else they are the parameters themselves.
             optimizer["masters"] = 4 * part
         if place.offload_optimizer:
-            # They hold its part on the way to the device and a tensor's gradient on the way back.
+            # For the new parameters on the way to the device, and for a tensor's gradient back.
             host["buckets"] = compute * (part + max(student))
             device["buckets"] = compute * max(student)
         elif place.stage == 1 and place.bfloat16:
@@ -225,7 +227,7 @@ def held(
             most = part if ranks <= MOST_OWNERS else total
             device["buckets"] = 2 * sent * min(place.bucket_size, most)
     if place.offload_optimizer and not place.optimizer_on_disk:
-        # There the optimizer's own gradient is not freed.
+        # In host memory the optimiser's own gradient is not freed.
         host["gradients"] = host.get("gradients", 0) + 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
     return Memory(device=Held(**device), host=Held(**host), disk=Held(**disk), hpz_copy=copy)

@@ -1,6 +1,7 @@
 """The peak memory of a rank in the backward pass, on top of `plan.memory` between steps.
 
-Also the costs of a run with the optimiser's state on a disk (ds_configs/zero3_nvme.json).
+The file also computes the costs of a run with the optimiser's state on a disk
+(ds_configs/zero3_nvme.json).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class PeakMemory:
         return self.states + self.teacher + self.activations + self.buffers
 
     def fits(self, rates: Rates) -> bool:
-        """Returns whether it fits on a card."""
+        """Returns whether the bytes fit on a card, with headroom."""
         return self.total <= HEADROOM * rates.memory_bytes
 
 

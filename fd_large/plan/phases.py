@@ -80,9 +80,9 @@ def read(file: str, key: str) -> Phases | None:
 
     Args:
         file: JSON written by `plan --probe --rates`, or another file of rates.
-        key: The task's, in the object `phases`.
+        key: The key of the task in the object `phases`.
 
-    Raises: ConfigError: if they are no phases.
+    Raises: ConfigError: if the entry is not valid.
     """
     of_tasks = read_json(Path(file), where="--rates", holds=dict).get("phases", {})
     if not isinstance(of_tasks, dict) or key not in of_tasks:
@@ -91,11 +91,10 @@ def read(file: str, key: str) -> Phases | None:
 
 
 def line(seconds: Mapping[int, float]) -> Line:
-    """Returns the line through the seconds of two micro-batches; neither part is below 0.
+    """Returns the line through the seconds of two micro-batches; neither term is below 0.
 
     Args:
-        seconds: Seconds by the images of a micro-batch; with a single micro-batch, proportional to
-            it.
+        seconds: Seconds by the images of a micro-batch; a single entry gives a line through 0.
     """
     large = max(seconds)
     small = min(seconds)
@@ -111,7 +110,7 @@ def of_students(each: Sequence[Phases], parameters: Sequence[int]) -> Phases:
 
     Args:
         each: The phases of each student alone, with the same frozen models.
-        parameters: Trained parameters of each, by which its update weighs.
+        parameters: Number of trained parameters of each student, the weight of its update.
     """
     first, *others = each
     seconds = dict(first.seconds)

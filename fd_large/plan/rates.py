@@ -39,8 +39,8 @@ class Rates:
             empty: no fused kernel runs.
         launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
         start_seconds: Seconds to start a collective; assumed for the named cards.
-        hooked_share: Fraction of the cost of DeepSpeed's hooks where parameters are gathered; 0 for
-            software without hooks.
+        hooked_share: Factor of the planned cost of DeepSpeed's hooks around modules whose
+            parameters are gathered; 0 for software without hooks.
     """
 
     name: str

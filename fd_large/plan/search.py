@@ -1,4 +1,4 @@
-"""Search for the candidates of a workload on a machine, and why the others do not fit.
+"""Finds the candidates that fit a workload and a machine, and why the others do not fit.
 
 Candidates are sorted by time; if times differ by less than `SAME_TIME`, by communication.
 """
@@ -17,7 +17,7 @@ from fd_large.plan.step_time import Estimate, estimate
 from fd_large.plan.workload import Workload
 
 SAME_TIME = 0.01
-"""Share of the time by which candidates differ that are equally fast."""
+"""Candidates whose times differ by less than this fraction count as equally fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Refused:
 
 
 def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
-    """Returns the fitting candidates in order, each with its best micro-batch, and the others.
+    """Returns the candidates that fit, in order, with their best micro-batches, and the others.
 
     Raises: ConfigError: if the ranks do not divide the global batch.
     """
@@ -46,7 +46,7 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
     sizes = [size for size in whole if share % size == 0] or [share]
     if counted in sizes:  # The counts hold for no other size.
         sizes = [counted]
-    elif counted:  # Less takes at most as much; of more nothing is known.
+    elif counted:  # Smaller ones take no more memory; nothing is known of larger ones.
         sizes = [size for size in sizes if size < counted]
     good: list[Estimate] = []
     bad: list[Refused] = []

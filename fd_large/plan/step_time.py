@@ -118,7 +118,7 @@ class StepSeconds:
         return Between(self._step(*low), self._step(*high))
 
     def _step(self, factor: float, of_hooks: float) -> float:
-        """Returns the whole step, if hooks take one factor of what is planned and all else one."""
+        """Returns the whole step, if hooks take `of_hooks` and all else `factor` times the plan."""
         hooks = self.parts.get(HOOKS, 0.0)
         computed = factor * (self.computation - hooks) + of_hooks * hooks
         both = computed, factor * self.communication
@@ -153,12 +153,12 @@ class Estimate:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over the peak."""
+        """Model FLOPs per second, as a fraction of the peak."""
         return self._share(self.flops.model)
 
     @property
     def hardware_utilisation(self) -> float:
-        """FLOPs with recomputation over the peak."""
+        """FLOPs per second with recomputation, as a fraction of the peak."""
         return self._share(self.flops.hardware)
 
     def _share(self, count: float) -> float:

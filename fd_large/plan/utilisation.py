@@ -32,7 +32,7 @@ def shares(
         steps: FLOPs of one micro-batch on one rank in each step; empty if unknown.
         peak: Peak FLOP/s of the card; None if it is unknown, as on CPUs.
         micro_batches: Micro-batches of a rank in a step.
-        seconds: Seconds in which it computed them.
+        seconds: Seconds in which the rank took the steps.
     """
     counted = list(steps)
     if not counted or seconds <= 0:

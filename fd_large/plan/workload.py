@@ -109,7 +109,7 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
 
     Args:
         loads: The work of each student alone.
-        shared: Bytes of a micro-batch that all take; see `of_students`.
+        shared: Bytes of a micro-batch that all students share; see `counts.of_students`.
     """
     first = loads[0]
     if len(loads) == 1:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 _works: list[Work] = []
 
 on_change: list[Callable[[], None]] = []
-"""Called, in the thread that works, after something was done."""
+"""Functions called after every change of the current work, in the thread that made it."""
 
 
 class Work:

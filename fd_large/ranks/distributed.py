@@ -43,14 +43,14 @@ _launch: Launch | None = None
 _is_guest = False
 _moves = 0
 _neighbours: dict[int, dist.ProcessGroup] = {}
-# Sizes of nodes that were held against the names of hosts.
+# Sizes of nodes that were compared with the names of the ranks' hosts.
 _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
     """Returns the number of descriptors that rank 0, which has the most, may come to hold.
 
-    Each rank has two connections to the store of rank 0. The others are files, tens of
+    Each rank has two connections to the store of rank 0. The other descriptors are files, tens of
     connections of collectives, and tensors from loading processes.
     """
     return 2 * num_ranks + 4096
@@ -69,7 +69,7 @@ def start(
     environment variables that torch and DeepSpeed read.
 
     Args:
-        launch: Where this rank stands; None asks `find_launch`.
+        launch: This process's rank, launcher and meeting place; None asks `find_launch`.
         timeout_seconds: Time that a collective waits for a rank before it fails.
         is_guest: Whether the process belongs to other code, such as a notebook, and is never ended.
 
@@ -373,7 +373,7 @@ def device() -> torch.device:
 
 
 def moved() -> None:
-    """Records a sign of life, as every collective here does, and long work without one."""
+    """Records a sign of life; collectives here do so too, and long work without any calls this."""
     global _moves
     _moves += 1
 
@@ -436,7 +436,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def max_tensor(value: torch.Tensor) -> torch.Tensor:
-    """Returns the elementwise largest over the ranks."""
+    """Returns the elementwise maximum over the ranks."""
     largest = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

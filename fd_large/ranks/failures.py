@@ -4,10 +4,11 @@ A rank that fails leaves its peers in a collective. Over gloo they see a closed 
 NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
 code other than 0 says so first, under a key of the store, and a thread of every rank looks at that
 key once a second and ends the process. The same thread notices that the store is gone (rank 0
-died), and that the next rank of the node was killed. No collective, and nothing in the step.
+died), and that the next rank of the node was killed. The thread makes no collective and adds
+nothing to a step.
 
-An exit file tells the batch script the same, from the first line of the program on. No torch: the
-store is an argument.
+An exit file tells the batch script the same, from the first line of the program on. This file does
+not import torch: the store is an argument.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ LONGEST_WAIT_SECONDS = 1800.0
 SECONDS_BETWEEN_LOOKS = 1.0
 _GONE = "it, or the node that it ran on, is gone"
 GRACE_SECONDS = 5.0
-"""In which the main thread may end by itself, with a message and an exit code of its own."""
+"""Seconds in which the main thread may end by itself, with its own message and exit code."""
 SECONDS_TO_CONNECT_AGAIN = 5.0
 SECONDS_FOR_LAST_WORDS = 2.5
-"""The store may not answer, as rank 0 may be stopped; the disk of the log may hang."""
+"""Longest wait for the store, which does not answer if rank 0 is stopped, or for the log's disk."""
 
 _END, _LEFT, _PROCESS = "end", "left", "process"
 
@@ -66,7 +67,7 @@ class Ending(NamedTuple):
 
 
 class Store(Protocol):
-    """The used methods of torch's stores; each raises RuntimeError if the server is gone."""
+    """The methods of torch's stores used here; each raises RuntimeError if the server is gone."""
 
     def set(self, key: str, value: str) -> None:
         """Sets a key."""
@@ -86,11 +87,11 @@ class Watch:
 
     Args:
         connect: Returns a client of the store for this watch alone, since a waiting call blocks
-            other callers; tries for the given seconds.
+            other callers; its argument is the number of seconds for which it tries.
         rank: This rank.
         world_size: Number of ranks.
         meeting_seconds: Time that the ranks may take to meet.
-        neighbours: The other ranks of this node, which are looked at as processes.
+        neighbours: The other ranks of this node whose processes are watched.
         leave: Ends the process with an exit code.
     """
 
@@ -106,7 +107,7 @@ class Watch:
     ) -> None:
         self._connect, self._rank, self._world_size = connect, rank, world_size
         self._meeting_seconds, self._leave = meeting_seconds, leave
-        # Each with the descriptor that its end makes readable, once it is known.
+        # {rank: descriptor that becomes readable when its process ends; None until it is known}.
         self._neighbours: dict[int, int | None] = dict.fromkeys(neighbours)
         self._store: Store | None = None
         self._known: Ending | None = None
@@ -267,7 +268,7 @@ def code_after(ending: Ending | None) -> Exit:
 def speaks_for(ending: Ending | None) -> bool:
     """Returns whether this rank reports the end of rank 0 on the terminal.
 
-    That is rank 1, and the first rank of each node: with rank 0 its whole node may be gone.
+    Rank 1 does, and so does the first rank of each node, since rank 0's whole node may be gone.
 
     Args:
         ending: Reason for the end of the ranks, if known.
@@ -279,14 +280,14 @@ def speaks_for(ending: Ending | None) -> bool:
 
 
 last_words: list[Callable[[str], None]] = []
-"""Called with the reason before a rank ends because another one did; not for long."""
+"""Functions called with the reason before a rank ends because another did; they return soon."""
 
 _watch: Watch | None = None
 _leaver: threading.Thread | None = None
 
 
 def leave_to(thread: threading.Thread) -> None:
-    """Leaves the end of this process to a thread, for which failing threads wait from now on."""
+    """Lets a thread end this process; other threads that fail from now on wait for this thread."""
     global _leaver
     _leaver = thread
 

@@ -1,8 +1,8 @@
 """Ranks of this machine, forked from one process: `python -m fd_large --ranks 2 train ...`.
 
-What a rank imports takes longer than all else before its first step. Ranks that are forked from a
-process share what it has imported, and no launcher imports it besides. The process passes signals
-on to its ranks and waits for them. No torch.
+Imports take most of the time before a rank's first step. Ranks that are forked from a process share
+the modules that it has imported, and no launcher imports them as well. The process passes signals
+on to its ranks and waits for them. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.ranks.launch import LOOPBACK, find_launch, free_port
 from fd_large.ranks.processes import handlers_to_replace
 
 SECONDS_AFTER_A_FAILURE = 30.0
-"""Until ranks are killed that outlive one that has failed; they end by themselves once they met."""
+"""Seconds from a rank's failure until the others are killed; ranks that have met end earlier."""
 
 
 def check_alone() -> None:
@@ -38,11 +38,11 @@ def check_alone() -> None:
 
 
 def run_ranks(number: int, work: Callable[[], int]) -> int:
-    """Runs a function on so many ranks of this machine, and waits for them.
+    """Runs a function on ranks that are forked on this machine, and waits for them.
 
     Args:
         number: The number of ranks.
-        work: What each of them does; returns its exit code.
+        work: The function that each rank runs; it returns the rank's exit code.
 
     Returns: the exit code of the first rank that failed, or 0.
     """
@@ -79,7 +79,7 @@ def run_ranks(number: int, work: Callable[[], int]) -> int:
     while ranks:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         assert ended is not None
-        # Before the system may give its number to another process.
+        # Before the process is reaped, after which the system may reuse its id.
         ranks.discard(ended.si_pid)
         os.waitpid(ended.si_pid, 0)
         code = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
@@ -94,8 +94,8 @@ def run_ranks(number: int, work: Callable[[], int]) -> int:
 def end_with(work: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code that a function returns, or with 1 after its error.
 
-    DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was;
-    and one whose peers are gone may wait in it for the kernel of a collective.
+    DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its exit code;
+    and a rank whose peers are gone may wait in the shutdown for the kernel of a collective.
     """
     code = 1
     try:

@@ -22,7 +22,7 @@ from fd_large.ranks import distributed
 T = TypeVar("T")
 
 _MOST_SECONDS = 1.0
-# Ranks that meet the same mistake as the first have so long to say so.
+# Seconds in which other ranks may report the same mistake as the first rank that reports one.
 _GRACE_SECONDS = 10.0
 
 
@@ -54,8 +54,8 @@ def meet(check: Callable[[], T]) -> T:
 def once(name: str, make: Callable[[], T], *, of_node: bool = False) -> T:
     """Returns a value that one rank makes for all; outside a meeting each rank makes its own.
 
-    All ranks must make the same calls. A rank whose maker has ended without this call makes its
-    own value.
+    All ranks must make the same calls. If the check of the rank that makes the value has ended
+    without this call, each rank that waits for it makes its own value.
 
     Args:
         name: Name of the value, the same on all ranks.
@@ -85,7 +85,7 @@ def fetch(name: str) -> Any:
 _present: contextvars.ContextVar[_Meeting | None] = contextvars.ContextVar("meeting", default=None)
 
 _Name = tuple[str, bool]
-"""What is made, and whether it is made once a node."""
+"""Name of a value, and whether the value is made once a node."""
 
 
 class _Made(NamedTuple):
@@ -108,7 +108,7 @@ class _State(NamedTuple):
         leads: Whether it is the first rank of its node.
         ended: Whether its check has ended.
         error: Exception of the check that is not an FDError, or "".
-        failed: Whether it failed with anything.
+        failed: Whether its check failed with any exception.
         over: Whether to stop waiting for the other ranks; rank 0 decides.
         num_made: Number of values that it made for all ranks and sends next.
         made: Values that it made for its node.
@@ -214,7 +214,7 @@ class _Meeting:
             for of_node in (True, False):
                 makers = [s for s in states if s.leads and s.node == self._node]
                 self._end(of_node, all(s.ended for s in (makers if of_node else states[:1])))
-            # Not one that came after this rank's state was asked for: the others do not know it.
+            # Not an error that came after this rank sent its state: the others do not know it.
             if own_state.error:
                 assert self._crash is not None
                 raise self._crash
@@ -232,7 +232,7 @@ class _Meeting:
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
         """Returns this rank's message, and its object for all ranks."""
-        # Before what was made is looked at, which is then complete.
+        # Read before the values that were made: if the check has ended, these are complete.
         ended = self._outcome is not None or self._crash is not None
         with self._changed:
             unsaid, self._unsaid = self._unsaid, {}

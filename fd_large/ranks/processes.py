@@ -25,14 +25,14 @@ from fd_large.ranks.starting import await_the_end
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What asks a process to stop: a scheduler's signals, Ctrl-C, a terminal that is closed."""
+"""Signals that ask a process to stop, from a scheduler, Ctrl-C, or a terminal that is closed."""
 WORKERS_PER_CORE, FEWEST_WORKERS = 16, 64
-"""A rank may start so many loading processes for each of its cores, or so many where that is less.
+"""Most loading processes of a rank for each of its cores, and a number that is always allowed.
 
-More of them do not load faster, and thousands take the machine down.
+More processes do not load faster, and thousands take the machine down.
 """
 HIDDEN = -1
-"""When a process started that this user may not look at."""
+"""The start time that stands for a process at which this user may not look."""
 
 ORPHAN_GRACE_SECONDS = 20.0
 """Seconds from SIGTERM to the end of a rank whose launcher is gone, unless a `hold` is active."""
@@ -149,7 +149,8 @@ def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> Non
     """Starts the thread that ends this rank when its launching command is gone; only once.
 
     An orphaned rank sends itself SIGTERM, so that a handler may save, and leaves with code 143
-    after ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Only where there is /proc.
+    after ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Without /proc nothing is
+    watched.
 
     Args:
         tell: Reports exit code and reason to the other ranks.
