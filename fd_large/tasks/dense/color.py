@@ -1,6 +1,6 @@
-"""Colours of uint8 images: hue, saturation and value, and brighter or darker ones.
+"""Colours of uint8 images: conversion to hue, saturation and value, brightness and contrast.
 
-It needs no OpenCV; hue has 180 steps as in OpenCV.
+No OpenCV is needed; hue has 180 steps as in OpenCV.
 """
 
 from __future__ import annotations

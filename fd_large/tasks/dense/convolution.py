@@ -1,8 +1,8 @@
-"""Convolutions of pyramids and heads; each draws its own weights and never the weights of a child.
+"""Convolutions of pyramids and heads, each of which initialises its own weights only.
 
-torchvision's pyramid and heads draw their children's weights in the parent's constructor. Under
-`deepspeed.zero.Init` these weights are already split over the ranks and the draws are lost, so
-parts with parameters are our own.
+torchvision's pyramid and heads initialise their children's weights in the parent's constructor.
+Under `deepspeed.zero.Init` these weights are then already split over the ranks and the initial
+values are lost, so parts with parameters are our own.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Doubling(nn.ConvTranspose2d):
 
     def reset_parameters(self) -> None:
         """Draws the weight again and zeroes the bias."""
-        # Its weight is (in, out, k, k); by a 2 x 2 kernel every pixel is reached from `in` numbers.
+        # The weight is (in, out, k, k); with a 2 x 2 kernel a pixel's fan in is `in_channels`.
         fill(self.weight, self.draw, self.in_channels)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -1,4 +1,4 @@
-"""The test loop over the ranks: every image once, and some once more for plots."""
+"""The test loop, which predicts every image once over the ranks, and some once more for plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 SCORES = "scores.json"
 NUM_IMAGES = 4
-"""Rows of a plot of images: the worst ones, and others that are always the same."""
+"""Number of images in a plot, of the worst images or of images that are the same in every test."""
 
 
 class Model(Protocol):
@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
 
 
 DrawnImages = Mapping[str, Mapping[int, Drawn]]
-"""Name of a plot -> number of an image -> what is drawn."""
+"""The images to draw in each plot: by the plot's name, then by the image's index."""
 
 
 def predict_all(
@@ -69,7 +69,7 @@ def predict_all(
 ) -> Iterator[tuple[TestImage, Tensor | None]]:
     """Yields this rank's test images with their predictions; a collective.
 
-    Unreadable images are named in the log; they and padding images have no prediction.
+    Unreadable images are named in the log. Unreadable and padding images have no prediction.
 
     Args:
         model: The model under test.
@@ -92,7 +92,7 @@ def predict_all(
 
 
 def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> DrawnImages:
-    """Predicts again the images to draw: the worst ones, and some others; a collective.
+    """Predicts the images to draw once more, the worst ones and some others; a collective.
 
     The others are spread evenly over the dataset and the same in every test, for comparison. Only
     rank 0 reads images, so that an image that has become unreadable stops no rank.
@@ -152,7 +152,7 @@ def finite(value: float) -> float | None:
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Returns the prediction of this rank's image, or None if it has none; a collective.
+    """Returns the prediction of this rank's image, or None without a readable one; a collective.
 
     Under ZeRO-3 every rank must run the same number of forwards.
     """

@@ -21,7 +21,7 @@ Number = TypeVar("Number", bound=np.number[Any])
 
 @dataclass(frozen=True)
 class View:
-    """A view of an image: it is resized, cropped, and the crop flipped.
+    """A view of an image, which is resized, cropped, and perhaps flipped, in this order.
 
     Attributes:
         original: Height and width of the image.
@@ -41,7 +41,7 @@ class View:
         return self.crop[2:]
 
     def image(self, image: Tensor) -> Tensor:
-        """Maps pixels (3, H, W) uint8 to the view's, by bilinear resizing with antialiasing."""
+        """Maps pixels (3, H, W) uint8 to the view by bilinear resizing with antialiasing."""
         if self.resized != self.original:
             image = F.interpolate(image[None], self.resized, mode="bilinear", antialias=True)[0]
         return self._cut(image)
@@ -57,7 +57,7 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Maps numbers of pixels (H, W), classes or depths, to the view by nearest neighbour."""
+        """Maps a number per pixel (H, W), class or depth, to the view by nearest neighbour."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height
@@ -87,7 +87,7 @@ def whole_view(height: int, width: int) -> View:
 def resized_view(
     height: int, width: int, *, short_side: int, long_side: int, flipped: bool = False
 ) -> View:
-    """Returns the view of a whole image at another size, its aspect kept.
+    """Returns the view of a whole image at another size, with the same aspect ratio.
 
     Args:
         height: Height of the image, in pixels.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 LONGEST = 36
-"""Letters that have room above an image in a row of four."""
+"""Largest number of letters that fit above an image in a row of four."""
 
 
 def shortened(name: str) -> str:
-    """Returns a name short enough to stand above an image: its end, if it is too long."""
+    """Returns a name that fits above an image; a name that is too long loses its beginning."""
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

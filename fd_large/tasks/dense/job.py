@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class DenseJob(TrainingJob):
-    """The student learns the pixels of `data.root`'s train split, tested on its val split.
+    """Trains a student on the pixels of `data.root`'s train split, and tests it on a val split.
 
-    A subclass names itself, opens images, makes its task, and says how it is tested.
+    A subclass opens its images, makes its task, and defines its views and tests.
 
     Attributes:
         section: The recipe's section of the task.
@@ -74,12 +74,12 @@ class DenseJob(TrainingJob):
             forward: Maps images (B, 3, H, W) uint8 to the task's predictions of their pixels.
             at_once: Number of windows in a forward.
 
-        Raises: ConfigError: if the recipe's way of testing does not fit.
+        Raises: ConfigError: if the recipe's test settings do not fit the student.
         """
         raise NotImplementedError
 
     def whole_images(self) -> str:
-        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
+        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
         raise NotImplementedError
 
     def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:
@@ -103,8 +103,8 @@ class DenseJob(TrainingJob):
     def test_images(self) -> Any:
         """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
 
-        These are the part of the train split that `data.val_fraction` holds out, or if that is 0
-        the val split.
+        The test images of `data.root` are the part of its train split that `data.val_fraction`
+        holds out, or, if that is 0, its val split.
 
         Raises: DataError: if the images cannot be used.
         """
@@ -163,7 +163,7 @@ class DenseJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images of one target."""
+        """Makes a batch of grey images, in which all pixels have the target 1."""
         side, positions = self.run.data.image_size, torch.arange(size)
         targets = Targets(
             torch.ones(size, side, side, dtype=self.truth),
@@ -177,9 +177,9 @@ class DenseJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the scores on all test images; scores and pictures go into RUN/evaluations.
+        """Returns the evaluation on all test images; scores and pictures go into RUN/evaluations.
 
-        Nothing is tested before the first step, as new heads know nothing.
+        Nothing is tested before the first step, when the head is still random.
         """
         run, task, images = self.run, cast(DenseTask, engine.task), self._test_images
 
@@ -201,7 +201,7 @@ class DenseJob(TrainingJob):
                 try:
                     self.keep(outcome, some, images, folder)
                 except Exception:
-                    # A full disk, a font: on rank 0 alone, and the scores stand without it.
+                    # A full disk or a missing font: only rank 0 fails, and the scores are known.
                     log.exception("%s: NOT WRITTEN: scores or pictures of the test", folder)
             return {f"val_{name}": v for name, v in outcome.scores.numbers().items()}, None
 
@@ -212,7 +212,7 @@ class DenseJob(TrainingJob):
         return (_PassWarning(),)
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student on the crop's grid, without a final norm that the head ignores."""
+        """Describes the student at the crop's size, with a final norm only if the head reads it."""
         absent = {} if self.section.head in self.on_last_map else FINAL_NORM
         return StoredStudent(trained_at(self.run), absent, IMAGENET)
 

@@ -1,4 +1,4 @@
-"""Batches of images with a truth for each pixel: by position in training, each once in tests."""
+"""Loads images with a truth for each pixel: crops by position in training, each image in tests."""
 
 from __future__ import annotations
 
@@ -154,11 +154,11 @@ class TestImages(Dataset):
 def build_test_loader(
     source: PairedImages, views: TestViews, *, rank: int, world_size: int, workers: int
 ) -> DataLoader:
-    """Returns a loader of single images, each once over the ranks, as many on every rank.
+    """Returns a loader of this rank's share of the images; all ranks' shares have equal length.
 
     Args:
         source: Images with their truth.
-        views: Sizes at which they are seen.
+        views: Views of the images.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Number of loading processes; 0 loads in this process.
@@ -171,9 +171,9 @@ def build_test_loader(
 def deal(
     num_images: int, *, batch_size: int, rank: int, world_size: int
 ) -> list[NDArray[np.int64]]:
-    """Returns a rank's batches of places in an order of images, padded with -1.
+    """Returns a rank's batches of positions in an order of images, padded with -1.
 
-    Consecutive batches go to the ranks in turn, so that all work about as long.
+    Consecutive batches go to the ranks in turn, so that all ranks work about as long.
     """
     share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
     places = np.where(np.arange(share) < num_images, np.arange(share), -1)

@@ -1,4 +1,4 @@
-"""Images, each with a file of one number a pixel: classes or depths."""
+"""Images that are each paired with a truth file of one number per pixel, a class or a depth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fd_large.errors import DataError
 from fd_large.files import kind_of
 
 FILES_CHECKED = 8
-"""Files that are read before a run starts, spread over the dataset."""
+"""Number of truth files that are read before a run starts, spread over the dataset."""
 
 
 class Layout(NamedTuple):
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
     Attributes:
         images: Folder of the images of a split.
-        truths: Folder of their files, in which the same folders lie.
+        truths: Folder of the truth files, with the same subfolders.
         train: The dataset's name of the split "train".
         val: The dataset's name of the split "val".
         image_tail: Ending of an image's stem after the common part.
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     truth_tail: str = ""
 
     def folders(self, root: str, split: str) -> tuple[str, str]:
-        """Returns the folders of the images and of the files of a split."""
+        """Returns the folders of the images and of the truth files of a split."""
         name = {"train": self.train, "val": self.val}.get(split, split)
         images, truths = (part.format(split=name) for part in (self.images, self.truths))
         return os.path.join(root, images), os.path.join(root, truths)
@@ -56,8 +56,9 @@ class Pairs(NamedTuple):
 
     Attributes:
         images: Paths of the images.
-        truths: Paths of files.
-        places: (N, 2), the numbers of each image that is used and of its file.
+        truths: Paths of the truth files.
+        places: (N, 2), for each image that is used, its index in `images` and that of its truth
+            file in `truths`.
         fingerprint: A hash of the names.
         folder: The folder of the images.
     """
@@ -73,7 +74,7 @@ class PairedImages(DivisibleImages, ABC):
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.truth(i)`.
 
     Args:
-        pairs: The images and their files.
+        pairs: The images and their truth files.
         max_pixels: Larger images are refused.
 
     Attributes:
@@ -95,7 +96,7 @@ class PairedImages(DivisibleImages, ABC):
         return read_image(self[index])
 
     def truth_file(self, index: int) -> str:
-        """Returns the path of an image's file of numbers."""
+        """Returns the path of an image's truth file."""
         return self._pairs.truths[int(self.places[index, 1])]
 
     @abstractmethod
@@ -108,7 +109,7 @@ class PairedImages(DivisibleImages, ABC):
     def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
         """Reads image `index`, (3, H, W) uint8, and the truth of its pixels, (H, W).
 
-        Raises: DataError: if a file cannot be read, or their sizes differ.
+        Raises: DataError: if a file cannot be read, or the two sizes differ.
         """
         image = decode(self.read(index), self[index], max_pixels=self.max_pixels)
         truth = self.truth(index)
@@ -136,11 +137,11 @@ def read_numbers(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.int32]:
-    """Reads the numbers of a file, (H, W), one a pixel.
+    """Reads the numbers of a file, (H, W), one per pixel.
 
     Args:
         path: An image file.
-        modes: Pillow's modes that are taken.
+        modes: The accepted modes of Pillow.
         expected: Expected kind of file, for messages.
         max_pixels: Larger files are refused.
 
@@ -169,18 +170,18 @@ def read_numbers(
 def pairs_in_folders(
     layouts: Sequence[Layout], root: str, split: str, *, kind: str, where: str, otherwise: str = ""
 ) -> Pairs:
-    """Finds the images of a split, and the file of each image.
+    """Finds the images of a split, and the truth file of each image.
 
     Args:
-        layouts: Possible layouts; the first that exists is taken. If images and truth files share
-            a folder, the truth files are the PNGs.
+        layouts: Possible layouts, of which the first that exists is used. If images and truth files
+            share a folder, the truth files are the PNGs.
         root: Folder of the dataset.
         split: "train" or "val".
         kind: Plural noun for the truth, for messages: "labels".
         where: The field that names the folder, for messages.
         otherwise: Alternative layouts of a dataset, for messages.
 
-    Raises: DataError: if there is no such split, or an image has no file.
+    Raises: DataError: if there is no such split, or an image has no truth file.
     """
     layout = _layout_of(layouts, root, split, kind, where, otherwise)
     image_root, truth_root = layout.folders(root, split)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics, normalise
 
-# Value of the pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after
-# normalisation: a model whose biases are still 0 maps that to 0, where each norm multiplies
-# gradients by 1 / sqrt(eps).
+# Value of the pixels that pad an image, as in detectron2's large-scale jitter. It is not 0 after
+# normalisation: a model whose biases are still 0 would map zeros to zeros, for which each norm
+# multiplies gradients by 1 / sqrt(eps).
 PADDING = 128
 
 

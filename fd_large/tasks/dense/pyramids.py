@@ -1,9 +1,9 @@
-"""Pyramids: maps of a backbone turned into maps with successively halved sides.
+"""Pyramids, which turn a backbone's maps into maps with successively halved sides.
 
-Detectors take five of one width; segmentation takes four, of the backbone's own widths.
+Detectors read five maps of one width; segmentation reads four, of the backbone's own widths.
 
-torchvision's pyramid does not serve: it draws its children's weights from its own constructor
-(see convolution.py).
+torchvision's pyramid cannot be used, since it initialises its children's weights in its own
+constructor (see convolution.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NormedStages(nn.Module):
     def __init__(self, widths: Sequence[int]):
         super().__init__()
         for stage, channels in enumerate(widths):
-            # Under the names that detectors with a Swin backbone give them.
+            # The norms have the names that they have in published detectors with a Swin backbone.
             self.add_module(f"norm{stage}", LayerNorm(channels, STAGE_NORM_EPS))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -114,9 +114,9 @@ class SimplePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Four maps as of a hierarchical backbone, rescaled from a plain backbone's maps of one size.
+    """Rescales maps of a plain backbone, all of one size, to the sizes of a hierarchical one's.
 
-    Each is scaled by transposed convolutions or by max pooling, its width unchanged.
+    Each map is scaled by transposed convolutions or by max pooling; its width is unchanged.
 
     Args:
         width: Channels of the maps.
@@ -164,7 +164,7 @@ def _fourfold(
 
 
 def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Returns lateral 1x1 convolutions and 3x3 output convolutions, one pair a level."""
+    """Returns lateral 1x1 convolutions and 3x3 output convolutions, one of each per level."""
     return (
         nn.ModuleList(NormedConvolution(channels, width, 1, relu=False) for channels in widths),
         nn.ModuleList(NormedConvolution(width, width, 3, relu=False) for _ in widths),
@@ -172,5 +172,5 @@ def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.
 
 
 def _coarser(x: Tensor) -> Tensor:
-    """Returns every second place of a map (B, C, H, W), as a further level for large anchors."""
+    """Returns every second row and column of a map (B, C, H, W), as a level for large anchors."""
     return F.max_pool2d(x, kernel_size=1, stride=2)

@@ -1,4 +1,4 @@
-"""Fields that the sections of tasks with dense targets share; no torch."""
+"""Checks of fields that tasks with dense targets share; torch is not imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IGNORED_FIELDS = (
     *(*OF_VIEWS_WITHOUT_LABELS, *OF_FEW_LABELS),
     "data.min_crop_scale",
 )
-"""Fields of the recipe that their own views and tests do not read."""
+"""Fields of the recipe that tasks with dense targets do not read."""
 
 
 def check_head(run: Any, *, task: str, field: str = "head") -> None:

@@ -1,6 +1,6 @@
-"""A distilled student as a pyramid: its maps on images of any size, and their neck.
+"""Prepares a distilled student for dense tasks: its maps of images of any size, and their neck.
 
-Parameters and their names stay the student's, so that its weights load unchanged.
+The student's parameters keep their names, so that its weights load unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fd_large.tasks.dense.pyramids import (
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
 
 NUM_STAGES = 4
-# Parameters of a distilled student that `strip` takes out, with the values that a whole student has
-# in their place: its final norm then only normalises.
+# Parameters of a distilled student that `strip` removes, with the values that stand for them in an
+# exported whole student, whose final norm then only normalises.
 LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
     """Removes the final norm and, before windows, the class tokens from a student.
 
-    They would get no gradient, and parameters without one are still decayed under DeepSpeed.
+    These parameters would get no gradient, but DeepSpeed would still apply weight decay to them.
 
     Args:
         student: A backbone with a map for each stage (`stage_widths`, `stage_strides`), each of
@@ -38,7 +38,7 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
         windowed: Whether a student with a single map will see windows, without its class tokens
             (`features`), or whole images of its own size, with them (`maps_of_blocks`).
 
-    Raises: ConfigError: if no pyramid can stand on the student.
+    Raises: ConfigError: if no pyramid can be built on the student.
     """
     if has_stages(student):
         stages, size_rule = len(student.stage_widths), getattr(student, "size_rule", "pad")
@@ -83,8 +83,8 @@ def features(
 def blocks_taken(depth: int) -> tuple[int, int, int, int]:
     """Returns the blocks of a plain ViT whose maps are rescaled, counted from 0.
 
-    As published: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, a third, a half, two thirds and all of
-    the model.
+    They end a third, a half, two thirds and all of the model; as published, blocks 3, 5, 7, 11 of
+    12 and 7, 11, 15, 23 of 24.
     """
     return (
         max(depth // 3 - 1, 0),
@@ -138,7 +138,7 @@ def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> 
 def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
     """Resizes a head's result (B, K, h, w) to the pixels (B, 3, H, W): (B, K, H, W), bilinear.
 
-    A map may show padding beside the pixels, which is cut off.
+    Where the student saw padding beside the pixels, that part of the result is cut off.
     """
     size = at_own_size(student, pixels).shape[-2:]
     if logits.shape[-2:] != size:
@@ -169,7 +169,7 @@ def scales_of(patch_size: int) -> tuple[float, ...]:
 
 
 def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
-    """Returns the neck that makes four maps, finest first, from a student's, and their channels."""
+    """Returns the neck that turns a student's maps into four, finest first, and their widths."""
     if has_stages(student):
         return NormedStages(student.stage_widths), tuple(student.stage_widths)
     neck = RescaledMaps(student.width, scales_of(student.patch_size))

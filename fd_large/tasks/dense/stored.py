@@ -44,7 +44,7 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
 
 
 def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
-    """Returns shapes by name of a task's tensors outside its student, running statistics too."""
+    """Returns the shapes of a task's tensors outside its student, and of running statistics."""
     with torch.device("meta"):
         task = make()
     tensors = dict(task.named_parameters()) | partition.running_statistics(task)
@@ -56,7 +56,7 @@ class HeadTensors(Tensors):
 
     Args:
         reader: The checkpoint.
-        shapes: See `head_shapes`, of its recipe.
+        shapes: The `head_shapes` of the checkpoint's recipe.
     """
 
     def __init__(self, reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -79,7 +79,7 @@ class HeadTensors(Tensors):
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns a tensor's type: masters and averages are float32."""
+        """Returns float32, the type of master and averaged weights."""
         return torch.float32
 
 

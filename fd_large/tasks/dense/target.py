@@ -1,6 +1,6 @@
-"""The target of each pixel: its class, its depth.
+"""The target of each pixel of a batch, a class or a depth.
 
-A NamedTuple, because a batch is moved to the device and pinned by walking through tuples.
+It is a NamedTuple, because a batch is moved to the device and pinned by walking through tuples.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Targets(NamedTuple):
     Attributes:
         truth: (B, H, W), the dataset's value of each pixel, including its value for unknown pixels.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: random choices of a sample depend on them.
-            Not a tensor, so that it stays on the host, where choices are drawn.
+        positions: (B,) int64, in the epoch's order; random choices for a sample depend on them. A
+            NumPy array stays on the host, where the choices are drawn.
         epoch: Counted from 0.
     """
 

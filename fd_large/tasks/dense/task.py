@@ -1,4 +1,4 @@
-"""The base of tasks with a target for each pixel: pixels, and a student that may be frozen."""
+"""The base of tasks with a target for each pixel, whose student may be frozen."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ class DenseTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model and the next larger crop that its patch divides.
+        """Returns the recipe with a named model, and its crop enlarged to a multiple of the patch.
 
-        A model of several stages sees crops of any size.
+        The crop stays unchanged for a model of several stages, which sees crops of any size.
         """
         run = super().starting_from(
             run, model, image_size=image_size, trained_as=trained_as, fields=fields

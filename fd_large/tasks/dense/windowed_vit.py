@@ -1,9 +1,9 @@
-"""A plain ViT on large images: most blocks see windows, a few the whole image.
+"""A plain ViT on large images: most blocks attend within windows, a few over the whole image.
 
 The parameters keep the distilled model's names; only the calls of its blocks differ. Windows are as
 large as the grid on which the model was distilled, so that its position table fits inside them; the
-last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token has
-no place in a window and is left out, and so is the final norm.
+last block of each quarter sees the whole image (ViTDet: blocks 2, 5, 8, 11 of 12). The class token,
+which belongs to no window, and the final norm are left out.
 
 Source: Li et al., arXiv 2203.16527.
 """

@@ -1,6 +1,6 @@
 """Sliding windows over an image: their places, and the mean of their predictions.
 
-Source: mmsegmentation, encoder_decoder.py (slide_inference); its oracle holds this to it.
+Source: mmsegmentation, encoder_decoder.py (slide_inference); a test compares both.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def mean_of_windows(
 
     Args:
         image: (B, 3, H, W).
-        find: Maps crops (B, 3, h, w) to (B, ..., h, w): the model.
+        find: The model, which maps crops (B, 3, h, w) to predictions (B, ..., h, w).
         places: The windows, all of one size.
         at_once: Number of windows in a forward.
 
-    Returns: (B, ..., H, W), NaN where no window is.
+    Returns: (B, ..., H, W), NaN for pixels in no window.
     """
     size = (image.shape[-2], image.shape[-1])
     total: Tensor | None = None
