@@ -20,7 +20,8 @@ from fd_large.recipes.sections import RATE_BATCH_SIZE, Data, Eval, Optim, Runtim
 from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
 NAME = "small_data"
-_QUICKSTART = replace(quickstart(), name="quickstart")
+QUICKSTART = "quickstart"
+_QUICKSTART = replace(quickstart(), name=QUICKSTART)
 USUAL_IMAGES = 1_000
 """The number of images that the recipe's own numbers are for."""
 

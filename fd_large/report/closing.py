@@ -18,6 +18,8 @@ from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
 from fd_large.recipes.left import LEFT
 from fd_large.recipes.sections import FOLLOWING, STUDENTS
+from fd_large.recipes.small_data import NAME as SMALL_DATA
+from fd_large.recipes.small_data import QUICKSTART
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
@@ -178,11 +180,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
             cached_folder(teacher.get("source", "")) for teacher in _teachers(files).values()
         )
         if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
-            changes = {"data.root": "FOLDER"}
-            if _evaluates(files):
-                changes["eval.root"] = "HELD_OUT_FOLDER"
-            changes["runtime.run_dir"] = f"{_group(files)}-2"
-            steps.append(("the same on your own images", _again(files, changes)))
+            steps.append(_on_own_images(files))
     if status == "done":
         steps += _of_task(files)
     elif status != RUNNING:
@@ -197,6 +195,24 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         why = "the runs of record: what they need, how long they take, what to expect"
         steps.append((why, [*_commands(files), "recipes"]))
     return [{"why": why, "command": shlex.join(words)} for why, words in steps]
+
+
+def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
+    """Returns the command for the user's images; the quick start's own models leave to small_data.
+
+    That recipe needs no test images, and fits its settings to the number of images.
+    """
+    models = ("student", "teacher", "task")
+    if files.recipe["name"] == QUICKSTART and not any(
+        name.startswith(models) for name in files.changed
+    ):
+        words = ["train", "--deepspeed_config", "zero1", "--recipe", SMALL_DATA]
+        return "your own images", [*_commands(files), *words, "--data.root", "FOLDER"]
+    changes = {"data.root": "FOLDER"}
+    if _evaluates(files):
+        changes["eval.root"] = "HELD_OUT_FOLDER"
+    changes["runtime.run_dir"] = f"{_group(files)}-2"
+    return "the same on your own images", _again(files, changes)
 
 
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:

@@ -178,9 +178,20 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(make_run):
     assert told.startswith("stopped before anything was saved. To start again:\n")
 
 
-def test_the_quick_start_leads_to_images_of_ones_own(run_of, make_run):
+def test_the_quick_start_leads_to_images_of_ones_own(run_of):
     folder, _ = run_of("distillation")
     recipe = registry.get("quickstart")
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    first, *_ = next_steps(read_run(folder))
+    assert first["why"] == "your own images"
+    _, given = pasted(first["command"])
+    assert (given.run.name, given.run.data.root) == ("small_data", "FOLDER")
+    assert "eval.root" not in first["command"]
+
+
+def test_the_quick_start_of_another_student_leads_to_the_same_on_images_of_ones_own(run_of):
+    folder, _ = run_of("distillation")
+    recipe = override(registry.get("quickstart"), {"student.drop_path_rate": 0.1})
     (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     first, *_ = next_steps(read_run(folder))
     assert first["why"] == "the same on your own images"
