@@ -28,6 +28,8 @@ INCIDENTS = "incidents"
 INCIDENT = "incident.json"
 EVALUATED = "evaluations"
 STEP = "update_"
+STOP_FILE = "stop"
+"""The user makes this file, and the run saves and stops."""
 OVERWRITTEN = (
     *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
     *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),

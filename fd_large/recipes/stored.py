@@ -10,7 +10,7 @@ from typing import Any
 from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
 from fd_large.recipes.fields import flat_plain, override
-from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
+from fd_large.recipes.file_names import CHECKPOINTS, RECIPE, STOP_FILE
 from fd_large.recipes.run import LENGTH, Run
 from fd_large.recipes.sections import FOLLOWING, STUDENTS
 from fd_large.recipes.small_data import fitted_fields
@@ -138,10 +138,14 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
         changes: {field: (value there, value now)}.
     """
     changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
-    longer = ""
+    expected, longer = "the same", ""
     if changes.keys() <= set(LENGTH):
-        longer = "Name the length that it has, or a larger one, or set"
+        expected = "the same length or a larger one"
+        longer = (
+            " To end it sooner, stop it (make the file "
+            f"{folder / STOP_FILE}): export and evaluate take its last checkpoint."
+        )
     return ConfigError(
-        f"{folder}: holds a run with other settings; got {changed}, expected the same. "
-        f"{longer or 'Set'} --runtime.run_dir to another folder, or --fresh to start over here."
+        f"{folder}: holds a run with other settings; got {changed}, expected {expected}. Set "
+        f"--runtime.run_dir to another folder, or --fresh to start over here.{longer}"
     )

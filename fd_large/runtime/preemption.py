@@ -26,13 +26,13 @@ from fd_large.files import kind_of
 from fd_large.ranks import distributed
 from fd_large.ranks.launch import ask_slurm
 from fd_large.ranks.processes import briefly, handlers_to_replace, hold
+from fd_large.recipes.file_names import STOP_FILE
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
 from fd_large.runtime.logs import FILE_ONLY
 
 log = logging.getLogger(__name__)
 
-STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
 """Seconds between two looks for the file: a shared file system is not asked at every step."""
 PROBE_BYTES = 1 << 25
