@@ -151,11 +151,13 @@ def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> N
         )
     if part == "train":
         log.info(
-            "%s: %d of %d images of %s are held out for tests, by a hash of their names; training "
-            "never sees them",
+            "%s: %d of %d images of %s are the test images here, by a hash of their names, and the "
+            "others the training images. A model that learned from %s before has seen them all, "
+            "unless it held out the same part",
             FIELD,
             count,
             len(held_out),
+            root,
             root,
         )
     return np.flatnonzero(held_out if part == "val" else ~held_out)

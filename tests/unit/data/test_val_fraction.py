@@ -96,6 +96,18 @@ def test_an_empty_part_is_refused(tmp_path):
         open_training(write(tmp_path, names(2)), val_fraction=1e-6)
 
 
+def test_what_is_said_of_the_parts_promises_nothing_of_other_runs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = write(tmp_path, names(40))
+    count = len(held(root, "val"))
+    assert not caplog.messages
+    held(root, "train")
+    (told,) = caplog.messages
+    assert f"{count} of 40 images of {root} " in told
+    assert "learned from" in told
+    assert "never" not in told
+
+
 def test_a_class_that_is_held_out_whole_is_said(tmp_path, caplog):
     # "c" has one image, which is held out.
     only = next(f"c/{n}.png" for n in range(100) if is_held_out(f"c/{n}.png", 0.25))
