@@ -13,9 +13,10 @@ from fd_large.recipes.architectures import full_name
 from fd_large.report import style
 from fd_large.report.run_files import RunFiles
 
-LOOKS = ((style.VERMILLION, "o"), (style.GREEN, "s"))
-"""Colours and markers of evaluated losses, in turn."""
-DASHES = (0, (5, 3))
+DASHES = (0, (4, 4))
+LOOKS = ((style.VERMILLION, "o", DASHES), (style.GREEN, "s", (4, (4, 4))))
+"""Colours and markers of evaluated losses, in turn, and dashes of their baselines, of which one
+stands in the gaps of the other where the two coincide."""
 TITLE_CHARACTERS = 78
 """How many of them a line of the title has room for."""
 
@@ -45,7 +46,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
     last = int(files.updates[-1])
     constant_seen = False
-    for name, (color, marker) in zip(files.losses, cycle(LOOKS)):
+    for name, (color, marker, dashes) in zip(files.losses, cycle(LOOKS)):
         steps, values = files.evaluated(name)
         upper.plot(
             steps,
@@ -62,7 +63,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
         last = max(last, int(steps[-1]))
         _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         if len(constants):
-            upper.axhline(constants[-1], color=color, linewidth=1.2, linestyle=DASHES)
+            upper.axhline(constants[-1], color=color, linewidth=1.2, linestyle=dashes)
             curves.append(constants[-1:])
             constant_seen = True
     if constant_seen:

@@ -24,7 +24,7 @@ from fd_large.report.closing import (
     when_measured,
     worse_than_constant,
 )
-from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
+from fd_large.report.loss_curve import LOOKS, smoothed
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import Objective
 
@@ -144,7 +144,7 @@ def _lines(
 
     Lines are labelled only by their images if the chart's title has the kind of metric.
     """
-    for name, (colour, marker) in zip(names, cycle(LOOKS)):
+    for name, (colour, marker, dashes) in zip(names, cycle(LOOKS)):
         at, values = files.evaluated(name)
         size = 3 if len(at) <= 40 else 0
         words = files.words(name)
@@ -154,7 +154,7 @@ def _lines(
         _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         for constant in constants[-1:]:
             label = f"{words.removesuffix(' loss')}, constant prediction"
-            axes.axhline(constant, color=colour, linewidth=1, linestyle=DASHES, label=label)
+            axes.axhline(constant, color=colour, linewidth=1, linestyle=dashes, label=label)
         yield [*values, *constants[-1:]]
 
 

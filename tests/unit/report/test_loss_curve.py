@@ -30,6 +30,20 @@ def test_it_is_a_picture(updates, held_out, make_run, tmp_path):
         assert picture.size == (1200, 765 if held_out else 732)
 
 
+def test_one_baseline_stands_in_the_gaps_of_another_at_its_height(make_run, tmp_path, monkeypatch):
+    folder = make_run()
+    row = {"update": 60, "held_out_best_constant": 0.4, "unseen_crops_best_constant": 0.4}
+    row |= {"held_out_loss": 0.3, "unseen_crops_loss": 0.2}
+    (folder / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    lines = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, height, **look: lines.append((height, look)))
+    draw_loss_curve(read_run(folder), tmp_path / "curve.png")
+    (first, look), (second, other) = lines
+    assert first == second
+    (start, (dash, gap)), (begins, _) = look["linestyle"], other["linestyle"]
+    assert begins - start == dash <= gap
+
+
 def test_a_loss_that_is_no_number_is_left_out(make_run, tmp_path):
     folder = make_run(updates=10)
     with (folder / "metrics.jsonl").open("a") as file:
