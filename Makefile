@@ -26,6 +26,7 @@ LOCK ?=
 # One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a
 # build in place warns about a folder of the package's name, at length.
 .venv/%: pyproject.toml $(LOCK)
+	@echo "Installing the packages of fd_large[$*], torch among them, into .venv: it takes minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifdef LOCK
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
