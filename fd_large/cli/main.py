@@ -20,6 +20,7 @@ from fd_large.errors import ConfigError, Exit, FDError
 from fd_large.ranks import failures
 from fd_large.ranks.forked import check_alone, run_ranks
 from fd_large.ranks.launch import find_rank
+from fd_large.ranks.starting import leave_at_signals
 from fd_large.runtime import terminal
 from fd_large.runtime.display import shown
 
@@ -125,14 +126,17 @@ def _run_on_ranks(arguments: list[str]) -> int:
         return main(rest)
     check_alone()
     command, command_arguments = choose(rest, COMMANDS, note=_BEGIN)
-    if command == "train":
-        import_module("fd_large.cli.train").checked(command_arguments)
+    trains = command == "train"
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not any(map(files.kind_of, _GPUS)):
+        # The user's own code is to see its rank while it is imported, which every rank does.
+        if trains and not any(doors.PREFIX in argument for argument in command_arguments):
+            import_module("fd_large.cli.train").checked(command_arguments)
         with imports.for_good("deepspeed"):
             import_module("fd_large.engine.run")
             import_module("fd_large.tasks.jobs")
     sys.argv[1:] = rest  # A run records its own command, without its launcher's.
-    return run_ranks(int(text), lambda: main(rest))
+    prepare = leave_at_signals if trains else lambda: None
+    return run_ranks(int(text), lambda: main(rest), prepare=prepare)
 
 
 def _refused(error: FDError, rank: int) -> int:

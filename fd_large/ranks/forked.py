@@ -37,14 +37,17 @@ def check_alone() -> None:
         )
 
 
-def run_ranks(number: int, work: Callable[[], int]) -> int:
-    """Runs a function on ranks that are forked on this machine, and waits for them.
+def run_ranks(
+    number: int, work: Callable[[], int], *, prepare: Callable[[], None] = lambda: None
+) -> int:
+    """Runs a function on forked ranks of this machine, and waits for them.
 
     Args:
         number: The number of ranks.
-        work: The function that each rank runs; it returns the rank's exit code.
+        work: The function; returns the exit code of its rank.
+        prepare: Called in each rank before a signal can reach it, to catch signals.
 
-    Returns: the exit code of the first rank that failed, or 0.
+    Returns: the first exit code of a rank that is not 0, or 0.
     """
     everywhere = {
         "WORLD_SIZE": str(number),
@@ -53,46 +56,62 @@ def run_ranks(number: int, work: Callable[[], int]) -> int:
         "MASTER_PORT": str(free_port()),
     }
     ranks: set[int] = set()
+    handled = handlers_to_replace()
 
     def pass_on(number: int, _: FrameType | None = None) -> None:
         for pid in list(ranks):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    handled = handlers_to_replace()
+    def start() -> int:
+        prepare()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+        return work()
+
+    # Every rank would print what is still in the buffer.
+    sys.stdout.flush()
     # A signal that comes meanwhile waits until all ranks are there to get it.
     signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-    for rank in range(number):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= everywhere | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
-            end_with(work)
-        ranks.add(pid)
+    try:
+        for rank in range(number):
+            pid = os.fork()
+            if pid == 0:
+                os.environ |= everywhere | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                end_with(start)
+            ranks.add(pid)
+    except OSError:  # The user may have no more processes.
+        pass_on(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+        raise
     for each in handled:
         signal.signal(each, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
 
-    impatient = threading.Timer(SECONDS_AFTER_A_FAILURE, pass_on, (signal.SIGKILL,))
-    impatient.daemon = True
+    impatient: threading.Timer | None = None
     failed = 0
     while ranks:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         assert ended is not None
+        is_rank = ended.si_pid in ranks
         # Before the process is reaped, after which the system may reuse its id.
         ranks.discard(ended.si_pid)
         os.waitpid(ended.si_pid, 0)
+        if not is_rank:  # As process 1 of a container, this one adopts orphans of its ranks.
+            continue
         code = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
         # Ranks that have saved wait for each other, however long that takes.
-        if code not in (0, Exit.AGAIN) and failed in (0, Exit.AGAIN):
+        if code not in (0, Exit.AGAIN) and impatient is None:
+            impatient = threading.Timer(SECONDS_AFTER_A_FAILURE, pass_on, (signal.SIGKILL,))
+            impatient.daemon = True
             impatient.start()
         failed = failed or code
-    impatient.cancel()
+    if impatient is not None:
+        impatient.cancel()
     return failed
 
 
 def end_with(work: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code that a function returns, or with 1 after its error.
+    """Ends this process with the exit code that a function returns, or with that of its error.
 
     DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its exit code;
     and a rank whose peers are gone may wait in the shutdown for the kernel of a collective.
@@ -100,6 +119,13 @@ def end_with(work: Callable[[], int]) -> NoReturn:
     code = 1
     try:
         code = work()
+    except KeyboardInterrupt:  # The second one of a press: a terminal sends it, and `pass_on`.
+        code = Exit.INTERRUPTED
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+        else:
+            code = leaving.code or 0
     except BaseException as error:
         # This hook writes to terminal and log: runtime/terminal.py.
         sys.excepthook(type(error), error, error.__traceback__)

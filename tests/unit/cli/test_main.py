@@ -223,7 +223,8 @@ def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
     ],
 )
 def test_a_mistake_is_told_before_ranks_are_started(words, found, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "run_ranks", lambda *_: pytest.fail("ranks"))
+    monkeypatch.setattr(cli, "run_ranks", lambda *_, **__: pytest.fail("ranks"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # With a GPU every rank tells it.
     assert cli.main(words.split()) == 2
     assert found in one_sentence(capsys)
 
@@ -233,7 +234,8 @@ def test_each_rank_runs_the_command(has_gpu, engine, monkeypatch, tmp_path):
     """What ranks share is imported before they are forked, where there is no GPU to spoil."""
     started, shared = [], []
 
-    def run_ranks(number, work):
+    def run_ranks(number, work, *, prepare):
+        assert prepare is cli.leave_at_signals
         started.append((number, *shared))
         return work()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from waiting import until
@@ -24,28 +25,31 @@ for name in RANK_VARIABLES: os.environ.pop(name, None)
 folder = Path(sys.argv[1])
 def place():
     launch = find_launch()
-    assert launch.is_on_one_host and launch.local_world_size == launch.world_size == 2
+    assert launch.is_on_one_host and launch.local_world_size == launch.world_size
     assert launch.rank == launch.local_rank
     (folder / str(launch.rank)).write_text(str(launch.master_port))
     return launch.rank
 """
 
 
-def start(work: str, folder: Path, *, seconds: float = 30.0) -> subprocess.Popen[str]:
-    """Starts two ranks of a function `work`, which are killed so many seconds after a failure."""
+def start(
+    work: str, folder: Path, *, seconds: float = 30.0, number: int = 2
+) -> subprocess.Popen[str]:
+    """Starts ranks of a function `work`, which are killed so many seconds after a failure."""
     lines = [
         HEAD,
         textwrap.dedent(work),
         f"forked.SECONDS_AFTER_A_FAILURE = {seconds}",
-        "code = forked.run_ranks(2, work)",
+        f"code = forked.run_ranks({number}, work)",
         "assert int(os.environ.get('RANK', -1)) < 0",
         "sys.exit(code)",
     ]
     command = [sys.executable, "-c", "\n".join(lines), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def ended(work: str, folder: Path, **more: float) -> tuple[int, str, str]:
+def ended(work: str, folder: Path, **more: Any) -> tuple[int, str, str]:
     process = start(work, folder, **more)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
@@ -114,6 +118,62 @@ def test_a_signal_reaches_every_rank(number, tmp_path):
         process.kill()
         process.communicate()
     assert {"caught_0", "caught_1"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_failure_after_a_save_and_another_end_the_ranks_that_are_left(tmp_path):
+    work = """
+    def work():
+        rank = place()
+        if rank == 3:
+            (folder / "pid").write_text(str(os.getpid()))
+            time.sleep(600)
+        while not (folder / "pid").exists():
+            time.sleep(0.01)
+        time.sleep(0.3 * rank)
+        return (75, 1, 1)[rank]
+    """
+    code, _, err = ended(work, tmp_path, number=4, seconds=0.5)
+    assert (code, err) == (75, "")
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+def test_a_process_that_is_no_rank_has_no_say(tmp_path):
+    """As process 1 of a container it gets the orphans of its ranks; prctl(36) makes it like one."""
+    work = """
+    import ctypes
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    def work():
+        if place() == 0:
+            orphan = ["sh", "-c", "sh -c 'sleep 0.3; kill -9 $$' & "]
+            __import__("subprocess").run(orphan)
+            time.sleep(1)
+        return 0
+    """
+    assert ended(work, tmp_path, seconds=0.1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("raise KeyboardInterrupt", 130), ("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.exit('x')", 1)],
+)
+def test_a_rank_that_leaves_by_an_exception_keeps_its_code(end, code, tmp_path):
+    found, _, err = ended(f"def work():\n    place()\n    {end}", tmp_path)
+    assert found == code
+    assert "Traceback" not in err
+
+
+def test_signals_wait_until_a_rank_is_prepared(tmp_path):
+    work = """
+    from fd_large.ranks.starting import leave_at_signals
+    run = forked.run_ranks
+    def prepare():
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave_at_signals()
+    forked.run_ranks = lambda number, work: run(number, work, prepare=prepare)
+    def work():
+        time.sleep(600)
+    """
+    assert ended(work, tmp_path)[0] == 75
 
 
 def test_a_rank_of_another_launcher_starts_none(monkeypatch):
