@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -82,12 +84,21 @@ def test_checkpoints_images_and_kills():
 
 
 def test_the_ablation():
-    """docs/evaluation.md has the accuracies and differences of the results file."""
+    """docs/evaluation.md has the accuracies, rates and differences of the results file."""
     page = " ".join((ROOT / "docs/evaluation.md").read_text().split())
     found = result("proof")["found"]
-    for name in ("teacher", "student", "whitened"):
-        tuned = found["finetune"][name]
-        assert f"{tuned['mean']:.2f} +- {tuned['standard_deviation']:.2f}" in page
+    for tuned in found["finetune"].values():
+        assert f"| {tuned['mean']:.2f} +- {tuned['standard_deviation']:.2f} |" in page
+    order = ("teacher", "student", "same_positions", "drop_path", "labels", "teacher_longer")
+    sweeps = [found["finetune"][name]["sweep"] for name in (*order, "whitened", "raw")]
+    for rate in (0.002, 0.004, 0.008):
+        cells = [
+            f"{trial['held_out_accuracy']:.1f}"
+            for sweep in sweeps
+            for trial in sweep["trials"]
+            if trial["base_lr"] == pytest.approx(rate)
+        ]
+        assert f"| {rate} | {' | '.join(cells)} |" in page.replace("**", "")
     for gap in found["differences"]:
         low, high = gap["interval"]
         sign = "+" if low > 0 else ""
