@@ -155,9 +155,11 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     if num_bytes != size:
         return f"{tensors.name} has {num_bytes} bytes, expected {size}"
     for part, crc in expected_sums.items():
-        if sums.get(part) != crc:
+        if part not in sums:
+            return f"{tensors.name} is damaged: it cannot be read as a file of tensors"
+        if sums[part] != crc:
             of = "" if part == "file" else f" of its {part}"
-            return f"{tensors.name} has checksum {sums.get(part)}{of}, expected {crc}"
+            return f"{tensors.name} has checksum {sums[part]}{of}, expected {crc}"
     return None
 
 

@@ -89,6 +89,16 @@ def test_damage_is_found_and_named(harm, file, said, folder, stored):
     assert store.verify(item) == [store.damage(path, 1)]
 
 
+def test_a_damaged_header_is_no_checksum_of_none(tmp_path):
+    path = store_tensors(tmp_path, {"w": torch.zeros(9)}, receipts_of_kinds=True)
+    with (path / store.file_of(0)).open("r+b") as file:
+        file.seek(8)
+        file.write(b"[[")
+    said = f"{store.file_of(0)} is damaged: it cannot be read as a file of tensors"
+    assert store.damage(path, 0, {"master"}) == said
+    assert "checksum" in store.damage(path, 0)
+
+
 @pytest.mark.parametrize("kinds", [None, {"master"}, {"ema"}])
 @pytest.mark.parametrize("of_kinds", [True, False])
 def test_what_is_not_asked_for_is_not_read(tmp_path, kinds, of_kinds):
