@@ -348,7 +348,9 @@ def disk(folder: str, *, needed: bool) -> Finding:
     if not needed and kind in disks.IN_MEMORY:
         return Finding(text, "low", "Copies there take memory: name a disk with --local_disk.")
     if speed < _SLOW_DISK:
-        return Finding(text, "slow", "Every checkpoint waits for it. Name another disk.")
+        return Finding(
+            text, "slow", "A stop waits until its checkpoint is written. Name another disk."
+        )
     return Finding(text)
 
 

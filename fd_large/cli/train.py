@@ -47,6 +47,7 @@ _OFTEN = {
     "recipe": "the run of record to start from; `recipes` lists them",
     "config": "a run file: YAML or JSON with fields of a recipe",
     "fresh": "start anew although the run's folder holds checkpoints",
+    "check": "a number of ranks: check the settings for it, train nothing",
     "profile": "steps to trace with torch's profiler, into RUN/profile/",
     "allow_code": "Python files of yours that a stored recipe may name",
     "student.model": "the model that is trained; `models` lists them",
