@@ -104,9 +104,19 @@ class Checkpoints:
         if runtime.keep_every:
             most += total_steps // runtime.keep_every
         free = shutil.disk_usage(self._folder).free
-        text = "checkpoints: %.2f GB each, up to %d at a time: %.2f GB; %.1f GB free"
-        level = logging.WARNING if most * each > free else logging.DEBUG
-        log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
+        unit, name = (1e9, "GB") if most * each >= 1e9 else (1e6, "MB")
+        text = (
+            f"checkpoints: {each / unit:.1f} {name} each, up to {most} at a time: "
+            f"{most * each / unit:.1f} {name}; {free / unit:.1f} {name} free"
+        )
+        # Those of an earlier start have their room.
+        if most * each > free and (most - len(store.complete(self._folder))) * each > free:
+            log.warning(
+                "%s: THEY DO NOT FIT. Make room, or keep fewer: --runtime.keep_last, keep_every",
+                text,
+            )
+        else:
+            log.debug("%s", text)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Returns whether the recipe saves after this number of steps."""

@@ -208,14 +208,24 @@ def test_failed_saves_in_a_row_end_the_run(make, monkeypatch):
     assert caught.value.agreed
 
 
-@pytest.mark.parametrize(("free", "level"), [(1e12, logging.DEBUG), (10, logging.WARNING)])
-def test_a_disk_that_is_too_small_is_a_warning(make, monkeypatch, caplog, free, level):
+@pytest.mark.parametrize(
+    ("times", "stored", "level"),
+    [(7, 0, logging.DEBUG), (6, 0, logging.WARNING), (6, 1, logging.DEBUG)],
+)
+def test_a_disk_that_is_too_small_is_a_warning(make, monkeypatch, caplog, times, stored, level):
+    """For 7 checkpoints, of which those of an earlier start have their room."""
+    checkpoints = make(keep_last=2, keep_every=5)
+    for step in range(1, stored + 1):
+        checkpoints.save(step)
+        checkpoints.settle()
+    free = times * checkpoints.bytes
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     caplog.set_level(logging.DEBUG)
-    make(keep_last=2, keep_every=5).log_disk_use(20)
+    checkpoints.log_disk_use(20)
     (record,) = (r for r in caplog.records if r.getMessage().startswith("checkpoints:"))
     assert record.levelno == level
     assert "up to 7 at a time" in record.getMessage()
+    assert ("DO NOT FIT" in record.getMessage()) == (level == logging.WARNING)
 
 
 def break_state(checkpoints, kind, value=torch.nan):
