@@ -7,8 +7,8 @@ between steps, with the two moments of AdamW (4P each; another optimiser may kee
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
 | 0    | bP         | none           | 8P      | W > 1: 4P, else none  |
-| 1    | bP         | 4P/W           | 8P/W    | bf16: 4P, else 4P/W   |
-| 2    | bP         | 4P/W           | 8P/W    | 4P/W                  |
+| 1    | bP         | bf16: 4P/W     | 8P/W    | bf16: 4P, else 4P/W   |
+| 2    | bP         | bf16: 4P/W     | 8P/W    | 4P/W                  |
 | 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
 
 - Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
