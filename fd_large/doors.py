@@ -74,6 +74,8 @@ _remembers = False
 _modules: dict[Path, ModuleType] = {}
 # SHA-256 of the text that this process has run.
 _imported: dict[Path, str] = {}
+# Models whose code has changed, with the name of that code.
+_warned: set[tuple[str, str]] = set()
 # Files and folders of entry points, which stand among libraries that are not the user's affair.
 _plugins: set[str] = set()
 _LIBRARIES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
@@ -116,7 +118,7 @@ def reset() -> None:
     """Resets all permissions and imports, as in a new process."""
     global _remembers
     _remembers = False
-    for known in (_files, _names, _unchanged, _modules, _imported):
+    for known in (_files, _names, _unchanged, _modules, _imported, _warned):
         known.clear()
 
 
@@ -342,6 +344,26 @@ def hashes(tree: Any) -> dict[str, str]:
             continue
         digests[text] = _hash(path) if path else ""
     return digests
+
+
+def warn_if_changed(code: str, made_by: str, *, model: str) -> None:
+    """Logs a warning, once, if the file of a name is not the one that made a model.
+
+    Args:
+        code: The name; nothing is imported.
+        made_by: SHA-256 of the file that made the model; "" where it is not known.
+        model: The model, for the message.
+    """
+    now = hashes(code).get(code, "")
+    if made_by and now and made_by != now and (model, code) not in _warned:
+        _warned.add((model, code))
+        log.warning(
+            "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
+            model,
+            code,
+            made_by[:12],
+            now[:12],
+        )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def export(
     # Importing torch takes seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
-    from fd_large.engine.checkpoint_models import student_tensors
+    from fd_large.engine.checkpoint_models import code_hash, student_tensors
     from fd_large.evaluation.lineage import trainings_of
     from fd_large.tasks.jobs import job_of, stored_run_of
     from fd_large.weights import export as exports
@@ -162,6 +162,7 @@ def export(
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
         tensors = student_tensors(reader, student)
+        made_by = code_hash(reader, student.architecture)
         beside = stored.exported_beside(reader, shapes, to)
         card = model_card.card(
             recipe.to_dict(),
@@ -177,6 +178,7 @@ def export(
                 repository=repository,
                 licence=licence,
                 base_model=base_model,
+                code_hash=made_by,
                 trained_by=trained_by,
             ),
             stored.learned(reader.manifest, to),
@@ -191,6 +193,7 @@ def export(
                 sizes=sizes,
                 statistics=student.statistics,
                 card=card,
+                code_hash=made_by,
                 trained_by=trained_by,
             )
         else:
@@ -208,6 +211,7 @@ def export(
                 statistics=student.statistics,
                 shard_size=size,
                 card=card,
+                code_hash=made_by,
                 trained_by=trained_by,
                 beside=lambda folder: stored.export_heads(reader, folder / exports.HEADS, size),
             )

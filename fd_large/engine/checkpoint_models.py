@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fd_large import doors
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
@@ -18,6 +19,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.files import kind_of
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.read import Tensors
 from fd_large.weights.resolve import Sources, Stored
 
@@ -50,6 +52,8 @@ def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
+    for code, made_by in reader.manifest.get("code", {}).items():
+        doors.warn_if_changed(code, made_by, model=str(reader.path))
     tensors = dict(task.named_parameters()) | partition.running_statistics(task)
     stream.check(reader, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
@@ -118,9 +122,27 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
     """Returns the tensors of a stored student by its own names, each read on access.
 
-    Names and sizes are compared with the checkpoint's at the first access.
+    Names and sizes are compared with the checkpoint's at the first access. A user's own file that
+    has changed since the checkpoint is logged.
     """
+    warn_of_changed_code(reader, student.architecture)
     return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
+
+
+def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
+    """Returns SHA-256 of the user's own file that made a run's model, or "" for other models.
+
+    Checkpoints of earlier versions do not have it; then it is that of the present file.
+    """
+    code = architecture.code
+    recorded = reader.manifest.get("code", {}).get(code)
+    return recorded or doors.hashes(code).get(code, "")
+
+
+def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> None:
+    """Logs a warning if the user's own file is not the one that made a run's model."""
+    made_by = code_hash(reader, architecture)
+    doors.warn_if_changed(architecture.code, made_by, model=str(reader.path))
 
 
 class _Tensors(Tensors):

@@ -14,7 +14,7 @@ from fd_large.backbones.registry import family_of_source, own_image_size
 from fd_large.backbones.statistics import Statistics
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
-from fd_large.engine.checkpoint_models import sources_of
+from fd_large.engine.checkpoint_models import sources_of, warn_of_changed_code
 from fd_large.engine.frozen import frozen_maker, frozen_weights
 from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.zero import partition
@@ -142,6 +142,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         stored = models[part].section
         weights.settled[stored.source] = stored.statistics
         section = settle_model(stored, weights, where=_where(source))
+        warn_of_changed_code(checkpoint, resolve(section.model, section.architecture))
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)

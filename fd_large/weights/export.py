@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fd_large import doors
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
@@ -124,6 +123,7 @@ def export(
     statistics: Statistics,
     shard_size: int,
     card: str,
+    code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> list[Path]:
@@ -140,7 +140,7 @@ def export(
         statistics: Mean and deviation by which the student's images are normalised.
         shard_size: Largest size of a file in bytes.
         card: Text of the model card.
-        trained_by: See `own_config`.
+        code_hash, trained_by: See `own_config`.
         beside: Function that writes further files into the folder before it appears.
 
     Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that holds
@@ -156,7 +156,10 @@ def export(
     with new_folder(out, where="export") as part:
         tensors = chain(_renamed(items, architecture, into), added.items())
         files = write_shards(part, theirs, tensors, shard_size)
-        write_json(part / "config.json", configuration(architecture, into, statistics, trained_by))
+        config = configuration(
+            architecture, into, statistics, code_hash=code_hash, trained_by=trained_by
+        )
+        write_json(part / "config.json", config)
         if into.preprocessor:
             config = into.preprocessor(architecture, statistics)
             write_json(part / "preprocessor_config.json", config)
@@ -169,11 +172,12 @@ def configuration(
     architecture: FamilyArchitecture,
     into: Export,
     statistics: Statistics,
+    *,
+    code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Returns config.json, with the entries for the library's own loader and for ours."""
     theirs = into.config(architecture, statistics) if into.config else {}
-    code_hash = doors.hashes(architecture.code).get(architecture.code, "")
     return theirs | own_config(
         into.becomes(architecture), statistics, code_hash=code_hash, trained_by=trained_by
     )

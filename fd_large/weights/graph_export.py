@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import doors
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
@@ -60,6 +59,7 @@ def export_graph(
     sizes: Mapping[str, Any],
     statistics: Statistics,
     card: str,
+    code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Writes a new folder: the graph, config.json and the model card; returns the graph's files.
@@ -74,7 +74,7 @@ def export_graph(
         sizes: The student's rules for sizes that do not fit (`Student.sizes`).
         statistics: Mean and deviation by which the student's images are normalised.
         card: Text of the model card.
-        trained_by: See `own_config`.
+        code_hash, trained_by: See `own_config`.
 
     Raises: ConfigError: if the model cannot be traced, or `out` exists; WeightsError: for a tensor
         that holds NaN or infinity; ShapeError: if the image size does not fit.
@@ -99,7 +99,6 @@ def export_graph(
             logging.getLogger(__name__).debug("export", exc_info=True)
             raise _untraced(architecture, to, error) from error
         _compare(run, images[:1], feature_map.tokens[:1], architecture, to)
-        code_hash = doors.hashes(architecture.code).get(architecture.code, "")
         write_json(
             part / "config.json",
             own_config(architecture, statistics, code_hash=code_hash, trained_by=trained_by),

@@ -49,7 +49,7 @@ class ExportedStudent:
         repository: OWNER/NAME on the Hugging Face Hub, or "" without an upload.
         licence: Licence by its name on the Hub; "" if unknown.
         base_model: OWNER/NAME on the Hub of the model that it learned from, if the user gave it.
-        trained_by: See `own_config`.
+        code_hash, trained_by: See `own_config`.
     """
 
     architecture: FamilyArchitecture
@@ -63,6 +63,7 @@ class ExportedStudent:
     repository: str = ""
     licence: str = ""
     base_model: str = ""
+    code_hash: str = ""
     trained_by: Sequence[Mapping[str, Any]] = ()
 
 
@@ -113,6 +114,9 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         **architecture.summary(),
         "map": map_of(net, side),
     }
+    own_code = _file_of(architecture.code)
+    if exported.code_hash:
+        student["code"] = f"{own_code or name}, SHA-256 {exported.code_hash}"
     if into:
         student["names"] = into.names(architecture)
     origins = dict(learned.origins)
@@ -130,7 +134,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         repository=exported.repository,
         class_name=into.class_name(architecture) if into else "",
         graph=LIBRARIES[exported.to].graph,
-        own_code=_file_of(architecture.code),
+        own_code=own_code,
         rules=_rules(sizes),
         side=side,
         mean=list(statistics.mean),

@@ -337,15 +337,7 @@ class ResolvedWeights:
         if stated is None or not stated.architecture.family:
             return None
         architecture = whole(set_fields(stated.architecture))
-        code_hash = doors.hashes(architecture.code).get(architecture.code, "")
-        if code_hash and code_hash != stated.code_hash:
-            log.warning(
-                "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
-                self.source,
-                architecture.code,
-                stated.code_hash[:12],
-                code_hash[:12],
-            )
+        doors.warn_if_changed(architecture.code, stated.code_hash, model=self.source)
         statistics, file = stated.statistics or statistics_of("", architecture), self._file("")
         sizes = {name: math.prod(file.shape(name)) for name in file}
         return Stored(Path(self.source), file, architecture, statistics, sizes)

@@ -102,14 +102,16 @@ SUMMARY = {
 }
 
 
-def store_student(folder, name, fields, *, source="random", facts=None, **options):
+def store_student(
+    folder, name, fields, *, source="random", teacher=TEACHER, facts=None, **options
+):
     """Writes a distillation run's folder; returns the student that its newest checkpoint holds."""
     run = registry.get("fd_clip_vit_base")
     architecture = Architecture(**fields)
     run = replace(
         run,
         student=replace(run.student, model=name, architecture=architecture, **options),
-        teacher=replace(run.teacher, source=source, architecture=TEACHER),
+        teacher=replace(run.teacher, source=source, architecture=teacher),
         data=replace(run.data, root="/somewhere/images", image_size=32),
     )
     folder.mkdir()

@@ -6,11 +6,14 @@ from functools import partial
 import pytest
 import torch
 from loading import close, initial, loaded, opened, scattered, student_run
-from stored_run import store_tensors
+from own_net import NET
+from stored_run import store_student, store_tensors
 
+from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.checkpoint import store
 from fd_large.engine.checkpoint_models import student_of
+from fd_large.engine.find_model import find_model
 from fd_large.errors import CheckpointError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -85,6 +88,24 @@ def test_a_fine_tuned_vit_has_a_norm_that_only_normalises(tmp_path):
     again, teacher = loaded(tmp_path)
     assert torch.equal(again(IMAGES).tokens, net(IMAGES).tokens)
     assert teacher.statistics == own.statistics
+
+
+@pytest.mark.parametrize("part", ["", "#teacher"])
+def test_own_code_that_changed_since_the_training_is_said(tmp_path, caplog, part):
+    code, run = tmp_path / "net.py", tmp_path / "run"
+    code.write_text(NET)
+    doors.allow(code)
+    name = f"module:{code}:Net"
+    facts = {"code": doors.hashes(name)}
+    store_student(run, name, {}, source=name, teacher=Architecture(), facts=facts)
+    find_model(f"{run}{part}", job_of).build()
+    assert not caplog.text
+    doors.reset()
+    doors.allow(code)
+    code.write_text(f"{NET}\n# Edited.\n")
+    find_model(f"{run}{part}", job_of).build()
+    assert f"{name} is NOT THE FILE that made this model" in caplog.text
+    assert facts["code"][name][:12] in caplog.text
 
 
 def test_another_net_is_refused(stored, tmp_path):

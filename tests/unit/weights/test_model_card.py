@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import yaml
 from card_code import run_code
 from loading import close
+from own_net import NET
 from stored_run import STUDENTS, SWIN, store_student
 
 from fd_large import doors
@@ -164,31 +166,6 @@ def test_code_for_a_model_that_pads_its_images(tmp_path, official):
     close(found["tokens"], net(image).tokens)
 
 
-NET = """
-from torch import nn
-
-from fd_large.backbones.feature_map import FeatureMap
-
-
-class Net(nn.Module):
-    width, stride, num_prefix_tokens, drop_path_rates = 8, 8, 0, ()
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, self.width, self.stride, self.stride)
-
-    def blocks(self):
-        return []
-
-    def grid(self, height, width):
-        return height // self.stride, width // self.stride
-
-    def forward(self, images, keep=None):
-        tokens = self.patches(images).flatten(2).transpose(1, 2)
-        return FeatureMap(tokens, self.grid(*images.shape[-2:]), 0)
-"""
-
-
 def test_code_for_a_model_of_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
@@ -198,6 +175,8 @@ def test_code_for_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0
     card = (out / "README.md").read_text()
     assert str(tmp_path) not in card
+    sha256 = hashlib.sha256(NET.encode()).hexdigest()
+    assert rows(card)["code"] == f"net.py, SHA-256 {sha256}"
     doors.reset()  # The card's code allows the file beside the current folder.
     found, image = run_code(card, out, tmp_path)
     close(found["tokens"], net(image).tokens)
