@@ -1,8 +1,9 @@
 """A global self-attention layer on the last map, before the pyramid (HTC++).
 
 The paper only names "an extra global self-attention layer on the last stage's output"; the layer
-follows an open reimplementation (czczup/ViT-Adapter, configs/htc++): norm first, 32 heads, an MLP
-four times as wide, a norm at the end. Its drop path of 0.3 is left out.
+follows an open reimplementation (czczup/ViT-Adapter, configs/htc++), with norms before attention
+and MLP, 32 heads, an MLP four times as wide, and a norm at the end. Its drop path of 0.3 is left
+out.
 
 Sources: Liu et al., arXiv 2103.14030, appendix A2.2; Chen et al., arXiv 2205.08534.
 """
@@ -22,10 +23,10 @@ NUM_HEADS, MLP_RATIO, EPS = 32, 4, 1e-6
 
 
 class ExtraAttention(nn.Module):
-    """x + attention(norm(x)), x + mlp(norm(x)), norm.
+    """A pre-norm transformer block over all places of a map, followed by a norm.
 
     Args:
-        width: C.
+        width: Channels of the map, C.
     """
 
     def __init__(self, width: int):
@@ -62,6 +63,6 @@ class ExtraAttention(nn.Module):
         height, width = sizes.T[:, :, None]
         down = torch.arange(rows, device=sizes.device) * stride < height  # (B, H)
         across = torch.arange(columns, device=sizes.device) * stride < width
-        # An image without a pixel keeps its first place: a softmax over nothing is not a number.
+        # An image without a pixel keeps its first place, since a softmax over nothing gives NaN.
         down[:, 0] = across[:, 0] = True
         return (down[:, :, None] & across[:, None, :]).flatten(1)[:, None, None]

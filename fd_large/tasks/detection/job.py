@@ -1,4 +1,4 @@
-"""The job of detection: COCO's images and objects, the student's weights, AP."""
+"""The job of detection, which trains on images and objects in COCO's format and tests AP."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OBJECTS_OF_PROBE = 64
 
 
 class DetectionJob(TrainingJob):
-    """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
+    """Trains a student on boxes and masks of `data.root`'s train split; tests on a val split."""
 
     metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
@@ -57,7 +57,7 @@ class DetectionJob(TrainingJob):
         """Opens the training images and their objects."""
         data = self.run.data
         images = open_coco(data.root, "train").part("train", data.val_fraction)
-        # First: what is wrong beside is said together with what `check` finds.
+        # First, so that the mistakes below are reported together with those that `check` finds.
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
         self._has_masks = images.has_masks
         check_classes(self.run, images)
@@ -75,7 +75,7 @@ class DetectionJob(TrainingJob):
         """Opens the test images, and checks the headers of the weights."""
         super().check()
         if "_categories" not in vars(self):
-            return  # The training images could not be opened, which is told.
+            return  # The training images could not be opened, which is reported already.
         # A dataset may have no test split; eval.root then names another dataset.
         self._test_images = self.test_images(tuple(self._categories.values()), where="eval.root")
         if distributed.is_main():
@@ -90,7 +90,7 @@ class DetectionJob(TrainingJob):
         """Constructs the student, a pyramid, and the heads.
 
         A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
-        images: its positions and its windows are made for that.
+        images, since its positions and its windows are made for that grid.
         """
         student, numbers = self.run.student, self.run.task.detection
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
@@ -141,7 +141,7 @@ class DetectionJob(TrainingJob):
         file = HeadTensors(stream.newest(stored.path, where="--student.init"), theirs)
         fits = {name for name, shape in shapes.items() if theirs.get(name) == shape}
         if not manifest.get("masks", True):
-            # A dataset of boxes alone has taught no mask.
+            # A run on a dataset with only boxes has not trained its mask heads.
             fits = {n for n in fits if not any(part.startswith("mask") for part in n.split("."))}
         heads = {}
         for module in dict.fromkeys(name.partition(".")[0] for name in shapes):
@@ -202,7 +202,7 @@ class DetectionJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns COCO's metrics on all test images; results and scores go into RUN/evaluations.
+        """Returns the evaluation by COCO's metrics, whose results go into RUN/evaluations.
 
         Nothing is evaluated before the first step, as new heads detect nothing.
         """
@@ -263,8 +263,8 @@ class DetectionJob(TrainingJob):
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
 
-        These are the part of the train split that `data.val_fraction` holds out, or if that is 0
-        the val split.
+        The test images of `data.root` are the part of its train split that `data.val_fraction`
+        holds out, or, if that is 0, its val split.
 
         Args:
             classes: Names of the classes that the detector learns, or has learnt, by label.
@@ -340,7 +340,7 @@ def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Mode
         section.test_flip,
         section.test_merge,
         section.test_areas,
-        # Whole images were padded as they came.
+        # Whole training images were padded to the largest image of their batch.
         square=0 if any(section.whole_size) else side,
     )
     return Model(see, views, selection_of(run), section.proposals_per_image)

@@ -20,7 +20,7 @@ HEADS_SETTINGS: dict[str, dict[str, str]] = {
     "cascade": {"cascade_form": "form", "box_loss": "box_loss", "class_agnostic": "class_agnostic"},
     "htc": {name: name for name in ("box_loss", "class_agnostic", "semantic_classes")},
 }
-"""Settings of built-in heads: the name of a field -> the name of the head's argument."""
+"""Settings of each built-in kind of heads: name of the recipe's field -> name of the argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,15 @@ class Detection:
     # Length of the shorter side of evaluated images, and the largest length of the longer side, in
     # pixels. 0 0 uses data.image_size for both.
     test_size: tuple[int, int] = (0, 0)
-    # Scales at which an image is tested, as multiples of the size above. What is seen at several is
-    # merged.
+    # Scales at which an image is tested, as multiples of the size above. The results of several
+    # scales are merged.
     test_scales: tuple[float, ...] = (1.0,)
-    # Whether each of these is also seen mirrored.
+    # Whether the image is also seen mirrored at each scale.
     test_flip: bool = False
     # How several views are merged. average: the best proposals of all views are given to each, and
     # boxes, scores and masks are averaged. areas: the boxes of all views are put together, those of
-    # each scale if they have its areas, before overlapping ones are chosen. union: what each view
-    # reports is put together, and chosen among once more.
+    # each scale if they have its areas, before overlapping ones are chosen. union: the boxes that
+    # each view reports are put together, and overlapping ones are chosen once more.
     test_merge: Literal["average", "areas", "union"] = "average"
     # For `areas`: which boxes each scale gives, by letters: s up to 32 x 32 pixels of the file, m
     # up to 96 x 96, l above. For example l ml sm for three scales. Empty: all.
@@ -193,7 +193,7 @@ METRICS = {
     **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
     **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
 }
-"""As `TrainingJob.metrics`."""
+"""Labels of the metrics; see `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="detection",
@@ -203,11 +203,11 @@ KIND = TaskKind(
     transfer="transfer.Transfer",
     title="Detection",
     section=Detection,
-    # What changes no training.
+    # Fields that do not change training.
     may_change=HOW_TO_TEST,
     scores_runs=True,
     predicts_scores=True,
-    # Training has these proposals too.
+    # The number of proposals is a field of training, too.
     scoring_fields=(*HOW_TO_TEST, "task.detection.proposals_per_image"),
     ignored_fields=IGNORED_FIELDS,
     check_names=partial(check_head, task="detection", field="heads"),

@@ -1,4 +1,4 @@
-"""The detector of a stored run: scored on a dataset, or drawn on the user's images."""
+"""Scores the detector of a stored run on a dataset, or draws its detections on users' images."""
 
 from __future__ import annotations
 

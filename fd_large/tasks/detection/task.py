@@ -40,7 +40,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "htc": HtcHeads,
 }
 """Heads on proposals, by their names in a recipe (`task.detection.heads`)."""
-# Best anchors of a level that are looked at: more in training, where objects are found late.
+# Number of a level's best anchors that NMS sees; more in training, while objects score low.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 
 
@@ -50,8 +50,8 @@ class Ask(NamedTuple):
     Attributes:
         what: "proposals" (`Proposals` of each image), "candidates" (`Candidates` of each), or
             "masks" ((n, M, M) of each).
-        boxes: (n, 4) float32 of each image: proposals that take the place of its own, or the boxes
-            that masks are made of.
+        boxes: (n, 4) float32 of each image: proposals that replace the image's own, or the boxes
+            whose masks are asked for.
         labels: (n,) int64 of each image, classes of the boxes of masks.
     """
 
@@ -259,7 +259,7 @@ def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     sums = [total for total, _ in terms.values()]
     counts = torch.tensor([float(count) for _, count in terms.values()])
     counts = counts.to(sums[0].device, non_blocking=True)
-    # A batch in which nothing was looked at has sums of 0.
+    # A batch in which nothing was sampled has sums of 0.
     means = distributed.sum_tensor(counts).clamp(min=1) / distributed.world_size()
     means_of = torch.stack(sums) / means
     return means_of.sum(), dict(zip(terms, means_of.detach().unbind(), strict=True))

@@ -45,14 +45,14 @@ SEMANTIC_FOLDER = "stuffthingmaps"
 class CocoSet(DivisibleImages):
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
 
-    Images come by rising id. Labels count the file's categories by rising id from 0.
+    Images are in the order of their ids. Labels number the file's categories, by id, from 0.
 
     Attributes:
         annotations: Path of the JSON file.
         findings: Objects and images that were left out, clipped or missing.
         fingerprint: A hash of names, categories and objects.
         has_masks: Whether objects have segmentations; Objects365's have none.
-        category_ids: The file's number of each label.
+        category_ids: The category id in the file of each label.
         category_names: The name of each label.
     """
 
@@ -123,7 +123,7 @@ class CocoSet(DivisibleImages):
     def semantic(self, index: int, num_classes: int) -> NDArray[np.int32]:
         """Reads the class of each pixel of image `index`, stuff included; 255 without a class.
 
-        It lies in `stuffthingmaps/` under the path of the image, as a PNG.
+        The classes are in a PNG in `stuffthingmaps/`, under the path of the image.
 
         Raises: DataError: if the file cannot be read, or has another size or other numbers.
         """
@@ -240,7 +240,7 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
 
 
 def _stamp(path: str) -> list[int]:
-    """Returns size and modification time in ns, which change with a file or a folder's names."""
+    """Returns size and modification time in ns, which change with a file or a folder's entries."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,10 +1,10 @@
-"""Objects of a training image, cut out and pasted back slightly scaled, turned and shifted.
+"""Cuts the objects out of a training image and pastes them slightly scaled, turned and shifted.
 
 This is InstaBoost's random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801):
 ranges, the common move of objects with overlapping boxes, and the exceptions near the border of
-an image follow its code (instaboost/single_image_process.py). Left out: its map of likely places,
-alpha matting (edges are the masks' own), and its colour jitter. Uncovered pixels are filled with
-averages of the surrounding pixels instead of OpenCV's inpainting.
+an image follow its code (instaboost/single_image_process.py). Its map of likely places, its alpha
+matting (here edges are those of the masks) and its colour jitter are left out. Uncovered pixels
+are filled with averages of the surrounding pixels instead of OpenCV's inpainting.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DRAWS_PER_OBJECT = 4  # scale, angle, and the shift in either direction
 SCALES = (0.8, 1.2)
 # The largest angle, in whole degrees, and the largest shift, as a part of the box.
 DEGREES, SHIFT_PART = 1, 15
-# What comes closer to the border may be cut by it: it neither shrinks, turns nor moves away.
+# An object closer to the border may be cut by it, and so neither shrinks, turns nor moves away.
 BORDER_PIXELS = 10
 
 
@@ -34,7 +34,7 @@ def copy_instances(
     draws: NDArray[np.float64],
     classes: NDArray[np.int32] | None = None,
 ) -> tuple[Tensor, ImageObjects, NDArray[np.int32] | None]:
-    """Moves all objects of an image; crowds stay. Later objects cover earlier ones.
+    """Moves all objects of an image except crowds; later objects cover earlier ones.
 
     A partly covered object keeps the mask and the box of its visible rest; a fully covered object
     is left out. An image without objects, or without background, stays unchanged.
@@ -59,7 +59,7 @@ def copy_instances(
     moved = []
     # The group whose objects are seen at each pixel; -1 where none is.
     visible_groups = np.full(view.size, -1, dtype=np.int64)
-    # Group by group: what moves together does not cover each other.
+    # Group by group, as objects that move together do not cover each other.
     for number in np.argsort(groups, kind="stable"):
         group, segmentation = groups[number], objects.segmentations[number]
         if isinstance(segmentation, bytes):
@@ -117,7 +117,7 @@ def _window(mask: NDArray[np.uint8], corner: NDArray[np.int64]) -> tuple[slice, 
 
 
 def _groups(boxes: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Returns for each object the first one connected with it by overlapping boxes, (n,)."""
+    """Returns for each object the first object connected with it by overlapping boxes, (n,)."""
     overlap = (
         (boxes[:, None, :2] < boxes[None, :, 2:]) & (boxes[None, :, :2] < boxes[:, None, 2:])
     ).all(-1)
@@ -169,7 +169,7 @@ def _moved_mask(
     move: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Moves a mask by nearest-neighbour sampling; the result is as from `fill`."""
+    """Moves a mask by nearest-neighbour sampling; returns a window and its corner, as `fill`."""
     left, top, right, bottom = box
     corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
     low = np.clip(np.floor(corners.min(0)) - 1, 0, size[::-1]).astype(int)

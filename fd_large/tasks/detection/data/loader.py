@@ -1,4 +1,4 @@
-"""Batches of images with their objects: by position in training, each once in evaluation."""
+"""Loads batches of images with their objects: by position in training, each once in evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fd_large.tasks.detection.data.target import (
 )
 from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter
 
-# Side of the black image without objects that stands where no sample was usable.
+# Side of the black image without objects that takes the place of unusable samples.
 BLACK_SIDE = 32
 
 
@@ -56,14 +56,14 @@ def build_training_loader(
             orientation, and a batch is padded to its largest image.
         portion: The micro batches of this rank.
         seed: The run's seed.
-        global_batch_size: Images a step over all ranks.
-        workers: Number of loading processes; 0 loads in this one.
+        global_batch_size: Images per step over all ranks.
+        workers: Number of loading processes; 0 loads in this process.
         max_pixels: Larger images are refused before they are decoded.
-        semantic_classes: Classes of the semantic maps that targets have besides; 0 for no maps.
+        semantic_classes: Classes of the semantic maps in the targets; 0 for no maps.
         copy_probability: Probability of moving the objects of an image (`copy_instances`).
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
-        the bottom, and `Targets`. The same samples on any number of ranks and workers.
+        the bottom, and `Targets`. The samples do not depend on the number of ranks and workers.
     Raises:
         ConfigError: if batch sizes do not divide.
         DataError: if the global batch is larger than the dataset.
@@ -95,15 +95,16 @@ def grouped_order(
     """Returns the samples of an epoch by global batches, each with images of one orientation.
 
     Padding wide and high images to one size would waste up to half of a batch. The epoch's
-    permutation is dealt into two piles; as soon as one holds a global batch, it is the next. The
-    number of batches must match the whole dataset's: if the remainders of both piles together
-    fill a batch, the larger one is completed by its pile's first samples, which come twice then.
+    permutation is dealt into two piles, wide and high; as soon as a pile holds a global batch, that
+    is the next batch. The number of batches must be that of the whole dataset: if the remainders of
+    both piles together fill a batch, the larger remainder is completed by the first samples of its
+    pile, which then occur twice.
 
     Args:
         landscape: Whether each sample is at least as wide as high, (N,).
         seed: The run's seed.
         epoch: Counted from 0.
-        global_batch_size: G.
+        global_batch_size: Images per step over all ranks, G.
 
     Returns: (N // G * G,) sample indices; the same for any number of ranks.
     """
@@ -205,7 +206,7 @@ class EvaluationBatch(NamedTuple):
         images: (B, 3, H, W) uint8 for each scale, padded with black at the right and the bottom.
         sizes: (B, 2) int64 for each scale, height and width of the images without their padding.
         original_sizes: (B, 2) int64, height and width of the images in their files.
-        indices: (B,) int64, their numbers in the dataset.
+        indices: (B,) int64, indices of the images in the dataset.
         weights: (B,) float32, 0 for padding and unreadable images, else 1.
         bad: Errors of the unreadable images.
     """
@@ -228,7 +229,7 @@ def build_evaluation_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """Returns a loader of every image once, in batches of one size, as many on every rank.
+    """Returns a loader of this rank's share of the images, with as many batches on every rank.
 
     Images of one orientation are adjacent, which saves padding. A rank's last batches are filled
     up with images of weight 0, because under ZeRO-3 every rank must run the same number of
@@ -238,7 +239,7 @@ def build_evaluation_loader(
         source: The images.
         sides: For each scale, the length of the shorter side and the limit of the longer side, in
             pixels.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Number of loading processes; 0 loads in this process.
@@ -263,7 +264,7 @@ class _Resized(Dataset):
     max_pixels: int
 
     def __getitem__(self, places: NDArray[np.int64]) -> EvaluationBatch:
-        # A filler has the size of the first image: it is as good as any other.
+        # A padding image has the size of the first image, which is as good as any other.
         indices = self.order[np.maximum(places, 0)]
         weights = (places >= 0).astype(np.float32)
         at_scales: list[list[Tensor]] = [[] for _ in self.sides]

@@ -1,7 +1,7 @@
 """Masks as COCO stores them: polygons, and run lengths (RLE) of pixels column by column.
 
-A thin wrapper of faster-coco-eval's C++, as used by the official evaluation: a mask made here
-covers the same pixels as in COCO's own tools. No torch.
+The functions wrap faster-coco-eval's C++, which the official evaluation uses, so that a mask made
+here covers the same pixels as in COCO's own tools. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: 
 
 
 def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
-    """Checks run lengths of either kind and returns them compressed.
+    """Checks run lengths, compressed or not, and returns them compressed.
 
     Args:
         rle: `size` (height, width) and `counts`: a list of lengths, or COCO's compressed text.
         height: The height that the mask must have.
-        width: The width that it must have.
+        width: The width that the mask must have.
 
-    Raises: ValueError: if they do not describe a mask of this size.
+    Raises: ValueError: if the run lengths do not describe a mask of this size.
     """
     mask = coco_masks()
     counts, size = rle.get("counts"), rle.get("size")

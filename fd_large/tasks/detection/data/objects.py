@@ -1,6 +1,7 @@
 """COCO's annotation JSON as flat arrays, which loading processes share without Python objects.
 
-Unusable annotations are left out, counted and named; nothing is corrected silently. No torch.
+Unusable annotations are left out, counted and named; boxes that leave their image are clipped, and
+counted if by more than `OUTSIDE_PIXELS`. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fd_large.data.listing import Made
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
-# Boxes that leave their image by less are clipped silently: COCO rounds them to two decimals.
+# Boxes that leave their image by less are clipped silently, as COCO rounds boxes to two decimals.
 OUTSIDE_PIXELS = 1.0
 NUM_NAMED = 5
 MOST_BYTES = 16 << 30
@@ -46,7 +47,7 @@ class Findings:
             self.names[kind].append(str(name))
 
     def lines(self) -> list[str]:
-        """Returns one line a kind."""
+        """Returns one line for each kind."""
         return [
             f"{count} {kind}: {', '.join(self.names[kind])}"
             + (" ..." if count > len(self.names[kind]) else "")
@@ -126,10 +127,11 @@ def read_objects(
 ) -> Made:
     """Reads a file of COCO's or Objects365's kind into the arrays of a `CocoSet`.
 
-    Images are sorted by id, their objects are in the file's order. Object j of image i lies at
-    first[i] <= j < first[i + 1]; its polygons are polygon_first[j] to polygon_first[j + 1], the
-    points of a polygon likewise, and its run lengths bytes rle_first[j] to rle_first[j + 1]: of
-    polygons and run lengths one is empty. The arrays besides the names are
+    Images are sorted by id, and their objects are in the file's order. The objects j of image i are
+    those with first[i] <= j < first[i + 1]. The polygons of object j are polygon_first[j] to
+    polygon_first[j + 1]; the points of polygon k are point_first[k] to point_first[k + 1]. The run
+    lengths of object j are the bytes rle_first[j] to rle_first[j + 1]. An object has polygons or
+    run lengths, not both. The arrays besides the names are
 
         image_ids (images,) int64; sizes (images, 2) int32, height and width; first (images + 1,)
         boxes (objects, 4) float32; labels (objects,) int64; crowd (objects,) bool
@@ -137,9 +139,9 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Counts what is left out or clipped.
+        findings: Counts the annotations and images that are left out or clipped.
         find_file: Returns the path of an image from its `file_name`, or None to leave it out.
-        keep_empty: Whether images without an object stay.
+        keep_empty: Whether images without an object are kept.
         where: The field that names the dataset, for messages.
 
     Raises: DataError: if the file is not of that kind.
@@ -150,7 +152,7 @@ def read_objects(
             raise _not_coco(path, f"no list {key!r}", where)
     try:
         categories = sorted((_whole(c["id"]), str(c["name"])) for c in content["categories"])
-        # Here, so that a missing key is met before hours of training.
+        # Read here, so that a missing key is found before hours of training.
         facts = {
             _whole(image["id"]): (_name_of(image), *_size_of(image)) for image in content["images"]
         }
@@ -229,7 +231,7 @@ class _Arrays:
             entries: The image's annotations.
             height: Height of the image.
             width: Width of the image.
-            keep_empty: Whether it is added without an object besides crowds.
+            keep_empty: Whether an image without objects other than crowds is added.
         """
         usable = []
         for entry in entries:
@@ -301,10 +303,10 @@ class _Unusable(Exception):
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Packs polygons, most of COCO's numbers, into 8 bytes a number instead of 32."""
+    """Packs polygons, which have most of COCO's numbers, into 8 instead of 32 bytes per number."""
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
-        # What is not a list of numbers stays, and is found when the annotation is looked at.
+        # A value that is not a list of numbers stays, and is found when the annotation is checked.
         with suppress(TypeError, OverflowError):
             entry["segmentation"] = [array("d", polygon) for polygon in polygons]
     return entry
@@ -323,7 +325,7 @@ def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | b
     ]
     if not polygons:
         raise ValueError("no polygon of at least three points")
-    # Filling walks along the edges: a stray number would take all memory.
+    # Filling needs memory in proportion to the edges, which a stray number makes huge.
     for xy in polygons:
         if min(xy) < -max(height, width) or max(xy) > 2 * max(height, width):
             raise ValueError("a polygon far outside its image")
@@ -344,7 +346,7 @@ def is_box(value: Any) -> bool:
 
 
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
-    """Returns a number as int; ValueError or OverflowError if it is not one, or too large."""
+    """Returns a value as int; ValueError or OverflowError if it is no number or too large."""
     number = int(value)
     if not -most <= number <= most:
         raise ValueError(f"a number of more than {most}")
@@ -360,7 +362,7 @@ def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _name_of(image: Mapping[str, Any]) -> str:
-    # LVIS names an image by its address alone, which ends as its path does: train2017/NAME.jpg.
+    # LVIS names an image only by its web address, which ends with its path: train2017/NAME.jpg.
     return str(
         image["coco_url"]
         if "coco_url" in image and "file_name" not in image

@@ -1,6 +1,7 @@
 """The target of an image: the boxes, classes and masks visible in a view.
 
-NamedTuples, because a batch is moved to the device and pinned by walking through tuples.
+Targets are NamedTuples, because a batch is moved to the device and pinned by walking through
+tuples.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fd_large.tasks.dense.geometry import View
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.data.objects import ImageObjects
 
-# Nothing can be learnt of an object of which less than a pixel is left.
+# An object of which less than a pixel is left is no target.
 MIN_SIDE = 1.0
-# Pixels per place of a semantic map, and its number for what is not labelled.
+# Pixels per place of a semantic map, and its value where nothing is labelled.
 SEMANTIC_STRIDE, UNLABELLED = 8, 255
 # The first import may come while a model is constructed on the meta device.
 NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8, device="cpu")
@@ -30,7 +31,7 @@ class Target(NamedTuple):
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom.
         labels: (n,) int64, 0 to K - 1.
-        masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) where the dataset has boxes alone.
+        masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) if the dataset has only boxes.
         crowd_boxes: (m, 4) float32, regions in which single objects are not marked.
         image_id: The dataset's number of the image.
         semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, stuff included, 255 if
@@ -51,8 +52,8 @@ class Targets(NamedTuple):
     Attributes:
         targets: One per image, in the order of the images.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: random choices of a sample depend on them.
-            Not a tensor, so that it stays on the host, where choices are drawn.
+        positions: (B,) int64, in the epoch's order; random choices for a sample depend on them. A
+            NumPy array stays on the host, where the choices are drawn.
         epoch: Counted from 0.
     """
 
@@ -65,8 +66,8 @@ class Targets(NamedTuple):
 def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
     """Returns the objects visible in a view; masks are filled last, for kept objects only.
 
-    A box cut by the crop shrinks to the visible part of the mask, which may fill only a corner of
-    the cut box.
+    A box cut by the crop shrinks to the visible part of its object's mask, which may fill only a
+    corner of the cut box.
 
     Args:
         objects: The objects of the image, in its own pixels.
@@ -152,7 +153,7 @@ def fill(
         return view.mask(masks.decompress(segmentation, *view.original)), np.zeros(2, dtype=int)
     polygons = [view.points(polygon) for polygon in segmentation]
     points = np.concatenate(polygons)
-    # One pixel more on either side: filling rounds to fifths of a pixel.
+    # One pixel more on either side, since filling rounds to fifths of a pixel.
     low = np.clip(np.floor(points.min(0)) - 1, 0, (width, height)).astype(int)
     high = np.clip(np.ceil(points.max(0)) + 1, 0, (width, height)).astype(int)
     columns, rows = (high - low).tolist()

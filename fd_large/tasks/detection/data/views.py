@@ -15,7 +15,7 @@ class Jitter(Protocol):
     """A distribution of views of training images.
 
     Attributes:
-        canvas: Height and width to which all views are padded; None: each keeps its own.
+        canvas: Height and width to which all views are padded; None: each view keeps its size.
     """
 
     canvas: tuple[int, int] | None
@@ -28,14 +28,14 @@ class LargeScaleJitter:
     """A random scale from 0.1 to 2, then a crop of fixed size with padding.
 
     Source: Ghiasi et al., "Simple copy-paste", CVPR 2021; as in detectron2 (ResizeScale,
-        FixedSizeCrop): scale and place uniform, the aspect kept.
+        FixedSizeCrop), scale and place are uniform, and the aspect ratio is kept.
     """
 
     def __init__(self, image_size: int, *, min_scale: float = 0.1, max_scale: float = 2.0) -> None:
         """Sets the range of sizes.
 
         Args:
-            image_size: Side of the views, in pixels; at scale 1 an image just fits into it.
+            image_size: Side of the views, in pixels; at scale 1 an image just fits into a view.
             min_scale: Smallest scale, above 0.
             max_scale: Largest scale.
         """

@@ -1,1 +1,1 @@
-"""Heads on top of the pyramid: proposals, boxes, masks, and their matching."""
+"""Heads on top of the pyramid for proposals, boxes and masks, and the matching to objects."""

@@ -1,4 +1,4 @@
-"""Boxes as differences from proposals, in units that shrink from stage to stage of a cascade.
+"""Box coders, for boxes as differences from proposals in units that shrink along a cascade.
 
 Sources: torchvision's coder, which is detectron2's; mmdetection's delta_xywh_bbox_coder.py.
 """
@@ -14,7 +14,7 @@ BoxCoder = get("torchvision.models.detection._utils:BoxCoder")
 
 
 class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
-    """mmdetection's box coder, which limits shrinking like growing, by 1000 / 16."""
+    """mmdetection's box coder, which limits shrinking, like growing, to a factor of 1000 / 16."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Maps differences (N, 4 k) and boxes (N, 4) to boxes (N, 4 k)."""
@@ -26,7 +26,7 @@ class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
 
 DETECTRON2 = tuple(BoxCoder(weights=(n, n, n / 2, n / 2)) for n in (10.0, 20.0, 30.0))
 """The coder of each stage of a cascade; the first is that of Mask R-CNN."""
-# The third stage is no thirtieth but what the published configurations have.
+# The units of the third stage are not a thirtieth, but those of the published configurations.
 MMDET = tuple(
     TwoSidedBoxCoder(weights=(1 / place, 1 / place, 1 / size, 1 / size))
     for place, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))

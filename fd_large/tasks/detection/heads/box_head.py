@@ -32,11 +32,12 @@ BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
 
 class BoxHead(nn.Module):
-    """Four convolutions and a linear layer on the whole cut, then class and box.
+    """Four convolutions and a linear layer on a proposal's features, then its class and box.
 
     Args:
         num_classes: K; class K is the background.
-        width: Channels of the pyramid and the convolutions; the layer has four times as many.
+        width: Channels of the pyramid and the convolutions; the linear layer has four times as
+            many.
         class_agnostic: Whether a proposal has a single box, or a box for each class.
     """
 
@@ -77,7 +78,7 @@ class Sampled(NamedTuple):
 
     @property
     def positives(self) -> list[Tensor]:
-        """The rois (p, 4) of each image that match an object."""
+        """The rois of each image that match an object, (p, 4) each."""
         return [roi[: len(of)] for roi, of in zip(self.rois, self.objects, strict=True)]
 
     @property
@@ -101,7 +102,7 @@ def sample_rois(
     positive_iou: float = POSITIVE_IOU,
     best_for_each: bool = False,
 ) -> Sampled:
-    """Samples the proposals for the losses; the objects themselves are proposals too.
+    """Samples the proposals for the losses; the boxes of the objects are added to the proposals.
 
     Args:
         proposals: (n, 4) float32 of each image, possibly none.
@@ -115,7 +116,7 @@ def sample_rois(
     """
     parts = []
     for proposal, target, image_draws in zip(proposals, targets, draws, strict=True):
-        # An early model proposes little that is right.
+        # Early in training few proposals match an object.
         candidates = torch.cat([proposal, target.boxes])
         matched = _matched(candidates, target, positive_iou)
         if best_for_each:
@@ -176,12 +177,13 @@ def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes
 
 
 def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
-    """Returns the largest possible sample of rois, with arbitrary places, for counting.
+    """Returns the largest possible sample of rois, with arbitrary boxes, for counting.
 
     Args:
-        images: B.
-        rois_per_image: Largest number of an image; `POSITIVE_SHARE` of them match an object.
-        like: A tensor of the device, the meta device too.
+        images: Number of images, B.
+        rois_per_image: Largest number of rois of an image; `POSITIVE_SHARE` of them match an
+            object.
+        like: A tensor on the device of the result, which may be the meta device.
     """
     positives = int(rois_per_image * POSITIVE_SHARE)
     boxes = like.new_zeros(images * rois_per_image, 4, dtype=torch.float32)
@@ -217,7 +219,8 @@ def box_losses(
         deltas: (R, K or 1, 4) float32.
         sampled: N proposals.
         coder: Box coder with the units of the deltas.
-        box_loss: l1 and smooth_l1 (square below 1) compare deltas; giou boxes, times 10.
+        box_loss: l1 and smooth_l1 (quadratic below 1) compare deltas; giou compares boxes, with a
+            factor of 10.
     """
     labels, foreground = sampled.labels, sampled.foreground
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
@@ -234,8 +237,8 @@ def box_losses(
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
     """Returns 1 minus the generalized IoU of each pair of boxes (N, 4): (N,).
 
-    torchvision's picks boxes that overlap by a mask, for which the host waits, and which the meta
-    device cannot.
+    torchvision's function selects overlapping boxes by a mask, for which the host waits, and which
+    does not work on the meta device.
 
     Source: Rezatofighi et al., arXiv 1902.09630.
     """

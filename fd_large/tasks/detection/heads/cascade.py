@@ -2,20 +2,20 @@
 
 Two published forms compute different scores from the same weights:
 
-mmdet: every stage draws its own sample, with the objects among the proposals, has half the loss
-weight of the previous stage, and has its own mask head. A test takes the softmax of the mean
-logits and the mean of the masks' probabilities. The last stage's box units are 0.033 and 0.067.
+mmdet: every stage draws a sample of its own from the proposals and the objects' boxes, has half
+the loss weight of the previous stage, and has its own mask head. A test takes the softmax of the
+mean logits and the mean of the masks' probabilities. The last stage's box units are 0.033 and
+0.067.
 
-detectron2: the first stage draws a sample, which the others match again. Stages have equal
-weights, and a third of their gradient reaches the box features. A single mask head learns from
-the first sample. A test takes the mean of the probabilities. The last stage's box units are 1/30
-and 1/15.
+detectron2: the first stage draws a sample, which the other stages match to the objects again.
+Stages have equal weights, and a third of their gradient reaches the box features. A single mask
+head learns from the first sample. A test takes the mean of the probabilities. The last stage's box
+units are 1/30 and 1/15.
 
 Both forms use ViTDet's layers with LayerNorm here. mmdetection's own heads have no norm (two
 linear layers) or batch statistics, which would depend on the rest of the batch.
 
-Every call runs the same modules in the same order on all ranks, also in stages that have lost all
-their positives.
+Every call runs the same modules in the same order on all ranks, also in stages without positives.
 
 Sources: Cai and Vasconcelos, arXiv 1712.00726; mmdetection 3.3 (roi_heads/cascade_roi_head.py);
 detectron2 (modeling/roi_heads/cascade_rcnn.py) as ViTDet uses it, Li et al., arXiv 2203.16527.
@@ -115,7 +115,7 @@ class Features(NamedTuple):
 
 
 class CascadeHeads(nn.Module):
-    """Three box heads, and a mask head for each or for all.
+    """Three box heads in sequence, and a mask head for each or one for all (see `FORMS`).
 
     Args:
         num_classes: K.
@@ -126,9 +126,9 @@ class CascadeHeads(nn.Module):
         class_agnostic: Whether a proposal has a single box, or a box for each class.
     """
 
-    # Whether a stage's masks learn from a sample of its refined boxes, not of its first ones.
+    # Whether a stage's masks learn from a sample of its refined boxes, not of its input boxes.
     interleaved = False
-    # Whether an object has the proposal that overlaps it most (`sample_rois`).
+    # Whether an object gets the proposal that overlaps it most (`sample_rois`).
     best_for_each = False
 
     def __init__(
@@ -319,7 +319,7 @@ class CascadeHeads(nn.Module):
             box_loss=self.box_loss,
         )
         weight, count = self.form.loss_weights[number], len(sampled.labels)
-        # Boxes too are divided by all that was sampled, not by the positives.
+        # The box loss, too, is divided by the number of all sampled rois, not of the positives.
         return {
             f"cls_{number + 1}": (weight * classes, count),
             f"box_{number + 1}": (weight * boxes, count),
@@ -352,8 +352,8 @@ class CascadeHeads(nn.Module):
     ) -> list[Tensor]:
         """Returns the refined boxes for the next stage.
 
-        If the next stage adds the objects itself, this stage's are left out; else boxes without
-        area are left out.
+        If the next stage adds the objects' boxes itself, those of this stage are left out; else
+        boxes without area are left out.
         """
         of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
         labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)

@@ -1,13 +1,13 @@
 """Hybrid Task Cascade: a cascade with connected mask heads and semantic context.
 
-Differences from Cascade Mask R-CNN in mmdetection's form: a stage's masks learn from a new sample
-of its refined boxes; each mask head also takes the previous mask head's features of the same
-cuts; and if the dataset has maps of classes (COCO-Stuff's), a branch learns these from all
-levels, and its embedding is added to the cuts of boxes and masks.
+It differs from Cascade Mask R-CNN in mmdetection's form in three points: a stage's masks learn from
+a new sample of its refined boxes; each mask head also takes the previous mask head's features of
+the same boxes; and if the dataset has semantic maps (COCO-Stuff's), a branch learns these from all
+levels, and its embedding is added to the pooled features of boxes and masks.
 
-A test averages the probabilities of the three mask heads, as mmdetection 2 does, as for the
-published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's,
-because its list is filled after the loop.
+A test averages the probabilities of the three mask heads, as in mmdetection 2 and so in the
+published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's
+probabilities, because it fills its list after the loop.
 
 Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
 """
@@ -35,14 +35,14 @@ class HtcHeads(CascadeHeads):
     Args:
         num_classes: K.
         width: Channels of the pyramid and the heads.
-        rois_per_image: Proposals sampled for training, of boxes and again of masks.
+        rois_per_image: Proposals sampled for the box losses, and again for the mask losses.
         box_loss: Loss between boxes (`box_losses`).
         class_agnostic: Whether a proposal has a single box, or a box for each class.
         semantic_classes: Classes of the semantic branch; 0 for no branch.
     """
 
     interleaved = True
-    # The published configuration leaves its assigner's default.
+    # The default of the assigner (match_low_quality) in the published configuration.
     best_for_each = True
 
     def __init__(
@@ -102,5 +102,5 @@ class HtcHeads(CascadeHeads):
 
 
 def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Returns cuts of the semantic embedding, (R, C, 14, 14)."""
+    """Returns the semantic embedding pooled from each box, (R, C, 14, 14)."""
     return pool_one(embedding, SEMANTIC_STRIDE, boxes, MASK_SIDE)

@@ -29,7 +29,7 @@ NUM_CONVOLUTIONS = 4
 
 
 class MaskHead(nn.Module):
-    """Four convolutions, doubling, and a mask for each class.
+    """Four convolutions, a transposed convolution, and a mask for each class.
 
     Args:
         num_classes: K.
@@ -54,7 +54,7 @@ class MaskHead(nn.Module):
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """Selects the mask of each box's class, of the first n: (R, K, M, M), (n,) to (n, M, M)."""
+    """Selects the mask of the class of the first n boxes: (R, K, M, M), (n,) to (n, M, M)."""
     return masks[torch.arange(len(labels), device=masks.device), labels]
 
 
@@ -62,8 +62,8 @@ class Taught(NamedTuple):
     """The targets of a mask head.
 
     Attributes:
-        rois: (p, 4) float32 of each image, for an object each.
-        labels: (P,) int64, their classes.
+        rois: (p, 4) float32 of each image, each matched to an object.
+        labels: (P,) int64, classes of the rois.
         masks: (P, 28, 28) float32, 0 or 1.
     """
 
@@ -75,7 +75,7 @@ class Taught(NamedTuple):
 def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
     """Returns the target masks of the sampled proposals that match an object.
 
-    A dataset of boxes alone gives none: the mask head still runs, and learns nothing.
+    Without masks in the dataset there are none, and the mask head runs without learning.
     """
     rois, objects = sampled.positives, sampled.objects
     if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
@@ -112,7 +112,7 @@ def mean_masks(
 
 
 def mask_loss(logits: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
-    """Returns the loss of masks: a mean over a mask's places, summed over boxes.
+    """Returns the mask loss, a mean over the places of a mask, summed over boxes.
 
     Args:
         logits: (R, K, M, M) float32; R may exceed P, further rows are ignored.
@@ -131,10 +131,10 @@ def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tenso
         masks: (n, H, W) uint8.
         numbers: (r,) int64, the object of each box.
         boxes: (r, 4) float32, in pixels.
-        side: Places of a cut, each way.
+        side: Rows and columns of a resized mask.
     """
     needed, place = numbers.unique(return_inverse=True)
     rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)
-    # As many samples in a cell as it has pixels: a mask is thin where a feature is smooth.
+    # As many samples in a cell as it has pixels, since a mask may be thin, unlike features.
     cuts = roi_align(masks[needed, None].to(boxes.dtype), rois, (side, side), 1.0, 0, aligned=True)
     return (cuts[:, 0] >= 0.5).to(boxes.dtype)

@@ -1,7 +1,7 @@
-"""Matching of anchors and proposals to objects, and their sampling for the losses.
+"""Matches anchors and proposals to objects, and samples them for the losses.
 
-Choices are drawn by counting, from (seed, epoch, position of the image), so that the number of
-ranks cannot change them.
+Random choices depend on (seed, epoch, position of the image) alone, so that the number of ranks
+cannot change them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fd_large.engine.zero.private_names import get
 Matcher = get("torchvision.models.detection._utils:Matcher")
 BACKGROUND = Matcher.BELOW_LOW_THRESHOLD  # -1
 IGNORED = Matcher.BETWEEN_THRESHOLDS  # -2
-# Share of a candidate inside a crowd from which it is no background: what is there is not known.
+# Share of a candidate inside a crowd from which it does not count as background, since the objects
+# there are not annotated.
 CROWD_SHARE = 0.5
 OBJECTS_AT_ONCE = 8
 
@@ -39,18 +40,18 @@ def match(
         boxes: (n, 4) of the objects, possibly none.
         crowd_boxes: (m, 4); candidates in them that match no object are ignored.
         candidates: (N, 4).
-        positive_iou: Smallest IoU at which a candidate is for an object.
-        negative_iou: IoU below which it is background.
-        best_for_each: Whether each object also takes its best candidates, however little they
-            overlap.
+        positive_iou: Smallest IoU at which a candidate matches an object.
+        negative_iou: IoU below which a candidate is background.
+        best_for_each: Whether each object is also matched to its best candidates, however little
+            they overlap it.
     """
     if len(boxes) and len(candidates):
         matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)
-        # Some objects at a time: what it makes on its way is ten times as large as its result.
+        # Some objects at a time, since intermediate results are ten times as large as the IoU.
         some = boxes.split(OBJECTS_AT_ONCE)
         overlap = torch.cat([box_iou(part, candidates) for part in some])
         matched = matcher(overlap)
-        # The nearest candidates of a box that touches none are all there are.
+        # An object that no candidate overlaps would match them all, each being its best at IoU 0.
         matched[overlap.amax(dim=0) <= 0] = BACKGROUND
     else:
         matched = torch.full_like(candidates[:, 0], BACKGROUND, dtype=torch.int64)
@@ -67,10 +68,10 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
     """Gives each object its best overlapping candidates, even if they overlap others more.
 
     Args:
-        matched: (N,) int64, as `match` returns it; changed.
+        matched: (N,) int64, as `match` returns it; changed in place.
         boxes: (n, 4) of the objects.
         candidates: (N, 4).
-        positive_iou: Smallest IoU of such a candidate.
+        positive_iou: Smallest IoU at which a candidate is given to an object.
 
     Source: mmdetection's MaxIoUAssigner with match_low_quality.
     """
@@ -99,7 +100,7 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
     Args:
         matched: (N,) int64, as `match` returns it.
-        count: Largest number of choices, of both kinds.
+        count: Largest number of sampled candidates, positives and background together.
         positive_share: Largest share of positives; background fills the rest.
         draws: (2 * count,) uniform numbers in [0, 1).
     """

@@ -18,11 +18,11 @@ from torchvision.ops import roi_align
 from fd_large.engine.zero.private_names import get
 
 NUM_LEVELS = 4
-# A box of 224 pixels takes the third level, as in a ResNet of ImageNet's size.
+# A box of 224 x 224 pixels, the size of ImageNet's crops, is pooled from the third level.
 _LEVELS = get("torchvision.ops.poolers:LevelMapper")(
     k_min=2, k_max=1 + NUM_LEVELS, canonical_scale=224, canonical_level=4
 )
-_SAMPLES = 0  # Points per cell, each way: as many as it has places.
+_SAMPLES = 0  # Points per cell along each axis; 0 takes as many as the cell has places.
 
 
 def pool(
@@ -30,16 +30,16 @@ def pool(
 ) -> Tensor:
     """Pools boxes from the level that fits their size.
 
-    A batch without boxes returns one dummy cut: all ranks must call the same modules, and no
-    library guarantees gradients of a head without input.
+    A batch without boxes returns the features of one dummy box: all ranks must call the same
+    modules, and no library guarantees gradients of a head without input.
 
     Args:
         maps: Four levels, finest first, (B, C, H, W) each; further levels are ignored.
         strides: Pixels per place of each level.
         boxes: (n, 4) float32 of each image, in pixels.
-        side: Places of a cut, each way.
+        side: Rows and columns of a box's pooled features.
 
-    Returns: (R, C, side, side) in the dtype of the maps, R the number of boxes and at least 1.
+    Returns: (R, C, side, side) in the dtype of the maps, with R the number of boxes, at least 1.
     """
     boxes, rois = _rois(boxes)
     wide = torch.promote_types(maps[0].dtype, torch.float32)

@@ -1,10 +1,10 @@
-"""The second half of a detector: proposals are classified, refined, and masked.
+"""The second stage of a detector, which predicts class, refined box and mask of each proposal.
 
-`RoIHeads` are Mask R-CNN's. Other heads, such as a cascade, are a class with the same constructor
-and interface (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in a separate
-file, and a line of the table in `task.py`.
+`RoIHeads` has the heads of Mask R-CNN. Other heads, such as a cascade, are a class with the same
+constructor and interface (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in a
+separate file, and a line of the table in `task.py`.
 
-Every call runs the same modules in the same order on all ranks, whatever is in their images.
+Every call runs the same modules in the same order on all ranks, whatever is in the images.
 
 Source: He et al., arXiv 1703.06870.
 """
@@ -40,7 +40,7 @@ from fd_large.tasks.detection.heads.mask_head import (
 from fd_large.tasks.detection.heads.pooling import pool
 
 Terms = Mapping[str, tuple[Tensor, int]]
-"""Name -> a summed loss, a scalar with gradient, and the number of things that it sums over."""
+"""Loss terms by name: a summed loss, a scalar with gradient, and the number of its summands."""
 
 
 class Candidates(NamedTuple):
@@ -98,8 +98,8 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             proposals: (n, 4) float32 of each image, possibly none.
-            sizes: (B, 2), height and width of each image without its padding; for heads that
-                refine boxes more than once.
+            sizes: (B, 2), height and width of each image without its padding; read only by heads
+                that refine boxes more than once.
             targets: The target of each image.
             draws: (B, draws_per_image) uniform numbers in [0, 1).
         """

@@ -1,7 +1,7 @@
-"""Region proposals: possible objects, from anchors on every level of the pyramid.
+"""Region proposals, which are boxes of possible objects, from anchors on every pyramid level.
 
-Source: Ren et al., arXiv 1506.01497, as detectron2 and torchvision have it; two convolutions as in
-ViTDet (arXiv 2203.16527).
+Source: Ren et al., arXiv 1506.01497, as implemented in detectron2 and torchvision; with two
+convolutions as in ViTDet (arXiv 2203.16527).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AnchorGenerator = get("torchvision.models.detection.anchor_utils:AnchorGenerator
 
 
 class RpnHead(nn.Module):
-    """Objectness and a box for each anchor, by the same convolutions on every level.
+    """Predicts objectness and a box for each anchor, by the same convolutions on every level.
 
     Args:
         width: Channels of the pyramid.
@@ -73,14 +73,14 @@ def anchors_of(
         # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.
         sizes = tuple((ANCHOR_PLACES * stride,) for stride in strides)
         generator = AnchorGenerator(sizes, (RATIOS,) * len(strides))
-        # torchvision would round them to whole pixels, detectron2 and mmdetection do not.
+        # torchvision would round anchors to whole pixels; detectron2 and mmdetection do not.
         generator.cell_anchors = [_cell_anchors(*size).to(device) for size in sizes]
         steps = [[stride, stride] for stride in strides]
         return tuple(generator.grid_anchors([list(grid) for grid in grids], steps))
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """Returns a place's anchors around its corner, of one area and each ratio: (A, 4) float32."""
+    """Returns the anchors around a place's corner, one per ratio, of equal area: (A, 4) float32."""
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height
     return torch.stack([-width, -height, width, height], dim=1) / 2
@@ -114,9 +114,10 @@ def propose(
         logits: (B, A_l) float32 of each level.
         deltas: (B, A_l, 4) float32 of each level.
         anchors: (A_l, 4) of each level.
-        sizes: (B, 2), height and width of each image without its padding, to which boxes are cut.
+        sizes: (B, 2), height and width of each image without its padding, to which boxes are
+            clipped.
         before_nms: Number of a level's best anchors that go into NMS.
-        after_nms: The most proposals that are kept.
+        after_nms: Largest number of proposals that are kept.
     """
     boxes, scores, levels = [], [], []
     for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
@@ -164,7 +165,7 @@ def rpn_terms(
         draws: (B, 2 * anchors_per_image) uniform numbers in [0, 1).
         anchors_per_image: Largest number of sampled anchors.
 
-    Returns: by name, the sum of the loss and its number of anchors.
+    Returns: by name, the sum of the loss and the number of sampled anchors.
     """
     where, labels, positives, target_deltas = [], [], [], []
     for i, target in enumerate(targets):

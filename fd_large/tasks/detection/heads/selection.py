@@ -52,9 +52,9 @@ class Selection:
     Attributes:
         nms: "hard" drops boxes that overlap a better box of their class by more than `iou`;
             "linear" and "gaussian" lower their scores (`soft_nms`).
-        iou: The overlap from which hard and linear act.
-        least_score: Scores up to it are no detections.
-        at_most: The most boxes of an image.
+        iou: IoU above which hard drops a box, and from which linear lowers its score.
+        least_score: Boxes with this score or less are no detections.
+        at_most: Largest number of boxes of an image.
         rescored: Whether a score is multiplied by the mean probability inside its mask.
     """
 
@@ -70,7 +70,8 @@ class Selection:
         Args:
             boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4).
             scores: (R, K) float32.
-            size: (2,), height and width of the image without its padding, to which boxes are cut.
+            size: (2,), height and width of the image without its padding, to which boxes are
+                clipped.
         """
         cut = cut_to(boxes.flatten(0, 1)[None], size[None])[0].view_as(boxes)
         whole = (cut[..., 2:] - cut[..., :2]).amin(dim=-1) > 0

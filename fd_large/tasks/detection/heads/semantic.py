@@ -26,11 +26,11 @@ LOSS_WEIGHT = 0.2
 
 
 class SemanticBranch(nn.Module):
-    """A sum of all levels, convolutions, and a class and an embedding of each place.
+    """Sums all levels, and predicts a class and an embedding of each place by convolutions.
 
     Args:
         width: Channels of the pyramid and of the embedding.
-        num_classes: S.
+        num_classes: Number of semantic classes, S.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -47,7 +47,7 @@ class SemanticBranch(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps five levels (B, C, H, W) to logits (B, S, h, w) float32 and embedding (B, C, h, w).
 
-        Both at the stride of the second level.
+        Logits and embedding have the stride of the second level.
         """
         size = maps[FUSED_LEVEL].shape[-2:]
         x = torch.zeros_like(maps[FUSED_LEVEL])

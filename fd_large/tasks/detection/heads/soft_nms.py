@@ -1,8 +1,8 @@
 """Soft non-maximum suppression: a selected box lowers the scores of its class's neighbours.
 
-A detector reports only the best few boxes of an image, so boxes of all classes are selected in
-one order, and the work is that of `at_most` selections instead of tens of thousands of pairs of
-box and class.
+A detector reports only the best few boxes of an image, so boxes of all classes are selected in one
+order by score, which takes `at_most` selections instead of one for each of tens of thousands of
+pairs of box and class.
 
 Source: Bodla et al., arXiv 1704.04503, as in mmcv (mmcv/ops/nms.py, v2.1.0).
 """
@@ -35,17 +35,17 @@ def soft_nms(
     Args:
         boxes: (N, 4) float32, left, top, right, bottom.
         scores: (N,) float32.
-        labels: (N,) int64, classes; boxes of different classes leave each other alone.
-        at_most: The most boxes that are chosen.
+        labels: (N,) int64, classes; a box lowers scores of its own class only.
+        at_most: Largest number of selected boxes.
         decay: Factor of the scores of other boxes by their IoU with a selected box: "linear" is
             1 - IoU from `iou` on; "gaussian" is exp(-IoU^2 / sigma) at any IoU.
         iou: Smallest IoU at which the linear decay lowers a score.
         sigma: Width of the gaussian decay.
         least_score: Boxes with lower scores are never selected.
 
-    Returns: the numbers of the chosen boxes (n,) int64, best first, and their lowered scores (n,).
+    Returns: indices of the selected boxes (n,) int64, best first, and their lowered scores (n,).
     """
-    # Boxes of a class stand together: a choice concerns a slice.
+    # Boxes are sorted by class, so that a selection changes only a slice of the scores.
     labels, order = labels.sort(stable=True)
     boxes, left = boxes[order], scores[order].clone()
     counts = torch.unique_consecutive(labels, return_counts=True)[1].tolist()

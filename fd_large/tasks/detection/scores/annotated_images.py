@@ -1,4 +1,4 @@
-"""Images with boxes, masks and names drawn over them; ground truth beside detections. No torch."""
+"""Draws boxes, masks and names over images, ground truth beside detections, without torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Mark(NamedTuple):
         label: The text at the box.
         colour: The colour of box and mask.
         mask: (H, W) uint8, or None.
-        wrong: Whether it is a missed object or a false detection: its box is dashed.
+        wrong: Whether it is a missed object or a false detection, whose box is dashed.
     """
 
     box: Sequence[float]
@@ -73,7 +73,7 @@ def compared_rows(
     Args:
         ground_truth: Result of `scoring.read_ground_truth`.
         compared: Result of `error_analysis.compare`.
-        image_ids: Which images, in this order.
+        image_ids: Ids of the images, in the order of the rows.
         read: Returns the pixels (H, W, 3) uint8 of an image id.
     """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
@@ -131,7 +131,7 @@ def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draws ground truth at the left and detections at the right, a row an image, as a PNG."""
+    """Draws one row per image, ground truth at the left and detections at the right, as a PNG."""
     from matplotlib.figure import Figure
 
     column = (ROW_WIDTH - 3 * GAP) / 2

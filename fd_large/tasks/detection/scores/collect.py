@@ -1,4 +1,4 @@
-"""Detections in resized images turned into results in original pixels, a file for each rank."""
+"""Turns detections in resized images into results in original pixels, in one file per rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.results import Result, shard_of, write_results
 from fd_large.tasks.detection.scores.score_shards import NOTE, Note
 
-# Masks of an image that are spread over its pixels at once: a hundred would fill the memory.
+# Number of an image's masks that are pasted at once; a hundred would fill the memory.
 MASKS_AT_ONCE = 10
 MASK_THRESHOLD = 0.5
 
@@ -52,7 +52,7 @@ def to_results(
         {
             "image_id": image_id,
             "category_id": int(category_ids[label]),
-            # A thousandth of a pixel: a third of the file's length otherwise.
+            # Rounded to a thousandth of a pixel; further digits would be a third of the file.
             "bbox": [round(side, 3) for side in box],
             "score": score,
             "segmentation": segmentation,
@@ -103,7 +103,7 @@ def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
 def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
     """Writes this rank's results into the folder for scoring, and the note on rank 0; a collective.
 
-    Results pass through files, one a rank, so that masks of thousands of images are not sent to
+    Results pass through files, one per rank, so that masks of thousands of images are not sent to
     every rank.
 
     Args:
@@ -131,5 +131,5 @@ def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
         if distributed.is_main():
             write(folder / NOTE, lambda path: write_json(path, note._asdict()))
 
-    # After all shards are there: a later start scores what has a note.
+    # Written after all shards, since a later start scores every folder with a note.
     distributed.together(write_note)

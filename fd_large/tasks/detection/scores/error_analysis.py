@@ -1,8 +1,8 @@
 """Missed objects and false detections, image by image.
 
-A detection is right if it covers an object of its class that no better detection took; a
-detection in a crowd of its class is neither right nor wrong, as in the official evaluation. No
-torch.
+A detection is right if its box has an IoU of at least `LEAST_IOU` with an object of its class to
+which no better detection was matched. A detection in a crowd of its class is neither right nor
+wrong, as in the official evaluation. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Compared(NamedTuple):
 
     Attributes:
         objects: Annotations of the ground truth, crowds left out.
-        missed: Whether no detection took the object, for each object.
+        missed: Whether no detection was matched to the object, for each object.
         seen: Results of at least `LEAST_SCORE`, best first.
         false: Whether the detection is wrong, for each result.
     """

@@ -1,4 +1,4 @@
-"""The COCO evaluation of a detector: every image once over the ranks, then scored beside them."""
+"""The COCO evaluation of a detector, on every image once over the ranks, scored in a process."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def evaluate(
     """Runs the detector on all images, and begins to score; a collective.
 
     Args:
-        model: The detector, in evaluation mode, and how it is tested.
+        model: The detector, in evaluation mode, with its test settings.
         images: The test images and their objects.
         folder: A folder that all ranks see, for results.json, scores.json and pictures.
-        batch_size: Images a forward.
+        batch_size: Images per forward.
         workers: Processes that load.
         max_pixels: Larger images are refused.
         draw: Whether to draw the worst images, some others, and the curves.
@@ -51,7 +51,7 @@ def evaluate(
     loader = build_evaluation_loader(
         images,
         sides=model.views.sides,
-        # Without a common size, images are seen one by one: others in the batch change nothing.
+        # Without a common size, a batch has one image, which no padding for others can change.
         batch_size=batch_size if model.views.square else 1,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -106,7 +106,7 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
 
     Args:
         folder: The run's folder of evaluations.
-        last: The last step that counts.
+        last: The newest step whose evaluation is considered.
 
     Returns: its step and its folder, or None.
     """
@@ -114,7 +114,7 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
     if distributed.is_main():
         for path in folder.glob(f"{STEP}*"):
             number = path.name.removeprefix(STEP)
-            # Not a copy that somebody has named otherwise.
+            # Folders with other names, such as copies, are ignored.
             step = int(number) if number.isdecimal() else last + 1
             if step <= last and (kind_of(path / NOTE) or kind_of(path / SCORES)):
                 evaluations.append((step, path))

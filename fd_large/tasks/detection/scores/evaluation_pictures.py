@@ -57,7 +57,7 @@ def draw_evaluation(
         if images:
             draw_rows(compared_rows(ground_truth, compared, images, read), path)
             drawn.append(path)
-        else:  # An older evaluation's would be taken for this one's.
+        else:  # The file of an older evaluation would be taken for this one's.
             path.unlink(missing_ok=True)
     draw_curves(scores, folder / "curves.png")
     return [*drawn, folder / "curves.png"]

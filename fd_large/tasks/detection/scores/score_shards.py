@@ -2,8 +2,8 @@
 
     python -m fd_large.tasks.detection.scores.score_shards ANSWER < request.json
 
-`ScoringProcess` starts it, so that training continues. ANSWER is the number of an open file,
-separate from what libraries print.
+`ScoringProcess` starts it, so that training continues. ANSWER is the descriptor of an open file for
+the answer, which is kept apart from what libraries print.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Request(NamedTuple):
     """The request to score the shards in a folder.
 
     Attributes:
-        folder: Folder with a shard of each rank, and with the note of their number.
+        folder: Folder with a shard of each rank, and with the `Note` on them.
         annotations: The file of the ground truth.
         images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
@@ -115,7 +115,7 @@ def score_shards(request: Request) -> Scored:
 
             written += draw_evaluation(truth, results, scores, read, folder)
     except Exception:
-        # A full disk, a font: the scores stand without it.
+        # The scores are valid even if a disk is full or a font is missing.
         problem = traceback.format_exc()
     return Scored(scores, tuple(written), problem)
 
@@ -124,7 +124,7 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
     """Returns pixels (H, W, 3) of an image, grey if it cannot be read."""
     try:
         image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)
-    except (DataError, OSError):  # It will be one of the worst; the evaluation has said why.
+    except (DataError, OSError):  # The evaluation has logged the reason.
         image = None
     if image is None or image.shape[:2] != size:
         return np.full((*size, 3), GREY, dtype=np.uint8)
@@ -132,7 +132,7 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 
 def main() -> None:
-    """Answers one request."""
+    """Scores one request, which is read from the standard input, and writes the answer."""
     request = parse_json(sys.stdin.read())
     _end_with(request.pop("parent"))
     answer: dict[str, Any]
@@ -149,15 +149,15 @@ def main() -> None:
 def _end_with(parent: int) -> None:
     """Lets the kernel kill this process when its parent is gone; other signals are ignored.
 
-    It would write into the folder of a run that has another owner. A launcher's signals to all
-    processes of a job are for its ranks, which decide.
+    Without its parent, the process could write into the folder of a run that another process has
+    taken over. A launcher's signals to all processes of a job are handled by the ranks.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    # The training's threads go first.
+    # The threads of the training have priority.
     os.nice(10)
 
 

@@ -24,8 +24,8 @@ NUMBERS = (
 KINDS = {"box": "bbox", "mask": "segm"}
 CURVES = (0.5, 0.75)
 PAIRS_AT_ONCE = 1_000_000
-"""Pairs of an image and a class that are counted at once, at 1.5 kB each (measured). COCO's are
-400,000."""
+"""Number of pairs of an image and a class that are counted at once, at 1.5 kB each (measured). COCO
+has 400,000 pairs."""
 
 
 class ClassScore(NamedTuple):
@@ -49,8 +49,8 @@ class KindScores:
     """The scores of boxes, or of masks.
 
     Attributes:
-        numbers: COCO's twelve, by the names in `NUMBERS`; -1 where there is nothing to find.
-        classes: Each category's, by rising id.
+        numbers: COCO's twelve metrics, by the names in `NUMBERS`; -1 where no object counts.
+        classes: The scores of each category, by rising id.
         curves: Precision at recall 0, 0.01 ... 1, by IoU; the mean over the classes that occur.
     """
 
@@ -189,7 +189,8 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
 
 
 MOST_REDRAWN = 2_000_000
-"""Classes times images whose AP is redrawn: COCO has 0.4 million (a minute), Objects365 29."""
+"""Largest number of classes times images for which APs are redrawn; COCO has 0.4 million, which
+take a minute, and Objects365 has 29 million."""
 
 
 def redrawn_aps(
@@ -197,7 +198,8 @@ def redrawn_aps(
 ) -> dict[str, tuple[float, np.ndarray]]:
     """Returns the AP of boxes and masks, and its values on redrawn images.
 
-    Detections are matched once; a draw counts the matches of an image as often as it holds it.
+    Detections are matched once; a draw counts the matches of an image as often as it contains the
+    image.
 
     Args:
         ground_truth, results: See `score`.
@@ -251,7 +253,7 @@ def _evaluate(
         _count(ground_truth, results, ids[start : start + at_once], key, iou_type)
         for start in range(0, max(1, len(ids)), at_once)
     ]
-    # Classes are counted one without the other; the numbers are means over them.
+    # Classes are counted independently of each other; the metrics are means over them.
     precision = np.concatenate([precision for precision, _ in parts], axis=2)
     recall = np.concatenate([recall for _, recall in parts], axis=1)
     evaluation = COCOeval_faster(None, None, iou_type, print_function=_silent)
@@ -285,9 +287,10 @@ def _count(
     key: str,
     iou_type: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares the detections of some classes.
+    """Matches the detections of some classes to the objects, and counts the matches.
 
-    Returns: precision (IoU, recall, class, area, most detections), and recall without that axis.
+    Returns: precision (IoU, recall, class, area, most detections), and recall, without the second
+        of these axes.
     """
     from faster_coco_eval import COCOeval_faster
 
@@ -312,7 +315,7 @@ def _loaded(
     from faster_coco_eval import COCO
 
     ids = set(categories)
-    # Copies, one level deep: both sides get marks of the evaluation's own.
+    # Copies, one level deep, since the evaluation adds entries to objects and detections.
     truth = COCO(
         {
             **ground_truth,
@@ -321,7 +324,7 @@ def _loaded(
         }
     )
     fields = ("image_id", "category_id", "score", key)
-    # A mask goes without its box, whose area would stand for the mask's.
+    # Masks are loaded without their boxes, whose areas would replace those of the masks.
     entries = [{name: r[name] for name in fields} for r in results if r["category_id"] in ids]
     return truth, truth.loadRes(entries)
 

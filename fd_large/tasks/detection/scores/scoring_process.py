@@ -32,7 +32,7 @@ STDERR = 2
 
 
 class ScoringProcess(Pending):
-    """The scoring of the ranks' detections: an object on all ranks, a process on rank 0.
+    """The scoring of the ranks' detections, in a process of rank 0; all ranks have the object.
 
     Args:
         folder: Folder with the shards and the note.
@@ -60,7 +60,7 @@ class ScoringProcess(Pending):
             str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels, only
         )
         text = json.dumps({**request._asdict(), "parent": os.getpid()})
-        # A file in memory, and not its output, in which a library may write a line of its own.
+        # The answer is a file in memory, since a library may write to the standard output.
         self._file = open(os.memfd_create("answer"), "w+", encoding="utf-8")  # noqa: SIM115
         answer = self._file.fileno()
         self._process = subprocess.Popen(

@@ -9,7 +9,7 @@ from fd_large.tasks.detection.scores.scoring import NUMBERS, Scores
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Columns of a terminal that hold two classes a line.
+# Width of a terminal, in characters, from which a line holds two classes.
 WIDE = 110
 MEANINGS = {
     "AP": "mean over IoU 0.50 to 0.95",
@@ -53,7 +53,7 @@ def numbers_table(scores: Scores, *, tested: str = "") -> Table:
 
 
 def classes_table(scores: Scores) -> Table:
-    """Returns a table of AP and AP50 of the images' classes, two a line on a wide terminal."""
+    """Returns a table of AP and AP50 of the images' classes, two per line on a wide terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Tests at several sizes and mirrored: the views of an image, and the merging of their detections.
 
-Views of an image are processed one after another without keeping maps: a test of many views takes
-the memory of the largest view, and processes each view two or three times.
+Views of an image are processed one after another without keeping maps, so that a test of many views
+takes the memory of the largest view, and processes each view two or three times.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class TestViews(NamedTuple):
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
         flip: Whether each view is also seen mirrored.
-        merge: Merging of several views. average: all views get the proposals of all, and boxes,
-            scores and masks are averaged (mmdetection 2). areas: boxes of all views are joined,
-            with only certain areas from each scale (ViT-Adapter). union: the reported detections
-            of all views are joined (detectron2, mmdetection 3).
-        areas: For each scale the areas of its boxes, letters of `AREAS`; empty for all.
+        merge: Merging of several views. average: every view gets the best proposals of all views,
+            and boxes, scores and masks are averaged (mmdetection 2). areas: boxes of all views are
+            joined, with only certain areas from each scale (ViT-Adapter). union: the reported
+            detections of all views are joined (detectron2, mmdetection 3).
+        areas: For each scale the areas of the boxes that are used, as letters of `AREAS`; empty
+            for all.
         square: Side of the squares to which images are padded, or the longest side at their scale
             if that is larger; 0 pads to the largest image of a batch. Padding changes the size of
             the map and so the detections: on a square they depend neither on the rest of the
