@@ -1,4 +1,4 @@
-"""Images to batches: every sample is a function of (seed, epoch, position in the epoch).
+"""From images to batches: every sample is a function of (seed, epoch, position in the epoch).
 
 This room has the sources of images (`source.py` has their contract and their table), decoding,
 views, the order of an epoch, the loader, labels, and the cache on a node's disk. Changes to

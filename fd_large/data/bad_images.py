@@ -1,7 +1,7 @@
-"""Unusable images: counted, named once, and past a limit the end of the run.
+"""Unusable images are counted and named once in the log; past a limit they end the run.
 
-A rank counts its own; `past_limit`, `limit_error` and `agreed_error` take sums over ranks, so that
-all ranks come to the same decision in the same step.
+Each rank counts the images that it tried itself. `past_limit`, `limit_error` and `agreed_error`
+take sums over ranks, so that all ranks come to the same decision in the same step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 
-# The fraction is taken of at least so many: one bad image among the first ten is no tenth.
+# Least number of samples of which the fraction is taken: one bad image among the first ten must not
+# count as a tenth.
 FEWEST_SAMPLES = 1000
 MAX_NAMES = 20
 _MAX_REMEMBERED = 10_000

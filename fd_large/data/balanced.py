@@ -1,8 +1,9 @@
 """Several datasets as one source, with fixed shares throughout an epoch.
 
-The position alone decides the dataset: shares of 2 and 1 repeat the pattern A B A. Each dataset
-has its own order, pass after pass and across epochs. Everything is a function of (seed, epoch,
-position), so that a resumed run continues exactly, on any number of ranks.
+The position in the epoch alone decides the dataset: shares of 2 and 1 repeat the pattern A B A.
+Each dataset has an order of its own, which goes on from one epoch to the next, pass after pass.
+Everything is a function of (seed, epoch, position), so that a resumed run continues exactly, on any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fd_large.data.sampler import epoch_order
 
 log = logging.getLogger(__name__)
 
-# Draws know no later epoch; evaluations take one that no training reaches.
+# Number of epochs that the random numbers tell apart.
 _EPOCHS = 2**32
 _Place = tuple[int, int]  # A dataset, and one of its blocks.
 
@@ -46,8 +47,8 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
 class Balanced:
     """Images of several sources, numbered one source after the other; itself an `ImageSource`.
 
-    An epoch has as many positions as there are images, so a dataset with a larger share than its
-    part of the images is seen more than once in it, and others only in part.
+    An epoch has as many positions as there are images. A dataset whose share is larger than its
+    part of the images is therefore seen more than once in an epoch, and others only in part.
 
     Args:
         parts: Name and share of each source, and its images.
@@ -119,7 +120,7 @@ class _Order:
         due = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
         self._pattern = numbers[np.argsort(due, kind="stable")]
         is_of = self._pattern[:, None] == np.arange(len(shares))
-        # (period + 1, num_sources): positions of each before a place of the pattern.
+        # (period + 1, num_sources): each source's positions before a place of the pattern.
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -158,15 +159,15 @@ class _Order:
         return needed
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
-        """Returns the pass over a source at a position of an epoch, and the place in that pass."""
+        """Returns the pass over a source at a position, by number, and the place in that pass."""
         turn = int(self._turns(epoch, np.array([position]))[0, part])
         number, place = divmod(turn, int(self._sizes[part]))
         return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the number of each source's positions before the given ones: (B, sources).
+        """Returns how many positions each source had before the given ones, (B, sources).
 
-        The count starts with the run; the given positions, (B,), are of an epoch.
+        The given positions, (B,), are counted in their epoch, and the result since epoch 0.
         """
 
         def within(positions: NDArray[np.int64]) -> NDArray[np.int64]:

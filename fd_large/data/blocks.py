@@ -1,9 +1,9 @@
 """Images read in blocks: a row group of a parquet file, a tar file in an object store.
 
 The first process of a node that needs a block fetches it into a folder on the node's disk, as one
-file from which all processes read single images; nothing stays in their memory. Blocks follow the
-order of the epoch (`sampler.Blocks`), so that the next blocks are fetched ahead, and the least
-recently used are removed.
+file from which all processes read single images; nothing stays in their memory. The blocks that the
+order of the epoch (`sampler.Blocks`) needs next are fetched ahead, and the least recently used are
+removed.
 
 A file in the folder has the bytes of the images (or a whole tar file), an index, and a trailer;
 it is written atomically.
@@ -41,7 +41,7 @@ from fd_large.recipes.sections import Data
 
 log = logging.getLogger(__name__)
 
-# Blocks that a process holds open.
+# Largest number of blocks that a process holds open.
 MOST_OPEN = 256
 _TRAILER = struct.Struct("<qq8s")
 _MAGIC = b"fdblock1"
@@ -97,7 +97,7 @@ class BlockFile(OpenFile):
         columns = np.frombuffer(index, np.int64, num * 4).reshape(4, num)
         self._starts, self._sizes, self.labels, self._name_ends = columns
         self._names = index[num * 32 :]
-        os.utime(self.number)  # Used: others make room first.
+        os.utime(self.number)  # Marks the block as used, so that others are removed first.
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,7 +117,7 @@ class BlockCache(NamedTuple):
 
     Attributes:
         folder: The folder.
-        limit_bytes: Above this the blocks that were used longest ago are removed.
+        limit_bytes: Largest total size; beyond it the least recently used blocks are removed.
     """
 
     folder: Path
@@ -130,8 +130,8 @@ class BlockCache(NamedTuple):
 
         Args:
             key: Name of the block, which depends on its contents.
-            make: Writes it.
-            wait: Whether to wait for another process that makes it, or to return None.
+            make: Function that writes the block.
+            wait: Whether to wait if another process is making the block; otherwise returns None.
 
         Raises: ConfigError: if the folder cannot be written; or the exceptions of `make`.
         """
@@ -192,7 +192,7 @@ class BlockCache(NamedTuple):
             if total <= self.limit_bytes:
                 break
             if path != added:
-                path.unlink(missing_ok=True)  # Those who have it open read on.
+                path.unlink(missing_ok=True)  # Processes that have it open can still read it.
                 total -= size
 
 
@@ -221,9 +221,9 @@ class BlockImages:
     """The images of some blocks, in the order of the blocks: an `ImageSource`.
 
     Args:
-        files: The files or objects that the blocks lie in.
-        table: (num_blocks, 4): each block's file, index in it, number of images (at least one),
-            and approximate size on disk in bytes.
+        files: The files or objects that contain the blocks.
+        table: (num_blocks, 4): for each block the number of its file, its index in the file, the
+            number of its images (at least one), and its approximate size on disk in bytes.
         fingerprint: A hash of the samples.
         kind: Description of the dataset.
 
@@ -343,7 +343,7 @@ class BlockImages:
                     continue
                 try:
                     self._fetched(number, wait=False)
-                except FDError as error:  # Whoever reads the block meets it again.
+                except FDError as error:  # Reading the block will raise the error again.
                     log.debug("not fetched ahead: %s", error)
                     return
 
@@ -381,6 +381,6 @@ def _opened(path: Path) -> BlockFile | None:
         return BlockFile(path)
     except FileNotFoundError:
         return None
-    except ValueError:  # Cut by a crash of the machine.
+    except ValueError:  # A crash of the machine cut it short.
         path.unlink(missing_ok=True)
         return None

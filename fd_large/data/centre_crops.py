@@ -17,10 +17,10 @@ from fd_large.data.loader import load_batches
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import DataError
 
-# ImageNet's custom: the short side is resized to 256 for a crop of 224.
+# As is usual for ImageNet, where the short side is resized to 256 for a crop of 224.
 RESIZE_RATIO = 256 / 224
 
-# Stands for the label of an image that cannot be used.
+# Label of an image that cannot be used.
 NO_LABEL = -1
 
 

@@ -1,9 +1,9 @@
 """The user's own source of images: `data.root module:PATH/TO/FILE.py:NAME`.
 
-NAME is a class, or a function, that returns the images: `len(images)`, and `images[i]`, either an
-array (H, W, 3) or (H, W) of uint8 or the bytes of an image file. It is called without arguments,
-and where the parts of a labelled dataset differ, with the part: "train" or "val". It may
-also have
+NAME is a class or a function that returns an object with the images: `len(images)` is their number,
+and `images[i]` is an array (H, W, 3) or (H, W) of uint8, or the bytes of an image file. NAME is
+called without arguments, or, for the parts of a labelled dataset, with "train" or "val". The
+object may also have
 
     labels() -> (classes of the images as whole numbers, (len,); names of the classes or None)
     name(i) -> str, what messages call an image
@@ -42,15 +42,15 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
         part: "train" or "val" of a labelled dataset; "": the images.
 
     Raises:
-        ConfigError: It cannot be imported.
-        DataError: It is no source of images, or holds none.
+        ConfigError: The source cannot be imported.
+        DataError: The object is not a source of images, or holds none.
     """
     return _opened(root, where, part) if is_custom(root) else None
 
 
 @lru_cache(maxsize=8)
 def _opened(root: str, where: str, part: str) -> CustomImages:
-    # Once: a job asks for its images more than once, and a source may hold them in memory.
+    # Opened once, since a job asks for its images repeatedly, and a source may hold them in memory.
     return CustomImages(root, where=where, part=part)
 
 
@@ -69,7 +69,7 @@ class CustomImages:
 
     Attributes:
         fingerprint: The source's own fingerprint, else a hash of its length and of some images.
-        labels: The method of the source; absent where it has none.
+        labels: The method of the source; absent if the source has none.
     """
 
     fingerprint: str
@@ -184,5 +184,5 @@ class CustomImages:
 
 
 def _reopened(root: str, where: str, part: str, code: dict[str, str]) -> CustomImages:
-    doors.allow_unchanged(code)  # As it was where it was opened first.
+    doors.allow_unchanged(code)  # The file must be as it was when the source was first opened.
     return _opened(root, where, part)

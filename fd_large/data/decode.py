@@ -17,8 +17,9 @@ from fd_large.data.decode_with_pillow import decode_with_pillow, refused
 from fd_large.data.image_header import MAX_PIXELS, JpegHeader, check_size, read_header
 from fd_large.data.suppress_stderr import suppress_stderr
 
-# From 0.29 on a damaged PNG ends the process in torchvision, where it was an error: a wrong
-# checksum in IDAT, wrong pixels in it (0.29.2; no damaged JPEG, WebP or GIF of 600 does).
+# From 0.29 on, torchvision ends the process on a damaged PNG, which was an error before: on a wrong
+# checksum of IDAT, or wrong pixels in it (seen in 0.29.2; none of 600 damaged JPEG, WebP and GIF
+# files does it).
 _PNG_NEEDS_PILLOW = Version(torchvision.__version__) >= Version("0.29")
 
 
@@ -38,9 +39,9 @@ def decode(
     Args:
         encoded: An image file's bytes.
         where: Name of the image in an error.
-        max_pixels: Larger images are refused unseen.
-        num_rows: The rows from the top that are wanted; None: all. More may come. Rows below are
-            only saved where `size_before_decoding` knows the size.
+        max_pixels: Images with more pixels are refused before they are decoded.
+        num_rows: Number of rows needed from the top; None: all. The result may have more rows:
+            decoding stops early only for images whose size `size_before_decoding` returns.
 
     Returns: (3, H, W) uint8; its memory may be in (H, W, 3) order.
     Raises: DataError: if no decoder can read it, or it is too large.
@@ -51,7 +52,7 @@ def decode(
     with suppress_stderr():
         if header is not None:
             check_size(header.width, header.height, max_pixels, where)
-            # torchvision turns no WebP
+            # torchvision ignores the orientation of a WebP
             is_turned = header.format == "WEBP" and b"EXIF" in encoded
             if not is_turned and not (header.format == "PNG" and _PNG_NEEDS_PILLOW):
                 try:

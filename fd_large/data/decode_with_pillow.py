@@ -16,7 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fd_large.data.image_header import MAX_PIXELS, check_size
 from fd_large.errors import DataError
 
-# Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
+# Formats are named because Pillow would otherwise try all that it knows, such as PostScript, for
+# which it runs an interpreter.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black images.
 _PILLOW_MODES = (

@@ -1,9 +1,9 @@
-"""A part of the labelled training images: a share or a number of each class.
+"""A part of the labelled training images: a fraction or a number of the images of each class.
 
 The choice follows from a seed and the names of the images below their folder or in their tar
-files, so that all models of a comparison learn from the same images, on any machine; a larger
-number adds images to the smaller choice. For other sources, the place of an image replaces its
-name.
+files, so that all models of a comparison learn from the same images, on any machine. The images
+chosen for a smaller number are also among those chosen for a larger one. For other sources, the
+index of an image replaces its name.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm",
 )  # fmt: skip
-# No image within the limit of pixels comes near it; a file that does is read for nothing.
+# Far above the size of any image within the limit of pixels, so larger files are not read.
 MAX_FILE_BYTES = 1 << 29
 _LONGEST_NAME = 4096  # No file system takes a longer path.
 
@@ -170,7 +170,7 @@ def read_image(path: str) -> bytearray:
 class OpenFile:
     """An open file with many images, closed with the last reference to it.
 
-    Nothing is read by the descriptor's own offset, which forked processes share.
+    Reads do not use the descriptor's own offset, since forked processes share it.
 
     Attributes:
         number: The descriptor.
@@ -195,7 +195,7 @@ class OpenFile:
 
 
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
-    """Yields possible paths, in parts, of a name in a dataset's files below its folder.
+    """Yields possible paths below a dataset's folder, in parts, of a name in one of its files.
 
     A root and ".." are dropped, so that no name leads outside of the folder; links are followed
     as usual. The first folders of a name may not exist on this disk, so they are dropped one by
@@ -245,7 +245,7 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
         try:
             status = os.stat(os.path.join(root, folder))
             identity = (status.st_dev, status.st_ino)
-            if identity in above:  # A link to a folder that holds it would go round for ever.
+            if identity in above:  # A link to a parent folder would be followed without end.
                 continue
             with os.scandir(os.path.join(root, folder)) as entries:
                 names = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
@@ -267,7 +267,7 @@ def _wanted(entries: Iterator[os.DirEntry[str]]) -> Iterator[str]:
         if entry.is_dir():
             yield f"{entry.name}/"
         elif entry.name.lower().endswith((*EXTENSIONS, ".tar")) and (
-            # A link that leads nowhere is listed, so that its name comes up.
+            # A broken link is listed, so that its name is reported.
             entry.is_file() or entry.is_symlink()
         ):
             yield entry.name

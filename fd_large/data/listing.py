@@ -2,8 +2,8 @@
 
 Workers hold no list: names and numbers stay in the file, whose used pages are in memory once for
 all processes. Making the file requires a walk over the whole dataset, so one rank does it for all
-(`meeting.py`). A large listing is kept in a cache folder and reused as long as the dataset's
-stamps (modification times of folders, sizes and times of shards) are unchanged.
+(`meeting.py`). The file of a large dataset is kept in a cache folder and reused as long as the
+dataset's stamps (modification times of folders, sizes and times of shards) are unchanged.
 
 The file is in the safetensors format: `names` (concatenated bytes), `ends` (int64, the end of
 each name), further arrays, and the maker's facts as JSON.
@@ -37,21 +37,21 @@ from fd_large.ranks import activity
 
 log = logging.getLogger(__name__)
 
-# Less is listed faster than anyone notices, and needs no file.
+# Number of samples from which on a listing is cached; a smaller one is made in no time.
 CACHED_FROM = 20_000
-# A folder changed less than this before it was listed may have changed again within the same tick
-# of its clock: not to be trusted next time.
+# A folder that changed less than this before it was listed may change again with the same time
+# stamp, so its listing is not reused.
 SETTLED_SECONDS = 2.0
-# In the name of each file: another layout is another file.
+# Part of each file's name, so that files of another layout are not read.
 _LAYOUT = "fd-list3"
 
 Made = tuple[Mapping[str, NDArray], dict[str, Any]]
-"""`names`, `ends` and further arrays; facts in JSON's types, of which `stamps` are not kept in
-memory and `fingerprint` is a hash of the samples."""
+"""The arrays `names`, `ends` and others, and facts in JSON's types. Of the facts, `fingerprint` is
+a hash of the samples, and `stamps` are not kept in memory."""
 Add = Callable[..., None]
-"""Takes the name of a sample, bytes, and its numbers in the order of the columns."""
+"""Function that adds a sample: its name, bytes, and its numbers in the order of the columns."""
 Fill = Callable[[Add], dict[str, Any]]
-"""Adds all samples; returns the facts but for the fingerprint."""
+"""Function that adds all samples, and returns the facts except for the fingerprint."""
 
 
 class Listing:
@@ -60,7 +60,7 @@ class Listing:
     Attributes:
         arrays: `names`, `ends` and further arrays.
         facts: Facts recorded by the maker.
-        path: The file that holds them; None if they are in memory.
+        path: The file that holds the arrays; None if they are in memory.
         fingerprint: A hash of the samples.
     """
 
@@ -88,7 +88,7 @@ class Listing:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             return Listing, (self.arrays, self.facts, None)
-        return _reopen, (self.path, self.fingerprint)  # The file, not the names.
+        return _reopen, (self.path, self.fingerprint)  # Another process maps the file again.
 
 
 def listed(
@@ -100,19 +100,19 @@ def listed(
 ) -> Listing:
     """Returns the listing of a dataset, from the cache if current, else new.
 
-    In a meeting of all ranks, rank 0 makes it for all ranks on the same disk, and the first rank
-    of a node for a node with its own disk; outside a meeting each rank makes its own. The others
-    map the file, or receive its contents if they cannot. Of several concurrent runs, one makes it
-    and the others wait; without file locks each makes its own and the last file stays. If the
-    cache folder cannot be written, every start repeats the walk.
+    In a meeting of all ranks, rank 0 makes the listing for all ranks on the same disk, and the
+    first rank of a node for a node with its own disk; outside a meeting each rank makes its own.
+    The other ranks map the file, or receive its contents if they cannot. Of several concurrent
+    runs, one makes the listing and the others wait; without file locks each run makes its own, and
+    the last file stays. If the cache folder cannot be written, every start repeats the walk.
 
     Args:
         dataset: Name of the dataset for messages.
         anchor: The file or folder that identifies the dataset, the same on all ranks.
-        make: Lists it.
-        is_current: Returns whether the dataset is unchanged, from the facts.
+        make: Function that lists the dataset.
+        is_current: Function from a listing's facts to whether the dataset is unchanged.
     """
-    # torch: seconds, of which scoring files of results has no need.
+    # This imports torch, which takes seconds, and which scoring files of results does not need.
     from fd_large.ranks import meeting
 
     name = f"{dataset} {anchor}"
@@ -120,7 +120,7 @@ def listed(
 
     def here() -> Listing:
         if not local_kind(anchor):
-            return _timed(make)  # Which says what is missing.
+            return _timed(make)  # Raises the error about a missing dataset.
         path = _path(dataset, anchor)
         listing = _load(path, is_current)
         if listing is None:
@@ -149,7 +149,8 @@ def listed(
         if listing is None:
             listing = sent() if note.fingerprint == first.fingerprint else here()
         listings.append(listing)
-    listings[0].facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
+    # The stamps may be as many as the samples, and no worker needs them.
+    listings[0].facts.pop("stamps", None)
     return listings[0]
 
 
@@ -214,7 +215,7 @@ def settled(modified_ns: int, listed_at: float) -> bool:
 
     Args:
         modified_ns: Modification time, in ns since the epoch.
-        listed_at: When it was looked at, in seconds since the epoch.
+        listed_at: Time of the listing, in seconds since the epoch.
     """
     return modified_ns / 1e9 < listed_at - SETTLED_SECONDS
 

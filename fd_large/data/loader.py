@@ -33,7 +33,7 @@ from fd_large.data.worker import signals_blocked, start_worker
 from fd_large.errors import DataError, FDError
 from fd_large.ranks.processes import check_workers
 
-# Images tried for one place in a batch; where all are bad, so is the dataset.
+# Number of images tried for one place in a batch; if all are bad, the dataset is bad.
 MAX_TRIES = 10
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def build_loader(
         batches: Takes the positions of a micro batch, (B,), and returns a `Batch`; runs in the
             workers.
         num_samples: Size of the dataset.
-        portion: Which micro batches.
+        portion: The rank's micro batches, and the step to start from.
         global_batch_size: Images a step over all ranks.
         workers: Number of loading processes; 0 loads in this process.
 
@@ -141,7 +141,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
 
 @dataclass(frozen=True)
 class _Carried(Dataset):
-    """Batches, or the error of a loading process, which torch would wrap into a traceback."""
+    """A dataset that returns an error in place of a batch, since torch would add a traceback."""
 
     batches: Dataset
 
@@ -156,7 +156,7 @@ class _Loader(DataLoader):
     """A loader that raises a loading process's error in place of its batch."""
 
     def __iter__(self) -> Any:
-        # The loading processes start here, not when the first batch is asked for.
+        # The loading processes start here, so their signals are blocked here.
         with signals_blocked():
             batches = super().__iter__()
         return _raising(batches)
@@ -175,8 +175,8 @@ class Loaded(Generic[T]):
 
     Attributes:
         value: Result for a sample, or None if no tried sample can be used.
-        index: The sample that it was made of, or the last that was tried.
-        bad: A message for each sample that was tried in vain, its name first.
+        index: The sample of which the value was made, or the last sample that was tried.
+        bad: A message for each tried sample that could not be used, its name first.
     """
 
     value: T | None
@@ -199,8 +199,8 @@ def load_samples(
 
     A replacement is drawn from the whole dataset, or from the window of its blocks, by (seed,
     epoch, position), so it is the same on any number of ranks and workers. If none of ten samples
-    can be used, the value is None: a rank that stopped here would leave the others waiting,
-    whereas the count of bad images stops all together.
+    can be used, the value is None and no error is raised: a rank that stopped here would leave the
+    others waiting, whereas the count of bad images stops all ranks together.
 
     Args:
         make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
@@ -210,7 +210,7 @@ def load_samples(
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         blocks: Blocks of a source that is read in blocks, or None.
-        name: Returns the place of a sample, for messages about slow reads.
+        name: Function from a sample to its place, for messages about slow reads.
     """
     loaded, worker = [], get_worker_info()
     slot = 0 if worker is None else worker.id + 1
@@ -271,7 +271,7 @@ class Beside(Protocol):
     def of(self, index: int, view: torch.Tensor) -> Any:
         """Returns the tensors, in tuples or dicts, of the view of image `index`.
 
-        Raises: DataError: if there is nothing for that image, which a stand-in then replaces.
+        Raises: DataError: if nothing is stored for that image, which another image then replaces.
         """
 
     def blank(self) -> Any:
@@ -287,10 +287,10 @@ class ViewBatches(Dataset):
         settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        fixed: Recurring views by image; None draws a new view at each position of an epoch.
+        fixed: Recurring views of each image; None: a new view at each position of an epoch.
         beside: Stored values of the views; None for batches without targets.
-        mixed_among: Images a step over all ranks, each of which is mixed with its neighbour
-            (mixing.py); 0 mixes none.
+        mixed_among: Number of images a step over all ranks, if each is mixed with its neighbour
+            (mixing.py); 0: images are not mixed.
         sizes: Size of the views for each step, replacing the settings'; None for a constant size.
     """
 
@@ -320,7 +320,7 @@ class ViewBatches(Dataset):
         return replace(batch, images=images)
 
     def _load(self, positions: NDArray[np.int64], count: int) -> Batch:
-        """Loads the views of positions; the batch's other fields cover only the first ones."""
+        """Loads the views of all positions; other fields of the batch cover the first `count`."""
         draws_at, settings = self._draws(positions), self.settings
         if self.sizes is not None:
             side = self.sizes.at(self.epoch, int(positions[0]))

@@ -1,10 +1,10 @@
 """Partners of images in a global batch, and images mixed with their partners.
 
-All images of a group have the same share. In the published code a group is the batch of a GPU;
-here it is 128 positions of the epoch's order, whatever the number of GPUs. Neighbours in it are
-partners; timm reverses the batch of a GPU, lightly-train permutes it. Since the order of an epoch
-is random, any pairing is random; with this one a rank seldom has to load more than its own
-images.
+All images of a group are mixed with the same share. In the published code a group is the batch of
+a GPU; here it is 128 positions of the epoch's order, whatever the number of GPUs. Partners are
+neighbours in that order. (timm pairs images by reversing the batch of a GPU, and lightly-train by a
+permutation.) Since the order of an epoch is random, any pairing is random; with neighbours as
+partners, a rank seldom has to load more than its own images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fd_large.data.random_numbers import uniforms
 
 GROUP = 128
-"""Images that are mixed alike: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
+"""Images of a group: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
 
 
 def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
@@ -65,7 +65,7 @@ def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W), floating-point.
         others: (B, 3, H, W), the partners.
-        share: The part of the pixels that stays the image's own; for all, or (B, 1, 1, 1).
+        share: Weight of the image itself; its partner has 1 - share. A number, or (B, 1, 1, 1).
 
     Source: Zhang et al., arXiv 1710.09412.
     """
@@ -89,7 +89,7 @@ def mixed_views(
     Args:
         views: (B + R, 3, S, S) uint8, in the order of `with_partners`.
         positions: (B,), in the epoch's order.
-        partners: (B,), where their partners are among the views.
+        partners: (B,), the indices of their partners among the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.

@@ -36,20 +36,20 @@ from fd_large.ranks import meeting
 
 T = TypeVar("T")
 
-# A request without an answer for so long is given up and made again.
+# Seconds after which a request without an answer is given up and made again.
 ANSWER_SECONDS = 60.0
-# Bytes of one request: large enough to fill a connection, small enough to lose.
+# Bytes of one request: enough to fill a connection, few enough to repeat after a failure.
 RANGE_BYTES = 16 << 20
-# Requests at a time while a dataset is looked at.
+# Number of simultaneous requests while a dataset is opened.
 STREAMS = 16
 READ_REMOTELY = (".tar", PARQUET)
 
 _BUSY = {408, 425, 429}
-# A forked process must not drop the clients that it inherits: closing their connections would take
-# these out of the one epoll that it shares with its parent, which would wait for them in vain.
+# A forked process must keep the clients that it inherits. Closing their connections would remove
+# them from the epoll that it shares with its parent, which would then wait for answers in vain.
 _clients: dict[int, Any] = {}
 _BROKEN = {
-    "ConnectionError",  # Python and botocore both call one so.
+    "ConnectionError",  # A name of both Python's and botocore's.
     "HTTPClientError",
     "IncompleteReadError",
     "ResponseParserError",
@@ -78,10 +78,10 @@ class Stored(NamedTuple):
         return is_url(self.url)
 
     def open(self) -> BinaryIO:
-        """Checks that it is unchanged, and opens it for reading.
+        """Checks that the file is unchanged, and opens it for reading.
 
-        Raises: DataError: if it is not, or cannot be read; StorageError: if its store does not
-            answer.
+        Raises: DataError: if the file has changed or cannot be read; StorageError: if its store
+            does not answer.
         """
         now = _looked_up(self.url)
         if now != self:
@@ -107,7 +107,7 @@ def asked(url: str, action: Callable[[], T]) -> T:
         url: URL for messages.
         action: Request that can be repeated.
 
-    Raises: StorageError: if the store does not come back; DataError: if the answer is final.
+    Raises: StorageError: if transient failures go on; DataError: if the store refuses the request.
     """
 
     def once() -> T:
@@ -136,7 +136,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
         where: The field that names it, for messages.
 
     Returns: an empty list if there is none.
-    Raises: DataError: if a file that is named is not there, or a package is missing.
+    Raises: DataError: if a named file is missing, or a package is.
     """
     check_packages(root, where=where)
     try:
@@ -222,10 +222,10 @@ class _Ranges(AbstractBufferedFile):
 
 def _client(url: str) -> tuple[Any, str]:
     """Returns fsspec's client, which a forked process makes anew, and the path."""
-    if not is_url(url):  # Of which fsspec would take `A::B` and `~` for more than names.
+    if not is_url(url):  # In a path, fsspec would give `A::B` and `~` a special meaning.
         return LocalFileSystem(), os.path.abspath(url)
     scheme, options = scheme_of(url), {}
-    # The pauses between tries are ours: clients that try again as well would multiply them.
+    # `asked` makes the retries; retries of the clients would multiply them.
     if scheme in ("s3", "s3a"):
         options["config_kwargs"] = {
             "connect_timeout": ANSWER_SECONDS,
@@ -249,7 +249,7 @@ def _client(url: str) -> tuple[Any, str]:
 
 def _passes(error: BaseException) -> bool:
     """Whether an error of a store is transient."""
-    # Lines that broke, in the words of the libraries that held them.
+    # Errors of broken connections, by the names of the libraries' classes.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _BROKEN:
         return True
@@ -257,7 +257,7 @@ def _passes(error: BaseException) -> bool:
     for cause in causes:
         status = getattr(cause, "status", None) or getattr(cause, "code", None)
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):  # It is of botocore.
+        if isinstance(response, dict):  # The error is one of botocore.
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
         if isinstance(status, int) and status >= 400:
             return status >= 500 or status in _BUSY

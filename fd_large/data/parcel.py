@@ -1,4 +1,4 @@
-"""Packing of a batch into one tensor for the way from a loading process.
+"""Packing of a batch into one tensor, for the transfer from a loading process.
 
 Each tensor in shared memory takes a file descriptor on both sides for as long as it lives. A
 batch of images with objects has hundreds of tensors, several batches are in transit, and a

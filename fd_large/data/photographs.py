@@ -16,8 +16,8 @@ from fd_large.errors import DataError
 
 # Held out: two everyday scenes in colour, one near and one far, of kinds that an ImageNet teacher
 # knows and of which training has no other image (no other animal, no other building). They were
-# chosen by that rule before any result was seen. A second image of a held-out scene would give
-# the answer away; what no photographer took (cells, stars, textures) would measure little.
+# chosen by that rule before any result was seen. A second image of a held-out scene in training
+# would give the answer away, and images of cells, stars or textures would measure little.
 HELD_OUT = ("skimage/chelsea.png", "sklearn/china.jpg")
 
 TRAINING = (
@@ -42,7 +42,8 @@ TRAINING = (
     "skimage/text.png",
 )
 
-# Each image is listed so often: an epoch of a handful of samples would end after one step.
+# Number of times that each image is listed, since an epoch of a handful of samples would end after
+# one step.
 REPEATS = 256
 
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
@@ -64,10 +65,10 @@ def open_photographs(root: str, *, where: str) -> Photographs | None:
 
 
 class Photographs:
-    """A set of the photographs, gone through `REPEATS` times in turn.
+    """A set of the photographs, listed `REPEATS` times one after another.
 
-    They are decoded once and kept uncompressed, as PPM, 20 MB in all: to decode a PNG again for
-    every crop would cost as much as a fifth of a training step on a CPU.
+    The photographs are decoded once and kept uncompressed, as PPM, 20 MB in all. Decoding a PNG
+    again for every crop would cost as much as a fifth of a training step on a CPU.
     """
 
     fingerprint: str
@@ -128,7 +129,7 @@ def _without_profile(encoded: bytes) -> bytes:
     kind = encoded.find(b"iCCP", 0, encoded.find(b"IDAT"))
     if kind < 0:
         return encoded
-    # A chunk: length, kind, as many bytes, and a checksum; four bytes each but for the third.
+    # A chunk has its length, kind, contents and checksum; all but the contents have four bytes.
     length = int.from_bytes(encoded[kind - 4 : kind], "big")
     return encoded[: kind - 4] + encoded[kind + 4 + length + 4 :]
 

@@ -1,7 +1,7 @@
 """Counter-based random numbers: draws depend on (seed, epoch, position, stream) alone.
 
 With a stateful generator a draw would depend on earlier draws, and so on rank, worker and resume.
-Here a draw is Philox-4x32-10 of a counter that encodes its place.
+Here a draw is the output of Philox-4x32-10 for a counter that encodes the draw's place.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
 algorithm is held to the known answers of its authors' library Random123.
@@ -138,7 +138,9 @@ def uniforms(
 def drop_path_keep(
     rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
 ) -> torch.Tensor:
-    """Draws the kept branches: site i of a sample with probability 1 - rates[i], independently.
+    """Draws the kept branches: site i is kept in a sample with probability 1 - rates[i].
+
+    Draws are independent of each other.
 
     Args:
         rates: Drop rate of each site, in [0, 1], in execution order.

@@ -27,7 +27,7 @@ from fd_large.ranks import activity, meeting
 
 log = logging.getLogger(__name__)
 
-# Shards fetched at a time while they are counted.
+# Number of shards that are fetched at a time while their images are counted.
 STREAMS = 8
 
 
@@ -118,7 +118,7 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
         finally:
             for waiting in pending:
                 waiting.cancel()
-            if missing:  # What is counted need not be counted again.
+            if missing:  # Counts are kept, so that they need not be made again.
                 with suppress(OSError):
                     notes.parent.mkdir(parents=True, exist_ok=True)
                     write_json(notes, counts)

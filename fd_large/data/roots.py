@@ -1,10 +1,11 @@
 """Names of datasets in `data.root`, checked before torch is imported.
 
-A path, a URL, names of shards by braces, or several datasets, each with its share of the images:
+A name is a path, a URL, a pattern of shards in braces, or a weighted sum of several datasets:
 
     0.5 /data/imagenet + 0.3 web=/data/web/shards + 0.2 s3://bucket/places/
 
-A weight stands before each, and a name may, which otherwise is the last part of the path.
+In a sum each dataset has its weight in front, and may have a name, as `web` here; otherwise its
+name is the last part of its path.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PARQUET = ".parquet"
 SAVED = ("state.json", "dataset_info.json")
 """Files that `datasets` writes beside a saved dataset."""
 SAVED_PARTS = "dataset_dict.json"
-"""The file that it writes beside several."""
+"""The file that `datasets` writes for a saved dataset of several parts."""
 CLIENTS = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -40,15 +41,15 @@ CLIENTS = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
-"""Packages that fsspec needs for a scheme besides itself; it knows many more schemes."""
+"""Packages that fsspec needs for a scheme; it knows many more schemes."""
 
-# Schemes of fsspec whose files are templates, or whose servers run what they are sent; a chain
-# (`A::B`) reaches them as well.
+# Schemes of fsspec whose files are templates, or whose servers run code that they are sent. A chain
+# of schemes (`A::B`) reaches them as well.
 _PROGRAMS = {"reference", "dask", "jupyter", "jlab"}
-# The first release that does not unpickle what a file's schema holds: CVE-2023-47248.
+# The first release that does not unpickle the contents of a file's schema: CVE-2023-47248.
 _OLDEST_PYARROW = (14, 0, 1)
 
-# Bytes; a name that is longer cannot be.
+# In bytes; file systems have no longer names.
 _LONGEST_NAME = 255
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -57,7 +58,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_NAMES, _MOST_DIGITS = 1_000_000, 18
 _MOST_CHARACTERS = 1 << 28
 _TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(?:([A-Za-z]\w*)=)?(\S.*)")
-# More than any weights that somebody means; the pattern of an order has as many entries.
+# More than sensible weights need; the pattern of an order has as many entries.
 MAX_PERIOD = 100_000
 BUILTIN = "builtin:"
 _FORMS = (
@@ -65,7 +66,7 @@ _FORMS = (
     "files"
 )
 _SCHEMES = (BUILTIN, doors.PREFIX, *(f"{scheme}://" for scheme in CLIENTS))
-# A folder with so many folders and no file is looked at when it is listed.
+# Number of folders in which a file is looked for; if none has one, the listing finds out.
 _MOST_FOLDERS = 1000
 
 
@@ -244,7 +245,7 @@ class WeightedRoot(NamedTuple):
     Attributes:
         name: Name for messages and for choices by dataset.
         root: See `open_images`.
-        share: Its images among each `period` images of the sum; `period` is the sum of all shares.
+        share: Number of its images among each `period` images; `period` is the sum of all shares.
     """
 
     name: str
@@ -294,7 +295,7 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
 
 
 def require_dataset(root: str, *, where: str) -> None:
-    """Refuses an invalid dataset, as far as its name and a first look tell.
+    """Refuses a dataset that is invalid by its name, or by a quick check of its files.
 
     Args:
         root: Value of `data.root`; a missing path is not refused here.
@@ -346,7 +347,7 @@ def _require_archive(root: str, where: str) -> None:
                 tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             return
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            return  # An archive without members, of which more is said when it is indexed.
+            return  # An archive without members, which is reported when it is indexed.
         except OSError as error:
             raise unusable(where, error, root, of=DataError) from error
         except (tarfile.HeaderError, ValueError, OverflowError):
@@ -371,4 +372,4 @@ def _require_file_in(root: str, where: str) -> None:
                     elif not entry.name.startswith("."):
                         return
         except OSError:
-            return  # Whoever lists it says why.
+            return  # The listing reports the reason.

@@ -2,7 +2,7 @@
 
 No list as long as the dataset is ever made: the permutation is evaluated where it is needed.
 Samples that can only be read in blocks (row groups of parquet files, tar files of an object store)
-are mixed within windows of blocks, so that each block is read once an epoch (`Blocks`).
+are shuffled within windows of blocks, so that each block is read once an epoch (`Blocks`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.errors import DataError
 from fd_large.recipes.batch_sizes import check_division
 
 _NUM_FEISTEL_ROUNDS = 8
-# A window of an epoch holds at least so many blocks, and so many samples.
+# Least numbers of blocks and of samples in a window.
 WINDOW_BLOCKS = 8
 WINDOW_SAMPLES = 10_000
 
@@ -50,7 +50,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
 def _permuted(
     num_samples: int, seed: int, epoch: int, positions: ArrayLike, stream: str, first: int = 0
 ) -> NDArray[np.int64]:
-    """Returns `epoch_order` with draws of a separate stream, counted from `first`."""
+    """Returns `epoch_order` with the random numbers of another stream, from place `first` on."""
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
     assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < num_samples)
@@ -79,7 +79,7 @@ class Blocks:
     the blocks.
 
     Attributes:
-        ends: (num_blocks,) int64, the number of samples up to the end of each; no block is empty.
+        ends: (num_blocks,) int64, the number of samples up to each block's end; none is empty.
         per_window: Blocks in a window; the last window may have fewer.
     """
 
@@ -104,7 +104,7 @@ class Blocks:
             mixed = start + _permuted(
                 stop - start, seed, epoch, positions[here] - start, "in_window", start
             )
-            # Places in the row of permuted blocks; now back to where those blocks lie.
+            # `mixed` are places in the permuted blocks; they are mapped back to samples.
             slots = np.searchsorted(ends, mixed, side="right")
             samples[here] = self.ends[blocks[slots]] - (ends[slots] - mixed)
         return samples
@@ -118,7 +118,7 @@ class Blocks:
         return int(self.order(seed, epoch, np.array([place]))[0])
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
-        """Returns the blocks of a position's window and of the next, in the order of need."""
+        """Returns the blocks of a position's window and of the next window, in this order."""
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         first = window * self.per_window
@@ -136,7 +136,7 @@ class Blocks:
     def _layout(
         self, seed: int, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the permuted blocks, their ends in the order, and the starts of windows."""
+        """Returns the permuted blocks, the position where each ends, and where windows start."""
         count = len(self.ends)
         blocks = _permuted(count, seed, epoch, np.arange(count), "blocks")
         ends = np.cumsum(np.diff(self.ends, prepend=0)[blocks])
@@ -185,13 +185,13 @@ class Portion(NamedTuple):
 class MicroBatches:
     """Positions of a rank in the epoch's order, (B,) int64 for each micro batch in turn.
 
-    Global batch k is positions k*G to (k+1)*G - 1, rank r's slice of it G/W consecutive ones,
-    and a micro batch a consecutive part of that.
+    Global batch k is positions k*G to (k+1)*G - 1. Rank r has G/W consecutive positions of it, and
+    a micro batch is a consecutive part of these.
 
     Attributes:
         num_samples: Size of the dataset.
         portion: The rank's part of the epoch.
-        global_batch_size: G, images a step over all ranks; W micro batches divide it.
+        global_batch_size: G, images a step over all ranks; a multiple of W micro batches.
     """
 
     num_samples: int

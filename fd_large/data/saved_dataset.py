@@ -27,7 +27,7 @@ class SavedDataset:
     Attributes:
         fingerprint: A hash of the dataset's own fingerprint and of the number of rows.
         kind: Description of the dataset.
-        labels: The classes; absent where no column holds any.
+        labels: The classes; absent if no column holds any.
     """
 
     kind = "a saved Hugging Face dataset"

@@ -27,7 +27,8 @@ from fd_large.ranks import meeting
 
 log = logging.getLogger(__name__)
 
-# Shards that a process keeps open, and how long one is taken for the one that was indexed.
+# Largest number of shards that a process keeps open, and the time after which an open shard is
+# compared again with its index.
 MOST_OPEN = 2048
 CHECK_SECONDS = 60.0
 
@@ -35,8 +36,8 @@ CHECK_SECONDS = 60.0
 class TarShards:
     """The images in some tar files: `len(shards)`, `shards[i]` (its place), `shards.read(i)`.
 
-    Images are in the order of the members' names over all shards (equal names by the shards'
-    order), so that a folder and its tar files, however packed, are the same dataset.
+    Images are in the order of the members' names over all shards (equal names in the shards'
+    order), so that a folder and its tar files, however they are packed, are the same dataset.
 
     A truncated or damaged shard is read as far as it is sound, and is named in `torn` and in the
     log. An index is kept in the cache (`listing.py`) and made again when the list of shards, or
@@ -63,7 +64,7 @@ class TarShards:
         """
         self._root, self._where = root, where
         self._anchor, self._rest = _anchor(root)
-        # Where the run starts from does not matter to what is kept.
+        # Paths are kept relative to this folder, so that the run's working folder does not matter.
         is_folder = kind_of(self._anchor) == "folder"
         self._folder = self._anchor if is_folder else os.path.dirname(self._anchor)
         self._listing = listed(
@@ -162,9 +163,9 @@ class TarShards:
 class _Files:
     """The open shards of one process; the least recently used is closed first.
 
-    Opening a shard for each image would cost a parallel file system as much as loose images do. A
-    descriptor says nothing of a shard that has taken another's place, so that path and descriptor
-    are looked at again now and then.
+    Opening a shard for each image would cost a parallel file system as much as loose images do. An
+    open descriptor does not show that its file was replaced, so the file at the path is compared
+    with the index every `CHECK_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -183,7 +184,7 @@ class _Files:
             return self._file(path, indexed).read(offset, size)
         except OSError:
             if self._open.pop(path, None) is None:
-                raise  # It could not be opened, or is another.
+                raise  # The shard could not be opened, or has changed.
             return self._file(path, indexed).read(offset, size)
 
     def _file(self, path: str, indexed: list[int]) -> OpenFile:
@@ -207,7 +208,10 @@ class _Files:
 
 
 def _most_open() -> int:
-    """Returns the number of shards that a process keeps open: half of its limit, up to a bound."""
+    """Returns the number of shards that a process keeps open: half of its limit of open files.
+
+    It is at most `MOST_OPEN`.
+    """
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 
@@ -240,7 +244,7 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """Returns the file or folder that a root is found by, and a text for the rest of the root."""
+    """Returns the file or folder that a root begins with, and a text for the rest of the root."""
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from fd_large.errors import FDError
 
-_HEAD = struct.Struct("<dH")  # Since when, by the monotonic clock (0: at none); bytes of the name.
+_HEAD = struct.Struct("<dH")  # Monotonic time of the start, 0 without an image; bytes of the name.
 _SLOT_BYTES, _SLOTS = 1024, 256
 _shared: mmap.mmap | None = None
 
@@ -32,13 +32,13 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
     Args:
         slot: Index of this loading process, from 0.
         index: The image's place in the listing.
-        name: Returns where it lies; None: that is not known.
+        name: Function from this index to the image's path; None if that is not known.
     """
     if _shared is None:
         yield
         return
     place = slot % _SLOTS * _SLOT_BYTES
-    # First without the name, which may have to be read itself.
+    # The name is recorded later, since it may have to be read from a file, too.
     _note(place, time.monotonic(), f"image {index} of the listing")
     try:
         if name is not None:
@@ -50,7 +50,7 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 
 
 def longer_than(seconds: float) -> list[tuple[float, str]]:
-    """Returns (seconds, name) of images that take processes longer than a time."""
+    """Returns (seconds, name) of the images at which loading processes are longer than a time."""
     slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
         assert _shared is not None

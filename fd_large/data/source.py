@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 class ImageSource(Protocol):
     """A dataset of images, numbered from 0 in the same order on every machine and start.
 
-    It is opened on every rank, pickled to the loading processes, and read there by index. Other
-    parts of a sample (such as its objects) are further methods by index. A source with classes
-    also offers
+    It is opened on every rank, pickled to the loading processes, and read there by index. A source
+    may have further methods by index for other parts of a sample, such as its objects. A source
+    with classes also offers
 
         labels() -> tuple[NDArray[np.int64], tuple[str, ...] | None]
 
-    the class of each image, (num_images,), and the names of the classes in their order, or None
-    without names; `labelled.py` maps them to the training set's.
+    which returns the class of each image, (num_images,), and the names of the classes in their
+    order, or None without names; `labelled.py` maps them to the training set's classes.
 
     A source whose images are read in blocks has `blocks`, a `sampler.Blocks` that gives the order
     of an epoch, and `expect(numbers)`, which is told the numbers of the next blocks.
@@ -73,7 +73,7 @@ class ImageSource(Protocol):
 def _open_objects(root: str, *, where: str) -> ImageSource | None:
     """Opens the tar shards or parquet files at a URL: a file, a pattern, or all below it.
 
-    Raises: DataError: if there is none, the store does not give them, or a package is missing.
+    Raises: DataError: if there are none, the store refuses them, or a package is missing.
     """
     if not is_url(root):
         return None
@@ -136,8 +136,8 @@ def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
     return SavedDataset(root, where=where)
 
 
-# Each takes what `data.root` says, and `where`, the field that says it, for messages. It returns
-# None if that is no source of its kind, and raises DataError if it is and cannot be used.
+# Each takes the value of `data.root`, and `where`, the name of this field for messages. It returns
+# None for a source of another kind, and raises DataError for one of its kind that cannot be used.
 SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
     open_custom,
     open_photographs,

@@ -4,8 +4,8 @@ libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppres
 descriptor leads to memory; afterwards the decoders' lines are dropped, and other output (by
 another thread or the interpreter) is passed on.
 
-The last messages of NCCL or CUDA before they end the process would be lost in that memory. Where
-they may write, which is never in a loading process, the decoders' lines are let through.
+If NCCL or CUDA end the process, their last messages would be lost in that memory. In processes
+where they may write, which loading processes are not, the decoders' lines are let through.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 
 from fd_large.ranks import distributed
 
-# The texts of libjpeg's and libpng's warnings, and the shape of libtiff's.
+# The texts of libjpeg's and libpng's warnings, and the form of libtiff's.
 _CODEC_LINE = re.compile(
     rb"Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Unknown Adobe color"
     rb"|Warning: unknown JFIF|Invalid SOS parameters|Application transferred too (many|few)"
@@ -33,7 +33,7 @@ _CODEC_LINE = re.compile(
 _MAX_BYTES = 1 << 20
 
 _memory: int | None = None
-_done = 0  # bytes of it that were passed on
+_done = 0  # bytes of the memory that were passed on
 _lock = threading.Lock()
 
 
@@ -54,12 +54,12 @@ def suppress_stderr() -> Iterator[None]:
         yield
         return
     lock = _lock
-    if not lock.acquire(blocking=False):  # an outer block, or another thread's, is at it
+    if not lock.acquire(blocking=False):  # an outer block or another thread redirects already
         yield
         return
     try:
         stderr = os.dup(2)
-    except OSError:  # no stderr at all: nothing to keep clean
+    except OSError:  # the process has no stderr
         lock.release()
         yield
         return
@@ -74,7 +74,7 @@ def suppress_stderr() -> Iterator[None]:
             text = os.pread(_memory, os.fstat(_memory).st_size - _done, _done)
             _done += len(text)
             _pass_on(text, stderr)
-            if _done > _MAX_BYTES:  # not each time: a line in the middle of being written is lost
+            if _done > _MAX_BYTES:  # rarely, since a line that is just being written is lost
                 os.ftruncate(_memory, 0)
                 _done = 0
     finally:
@@ -95,7 +95,7 @@ def _open_memory() -> int:
     else:
         descriptor, path = tempfile.mkstemp()
         os.unlink(path)
-    # threads that write at once must not share a place: in memory the kernel does not see to it
+    # in memory, only this flag keeps threads from writing at the same place at once
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
     return descriptor
 

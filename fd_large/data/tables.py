@@ -71,7 +71,7 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
 
 
 def cells(column: pa.Array) -> list[tuple[Any, str]]:
-    """Returns the images of a column: bytes (or None), and path (or "").
+    """Returns the bytes (or None) and the path (or "") of each image in a column.
 
     Args:
         column: An array of binary, or of a struct with bytes and path.
@@ -159,7 +159,7 @@ class ParquetImages(BlockImages):
                 ):
                     image = _beside(stored, path) if encoded is None else encoded
                     name, size = f"{part}/{row}".encode(), len(image)
-                    if size > MAX_FILE_BYTES:  # Whoever reads it is told its size.
+                    if size > MAX_FILE_BYTES:  # Reading it raises an error with this size.
                         writer.note(name, 0, size)
                     else:
                         writer.add(name, image)
@@ -213,7 +213,8 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
         for group, (rows, size) in enumerate(groups)
         if rows
     ]
-    # A local file whose time alone changed is the same; an object's tag is of its content.
+    # The time of a local file is left out, since the same file may be written again; the tag of an
+    # object depends on its contents.
     stamps = (stored.stamp if stored.is_remote else "" for stored in files)
     facts = (f"{stamp}\0{groups}" for stamp, (_, groups) in zip(stamps, footers, strict=True))
     return np.array(table, np.int64).reshape(-1, 4), columns, fingerprint_of(files, facts)
@@ -230,7 +231,10 @@ def _bytes_of(group: Any, column: str) -> int:
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
-    """Raises DataError if a cell must exceed the limit of a file, without decompressing it."""
+    """Raises DataError if some cell must exceed the limit of a file, by the cells' mean size.
+
+    Nothing is decompressed.
+    """
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
         raise DataError(
@@ -240,7 +244,7 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
 
 
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
-    """Returns an image that a local table has only by its path; empty if missing."""
+    """Returns the bytes of an image of which a local table has only the path; empty if missing."""
     with suppress(DataError):
         if path and not stored.is_remote:
             return read_below(os.path.dirname(stored.url), path)

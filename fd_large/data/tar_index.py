@@ -1,7 +1,7 @@
 """The index of a tar archive: the places of its images, and damage.
 
-WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
-with an image's extension is a sample, other members are passed over. KEY is the name up to the
+Archives may follow WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) or any other: every member
+with an image's extension is a sample, and other members are passed over. KEY is the name up to the
 first dot after the last slash, and KEY.cls holds a label as a decimal number.
 
 Python's tarfile ends silently at a damaged header. Here an archive ends only at the block
@@ -21,7 +21,7 @@ from fd_large.errors import DataError, without_secrets
 NO_LABEL = -1
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-# A label is a decimal number; what is longer is none.
+# Longest label in bytes; a label is a decimal number.
 _MAX_LABEL_BYTES = 32
 # Archives are padded to a multiple of the record, 10 kB by default.
 _MAX_PADDING = 1 << 20
@@ -133,7 +133,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
     try:
         archive = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8")
         while (info := archive.next()) is not None:
-            archive.members.clear()  # It would keep all of them.
+            archive.members.clear()  # Otherwise tarfile keeps all members in memory.
             regular, rest = info.isreg() and not info.issparse(), end - info.offset_data
             # A pax header may have another size than the header that `frombuf` reads.
             if info.size < 0 or archive.offset <= info.offset or (regular and info.size > rest):
@@ -149,7 +149,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _check_tail(descriptor: int, start: int, end: int) -> None:
-    """Refuses anything but padding: concatenated archives, holes of an unfinished download."""
+    """Refuses anything but padding, such as further archives or holes of an unfinished download."""
     if end - start > _MAX_PADDING:
         raise Torn(f"it ends at byte {start}, the file at byte {end}")
     if os.pread(descriptor, end - start, start).strip(b"\0"):

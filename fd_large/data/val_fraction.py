@@ -61,11 +61,11 @@ class Part:
 
 
 class DivisibleImages:
-    """The used images of a dataset that is no folder alone: `len(s)`, `s[i]` (the path).
+    """The used images of a dataset that is more than a folder: `len(s)`, `s[i]` (the path).
 
     Attributes:
         folder: The folder of the images.
-        places: (N, ...), the numbers of each used image and of what belongs to it.
+        places: (N, ...), the number of each used image, and the numbers of its other parts.
         fingerprint: A hash of the images.
     """
 
@@ -118,7 +118,7 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
         fraction: The fraction of the images that are held out, in (0, 1).
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if the images are no folder's, or a part would be empty.
+    Raises: DataError: if the images are not those of a folder, or a part would be empty.
     """
     if not isinstance(images, ImageFolder):
         raise DataError(

@@ -150,11 +150,11 @@ def crop_box(
     min_crop_scale: float,
     cuts_boxes: bool = False,
 ) -> tuple[int, int, int, int]:
-    """Returns a random box: area and log aspect uniform, as in torchvision's RandomResizedCrop.
+    """Returns a random box, uniform in area and log aspect as in torchvision's RandomResizedCrop.
 
-    The first of ten boxes that fits into the image is taken, else the largest central box with an
-    allowed aspect. torchvision draws the place after the first fit; a place drawn beforehand has
-    the same distribution with a fixed number of draws.
+    Of ten boxes the first that fits into the image is taken, and if none fits, the largest central
+    box with an allowed aspect. torchvision draws the place of the box after its size; here it is
+    drawn before, which has the same distribution with a fixed number of draws.
 
     BYOL's crop, used in linear probes, takes the first box and clips it to the image.
 
@@ -207,7 +207,7 @@ def box_view(
     Args:
         image: (3, H, W) uint8; rows below the box may be missing.
         box: Top, left, height, width, in pixels.
-        draws: The `NUM_DRAWS` numbers in [0, 1) of the box.
+        draws: The same `NUM_DRAWS` numbers in [0, 1) as for the box; one of them decides the flip.
         image_size: Side of the view, in pixels.
         interpolation: Interpolation of the resize, which is antialiased.
 

@@ -1,4 +1,4 @@
-"""Loading processes: they ignore a group's signals, and end with the training process."""
+"""Loading processes, which ignore signals to their process group and end with the trainer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _IGNORED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 # Bytes of a socket's name on Linux, without the zero at its end.
 LONGEST_SOCKET_NAME = 107
 _NAME_IN_FOLDER = "/pymp-12345678/listener-12345678"
-# Where it is made if the folder for temporary files has too long a path.
+# Folders for the socket if the folder for temporary files has too long a path.
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks a group's signals in all threads of the processes that start meanwhile.
+    """Blocks signals to a process group in all threads of the processes that the block starts.
 
     torch makes threads in a worker before it calls `start_worker` (if this process has several),
     and a signal may go to any thread that does not block it.
@@ -42,17 +42,18 @@ def start_worker(_number: int) -> None:
     A signal that reaches a whole process group (Ctrl-C, a closed terminal, the end of a Slurm job)
     would otherwise kill the workers under a training process that means to save first. So SIGINT,
     SIGHUP and SIGUSR1 are ignored, and SIGTERM is obeyed only when the training process itself
-    sends it. A thread waits for that, and for the training process's end: torch's own watch misses
-    it while a worker is held up on a full pipe.
+    sends it. A thread waits for this signal and for the end of the training process, which torch's
+    own watch misses while a worker is held up on a full pipe.
     """
-    # The parent's folder of sockets is not the worker's to remove.
+    # The worker must not remove the parent's folder of sockets.
     _settings().pop("tempdir", None)
     _shorten_socket_name()
-    # Inherited: the training process would take the worker's signals for its own.
+    # Through the inherited descriptor the training process would take the worker's signals for its
+    # own.
     signal.set_wakeup_fd(-1)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    # Once more: Python takes it back where it starts workers by spawning.
+    # Blocked once more, since Python unblocks it in workers that it starts by spawning.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_watch, args=(os.getppid(),), name="watch parent", daemon=True).start()
 
@@ -82,7 +83,7 @@ def _watch(parent: int) -> None:
                 break
         else:
             time.sleep(POLL_SECONDS)
-    # The folder of its socket would stay behind.
+    # Otherwise the folder of the worker's socket would stay behind.
     if folder := _settings().get("tempdir"):
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

@@ -28,9 +28,9 @@ from fd_large.ranks import distributed
 log = logging.getLogger(__name__)
 
 Pool = Literal["mean", "cls", "both", "map"]
-# What a row is made of, where that is more than one feature.
+# The parts of a row that has more than one feature.
 _PARTS: dict[Pool, tuple[Pool, ...]] = {"both": ("mean", "cls")}
-# With more of a dataset missing, it is not that dataset that is measured.
+# Largest fraction of unusable images with which a figure still describes the dataset.
 MAX_BAD_FRACTION = 0.01
 
 
@@ -61,9 +61,9 @@ class Features(NamedTuple):
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
-    """Returns (B, C) float32: the mean over a map's patches, its first token, or both, (B, 2C).
+    """Returns the mean of a map's patches, or its class token, (B, C) float32; both are (B, 2C).
 
-    For `map` it is all patches, concatenated.
+    For `map` it returns all patches, concatenated.
 
     Raises: ConfigError: if the map has no class token and `pool` asks for it.
     """
@@ -100,7 +100,8 @@ def extract(
     """Extracts the features of the centre crops of all images; a collective.
 
     Args:
-        model: Normalised images -> FeatureMap, in evaluation; may be a collective.
+        model: Function from normalised images to a FeatureMap, in evaluation mode; may be a
+            collective.
         statistics: The normalisation of its images.
         images: The images and their labels.
         folder: Folder for rows.npy and labels.npy, which all ranks see.
@@ -110,16 +111,16 @@ def extract(
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.
-        progress: Called with the number of this rank's images that are done.
+        progress: Called after each batch of this rank with the batch's number of images.
         between: Called before each batch on every rank; may raise to stop.
 
     Returns: the features of each pool.
-    Raises: DataError: if more of the images cannot be used; ConfigError: if the
-        folder has no room.
+    Raises: DataError: if more than `max_bad_fraction` of the images cannot be used; ConfigError:
+        if the folder has no room.
     """
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()
-    # What several are made of is stored once.
+    # A part that several kinds of pooling need is stored once.
     stored = list(dict.fromkeys(part for pool in pools for part in _PARTS.get(pool, (pool,))))
 
     def forward(pixels: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def extract(
     with torch.no_grad():
         width = forward(nothing).shape[1]
     paths = folder / "rows.npy", folder / "labels.npy"
-    # Also a barrier: nobody maps files that are not there.
+    # Also a barrier, so that no rank maps the files before they exist.
     distributed.together(lambda: _reserve(paths, len(images), width))
     rows, labels = (np.load(path, mmap_mode="r+") for path in paths)
     bad = 0
@@ -172,7 +173,7 @@ def extract(
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
-    """Reserves the arrays' disk space on rank 0: a full disk kills processes that map a file."""
+    """Reserves the arrays' disk space on rank 0, as a full disk kills processes that map a file."""
     if not distributed.is_main():
         return
     shapes = ((num_images, width), np.float32), ((num_images,), np.int64)

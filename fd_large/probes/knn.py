@@ -24,7 +24,7 @@ QUERY_BLOCK, BANK_BLOCK = 1024, 16_384
 
 
 class Bank:
-    """The voting rows, read in blocks.
+    """The features of the training images, which vote, read in blocks.
 
     Args:
         features: Features of the training images; images without a label are left out.
@@ -39,7 +39,7 @@ class Bank:
         return len(self._usable)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (rows of length 1, labels) of a block."""
+        """Yields (rows of unit L2 norm, labels) of each block."""
         for start in range(0, len(self), BANK_BLOCK):
             numbers = self._usable[start : start + BANK_BLOCK]
             yield _unit(self._features.rows[numbers]), _labels(self._features, numbers)
@@ -64,7 +64,7 @@ def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
         candidates = torch.cat([classes, labels.expand(len(rows), -1)], 1)
         best, places = similar.topk(min(k, similar.shape[1]), dim=1)
         classes = candidates.gather(1, places)
-    # Relative to the nearest one's vote, which alone would overflow at a low temperature.
+    # Votes are relative to the nearest neighbour's, since exp would overflow at a low temperature.
     votes = ((best - best[:, :1]).double() / temperature).exp()
     totals = torch.zeros(len(rows), bank.num_classes, dtype=torch.float64, device=votes.device)
     return totals.scatter_add_(1, classes, votes).argmax(1)
@@ -90,7 +90,7 @@ def classify(
         num_classes: Number of classes, K.
         k: Number of neighbours.
         temperature: See `predict`.
-        progress: Called with the number of this rank's images that are done.
+        progress: Called after each block of this rank with the block's number of images.
         between: Called before each block on every rank; may raise to stop.
 
     Returns: (N,); 0 for an image without a label.
@@ -111,7 +111,7 @@ def classify(
 
 
 def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:
-    """Returns rows scaled to length 1 on this rank's device, in float32."""
+    """Returns rows scaled to unit L2 norm, on this rank's device, in float32."""
     tensor = torch.as_tensor(rows).to(distributed.device())
     return F.normalize(tensor, dim=1)
 

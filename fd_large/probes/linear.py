@@ -1,7 +1,8 @@
-"""A linear probe on frozen features: batch norm without affine, one layer, several rates at once.
+"""A linear probe on frozen features: batch norm without affine parameters, then one linear layer.
 
-All rates train in one batched tensor, (R, K, C), on the same batches. The best rate on a held-out
-tenth of the training images is trained again on all of them and tested once.
+A layer is trained for each learning rate, in one batched tensor (R, K, C), on the same batches. The
+rate that is best on a held-out tenth of the training images is trained again on all of them, and
+that layer is tested once.
 
 Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as in Feature-Distillation's
 linear evaluation: a BatchNorm1d without affine before the layer, momentum .9, no decay.
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 MOMENTUM, NORM_EPS = 0.9, 1e-6
 HELD_OUT = 10
 FEWEST_BATCHES = 4
-"""Batches an epoch has at least: one batch of all images would be one step an epoch."""
+"""Least number of batches of an epoch, since one batch of all images would be one step an epoch."""
 ENOUGH_STEPS = 500
 """Steps below which a probe may have learned too little."""
-# Rows a forward outside training.
+# Number of rows of a forward outside training.
 BLOCK = 8192
 
 
@@ -43,9 +44,10 @@ class Probe:
     """Settings of the linear layer's training.
 
     Attributes:
-        rates: Learning rates for batches of 256, all tried.
+        rates: Learning rates for batches of 256, all of which are tried.
         epochs: Passes over the training images.
-        batch_size: Most images a step; at most a quarter of the training images are taken.
+        batch_size: Largest number of images a step; it is also at most a quarter of the training
+            images.
         seed: Seed of the held-out tenth and of the order.
     """
 
@@ -84,7 +86,7 @@ def evaluate(
         test: Features of the test images.
         num_classes: Number of classes, K.
         probe: Settings of the training.
-        progress: Called with the number of images that are done; they add up to `work`.
+        progress: Called after each batch with its number of images; the sum is `work`.
 
     Raises: DataError: if there are too few training images to hold any out.
     """
@@ -139,7 +141,7 @@ def work(num_train: int, probe: Probe) -> int:
 
 
 class _Layers:
-    """A layer for each rate, after a shared norm."""
+    """A linear layer for each learning rate, after a shared batch norm."""
 
     def __init__(self, num_rates: int, num_classes: int, width: int) -> None:
         device = distributed.device()
@@ -182,7 +184,7 @@ def _fit(
     for update, chosen in enumerate(_batches(len(numbers), size, probe)):
         rows, labels = _read(features, numbers[chosen])
         logits = layers.logits(rows, training=True)
-        # A mean for each rate: their gradients do not meet.
+        # A mean for each rate, summed: a layer's gradient depends on its own loss alone.
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(rates)), reduction="none")
         gradients = torch.autograd.grad(losses.view(len(rates), -1).mean(1).sum(), parameters)
         rate = peak * 0.5 * (1 + math.cos(math.pi * update / updates))
@@ -204,7 +206,7 @@ def _batch_of(num_rows: int, probe: Probe) -> int:
 def _batches(num_rows: int, size: int, probe: Probe) -> Iterator[NDArray[np.int64]]:
     for epoch in range(probe.epochs):
         for start in range(0, num_rows - size + 1, size):
-            # Epoch 0 is that of the held-out tenth.
+            # Epoch 0 has drawn the held-out tenth.
             yield epoch_order(num_rows, probe.seed, epoch + 1, np.arange(start, start + size))
 
 

@@ -1,12 +1,12 @@
 """The difference of two models on the same test images, with an interval over images and seeds.
 
 Both models see each image, and most images are easy or hard for both, so the difference of their
-scores is far more certain than either score. The interval covers two sources of change: other
-test images, by a paired bootstrap over images, and other seeds of the training, by Student's t of
-the seeds' spread (Welch, since the models may spread differently). Their half widths are added as
-squares. Part of the seeds' variation is also in the bootstrap, which makes the interval slightly
-too wide, not too narrow. With a single seed only other images are covered, and no difference is
-shown.
+scores is far more certain than either score. The interval covers two sources of variation: the
+choice of test images, by a paired bootstrap over images, and the seed of the training, by Student's
+t on the spread over seeds (Welch, since the models' spreads may differ). The squares of their half
+widths are added. Part of the variation over seeds is also in the bootstrap, which makes the
+interval slightly too wide, not too narrow. With a single seed only the choice of images is covered,
+and no difference is shown.
 
 The interval does not cover another pre-training: it describes these models, not their kind.
 
@@ -27,7 +27,7 @@ from fd_large.probes.redrawn import Redrawn
 DRAWS = 10_000
 LEVEL = 0.95
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-"""Student's t that 95% lie within, for 1 degree of freedom and more."""
+"""The bounds of the central 95% of Student's t distribution, for 1 to 12 degrees of freedom."""
 _NORMAL = 1.960
 
 
@@ -35,11 +35,11 @@ class Difference(NamedTuple):
     """The score of a model minus the score of another model.
 
     Attributes:
-        mean: Mean over these images and over each model's seeds.
+        mean: Difference of the mean scores over these images and each model's seeds.
         low: Lower end of the interval.
         high: Upper end of the interval.
         of_images: The interval over images alone, for these trainings.
-        holds_seeds: Whether the interval covers other seeds; else low and high are `of_images`.
+        holds_seeds: Whether low and high also cover other seeds; if not, they are `of_images`.
     """
 
     mean: float
@@ -62,13 +62,13 @@ def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Di
         other: (T, N), the other model's values.
         seed: Seed of the draws.
 
-    Raises: ValueError: if there is no image, or they are not of the same images.
+    Raises: ValueError: if there is no image, or the two arrays are not of the same images.
     """
     if not right.shape[1] or right.shape[1] != other.shape[1]:
         raise ValueError(f"not the same images; got {right.shape[1]} and {other.shape[1]}")
     gaps = 100 * (right.mean(0, dtype=np.float64) - other.mean(0, dtype=np.float64))
-    # An image enters by its gap alone, and there are few gaps: a draw of N images is a draw of how
-    # many have each.
+    # Only the difference of an image's scores matters, and it has few values, so a draw of N images
+    # is drawn as the number of images with each value.
     values, counts = np.unique(gaps, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(gaps), counts / len(gaps), size=DRAWS)
     tail = (1 - LEVEL) / 2
@@ -78,13 +78,13 @@ def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Di
 
 
 def difference_of_redrawn(ours: Sequence[Redrawn], others: Sequence[Redrawn]) -> Difference | None:
-    """Compares two models by their scores on the same redrawn test images.
+    """Compares two models by their scores on the same bootstrap draws of the test images.
 
     Args:
-        ours: Each seed of the model.
+        ours: The model's scores, for each seed.
         others: The other model's scores, for each seed.
 
-    Returns: None if they are not of the same images.
+    Returns: None if the scores are not of the same images.
     """
     if len({(seed.images, len(seed.draws)) for seed in (*ours, *others)}) > 1:
         return None

@@ -1,7 +1,7 @@
 """Base classes of trackers with curves: names of curves, and calls in a thread for networks.
 
-A step is the number of finished steps: training rows stand at step + 1, evaluations at the steps
-that they followed, as on the progress bar.
+Points are drawn at the number of finished steps, as on the progress bar: a training row at its own
+step + 1, and an evaluation at the number of steps before it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TAGS = {
     "memory_bytes": "memory/rank_0_peak_bytes",
 }
 SECONDS_TO_FINISH = 30.0
-"""How long the end of a run waits for what is not sent yet."""
+"""Seconds for which the end of a run waits for points that are not sent yet."""
 
 _keeping = threading.Lock()
 
@@ -43,9 +43,9 @@ class Curves(Tracker):
     """Turns every metric of a run into a curve; a subclass sends or writes them."""
 
     def on_start(self, setting: Setting) -> None:
-        """Takes the run's metrics, and the points already present at a resume."""
+        """Records the sets of metrics, and the evaluation that a resumed run may repeat."""
         self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
-        # An evaluation at the seam may come again.
+        # The last evaluation before a resume may be made again.
         self._seam = first = setting.first_update
         self._at_seam: set[str] = set()
         for row in rows_before(setting.folder / EVALUATIONS, first + 1):
@@ -73,14 +73,14 @@ class Curves(Tracker):
 
 
 class RemoteCurves(Curves):
-    """Curves in a service that may be slow or gone.
+    """Curves in a service that may be slow or unreachable.
 
     A separate thread makes the calls, in order, so that training never waits. After the first
     failed call there is one warning, and further calls are skipped. The id of the service's run
     is kept in RUN/trackers.json, so that a resumed run continues in it.
 
     Attributes:
-        name: As the recipe names it; also the extra of this package, and the library.
+        name: Name in the recipe, and also of this package's extra and of the library's module.
         package: Name of the library for `pip install`.
     """
 
@@ -89,7 +89,7 @@ class RemoteCurves(Curves):
 
     def __init__(self) -> None:
         spec = find_spec(self.name)
-        # A folder of that name, where the library keeps its files, is no library.
+        # A folder of that name, in which the library keeps a run's files, is not the library.
         if spec is None or spec.origin is None:
             raise ConfigError(
                 f"runtime.trackers: {self.name} needs its library; got no package {self.package}, "

@@ -32,7 +32,7 @@ def file_system(path: Path) -> str:
 
     real = path.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
-    # Where several stand on one mount point the last one counts.
+    # Of several file systems on one mount point the last one counts.
     return sorted(mounts, key=lambda m: len(m.mountpoint))[-1].fstype if mounts else "?"
 
 
@@ -84,7 +84,7 @@ def check_state_folder(folder: str, needed: int) -> None:
 
 @contextmanager
 def refused(folder: str, size: int) -> Iterator[None]:
-    """Raises ConfigError if the block cannot write its `size` bytes in the folder (an OSError)."""
+    """Turns an OSError of a block that writes `size` bytes in the folder into a ConfigError."""
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 25.0
-"""With what a look, a write and a busy machine take, less than 30 s."""
+"""Less than 30 s, together with the delays of a look, a write and a busy machine."""
 SECONDS_UNTIL_BAR = 2.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -32,7 +32,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 @contextmanager
 def shown(description: str) -> Iterator[None]:
     """Shows the progress of the block's work, under a description of the whole."""
-    # rich is not imported for what ends at once.
+    # rich is not imported for a block that ends at once.
     live = terminal.out().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     look: Bar | Lines = Bar() if live else Lines(say)
     over = threading.Event()

@@ -1,7 +1,7 @@
 """Refuses steps with an abnormal loss or gradient norm, and rolls a run back after several.
 
 A run with a non-finite state is rolled back at once, since no later step could be accepted or
-saved. If no step is accepted after a roll-back, the next goes further back.
+saved. If no step is accepted after a roll-back, the next roll-back goes further back.
 
 Abnormal means NaN, infinite, or far above the last accepted steps, in units of their spread. The
 spread is the median distance from the median, so that a spike does not enlarge it; it has a lower
@@ -37,15 +37,15 @@ from fd_large.runtime.run_folder import rows_before, written_or_logged
 log = logging.getLogger(__name__)
 
 WINDOW = 100
-"""Accepted steps that the running median and spread look back on."""
+"""Number of accepted steps over which the running median and spread are taken."""
 KNOWN = 20
-"""Accepted steps before a finite number can be far off."""
+"""Number of accepted steps after which a finite number can be abnormal."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
-"""Least spread: of the loss as a fraction of its median, of the norm in natural logarithms."""
+"""Least spread of the loss, as a fraction of its median, and of the norm, in natural logarithms."""
 NAMED = 5
-"""Tensors that are not finite of which an incident names so many a rank."""
+"""Largest number of non-finite tensors that an incident names for each rank."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
-"""Newest incidents that keep their images, and ranks whose images are written for each."""
+"""Numbers of the newest incidents that keep images, and of ranks whose images each one has."""
 MAD_TO_DEVIATION = 1.4826  # Exact for a normal distribution.
 
 Values = tuple[int, float, float]
@@ -60,8 +60,9 @@ class Finding:
         what: `loss` or `gradient norm`.
         value: The step's loss or gradient norm.
         median: Median of the accepted steps before it, or None.
-        limit: Largest value that is in order; None while too few are known.
-        spread: Spread of the accepted steps, of the norm in natural logarithms; None as `median`.
+        limit: Largest normal value; None while too few accepted steps are known.
+        spread: Spread of the accepted steps, for the norm in natural logarithms; None if `median`
+            is None.
     """
 
     what: str
@@ -86,8 +87,8 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
 
     Args:
         update: The step to judge, by its loss and its gradient norm.
-        accepted: The last `WINDOW` before it, oldest first.
-        spread: Spreads above the median that are still in order.
+        accepted: The last `WINDOW` accepted steps before it, oldest first.
+        spread: Number of spreads above the median up to which a value is normal.
     """
     known = list(accepted)
     judgements = (
@@ -122,9 +123,10 @@ class _Past:
     Attributes:
         accepted: The last accepted steps that the present weights descend from.
         refused: The refused steps since the last accepted one.
-        roll_backs: Step after which the run was taken back (from 0) -> steps of the state it took.
-        restored: Steps of the state of the last roll-back, as long as no step was accepted since;
-            else None.
+        roll_backs: {step after which the run was rolled back, from 0: finished steps of the state
+            that was restored}.
+        restored: Finished steps of the state that the last roll-back restored; None if a step was
+            accepted since.
     """
 
     accepted: deque[Values]
@@ -137,8 +139,8 @@ class _Past:
         """Latest step to which a roll-back may return."""
         if self.restored is None:
             return self.refused[0]
-        # What the last return took was no better; nor is what is a copy of it, as the checkpoint
-        # that is saved at once after a return.
+        # The state of the last roll-back did not help. Nor does a copy of it, such as the
+        # checkpoint that is saved right after a roll-back.
         step = self.restored
         while (copied := self.roll_backs.get(step - 1, step)) < step:
             step = copied
@@ -271,8 +273,8 @@ class Guard(Hook):
         broken = update.skipped and bool(self._broken)
         if len(past.refused) < limits.skips and not broken:
             return None
-        # A broken state at the last step leaves no step to go on with: the next start makes the
-        # ones since the last checkpoint again.
+        # After a broken state at the last step there is no step to go on with; the next start
+        # repeats the steps since the last checkpoint.
         count = len(past.roll_backs)
         if count < limits.roll_backs and not (
             broken and update.index + 1 == self._setting.total_updates
@@ -313,8 +315,8 @@ class Guard(Hook):
                 self._limits.roll_backs,
             )
         self._past = self._read(restored)
-        # The steps that follow are no part of a row that ended there; and the incident may not
-        # have been written.
+        # Earlier refusals do not count for the steps that follow. The roll-back is set here, since
+        # its incident may not have been written.
         self._past.refused.clear()
         self._past.roll_backs, self._past.restored = roll_backs, restored
 

@@ -21,15 +21,16 @@ from fd_large.plan.counts import StepFlops
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
 GUARD = "guard"
 FAILED, INTERRUPTED = "failed", "interrupted"
-"""How a run ends: the status in summary.json. A task's own hooks may add more."""
+"""Values of `status` in summary.json for how a run ended. A task's own hooks may add others."""
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
-true where weights stayed; in a run at several image sizes also image_size, the side of the step's
-images. The same in all rows of an interval: images_per_second (of all ranks, in steps alone),
-data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
-has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
-known, mfu and hardware_utilisation (plan/utilisation.py; those of several students add up)."""
+"""A line of metrics.jsonl, for a step: update (its number from 0), epoch, loss, grad_norm,
+learning_rate, and skipped, which is true if the weights stayed as they were. A run at several image
+sizes also has image_size, the side of the step's images. All rows of an interval have the same
+images_per_second (of all ranks, in steps alone), data_wait (fraction of the time for which rank 0
+waited for images) and memory_bytes (the peak of rank 0 so far). They have tflops_per_gpu if the
+FLOPs of the models can be counted, and also mfu and hardware_utilisation if the card's peak is
+known (plan/utilisation.py; the values of several students add up)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Setting:
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
         world_size: Number of ranks.
-        log_every: Steps between two looks at the numbers.
+        log_every: Number of steps after which metrics are written and shown.
         flops: FLOPs of a micro batch on one rank, by image side if the run has several, else
             under 0; empty if they cannot be counted.
         image_sizes: Image sides of a run with several, else empty.
@@ -93,9 +94,9 @@ class Setting:
         start: Id of this start of the run.
         owned: Returns whether this start still owns the folder.
         metrics: Labels of the evaluations' metrics (`TrainingJob.metrics`).
-        evaluated: Numbers of the first evaluation and the newest of every name -> their entries of
-            summary.json (`TrainingJob.evaluated`).
-        name_of: A sample's place in the listing -> where it lies.
+        evaluated: Function from the metrics of the first evaluation, and the newest value of every
+            metric, to their entries of summary.json (`TrainingJob.evaluated`).
+        name_of: Function from a sample's place in the listing to its path or name.
     """
 
     folder: Path

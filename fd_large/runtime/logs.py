@@ -1,6 +1,7 @@
-"""Handlers of log records: rank 0's go to the terminal (without details), every rank's to its file.
+"""Handlers of log records, which go to a file for each rank, and some of them to the terminal.
 
-Records of libraries go to the files only; of other ranks than 0 the terminal shows errors only.
+The terminal shows rank 0's records of this package, without details, and errors alone of libraries
+and of other ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from fd_large.recipes.file_names import LOGS
 from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
-"""As `extra` of a record that the terminal shows in another form."""
+"""The `extra` of a record that goes to the file only; the terminal shows it in another form."""
 WHOLE_LINES = {"whole_lines": True}
-"""As `extra` of a record with a command, which can be copied from the terminal only unbroken."""
+"""The `extra` of a record with a command, whose line stays unbroken so that it can be copied."""
 
 _early: list[logging.LogRecord] = []
 
@@ -29,7 +30,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Terminal(logging.Handler):
-    """Shows fd_large's records on the progress bar's console."""
+    """Shows fd_large's records, and errors of libraries, on the progress bar's console."""
 
     def __init__(self, rank: int) -> None:
         # Warnings are the same on all ranks; an error may be one rank's own.
@@ -65,7 +66,7 @@ def start(rank: int) -> None:
     """Shows rank 0's records on the terminal and keeps all records for the file of `set_up`."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    # Details, which the terminal leaves out.
+    # Details go to the file; the terminal leaves them out.
     logging.getLogger("fd_large").setLevel(logging.DEBUG)
     for handler in list(root.handlers):
         root.removeHandler(handler)

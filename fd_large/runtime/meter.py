@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Meter(Hook):
     """Writes metrics.jsonl (a row a step), evaluations.jsonl and summary.json on rank 0.
 
-    After a resume each step and each evaluation still stands in its file once and in order.
+    After a resume, too, each step and each evaluation has one row in its file, in order.
 
     Args:
         trackers: Called on rank 0, in this order.
@@ -57,7 +57,7 @@ class Meter(Hook):
             self._trackers = Trackers(())
         else:
             self._note_losses(cut_before(self._rows_file, setting.first_update))
-            # An evaluation after `first_update` steps belongs to what is kept.
+            # An evaluation after exactly `first_update` steps is kept.
             for row in self._evaluations_before(setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row
             self._write_evaluations()
@@ -66,7 +66,7 @@ class Meter(Hook):
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
         self._trackers.tell("on_start", setting)
         self._seconds = self._interval_seconds = self._waited = 0.0
-        # Steps by the size of their images and the students that shared them, seconds by the size.
+        # Numbers of steps by image size and number of students, and seconds by image size.
         self._timed: Counter[tuple[int, int]] = Counter()
         self._seconds_of: defaultdict[int, float] = defaultdict(float)
         self._mark = step_clock.now()
@@ -76,7 +76,7 @@ class Meter(Hook):
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
-            # The first step also allocates and compiles: no part of the run's speed.
+            # The first step also allocates and compiles, and does not count for the speed.
             self._seconds += now - self._mark
             self._waited += update.data_seconds
             self._timed[update.image_size, update.students] += 1
@@ -120,7 +120,7 @@ class Meter(Hook):
                 ending = {**self._summary(status, peak_memory_bytes()), "reason": reason}
                 known = summary_of(self._setting.folder)
                 if known.get("start") == self._setting.start:
-                    # A rank that ended first knows why.
+                    # A rank of this start that ended first has recorded the cause.
                     ending |= {name: known[name] for name in ("status", "reason") if name in known}
                 write_json(path, ending)
         self._trackers.tell("on_end", status)
@@ -235,7 +235,7 @@ class Meter(Hook):
         if not self._evaluations and not kind_of(path):
             return
         rows = [{"update": index, **row} for index, row in sorted(self._evaluations.items())]
-        # All rows each time: what a full disk did not take is written with the next evaluation.
+        # All rows are written each time, also those that an earlier full disk refused.
         with written_or_logged(path):
             self._setting.must_own()
             with replacing(path) as aside:

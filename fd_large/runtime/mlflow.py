@@ -11,7 +11,7 @@ from fd_large.runtime.curves import RemoteCurves, run_name
 from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 STATUS = {DONE: "FINISHED", PREEMPTED: "KILLED"}
-"""MLflow's words for how a run ended; all others have failed."""
+"""MLflow's status of a run, by this package's; for any other status it is FAILED."""
 
 
 class MLflow(RemoteCurves):
@@ -21,7 +21,7 @@ class MLflow(RemoteCurves):
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
         """Opens the run."""
-        # A server that is gone is given up within the minute, not after many.
+        # A server that does not answer is given up after a minute, not after many.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -30,7 +30,7 @@ class MLflow(RemoteCurves):
 
         beside = (setting.folder.resolve().parent / "mlruns").as_uri()
         self._client = client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or beside)
-        # By curve, the last step that a resumed run has already.
+        # The last step that a resumed run already has, by curve.
         self._known: dict[str, int] = {}
         self._resumed = known is not None
         if known is not None:
@@ -45,7 +45,7 @@ class MLflow(RemoteCurves):
         self._run = run.info.run_id
         self.keep(setting, self._run)
         settings = [Param(key, str(value)) for key, value in flat_plain(recipe).items()]
-        for start in range(0, len(settings), 100):  # The most that a call takes.
+        for start in range(0, len(settings), 100):  # A call takes at most 100.
             client.log_batch(self._run, params=settings[start : start + 100])
 
     def send(self, values: dict[str, float], step: int) -> None:

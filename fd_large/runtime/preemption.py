@@ -1,9 +1,9 @@
 """Pre-emption: after a signal, a stop file or near the job's end, all ranks save and stop.
 
-Schedulers send SIGTERM or SIGUSR1 before they take a machine away, a terminal SIGINT (Ctrl-C) and,
-when it is closed, SIGHUP; a file named `stop` in the run's folder is for people. Any rank that
-notices wishes to stop; the trainer agrees on it in the collective of the next step (or evaluation
-batch) and saves, and the run exits with 75.
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away. A terminal sends SIGINT on
+Ctrl-C, and SIGHUP when it is closed. A user may also make a file named `stop` in the run's folder.
+Any rank that notices one of these wishes to stop. The ranks agree on the stop in the collective of
+the next step (or evaluation batch); then the run saves and exits with 75.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from fd_large.runtime.logs import FILE_ONLY
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
-"""Seconds between two looks for the file: a shared file system is not asked at every step."""
+"""Seconds between two looks for the stop file, so that not every step asks a shared file system."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
-"""Left after the save for leaving, before the job ends."""
+"""Seconds that the process has for its exit, between the end of the save and the end of the job."""
 SAME_PRESS_SECONDS = 1.0
-"""A terminal's SIGINT and the one that a launcher passes on are one Ctrl-C."""
+"""Seconds in which two SIGINT count as one Ctrl-C, since a launcher passes on the terminal's."""
 SECONDS_FOR_LAST_WORDS = 2.0
 SECONDS_BETWEEN_QUESTIONS = 60.0
-"""To Slurm, for the end of the job, once it seems near."""
+"""Seconds between two questions to Slurm for the end of the job, once it seems near."""
 SECONDS_AFTER_CTRL_C = {"deepspeed": 30.0, "torchrun": 30.0}
-"""How long these launchers wait after a Ctrl-C until they kill their ranks (docs/recovery.md)."""
+"""Seconds after a Ctrl-C until these launchers kill their ranks (docs/recovery.md)."""
 
 
 _late: list[str] = []
@@ -69,9 +69,9 @@ class Preemption(Hook):
     Args:
         notice_seconds: Seconds between a scheduler's signal and the end of the process.
         launcher: The launcher of the ranks, which may give them less time after a Ctrl-C.
-        leaving: Called, by the signal's handler, once there is a reason to stop.
-        write_status: Says in the run's folder how the run ended.
-        leave: Ends the process with an exit code.
+        leaving: Called once there is a reason to stop, possibly in the handler of a signal.
+        write_status: Function that records in the run's folder how the run ended.
+        leave: Function that ends the process with an exit code.
         ends_process: Whether a second Ctrl-C ends the process; else it raises KeyboardInterrupt,
             as without this hook.
     """
@@ -115,7 +115,7 @@ class Preemption(Hook):
     def on_start(self, setting: Setting) -> None:
         """Estimates the duration of a save, and logs whether it fits into the notice."""
         self._setting = setting
-        # One look a node is enough.
+        # One rank of each node looks for the file.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
         seconds = self._estimated(setting)
         if seconds is None:
@@ -152,7 +152,7 @@ class Preemption(Hook):
             return NOTHING
         if not self._warned:
             self._warned = True
-            # Whoever pressed Ctrl-C has seen it already.
+            # A user who pressed Ctrl-C has already read a message.
             log.warning(
                 "rank %d: %s; the run saves and stops",
                 distributed.rank(),
@@ -209,12 +209,12 @@ class Preemption(Hook):
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._pipe[1])
         for number, handler in self._before.items():
-            # After a reason to leave, what comes late must not change the exit code.
+            # After a reason to stop, a late signal must not change the exit code.
             if handler is not None and (number == signal.SIGINT or not self._reason):
                 signal.signal(number, handler)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
-        # Nothing that locks: a handler may interrupt whoever holds the lock.
+        # A handler takes no lock, since the code that it interrupts may hold it.
         self._reason = self._reason or signal.Signals(number).name
         self._leave_soon()
         if number == signal.SIGINT and not self._ends_process:
@@ -227,7 +227,7 @@ class Preemption(Hook):
         if not self._said:
             self._said = True
             self._leaving()
-            # A rank whose launcher is gone too may outlive its grace until the save is through.
+            # A rank whose launcher has ended as well may live on until the save is complete.
             self._held.enter_context(hold())
 
     def _listen(self) -> None:
@@ -250,7 +250,7 @@ class Preemption(Hook):
         os.close(self._pipe[0])
 
     def _end_at_once(self) -> None:
-        # Aside: the disk may be what hangs.
+        # With a time limit, since the disk may be what hangs.
         briefly(self._write_status, INTERRUPTED, seconds=SECONDS_FOR_LAST_WORDS)
         if distributed.is_main():
             terminal.show_error("ended at once; the same command goes on from the last checkpoint")

@@ -23,7 +23,7 @@ from fd_large.runtime.hooks import Hook, Setting, Update
 log = logging.getLogger(__name__)
 
 UNTRACED, WARM_UP = 2, 1
-"""Steps that build caches and workers, then steps in which the profiler itself starts."""
+"""Numbers of steps that build caches and workers, and of steps in which the profiler starts."""
 
 
 class Profiler(Hook):
@@ -110,7 +110,7 @@ Interval = tuple[float, float]
 
 
 def communication_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Returns the shares of a trace with collectives, and with collectives alone.
+    """Returns the fractions of a trace's time with collectives, and with collectives alone.
 
     On a GPU kernels are compared, NCCL's with others. On a CPU gloo's collectives, including
     their waits for other ranks, are compared with operations on other threads.

@@ -27,7 +27,7 @@ class Progress(Tracker):
     """A bar that moves with each step, or a line in the log for each interval.
 
     Args:
-        student: Name of the student among several, which have lines each; "" for a single student.
+        student: Name of the student if several train, which have separate lines; "" for one.
     """
 
     def __init__(self, student: str = "") -> None:
@@ -155,7 +155,7 @@ def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
 
 
 def _listed(numbers: Iterable[tuple[str, float]]) -> str:
-    """Returns metrics with their labels: held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2."""
+    """Returns metrics as "held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2"."""
     groups: list[str] = []
     for first, of_group in groupby(numbers, key=lambda item: item[0].split()[0]):
         text = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)
@@ -166,7 +166,7 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
 def _beside_speed(row: Row) -> str:
     """Returns utilisation, waiting and memory, as far as known, each after two spaces."""
     parts = []
-    if row.get("tflops_per_gpu", 0) >= 0.1:  # A CPU has so few that they tell nothing.
+    if row.get("tflops_per_gpu", 0) >= 0.1:  # On a CPU the number is too small to be of use.
         parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s per rank")
     if "mfu" in row:
         again = f" ({100 * row['hardware_utilisation']:.1f}% with recomputation)"

@@ -135,7 +135,7 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
                 f"run wrote. {remedy}"
             ) from None
         if stored.get("students") and not recipe.get("students"):
-            # Not --fresh, which would move all of them aside.
+            # The remedy is not --fresh, which would move all students' runs aside.
             raise ConfigError(
                 f"{folder}: holds the runs of several students; got a run of one, expected "
                 f"{', '.join(stored['students'])}. Resume one of them by --config "
@@ -261,7 +261,7 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
             path,
             numbers_of(damaged),
         )
-    # First, so that no later row stays where there is no room for a copy.
+    # The file is cut first, so that later rows go even if there is no room for the copy.
     os.truncate(path, sum(len(line.raw) for line in kept_lines))
     if damaged:
         with written_or_logged(path), replacing(path) as aside:

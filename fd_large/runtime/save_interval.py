@@ -14,7 +14,7 @@ class SaveInterval(Hook):
     Only rank 0's clock counts; the loop's one all-reduce of a step carries the wish to the others.
 
     Args:
-        minutes: Above 0, a fraction allowed.
+        minutes: Number of minutes, above 0, not necessarily whole.
     """
 
     def __init__(self, minutes: float) -> None:

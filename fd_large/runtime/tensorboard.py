@@ -26,7 +26,7 @@ class TensorBoard(Curves):
 
         super().on_start(setting)
         first = setting.first_update
-        # The last step that is kept stands at step `first`.
+        # The last step that is kept is drawn at `first`.
         self._writer: SummaryWriter | None = SummaryWriter(
             str(setting.folder / EVENTS), purge_step=first + 1 if first else None, flush_secs=30
         )

@@ -32,14 +32,15 @@ _handed_over = False
 
 
 before_errors: list[Callable[[], None]] = []
-"""Called before an error is shown: a live progress bar ends its line."""
+"""Functions that are called before an error is shown, so that a live progress bar ends its line."""
 
 COLUMNS_FOR_CONTROL = 5
-"""Columns that stay free on the right: what Ctrl-C echoes there would break a live bar's line."""
+"""Columns that stay free on the right, since the echo of Ctrl-C would break a live bar's line."""
 
 drawing = threading.Lock()
-"""Held by the thread that shows what a command is busy with, while it draws."""
-# A process that is forked in the middle of a line would inherit the locks of the console.
+"""The lock of the thread that shows a command's present work, held while it draws."""
+# Forks wait for it, as a process that is forked in the middle of a line would inherit the
+# console's locks.
 os.register_at_fork(
     before=drawing.acquire, after_in_parent=drawing.release, after_in_child=drawing.release
 )
@@ -94,7 +95,7 @@ def take() -> None:
         )
         for number in (1, 2)
     )
-    # After a fatal signal Python runs no more: this writes the stack where the user looks.
+    # After a fatal signal no Python code runs, and this handler writes the stack to the user.
     faulthandler.enable(_err)
     mask_uncaught()
 
@@ -191,7 +192,7 @@ def console() -> Console:
 
         @property
         def is_terminal(self) -> bool:
-            # rich would take FORCE_COLOR's word for it, which a notebook sets.
+            # rich would believe the variable FORCE_COLOR, which a notebook sets.
             return self.file.isatty()
 
         @property
@@ -203,8 +204,8 @@ def console() -> Console:
         def size(self, new: tuple[int, int]) -> None:
             self._width, self._height = new
 
-    # Without a private copy, whatever sys.stdout is when a line is printed. A notebook gets text as
-    # well: rich would make an HTML output of each line.
+    # Without a private copy it prints to sys.stdout, as it is at that time. A notebook gets text,
+    # too, since rich would make an HTML output of each line.
     return Plain(file=_out, highlight=False, markup=False, emoji=False, force_jupyter=False)
 
 

@@ -41,7 +41,7 @@ class WandB(RemoteCurves):
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                # W&B would keep the command as it was given.
+                # W&B would store the command, in this case with the secrets in it.
                 x_disable_meta=masked(sys.argv) != sys.argv,
             ),
         )
@@ -50,9 +50,9 @@ class WandB(RemoteCurves):
     def send(self, values: dict[str, float], step: int) -> None:
         """Sends a point for each of the given curves, in the order of steps.
 
-        An evaluation ahead of the training rows waits for theirs; a late one is sent with the
-        newest step, and its own step in evaluation/of_step. After a resume W&B drops points of
-        steps that its run already has.
+        An evaluation of a later step than the newest training row waits for the row of its step.
+        A late evaluation is sent with the newest step, and with its own step as evaluation/of_step.
+        After a resume W&B drops points of steps that its run already has.
         """
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)

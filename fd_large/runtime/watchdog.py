@@ -37,18 +37,19 @@ log = logging.getLogger(__name__)
 
 HUNG = "hung"
 STACKS_SIGNAL = signal.SIGUSR2
-"""Makes a rank, or a process that loads for it, write its stacks and go on."""
+"""Signal on which a rank, or one of its loading processes, writes its stacks and goes on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
 START_FACTOR, LEAST_START_SECONDS, MOST_START_SECONDS = 3.0, 60.0, 1750.0
-"""Until its first step is through a rank may stand still for a multiple of the limit: it builds
-models, reads a checkpoint, compiles kernels. Collectives give up after 1,800 s."""
+"""A rank may stand still for this multiple of the limit, within these bounds in seconds, before its
+first step ends: it builds models, reads a checkpoint and compiles kernels. Collectives give up
+after 1,800 s."""
 MOST_SECONDS_OF_LINGERING = 30.0
-"""Between a rank's stacks and its end: the others, at most a micro batch later, write theirs before
-they see a closed connection."""
+"""Longest time between the writing of a rank's stacks and its end. The other ranks, which are at
+most a micro batch behind, write their stacks in this time, before their connections close."""
 MOST_COLLECTIVES = 5
 """Number of unfinished collectives that the log names."""
 SECONDS_FOR_LAST_WORDS = 20.0
-"""The disk of the log may be what hangs."""
+"""Time limit of the last messages, since the disk of the log may be what hangs."""
 
 
 class Silence:
@@ -72,7 +73,7 @@ class Silence:
             beats: The counter.
             limit: Seconds that are too long.
         """
-        # A pause longer than intended stopped this thread too: the process did not run.
+        # In a pause that is longer than intended this thread did not run, so the process stood.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
         self.seconds = self.seconds + passed if beats == self._seen else 0.0
         self._seen = beats
@@ -90,8 +91,9 @@ class Watchdog(Hook):
         folder: The run's folder.
         owned: Returns whether this start may write there.
         start: Id of this start.
-        start_seconds: Time for which it may stand still before its first step ends; None: longer.
-        leave: Ends the process with an exit code.
+        start_seconds: Time for which it may stand still before its first step ends; None: a
+            multiple of `seconds`.
+        leave: Function that ends the process with an exit code.
     """
 
     def __init__(
@@ -180,7 +182,8 @@ class Watchdog(Hook):
             limit = self._limit if self._stepped else self._start_limit
             if silence.lasts(time.monotonic(), self._beats + distributed.moves(), limit):
                 self._fired.set()
-                # If its peers end first, the training thread fails in its collective.
+                # The training thread fails in its collective if the other ranks end first; it must
+                # then wait for this thread.
                 failures.leave_to(threading.current_thread())
                 try:
                     self._last_words(silence.seconds)
@@ -193,7 +196,7 @@ class Watchdog(Hook):
     def _last_words(self, seconds: float) -> None:
         self._quiet = seconds
         begin = time.monotonic()
-        # Each on its own: any of them may meet the disk, the lock or the pipe that hangs.
+        # Each has a thread of its own, since any may wait for the disk, lock or pipe that hangs.
         words = [
             threading.Thread(target=call, name=f"watchdog {call.__name__}", daemon=True)
             for call in (
@@ -209,7 +212,7 @@ class Watchdog(Hook):
         time.sleep(max(0.0, begin + lingering - time.monotonic()))
 
     def _dump(self) -> None:
-        # No lock, no source line: reaches stderr whatever hangs.
+        # This takes no lock and reads no source file, so it reaches stderr whatever hangs.
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(terminal.err())
 
@@ -246,7 +249,7 @@ class Watchdog(Hook):
                     os.kill(child.pid, STACKS_SIGNAL)
 
     def _write_status(self) -> None:
-        # Every rank that can: rank 0 may be the one that hangs.
+        # Every rank writes the status, since rank 0 may be the one that hangs.
         if self._owned():
             write_status(self._folder, HUNG, start=self._start)
 
