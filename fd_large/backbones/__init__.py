@@ -1,10 +1,10 @@
-"""The backbones: one folder a family, and the layers that families share.
+"""Backbones of all families: a folder for each family, and files of layers that families share.
 
 A family's folder holds everything specific to the family: `architecture.py` (fields,
 checks and named models; no torch), the module, `published.py` (its published weights files),
 `export.py` (its models in other libraries) and `family.py`, which presents them to the rest of
-the package as a `Family`; `registry.py` lists the families, as
-`recipes/architectures.py` does without torch: a new family is its folder and a line in each.
+the package as a `Family`. `registry.py` lists the families, and so does
+`recipes/architectures.py`, without torch: a new family is its folder and a line in each.
 
 Every backbone is a Module with
     forward(images, keep) -> FeatureMap, drop path driven by the rows of `keep`;
@@ -16,5 +16,6 @@ Every backbone is a Module with
 and, if it has stages, stages(images, keep), which returns a map of each stage, with stage_widths
 and stage_strides. A model used only as a teacher needs no methods for training.
 
-Nothing here reads files, knows tasks or calls torch.distributed.
+Nothing here knows tasks or calls torch.distributed itself: batch norms and downloads use
+`fd_large.ranks`. `weights/` opens weights files; only libraries read or write files of their own.
 """

@@ -80,7 +80,7 @@ class Groups:
         return (torch.arange(images, device=device) + self._first) // self.size
 
     def sums(self, of_images: Tensor) -> Tensor:
-        """Adds (B, K) float64 up over each group, on all of its ranks: (groups, K)."""
+        """Sums (B, K) float64 over each group's images, on all ranks that hold any: (groups, K)."""
         images, before = len(of_images), self._first % self.size
         number = -(-(before + images) // self.size) if self.size != PASS else 1
         if number == 1:

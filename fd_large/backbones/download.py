@@ -1,4 +1,4 @@
-"""Downloads by libraries: one rank downloads for all, the others wait and read.
+"""Downloads weights by libraries: one rank downloads for all, and the others read the cache.
 
 A hub refuses hundreds of simultaneous requests, and ranks would write one cache at the same time.
 """

@@ -1,4 +1,4 @@
-"""Exports of a family's models to other libraries: names, configuration, unsupported features."""
+"""Describes exports of a family's models: names, configuration, features that a library lacks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Export:
             position bias may be copied into every block.
         lacks: Returns the features of a model that the library lacks, given whether images are
             padded, or "".
-        added: Returns tensors of the library's model that ours does without, by their names there.
+        added: Returns tensors of the library's model that the model here lacks, by the library's
+            names.
         becomes: Returns the architecture of the model in the file, whose blocks may have copies of
             a shared position bias.
         config: Returns config.json for the library's own loader; None for files that only this

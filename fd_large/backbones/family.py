@@ -35,7 +35,8 @@ class Options:
         shift_stages: Whether odd blocks of each stage shift their windows; empty for all.
         stage_windows: Side of a window in each stage, in tokens; empty for `window_size` in all.
         attention_memory: "keep" or "recompute" attention maps for backward.
-        sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
+        sequential_stages: Number of stages, from the first, that hold the attention maps of only a
+            few windows at a time; 0 is none.
         is_trained: Whether it is a student, which has to be deterministic in training.
         resizes_positions: Whether each forward resizes a ViT's positions to its images; other
             families have no such positions.
@@ -80,8 +81,8 @@ class Scheme:
     Such sources start with the `prefix` of the family's architecture.
 
     Attributes:
-        settle: Returns the model that the rest of a source names, completed by the user's fields
-            of its architecture, and notes for the log.
+        settle: Returns the model that a source names after its prefix, completed by the user's
+            fields of its architecture, and notes for the log.
         load: Returns the whole module with its weights, and its image statistics if known.
         weightless: Returns the module's weights by its own names, on the meta device; None where a
             teacher is the module itself and nothing is to be filled.

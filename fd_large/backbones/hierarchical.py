@@ -1,4 +1,4 @@
-"""The shared structure of Swin and SwinV2: patches, stages with merging between, a final norm."""
+"""The common base of Swin and SwinV2: patch embedding, stages with patch merging, final norm."""
 
 from __future__ import annotations
 

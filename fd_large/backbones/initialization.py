@@ -1,4 +1,4 @@
-"""Initial weights: named schemes of initial values, and a function that fills a parameter.
+"""Schemes of initial weights, and a function that fills a parameter with random values.
 
 Every module fills its own parameters in its own constructor from plain arguments: under
 `deepspeed.zero.Init` a child is already partitioned when its parent's constructor continues, whose

@@ -1,4 +1,4 @@
-"""Late imports of families whose libraries take seconds to import."""
+"""Imports the files of families late, since some libraries take seconds to import."""
 
 from __future__ import annotations
 

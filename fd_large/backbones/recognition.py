@@ -1,4 +1,4 @@
-"""Architectures recognised from names and shapes of tensors, and from other libraries' terms."""
+"""Recognises architectures from names and shapes of tensors, and from other libraries' terms."""
 
 from __future__ import annotations
 

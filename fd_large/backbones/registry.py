@@ -1,4 +1,4 @@
-"""The families of backbones, and construction of models from a name or an architecture."""
+"""Lists the families of backbones, and builds models from a name or an architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image statistics: from uint8 pixels to a model's normalised input."""
+"""Image statistics, and the normalisation of uint8 pixels by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Translates tensor names of published files; a format is a table of rows, read and exported by.
+"""Translates tensor names of published files by tables of rows, one table for each format.
 
 The names alone show which tensors fit or are missing, before any tensor is read.
 """

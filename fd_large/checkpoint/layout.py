@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class EachTensor:
-    """ZeRO-3 (and stage 0): each tensor is cut into `ranks` equal shards; the last may be shorter.
+    """ZeRO-3 (and stage 0): each tensor is cut into equal shards, short or empty at its end.
 
     Attributes:
         sizes: Elements of each tensor by name.

@@ -1,4 +1,4 @@
-"""Ownership of a run's folder by one start: claimed before torch is imported, with a heartbeat.
+"""Lets one start own a run's folder: claimed before torch is imported, kept by a heartbeat.
 
 RUN/owner.json names the owner; its modification time is the heartbeat, compared with a file
 written next to it. A heartbeat ahead of that time, or long before it, may come from another
@@ -341,7 +341,7 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
 
 
 def _refuse_overlap(folder: Path, start: str) -> None:
-    """Refuses a single student's run while all students train, and all while one trains.
+    """Refuses a run of one student while the run of all students trains, and the other way round.
 
     Each start claims its own folder first, so that at least one of two sees the other.
 

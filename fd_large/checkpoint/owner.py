@@ -1,4 +1,4 @@
-"""The owner of a run's folder, and checks whether it is alive. No torch."""
+"""The owner of a run's folder, and checks whether the owner is alive; imports no torch."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _may_be(name: str, value: Any) -> bool:
 class Slurm:
     """Slurm's answers about other owners' jobs.
 
-    It is asked seldom: a start that waits must not keep the controller busy.
+    Slurm is asked seldom: a start that waits must not keep the controller busy.
     """
 
     def __init__(self) -> None:
@@ -138,8 +138,8 @@ class Slurm:
     def state(self, owner: Owner, this_process: Owner) -> str:
         """Returns Slurm's state of an owner's job, or "".
 
-        It is "" if Slurm cannot know the job, gives no answer, or knows no more than this process
-        can see itself (an owner on the same machine, or of the same job).
+        The result is "" if Slurm cannot know the job, gives no answer, or knows no more than this
+        process can see itself (an owner on the same machine, or of the same job).
 
         Args:
             owner: The owner.

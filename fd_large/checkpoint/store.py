@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: listing, verification and removal.
+"""Lists, verifies, commits and removes the checkpoints in a run's folder.
 
 checkpoints/best is a link to the checkpoint of the best evaluation, if kept.
 checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of

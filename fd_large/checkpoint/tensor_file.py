@@ -195,7 +195,7 @@ class TensorFile:
 
 
 def _write_all(descriptor: int, views: list[memoryview]) -> None:
-    """Writes all, and empties the list."""
+    """Writes all bytes of the views, and empties the list."""
     while views:
         written = os.writev(descriptor, views)
         while views and written >= len(views[0]):

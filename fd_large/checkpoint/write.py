@@ -1,4 +1,4 @@
-"""Writes a checkpoint while training goes on: a copy to host memory, then a writing thread.
+"""Writes a checkpoint while training goes on, by a thread, from a copy in host memory.
 
 The host memory, 12 bytes for each parameter of the rank's shard and 4 more for an average, is kept
 from save to save. State that lies in files on a disk, because there is no memory for it, is written

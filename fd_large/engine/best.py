@@ -1,4 +1,4 @@
-"""The best evaluation of a run so far, and whether it is time to stop.
+"""Finds the best evaluation of a run so far, and decides whether the run stops early.
 
 The state follows from the rows of evaluations.jsonl up to the present step, so an interrupted run
 decides like an uninterrupted one. All ranks use rank 0's numbers.

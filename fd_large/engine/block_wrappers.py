@@ -1,4 +1,4 @@
-"""Wrappers around a student's blocks: activation checkpointing and torch.compile.
+"""Wraps a student's blocks in activation checkpointing, and compiles them by torch.compile.
 
 Checkpointing mode `every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with
 recomputed attention, and saves no random state, since drop-path masks are inputs. `offload` is

@@ -1,4 +1,4 @@
-"""Models from a run's checkpoints: a whole task, or the student as a source of weights."""
+"""Builds a whole task from a run's checkpoint, or opens its student as a source of weights."""
 
 from __future__ import annotations
 

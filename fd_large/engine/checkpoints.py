@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when to save, what to resume from, what to roll back to."""
+"""Saves a run's checkpoints when they are due, and restores them to resume or to roll back."""
 
 from __future__ import annotations
 

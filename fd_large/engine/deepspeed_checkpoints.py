@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints, for tools that read them: exported from a run, imported into one.
+"""Exports a run's checkpoint in DeepSpeed's own format, for tools that read it, and imports one.
 
 Export and import build the run as training does, and let DeepSpeed (0.19.8) write or read the
 files. DeepSpeed's files fit one number of ranks only, unlike the run's own checkpoints.

@@ -80,14 +80,15 @@ class Evaluation(NamedTuple):
 def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T | None:
     """Waits on all ranks for work of rank 0; a collective.
 
-    No rank waits for long in one collective: it would be taken for hung, and could not be stopped.
+    No rank waits for long in one collective, since it would then be taken for hung and could not be
+    stopped.
 
     Args:
         work: Future of the work that rank 0 waits for; None on other ranks.
         meanwhile: Called about once a second, on all ranks; may raise to leave.
 
     Returns: the result on rank 0, None elsewhere.
-    Raises: FDError: on all ranks, if the work ended in it.
+    Raises: FDError: on all ranks, if the work raised it.
     """
     while True:
         left = work is not None and bool(futures.wait([work], SECONDS_BETWEEN_CALLS).not_done)

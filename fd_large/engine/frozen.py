@@ -1,4 +1,4 @@
-"""Frozen models: a recipe's section as a Module that maps uint8 images to a feature map."""
+"""Builds frozen models: Modules that map uint8 images to a feature map."""
 
 from __future__ import annotations
 

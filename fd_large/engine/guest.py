@@ -1,4 +1,4 @@
-"""A run inside a process that already does other work: a notebook, a script, a server.
+"""Lets a run use a process that already does other work: a notebook, a script, a server.
 
 `guest()` lets a block use the process as a rank of its own, and puts everything back that a run
 takes: process group, signals, logs, environment, limits, settings of torch.

@@ -1,4 +1,4 @@
-"""Heads by their names in a recipe: a task's built-in heads, or the user's own.
+"""Constructs heads by their names in a recipe: a task's built-in heads, or the user's own.
 
 A head of the user's own is a function or Module class of (width, out_width), and maps (..., width)
 to (..., out_width).
@@ -25,14 +25,14 @@ def make_head(
     """Constructs a head, with weights from torch's global generator.
 
     Args:
-        name: A built-in name, or a name of the user's own in a form of fd_large/doors.py.
+        name: A built-in name, or the place of the user's own head in a form of fd_large/doors.py.
         arguments: Positional arguments of its constructor: input and output channels.
         built_in: The task's own heads.
         where: The field that the user set, for messages.
         settings: Keyword arguments of its constructor.
 
-    Raises: ConfigError: if there is no such head, it returns no Module, or the user's own makes
-        a step depend on rank or micro batch.
+    Raises: ConfigError: if there is no such head, its constructor returns no Module, or the user's
+        own head makes a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
     if name in built_in:

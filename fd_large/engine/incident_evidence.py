@@ -1,4 +1,4 @@
-"""Evidence of a skipped step: its images, each layer's largest output, state that is not finite.
+"""Gathers evidence of a skipped step: images, each layer's largest output, non-finite state.
 
 The step is run forward once more on the unchanged weights, on every rank alike, so that an ordinary
 step pays nothing for the record.

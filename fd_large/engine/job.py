@@ -1,4 +1,4 @@
-"""The engine's requests to a task: samples, a Module, batches, evaluations, hooks.
+"""The interface by which the engine asks a task for samples, a Module, batches, evaluations.
 
 The engine builds, trains, stores and resumes any task through this interface, and imports no task.
 It is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the only one
@@ -191,7 +191,7 @@ class TrainingJob:
         """
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Shares the models that another student's job has built, instead of calling `build`.
+        """Takes over the models that another student's job has built; called instead of `build`.
 
         Args:
             other: A job of this class.

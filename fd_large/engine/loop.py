@@ -87,11 +87,11 @@ class _Agreed(NamedTuple):
 
     Attributes:
         update: The step's numbers, for the hooks.
-        stop: Whether a rank wishes to stop.
-        save: Whether a rank wishes to save.
-        busy: Whether a rank is still writing a checkpoint.
-        failed: Whether a rank failed to write a checkpoint.
-        broken: Whether a rank failed to write one because its state is not finite.
+        stop: Whether any rank wishes to stop.
+        save: Whether any rank wishes to save.
+        busy: Whether any rank is still writing a checkpoint.
+        failed: Whether any rank failed to write a checkpoint.
+        broken: Whether any rank failed to write one because its state is not finite.
         scored: Whether rank 0 has worked out the numbers of an evaluation.
         verdict: The hooks' decision about the step.
     """
@@ -343,7 +343,7 @@ class Trainer:
     def _agree(
         self, losses: list[Tensor], epoch: int, learning_rate: float, norm: Tensor | None
     ) -> _Agreed:
-        """Lets the ranks decide on a step, in its only such collective and only read by the host.
+        """Lets the ranks decide on a step by one collective, whose result the host reads once.
 
         Args:
             norm: Norm of the gradients before clipping; None at stage 0, whose optimiser computes

@@ -1,4 +1,4 @@
-"""The memory of a rank: its size and peak, errors when it runs out, and its release.
+"""Measures and releases the memory of a rank, and names a remedy when it runs out.
 
 Host memory is measured and released by interfaces of Linux and of its C library.
 """

@@ -236,7 +236,7 @@ def _driver() -> str | None:
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
-    """Returns the nodes that differ, the first one's value, a node of the majority, its value."""
+    """Returns the nodes that differ, the first one's value, a majority's node, and its value."""
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Among equally frequent values the one of the lowest rank comes first.
     right, _ = Counter(value for _, value in values).most_common(1)[0]

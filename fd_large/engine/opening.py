@@ -1,10 +1,9 @@
 """Opens a run: settles and checks its recipe, prepares its folder, builds its models and engine.
 
-Four stages, each a function of one run whose result the next stage takes: `settle`, `check`,
-`enter`, `build`. `open_together` leads the runs of several students through them in step;
-everything that they share (mistakes, images, frozen models, the start of DeepSpeed, the probe of
-a micro batch) is handled between two stages. The caller has claimed the run's folder before the
-first stage.
+A run passes through four stages, each a function of one run: `settle`, `check`, `enter`, `build`.
+`open_together` leads the runs of several students through each stage together. It handles what
+they share (mistakes, images, frozen models, the start of DeepSpeed, the probe of a micro batch)
+between two stages. The caller has claimed the run's folder before the first stage.
 """
 
 from __future__ import annotations
@@ -192,7 +191,8 @@ def _settle_each(
     """Returns the jobs of the settled recipes; a collective.
 
     Args:
-        runs, job_of, weights: See `open_together`.
+        runs, job_of: See `open_together`.
+        weights: The sources that open the recipes' weights.
         others: Checks whose mistakes are reported together with those of weights.
     """
     with activity.work("reading images and weights"):

@@ -1,9 +1,9 @@
 """Parts of a step: components of a task that need sums over all images of a step.
 
-A queue of summaries, the statistics of a batch, the number of images or tokens that count: each is
-a function of the global batch, however ranks and micro batches divide it. A task lists its parts
-(`Task.parts`), and the engine adds up their numbers: one all-reduce before the step's first
-backward for those that are `of_step`, and at most one after the step.
+Parts are, for example, a queue of summaries, the statistics of a batch, or the number of images or
+tokens that count. Each is a function of the global batch, however ranks and micro batches divide
+it. A task lists its parts (`Task.parts`), and the engine adds up their numbers, by one all-reduce
+before the step's first backward for those that are `of_step`, and at most one after the step.
 """
 
 from __future__ import annotations

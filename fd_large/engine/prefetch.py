@@ -1,4 +1,4 @@
-"""Micro batches, each copied to the device during the computation of the previous one."""
+"""Copies each micro batch to the device during the computation of the previous one."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Replayed(NamedTuple):
         precision: Precision of the step, float32 or bfloat16.
         micro_batches: The micro batches whose images were kept.
         losses: The replayed loss of each micro batch.
-        grad_norm: L2 norm of the gradient of their mean loss.
+        grad_norm: L2 norm of the gradient of the micro batches' mean loss.
         other_training: Why the checkpoint belongs to another training
             (`TrainingJob.check_stored`); empty if it does not.
     """

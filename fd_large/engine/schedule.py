@@ -1,4 +1,4 @@
-"""The learning rate of a step: warm-up, then cosine, polynomial or step decay.
+"""Computes the learning rate of a step: warm-up, then cosine, polynomial or step decay.
 
 Steps are the optimiser's, so that neither the number of ranks nor accumulation changes a learning
 rate.
@@ -106,7 +106,7 @@ class PolynomialSchedule(Schedule):
 
 
 class RiseAndFall(Schedule):
-    """Rises as a power of the finished steps to the peak, and falls likewise for as long.
+    """A rise to the peak in the warm-up, by a power of the steps, and a fall of the same length.
 
     The rest of the run uses the minimum.
 
@@ -133,7 +133,7 @@ class StepSchedule(Schedule):
     """The peak, divided by ten at each drop, with a linear warm-up multiplied into it.
 
     Attributes:
-        drops: Shares of the run after which the learning rate falls, rising.
+        drops: Fractions of the run after which the learning rate falls, in rising order.
 
     Source: the detectors of mmdetection and detectron2.
     """
@@ -159,4 +159,4 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "steps": StepSchedule,
 }
 """Constructors of schedules from (peak, start, minimum, total, warm-up), by their names in a
-recipe; `steps` takes `drops` besides."""
+recipe; `steps` also takes `drops`."""

@@ -1,4 +1,4 @@
-"""The student of a recipe: its module, and the weights that it starts from."""
+"""Constructs the student of a recipe, and finds the weights that it starts from."""
 
 from __future__ import annotations
 

@@ -210,8 +210,8 @@ class Task(nn.Module):
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        It falls from the student's last layer to its first; heads, pyramids and projections have
-        the full learning rate. Parameters with factor 0 are not trained.
+        The factor falls from the student's last layer to its first; heads, pyramids and projections
+        have the full learning rate. Parameters with factor 0 are not trained.
 
         Args:
             name: The parameter's name in this Module.

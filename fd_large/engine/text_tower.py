@@ -1,4 +1,4 @@
-"""The text tower of a CLIP model: class names as vectors for zero-shot classification.
+"""Computes vectors of class names by a CLIP's text tower, for zero-shot classification.
 
 A class is the mean of its prompts' embeddings, each normalised to an L2 norm of 1; an image belongs
 to the class whose vector has the largest cosine with the image's embedding.

@@ -24,7 +24,7 @@ _SUMMARY = "_summary"
 
 
 class TrainedModel(nn.Module):
-    """A backbone for raw images: it normalises them itself.
+    """A backbone that takes raw images and normalises them itself.
 
     Args:
         backbone: Normalised images (B, 3, H, W) -> FeatureMap.

@@ -1,6 +1,6 @@
 """The residual sum of a pre-norm branch, and the norm after it: x + scale * gamma * branch.
 
-It has the structure of `residual_norm.py`, and shares its norm and its file of kernels.
+This file has the structure of `residual_norm.py`, whose norm and file of kernels it shares.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_norm(
         bias: (C,), bias of the norm.
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
-        gamma: (C,), LayerScale; None: 1.
+        gamma: (C,), LayerScale; None means 1.
         dtype: Data type of the normalised sum; None for that of x.
 
     Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).

@@ -48,7 +48,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operation that runs on a kernel, ours or torch.compile's.
+    """A call of an operation that runs on a kernel of this package or of torch.compile.
 
     Attributes:
         function: The operation's public function.

@@ -165,7 +165,7 @@ def twin(
 def _compiled(
     op: str, reference: Callable[..., Any], backend: str, channels: int
 ) -> Callable[..., Any]:
-    """Returns a compiled function for each width, since torch limits graphs by function."""
+    """Returns a compiled function for each width, since torch limits the graphs of a function."""
     compiled = torch.compile(reference, backend=backend, isolate_recompiles=True)
 
     def call(*arguments: Any, **named: Any) -> Any:

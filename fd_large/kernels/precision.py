@@ -1,4 +1,4 @@
-"""The precision of float32 on a GPU: products and convolutions without TF32."""
+"""Computes products and convolutions of float32 on a GPU in full precision, without TF32."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Runs the operation; the sum stands in the place of the copy as well."""
+        """Runs the operation; both results share the memory of the sum."""
         y, _, mean, rstd = residual_norm_forward(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)

@@ -1,4 +1,4 @@
-"""The end of the objective: whitening of the teacher's tokens, and smooth L1 against the student.
+"""The end of the objective: whitens the teacher's tokens, and takes smooth L1 to the student's.
 
 On GPUs torch.compile needs one pass over both maps each way, like hand-written kernels; on CPUs
 plain torch runs.

@@ -1,4 +1,4 @@
-"""Attention from the qkv projection to the input of the output projection, without moving tokens.
+"""Computes attention from the qkv projection to the output projection, without moving tokens.
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
 shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its

@@ -1,8 +1,8 @@
-"""Attention's backward: a launch with three kinds of programs, and a launch that gathers.
+"""Attention's backward: a launch of three kinds of programs, and one that sums table gradients.
 
-Programs run head by head, so that each kind finds the others' inputs in the cache: the gradient
-of q for a tile of queries, the gradients of k and v for a tile of keys, and the gradient of the
-bias table, which sums over windows in a fixed order in registers.
+The kinds compute the gradient of q for a tile of queries, the gradients of k and v for a tile of
+keys, and the gradient of the bias table, which is summed over windows in a fixed order in
+registers. Programs run head by head, so that each kind finds the others' inputs in the cache.
 
 The table's gradient has two stages and no atomics. Its tiles pair rows of a window with rows of
 the same window, so that along a diagonal of tiles all sums belong to the same offsets; a few (w,

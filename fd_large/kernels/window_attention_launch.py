@@ -90,7 +90,7 @@ class Geometry:
 
     @property
     def rest(self) -> int:
-        """Keys after the forward's whole steps, for a step of 16; 0 if the last step is padded."""
+        """Number of keys after the forward's whole steps, which take a step of 16; 0 if padded."""
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 

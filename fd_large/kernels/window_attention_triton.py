@@ -121,7 +121,7 @@ def load_keys(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns rows, masks, offsets, regions, k, v and the factors of k, of keys.
+    """Returns the rows, masks, offsets, regions, k, v and factors of k of some keys.
 
     k and v are as stored: k has no bias, and v's is added later, since weights sum to 1.
     """

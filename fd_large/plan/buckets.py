@@ -1,4 +1,4 @@
-"""Sizes of communication buckets: large enough to hide fixed costs, small enough to begin early.
+"""Chooses communication buckets: large enough to hide fixed costs, small enough to begin early.
 
 The file also chooses the blocks that stage 3 gathers at once, because they fit a bucket.
 """

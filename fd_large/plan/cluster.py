@@ -1,4 +1,4 @@
-"""Machines: nodes, their network and their kernels, and the times of collectives.
+"""Describes machines by nodes, network and cards, and computes the times of collectives.
 
 One gather or scatter of a whole model moves S bytes: parameters times bytes per parameter. Over n
 ranks, each rank sends and receives S (n - 1) / n. Between N nodes, the network cards of a node

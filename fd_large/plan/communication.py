@@ -1,4 +1,4 @@
-"""Seconds of communication in a step, during or after computation.
+"""Computes the seconds of communication in a step, during or after computation.
 
 The table shows the collectives of each micro-batch and of each step. S and T are the seconds of one
 gather or scatter of the student and of the teacher (`plan.cluster`).

@@ -65,7 +65,8 @@ class StepFlops(NamedTuple):
         model: Required FLOPs, the numerator of MFU: forward and backward of the trained model,
             forward of frozen models.
         hardware: Executed FLOPs, including recomputation and a first pass for sums.
-        frozen: The part of frozen models in both, which several students share.
+        frozen: FLOPs of the frozen models, which `model` and `hardware` include and which several
+            students share.
     """
 
     model: float
@@ -89,8 +90,8 @@ class Counts:
             inside a fused backward.
         moved: Bytes read and written by all other operations, by phase.
         calls: Calls that Python makes, views included, by phase.
-        modules: Forwards of modules, by phase, but for `blocks` and what is within these.
-        blocks: Forwards of blocks that stage 3 gathers at once, by phase.
+        modules: Number of forwards of modules, by phase, without `blocks` and the modules in them.
+        blocks: Number of forwards of blocks that stage 3 gathers at once, by phase.
         kept: Bytes that live between forward and backward, the batch among them.
         peak: Peak bytes without gradients of parameters: the maximum of these lines.
         student: (elements, number of tensors) of the trained tensors.

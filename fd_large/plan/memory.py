@@ -1,4 +1,4 @@
-"""Bytes that a rank holds between two steps, from counts of elements.
+"""Computes the bytes that a rank holds between two steps, from counts of elements.
 
 P is the number of parameters of student and projection, W the number of ranks, b the bytes of a
 parameter (2 in bfloat16, 4 in float32); T and B are the teacher's P and b. DeepSpeed 0.19.8 keeps
@@ -14,7 +14,7 @@ between steps, with the two moments of AdamW (4P each; another optimiser may kee
 - Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
   gradients' buckets stay.
 - Stages 1 and 2 in float32 have no masters besides the parameters, unless the optimiser is
-  offloaded. At stage 3 masters are a copy even if the parameters are float32 already. (DeepSpeed
+  offloaded (4P/W). At stage 3 masters are a copy even of parameters that are float32. (DeepSpeed
   means to share the float32 shards, but compares a torch.device with a string, which is never
   equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
@@ -164,10 +164,10 @@ class Memory:
     """Bytes that a rank holds between steps.
 
     Attributes:
-        device: On the GPU; on CPU ranks, in the memory of the process.
-        host: Offloaded to host memory.
+        device: Bytes on the GPU; on CPU ranks, in the memory of the process.
+        host: Bytes that are offloaded to host memory.
         disk: Bytes in files on a disk, whose pages are cached in memory as far as there is room.
-        hpz_copy: On the device, in addition, from the forward pass to the step only.
+        hpz_copy: Further bytes on the device, from the forward pass to the step only.
     """
 
     device: Held

@@ -1,4 +1,4 @@
-"""The peak memory of a rank in the backward pass, on top of `plan.memory` between steps.
+"""Computes the peak memory of a rank in backward, on top of `plan.memory` between steps.
 
 The file also computes the costs of a run with the optimiser's state on a disk
 (ds_configs/zero3_nvme.json).

@@ -26,7 +26,7 @@ class Phases:
     """The phases of a task's step on one device.
 
     Attributes:
-        seconds: Seconds of each phase of a micro-batch, a line in its images.
+        seconds: Seconds of each phase of a micro-batch, linear in its images.
         update: Seconds of the optimiser for each parameter, in float32: norm, clipping, step.
         images: The only micro-batch for which the lines hold; 0 for all.
     """

@@ -1,4 +1,4 @@
-"""Seconds of a step, from four constants checked against public measurements.
+"""Computes the seconds of a step, by four constants checked against public measurements.
 
     step = micro-batches x max(products + bytes + hooks, communication) + after the last one
 

@@ -1,4 +1,4 @@
-"""Utilisation that a run reports from FLOPs and seconds: TFLOP/s, MFU, hardware utilisation.
+"""Computes the utilisation that a run reports: TFLOP/s, MFU, hardware utilisation.
 
 MFU is the FLOPs that the run needs (student forward and backward, teacher forward) over the card's
 peak; hardware utilisation also counts recomputation. Each of several students counts its own

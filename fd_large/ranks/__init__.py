@@ -1,4 +1,4 @@
-"""Ranks: their start, their collectives, and their common end after a failure.
+"""Starts the ranks, makes their collectives, and ends all of them after a failure.
 
 `launch` finds this process's rank, and `distributed` joins the group of all. Ranks learn of
 another rank's failure in three ways. A mistake raised by a check is shared at a line that all

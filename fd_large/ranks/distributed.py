@@ -1,6 +1,6 @@
-"""Ranks: the process group and small collectives.
+"""Makes the process group of all ranks, and small collectives.
 
-The only wrapper of torch.distributed; it knows nothing of DeepSpeed's engine, whose
+This is the only wrapper of torch.distributed. It knows nothing of DeepSpeed, whose
 `init_distributed` finds the group that `start` made and keeps it. Everything but `start` and
 `node_group` also works before `start`, as rank 0 of 1.
 """

@@ -1,4 +1,4 @@
-"""Failures of one rank end all ranks, through the store at which the ranks met.
+"""Ends all ranks after a failure of one rank, through the store at which the ranks met.
 
 A rank that fails leaves its peers in a collective. Over gloo they see a closed connection; over
 NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
@@ -171,7 +171,7 @@ class Watch:
                 return
 
     def heard(self) -> Ending | None:
-        """Returns why the ranks end, if the store has a reason or is gone itself."""
+        """Returns the reason in the store why the ranks end, or the loss of the store, or None."""
         if self._known is not None or self._store is None:
             return self._known
         try:

@@ -1,4 +1,4 @@
-"""Ranks of this machine, forked from one process: `python -m fd_large --ranks 2 train ...`.
+"""Forks the ranks of this machine from one process: `python -m fd_large --ranks 2 train ...`.
 
 Imports take most of the time before a rank's first step. Ranks that are forked from a process share
 the modules that it has imported, and no launcher imports them as well. The process passes signals

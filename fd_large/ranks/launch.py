@@ -1,4 +1,4 @@
-"""The launcher that started this process, and the address where the ranks meet; without torch.
+"""Finds the launcher that started this process, and where the ranks meet; without torch.
 
 `find_launch` reads the environment that the deepspeed launcher, torchrun, srun, mpirun or plain
 python left.

@@ -1,4 +1,4 @@
-"""Checks that may take hours: run by all ranks together, with the work done by one of them.
+"""Runs checks that may take hours on all ranks together, with the slow work done by one rank.
 
 Each rank runs the check in a thread while all ranks meet repeatedly, since a single wait of hours
 would time out. A meeting counts as a sign of life, so the watchdog does not end it. Inside a
@@ -130,7 +130,8 @@ class _Meeting:
     """A rank's part in a meeting.
 
     Attributes:
-        leads: Whether this rank makes values made once a node (True), and once for all (False).
+        leads: {True: whether this rank makes the values that are made once a node; False: whether
+            it makes those that are made once for all ranks}.
         offered: Values that other ranks may fetch from this rank.
     """
 

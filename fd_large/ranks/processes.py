@@ -1,4 +1,4 @@
-"""Processes in /proc: signals, loading processes, and a lost launcher.
+"""Looks after processes by /proc: signals, loading processes, and a lost launcher.
 
 SIGTERM to the `deepspeed` command kills only the runner, and a killed launcher does not forward
 signals: ranks would continue and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports only a
@@ -136,8 +136,8 @@ def handlers_to_replace() -> dict[signal.Signals, Any]:
     """Returns the present handlers of all `SIGNALS` that may be caught.
 
     Signals ignored by nohup or by a shell for its background jobs stay ignored. None means a
-    handler outside of Python, which cannot be restored. That of a rank's start has done its work:
-    after training the signal's own action is back.
+    handler outside of Python, which cannot be restored. In place of the handler of `starting`, the
+    result has the signal's default action, which is restored after training.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     waits = (number for number in SIGNALS if handlers[number] is await_the_end)

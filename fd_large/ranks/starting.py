@@ -1,7 +1,8 @@
-"""Signals that reach a rank while it imports, before training catches them.
+"""Ends a rank at a signal that reaches it while it imports, before training catches signals.
 
-A scheduler's signal would kill the rank with the signal's own code (138, 143), and nothing would
-say why. Nothing is lost yet, so it leaves as after a save. No torch.
+A scheduler's signal would kill the rank with the signal's own code (138, 143), and no message would
+say why. No step is lost yet, so the rank leaves with the exit code that follows a save. This file
+does not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import FrameType
 from fd_large.errors import Exit
 
 CAUGHT = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send. A Ctrl-C and a closed terminal end a start as they end any program."""
+"""The signals of schedulers. Ctrl-C and a closed terminal end a start as they end any program."""
 
 
 def leave_at_signals() -> None:
@@ -34,14 +35,14 @@ def leave_at_signals() -> None:
 
 
 def leave_no_more() -> None:
-    """Gives signals back their own action, for training that does not catch them."""
+    """Restores the signals' default actions, for training that does not catch them."""
     for number in CAUGHT:
         if signal.getsignal(number) is await_the_end:
             signal.signal(number, signal.SIG_DFL)
 
 
 def await_the_end(number: int, frame: FrameType | None) -> None:
-    """Does nothing more, so that the thread which has read of the signal ends the process."""
+    """Handles a signal by waiting, until the thread that reads of the signal ends the process."""
     threading.Event().wait()
 
 

@@ -1,1 +1,1 @@
-"""The user's own models: their contract, and calls of the user's code."""
+"""Builds backbones by the user's own code, and checks that they have a backbone's interface."""

@@ -1,4 +1,4 @@
-"""The user's own models, made by a class or a function."""
+"""The architecture of a model that the user's own class or function makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's own model as a student or a teacher: the module made by the user's code.
+"""Builds the user's own model, as a student or a teacher, by the user's code.
 
 `NAME` of `module:PATH/TO/FILE.py:NAME` is a class or a function that returns a torch Module with
 

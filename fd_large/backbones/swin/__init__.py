@@ -1,1 +1,1 @@
-"""Swin Transformer, first version: EsViT's teacher."""
+"""Swin Transformer (first version), the architecture of EsViT's teacher."""

@@ -1,4 +1,4 @@
-"""Swin Transformer, first version: the fields of a model, and the models that have a name."""
+"""The fields of a Swin model (first version), and the models that have a name."""
 
 from __future__ import annotations
 

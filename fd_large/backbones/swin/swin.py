@@ -1,4 +1,4 @@
-"""Swin Transformer (first version) as EsViT's teacher: pre-norm, dot product, position tables.
+"""Swin Transformer (first version): pre-norm blocks, dot-product attention, position tables.
 
 Parameter names are those of the Swin-Transformer and EsViT repositories. With three stages it is
 FD's stage-3 target: no merging after the last stage, the final norm on its width.

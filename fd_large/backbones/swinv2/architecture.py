@@ -1,4 +1,4 @@
-"""Swin Transformer V2: the fields of a model, and the models that have a name.
+"""The fields of a SwinV2 model, and the models that have a name.
 
 Windows of the named models follow their intended image size: 14 at 224 px (tiny to
 large) and 12 at 192 px (1b, huge, giant), so that stages 3 and 4 are one window each. A recipe that

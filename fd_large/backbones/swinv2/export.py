@@ -1,4 +1,4 @@
-"""Exports SwinV2 models to timm and transformers, in mmseg's names, and in FD's or the official."""
+"""Exports SwinV2 models to timm and transformers, or in mmseg's, FD's or the official names."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
     """Returns windows, windows of pre-training and patches a side, from official files' tables.
 
-    Without such tables they are zeros.
+    Without such tables all these numbers are zeros.
     """
     windows, pretrained, side = [0] * stages, [0] * stages, 0
     for name in file:

@@ -62,7 +62,8 @@ class SwinV2(HierarchicalBackbone):
         in_chans: Channels of the images.
         image_size: Side or (height, width) in pixels of the images that absolute positions are
             for; None without them.
-        pretrained_window_sizes: None is the present window in every stage.
+        pretrained_window_sizes: As in `SwinV2Architecture`; None takes the present window in every
+            stage.
 
     Raises: ConfigError: for values that do not fit each other.
     """

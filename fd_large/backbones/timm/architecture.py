@@ -1,4 +1,4 @@
-"""Backbones of timm: the fields of a model, and the models that have a name here."""
+"""The fields of a timm model, and the timm models that have a name here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export of a timm student: the same model without its head."""
+"""Exports a timm student as the same timm model without its head."""
 
 from __future__ import annotations
 

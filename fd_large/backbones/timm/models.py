@@ -1,4 +1,4 @@
-"""timm models by name: whole, and cut after the map at a stride."""
+"""Builds timm models by name, whole or cut after the map at a stride."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights for a timm model: in timm's names, or in another port's with the same order.
+"""Reads weights for a timm model, by timm's names or by the order of another port's tensors.
 
 Running statistics of batch normalisation are read as well: they are weights, although buffers.
 """

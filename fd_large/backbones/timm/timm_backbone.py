@@ -1,4 +1,4 @@
-"""Any backbone of timm, as a student or a frozen teacher: the map at a stride, in the common form.
+"""A timm model, as a student or a frozen teacher, that returns its map at a stride.
 
 The model's last map is the result of timm's `forward_features`, without class tokens; the maps of
 earlier stages are raw activations. Modules after the map are not built.
@@ -59,7 +59,7 @@ class TimmBackbone(nn.Module):
         name: timm's name of the model.
         stride: Pixels per token of the map; 0 is the model's last map.
         image_size: Side in pixels of the images that positions and windows are made for; 0 is the
-            size that timm has the model for. Models without either take any size.
+            size that timm has the model for. Models without positions and windows take any size.
         drop_path_rate: Drop path of the last block; the others' follow timm's rule for the model.
         is_trained: Whether it is a student; a frozen model has neither blocks nor layers.
 

@@ -1,4 +1,4 @@
-"""The supported models of transformers: a fixed table, and their configurations.
+"""The supported models of transformers, a fixed table, and checks of their configurations.
 
 A model is built only by transformers' own class of its type: code in a repository is never run. Of
 a configuration only the fields of that type are taken, and only plain values: nothing in them names
@@ -124,7 +124,7 @@ def library(where: str) -> Any:
 
 
 def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns a configuration's fields of the model as JSON, and its other names.
+    """Returns the model's fields in a configuration as JSON, and the names of its other fields.
 
     Args:
         model_type: The `model_type` of the configuration.
@@ -137,7 +137,7 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 
 
 def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns the fields and other names for a known kind."""
+    """Returns the result of `fields_of` for a known kind."""
     from inspect import signature
 
     package = library(where)

@@ -1,4 +1,4 @@
-"""Folders of transformers: their configuration, and matching of their tensors with the model's.
+"""Reads folders of transformers: the configuration, and tensors matched with the model's.
 
 transformers renames tensors between releases, so names of file and module are compared in a
 common form.

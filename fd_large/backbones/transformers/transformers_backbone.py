@@ -1,4 +1,4 @@
-"""A vision model of transformers as a frozen teacher: its last hidden state, in the common form.
+"""A vision model of transformers as a frozen teacher that returns its last hidden state.
 
 The map is transformers' `last_hidden_state`: after the final norm if the model has one, raw for
 ConvNeXt and Hiera, whose norm follows the mean. Class and register tokens are prefix tokens.
@@ -28,7 +28,7 @@ _WHERE = "teacher.architecture.transformers_config"
 
 
 class TransformersBackbone(nn.Module):
-    """A vision model of transformers up to its last hidden state; parameters after `net.`.
+    """A vision model of transformers up to its last hidden state, whose names begin with `net.`.
 
     Args:
         model_type: The `model_type` of its configuration.

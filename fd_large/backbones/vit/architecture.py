@@ -1,4 +1,4 @@
-"""Vision transformers: the fields of a model, and the models that have a name."""
+"""The fields of a vision transformer, and the models that have a name."""
 
 from __future__ import annotations
 

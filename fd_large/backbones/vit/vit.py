@@ -69,7 +69,7 @@ class ViT(nn.Module):
         width: Channels of the map.
         stride: Pixels per token, each way.
         attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
-        encodes_some: Whether it can encode some patches alone (`forward`).
+        encodes_some: Whether it can encode a subset of the patches (`places` of `forward`).
         num_prefix_tokens: Number of CLS and distillation tokens of the map, which has no registers.
         depths: Number of blocks, as a tuple for the only stage.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
@@ -430,8 +430,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Maps (B, N, C) to the same shape.
 
-        The table is that which `image_attention` takes, or with `window` that which
-        `window_attention` takes, or the biases of each image, (B, h, N, N).
+        The argument `table` has the form that `image_attention` takes, or with `window` the form
+        that `window_attention` takes; or it holds the biases of each image, (B, h, N, N).
         """
         projected = added = None
         if self.k_bias is not None:

@@ -1,4 +1,4 @@
-"""The largest micro batch whose step fits into memory, found without running out of memory.
+"""Finds the largest micro batch whose step fits into memory, without running out of memory.
 
 A rank that runs out of memory leaves the others waiting in a collective, and the run ends
 (`ranks.failures`). So the probe climbs: after a step of one image, which makes the optimiser's

@@ -1,10 +1,11 @@
-"""Builds DeepSpeed's compiled operations once on each node, and tells whether it can.
+"""Builds DeepSpeed's compiled operations once on each node, and tells whether a node can.
 
 torch compiles an operation where it is first used, under a file `lock` in the operation's folder,
 and waits for that file without a limit. A job that is killed while it compiles leaves this file
 behind, and every later start would wait for ever. Here one rank of a node compiles, in a process
 that a time limit ends. Each process that compiles or loads holds a lock of the operating system,
-which is released when the process ends; torch's `lock` that its holder finds is stale.
+which is released when the process ends. If the holder of this lock finds a file `lock` of torch,
+the file is stale.
 """
 
 from __future__ import annotations

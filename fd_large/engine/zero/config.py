@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read, checked at every level against closed lists, and filled by the run.
+"""Reads the DeepSpeed JSON, checks it at every level against closed lists, and fills it.
 
 The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, learning
 rates, clipping and precision. A number that both could name is "auto" in the JSON. DeepSpeed never

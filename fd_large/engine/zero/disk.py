@@ -1,4 +1,4 @@
-"""The optimiser's float32 state in files on a local disk, which the kernel pages in and out.
+"""Keeps the optimiser's float32 state in files on a local disk, which the kernel pages.
 
 With `offload_param` on the disk, the bfloat16 weights are there too.
 

@@ -1,4 +1,4 @@
-"""A task inside its DeepSpeed engine, with exact float32 masters."""
+"""Builds a task inside its DeepSpeed engine, with exact float32 masters."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
 def _holding_state(
     disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
 ) -> AbstractContextManager[Any]:
-    """Puts the state that DeepSpeed makes onto the disk, if there is one, with these masters."""
+    """Puts the state that DeepSpeed makes in the block onto the disk, if any, with masters."""
     if disk is None:
         return nullcontext()
     named = task.named_parameters() if exact else ()

@@ -1,4 +1,4 @@
-"""64-bit hashes of the weights that a module, or one rank's part of it, holds.
+"""Computes 64-bit hashes of the weights that a module, or one rank's part of it, holds.
 
 A hash is the sum over elements of (bits + 1) * odd(position, name) modulo 2^64. It is linear, so
 each rank hashes its elements and one all-reduce adds the parts up; a single changed element

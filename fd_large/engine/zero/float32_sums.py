@@ -1,4 +1,4 @@
-"""Stage 1 in bfloat16: every rank sums all its gradients in float32, and steps its shard."""
+"""ZeRO stage 1 in bfloat16: every rank sums all its gradients in float32, and steps its shard."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Float32Sums:
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Sums the remaining buckets over ranks, in the communication data type; takes the mean."""
+        """Averages the remaining buckets over ranks, summed in the communication data type."""
         optimizer = self._optimizer
         for totals, has in zip(
             optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True

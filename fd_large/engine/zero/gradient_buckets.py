@@ -1,4 +1,4 @@
-"""Buckets of gradients: their boundaries, and their sums during backward.
+"""Cuts gradients into buckets, and sums the buckets over ranks during backward.
 
 All ranks send the buckets in the same order, each when its gradients are complete.
 """

@@ -1,4 +1,4 @@
-"""Gradients from backward to the optimiser, in fewer passes than DeepSpeed 0.19.8 makes.
+"""Reduces gradients for the optimiser in fewer passes than DeepSpeed 0.19.8 makes.
 
 Methods on the objects of one engine replace DeepSpeed's; the numbers stay the same.
 

@@ -1,4 +1,4 @@
-"""Stage 2, and stage 1 in float32: every rank keeps the sums of the gradients that it steps."""
+"""ZeRO stage 2, and stage 1 in float32: every rank keeps the gradient sums of its shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class _Bucket(NamedTuple):
         begin: First element in the group.
         size: Number of elements.
         owner: The rank that steps the whole bucket, or None if each rank steps a part.
-        parts: (parameter, its first element here, end of its elements, place in the bucket).
+        parts: For each parameter with elements in the bucket (parameter, first of these elements,
+            element after the last, position of the first in the bucket).
     """
 
     group: int
@@ -202,7 +203,8 @@ def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
 def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:
     """Returns the norm of the shards of all ranks, float32; a collective.
 
-    In chunks, whose float32 sums are exact to about 1e-7; DeepSpeed makes float64 copies.
+    Squares are summed by chunks, whose float32 sums are exact to about 1e-7, whereas DeepSpeed
+    makes float64 copies.
     """
     chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
     square = torch.nn.utils.get_total_norm(chunks).double().square()

@@ -1,4 +1,4 @@
-"""A learning rate per layer inside two parameter groups.
+"""Steps each layer at its own learning rate inside two parameter groups.
 
 DeepSpeed flattens a group, so a group per layer would cost a flat tensor and collectives for each.
 Here the groups stay two, and the inner optimiser steps slices of a flat partition, each layer's at

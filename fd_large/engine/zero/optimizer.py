@@ -1,4 +1,4 @@
-"""The optimiser in two parameter groups: the fastest AdamW, LARS, or the user's own."""
+"""Makes the optimiser of two parameter groups: the fastest AdamW, LARS, or the user's own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
     Args:
         optim: The recipe's section.
-        device: Where an optimiser of the user's own is tried.
+        device: Device on which an optimiser of the user's own is tried.
 
     Raises: ConfigError: if the optimiser does not exist or fails its trial.
     """

@@ -1,4 +1,4 @@
-"""An optimiser of the user's own, and its trial on a few numbers before it gets a model.
+"""Tries an optimiser of the user's own on a few numbers before it gets a model.
 
 ZeRO steps flat parts of many tensors, so an optimiser must act element by element; an optimiser
 that scales gradients by norms of whole tensors declares a method (`trust_ratio.py`). The trial

@@ -1,6 +1,6 @@
-"""Sharded parameters: modules built in shards, weights loaded into them, exact float32 masters.
+"""Builds modules in shards, loads weights into them, and sets exact float32 masters.
 
-The only file that knows how ZeRO-3 lays a parameter out: rank r of the group holds elements
+No other file knows how ZeRO-3 lays a parameter out: rank r of the group holds elements
 [r*k, (r+1)*k) of the flattened parameter, k = ceil(numel / ranks), and zeros beyond its end.
 """
 

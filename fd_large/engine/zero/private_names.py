@@ -43,7 +43,7 @@ PARAMETERS = {
 def check() -> None:
     """Checks DeepSpeed's version and torch's names; `get` checks torchvision's.
 
-    Raises: VersionError: for the first that is not as it was tested.
+    Raises: VersionError: for the first version or name that is not as in the tested release.
     """
     installed, tested = version("deepspeed"), TESTED["deepspeed"]
     if installed.partition("+")[0] != tested:  # A build of one's own has a commit after the +.

@@ -1,8 +1,8 @@
-"""This rank's shards of a live run's masters, moments and average, at any ZeRO stage.
+"""Reads and writes a rank's shards of a live run's masters, moments and average.
 
-The only file that knows where DeepSpeed (0.19.8) keeps them, offloaded or not. Shards are views:
-reading copies nothing, and writing restores. Nothing here communicates but `redistribute` and
-`complete`.
+It serves any ZeRO stage, and no other file knows where DeepSpeed (0.19.8) keeps these shards,
+offloaded or not. The shards are views: reading copies nothing, and writing restores. Only
+`whole_masters`, `redistribute` and `complete` communicate.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def shards(engine: Engine) -> Iterator[Piece]:
 def not_finite(engine: Engine) -> list[str]:
     """Returns the names (KIND.NAME) of this rank's shards that hold NaN or infinity.
 
-    One pass over the shards without a copy, and one read by the host for each device.
+    It takes one pass over the shards without a copy, and one read by the host for each device.
     """
     extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
     keys: dict[torch.device, list[str]] = defaultdict(list)

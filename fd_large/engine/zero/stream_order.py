@@ -1,4 +1,4 @@
-"""Stage 3's streams on GPUs: each read is ordered by an event after the write it depends on.
+"""Orders stage 3's streams on GPUs: by events each read follows the write it depends on.
 
 DeepSpeed 0.19.8 gathers shards on a separate stream. It never makes that stream wait for the
 optimiser's write of them, and it makes the host wait for hpZ's copies inside a node, once for

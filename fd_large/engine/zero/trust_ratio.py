@@ -1,4 +1,4 @@
-"""Gradients scaled by norms of whole tensors, at any ZeRO stage.
+"""Scales gradients by norms of whole tensors, at any ZeRO stage.
 
 An optimiser with a method `trust_ratio(weight_norm, gradient_norm)` needs norms of whole tensors,
 of which ZeRO gives a rank only parts. Before it steps, the squares of the parts are added up over

@@ -1,4 +1,4 @@
-"""Blocks that stage 3 gathers whole: one message and one set of hooks, not one for each layer.
+"""Lets ZeRO-3 gather whole blocks: one message and one set of hooks, not one for each layer.
 
 DeepSpeed gathers the weights of every module before its forward and its backward, and runs hooks
 around every module, those without weights too. A block of a ViT has nine modules. What a block

@@ -1,4 +1,4 @@
-"""Stage 0: every rank averages all gradients beside backward, and steps everything."""
+"""ZeRO stage 0: every rank averages all gradients during backward, and steps all parameters."""
 
 from __future__ import annotations
 
