@@ -1,1 +1,1 @@
-"""The depth of every pixel with a distilled student: a decoder, a scale-invariant loss, tests."""
+"""Depth of every pixel from a student's features: heads, a scale-invariant loss, and tests."""

@@ -1,4 +1,4 @@
-"""The job of depth: images with metres for each pixel, the student's weights, RMSE."""
+"""The job of depth, which trains on images with a depth for each pixel and tests RMSE."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fd_large.tasks.depth.scores.metrics import crop_of
 from fd_large.tasks.depth.section import KIND, METRICS, ON_LAST_MAP
 from fd_large.tasks.depth.task import Depth
 
-# Pixels between 0 and 1.
+# Leaves pixels between 0 and 1.
 AS_THEY_ARE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 class DepthJob(DenseJob):
-    """The student learns the depth of `data.root`'s train split, tested on its val split."""
+    """Trains a student on the depths of `data.root`'s train split, and tests on a val split."""
 
     metrics: ClassVar = METRICS
     lower_is_better = KIND.lower_is_better
@@ -58,7 +58,7 @@ class DepthJob(DenseJob):
         )
 
     def test_images(self) -> DepthSet:
-        """Opens the test images, and checks some of them against `task.depth.test_crop`."""
+        """Opens the test images, and checks that `task.depth.test_crop` fits some of them."""
         images, section = super().test_images(), self.section
         for truth in images.some_truths():
             sides = section.bottom_crop if any(section.bottom_crop) else truth.shape
@@ -87,7 +87,7 @@ class DepthJob(DenseJob):
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
-        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
+        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
         if self.section.test_windows:
             return ""
         return (
@@ -108,11 +108,11 @@ class DepthJob(DenseJob):
         )
 
     def keep(self, outcome: Outcome, some: Any, images: DepthSet, folder: Path) -> list[Path]:
-        """Writes scores.json, and draws images with their depth and error."""
+        """Writes scores.json, and draws images with depth and error."""
         return keep(outcome, some, images, folder)
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student as all dense tasks do, with the normalisation of its training."""
+        """Describes the student as other dense tasks do, with its training's normalisation."""
         return super().stored_student()._replace(statistics=self._statistics())
 
     def _statistics(self) -> Statistics:

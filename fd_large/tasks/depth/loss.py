@@ -25,9 +25,10 @@ class Whole(NamedTuple):
 
 
 def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
-    """Returns number, sum and sum of squares of the differences d of each image, (3, B) float64.
+    """Returns number, sum and sum of squares of an image's differences d, (3, B) float64.
 
-    In float64 because the mean of squares and the squared mean nearly cancel.
+    The sums are in float64, because the mean of squares and the squared mean nearly cancel. The
+    differences d are defined in `silog_loss`.
 
     Args:
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
@@ -54,7 +55,7 @@ def silog_loss(
     factor: float = 1.0,
     whole: Whole | None = None,
 ) -> Tensor:
-    """Root of mean d^2 - mean_share x (mean d)^2, with d = log true depth - log predicted depth.
+    """Returns sqrt(mean d^2 - mean_share x (mean d)^2), d = log true depth - log predicted depth.
 
     Args:
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
@@ -82,15 +83,15 @@ def silog_loss(
         totals = whole.sums.clone().requires_grad_()
         with torch.enable_grad():
             root = _root(*totals, mean_share)
-        # The root is of the sums of the step, and its slope in them is the slope in this part's
-        # own. The engine averages gradients over the parts, where the root asks for their sum.
+        # The root is taken of the step's sums, and its slope in them is the slope in the sums of
+        # this part. The engine averages gradients over the parts; the root needs their sum.
         (slope,) = torch.autograd.grad(root, totals)
         loss = root.detach() + whole.parts * (slope * (local_sums - local_sums.detach())).sum()
     return (factor * loss).to(log_depths)
 
 
 def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> Tensor:
-    """Returns the root from sums of pixels; 0 without a gradient unless its square is above 0."""
+    """Returns the root from sums over pixels; 0, with no gradient, unless its square is above 0."""
     mean = total / count.clamp(min=1)
     inside = squares / count.clamp(min=1) - mean_share * mean.square()
     return inside.where(inside > 0, 1).sqrt().where(inside > 0, 0)

@@ -11,7 +11,7 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import IGNORED_FIELDS, check_head
 
 ON_LAST_MAP = {"linear"}
-"""Heads that take the student's last map after its final norm, which others replace."""
+"""Heads that take the student's last map after its final norm; others replace that norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +31,18 @@ class Depth:
     # Height and width of the part of an image, at the bottom and in the middle, that is used: 352
     # 1216 for KITTI. 0 0: all of it.
     bottom_crop: tuple[int, int] = (0, 0)
-    # Largest depth that the head can give, in metres; the test leaves out what lies beyond it.
+    # Largest depth that the head can give, in metres; the test leaves out pixels beyond it.
     max_depth: float = 10.0
-    # The test leaves out what is nearer than this, in metres.
+    # Smallest depth, in metres; the test leaves out pixels that are nearer.
     min_depth: float = 0.001
     # Whether pixels are normalised by ImageNet's statistics, as students are distilled. Without it
     # they are between 0 and 1, as in the published runs.
     normalise: bool = True
-    # What makes a depth of the student's last map. mim: the three transposed convolutions of
-    # MIM-Depth. linear: one layer. Your own, made of (channels of the map, head_width, pixels per
-    # place of the map): module:FILE.py:NAME.
+    # Head that predicts depth from the student's last map. mim: the three transposed convolutions
+    # of MIM-Depth. linear: one layer. Your own, made from (channels of the map, head_width, pixels
+    # per place of the map): module:FILE.py:NAME.
     head: str = "mim"
-    # Number of channels behind the transposed convolutions.
+    # Number of channels after the transposed convolutions.
     head_width: int = 128
     # Scale-invariant loss of Eigen: loss_factor x sqrt(mean d^2 - loss_lambda x (mean d)^2), d
     # being the difference of the logarithms. batch: one root over all pixels with a depth, of all
@@ -68,10 +68,10 @@ class Depth:
     # tested, 2 or more; more where they would leave gaps. 0: whole, which a student of one image
     # size, such as a ViT, cannot see.
     test_windows: int = 0
-    # Whether each is also seen mirrored, and the depths averaged.
+    # Whether each window or image is also seen mirrored, and the depths averaged.
     test_flip: bool = True
     # Part of an image that is scored. nyu: without the borders of NYUv2's images. kitti_garg,
-    # kitti_eigen: what KITTI's published scores are of. none: all of it.
+    # kitti_eigen: the two parts in KITTI's published scores. none: the whole image.
     test_crop: Literal["none", "nyu", "kitti_garg", "kitti_eigen"] = "none"
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ METRICS = {
     "val/abs_rel": "relative error",
     "val/d1": "share within a factor of 1.25",
 }
-"""As `TrainingJob.metrics`."""
+"""Labels of the metrics; see `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="depth",

@@ -1,4 +1,4 @@
-"""The depth of a stored run: scored, or drawn on the user's images."""
+"""Scores the depth of a stored run, or draws it for the user's images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The task of depth: a student, a head for the depth of each pixel, a loss.
+"""The task of depth: a head for the depth of each pixel on a student's last map, and its loss.
 
-The head stands on the student's last map alone, after a new norm of its own.
+A new norm before the head replaces the student's final norm, except before a linear head.
 
 Source: Xie et al., arXiv 2205.13543, and its code, SwinTransformer/MIM-Depth-Estimation.
 """
@@ -40,14 +40,14 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 }
 """Heads from a map to depths, by their names in a recipe (`task.depth.head`), constructed from
 (channels of the map, channels of the head, pixels per place of the map). A head maps (B, C, h, w)
-to (B, 1, H, W) of any size, the depth before its sigmoid."""
+to the depth before its sigmoid, (B, 1, H, W) of any size."""
 
 
 class Depth(DenseTask):
     """A head for the depth of each pixel on a distilled student.
 
     Args:
-        student: A backbone; it loses its final norm, but for a linear head.
+        student: A backbone; it loses its final norm unless the head is linear.
         max_depth: Largest depth that the head can predict, in metres.
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
@@ -105,7 +105,7 @@ class Depth(DenseTask):
     def with_totals(
         self, prepared: dict[str, Any], totals: Tensor, *, parts: int
     ) -> dict[str, Any]:
-        """Returns the arguments of `forward`."""
+        """Returns the arguments of `forward`, with the step's sums."""
         return {**prepared, "whole": Whole(totals, parts)}
 
     def forward(
@@ -136,7 +136,7 @@ class Depth(DenseTask):
         logits = to_pixels(self.student, logits, pixels)[:, 0]
         if depths is None:
             return self.max_depth * logits.sigmoid()
-        # The logarithm of the sigmoid at once: a depth that rounds to 0 has one too.
+        # By logsigmoid, which is finite even if the sigmoid rounds to 0.
         log_depths = math.log(self.max_depth) + F.logsigmoid(logits)
         if for_sums:
             return silog_sums(log_depths, depths).sum(1)
@@ -163,7 +163,7 @@ class Depth(DenseTask):
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate.
 
-        Of a Swin model each merging counts as a layer, as in the published runs.
+        In a Swin model each patch merging counts as a layer, as in the published runs.
         """
         inside = name.removeprefix("student.")
         if self.frozen or inside == name or not hasattr(self.student, "layers_above"):

@@ -1,4 +1,4 @@
-"""The job of segmentation: images with a class for each pixel, the student's weights, mIoU."""
+"""The job of segmentation, which trains on images with a class for each pixel and tests mIoU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEAD_INIT = "task.segmentation.head_init"
 
 
 class SegmentationJob(DenseJob):
-    """The student learns the pixels of `data.root`'s train split, tested on its val split."""
+    """Trains a student on the pixels of `data.root`'s train split, and tests on a val split."""
 
     metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
@@ -83,9 +83,9 @@ class SegmentationJob(DenseJob):
         return {**super().sources(), **head_source}
 
     def initial_weights(self) -> InitialWeights:
-        """Returns the student's weights, and the heads' from `task.segmentation.head_init`.
+        """Returns the weights of the student, and of heads and neck if the recipe names a source.
 
-        The neck's weights belong to the heads'.
+        The source of heads and neck is `task.segmentation.head_init`.
         """
         source, student = self.section.head_init, super().initial_weights()
         if not source:
@@ -100,7 +100,7 @@ class SegmentationJob(DenseJob):
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
-        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
+        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
         if self.section.test_mode != "whole":
             return ""
         return (
@@ -117,7 +117,7 @@ class SegmentationJob(DenseJob):
     def keep(
         self, outcome: Outcome, some: Any, images: SegmentationSet, folder: Path
     ) -> list[Path]:
-        """Writes scores.json, and draws images and the confusion."""
+        """Writes scores.json, and draws images and the confusion matrix."""
         return keep(outcome, some, images, self.classes, folder)
 
     def facts(self) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ LAYOUTS: Mapping[str, Rows] = {
     "mmseg": _layout("bn", "conv_seg", _MMSEG),
     "upernet": _layout("batch_norm", "classifier", _TRANSFORMERS),
 }
-# A norm with a fixed momentum has no use for the number of its batches.
+# A norm with a fixed momentum does not use the number of batches.
 HEADS = (
     *table("*.num_batches_tracked -"),
     *LAYOUTS["mmseg"],
@@ -121,7 +121,7 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
 
     def rows(architecture: Any) -> Rows:
         backbone_rows = backbone.rows(architecture) + table("* *")
-        # The final norm stands before no head.
+        # No head reads the output of the final norm.
         return (*LAYOUTS[to], *table("- norm.*"), *under("backbone.", backbone_rows))
 
     def config(architecture: Any, statistics: Statistics) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
 
 def _upernet(backbone: dict[str, Any], heads: Heads) -> dict[str, Any]:
     if heads.blocks:
-        # Its numbers count what each block gives from 1.
+        # The library numbers the outputs of the blocks from 1.
         backbone = backbone | {"out_indices": [block + 1 for block in heads.blocks]}
     return {
         "architectures": ["UperNetForSemanticSegmentation"],
@@ -230,7 +230,7 @@ def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> 
         label: Name of the file for messages.
         where: The field that the user set.
 
-    Returns: for each module of the task, its weights; they are read when iterated.
+    Returns: the weights of each module of the task, which are read when they are iterated.
     Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
     pieces = translated(file, HEADS).pieces

@@ -29,15 +29,16 @@ class Segmentation:
     # Number of classes. ADE20K has 150.
     num_classes: int = 150
     # JSON file with the names of the classes in order: a list of names, or of objects with `name`
-    # and `color` (red, green and blue in 0..255). Empty takes what comes with ADE20K and
-    # Cityscapes, else numbers.
+    # and `color` (red, green and blue in 0..255). Empty takes the names of ADE20K and Cityscapes,
+    # else numbers.
     classes: str = ""
     # Number, in the label files, of pixels that are neither learnt nor scored.
     ignore_value: int = 255
     # Whether 0 in the label files is ignored too and class k has the number k + 1, as in ADE20K.
     reduce_zero_label: bool = False
-    # What makes classes of the student's maps. uper: UPerNet. linear: one layer on the last map.
-    # Your own, made of (channels of the maps, head_width, number of classes): module:FILE.py:NAME.
+    # Head that predicts classes from the student's maps. uper: UPerNet. linear: one layer on the
+    # last map. Your own, made from (channels of the maps, head_width, number of classes):
+    # module:FILE.py:NAME.
     head: str = "uper"
     # Weights that the heads start from: the file or folder of a whole segmentation model, in the
     # names of mmsegmentation or transformers, often the same as student.init. Empty: random.
@@ -109,7 +110,7 @@ METRICS = {
     "val/mAcc": "mAcc (%)",
     "val/aAcc": "aAcc (%)",
 }
-"""As `TrainingJob.metrics`."""
+"""Labels of the metrics; see `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="segmentation",

@@ -1,4 +1,4 @@
-"""The segmentation of a stored run: exported, scored, or drawn on the user's images."""
+"""Exports the segmentation of a stored run, scores it, or draws it on the user's images."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StoredSegmentation(StoredDense):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the heads and the neck, if the library's files have them."""
+        """Returns the shapes of heads and neck, if the library's files have them."""
         return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:

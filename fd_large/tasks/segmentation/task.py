@@ -1,4 +1,4 @@
-"""The task of segmentation: a student, its maps, a head for the class of each pixel, a loss.
+"""The task of segmentation: a head for the class of each pixel on a student's maps, and its loss.
 
 A Swin model has a map for each stage; for a ViT, the maps of four blocks are rescaled. A small
 auxiliary head on the third map adds a second loss in training.
@@ -43,7 +43,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 }
 """Heads from maps to logits, by their names in a recipe (`task.segmentation.head`), constructed
 from (channels of the maps, channels of the head, number of classes). A head's attribute `width` is
-the number of channels of which some are dropped."""
+the number of channels before its last layer, which dropout acts on."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 
 
@@ -155,8 +155,8 @@ class Segmentation(DenseTask):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns the parameters exempt from weight decay, besides vectors.
 
-        A ViT has none: class token and positions are decayed, as in the published runs, whose
-        code compares names without their prefix.
+        A ViT has none: its class token and positions are decayed, as in the published runs, whose
+        code looks for their names without the prefix and so does not find them.
         """
         if has_stages(self.student):
             return super().no_weight_decay()

@@ -1,4 +1,4 @@
-"""Images with depth files of 16 bits: NYUv2 and KITTI by lists, and plain folders."""
+"""Images with 16-bit depth files: NYUv2 and KITTI, which lists name, and plain folders."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class DepthSet(PairedImages):
 
     Args:
         pairs: The images and their depth files.
-        scale: The number of a file's units in a metre.
+        scale: Number of a depth file's units in a metre.
         valid_range: Depths above the second number or not above the first are unknown; (0, 0)
             keeps all depths.
-        bottom_crop: Height and width of the used part of an image, at the bottom and in the
-            middle; (0, 0) means the whole image.
+        bottom_crop: Height and width of the used part of an image, which is at its bottom and
+            horizontally centred; (0, 0) means the whole image.
         max_pixels: Larger images are refused.
     """
 
@@ -64,7 +64,7 @@ class DepthSet(PairedImages):
         return depths
 
     def check_range(self, limits: tuple[float, float], where: str) -> None:
-        """Reads some of the depth files and refuses files in other units.
+        """Reads some of the depth files, and refuses depths that seem to be in other units.
 
         Raises: DataError: if a file cannot be used, or the median depth is not within the limits.
         """
@@ -121,13 +121,13 @@ def open_depth(
     """Opens a split of a dataset in a folder, and reads some of its depth files.
 
     Args:
-        root: The folder: NYUv2's or KITTI's, whose images lists name, or one with images/SPLIT and
-            depths/SPLIT, SPLIT/images and SPLIT/depths, or JPEGs and PNGs of the same stems in
-            SPLIT.
+        root: The folder: that of NYUv2 or KITTI, whose images are named by lists, or a folder with
+            images/SPLIT and depths/SPLIT, with SPLIT/images and SPLIT/depths, or with JPEGs and
+            PNGs of the same stems in SPLIT.
         split: "train" or "val".
-        list_file: A list of images and depth files (`lists.py`); empty: train_list.txt or
-            test_list.txt in `root`, if it is there.
-        depth_scale: The number of the depth files' units in a metre.
+        list_file: A list of images and depth files (`lists.py`); empty: a list in `root`
+            (`DEFAULT_NAMES`), if there is one.
+        depth_scale: Number of the depth files' units in a metre.
         valid_range: See `DepthSet`.
         limits: Limits of the median depth, in metres.
         bottom_crop: See `DepthSet`.

@@ -24,16 +24,17 @@ from fd_large.tasks.dense.pairs import Pairs
 log = logging.getLogger(__name__)
 
 DEFAULT_NAMES = {"train": ("train_list.txt",), "val": ("test_list.txt", "val_list.txt")}
-"""Lists that are found in the folder of the dataset itself."""
+"""Names of the lists that are looked for in the dataset's folder."""
 FOLDERS = ("", "sync", "official_splits/test", "raw_data", "data_depth_annotated")
-"""Where below it the paths of a list may start: NYUv2 of BTS and GLPDepth, KITTI of both."""
+"""Folders below the dataset's folder from which the paths of a list may start: those of NYUv2 as
+prepared by BTS and by GLPDepth, and of KITTI as prepared by both."""
 NO_DEPTH = "None"
-# Missing files that a message names.
+# Number of missing files that a message names.
 NAMED = 3
 
 
 class _Paths(Sequence[str]):
-    """The images of a listing, or their depth files."""
+    """Paths of the images of a listing, or of their depth files."""
 
     def __init__(self, listing: Listing, root: str, part: int) -> None:
         self._listing, self._root, self._part = listing, root, part
@@ -67,9 +68,9 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
         path: The list.
         root: Folder of the dataset.
         where: The field that names the list, for messages.
-        of_root: The field that names the folder.
+        of_root: The field that names the folder, for messages.
 
-    Raises: DataError: if the list cannot be used, or files of it are missing.
+    Raises: DataError: if the list cannot be used, or files that it names are missing.
     """
     if kind_of(path, where=where, of=DataError) != "file":
         raise DataError(
@@ -96,7 +97,7 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
 
 
 def _lines(path: str, where: str) -> list[tuple[str, str]]:
-    """Returns the paths of a list, without images that have no depth file."""
+    """Returns the paths of images and depth files in a list, without images that have no depth."""
     pairs, without = [], 0
     text = read_bytes(path, where=where, of=DataError).decode(errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
@@ -123,7 +124,7 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Returns a name's path below the dataset's folder, or "" if it has none."""
+    """Returns the path below the dataset's folder of a name in a list, or "" if it has none."""
     return "/".join(next(paths_below(name), ()))
 
 

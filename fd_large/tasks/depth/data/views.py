@@ -1,7 +1,7 @@
 """Views of an image: a random square in training, squares or the whole image in tests.
 
-Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), which
-take colours from albumentations; the test of MIM-Depth. Oracles compare the test with it.
+Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), whose
+changes of colour are albumentations'; and the test of MIM-Depth, with which tests compare results.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fd_large.tasks.dense.geometry import View, resized_view
 from fd_large.tasks.dense.windows import Window, num_forwards
 
 FLIP_PROBABILITY = 0.5
-# CutDepth: a strip is at most this share of the columns to its right.
+# CutDepth: the largest width of a strip, as a share of the columns from its left edge on.
 WIDEST_STRIP = 0.75
 # Each of the three changes of colour is made with this probability.
 COLOR_PROBABILITY = 0.5
 BRIGHTNESS, CONTRAST, GAMMAS = 0.2, 0.2, (0.8, 1.2)
-# Out of 180 steps of hue, and out of 255 of saturation and value.
+# Largest shifts: of hue, in 180 steps of the circle, and of saturation and value, in 0..255.
 HUE, SATURATION, VALUE = 20.0, 30.0, 20.0
-# No side of an image limits the longer one.
+# A limit of the longer side that no image reaches.
 UNLIMITED = 1 << 30
 
 StripBytes = Literal["scaled", "wrapped"]
 
 
 class Drawn(NamedTuple):
-    """The draws of a training view: numbers in [0, 1).
+    """The random numbers of a training view, each in [0, 1).
 
     Attributes:
         place: Flip, top and left.
@@ -54,9 +54,10 @@ class TrainingViews(NamedTuple):
         colors: Whether colours are changed.
         cut_depth: Share of the images in which a strip of columns shows the depth (CutDepth).
         cut_depth_bytes: Content of the strip. scaled: the depth, 255 at `max_depth`. wrapped: the
-            numbers of the depth file modulo 256, at regular positions of an epoch, as published.
-        max_depth: In metres.
-        depth_scale: The number of the depth files' units in a metre.
+            numbers of the depth file modulo 256, as published; the images with a strip are then at
+            regular positions of the epoch.
+        max_depth: Largest depth of the head, in metres.
+        depth_scale: Number of the depth files' units in a metre.
     """
 
     image_size: int
@@ -68,7 +69,7 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.float32:
-        """The depth of pixels of which nothing is known."""
+        """The value that marks pixels of unknown depth."""
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
@@ -131,13 +132,13 @@ class TrainingViews(NamedTuple):
 
 
 def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArray[np.uint8]:
-    """Changes brightness and contrast, gamma, and hue, saturation and value.
+    """Makes three changes: of brightness and contrast, of gamma, of hue, saturation and value.
 
-    Each of the three is done with probability 1/2. Values are cut to 0..255 and rounded down.
+    Each change is made with probability 1/2. Values are clipped to 0..255 and rounded down.
 
     Args:
         image: (H, W, 3) uint8, red, green and blue.
-        draws: Nine numbers in [0, 1): for each of the three whether, and how much.
+        draws: Nine numbers in [0, 1), which decide whether each change is made, and its strength.
 
     Source: RandomBrightnessContrast, RandomGamma and HueSaturationValue of albumentations 1.1.
     """
@@ -163,7 +164,7 @@ def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArra
 
 
 class TestViews(NamedTuple):
-    """Views of test images: size, whole or by squares, with or without a mirrored view.
+    """Views of test images: their size, whether whole or in squares, and whether mirrored too.
 
     Attributes:
         image_size: Length of the shorter side, in pixels, to which images are resized.
@@ -185,8 +186,8 @@ class TestViews(NamedTuple):
     def squares(self, height: int, width: int) -> list[Window]:
         """Returns the squares of a view of this size, at equal distances, as published.
 
-        The distance is a whole number of pixels: the last pixels, or some between the squares, may
-        be in none.
+        The distance is a whole number of pixels, so that the last pixels, or some pixels between
+        the squares, may be in no square.
         """
         side, longer = min(height, width), max(height, width)
         step = (longer - side) // max(self.windows - 1, 1)

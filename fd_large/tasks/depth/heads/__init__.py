@@ -1,1 +1,1 @@
-"""Heads that predict depth from a map: MIM-Depth's decoder, a linear layer."""
+"""Heads that predict depth from a map: MIM-Depth's decoder, and a linear layer."""

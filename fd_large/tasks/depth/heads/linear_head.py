@@ -12,7 +12,7 @@ from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.backbones.initialization import Draw
 from fd_large.tasks.dense.convolution import Convolution
 
-# The last layers of segmentation begin so too.
+# The initialisation of the last layers of segmentation heads, too.
 _DRAW = Draw("normal", std=0.01)
 
 

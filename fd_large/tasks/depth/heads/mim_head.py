@@ -1,9 +1,9 @@
 """MIM-Depth's decoder: transposed convolutions on the last map, and convolutions at full size.
 
 Source: Xie et al., arXiv 2205.13543, and models/model.py of SwinTransformer/MIM-Depth-Estimation
-(after GLPDepth, arXiv 2201.07436), against which an oracle test compares it. It is published for
-Swin models of stride 32. Its use on a ViT for the distilled models' scores is not public: here a
-map of stride 16 is doubled once by interpolation, a map of stride 32 twice.
+(after GLPDepth, arXiv 2201.07436), with which a test compares the outputs. The decoder is published
+for Swin models of stride 32. How it was used on a ViT for the distilled models' scores is not
+public; here interpolation doubles a map of stride 16 once, and a map of stride 32 twice.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class MimHead(nn.Module):
 
     Args:
         in_width: Channels of the map.
-        width: Channels behind the transposed convolutions.
+        width: Channels after the transposed convolutions.
         stride: Pixels per place of the map.
         filters: Channels of each transposed convolution.
-        kernels: Sides of their kernels: 2, 3 or 4.
+        kernels: Side of the kernel of each transposed convolution: 2, 3 or 4.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MimHead(nn.Module):
         self.convolution = nn.Sequential(
             Convolution(filters[-1], width, 3, draw=_DRAW), BatchNorm(width), nn.ReLU()
         )
-        # What is left of the stride is interpolated in doublings, as published.
+        # The remaining stride is made up for by doublings by interpolation, as published.
         self.doublings = max(0, round(math.log2(stride / 2 ** len(filters))))
         self.last = nn.Sequential(
             Convolution(width, width, 3, draw=_DRAW),
@@ -60,9 +60,10 @@ class MimHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, h, w) to (B, 1, H, W), a depth before its sigmoid, of about the image's size.
+        """Maps (B, C, h, w) to (B, 1, H, W), the depth before its sigmoid.
 
-        H and W are the image's if the stride is a power of two of at least 8.
+        H and W are those of the image if the stride is a power of two of at least 8, else about
+        those.
         """
         x = self.convolution(self.deconvolutions(x))
         for _ in range(self.doublings):

@@ -1,4 +1,4 @@
-"""The test of depth: every image once over the ranks, with nine scores each."""
+"""The test of depth, which gives each image nine scores; the ranks share the images."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Model(NamedTuple):
         return depths
 
     def of_squares(self, pixels: Tensor) -> Tensor:
-        """Predicts (1, h, w) by the published squares alone: NaN outside of them."""
+        """Predicts (1, h, w) in the published squares alone; other pixels are NaN."""
         places = self.views.squares(pixels.shape[-2], pixels.shape[-1])
         return mean_of_windows(pixels, self._flipped_too, places, at_once=self.at_once)
 
@@ -139,7 +139,7 @@ def evaluate(
         between: Called before each image on every rank; may raise to end the test.
     """
     device, scored = distributed.device(), Scored(limits, crop)
-    # One rank has each image: the sums over ranks change no bit.
+    # Each image is on one rank, so that sums over the ranks change no bit.
     table = torch.zeros(len(images), len(NAMES), dtype=torch.float64)
     pixels = torch.zeros(len(images), dtype=torch.int64)
     unread = torch.zeros((), dtype=torch.int64)
@@ -174,7 +174,7 @@ def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, images))
     scored, counts = outcome.scores.scored, redraws(len(images))
-    with np.errstate(invalid="ignore"):  # A draw may hold no image that is scored.
+    with np.errstate(invalid="ignore"):  # A draw may contain no scored image.
         rmses = counts[:, scored] @ outcome.errors[scored] / counts[:, scored].sum(1)
     rmse = outcome.scores.numbers()["rmse"]
     write_redrawn(folder, images.fingerprint, {"val_rmse": (rmse, rmses)})

@@ -3,7 +3,7 @@
 They are computed in float64 on the host, each image by one rank, and averaged in the images' order,
 so that they do not depend on the number of ranks.
 
-Source: MIM-Depth-Estimation (metrics.py, as in GLPDepth and BTS); its oracle holds this to it.
+Source: MIM-Depth-Estimation (metrics.py, as in GLPDepth and BTS); a test compares the scores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
     """Returns a mask of pixels in some rows and columns with a depth strictly between limits."""
-    # In the precision of the depths, in which a file's 1 mm is not above the limit of 0.001 m.
+    # Compared in the precision of the depths, in which 1 mm in a file is not above 0.001 m.
     low, high = (truth.dtype.type(limit) for limit in limits)
     inside = np.zeros(truth.shape, bool)
     inside[part] = True
@@ -86,9 +86,9 @@ def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
 def finite_depths(
     predicted: NDArray[np.floating[Any]], limits: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Returns predicted depths with the largest limit for infinite ones and the smallest for NaN.
+    """Returns predicted depths, with infinite ones set to the upper limit, and NaN to the lower.
 
-    Nothing else is clamped, as published.
+    Other depths are not clamped, as published.
     """
     low, high = limits
     return np.nan_to_num(predicted.astype(np.float64), nan=low, posinf=high, neginf=high)
@@ -105,7 +105,7 @@ def image_scores(
     """
     p, t = predicted.astype(np.float64), truth.astype(np.float64)
     difference = p - t
-    # A head whose depths reach 0 has no logarithm there, and its scores show it.
+    # A depth of 0 has the logarithm -inf, which makes scores infinite or NaN.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.maximum(p / t, t / p)
         logarithms = np.log(p) - np.log(t)

@@ -1,6 +1,6 @@
-"""Plots of depth: an image with its depth and a colour bar, and test rows with the error.
+"""Plots of depth: an image with its depth and a colour bar, and rows of test images with the error.
 
-No torch.
+Torch is not imported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-# Perceptual colour maps; what is near is bright.
+# Perceptual colour maps; near pixels are bright.
 DEPTH_COLORS, ERROR_COLORS = "viridis_r", "coolwarm"
-# A colour bar spans these percentiles, and names beyond them as more or less.
+# A colour bar spans these percentiles; its pointed ends stand for values beyond them.
 PERCENTILES = (1.0, 99.0)
 # Inches, and the greatest height over width of an image in a row.
 ROW_WIDTH, HEADING, LEAST_HEIGHT = 13.0, 0.32, 1.2
@@ -38,7 +38,7 @@ class Row(NamedTuple):
         image: (H, W, 3) uint8.
         truth: (H, W), the depths in metres, 0: unknown.
         predicted: (H, W), the model's depths.
-        scored: (H, W), which pixels the scores are of.
+        scored: (H, W), whether each pixel is scored.
         name: The image's name.
         found: Scores of the image, as text.
     """
@@ -78,10 +78,10 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draws image, true and predicted depth and error of some images, a row each, as a PNG.
+    """Draws one row per image, with image, true and predicted depth, and error, as a PNG.
 
-    True and predicted depths of an image share a range of colours. The error is drawn where it is
-    scored.
+    True and predicted depths of an image share a range of colours. The error is drawn at scored
+    pixels.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The classes of a dataset: their names, and their colours in plots. No torch."""
+"""Names of a dataset's classes, and their colours in plots; torch is not imported."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _classes_in(file: str, count: int) -> Classes:
 def colors_of(count: int) -> tuple[tuple[int, int, int], ...]:
     """Returns a colour for each class; adjacent classes get dissimilar colours.
 
-    Hues are a golden section of the circle apart, in three degrees of saturation and brightness.
+    Hues are a golden section of the circle apart, with three levels of saturation and brightness.
     """
     colors = []
     for number in range(count):

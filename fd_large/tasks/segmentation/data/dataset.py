@@ -27,7 +27,7 @@ LAYOUTS = (
         truths="ADEChallengeData2016/annotations/{split}",
     ),
     CITYSCAPES,
-    # COCO-Stuff, converted for mmsegmentation and as it comes.
+    # COCO-Stuff, converted for mmsegmentation, and as published.
     Layout("images/{split}2017", "annotations/{split}2017", truth_tail="_labelTrainIds"),
     Layout("images/{split}2017", "stuffthingmaps/{split}2017"),
     Layout("{split}2017", "stuffthingmaps/{split}2017"),
@@ -63,7 +63,7 @@ class SegmentationSet(PairedImages):
         self._ignore_value, self._reduce_zero_label = ignore_value, reduce_zero_label
 
     def truth(self, index: int) -> NDArray[np.int16]:
-        """Reads the classes of the pixels of image `index`, (H, W), `IGNORED` among them.
+        """Reads the classes of the pixels of image `index`, (H, W); ignored pixels are `IGNORED`.
 
         Raises: DataError: if the file cannot be read, or has invalid labels.
         """

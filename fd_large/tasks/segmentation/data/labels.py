@@ -1,4 +1,4 @@
-"""The classes of an image's pixels: from the numbers in a file to labels from 0."""
+"""Turns the numbers in a label file into labels, which count the classes from 0."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def class_labels(
     reduce_zero_label: bool,
     where: str,
 ) -> NDArray[np.int16]:
-    """Returns labels from the numbers of a file.
+    """Returns the labels of an image's pixels.
 
     Args:
-        numbers: (H, W), as a file has them.
+        numbers: (H, W), the numbers in the label file.
         num_classes: K.
         ignore_value: The number of pixels that are neither learnt nor scored.
         reduce_zero_label: Whether 0 is ignored as well and class k has the number k + 1, as in

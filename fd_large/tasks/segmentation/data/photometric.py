@@ -1,6 +1,6 @@
 """Random brightness, contrast, saturation and hue of a training image.
 
-Source: Liu et al., arXiv 1512.02325 (SSD); the order and ranges of mmsegmentation's
+Source: Liu et al., arXiv 1512.02325 (SSD); order and ranges are those of mmsegmentation's
 PhotoMetricDistortion.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fd_large.tasks.dense.color import linear, to_hsv, to_rgb
 
-NUM_DRAWS = 9  # for each of four changes whether and how much, and the place of contrast
+NUM_DRAWS = 9  # whether and how strong for each of four changes, and when contrast changes
 BRIGHTNESS, FACTORS, HUES = 32.0, (0.5, 1.5), 18
 
 

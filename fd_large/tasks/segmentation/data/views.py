@@ -1,4 +1,4 @@
-"""Views of an image: a random crop in training, whole images at some sizes in tests."""
+"""Views of an image: a random crop in training, the whole image at several sizes in tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fd_large.tasks.dense.windows import Window, num_forwards, windows
 from fd_large.tasks.segmentation.data import photometric
 from fd_large.tasks.segmentation.loss import IGNORED
 
-# Crops that are drawn where one class fills them; the last one is taken as it is.
+# Number of crops that are drawn at most, while one class fills them; the last one is always used.
 CROPS = 11
 NUM_DRAWS = 2 + 2 * CROPS  # scale, flip, and top and left of each crop
 FLIP_PROBABILITY = 0.5

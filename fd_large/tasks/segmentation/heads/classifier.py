@@ -1,4 +1,4 @@
-"""The last layer of every head: channel dropout, then a class for each place."""
+"""The last layer of every head, which drops channels and predicts a class for each place."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DRAW = Draw("normal", std=0.01)
 
 
 class Classifier(nn.Module):
-    """A 1x1 convolution to the logits of K classes.
+    """A 1x1 convolution to the logits of K classes, after channel dropout.
 
     Args:
-        width: C.
+        width: Channels of the map, C.
         num_classes: K.
     """
 

@@ -1,4 +1,4 @@
-"""The auxiliary head: one convolution on one map, for a second loss.
+"""The auxiliary head, a convolution and a classifier on one map, for a second loss.
 
 Source: Long et al., arXiv 1411.4038; as in mmsegmentation's FCNHead with one convolution.
 """

@@ -1,7 +1,7 @@
 """UPerNet's head: pyramid pooling of the last map, a top-down pyramid, and their fusion.
 
-Source: Xiao et al., arXiv 1807.10221; Zhao et al., arXiv 1612.01105 (pyramid pooling); the details
-as in mmsegmentation's UPerHead, to which its oracle holds this.
+Source: Xiao et al., arXiv 1807.10221; Zhao et al., arXiv 1612.01105 (pyramid pooling); details are
+those of mmsegmentation's UPerHead, with which a test compares the outputs.
 """
 
 from __future__ import annotations

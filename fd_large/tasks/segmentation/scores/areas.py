@@ -3,7 +3,7 @@
 All scores come from one table of counts, whose sums over images and ranks are exact in int64, so
 that they do not depend on the number of ranks. (mmsegmentation sums in float32.)
 
-Source: mmsegmentation, iou_metric.py; its oracle holds this to it.
+Source: mmsegmentation, iou_metric.py; a test compares the scores.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Scores(NamedTuple):
 
     Attributes:
         a_acc: Share of the labelled pixels that are right.
-        m_acc: Mean over the labelled classes of the share of their pixels that is right.
-        m_iou: Mean over the classes that are labelled or predicted of intersection over union.
+        m_acc: Mean, over the labelled classes, of the share of a class's pixels that is right.
+        m_iou: Mean intersection over union of the classes that are labelled or predicted.
         iou: (K,), NaN for classes that are neither labelled nor predicted.
         acc: (K,), NaN for classes that are not labelled.
         counts: (K, K) int64, from `confusion`.
@@ -82,15 +82,15 @@ def m_iou(
     """Returns the mIoU, in per cent, of the pixels of each class, (K,) each.
 
     Args:
-        right: Pixels of the class by both label and prediction.
-        labelled: By label.
-        predicted: By prediction.
+        right: Number of pixels of the class by both label and prediction.
+        labelled: Number of pixels of the class by label.
+        predicted: Number of pixels of the class by prediction.
     """
     return _mean(_shares(right, labelled + predicted - right))
 
 
 def _shares(some: NDArray[np.int64], all_: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns per cent, or NaN where the total is 0."""
+    """Returns the shares of totals in per cent, NaN where the total is 0."""
     return np.divide(100.0 * some, all_, out=np.full(len(some), np.nan), where=all_ > 0)
 
 

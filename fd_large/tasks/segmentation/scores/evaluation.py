@@ -1,4 +1,4 @@
-"""The test of a segmentation: every image once over the ranks, all counts in one table."""
+"""The test of a segmentation, which counts the pixels of all images on all ranks in one table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
         errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
             image without labelled pixels, or that could not be read.
         unread: Number of unreadable images, which are left out.
-        areas: (N, 3, K) int64, the pixels of each image that are of a class by label and
+        areas: (N, 3, K) int64, for each image the number of pixels of a class by both label and
             prediction, by label, and by prediction.
     """
 
@@ -113,7 +113,7 @@ def evaluate(
     """
     device, count = distributed.device(), images.num_classes
     counts = torch.zeros(count, count, dtype=torch.int64, device=device)
-    # One rank has each image.
+    # Each image is on one rank, so that sums over the ranks keep its counts.
     areas = torch.zeros(len(images), 3, count, dtype=torch.int64, device=device)
     unread = torch.zeros((), dtype=torch.int64, device=device)
     for item, predicted in predict_all(model, images, workers=workers, between=between):
@@ -138,7 +138,7 @@ def keep(
     classes: Classes,
     folder: Path,
 ) -> list[Path]:
-    """Writes scores.json and draws images and the confusion; on rank 0 alone.
+    """Writes scores.json and draws images and the confusion matrix; on rank 0 alone.
 
     Args:
         outcome: Result of the test.

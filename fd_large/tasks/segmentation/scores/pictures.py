@@ -1,6 +1,6 @@
-"""Plots of segmentation: an image with its classes and a legend, test rows, and the confusion.
+"""Plots of segmentation: an image with its classes, rows of test images, the confusion matrix.
 
-No torch.
+Torch is not imported.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OPACITY = 0.6
-# Classes that a legend names, those of most pixels first, and the inches that a line of it takes.
+# Number of classes that a legend names, most pixels first, and the height of its lines in inches.
 NAMED, LINE = 12, 0.2
-# Classes of the confusion, those of most wrong pixels first.
+# Number of classes in the confusion matrix, those with most wrong pixels.
 CONFUSED = 20
 # Inches, and the greatest height over width of an image in a row.
 ROW_WIDTH, HEADING, LEAST_HEIGHT = 13.0, 0.3, 2.0
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     Attributes:
         image: (H, W, 3) uint8.
         labels: (H, W), the classes; below 0: ignored.
-        predicted: (H, W), the classes that the model names.
+        predicted: (H, W), the classes that the model predicts.
         name: The image's name.
         found: Share of correct pixels, as text.
     """
@@ -86,7 +86,7 @@ def draw_prediction(
 
 @own_look
 def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
-    """Draws image, labels, prediction and wrong pixels of some images, a row each, as a PNG."""
+    """Draws one row per image, with image, labels, prediction and wrong pixels, as a PNG."""
     from matplotlib.figure import Figure
 
     # A row is as high as its image, in columns of this width.
@@ -123,7 +123,7 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
             place.set_anchor("NW")
         both = np.concatenate([row.labels[known], row.predicted.ravel()])
         shares = _shares(both)
-        # The last line says how many there are besides.
+        # The last line gives the number of classes that are not named.
         named = min(NAMED, int((height - HEADING) / LINE) - 1)
         names = [of.names[number] for number, _ in shares]
         _legend(axes[-1], shares, names, of, named=named)
@@ -132,7 +132,7 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
 
 @own_look
 def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
-    """Draws the confusion of classes, as shares of the labelled pixels, as a PNG.
+    """Draws the confusion matrix, as shares of each label's pixels, as a PNG.
 
     With many classes, only those with most wrong pixels are shown.
 

@@ -1,6 +1,6 @@
-"""Merging of logits of an image's views, at several sizes and mirrored.
+"""Merges the logits of an image's views at several sizes and mirrored.
 
-Source: mmsegmentation, seg_tta.py; its oracle holds this to it.
+Source: mmsegmentation, seg_tta.py; a test compares the results.
 """
 
 from __future__ import annotations
