@@ -65,9 +65,10 @@ def small_data() -> Run:
     Duration: 600 steps for 1,000 images; 400 at least
     Result: its held-out loss relative to a constant prediction, which should fall below 1
 
-    Set --data.root, --teacher.source and --student.model. A line at the start says what follows
-    from the number of images and devices. What a flag or a run file sets stays, and a run goes on
-    with what it began with.
+    Set --data.root. The teacher is the quick start's unless --teacher.source names another, the
+    student a ResNet-18 unless --student.model does. A line at the start says what follows from the
+    number of images and devices. What a flag or a run file sets stays, and a run goes on with what
+    it began with.
 
     Why these numbers:
     batch: a sixteenth of the images, as a power of two from 32 to 256, and a multiple of the ranks.
