@@ -1,8 +1,9 @@
 """RandAugment and random erasing as timm defines them, from numbers drawn by the caller.
 
-RandAugment is timm's `rand-mM-mstdS-inc1`: two operations an image, each applied in half of the
-cases, at a magnitude drawn around M, of the list whose severity grows with it. The operations are
-timm's own; `draws` replaces its random numbers from Python's global generator.
+RandAugment is timm's `rand-mM-mstdS-inc1`: two operations per image, each applied in half of the
+cases, at a magnitude drawn around M, from the list of operations whose severity grows with the
+magnitude. The operations are timm's own; `draws` replaces timm's random numbers from Python's
+global generator.
 
 Sources: Cubuk et al., arXiv 1909.13719; Zhong et al., arXiv 1708.04896; timm/data/auto_augment.py
 and random_erasing.py (Apache-2.0).
@@ -24,7 +25,7 @@ from fd_large.backbones.statistics import Statistics
 
 NUM_OPERATIONS = 2
 APPLY_PROBABILITY = 0.5
-# Operation, whether it is applied, two for its magnitude, its sign.
+# Random numbers for the operation, whether it is applied, its magnitude (two) and its sign.
 DRAWS_AN_OPERATION = 5
 NUM_AUGMENTATION_DRAWS = NUM_OPERATIONS * DRAWS_AN_OPERATION
 
@@ -32,12 +33,12 @@ LARGEST_MAGNITUDE = 10.0
 NO_BITS = (0,)
 
 ERASING_TRIES = 10
-# Whether anything is erased, top, left, then area and aspect of each try.
+# Random numbers for whether a box is erased, its top and left, and area and aspect of each try.
 NUM_ERASING_DRAWS = 3 + 2 * ERASING_TRIES
 MIN_ERASED, MAX_ERASED = 0.02, 1 / 3
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 
-# (share of the largest magnitude, sign) -> arguments of timm's operation.
+# Maps (share of the largest magnitude, sign) to the arguments of timm's operation.
 Level = Callable[[float, float], tuple[float, ...]]
 
 
@@ -74,7 +75,8 @@ def augment(
         image: (3, H, W) uint8.
         draws: `NUM_AUGMENTATION_DRAWS` numbers in [0, 1).
         magnitude: Mean magnitude of an operation, 0 to 10.
-        std: Standard deviation of the magnitude, which is normal and cut at 0 and 10.
+        std: Standard deviation of the magnitude, which is normally distributed, then clipped to
+            0 to 10.
         statistics: The model's normalisation; its mean fills the pixels that a shear, shift or
             rotation uncovers.
 
@@ -92,7 +94,7 @@ def augment(
             pillow = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         arguments = OPERATIONS[name](share, 1.0 if sign < 0.5 else -1.0)
         if arguments == NO_BITS and name == "PosterizeIncreasing":
-            # At the largest magnitude; Pillow refuses since version 12 what was black before.
+            # No bits remain at the largest magnitude: earlier Pillows gave black, 12 refuses.
             pillow = Image.new("RGB", pillow.size)
             continue
         pillow = NAME_TO_OP[name](
@@ -111,14 +113,15 @@ def erasing_box(
 ) -> tuple[int, int, int, int] | None:
     """Returns the box to erase from an image: top, left, height and width, or None.
 
-    The area is uniform in 2% to a third of the image's, the log of the aspect uniform in -+ log .3;
-    the first of ten tries that is smaller than the image is taken.
+    The area is uniform between 2% and a third of the image's area, and the logarithm of the aspect
+    is uniform between log 0.3 and -log 0.3. The first of ten boxes that is smaller than the image
+    is used; None if none is.
 
     Args:
         height: Height of the image, in pixels.
         width: Width of the image.
         draws: `NUM_ERASING_DRAWS` numbers in [0, 1).
-        probability: Probability that anything is erased.
+        probability: Probability that a box is erased.
     """
     apply, draw_top, draw_left, *tries = draws
     if apply >= probability:

@@ -1,4 +1,4 @@
-"""The jobs that train a classifier: labelled images of both splits, the test, and the two heads."""
+"""The jobs that train and test a classifier on labelled images: fine-tuning and linear probe."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ClassificationJob(TrainingJob):
         self.test_images()
 
     def view_settings(self) -> ViewSettings:
-        """Returns the recipe's settings of views: bicubic, unlike in distillation."""
+        """Returns the recipe's settings of views, with bicubic resizing, unlike in distillation."""
         data = self.run.data
         return ViewSettings(
             data.image_size, data.min_crop_scale, data.max_pixels, interpolation="bicubic"
@@ -97,7 +97,7 @@ class ClassificationJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the accuracy on all test images, exact on any number of ranks.
+        """Returns the evaluation on all test images, exact on any number of ranks.
 
         Unreadable images are named in the log and not counted; more than `data.max_bad_fraction`
         of them end the run.
@@ -175,7 +175,7 @@ class ClassificationJob(TrainingJob):
         side = run.data.image_size
         idle = CentralBatch(0, torch.zeros(1, 3, side, side).byte(), torch.full((1,), NO_LABEL), ())
         totals: dict[str, Tensor] = {}
-        # One more than the class, and than the label: what no rank fills stays 0.
+        # Class and label plus one, so that 0 stays where no rank has an answer.
         answers = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         num_bad = 0
         # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
@@ -205,8 +205,8 @@ class ClassificationJob(TrainingJob):
     def stored_student(self) -> StoredStudent:
         """Describes the student with the statistics of this training.
 
-        The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
-        checkpoints lack the ViT's final norm.
+        The classifier of a ViT normalises the mean of its tokens rather than the tokens, so that
+        checkpoints have no final norm of the ViT.
         """
         architecture = trained_at(self.run)
         discarded = FINAL_NORM if architecture.mean_norm == "instead" else {}
@@ -288,14 +288,14 @@ class LinearProbeJob(ClassificationJob):
                 f"{group}, expected a divisor. Change one of the two."
             )
         super().check()
-        self._frozen_weights()  # Refuses wrong ones before the frozen model is built.
+        self._frozen_weights()  # Refuses wrong weights before the frozen model is built.
 
     @property
     def _group(self) -> int:
         return min(self.run.task.linear.norm_batch, self.run.batch.global_batch_size)
 
     def view_settings(self) -> ViewSettings:
-        """Returns the recipe's settings of views: boxes beyond the image are cut."""
+        """Returns the recipe's settings of views; crop boxes that leave the image are cut."""
         return replace(super().view_settings(), cuts_boxes=True)
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -324,7 +324,7 @@ class LinearProbeJob(ClassificationJob):
         return FrozenFeature(model, self.statistics(), pool=self.run.task.linear.pool)
 
     def make_task(self) -> LinearProbing:
-        """Constructs norm and layer around the frozen model; a stand-in before `build`."""
+        """Constructs norm and layer around the frozen model, or before `build` a random one."""
         frozen = self._frozen
         if frozen is None:
             feature = self._feature()
@@ -367,7 +367,7 @@ class LinearProbeJob(ClassificationJob):
         return 0
 
     def images_together(self) -> int:
-        """Returns the images of a group."""
+        """Returns the number of images of a group."""
         return self._group
 
     def hooks(self) -> Sequence[Hook]:
@@ -399,7 +399,7 @@ class LinearProbeJob(ClassificationJob):
 
 
 class _GroupWarning(Hook):
-    """Warns at the start, when the micro batch is known, if images are loaded more than once."""
+    """Warns at the start, when the micro-batch size is known, if images are loaded repeatedly."""
 
     def __init__(self, group: int) -> None:
         self._group = group
@@ -430,7 +430,7 @@ def with_statistics(run: Run, statistics: Sequence[float]) -> Run:
 
 
 def _section(run: Run) -> str:
-    # A task of the user's own is named by the door that leads to it.
+    # `task.name` of a task of the user's own is module:FILE.py:NAME, not its section's name.
     kind = run.task.kind()
     assert kind is not None
     return kind.name

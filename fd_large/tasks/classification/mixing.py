@@ -1,7 +1,7 @@
 """Mixup and CutMix of the groups of a global batch, from numbers drawn by the caller.
 
-timm's `batch` mode: one choice between the two, one share and one box for all images of a group
-(fd_large/data/mixing.py).
+As in timm's `batch` mode, all images of a group (fd_large/data/mixing.py) have the same choice of
+mixup or CutMix, the same share and the same box.
 
 Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm/data/mixup.py
 (Apache-2.0).
@@ -19,8 +19,8 @@ from torch import Tensor
 from fd_large.data.mixing import mixed
 from fd_large.data.random_numbers import uniforms
 
-# Pairs of draws among which the first that is accepted makes the share. At alpha = 2, the largest
-# that recipes may have, one in six is accepted: all 128 fail once in 1e10 batches.
+# Pairs of random numbers, of which the first accepted pair gives the share. At alpha = 2, the
+# largest that recipes may have, one in six is accepted: all 128 fail once in 1e10 batches.
 SHARE_TRIES = 128
 MAX_ALPHA = 2.0
 
@@ -56,7 +56,7 @@ def draw_mix(
     Args:
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        first_position: First position of the group in the epoch's order.
+        first_position: Position of the group's first image in the epoch's order.
         image_size: Side of the images, in pixels.
         mixup: Alpha of mixup's beta distribution; 0 turns mixup off.
         cutmix: Alpha of CutMix's beta distribution; 0 turns CutMix off.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.registry import RECIPES
 
-# From this width of the first stage on: those of Swin-B and L are 128 and 192, of 1B and G 448 and
-# 512.
+# Least width of the first stage for each recipe; Swin-B has 128, L 192, 1B 448 and G 512.
 _LARGE = ((352, "finetune_swinv2_giant"), (192, "finetune_swinv2_large"))
 
 

@@ -9,7 +9,7 @@ from fd_large.data.centre_crops import NO_LABEL
 
 
 def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the mean cross-entropy, and sums over the images with `predicted`, (B,).
+    """Returns the mean cross-entropy, and a dict of sums over images and of `predicted`, (B,).
 
     Args:
         logits: (B, K) float32.
@@ -30,7 +30,7 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the mean loss and percentages of sums over all images."""
+    """Returns the mean loss, and the accuracies in per cent, from sums over all images."""
     images = max(float(sums["images"]), 1.0)
     return {
         "loss": float(sums["loss"]) / images,

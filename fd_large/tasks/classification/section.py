@@ -20,14 +20,14 @@ METRICS = {
     "test/top1": "test top-1 accuracy (%)",
     "test/top5": "test top-5 accuracy (%)",
 }
-"""As `TrainingJob.metrics`."""
+"""Labels of the metrics; see `TrainingJob.metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
     """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
 
-    # The classifier of the mean token. linear: one linear layer. A module of your own, made of
+    # The classifier of the mean token. linear: one linear layer. A module of your own, made from
     # (width, number of classes): module:FILE.py:NAME (docs/extending.md).
     head: str = "linear"
     # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
@@ -65,8 +65,8 @@ class FineTune:
 class LinearProbe:
     """One linear layer on a frozen model; data.root holds labelled train/, val/ or test/."""
 
-    # What is classified: the mean of the patch tokens, as in the official code, the class token, or
-    # both, side by side in one vector.
+    # Feature that is classified. mean: the mean of the patch tokens, as in the official code. cls:
+    # the class token. both: these two, concatenated.
     pool: Literal["mean", "cls", "both"] = "mean"
     # Number of neighbouring images of a global batch that share the statistics of the batch norm,
     # as the images of a GPU do in the official code. It divides the global batch, or is larger.

@@ -18,7 +18,7 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredClassification(StoredRun):
-    """A fine-tuned student, or the layer of a linear probe, which has no student to export."""
+    """A stored fine-tuning, or a stored linear probe, which has no student to export."""
 
     job: ClassificationJob
     loss_name = "cross-entropy"

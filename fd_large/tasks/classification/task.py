@@ -2,23 +2,23 @@
 
 The classifier reads the mean of an image's patch tokens. For a ViT, a new norm normalises this
 mean and replaces the ViT's final norm. A Swin model keeps its norm. The map of a timm model may
-be raw: its mean is normalised too, and its norms stay.
+have passed no norm, so that its mean is normalised too, and the model's own norms stay.
 
 In fine-tuning the whole model learns. Every block has its own copy of a position bias that blocks
 shared before (the families' `published.py` make the copies).
 
-In the linear probe a batch norm without affine and one layer learn from the features of a frozen
-model, the same features as in fine-tuning before its first step: for a ViT the mean of the patch
-tokens before the final norm, normalised without affine; for a Swin model the mean of its final
-norm's output. The norm's statistics cover a group of neighbouring images of the global batch, so
-that they depend on no rank and no micro batch. The running statistics, used in tests, are updated
-once in each accepted step, by the mean over all groups.
+In the linear probe a batch norm without affine parameters and one layer learn from the features of
+a frozen model. These features are those of fine-tuning before its first step: for a ViT the mean
+of the patch tokens before the final norm, normalised without affine parameters; for a Swin model
+the mean of its final norm's output. The statistics of the batch norm cover a group of neighbouring
+images of the global batch, so that they do not depend on ranks and micro batches. The running
+statistics, used in tests, are updated once in each accepted step, by the mean over all groups.
 
 Sources: the official code of SwinTransformer/Feature-Distillation (models/vision_transformer.py,
 models/swin_transformer_v2.py, main_finetune.py, main_linear.py), whose probe is that of He et al.
-(MAE), arXiv 2111.06377, appendix A.1. In that code a group is the batch of a GPU, the first GPU's
-running statistics count, and a configured drop path of the frozen model is on in training; here
-it is off.
+(MAE), arXiv 2111.06377, appendix A.1. In that code a group is the batch of a GPU, the running
+statistics of the first GPU are used in tests, and a configured drop path of the frozen model is on
+in training; here it is off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.scores import summed
 
-# Published for ViT: predictions start all alike.
+# As published for ViTs; the predictions for all images are nearly equal at first.
 HEAD_SCALE = 1e-3
 # The field of the recipe that names the classifier.
 HEAD = "task.finetune.head"
@@ -63,8 +63,7 @@ def norm_of_mean(model: nn.Module) -> LayerNorm | None:
     Args:
         model: A backbone of `fd_large.backbones`.
 
-    Returns: a norm that begins as the identity of normalised numbers; None for a model that keeps
-        its own.
+    Returns: a new norm, whose weight is 1 and bias 0; None for a model that keeps its own norm.
     """
     if has_norm_instead(model):
         norm = LayerNorm(model.width, model.norm.eps)
@@ -143,12 +142,12 @@ class FineTuning(Task):
 
 
 class FrozenFeature(nn.Module):
-    """A frozen model from uint8 images to their features, always in evaluation mode.
+    """A frozen model that maps uint8 images to their features, always in evaluation mode.
 
     Args:
         model: A backbone of `fd_large.backbones`.
         statistics: The normalisation of its images.
-        pool: "mean" of the patch tokens, "cls", the class token, or "both".
+        pool: "mean" for the mean of the patch tokens, "cls" for the class token, or "both".
 
     Raises: ConfigError: if the model has no class token and `pool` asks for it.
     """
@@ -181,7 +180,7 @@ class FrozenFeature(nn.Module):
         if self.pool != "cls":
             yield mean_token(features, self.norm)
         if self.pool != "mean":
-            # The batch norm after it undoes what the final norm's own factors would do.
+            # The batch norm that follows undoes any factors and shifts of the final norm.
             token = features.tokens[:, 0].float()
             yield token if self.norm is None else self.norm(token)
 
@@ -199,7 +198,7 @@ class Frozen(NamedTuple):
 
 
 class _NothingTrained(nn.Module):
-    """A model without parameters, in the place of the backbone that other tasks train."""
+    """A model without parameters, which takes the place of the student in other tasks."""
 
     drop_path_rates = ()
 
@@ -232,16 +231,17 @@ class LinearProbing(Task):
         self.head = Linear(width, num_classes, draw=draw)
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
-        # Sums over the images of this step: of their groups' mean and variance, and their number.
+        # Sums over this step's images of the mean and variance of their groups, and their number.
         self.seen: Tensor | None = None
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Returns features, labels and, in training, the indices of this micro batch's images.
 
         Args:
-            images: (M, 3, H, W) uint8: in training whole groups, one after the other.
-            targets: In training {"labels": (B,), "places": (B,) in the images}; else (M,) labels.
-            keep: Not used: nothing is dropped.
+            images: (M, 3, H, W) uint8; in training whole groups, one after the other.
+            targets: In training {"labels": (B,), "places": (B,)}, the labels of the micro batch
+                and the indices of its images in `images`; else labels (M,).
+            keep: Not used, since the frozen model has no drop path.
         """
         del keep
         (frozen,) = self._frozen
@@ -257,7 +257,8 @@ class LinearProbing(Task):
         Args:
             features: (M, C) float32.
             labels: (B,) int64; in evaluation, see `scores.summed`.
-            places: (B,) int64, the rows of the labels; None in evaluation, where they are all.
+            places: (B,) int64, the row in `features` of each label; None in evaluation, where all
+                rows have labels.
         """
         if places is None:
             mean, variance = self.running_mean, self.running_var

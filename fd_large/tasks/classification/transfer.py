@@ -1,4 +1,4 @@
-"""Classifiers that begin from named models, and their comparison."""
+"""Fine-tunings and linear probes that begin from named models, and their comparison."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ClassificationTransfer(Transfer):
         return recipe_name(architecture, run_recipe=run_recipe)
 
     def divisible(self, job: TrainingJob) -> Divisible:
-        """Opens the training images of a folder with parts, which `data.root` names then."""
+        """Opens train/ of `data.root`, which becomes `data.root` of runs that hold a part out."""
         data = job.run.data
         images = open_split(data.root, "train").images
         if not isinstance(images, ImageFolder):
@@ -66,12 +66,12 @@ class ClassificationTransfer(Transfer):
                 f"{type(images).__name__} for data.root, expected train/ with a folder for each "
                 "class. Leave --sweep out, and name rates by --optim.base_lr."
             )
-        # Refuses an empty part.
+        # Refuses a fraction that leaves a part empty.
         places_of(images, "train", data.val_fraction, where="data.root")
         return Divisible(images.root, images, images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the accuracy and the loss on the test images."""
+        """Returns the top-1 accuracy and the loss on the test images."""
         return summary["test_top1"], {"test_loss": summary["test_loss"]}
 
 

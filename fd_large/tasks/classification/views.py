@@ -1,7 +1,7 @@
-"""Labelled images to batches for training: random views, mixed and augmented, or in whole groups.
+"""Makes training batches of labelled images: random views, mixed and augmented, or whole groups.
 
 An image's view and its mixing partner are functions of (seed, epoch, position). A rank whose micro
-batch ends between two partners loads the other partner too.
+batch has only one of two partners loads the other partner too.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Labelled(NamedTuple):
 
     Attributes:
         images: (B, 3, S, S) uint8; black where no image could be used.
-        indices: (B,) int64, the samples that were taken.
+        indices: (B,) int64, indices of the samples that were used.
         labels: (B,) int64.
-        bad: For each position the messages of samples that were tried and cannot be used.
+        bad: For each position, the messages on samples that were tried and could not be used.
     """
 
     images: Tensor
@@ -92,8 +92,8 @@ class LabelledViews:
 class MixedBatches(Dataset):
     """Maps the positions of a micro batch to a `Batch`; runs in the workers.
 
-    Its images are (B, 3, S, S) float32, normalised, its targets (B, K) float32 distributions over
-    the classes.
+    The images of a batch are (B, 3, S, S) float32, normalised; the targets are distributions over
+    the classes, (B, K) float32.
 
     Attributes:
         source: The images.
@@ -102,7 +102,7 @@ class MixedBatches(Dataset):
         settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        global_batch_size: Images a step over all ranks; they are mixed among each other.
+        global_batch_size: Images per step over all ranks, among which images are mixed.
     """
 
     source: LabelledImages
@@ -189,8 +189,9 @@ class MixedBatches(Dataset):
 class GroupedBatches(Dataset):
     """Maps the positions of a micro batch to a `Batch`; runs in the workers.
 
-    Its images are those of all groups that the positions touch, (M, 3, S, S) uint8, one group after
-    the other: where a micro batch ends inside a group, two ranks or micro batches load the rest.
+    The images of a batch are those of all groups with one of the positions, (M, 3, S, S) uint8, one
+    group after the other. If a micro batch ends inside a group, two ranks or micro batches load the
+    whole group.
 
     Attributes:
         views: Loads the views.
