@@ -33,8 +33,8 @@ class Export:
             a shared position bias.
         config: Returns config.json for the library's own loader; None for files that only this
             package loads.
-        preprocessor: Returns its preprocessor_config.json, or None.
-        class_name: Returns its class of the model.
+        preprocessor: Returns the library's preprocessor_config.json, or None.
+        class_name: Returns the name of the library's class of the model.
         lacks_place: Returns the parts of a model for which the library's state dict has no tensor,
             or "".
         window_rule: The rule by which the library's class cuts windows; empty where it has no rule

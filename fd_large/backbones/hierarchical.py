@@ -36,7 +36,7 @@ class HierarchicalBackbone(nn.Module):
         stage_widths: Channels of the map of each stage.
         stage_strides: Pixels per token of the map of each stage.
         stage_windows: Rule by which the maps of each stage are cut into windows.
-        num_prefix_tokens: 0.
+        num_prefix_tokens: 0, since the map has no prefix tokens.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
     """
 

@@ -107,7 +107,7 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
     """Overwrites a parameter with fresh values; does nothing on the meta device.
 
     Args:
-        parameter: Any shape, float dtype and device.
+        parameter: Tensor of any shape, float dtype and device.
         draw: Distribution of the values.
         fan_in: Inputs of the layer, for fan_in_uniform; None: of the weight itself.
     """

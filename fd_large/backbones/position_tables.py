@@ -189,8 +189,8 @@ def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
     four values make a single polynomial.
 
     Args:
-        knots: Rising.
-        points: Within the knots.
+        knots: Positions of the knots, in rising order.
+        points: Positions at which the spline is evaluated, within the range of the knots.
     """
     n = len(knots)
     if n < 5:

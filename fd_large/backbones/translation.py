@@ -52,7 +52,7 @@ def table(text: str, *, start: str = "") -> Rows:
 
     Args:
         text: The lines.
-        start: Start of all their patterns.
+        start: Prefix of the file's pattern in every row.
     """
     rows, block = [], ("", "")
     for line in text.splitlines():
@@ -133,7 +133,7 @@ class Output(NamedTuple):
     Attributes:
         name: Name in the file.
         shape: Shape in the file.
-        take: Makes it from our tensor.
+        take: Returns the exported tensor, given our tensor.
     """
 
     name: str

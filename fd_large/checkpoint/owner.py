@@ -36,11 +36,11 @@ class Owner:
         boot: Id of that machine's boot; empty where the system has none.
         pid_namespace: Namespace in which `pid` counts; containers may have their own.
         pid: Rank 0's process.
-        pid_started: When that process started, in ticks since the boot.
+        pid_started: Time at which that process started, in ticks since the boot.
         cluster: Name of the Slurm cluster, empty outside.
         job: Number of the Slurm job, empty outside.
         restarts: Number of restarts of the Slurm job.
-        since: When the start began, by rank 0's clock.
+        since: Time at which the start began, by rank 0's clock.
         folder: Whole path of the folder that it owns; empty where an earlier version wrote it.
     """
 

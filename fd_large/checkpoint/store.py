@@ -2,9 +2,9 @@
 
 checkpoints/best is a link to the checkpoint of the best evaluation, if kept.
 checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
-that file, written by its rank) for every rank, and manifest.json. It is written as
-step_NNNNNNNN.START.part, START the id of the run's start, and renamed when all is flushed: a folder
-without `.part` is complete. Nothing here needs torch.
+that file, written by its rank) for every rank, and manifest.json. The folder is written as
+step_NNNNNNNN.START.part, where START is the id of the run's start, and renamed when all its files
+are flushed: a folder without `.part` is complete. Nothing here needs torch.
 """
 
 from __future__ import annotations

@@ -65,10 +65,11 @@ def check(
     Args:
         samples: The training images.
         sources: Sources of weights, found on every rank, by the field that names them.
-        weights: Sources that have located them.
+        weights: Locates the files of these sources.
         code: Hashes of the user's own files, by the names in the recipe.
 
-    Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
+    Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from the
+        majority.
     """
     facts = distributed.together(lambda: _facts(samples, sources, weights))
     for source, digest in (code or {}).items():
@@ -161,7 +162,7 @@ def weights_digest(source: str, weights: Sources) -> str:
 
     Args:
         source: As the recipe names it.
-        weights: Sources that have located it.
+        weights: Locates the source's files.
 
     Raises: WeightsError: if a file is missing or cannot be read.
     """

@@ -91,7 +91,7 @@ class Opened(NamedTuple):
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
         ema: Moving average of the weights, or None.
-        finished: Steps of the restored checkpoint; 0 without one.
+        finished: Number of finished steps of the restored checkpoint; 0 without one.
     """
 
     run: Run

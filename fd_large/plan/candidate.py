@@ -16,7 +16,7 @@ class Candidate:
     Attributes:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
-        teacher: Where the teachers are held, as in `teacher.placement`.
+        teacher: Placement of the teachers, as in `teacher.placement`.
         whole: Number of teachers that stay whole on every rank, counted from the smallest.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in a pass.

@@ -21,7 +21,7 @@ PER_NODE_SECONDS = 2e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal nodes.
+    """A cluster of equal nodes.
 
     Attributes:
         gpus: Number of ranks.
@@ -55,7 +55,7 @@ class Cluster:
         Args:
             size: S in bytes.
             rates: Rates of the card and its links.
-            span: Over all ranks, or inside each node.
+            span: Whether it is over all ranks, or inside each node.
             calls: Number of collectives into which the gather or scatter is cut.
         """
         inside, nodes = self.node_size, 1 if span == "node" else self.nodes

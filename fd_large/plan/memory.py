@@ -155,7 +155,7 @@ class Held:
 
     @property
     def total(self) -> int:
-        """The sum of all."""
+        """The sum of all these bytes."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 

@@ -47,7 +47,7 @@ class PeakMemory:
 
     @property
     def total(self) -> float:
-        """The sum of all."""
+        """The sum of all these bytes."""
         return self.states + self.teacher + self.activations + self.buffers
 
     def fits(self, rates: Rates) -> bool:
@@ -123,7 +123,7 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
 
 @dataclass(frozen=True, kw_only=True)
 class OnDisk:
-    """ZeRO-3 with every block checkpointed and one image at a time, its state on a disk.
+    """Costs of ZeRO-3 with its state on a disk, every block checkpointed, one image at a time.
 
     Attributes:
         memory: Peak bytes of a rank.

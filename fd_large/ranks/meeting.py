@@ -59,7 +59,7 @@ def once(name: str, make: Callable[[], T], *, of_node: bool = False) -> T:
 
     Args:
         name: Name of the value, the same on all ranks.
-        make: Makes it; it is pickled, and small if it is made once a node.
+        make: Returns the value, which is pickled, and which is small if it is made once a node.
         of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
 
     Raises: FDError: on all ranks that wait for the value too, if `make` raises it.

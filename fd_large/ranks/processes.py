@@ -58,9 +58,9 @@ class Status(NamedTuple):
 
     Attributes:
         state: State as one letter.
-        parent: Its parent process.
-        group: Its process group.
-        started: When it started, in ticks since the boot.
+        parent: Process id of its parent.
+        group: Id of its process group.
+        started: Time of its start, in ticks since the boot.
     """
 
     state: str

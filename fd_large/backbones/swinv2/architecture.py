@@ -94,8 +94,8 @@ def trained_windows(
     """Returns each stage's window for scaling the coordinates of a trained model.
 
     Args:
-        stated: Its `pretrained_window_sizes`; 0 means its own training window.
-        window_size: That window; none is larger than its map.
+        stated: The model's `pretrained_window_sizes`; 0 stands for its own training window.
+        window_size: The model's training window; no stage's window is larger than its map.
         tokens_a_side: Side of the first stage's map.
     """
     windows = [min(window_size, tokens_a_side // 2**stage) for stage in range(len(stated))]

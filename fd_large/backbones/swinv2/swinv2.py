@@ -176,7 +176,7 @@ class SwinV2Stage(Stage):
         """Maps a pair of (B, H, W, C) to the same shapes.
 
         Args:
-            stream: The residual stream, and the same in the dtype of the weights.
+            stream: The residual stream in its own dtype and in the dtype of the weights.
             scales: (2 * depth, B) float32, drop path's factors; None without drop path.
         """
         x, narrow = stream
@@ -248,7 +248,7 @@ class Block(nn.Module):
 
         Args:
             x: (B, H, W, C), the residual stream.
-            narrow: The same in the dtype of the weights.
+            narrow: The residual stream in the dtype of the weights.
             scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
                 path.
             position_table: ((2w - 1)^2, h) float32, of the block or its stage.

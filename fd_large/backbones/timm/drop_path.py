@@ -25,7 +25,7 @@ class Scales:
 
 
 class Kept(nn.Module):
-    """Multiplies a branch by its row of the factors.
+    """Multiplies a residual branch by its row of the drop-path factors.
 
     Args:
         scales: The model's factors.

@@ -57,11 +57,11 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
 
     Args:
         name: timm's name of the model.
-        stride: Pixels per token of its map; 0 is its last.
+        stride: Pixels per token of its map; 0 takes its last map.
         image_size: Side of the images in pixels; 0 is the size that timm has the model for.
         drop_path_rate: Rate of the last block, in [0, 1).
 
-    Raises: ConfigError: if it cannot be trained so that ranks and recomputation change nothing.
+    Raises: ConfigError: if training the model would depend on ranks or on recomputation.
     """
     arguments = dict(sized(name, image_size).arguments)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

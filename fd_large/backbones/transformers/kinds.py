@@ -104,8 +104,8 @@ def library(where: str) -> Any:
     """Returns the imported transformers package.
 
     Raises:
-        WeightsError: It is not installed.
-        VersionError: It is too old a release.
+        WeightsError: If transformers is not installed.
+        VersionError: If the installed release is too old.
     """
     try:
         import transformers

@@ -134,8 +134,8 @@ def count(
     """Counts a micro-batch of a job's task as a device would run it.
 
     Args:
-        job: Only its description is used; no weights or images are read.
-        device: Decides the kernels.
+        job: The job that describes the task; no weights or images are read.
+        device: The device for which kernels are chosen.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.
         checkpointing: False counts without activation checkpoints, True with one at each
@@ -175,8 +175,8 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
     """Returns the bytes of a micro-batch's images and of the frozen models' outputs for them.
 
     Args:
-        job: Only its description is used; no weights or images are read.
-        device: Decides the kernels.
+        job: The job that describes the task; no weights or images are read.
+        device: The device for which kernels are chosen.
         frozen_bfloat16: Whether frozen models compute in bfloat16.
 
     Raises: FDError: if the models cannot be built, or cannot run without values.
@@ -211,7 +211,7 @@ def step_flops(
     """Returns the FLOPs of a micro-batch as this device runs it, or None if they cannot be counted.
 
     Args:
-        job: Only its description is used; no weights or images are read.
+        job: The job that describes the task; no weights or images are read.
         micro_batch_size: Number of images.
         checkpointing: Whether the student's blocks are checkpointed.
         micro_batches: Number of a rank's micro-batches in a step.
@@ -241,7 +241,7 @@ def kernel_calls(
     """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
 
     Args:
-        job: Only its description is used; no weights or images are read.
+        job: The job that describes the task; no weights or images are read.
         device: Device that will run the kernels.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.

@@ -50,7 +50,7 @@ def measure(
     """Times the phases on all ranks of torch's process group at the same time.
 
     Args:
-        job: Only its description is used; no weights or images are read.
+        job: The job that describes the task; no weights or images are read.
         free_bytes: Memory that this rank may take.
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
@@ -99,7 +99,7 @@ class Timer:
     """A task on one device, whose phases are timed round by round.
 
     Args:
-        job: Only its description is used; no weights or images are read.
+        job: The job that describes the task; no weights or images are read.
         sizes: Images of the micro-batches, at most two.
         clock: Returns seconds.
         frozen_bfloat16: Whether frozen models compute in bfloat16.

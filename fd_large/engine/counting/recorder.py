@@ -68,7 +68,7 @@ class Operation(NamedTuple):
     Attributes:
         phase: Phase in which it runs.
         again: Whether it repeats a computation of the forward pass.
-        name: Its name.
+        name: Name of the operator.
         flops: FLOPs of its matrix products.
         read: Number of bytes that it reads.
         written: Number of bytes that it writes.

@@ -52,7 +52,7 @@ def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Mod
     """Constructs a job's models on torch's present device, with random weights.
 
     Args:
-        job: Only its description is used; no weights or images are read.
+        job: The job that describes the task; no weights or images are read.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.
     """
