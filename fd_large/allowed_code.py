@@ -28,7 +28,7 @@ Entries = dict[str, dict[str, str]]
 FOLDER = "fd_large"
 LIST = "allowed_code.json"
 NAMES, HASHES = 1_000, 20
-"""Numbers of names, and of hashes of a name, that are kept."""
+"""Largest numbers of names in the list, and of hashes for each name."""
 _BYTES = 16 << 20
 _TURN_SECONDS = 2.0
 
@@ -36,7 +36,7 @@ _TURN_SECONDS = 2.0
 def place() -> Path | None:
     """Returns the path of the list, or None if the environment names no home."""
     state, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
-    if os.path.isabs(state):  # Others are to be ignored, by the specification.
+    if os.path.isabs(state):  # The XDG specification says to ignore a relative path.
         return Path(state) / FOLDER / LIST
     return Path(home) / ".local" / "state" / FOLDER / LIST if os.path.isabs(home) else None
 
@@ -44,7 +44,7 @@ def place() -> Path | None:
 def read() -> tuple[Entries, str]:
     """Returns the entries of the list, and why it is not trusted ("" if trusted or missing).
 
-    Nothing is written, and no refusal of the file system ends anything.
+    It writes nothing; an error of the file system is returned as the reason, and not raised.
     """
     path = place()
     if path is None:
@@ -92,7 +92,7 @@ def _believed(path: Path) -> tuple[Entries, str]:
     folder = path.parent.lstat()
     if reason := _open_to_others(folder, is_folder=True):
         return {}, _sentence(path.parent, reason, "a folder that you alone can write (mode 0700)")
-    # Neither a link to a file that somebody else made nor a pipe, at which an open would wait.
+    # Links are refused, since others may have made them, and an open does not wait for a pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if reason := _open_to_others(os.fstat(descriptor), is_folder=False):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Value = str | os.PathLike[str] | Mapping[str, Any]
-"""The field that a section is mostly about, or several fields of the section by name."""
+"""The value of a section's main field, or several fields of the section by name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Result:
         """Exports the student for other libraries, as `fd-large export` does; returns the folder.
 
         Args:
-            out: Folder to write; nothing may stand there.
+            out: Folder to write, which must not exist.
             to: timm, hf, fd, mmseg, upernet, onnx or program.
         """
         from fd_large.cli.export import export
@@ -224,7 +224,7 @@ def distill(
 
 
 def result(folder: str | os.PathLike[str]) -> Result:
-    """Returns the result of a run in a folder, whoever trained it.
+    """Returns the result of a run in a folder, also of one that the command line trained.
 
     Raises: FDError: if it is not the folder of a run.
     """
@@ -263,7 +263,7 @@ def load_student(
     with torch.random.fork_rng(devices=cuda_devices()):
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
-    # Not all of `named`, whose weights keep files open.
+    # The heads must not refer to `named`, whose weights keep files open.
     job, folder = named.trained_by, named.folder
 
     def heads() -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
 """Access to files and paths for the rest of the package. No torch.
 
-Files that a reader sees whole or not at all: written aside, flushed, renamed. Errors that pass on a
-file system of many machines: tried again, not believed. Whether a path exists, and JSON within
-bounds: every refusal of the file system is a sentence (`unusable`).
+Files are written aside, flushed and renamed, so that a reader sees them whole or not at all. After
+an error that is transient on a network file system, an action is repeated. Paths are looked up, and
+JSON is read within bounds, so that every refusal of the file system becomes one sentence
+(`unusable`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSES = (1.0, 3.0, 9.0)
-"""Seconds between the tries: a server that is busy or fails over answers within some of them."""
+"""Seconds between the tries, in which a server that is busy or fails over answers again."""
 PASSING = {
     errno.EIO,
     errno.ESTALE,
@@ -40,7 +41,7 @@ PASSING = {
     errno.ENOLCK,
     errno.EPROTO,
     errno.EREMOTEIO,
-    # Lustre's words for a client that its server has thrown out, and that connects again.
+    # Lustre's error for a client that its server has evicted, and that connects again.
     errno.ESHUTDOWN,
     errno.ENOTCONN,
     errno.ECONNREFUSED,
@@ -72,17 +73,17 @@ REFUSED = {
 """Remedies of the errors by which a file system refuses a path that the user named."""
 
 JSON_BYTES, JSON_DEPTH = 64 << 20, 100
-"""Size and depth that no JSON file of a run, a dataset's notes or a configuration reaches."""
+"""Bounds of a JSON file in bytes and in depth, which no run, dataset or configuration reaches."""
 
 _MOST_DIGITS = 40
-"""Digits of a whole number from which on it is read as a float: no float may hold it."""
+"""Digits from which on a whole number is parsed by our own functions, as it may exceed a float."""
 _LONG = re.compile(rf"\d{{{_MOST_DIGITS}}}")
 _LONG_BYTES = re.compile(_LONG.pattern.encode())
 
 PARTIAL = ".partial-"
-"""Beginning of the names of files that a process writes aside, beside those of others."""
+"""Prefix of the names of files that a process is still writing, in a folder that others share."""
 STALE_SECONDS = 24 * 3600
-"""So long after its last change, what is aside was left by a process that was killed."""
+"""Seconds without a change after which such a file was left behind by a process that was killed."""
 
 
 def retried(action: Callable[[], T], path: object) -> T:
@@ -125,7 +126,7 @@ def unusable(
         where: The field that the user set, or the command; "" where that is not known.
         error: The file system's refusal.
         path: The path, where the error does not name it.
-        of: Class of the sentence; an error that passes is a StorageError whatever this says.
+        of: Class of the returned error, which for a transient error is always StorageError.
     """
     named = error.filename if path is None else path
     name = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else "a file"
@@ -160,7 +161,7 @@ def kind_of(
     Args:
         path: The path; "other" is a pipe, a device or a socket.
         where: The field that the user set, or the command; "" where that is not known.
-        of: Class of the sentence.
+        of: Class of the raised error.
 
     Raises: FDError: if the file system refuses to say, as for a folder that may not be entered or a
         name that is too long, or the path is empty or has a NUL in it.
@@ -211,7 +212,7 @@ def parse_json(
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # Whoever walks through the value later does so by recursion.
+    # Depth is bounded, since code that walks through the value later recurses.
     inside = [value] if isinstance(value, dict | list) and not hooks else []
     for _ in range(JSON_DEPTH):
         inside = [
@@ -238,7 +239,7 @@ def read_bytes(
     Args:
         path: The file.
         where: The field that the user set, or the command; "" where that is not known.
-        of: Class of the sentence.
+        of: Class of the raised error.
         remedy: Remedy if it is not a file, or too large.
         max_bytes: Size from which on it is refused.
 
@@ -279,7 +280,7 @@ def read_json(
         where: The field that the user set, or the command; "" where that is not known.
         holds: Type of the whole, as dict or list.
         remedy: Remedy for a damaged file.
-        of: Class of the sentence.
+        of: Class of the raised error.
         finite: Refuse NaN and infinities.
         long_as_float: As in `parse_json`.
         max_bytes: Size from which on it is refused.
@@ -316,7 +317,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def _first_bytes(path: Path, number: int) -> bytes:
     with path.open("rb") as file:
-        # As much is allocated as is asked for.
+        # Python allocates as many bytes as a read asks for.
         return file.read(min(number, os.fstat(file.fileno()).st_size + 1))
 
 
@@ -372,7 +373,8 @@ def check_out(
 def unlinked(path: Path) -> Path:
     """Returns a path for writing, after removing a link at it.
 
-    In a folder from elsewhere it may lead to any file of the user's, which would be overwritten.
+    In a folder that came from elsewhere, a link may lead to any file of the user's, which would be
+    overwritten.
     """
     if path.is_symlink():
         path.unlink()
@@ -383,7 +385,7 @@ def unlinked(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`; flushes that file and renames it at the end.
 
-    Of a file that could not be written nothing stays.
+    If the block fails, the temporary file is removed.
     """
     aside = unlinked(path.with_name(path.name + ".part"))
     try:
@@ -405,7 +407,7 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
         out: A path that does not exist yet.
         where: The command, for messages.
 
-    Raises: ConfigError: if something stands at `out`, or it cannot be written.
+    Raises: ConfigError: if `out` exists or cannot be written.
     """
     check_out(out, where=where)
     part = out.with_name(f"{out.name}.part")

@@ -37,7 +37,7 @@ def forget_current_folder() -> None:
 def environ_of_program() -> dict[str, str]:
     """Returns the environment for a program of this package that this process starts.
 
-    It finds the package, and no file of the current folder stands in for a module.
+    The program finds this package, and no file in the current folder can replace a module.
     """
     paths = filter(None, (_ABOVE, os.environ.get("PYTHONPATH")))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
@@ -72,7 +72,7 @@ def for_good(package: str) -> Iterator[None]:
     again.
 
     Args:
-        package: The largest that is imported; where it is there already, this does nothing.
+        package: The largest imported package; if it is already imported, this does nothing.
     """
     if package in sys.modules:
         yield

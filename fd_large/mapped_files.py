@@ -82,7 +82,7 @@ def _changed(path: Path, *, in_place: bool) -> str:
 
     Args:
         path: The file.
-        in_place: Whether another file under that name is no change.
+        in_place: Whether only a change of the same file counts, and not another file of its name.
     """
     before = _opened[path]
     try:

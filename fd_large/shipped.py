@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: Literal["ds_configs", "slurm"]) -> Path:
-    """Returns the folder of these files."""
+    """Returns the folder of the DeepSpeed configurations, or of the Slurm scripts."""
     inside = _PACKAGE / name
     return inside if kind_of(inside) == "folder" else _PACKAGE.parent / name
 

@@ -107,7 +107,7 @@ else:
 def by_name(name: str) -> FamilyArchitecture | None:
     """Returns the model of a name in the table or with a family's prefix, or None.
 
-    Whether a library has a model of that name shows when it is built.
+    Whether a library has a model of that name is found when the model is built.
     """
     for family in FAMILIES.values():
         if family.prefix and name.startswith(family.prefix):
@@ -135,8 +135,8 @@ def name_of(architecture: FamilyArchitecture) -> str:
 def full_name(section: Mapping[str, Any]) -> str:
     """Returns the name of the model that a section of recipe.json describes.
 
-    A model described by its weights is stored as its family with values; its name is from the
-    table, or has the family's prefix (`timm:NAME`).
+    If the model was described by its weights, recipe.json has the family and all fields. The name
+    is then found by these fields in the table, or has the family's prefix (`timm:NAME`).
     """
     model: str = section["model"]
     if model not in FAMILIES:
@@ -181,7 +181,7 @@ def image_side_of(section: Mapping[str, Any], image_size: int) -> int:
         image_size: Side of the student's images.
     """
     side = section.get("teacher_image_size")
-    if not isinstance(side, int):  # It is left to the two grids, or to another section.
+    if not isinstance(side, int):  # The size follows from the two grids, or from another section.
         return 0
     model = model_of(section)
     return side or (model.fixed_image_size if model else 0) or image_size

@@ -15,12 +15,12 @@ from fd_large.errors import ConflictError
 from fd_large.recipes.fields import check_types
 
 Kind = Literal["convolutions", "attention", "windows"]
-"""Operation that mixes a model's tokens: convolutions, attention over all, or in windows."""
+"""How a model mixes its tokens: by convolutions, attention among all tokens, or within windows."""
 
 MOST_BLOCKS = 1000
-"""More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
+"""Largest number of blocks, more than any model has; a larger one is a mistake or an attack."""
 _MOST_STAGES = 8
-# More than any value of a published configuration has, and more blocks than it makes.
+# Bounds above every value of a published configuration: its number of blocks, and its values.
 _MOST_MADE = 200
 _LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
@@ -30,7 +30,7 @@ def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
 
     Args:
         value: None, a bool, a number, a short text, or a short list of these is plain.
-        counts_blocks: Whether it is a number of blocks or several, which have a bound together.
+        counts_blocks: Whether it is a number of blocks, or a list of them whose sum has a bound.
     """
     several = value if isinstance(value, list) else [value]
     if counts_blocks:
@@ -66,7 +66,7 @@ class FamilyArchitecture:
     write to the parameters of their children."""
     resizes_positions: ClassVar[bool] = False
     """Whether position tables are made for the size of the images, and resized when weights are
-    loaded; otherwise they stay as `image_size` says."""
+    loaded; otherwise they have the size of `image_size`."""
     is_hierarchical: ClassVar[bool] = False
     """Whether the model has several stages, each at half the resolution of the one before."""
     can_pad: ClassVar[bool] = False
@@ -80,7 +80,7 @@ class FamilyArchitecture:
     has_batch_norms: ClassVar[bool] = False
     """Whether models of the family may have batch norms (`student.norm_batch`)."""
     has_sequential_stages: ClassVar[bool] = False
-    """Whether the first stages can attend to a few windows at a time."""
+    """Whether the first stages can compute attention for a few windows at a time."""
 
     def __post_init__(self) -> None:
         check_types(self, "architecture")
@@ -98,7 +98,7 @@ class FamilyArchitecture:
         """Raises ConflictError for a field unless ok.
 
         Args:
-            ok: Whether its value will do.
+            ok: Whether its value is valid.
             field: The field.
             expected: The expected values.
             beside: Other fields that decide this.

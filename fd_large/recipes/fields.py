@@ -19,7 +19,7 @@ from fd_large.errors import ConfigError, ConflictError, nearest
 _Section = TypeVar("_Section")
 
 LARGEST_NUMBER = 2**63 - 1
-"""Magnitude that no number of a recipe or of a command exceeds: seeds go up to it."""
+"""Largest magnitude of a number in a recipe or on a command line; seeds may be as large."""
 
 
 def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any]:
@@ -28,8 +28,8 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
     Args:
         cls: The dataclass.
         prefix: Start of the names.
-        like: A field's name from the user. A field of type dict[str, Section] gets the entry of
-            this name ("teachers.clip.model"), else an entry called NAME.
+        like: A field's name from the user. The entry of a field of type dict[str, Section] has the
+            name in it (clip in "teachers.clip.model"), or is called NAME if it has none.
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
@@ -108,7 +108,7 @@ def hints_of(cls: type) -> dict[str, Any]:
     return _hints_of(cls)
 
 
-@cache  # Every construction asks.
+@cache  # It is needed whenever a section is made.
 def _hints_of(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
@@ -183,13 +183,13 @@ def require(
     """Raises ConfigError("PROBLEM; got GOT, expected EXPECTED. REMEDY.") unless ok.
 
     Args:
-        ok: Whether the value will do.
+        ok: Whether the value is valid.
         problem: The field and the problem, "optim.warmup_epochs: warm-up longer than the run".
         got: The value.
         expected: The expected values.
         remedy: How to fix it; "" means another value of the field. Next to other fields it is an
             alternative, introduced by "or".
-        beside: Other fields that decide whether the value will do.
+        beside: Other fields that decide whether the value is valid.
     """
     if not ok and beside:
         fields = (problem.partition(":")[0], *beside)

@@ -34,7 +34,7 @@ OVERWRITTEN = (
     *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
     *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),
 )
-"""Files and folders that a run writes after its recipe.json; elsewhere they are somebody else's."""
+"""Files and folders that a run writes after its recipe.json; without one they are not a run's."""
 
 
 def is_run(folder: Path) -> bool:
@@ -45,8 +45,8 @@ def is_run(folder: Path) -> bool:
 def refuse_links(folder: Path) -> None:
     """Refuses links in a run's folder through which the run would write or remove other files.
 
-    A folder from elsewhere may have them. A folder of the run may be a link all the same, as to a
-    larger disk, unless it leads to the folder of another run.
+    A run's folder that came from elsewhere may have such links. A folder in it may still be a link,
+    for example to a larger disk, unless it leads to the folder of another run.
 
     Raises: ConfigError: naming the first link.
     """

@@ -1,7 +1,7 @@
 """Fields removed from recipes: the version and the remedy of each.
 
-A stored recipe is read without them; whoever sets one, by a flag, in a run file or from Python, is
-told the remedy. docs/stability.md shows the table.
+A stored recipe is read without them. A user who sets one, by a flag, in a run file or from Python,
+reads the remedy. docs/stability.md shows the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Left(NamedTuple):
 
     Attributes:
         version: The first version without the field.
-        idle: The value with which it did nothing.
+        idle: The value at which the field had no effect.
         remedy: A sentence on what to do instead.
     """
 
@@ -40,7 +40,7 @@ LEFT = {
         "start, and name the copy in --data.root.",
     ),
 }
-"""Fields that left, by their name in a recipe."""
+"""The removed fields, by their name in a recipe."""
 
 
 def refusal(name: str, value: Any) -> str | None:
@@ -86,7 +86,7 @@ def _log(fields: str) -> None:
 def decided_steps(
     manifest: Mapping[str, Any], first_release: Mapping[str, Any] = MappingProxyType({})
 ) -> int | None:
-    """Returns the number of steps that a time limit (optim.max_seconds) decided, if any.
+    """Returns the number of steps to which a time limit (optim.max_seconds) set a run, if any.
 
     Args:
         manifest: Manifest of a checkpoint; decisions after its step do not count.

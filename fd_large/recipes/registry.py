@@ -1,4 +1,4 @@
-"""The runs of record by name."""
+"""The published recipes, by name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _named(make: Callable[[], Run]) -> Callable[[], Run]:
 RECIPES = {recipe.__name__: recipe for module in _MODULES for recipe in _recipes_in(module)}
 
 DEFAULT_RECIPE = "quickstart"
-# What a command that carries models on takes its defaults from.
+# The recipe whose values are the defaults of commands that train named models.
 FINETUNING_RECIPE = "finetune_clip_vit_base"
 
 

@@ -29,8 +29,8 @@ class Line(NamedTuple):
 def lines_of(path: Path) -> list[Line]:
     """Returns the lines of a run's .jsonl file; empty if it does not exist.
 
-    A line is damaged if it is not the JSON of an object with a number of steps "update", or does
-    not end.
+    A line is damaged if it is not the JSON of an object with a number of steps "update", or has no
+    newline at its end.
     """
     raw = path.read_bytes().splitlines(keepends=True) if kind_of(path) == "file" else []
     return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]

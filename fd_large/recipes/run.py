@@ -73,7 +73,7 @@ else:
 
 
 UNNAMED = "unnamed"
-"""Name of a run of record until the registry names it after its function."""
+"""Name of a published recipe until the registry names it after its function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +172,17 @@ _MAY_CHANGE = {
 }
 
 
-# What a run of one teacher says; several have all of it in their own entries.
+# Sections of a run with one teacher; of several, each has these fields in its own entry.
 _OF_ONE_TEACHER = ("teacher", "objective")
 ONLY = ""
 """The name of a run's only teacher among `Run.taught_by`."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
-# RUN#NAME means something else already.
+# Names that mean something else in RUN#NAME.
 _TAKEN = ("student", "scratch", "projector")
 
-# What a job may complete once weights are open (`TrainingJob.settle`); a run's folder holds it
-# completed.
+# Fields that a job may complete from the weights (`TrainingJob.settle`); the recipe.json of a run
+# has them completed.
 _COMPLETED_BY_WEIGHTS = (
     "student",
     "teacher",
@@ -196,7 +196,7 @@ LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
-    """Whether a run may continue to another length: to a larger one, as far as a recipe shows.
+    """Whether a run may continue to the new length, which has to be larger, as far as is known.
 
     Numbers of different units (epochs and steps) are compared once the length of an epoch is known.
     """
@@ -237,7 +237,7 @@ class Run:
         # Unknown models and overrides that fit no model are found here, before any rank starts.
         for where, section in self._models().items():
             if section.model == AUTO and isinstance(section, FrozenModel):
-                continue  # Known once the weights are open, or there is none.
+                continue  # The model is known once the weights are open, or the model is absent.
             try:
                 resolve(section.model, section.architecture)
             except ConflictError as error:
@@ -357,7 +357,7 @@ class Run:
         return replace(self, teacher=teacher, objective=objective)
 
     def in_one_process(self) -> Run:
-        """Returns the run for a single process: its teachers are whole."""
+        """Returns the run for a single process, in which no teacher is sharded."""
         entries = self.taught_by.items()
         return self.with_taught_by({n: replace(e, placement="replicated") for n, e in entries})
 
@@ -372,7 +372,7 @@ class Run:
 
         Args:
             values: The values by name.
-            stay: Names of fields that follow none.
+            stay: Names of fields that do not follow others.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
@@ -398,7 +398,7 @@ class Run:
         return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields that differ from a stored run's although a resume may not change them.
+        """Returns the fields that a resume may not change, but that differ from a stored run's.
 
         Args:
             stored: Result of `to_dict`.
@@ -418,7 +418,7 @@ class Run:
             changes = {n: v for n, v in changes.items() if not n.startswith("student")}
             changes["students"] = (", ".join(before.students), ", ".join(self.students))
         elif self.students:
-            # Whoever has come begins, and who has gone stays as it is; what student says is unread.
+            # A new student begins, and a missing one is left alone; section student is not read.
             both = [f"students.{name}." for name in before.students.keys() & self.students.keys()]
             changes = {
                 n: v
@@ -467,7 +467,7 @@ class Run:
     def each_student(self) -> dict[str, Run]:
         """Returns the run of each student by name; "" names a single student.
 
-        Alone, each run would compute the same.
+        Trained separately, each run would compute the same.
         """
         if not self.students:
             return {"": self}
@@ -553,7 +553,7 @@ def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) 
     Args:
         optim: The recipe's section.
         values: Values of fields by full name.
-        named: Names of fields that follow none.
+        named: Names of fields that do not follow others.
     """
     ending = ".base_lr"
     peaks = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}

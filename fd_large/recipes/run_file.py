@@ -87,12 +87,12 @@ def read_run_file(path: str) -> Given:
     try:
         with suppress(ValueError):
             tree: Any = parse_json(text)
-            with suppress(yaml.YAMLError):  # YAML refuses some JSON; its lines are then not known.
+            with suppress(yaml.YAMLError):  # YAML refuses some JSON; lines are then not known.
                 _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
             return _given(tree, path, lines, twice)
         _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # Such a number or date.
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # A number or date may raise.
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
         reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
@@ -143,12 +143,12 @@ def run_of(
 ) -> Run | None:
     """Returns the recipe from nested values.
 
-    Values change the recipe that is named; a name that is no recipe's makes a run of its own,
-    which has to say its student's model.
+    The values change the named recipe. If the name is not that of a recipe, they make a run of
+    their own, which has to name its student's model.
 
     Args:
         source: The values, nested or with dots.
-        recipe: Name of the recipe that is changed where the values name none.
+        recipe: Name of the recipe that is changed if the values name none.
         named: Whether the user named it, so that it wins over the values' own name.
         mistakes: Takes the lines of all mistakes; None raises an error instead.
         refused: Takes the names of the values that are refused, as `accepted` has them.
@@ -252,8 +252,8 @@ def accepted(
 ) -> T | None:
     """Returns the object built from values; each refused value is recorded and left out.
 
-    The recipe's own value, which the user never gave, takes the place of a refused one: a mistake
-    that may come of it is not reported.
+    A refused value is replaced by the recipe's own, which the user never gave. A mistake that may
+    result from this is not reported.
 
     Args:
         values: Values by name.

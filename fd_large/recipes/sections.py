@@ -161,7 +161,7 @@ class NamedStudent(Student):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            # Beside ends that are below any rate; a run holds them against its own.
+            # The ends are below any rate here; a run compares the rates with its own ends.
             self.optimised(Optim(warmup_lr=0, min_lr=0))
         except ConflictError as error:
             raise error.renamed(lambda n: n.replace("optim.", f"{self.place}.")) from None
@@ -249,7 +249,7 @@ class FrozenModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Images and the one crop of each that student and teacher see."""
+    """The training images, and the crop of each image that student and teacher see."""
 
     # The training images: a folder, read recursively (labels are ignored); tar shards, given as
     # their folder, one file or a pattern like "train-{000..146}.tar"; parquet files, likewise; a
@@ -265,9 +265,9 @@ class Data:
     # Share of the labelled training images of each class that fine-tuning, linear probes and k-NN
     # learn from, one image at least. 1: all.
     fraction: float = 1.0
-    # Labelled training images of each class that they learn from, at most. 0: all.
+    # Largest number of labelled training images of each class that they learn from. 0: all.
     per_class: int = 0
-    # Which images these are. They follow from it and from the images' names.
+    # Seed of the choice of these images, which also depends on the images' names.
     label_seed: int = 0
     # Folder on a local disk of each node for what is read from an object store and unpacked from
     # parquet files. Empty: the folder `blocks` of the cache (FD_CACHE, else ~/.cache/fd_large).
@@ -279,7 +279,7 @@ class Data:
     image_size: int = 224
     # Sides of the crop in a run at several resolutions, data.image_size among them: each step draws
     # one of them for all its images. Evaluations, and tables of positions, have data.image_size.
-    # Empty: all steps have it.
+    # Empty: all steps have data.image_size.
     image_sizes: tuple[int, ...] = ()
     # Smallest area of a crop, as a fraction of the image's area in (0, 1]. 1 takes the whole image.
     min_crop_scale: float = 0.08
@@ -554,7 +554,7 @@ class Eval:
     knn_root: str = ""
     # Number of steps between two k-NN tests. 0 tests only before the first step and after the last.
     knn_every: int = 0
-    # Number of an evaluation by which the best checkpoint is kept beside the newest ones, as
+    # Metric of the evaluations by which the best checkpoint is kept beside the newest ones, as
     # RUN/checkpoints/best: held_out_loss or test_knn of a distillation, test_top1 of a fine-tuning,
     # box_AP of a detection, val_mIoU of a segmentation. Of losses less is better, of others more.
     # Empty keeps the newest only.

@@ -23,7 +23,7 @@ NAME = "small_data"
 QUICKSTART = "quickstart"
 _QUICKSTART = replace(quickstart(), name=QUICKSTART)
 USUAL_IMAGES = 1_000
-"""The number of images that the recipe's own numbers are for."""
+"""The number of images for which the recipe's own values are made."""
 
 PEAKS: dict[Kind, float] = {"convolutions": 1e-3, "windows": 4e-3, "attention": 1e-3}
 """Peak learning rate of a step, by how a model mixes its tokens (`Kind`): see `small_data`."""
@@ -33,7 +33,7 @@ _WARM_UP, _END = 0.05, 0.1
 # Evaluations and checkpoints of a trial of a few steps would take longer than its steps.
 _STEPS_BETWEEN = 20
 _HELD_OUT = 0.1
-# Where fewer are held out, their figures say little.
+# Least number of images of which a part is held out, since figures on fewer say little.
 _FEWEST_TO_DIVIDE = 100
 
 _RATES = ("optim.base_lr", "optim.warmup_lr", "optim.min_lr")
@@ -105,7 +105,7 @@ def small_data() -> Run:
 def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[Run, str]:
     """Returns a run fitted to its images and devices, and a line for the log.
 
-    A student that the quick start does not know has the rate of its kind there, too.
+    In the quick start, too, a student other than its own gets the learning rate of its kind.
 
     Args:
         run: The run.

@@ -73,7 +73,7 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
 def require_same_settings(run: Run) -> None:
     """Refuses a run whose folder has a run with other settings, as far as shows without weights.
 
-    A folder that cannot be read is passed over: whoever enters it says why.
+    A folder that cannot be read is passed over here, and reported when the run enters it.
 
     Raises: ConfigError: naming the fields.
     """
@@ -83,7 +83,7 @@ def require_same_settings(run: Run) -> None:
         changes = run.changes_before_weights(stored)
     except (FDError, AttributeError):
         return
-    # Runs of one student and of several are told apart by whoever enters the folder.
+    # Runs of one student and of several are told apart when the run enters the folder.
     if changes and bool(stored.get("students")) == bool(run.students):
         raise other_settings(path.parent, changes)
 
@@ -98,14 +98,14 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
         run: The run as now requested.
         named: Full names of the fields that were set.
 
-    Raises: ConfigError: if numbers that followed from other images are in the folder.
+    Raises: ConfigError: if the folder has values that were fitted to other images.
     """
     path = Path(run.run_dir()) / RECIPE
     try:
         stored = read_json(path, where="--runtime.run_dir", holds=dict)
         before = Run.from_dict(stored)
     except (FDError, AttributeError):
-        return run  # Whoever enters the folder says what is wrong.
+        return run  # The mistake is reported when the run enters the folder.
     names: set[str] = set()
     if before.name == run.name:
         names |= set(fitted_fields(run))

@@ -1,4 +1,4 @@
-"""Distilled students as the recipes of other tasks take them on."""
+"""The distilled students that recipes of other tasks train further."""
 
 from __future__ import annotations
 

@@ -31,19 +31,19 @@ class TaskKind:
             `module:FILE.py:NAME`, and then this is only the name of its section.
         folder: Its folder in `tasks/`; "" for the user's own task.
         job: The class of its jobs (`TrainingJob` in engine/job.py), which the engine trains: its
-            dotted name in tasks/, or the class itself for a task of the user's own. This face every
-            task has; all three are imported when they are first asked for.
+            dotted name in tasks/, or the class itself for a task of the user's own. Every task has
+            one. It is imported when it is first needed, and so are `stored` and `transfer`.
         stored: The class of its stored runs (`StoredRun` in tasks/stored_run.py), named like
             `job`; "" if commands can only export the student.
         transfer: The class by which its trainings begin from named models (`Transfer` in
             tasks/transfer.py), named as `job`; empty: they do not.
-        title: Words for it in tables and plots; empty: its name.
+        title: Its name in tables and plots; empty: `name`.
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that are read by this task and not by all.
         may_change: Fields of its own, section.field, that a resume may change: they do not change
             the result.
-        scores_runs: Whether a stored run is scored by itself (`StoredRun.score`); `evaluate RUN`
-            then does that unless another test is named.
+        scores_runs: Whether its stored runs can be scored (`StoredRun.score`); `evaluate RUN` then
+            scores the run, unless another test is named.
         scoring_fields: Fields of the recipe, section.field, that an evaluation may change,
             besides the images'.
         predicts_scores: Whether `predict` gives each prediction a score.

@@ -26,10 +26,10 @@ from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
 FEW_VIEWS = 16
-"""A constant that is fitted to fewer views has a loss that is low by more than about 6 %."""
+"""Least number of views: the loss of a constant that is fitted to fewer is too low by over 6 %."""
 
 FEWEST_STEPS = 400
-"""As many as the quick start has: fewer teach a student from random weights little."""
+"""The number of steps of the quick start; in fewer, a student from random weights learns little."""
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
@@ -175,7 +175,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     if beats_constant(files) is False:
         steps.append(_to_beat_it(files))
     elif status == "done":
-        # What is stored of a teacher is of these images alone.
+        # Cached targets of a teacher exist for these images only.
         stored = any(
             cached_folder(teacher.get("source", "")) for teacher in _teachers(files).values()
         )
@@ -245,18 +245,18 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     """Returns the commands suggested by the run's task."""
     if files.task not in TASKS:
-        return []  # The user's own, whose code a report does not run.
+        return []  # A task of the user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
     commands = []
     entries = _teachers(files)
-    # What stands for a teacher knows the training views alone.
+    # Cached targets of a teacher exist for the training views only.
     teachers = [
         name for name, entry in entries.items() if not cached_folder(entry.get("source", ""))
     ]
     for why, steps in TASKS[files.task].next_steps:
         if steps[0] == "export":
             if beats_constant(files) is False or not (library := _library(files)):
-                continue  # Nobody wants that student, or it cannot be exported.
+                continue  # The student is of no use, or cannot be exported.
             values["{library}"] = library
         words = [
             each
@@ -310,7 +310,7 @@ def progress(files: RunFiles) -> str:
 
 def _frozen(name: str, section: dict[str, Any], side: int) -> str:
     model = full_name(section)
-    if side:  # One of several teachers, which may be of one model.
+    if side:  # Of several teachers, which may have the same model, the size is shown too.
         changed = changed_words(section)
         model += f" ({changed}) at {side} px" if changed else f" at {side} px"
     if section["source"] == "random":
@@ -334,7 +334,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
     ranks = environment.get("world_size", 1)
     first, *words = environment.get("command") or [""]
     if words[:1] == ["evaluate"]:
-        return [*_commands(files), *words]  # It trains, and goes on where it stopped.
+        return [*_commands(files), *words]  # The command evaluate resumes its trainings itself.
     if environment.get("launcher") == "srun" and not more and (script := _batch_script()):
         return ["sbatch", script, str(_group(files))]
     flags: dict[str, list[str]] = {}
@@ -342,14 +342,14 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
     for word in words:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
-            flags.pop(name, None)  # The last of two counts.
+            flags.pop(name, None)  # If a flag is repeated, the last one counts.
             values = flags.setdefault(name, [])
         values.append(word)
-    # The launcher gives the first; the second would throw away what the run has done.
+    # The launcher gives local_rank, and fresh would throw away what the run has done.
     left_out = {"local_rank", "fresh", *LEFT, *more}
     arguments = [word for name in flags if name not in left_out for word in flags[name]]
     if "deepspeed_config" not in flags:
-        # Started from Python: what differs from the recipe, as flags.
+        # The run was started from Python: its differences from the recipe become flags.
         arguments = ["--deepspeed_config", "zero3", *_as_flags(files, left_out)]
     arguments += [word for name, value in more.items() for word in (f"--{name}", value)]
     script = ["--module", "fd_large.train"]
@@ -363,7 +363,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
             return [_program("torchrun"), f"--nproc_per_node={ranks}", *script, *arguments]
     launcher = [_program("deepspeed")]
     if environment.get("device") == "cpu" and ranks > 1:
-        # Without GPUs the launcher cannot count what to start.
+        # Without GPUs the launcher does not know the number of ranks.
         launcher += ["--num_accelerators", str(ranks)]
     return [*launcher, *script, *arguments]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARK = "*"
-"""Stands at a row or cell whose recipe is not the first row's."""
+"""The mark of a row or cell whose recipe differs from the first row's."""
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
@@ -85,7 +85,7 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
 
 
 def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yields lines about the images that chose, and the trainings that led to each row.
+    """Yields lines about trainings that led to a row and used the images by which a sweep chose.
 
     Args:
         sweeps: {label of a row: its sweep in summary.json}.
@@ -148,7 +148,7 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
     """Returns fields with their values, and in brackets the values that they are compared with.
 
     Args:
-        changes: The value that is compared with, and the field's own, by field.
+        changes: {field: (the value that it is compared with, its own value)}.
     """
     return ", ".join(
         f"{name} {_plain(value)} ({_plain(other)})" for name, (other, value) in changes.items()

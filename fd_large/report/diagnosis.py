@@ -21,13 +21,13 @@ HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
 DEEP = 3
-"""The deep layers are the last third, which the paper describes."""
+"""Deep layers are the last third of a model's attention layers, which the paper describes."""
 NEARLY_UNIFORM = 0.1
-"""Spread of an average map over its mean, below which there is little for a score to explain."""
+"""Spread of an average map relative to its mean below which a score has little to explain."""
 
 MOST_STEEPER = 3
-"""Models share a scale whose losses change at most so many times as much as the middle one's, and
-at least one over as much; on one scale with steeper ones, a flat one would be a line."""
+"""Models share a scale if their losses change by at most this factor more or less than the median
+model's. On one scale with much steeper models, a flat one would be a line."""
 
 Model = dict[str, Any]
 Landscape = dict[str, Any]
@@ -61,7 +61,8 @@ def deep_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def kinds_of(models: list[Model]) -> list[str]:
     """Returns the labels of some models' losses and their terms; tasks' losses first."""
     losses = [part["loss"] for model in models for part in model["landscapes"]]
-    shared = [part["loss"] for part in models[0]["landscapes"]][-1:]  # The last, of every model.
+    # The last loss of a model is one that every model has.
+    shared = [part["loss"] for part in models[0]["landscapes"]][-1:]
     return [*dict.fromkeys(kind for kind in losses if kind not in shared), *shared]
 
 
@@ -189,7 +190,7 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
         for cell, number in zip(cells, layers, strict=False):
             cell.set_axis_on()
             average = averages[_key(i, number)]
-            # A few keys that all look at would leave the rest in the dark.
+            # A few keys with the attention of all queries would leave the others dark.
             most = numpy.percentile(average, 99.5)
             cell.imshow(average, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest")
             cell.set_xticks([])
@@ -303,7 +304,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
         steps, (rows,) = landscape["map_steps"], _map(landscape)
         low, high, note = _range(models, landscape, _map, _first)
         _note(panel, note)
-        # The range holds all values up to rounding, which would leave holes at its ends.
+        # Values may exceed the range by rounding, which would leave holes in the picture.
         values = numpy.ma.masked_invalid(rows).clip(low, high)
         levels = numpy.linspace(low, high, 13)
         image = panel.contourf(steps, steps, values, levels, cmap=HEAT)
@@ -371,7 +372,7 @@ def _ends(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float] | None:
-    """Returns a landscape's extent below and above the model's own; None if no loss is finite."""
+    """Returns a landscape's lowest and highest change of the loss; None if no loss is finite."""
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
     return (float(finite.min()), float(finite.max())) if len(finite) else None

@@ -151,7 +151,7 @@ def table(models: list[Model]) -> list[list[str]]:
         if any(value for part in parts if part for value in part["value"]):
             rows.append([kind, *(_of_batches(part, own_losses) for part in parts)])
             rows.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
-        else:  # A change is nothing where the weights are.
+        else:  # The change of a map is 0 at the model's own weights.
             rows.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
     return [row for row in rows if set(row[1:]) != {"none"}]
 

@@ -3,8 +3,8 @@
 The first three principal components of the whitened teacher's tokens become lightness, blue to
 yellow, and green to red, in this order of importance (CIELAB's axes), so that most of a map is
 legible without red-green vision. The student's map, after its head, is shown in the teacher's basis
-and scale: the same colour means the same feature. Of several teachers each has two columns, its own
-map and the newest of its head.
+and scale: the same colour means the same feature. With several teachers, each has two columns: its
+own map, and the newest map of its head.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def table(
     Args:
         rows: Cells of the table.
         head: Headings of the columns.
-        right: Whether each column stands right; if empty, columns of numbers alone do.
+        right: Whether each column is right-aligned; if empty, columns of numbers are.
     """
     if not rows:
         return ""
@@ -121,7 +121,7 @@ def chart(figure: Figure, name: str, alt: str) -> str:
 
     Args:
         figure: The plot.
-        name: Differs between the plots of a page.
+        name: A name that is unique on the page.
         alt: Description of the plot.
     """
     import matplotlib

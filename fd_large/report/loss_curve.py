@@ -18,7 +18,7 @@ LOOKS = ((style.VERMILLION, "o", DASHES), (style.GREEN, "s", (4, (4, 4))))
 """Colours and markers of evaluated losses, in turn, and dashes of their baselines, of which one
 stands in the gaps of the other where the two coincide."""
 TITLE_CHARACTERS = 78
-"""How many of them a line of the title has room for."""
+"""Number of characters for which a line of the title has room."""
 
 
 @style.own_look
@@ -77,7 +77,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     style.short_numbers(upper, (-2, 4))
     upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
     upper.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
-    # Outside: in a short run the curve goes from corner to corner.
+    # The legend is outside, since the curve of a short run goes from corner to corner.
     style.legend_below(figure, style.TEXT_SIZE)
 
     lower.plot(files.updates, files.learning_rate, color=style.GREY, linewidth=1.5)
@@ -100,7 +100,7 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
     half = len(values) // 50
     sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
     centre = numpy.arange(len(values))
-    # The same reach to both sides, so that a slope is not bent at the ends.
+    # The window has the same reach to both sides, so that a slope is not bent at the ends.
     reach = numpy.minimum(half, numpy.minimum(centre, len(values) - 1 - centre))
     return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
 

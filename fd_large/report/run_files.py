@@ -29,7 +29,7 @@ _KINDS: dict[type | UnionType, tuple[str, ...]] = {
     list: ("command", "next", "lower_is_better"),
     dict: ("metrics", "packages"),
 }
-"""What stands in summary.json and environment.json under the names that a report uses."""
+"""Names of the entries of summary.json and environment.json that a report uses, by their type."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunFiles:
         recipe: Content of recipe.json.
         environment: Content of environment.json, or empty.
         summary: Content of summary.json; empty while the run goes, or where it was killed.
-        updates: Finished steps that the training rows stand at, from 1, (n,).
+        updates: Number of finished steps at each training row, from 1, (n,).
         loss: Training loss of each, (n,); NaN where the step was skipped.
         learning_rate: Learning rate of each, (n,).
         rows: Rows of metrics.jsonl.

@@ -32,8 +32,8 @@ from fd_large.report.run_files import RunFiles
 # Folders of a run that hold no other run.
 _OWN_FOLDERS = {CHECKPOINTS, EVALUATED, EVENTS, INCIDENTS, LOGS, PICTURES}
 DONE, STOPPED, FAILED, KILLED, DAMAGED = "done", "stopped", "failed", "killed", "damaged"
-"""How a run stands that is not running: at its end; saved and left; ended by a failure or a guard;
-ended without a word, or damaged so that its files cannot be read."""
+"""States of a run that is not running: it is finished; it saved and stopped; a failure or the guard
+ended it; it ended without a record; or its files cannot be read."""
 STATES = (RUNNING, DONE, STOPPED, FAILED, KILLED, DAMAGED)
 _STATES = {DONE: DONE, "preempted": STOPPED, "interrupted": STOPPED, "": KILLED}
 

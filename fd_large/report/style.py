@@ -86,7 +86,7 @@ def legend_below(figure: Figure, size: float) -> None:
 
 
 def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE) -> None:
-    """Moves a power of ten outside of two limits from the y axis's numbers to above the axis."""
+    """Writes a power of ten beyond two limits above the y axis, and not in its numbers."""
     axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
     axes.yaxis.get_offset_text().set(size=size, color=GREY)
 

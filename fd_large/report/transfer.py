@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 RECORD = "cell.json"
 DONE, FAILED = "done", "failed"
-"""How a run of a cell has ended; "" for one that is to start or to go on."""
-# How a run says that the same command goes on with it.
+"""Status of a cell's run that has ended; the status is "" if the run has to start or go on."""
+# Statuses in summary.json of runs that the same command continues.
 _GOES_ON = ("preempted", "interrupted")
 _TITLE = "Transfer"
 Interval = Callable[[list[Path], list[Path], str], dict[str, Any] | None]
@@ -54,7 +54,7 @@ class Value(NamedTuple):
 
         Args:
             digits: Digits after the point for one seed.
-            sign: As in a format; "+" shows it.
+            sign: Sign option of a format; "+" shows the sign of positive values, too.
         """
         if self.deviation is None:
             return f"{self.mean:{sign}.{digits}f}"
