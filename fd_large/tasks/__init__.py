@@ -1,4 +1,4 @@
-"""The tasks: one folder each, siblings with the same files, and `dense/` for their shared code.
+"""The tasks, each in a folder with the same files, and `dense/`, which dense tasks share.
 
 A folder has `section.py` (its recipe section, without torch), `job.py` (the engine's interface),
 `task.py` (the Module with the loss), and code of this task alone. To add a task, add a folder and

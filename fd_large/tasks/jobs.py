@@ -117,9 +117,9 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
 
     Args:
         job: The job of the run; None without a run.
-        folder: Folder of its weights (`NamedModel.folder`), or None if they lie in no folder.
+        folder: Folder of the weights (`NamedModel.folder`), or None if they are in no folder.
 
-    Raises: FDError: if they cannot be read.
+    Raises: FDError: if the heads cannot be read.
     """
     if folder is None:
         return {}

@@ -42,7 +42,7 @@ class Predicted(NamedTuple):
     Attributes:
         path: The image file.
         text: The prediction in a few words.
-        drawn: The drawn image; None if it could not be read.
+        drawn: Path of the drawn image; None if the image file could not be read.
         problem: Reason that the image could not be read, or "".
     """
 

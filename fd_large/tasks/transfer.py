@@ -26,8 +26,8 @@ class Divisible(NamedTuple):
     """Training images, of which `data.val_fraction` holds a part out.
 
     Attributes:
-        root: Value of `data.root` beside that field.
-        folder: The folder of the images; their paths below it decide their part.
+        root: Value of `data.root` to use together with `data.val_fraction`.
+        folder: The folder of the images, whose paths below it decide which are held out.
         fingerprint: A hash of the images' names.
     """
 
@@ -58,8 +58,8 @@ class Transfer:
             run: The recipe.
             model: The model and its weights, settled.
             image_size: Side of its images, in pixels.
-            trained_as: The student's section in the run that trained the model; None for the
-                model of no run.
+            trained_as: The student's section in the run that trained the model; None if no run
+                trained it.
             fields: Fields of the student that the user set in the recipe.
 
         Raises: ConfigError: if the user set a field that the named model decides.

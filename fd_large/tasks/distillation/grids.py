@@ -146,7 +146,7 @@ class TeacherOnShapes:
 
     @cached_property
     def sides(self) -> dict[int, int]:
-        """Side of the teacher's images for each side of the student's, by a settled entry."""
+        """Side of the teacher's images for each of several sides of the student's; else empty."""
         if not self._sizes:
             return {}
         if self.entry.teacher_image_size != AUTO:
@@ -173,8 +173,8 @@ class TeacherOnShapes:
     def settled(self, *, follows: bool) -> NamedTeacher:
         """Returns its entry with image size and interpolation settled in place of "auto".
 
-        If the student's images have several sizes, for which the teacher's differ without being
-        equal to the student's, the teacher's size stays "auto", and `sides` returns the numbers.
+        If the student's images have several sizes, and the teacher's side varies among them but is
+        not always the student's, it stays "auto", and `sides` returns the numbers.
 
         Args:
             follows: Whether position embeddings may be resized to the teacher's images.
@@ -227,7 +227,7 @@ class TeacherOnShapes:
     def _side_and_grid(
         self, entry: NamedTeacher, student_grid: Grid, size: int
     ) -> tuple[int, Grid | None]:
-        """Returns the teacher's image side for a side of the student's, and its grid there."""
+        """Returns the teacher's image side and grid for a side of the student's images."""
         side, grid, _ = self._meeting(entry, student_grid, size, follows=False)
         return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
 

@@ -289,7 +289,7 @@ def constant_prediction_losses(
 
 
 class _Search:
-    """Search for the best constant prediction of a target, one step a pass over the views.
+    """Search for the best constant prediction of a target, one step per pass over the views.
 
     Args:
         loss: The target's loss.

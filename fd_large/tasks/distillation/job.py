@@ -498,7 +498,7 @@ class DistillationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
-        """Constructs the task and its teachers, of which cached ones are no models."""
+        """Constructs the task, and the teachers that are models; cached teachers have none."""
         teachers = self.make_teachers()
         models = tuple(teachers[name] for name in teachers if name not in self.caches)
         return self.task_around(teachers | self.caches.teachers()), models
@@ -536,7 +536,7 @@ class DistillationJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns losses on images and crops that training never sees, and k-NN accuracy."""
+        """Returns evaluations: losses on images and crops that training never sees, and k-NN."""
         evaluations, run = [], self.run
         if run.eval.root:
             if run.eval.root.startswith(BUILTIN) and not run.data.root.startswith(BUILTIN):
@@ -607,7 +607,7 @@ class DistillationJob(TrainingJob):
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that learned from another teacher or other statistics."""
+        """Refuses a checkpoint of a student with another teacher or other statistics."""
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)
         self.caches.resume(manifest)

@@ -1,9 +1,9 @@
 """The losses between projected student tokens and the normalised tokens of the teacher.
 
 To add a loss, add a line in `LOSSES`, or write a file and name it by `objective.loss
-module:FILE.py:NAME`: a function of (projected, target), both (B, N, C) float32, that returns the
-mean over all tokens or images as a scalar, or a subclass of `Loss`. A recipe can also name a sum of
-built-in ones by weight: "0.9 cosine + 0.1 smooth_l1".
+module:FILE.py:NAME`. A loss is a function of (projected, target), both (B, N, C) float32, that
+returns the mean over all tokens or images as a scalar, or it is a subclass of `Loss`. A recipe can
+also name a weighted sum of built-in losses, such as "0.9 cosine + 0.1 smooth_l1".
 
 The loss of a micro batch is the mean over its images, and an image's loss depends on that image
 alone, so that neither ranks nor micro batches change a step.
@@ -110,14 +110,14 @@ class Loss:
 
         Args:
             projected: (B, N, C), any float dtype.
-            tokens: (B, N, C), the teacher's, not whitened.
-            eps: Added to the variance of a token.
+            tokens: (B, N, C), the teacher's tokens, not whitened.
+            eps: Constant added to the variance of a token.
         """
         return None
 
 
 class SmoothL1(Loss):
-    """Quadratic below `beta`, linear above; the mean over tokens and channels.
+    """The smooth L1 loss, quadratic below `beta` and linear above; the mean over all channels.
 
     Source: Wei et al., arXiv 2205.14141.
     """

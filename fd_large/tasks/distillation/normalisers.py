@@ -1,10 +1,10 @@
 """Normalisers of a teacher's tokens, applied before the student learns them.
 
 To add a normaliser, add a line in `NORMALISERS` or write a file and name it by
-`objective.normaliser module:FILE.py:NAME`: a function from tokens (..., C) to float32 of the same
-shape. It sees the tokens of a micro batch, so it must treat each token by itself. Two built-in
-normalisers read statistics of the teacher's channels from a file (target_statistics.py). An
-invertible normaliser has a method `undo`, which returns an `Undo`.
+`objective.normaliser module:FILE.py:NAME`. A normaliser is a function from tokens (..., C) to
+float32 of the same shape. It is given the tokens of a micro batch, and must treat each token by
+itself. Two built-in normalisers read statistics of the teacher's channels from a file
+(target_statistics.py). An invertible normaliser has a method `undo`, which returns an `Undo`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Affine:
         self._constants = {(mean.device, mean.dtype): self.constants}
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Returns (..., C) float32 (float64 stays) of tokens (..., C)."""
+        """Returns the normalised tokens (..., C) in float32 (float64 stays)."""
         tokens = none(tokens)
         key = (tokens.device, tokens.dtype)
         if key not in self._constants:
@@ -110,7 +110,7 @@ class Undo(nn.Module):
 
     Args:
         mean: (2, C), of prefix tokens and of patches.
-        scale: (2, C), which multiplies each channel; None where they are rotated.
+        scale: (2, C), which multiplies each channel; None if channels are rotated.
         rotation: (C, C), whose rows give the teacher's channels; None if channels are only scaled.
     """
 

@@ -338,7 +338,7 @@ class Mask:
 
     @property
     def hides(self) -> bool:
-        """Whether anything is hidden."""
+        """Whether the mask hides patches."""
         return self.sampler != "none"
 
     @property
@@ -348,7 +348,7 @@ class Mask:
 
     @property
     def decodes(self) -> bool:
-        """Whether there is a decoder."""
+        """Whether a decoder predicts the hidden patches."""
         return self.hides and self.student == "dropped" and self.tokens != "visible"
 
     def ignored_fields(self) -> dict[str, str]:
@@ -381,7 +381,7 @@ def labels_of(teachers: Mapping[str, NamedTeacher]) -> list[str]:
 
 
 def field_of(teacher: str, name: str, kind: str = MAP) -> str:
-    """Returns the recipe's name of a field of a target, "objective.loss" or "teachers.clip.loss".
+    """Returns the name of a target's field, such as "objective.loss" or "teachers.clip.loss".
 
     Args:
         teacher: The teacher's name, or "" for a single teacher.

@@ -78,7 +78,7 @@ class StoredHead(nn.Module):
 
     Args:
         facts: Its construction; the weights are random at first.
-        undo: Inverse of the normaliser; None if it has none, or if there is nothing to undo.
+        undo: Inverse of the normaliser; None if the normaliser has none or changes nothing.
 
     Attributes:
         facts: See the arguments.

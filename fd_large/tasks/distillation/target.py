@@ -120,7 +120,7 @@ class NamedTarget(Target):
 
         Args:
             task: The task, for the grid and prefix tokens of its student.
-            pixels: (B, 3, H, W), the student's.
+            pixels: (B, 3, H, W), the student's pixels.
             maps: The teachers' maps by name.
         """
         student = task.student
@@ -177,7 +177,7 @@ class NamedTarget(Target):
 
         Args:
             projected: (B, N, Ct), the student's tokens after the head.
-            tokens: (B, N, Ct), the teacher's, any floating-point dtype.
+            tokens: (B, N, Ct), the teacher's tokens, any floating-point dtype.
         """
         if self._eps is not None:
             fused = self.loss.fused(projected, tokens, self._eps)

@@ -56,7 +56,7 @@ class Target:
     """A head on the student's tokens, and the loss between them and a teacher's whitened map.
 
     Recipes use its subclass `NamedTarget` (target.py), which also aligns grids and prefix tokens
-    and may use fused kernels; without these it computes the same, to the bit.
+    and may use fused kernels; without fused kernels it computes the same, to the bit.
 
     Args:
         head: From tokens (B, N, C) to the teacher's width, (B, N, Ct).
@@ -92,7 +92,7 @@ class Target:
         return ()
 
     def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the projected tokens of the student and the teacher's, (B, N, Ct) each.
+        """Returns the student's projected tokens and the teacher's tokens, (B, N, Ct) each.
 
         Raises: ShapeError: if they are not tokens of the same places.
         """
@@ -106,7 +106,7 @@ class Target:
         return projected, teacher.tokens
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss of `compared` without its weight, a float32 scalar."""
+        """Returns the loss between the tokens of `compared`, unweighted, a float32 scalar."""
         whitened = self.normalise(tokens.detach())
         return self.loss(projected.to(whitened.dtype), whitened)
 
@@ -128,7 +128,7 @@ class Comparison(NamedTuple):
     tokens: Tensor
 
     def value(self) -> Tensor:
-        """Returns the loss without its weight: the mean over images, tokens and channels."""
+        """Returns the loss without its weight, a scalar."""
         return self.target.value(self.projected, self.tokens)
 
     def per_image(self) -> Tensor:

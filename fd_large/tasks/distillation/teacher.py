@@ -60,8 +60,8 @@ class PlacedTeacher:
         module: The model; its parameters are sharded unless it is replicated.
         fingerprint: Hash of the weights when it was built, the same for every placement.
         width: Number of channels of the map.
-        projection: (Ce, width) float32, of the summary into the space of texts; None if no
-            embedding is learnt.
+        projection: (Ce, width) float32, from the summary into the embedding space of texts; None
+            if no embedding is learnt.
     """
 
     projection: Tensor | None = None
@@ -308,7 +308,7 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
 
 
 def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
-    """Returns the projection, (channels of the embedding, channels of the map).
+    """Returns the projection of a summary, (channels of the embedding, channels of the map).
 
     Raises: ConfigError: if the weights have none.
     """

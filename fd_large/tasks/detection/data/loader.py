@@ -195,7 +195,7 @@ class _Samples(Dataset):
 
 
 def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Pads masks (n, h, w) to the canvas; masks of a dataset without any stay (n, 0, 0)."""
+    """Pads masks (n, h, w) to the canvas; masks (n, 0, 0), of a dataset without masks, stay."""
     return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
 

@@ -35,7 +35,7 @@ _MOST_PIXELS = 1 << 31
 
 @dataclass
 class Findings:
-    """Objects that were left out or clipped, by kind: their number, and the first few names."""
+    """Number and first few names of the objects and images left out or clipped, by kind."""
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))

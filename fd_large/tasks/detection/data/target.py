@@ -64,7 +64,7 @@ class Targets(NamedTuple):
 
 
 def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
-    """Returns the objects visible in a view; masks are filled last, for kept objects only.
+    """Returns the objects that are visible in a view, with masks on the padded canvas.
 
     A box cut by the crop shrinks to the visible part of its object's mask, which may fill only a
     corner of the cut box.

@@ -110,7 +110,7 @@ def sample_rois(
         draws: (B, 2 * rois_per_image) uniform numbers in [0, 1).
         rois_per_image: Largest number of chosen proposals.
         num_classes: K.
-        positive_iou: Smallest IoU at which a proposal is for an object.
+        positive_iou: Smallest IoU at which a proposal matches an object.
         best_for_each: Whether an object gets the proposal that overlaps it most, even if that
             overlaps another object more.
     """
@@ -137,7 +137,7 @@ def match_rois(
         rois: (n, 4) float32 of each image, possibly none.
         targets: The target of each image.
         num_classes: K.
-        positive_iou: Smallest IoU at which a roi is for an object.
+        positive_iou: Smallest IoU at which a roi matches an object.
     """
     parts = []
     for roi, target in zip(rois, targets, strict=True):

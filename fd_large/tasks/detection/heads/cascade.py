@@ -101,7 +101,7 @@ class Stage(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The maps from which boxes are cut.
+    """The maps from which the features of boxes are pooled.
 
     Attributes:
         maps: Levels of the pyramid, finest first.
@@ -262,7 +262,7 @@ class CascadeHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             boxes: (n, 4) float32 of each image, possibly none.
-            labels: (n,) int64 of each image, their classes.
+            labels: (n,) int64 of each image, classes of the boxes.
         """
         cuts = self._mask_cuts(self._features(maps, strides), boxes)
         return mean_masks(self._all_masks(cuts), labels, [len(box) for box in boxes])

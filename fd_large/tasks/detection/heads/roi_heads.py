@@ -172,7 +172,7 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             boxes: (n, 4) float32 of each image, possibly none.
-            labels: (n,) int64 of each image, their classes.
+            labels: (n,) int64 of each image, classes of the boxes.
         """
         logits = self.mask(pool(maps, strides, boxes, MASK_SIDE))
         return mean_masks([logits], labels, [len(box) for box in boxes])

@@ -49,7 +49,7 @@ class RpnHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps a level (B, C, H, W) to logits (B, H * W * A) and deltas (B, H * W * A, 4).
 
-        Both float32, in the order of the level's anchors: row, column, ratio.
+        Both are float32, in the order of the level's anchors: row, column, ratio.
         """
         for convolution in self.convolutions:
             x = F.relu(convolution(x))

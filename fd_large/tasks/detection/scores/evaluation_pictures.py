@@ -65,7 +65,7 @@ def draw_evaluation(
 
 @own_look
 def draw_curves(scores: Scores, path: Path) -> None:
-    """Draws precision against recall, at IoU 0.5 and 0.75, a panel each for boxes and masks."""
+    """Draws precision against recall at IoU 0.5 and 0.75, in panels for boxes and for masks."""
     from matplotlib.figure import Figure
 
     kinds = scores.kinds

@@ -29,7 +29,7 @@ has 400,000 pairs."""
 
 
 class ClassScore(NamedTuple):
-    """The scores of one category; None if no image shows it.
+    """The scores of one category, which are None if no image shows it.
 
     Attributes:
         category_id: The dataset's number of the category.
@@ -64,7 +64,7 @@ class Scores:
     """The outcome of an evaluation.
 
     Attributes:
-        kinds: "box" and "mask", as far as the results have them.
+        kinds: Scores of "box" and of "mask", as far as the results have boxes and masks.
         num_images: Number of images of the ground truth.
         num_results: Number of scored detections.
     """

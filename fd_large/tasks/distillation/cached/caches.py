@@ -133,7 +133,7 @@ class RunCaches:
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns a section with number and seed of views; the caches' own unless it states any."""
+        """Returns the section of views, completed from the caches unless it states a number."""
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts

@@ -130,12 +130,12 @@ class Layout(NamedTuple):
     """Name, range and size of a shard's file.
 
     Attributes:
-        name: Its name.
-        first: Its first record.
+        name: Name of the file.
+        first: Number of the first record.
         count: Number of records.
-        header: The bytes before its first tensor.
-        places: Places of its tensors.
-        size: Its size in bytes.
+        header: The bytes before the first tensor.
+        places: Place of each tensor in the file.
+        size: Size of the file in bytes.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Header:
         precision: Precision of the stored maps: a name in `PRECISIONS`.
         tokens: Tokens of a map, N.
         width: Channels of the map, C.
-        grid: Rows and columns of its patches.
+        grid: Rows and columns of the map's patches.
         prefix_tokens: Tokens before the patches.
         dtype: Data type of the teacher's map: float32 or bfloat16.
         sets: Number of records in each set, by the set's name.

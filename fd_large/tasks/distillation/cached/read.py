@@ -127,8 +127,8 @@ class StoredMaps:
     """Adds to each view in a batch its stored maps; a `Beside` of the loader.
 
     Attributes:
-        readers: The caches, by the teacher's name.
-        name: The set.
+        readers: Readers of the caches, by the teacher's name.
+        name: Name of the set of views.
         name_of: Returns the name of the image of a record.
     """
 
@@ -171,7 +171,7 @@ class StoredMaps:
 
 
 def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns the map of a place without a usable image: zeros."""
+    """Returns zeros in the shape of a stored map, for a place without a usable image."""
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
@@ -204,7 +204,7 @@ class CachedTeacher:
 
         Args:
             images: (B, 3, S, S) uint8, not used here.
-            stored: The loader's: values (B, N, bytes of C values) uint8, and scales (B, N, 2).
+            stored: Values (B, N, bytes of C values) uint8, and scales (B, N, 2), of the loader.
         """
         header, (values, scales) = self.reader.header, stored
         encoded = Stored(values.view(PRECISIONS[header.precision]), scales)

@@ -143,7 +143,7 @@ class BesideLoss(torch.autograd.Function):
         """Returns the tensor.
 
         Args:
-            ctx: Holds the tensor's shape.
+            ctx: Keeps `beside` for the backward.
             tensor: Any tensor that a loss depends on.
             beside: Any tensor.
         """

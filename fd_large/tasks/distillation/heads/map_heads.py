@@ -194,7 +194,7 @@ def _tokens(map_: Tensor) -> Tensor:
 def _convolutions(
     side: int, out_side: int, width: int, hidden: int
 ) -> tuple[list[int], list[nn.Module]]:
-    """Returns the convolutions from one grid to another, and the side of each layer's map."""
+    """Returns the side of each layer's map, and the convolutions, from one grid to another."""
     if out_side == 4 * side:
         return [2 * side - 1, out_side], [
             nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1),

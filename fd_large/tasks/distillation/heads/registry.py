@@ -1,8 +1,8 @@
 """The table of heads.
 
-Adding a head is a line in `HEADS`, or a file of the user's own (`objective.head
-module:FILE.py:NAME`): a function or Module class of (width, teacher_width) that returns a Module
-from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+A new head needs a line in `HEADS`, or a file of the user's own (`objective.head
+module:FILE.py:NAME`). It is a function or Module class of (width, teacher_width) that returns a
+Module from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make(
         name: A name in `HEADS`, or the user's own `module:FILE.py:NAME` (fd_large/doors.py).
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Returns their grids, for a head that reads maps.
+        maps: Returns the grids of student and teacher, for a head that reads maps.
 
     Raises: ConfigError: if the head does not exist or does not fit.
     """

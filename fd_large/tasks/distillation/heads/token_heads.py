@@ -12,7 +12,7 @@ from fd_large.tasks.distillation.heads.map_head import WHERE
 
 
 def linear(width: int, teacher_width: int) -> nn.Module:
-    """The 1x1 convolution of the paper; torch's default initialisation, as published."""
+    """Returns the paper's 1x1 convolution, with torch's default initialisation, as published."""
     return nn.Linear(width, teacher_width)
 
 
@@ -24,7 +24,7 @@ class MLP(nn.Module):
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        hidden: Channels between; None for twice the student's channels, a choice of this package.
+        hidden: Hidden channels; None for twice the student's channels, a choice of this package.
         inner: Number of residual layers.
         pre_norm: Whether a norm and GELU come first.
     """
@@ -73,7 +73,7 @@ def mlp_relu(
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        hidden: Channels between; None for twice the student's channels.
+        hidden: Hidden channels; None for twice the student's channels.
         inner: Number of layers between the first and the last.
         activation: Constructor of the activation after each norm.
     """

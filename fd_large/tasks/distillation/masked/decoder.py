@@ -33,7 +33,7 @@ class MaskToken(nn.Module):
 
         Args:
             tokens: (B, H, W, C), patches.
-            mask: (B, h, w) bool, of cells of one or more patches.
+            mask: (B, h, w) bool, whose cells cover one or more patches each.
         """
         for axis in (1, 2):
             size = tokens.shape[axis]

@@ -63,7 +63,7 @@ class Weighted(Part):
         self._micro_batches = 1
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the table of datasets, which moves to the device with the task."""
+        """Returns the table of each dataset's teachers, which moves to the device with the task."""
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
@@ -152,8 +152,8 @@ def coins(
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order.
-        teachers: T.
-        drop_probability: Probability of each to be dropped, in [0, 1].
+        teachers: Number of teachers, T.
+        drop_probability: Probability of dropping each teacher, in [0, 1].
     """
     draws = uniforms(seed, epoch, positions, "teachers", teachers - 1)
     return torch.from_numpy(draws >= drop_probability).T.contiguous()
