@@ -24,7 +24,7 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
-from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.student import check_layers, make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine, InitialWeights
 from fd_large.errors import ConfigError
@@ -164,7 +164,7 @@ class TrainingJob:
             if is_own:
                 check_map(student, size, is_trained=True, where="student.model")
             if self.run.optim.layer_decay != 1.0:
-                student.layer_id(next(name for name, _ in student.named_parameters()))
+                check_layers(student)
         self.initial_weights()
 
     def sources(self) -> Mapping[str, str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones import batch_norm
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, family_of_source
 from fd_large.engine.task import Task
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, FDError
 from fd_large.kernels import choose
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, overrides, resolve
@@ -72,6 +72,31 @@ def make_student(
             "--student.norm_batch 32, or --student.init to trained weights."
         )
     return net
+
+
+def check_layers(student: nn.Module) -> None:
+    """Refuses a student that does not say to which layers its parameters belong.
+
+    Raises: ConfigError: with the remedy for `optim.layer_decay`.
+    """
+    student.layer_id(next(name for name, _ in student.named_parameters()))
+
+
+def has_layers(student: Student, *, image_size: int) -> bool:
+    """Returns whether a student can be trained with `optim.layer_decay`.
+
+    A model that cannot be built has none.
+
+    Args:
+        student: The recipe's section.
+        image_size: Side of the images, in pixels.
+    """
+    try:
+        with torch.device("meta"):
+            check_layers(make_student(student, image_size=image_size))
+    except FDError:
+        return False
+    return True
 
 
 def check_norm_batch(
@@ -188,14 +213,17 @@ def as_student(
     """
     model = trained_as.model if trained_as else named.model
     if by_name(model) is None:
-        model = architecture.example
-    is_random = named.source == RANDOM
+        model = architecture.own_name if architecture.code else architecture.example
+    brought = family_of_source(named.source)
+    # Code of the user's own makes its weights itself.
+    fills_itself = brought is not None and brought[0].scheme.weightless is None
+    has_file = named.source != RANDOM and not fills_itself
     return replace(
         section,
         model=model,
         architecture=overrides(architecture, resolve(model)),
-        init="" if is_random else named.source,
-        init_allow=() if is_random else named.allow,
+        init=named.source if has_file else "",
+        init_allow=named.allow if has_file else (),
     )
 
 

@@ -114,6 +114,8 @@ class RecordedRun(NamedTuple):
     def read(self) -> dict[str, Any]:
         """Returns the record of an earlier start, or an empty one.
 
+        A record of another run is passed over if the folder holds nothing else: no training began.
+
         Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
         """
         path = self.folder / self.file
@@ -127,6 +129,8 @@ class RecordedRun(NamedTuple):
             for name, (was, now) in differences.items()
             if was != now and decides(name, self.run.task.name)
         )
+        if changed and [file.name for file in self.folder.iterdir()] == [self.file]:
+            return {}
         if changed:
             raise ConfigError(
                 f"{path.parent}: holds {self.what} of another recipe, other images or other "

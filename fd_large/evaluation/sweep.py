@@ -297,11 +297,16 @@ def _trials_of(
 
     Raises: ConfigError: if a rate falls below the ends of the recipe's schedule.
     """
+    from fd_large.engine.student import has_layers
+
     trials, inputs = [], {"images": images.fingerprint, "weights": weights}
     for place, recipe in enumerate(recipes):
         beginning = f"{recipe.name}_" if place else ""
         # Random weights have no layer decay.
-        decays = flags.sweep_decays if recipe.student.init else ()
+        is_decayed = recipe.student.init and has_layers(
+            recipe.student, image_size=recipe.data.image_size
+        )
+        decays = flags.sweep_decays if is_decayed else ()
         for rate in sorted({*flags.sweep_rates, 1.0}):
             for decay in sorted({*decays, recipe.optim.layer_decay}):
                 where = folder / f"{beginning}rate_{rate:g}_decay_{decay:g}"

@@ -162,15 +162,20 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
     """Returns a recipe with changed fields and a named model as its student.
 
     Random weights have no layer decay unless one is given: published recipes are for trained
-    weights, and their decay hardly trains lower layers.
+    weights, and their decay hardly trains lower layers. Neither have models whose layers are not
+    known.
 
     Args:
         model: Model from which the training starts.
         base: The recipe.
         changes: Changed fields.
 
-    Raises: ConfigError: for a field that does not exist, or that the model decides.
+    Raises: ConfigError: for a field that does not exist, or that the model decides; for a layer
+        decay of the user's where the model's layers are not known.
     """
+    import torch
+
+    from fd_large.engine.student import check_layers, has_layers, make_student
     from fd_large.tasks.jobs import transfer_of
 
     if model.section.source == RANDOM:
@@ -185,7 +190,13 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
     )
     # An image size that the user set is kept; the job refuses it if it does not fit the model.
     size = changes.get("data.image_size", started.data.image_size)
-    return replace(started, data=replace(started.data, image_size=size))
+    started = replace(started, data=replace(started.data, image_size=size))
+    if started.optim.layer_decay == 1.0 or has_layers(started.student, image_size=size):
+        return started
+    if "optim.layer_decay" in changes:
+        with torch.device("meta"):
+            check_layers(make_student(started.student, image_size=size))
+    return override(started, {"optim.layer_decay": 1.0})
 
 
 def refuse_other_task(flag: str, recipe: Run, task: str) -> None:

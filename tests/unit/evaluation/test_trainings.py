@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+from own_net import NET
 
+from fd_large import doors
 from fd_large.cli import evaluate
+from fd_large.engine.find_model import find_model
+from fd_large.errors import ConfigError
 from fd_large.evaluation.recorded_runs import unlike
+from fd_large.evaluation.trainings import started_from
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
+from fd_large.tasks.jobs import job_of
 
 
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
@@ -132,3 +138,17 @@ def test_all_models_take_the_recipe_of_the_first_one(tmp_path, monkeypatch, caps
     assert evaluate.main([*models, *words, str(tmp_path / "given"), *given]) == 0
     assert [run.optim.layer_decay for run in trained] == [0.7, 0.7]
     assert unlike(*trained) == {}
+
+
+def test_a_model_of_unknown_layers_is_trained_without_layer_decay(tmp_path):
+    code = tmp_path / "net.py"
+    code.write_text(NET)
+    doors.allow(code)
+    model = find_model(f"module:{code}:Net", job_of)
+    base = registry.get("finetune_clip_vit_base")
+    started = started_from(model, base, {})
+    assert started.optim.layer_decay == 1.0
+    assert started.student.model == f"module:{code}:Net"
+    assert started.student.init == "", "the file makes its weights itself"
+    with pytest.raises(ConfigError, match=r"no layer_id.*Set --optim.layer_decay 1"):
+        started_from(model, base, {"optim.layer_decay": 0.7})
