@@ -25,8 +25,8 @@ class Exit(IntEnum):
 
 
 _WORD = re.compile(r'[^\s"]+')
-# A password with a "/" that should have been written as %2F is one all the same; a port is none.
-# A path in which a URL was taken for one has a single slash, and a URL may have lost its scheme.
+# A password may have a "/" that should have been written as %2F; a port is not a password. A URL
+# that was treated as a path has a single slash, and a URL may have lost its scheme.
 _USER = re.compile(r"(:/{1,2}|(?<![\w/])//)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+/)[^\s@]*)@")
 _QUERY = re.compile(r"[?#][\w.~%-]+=")
 _CLOSING = "'`),.;:]}>"
@@ -47,7 +47,7 @@ def _masked_word(match: re.Match[str]) -> str:
     if "@" in word:
         word = _USER.sub(r"\1***@", word)
     starts = [word.find("?", start)] if start >= 0 else []
-    # A fragment may hold a token, too; a place on a page has no "=".
+    # A fragment may hold a token, too; a fragment that is a place on a page has no "=".
     starts += [place.start() for place in _QUERY.finditer(word)]
     query = min((place for place in starts if place >= 0), default=-1)
     if query < 0 or not (hidden := word[query + 1 :].rstrip(_CLOSING)):

@@ -39,13 +39,13 @@ class Cache(TakesRunFile, AllowsCode):
 
     # Recipe of the runs that are to use the maps (or --recipe NAME).
     recipe: Annotated[str, Positional, arg(metavar="[RECIPE]")] = registry.DEFAULT_RECIPE
-    # Folder to write (or --out FOLDER). Several teachers get a folder each in it, by their names.
+    # Folder to write (or --out FOLDER). Of several teachers, each has a folder of its name in it.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # Stored views of each image: random crops, flipped or not. The epochs of a run take them in
-    # turn. 0: as many as the recipe's task.distillation.views, and 1 if that is 0.
+    # Number of stored views of each image, which are random crops, flipped or not. The epochs of a
+    # run take them in turn. 0: the recipe's task.distillation.views, and 1 if that is 0.
     views: int = 0
     # Number format of the stored maps. fp32: exact. fp16, fp8 (E4M3) and int8: rounded, with a
-    # shift and a factor of each token (docs/cache.md has the errors).
+    # shift and a factor for each token (docs/cache.md has the errors).
     precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
     # Print the costs, and whether storing saves time; write nothing.
     plan: bool = False

@@ -55,10 +55,11 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     # Models to measure.
     models: Annotated[tuple[str, ...], Positional, arg(metavar="[MODEL ...]")] = ()
     # knn: k nearest neighbours of frozen features; linear: a linear probe on them; zeroshot: class
-    # names by the text tower of a CLIP teacher; robustness: a fine-tuned model on a set whose
-    # labels are a map into its classes; finetune: the whole model learns the labels; or the
-    # task of one run, such as detection, by which it is then scored. auto: the measurement for the
-    # first run's task, else knn. module:FILE.py:NAME: a protocol of your own (docs/extending.md).
+    # names, embedded by the text tower of a CLIP teacher; robustness: a fine-tuned model on a set
+    # whose labels are mapped to its classes; finetune: training of the whole model on the labels;
+    # or the task of a run, such as detection, to score that run. auto: the measurement for the
+    # task of the first model's run, else knn. module:FILE.py:NAME: a protocol of your own
+    # (docs/extending.md).
     task: str = "auto"
     # Kind of linear probe. cached: in minutes, on features of the centre crops. official: as
     # in Feature-Distillation, on random crops, by the recipe linear_probe, through the engine.

@@ -66,7 +66,7 @@ class Plan(TakesRunFile, AllowsCode):
     probe: bool = False
     # File for the DeepSpeed JSON of the first setting; empty: it is not written.
     write: str = ""
-    # How many settings are shown.
+    # Number of settings that are shown.
     rows: int = 5
 
     def __post_init__(self) -> None:

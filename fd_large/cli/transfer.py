@@ -53,8 +53,8 @@ class Transfer(table.TransferFlags, AllowsCode):
     # Print the cost of the table and train nothing; without a dataset, the cost of all columns.
     # Datasets are not read: each counts as large as the one that its column is named after.
     plan: bool = False
-    # Number of GPUs of each training, for --plan. Where it does not divide the global batch, the
-    # greatest common divisor of both counts.
+    # Number of GPUs of each training, for --plan. If it does not divide the global batch, the
+    # greatest common divisor of both is taken.
     gpus: int = 8
     # Card, for --plan: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"

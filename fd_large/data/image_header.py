@@ -27,7 +27,7 @@ class Header:
 
     Attributes:
         format: "JPEG", "PNG" or "WEBP".
-        height: Height as stored, before any turning by EXIF.
+        height: Height as stored, before a rotation by EXIF.
         width: Width as stored.
     """
 
@@ -41,10 +41,10 @@ class JpegHeader(Header):
     """The further fields of a JPEG's header.
 
     Attributes:
-        upright: Whether EXIF asks for no turn.
-        height_at: Place of the two bytes of the height.
-        row_step: Height of a row of coded units if rows are stored in sequence (one scan, Huffman
-            coded, sequential), so that a decoder may stop early; else 0.
+        upright: Whether EXIF asks for no rotation.
+        height_at: Offset in bytes of the two bytes of the height.
+        row_step: Height in pixels of a row of coded units, if rows are stored in sequence (one
+            scan, Huffman coded, sequential), so that a decoder may stop early; otherwise 0.
     """
 
     upright: bool
@@ -73,7 +73,7 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
     frame: tuple[int, int] | None = None  # marker, where
     while True:
         if encoded[at] != 0xFF:
-            return None  # libjpeg would search on; rare enough to leave to Pillow
+            return None  # libjpeg would search further; this is rare, and Pillow decodes it
         marker = encoded[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1

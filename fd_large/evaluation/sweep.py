@@ -41,9 +41,9 @@ HELD_OUT = 0.1
 class SweepFlags:
     """Flags of `evaluate` and `transfer` for the sweep before a training."""
 
-    # Try the recipes of all models, at several learning rates and layer decays, for every model, on
-    # a tenth of the training images that is held out; train the best of them on all training
-    # images.
+    # For every model, try the recipes of all models at several learning rates and layer decays,
+    # test each trial on a held-out tenth of the training images, and train with the best setting
+    # on all training images.
     sweep: bool = False
     # Learning rates of the sweep, as multiples of the peak learning rate of each recipe, which is
     # always tried, too.
@@ -180,7 +180,7 @@ class Sweep:
 
 
 def check_fields(changes: Mapping[str, Any]) -> None:
-    """Refuses values of the user's for fields of a recipe that a sweep decides.
+    """Refuses fields of a recipe that the user may not set together with a sweep.
 
     Raises: ConfigError: if one of these fields is given.
     """

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 class TrainingFlags(Repeated):
     """Flags of protocols that train models."""
 
-    # Recipe of what is trained, of all models alike; empty: the published one that fits the first
-    # model. --sweep tries those that fit any of them.
+    # Name of the recipe by which all models are trained; empty: the published one that fits the
+    # first model. With --sweep, the recipes that fit any of the models are tried.
     recipe: str = ""
-    # DeepSpeed's JSON for what is trained, a path or a name; empty: zero1.
+    # DeepSpeed's JSON of the trainings, a path or a name; empty: zero1.
     deepspeed_config: str = ""
 
 

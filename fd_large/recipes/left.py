@@ -86,7 +86,7 @@ def _log(fields: str) -> None:
 def decided_steps(
     manifest: Mapping[str, Any], first_release: Mapping[str, Any] = MappingProxyType({})
 ) -> int | None:
-    """Returns the number of steps to which a time limit (optim.max_seconds) set a run, if any.
+    """Returns the length in steps that a time limit (optim.max_seconds) gave a run, or None.
 
     Args:
         manifest: Manifest of a checkpoint; decisions after its step do not count.

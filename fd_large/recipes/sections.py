@@ -597,7 +597,7 @@ class Eval:
 class Guard:
     """The guard against steps whose loss or gradient norm is not finite or far too large."""
 
-    # Skip such steps. Off skips only those that DeepSpeed refuses by itself.
+    # Whether such steps are skipped. False: only steps that DeepSpeed refuses by itself are.
     enabled: bool = True
     # Number of steps skipped in a row after which the run returns to the last checkpoint before
     # them.

@@ -232,7 +232,7 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
         color = COLORS[row % len(COLORS)]
         axes.plot([model["mean"]] * 2, [row - 0.25, row + 0.25], color=color, linewidth=2.5)
         dots = axes.plot(model["accuracy"], [row] * len(model["accuracy"]), "o", color=color)
-        dots[0].set(markersize=6, clip_on=False)  # One may be at 100.
+        dots[0].set(markersize=6, clip_on=False)  # A dot may be at 100, at the edge of the plot.
         label = f"{model['mean']:.2f}"
         if model["standard_deviation"] is not None:
             label += f" \u00b1 {model['standard_deviation']:.2f}"

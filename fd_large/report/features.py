@@ -18,7 +18,7 @@ from fd_large.files import kind_of, unlinked
 from fd_large.report import style
 
 MOST_ROWS = 4
-# Inches: a picture's side, what is beside and under it, the figure's edge, head and foot.
+# In inches: a picture's side, the gaps beside and under it, the figure's edge, head and foot.
 SIDE, GAP, UNDER, EDGE, HEADING, FOOT = 1.72, 0.11, 0.34, 0.09, 0.6, 0.5
 
 
@@ -78,7 +78,7 @@ def draw_features(folder: Path, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     newest = panels.get("after") or panels["before"]
-    # A run that an earlier version began showed other views at its start.
+    # Runs of earlier versions may have recorded other views at their start.
     panels = {w: p for w, p in panels.items() if numpy.array_equal(p["images"], newest["images"])}
     images = newest["images"][:MOST_ROWS]
     columns: list[tuple[str, list[float] | None, numpy.ndarray]] = [("photograph", None, images)]
@@ -103,7 +103,7 @@ def draw_features(folder: Path, path: Path) -> bool:
     width = EDGE + len(columns) * (SIDE + GAP) - GAP + EDGE
     height = HEADING + len(images) * (SIDE + UNDER) + FOOT
     figure = Figure(figsize=(width, height), dpi=style.DPI)
-    # One frame, in inches from the upper left: one for each picture would take most of the time.
+    # All pictures share one frame in inches, since a frame for each would take most of the time.
     axes = figure.add_axes((0, 0, 1, 1))
     for column, (heading, cosines, pictures) in enumerate(columns):
         left = EDGE + column * (SIDE + GAP)

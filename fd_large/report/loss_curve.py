@@ -116,7 +116,7 @@ def _title(files: RunFiles) -> str:
     if not frozen:
         return f"{files.recipe['name']}: {name}, from {student.get('init') or 'random weights'}"
     names = [
-        # Several teachers may be of one model.
+        # Several teachers may have the same model, so they are shown by name.
         (key.removeprefix("teacher ") if files.recipe.get("teachers") else _short(full_name(model)))
         + " (random weights)" * (model["source"] == "random")
         for key, model in frozen.items()

@@ -61,7 +61,7 @@ class RunFiles:
     @property
     def saved(self) -> int | None:
         """Finished steps of the newest complete checkpoint, or None."""
-        # What is still written, and what was set aside, has other names.
+        # Checkpoints that are still being written, or were set aside, have other names.
         names = [path.name for path in self.folder.glob("checkpoints/step_*")]
         steps = [name.removeprefix("step_") for name in names]
         return max((int(step) for step in steps if step.isdigit()), default=None)
@@ -136,7 +136,7 @@ class RunFiles:
         kind, known = self.kind(name), self.environment.get("lower_is_better")
         if known is not None and kind != name:
             return kind in known
-        # An earlier version did not record it, or the number has no words.
+        # An earlier version did not record this, or the metric has no label.
         usual = TASKS[self.task].lower_is_better if self.task in TASKS else ("loss",)
         return any(kind == suffix or kind.endswith(f"_{suffix}") for suffix in usual)
 
@@ -191,7 +191,7 @@ def _object(path: Path) -> dict[str, Any]:
     words = [*(content.get("command") or ()), *(content.get("metrics") or {}).values()]
     if not all(isinstance(word, str) for word in words):
         raise _damaged(path, "command or metrics that are not texts", "what the run wrote", remedy)
-    # As absent: a field that is null.
+    # A field that is null counts as absent.
     return masked({name: value for name, value in content.items() if value is not None})
 
 

@@ -97,7 +97,7 @@ class ListedRun:
         recorded = self.files.summary.get("total_updates")
         optim = self.recipe.get("optim")
         named = optim.get("max_steps") if isinstance(optim, dict) else None
-        # The summary of a run that goes on is an earlier start's.
+        # The summary of a run that is not finished is that of an earlier start.
         goes_on = self.state in (RUNNING, KILLED)
         steps = (named or recorded) if goes_on else (recorded or named)
         return steps if isinstance(steps, int) and steps > 0 else None
@@ -187,7 +187,7 @@ def find_runs(root: Path, on_error: Callable[[FDError], None]) -> Iterator[Path]
 
 
 def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
-    if entry.name.startswith("."):  # Also what a start that moves a run aside makes for a moment.
+    if entry.name.startswith("."):  # Such a folder may be a run that a start is moving aside.
         return False
     if not entry.is_symlink():
         return entry.is_dir()

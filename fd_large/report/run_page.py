@@ -247,7 +247,7 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
         shown = {"changed fields": changed_words(section)}
         shown |= {key: section.get(key) for key in _OF_FROZEN}
         if shown["layer"] == Objective.layer:
-            del shown["layer"]  # The model card leaves out the usual one as well.
+            del shown["layer"]  # The default layer is left out, as on the model card.
         if side := image_side_of(section, files.recipe["data"]["image_size"]):
             shown["image_size"] = f"{side} px"
         rows += [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value]

@@ -104,7 +104,7 @@ def write_table(
             "--out of transfer."
         ) from error
     for cell in cells:
-        # The folder may have been moved, or be named from another one.
+        # The folder may have been moved, or the command runs in another folder than the trainings.
         run = folder / cell["row"] / cell["column"] / f"seed_{cell['seed']}"
         cell["run"] = str(run)
         cell["status"], cell["reason"], metrics = read_cell(run)
@@ -215,7 +215,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.set_title(score["title"] + better, fontsize=style.TEXT_SIZE, loc="left")
         style.named_rows(axes, [row["label"] for row in rows])
         if drawn:
-            # Room for the numbers to the right; what rounds to one number is one place.
+            # Room for the numbers on the right; the span is at least ten units of the last digit.
             span = max(max(drawn) - min(drawn), 10 * 10.0 ** -score["digits"])
             axes.set_xlim(max(0.0, min(drawn) - 0.3 * span), max(drawn) + 0.5 * span)
             axes.locator_params(axis="x", nbins=5)
@@ -424,7 +424,7 @@ def _changes(cell: dict[str, Any]) -> str:
 def _table(title: str, scores: list[tuple[str, dict[str, Any]]]) -> Table:
     from rich.table import Table
 
-    # The lines below it are as wide as it is.
+    # The lines below the table are as wide as the table.
     table = Table(title=title, title_justify="left", min_width=60)
     table.add_column("model", overflow="fold")
     for _, score in scores:

@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     """A model that this project stored: in a run, a checkpoint, or an exported folder.
 
     Attributes:
-        path: Path of this model's checkpoint, also after the run has stored later ones.
+        path: Path that opens this same model again, even if its run has stored later checkpoints.
         file: Its tensors in our names.
         architecture: The model.
         statistics: Mean and deviation by which its images are normalised.

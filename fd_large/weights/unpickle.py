@@ -126,7 +126,7 @@ _PASSIVE = re.compile(
     r"|torch\._utils\._rebuild_(sparse_tensor|qtensor|nested_tensor|meta_tensor_no_storage"
     r"|wrapper_subclass)|torch\._tensor\._rebuild_from_type"
 )
-# The only names that a pickle may import: data types, storages, and functions of known meaning.
+# Names, and patterns of names, that a pickle may contain; none of them is imported.
 _NAMES = frozenset((*_DTYPES, *_STORAGES, *_TENSORS, _TYPED_TENSOR, _OF_TYPE))
 _PATTERNS = (_FIRST, _DICTIONARIES, _PASSIVE)
 # Operations that make an object by calling its class.

@@ -51,7 +51,8 @@ class TransferFlags(SweepFlags):
     # Columns that are trained: finetune, linear, ade20k, coco, nyuv2; empty: all whose dataset is
     # named.
     only: tuple[str, ...] = ()
-    # Rows of each run: its student, its teacher, its student's architecture with random weights.
+    # Rows of each run. student: its student; teacher: its teacher; scratch: its student's
+    # architecture with random weights.
     rows: tuple[RowKind, ...] = ("student", "teacher", "scratch")
     # Number of repetitions of each cell, with runtime.seed and the seeds after it.
     seeds: int = 1
@@ -59,7 +60,7 @@ class TransferFlags(SweepFlags):
     out: str = "transfer"
     # DeepSpeed's JSON of the trainings, a name or a path.
     deepspeed_config: str = "zero1"
-    # Make the table of what stands in --out by now, and train nothing.
+    # Make the table from the results that are in --out so far, and train nothing.
     table: bool = False
     # Submit every training as a job of Slurm, and a last one that makes the table.
     slurm: bool = False
