@@ -122,7 +122,7 @@ class BatchNorm(Float32Buffers):
 
 
 def adopt(net: nn.Module) -> Groups:
-    """Lets a model's batch norms, of torch's or timm's classes, normalise by groups; returns these.
+    """Lets a model's batch norms (torch's or timm's) normalise by groups; returns the groups.
 
     Names and classes stay, and so do the dropout and activation of timm's classes. Until groups
     are set, the running statistics are used.
@@ -256,7 +256,7 @@ def _note(ctx: Any) -> None:
 
 
 def _by_image(x: Tensor, images: int) -> Tensor:
-    """Reshapes (B', C, ...) to (B, B' / B, C, places)."""
+    """Reshapes (B', C, ...) to (B, B' / B, C, positions)."""
     return x.reshape(images, len(x) // images, x.shape[1], -1)
 
 

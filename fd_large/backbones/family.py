@@ -63,7 +63,7 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
     def of_windows(self) -> dict[str, Any]:
-        """Returns the options of Swin models alone."""
+        """Returns the options that only Swin models have."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 

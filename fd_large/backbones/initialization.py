@@ -83,7 +83,7 @@ class Scheme:
         return self.linear.divided(math.sqrt(divide_squared)) if self.rescale else self.linear
 
 
-# Swin-Transformer's; each family says what it makes of it.
+# The scheme of Swin-Transformer; each family says how it uses or changes this scheme.
 OFFICIAL = Scheme(NORMAL, FAN_IN_UNIFORM, FAN_IN_UNIFORM, NORMAL, NORMAL, False, 0.0)
 # Zeros: for models whose weights are loaded right away, without the time to draw them.
 NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
@@ -138,7 +138,7 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
 
 
 class HostDraws(TorchDispatchMode):
-    """Makes all draws in the block come from the host's generator, whatever their device."""
+    """Takes all random numbers in the block from the host's generator, whatever their device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, on the CPU if it draws random numbers."""

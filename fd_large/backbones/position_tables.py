@@ -56,7 +56,7 @@ def fit_positions(
 
 
 def fit_offsets(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Makes a table of offsets for another grid; differentiable in the table.
+    """Makes a relative position table for another grid; differentiable in the table.
 
     Args:
         table: ((2H - 1)(2W - 1), heads) float32 of the old grid, without rows of prefix tokens.

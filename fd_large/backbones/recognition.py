@@ -24,12 +24,12 @@ def count_of(shapes: Shapes, pattern: str) -> int:
 
 
 def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:
-    """Returns the hidden width over the width, from the first layer's weight."""
+    """Returns the ratio of an MLP's hidden width to its width, from its first layer's weight."""
     return shapes[name][0] / width if name in shapes else None
 
 
 def qkv_bias(shapes: Shapes, attention: str) -> str:
-    """Returns the biases of query, key and value, from the names in an attention."""
+    """Returns which of query, key and value have biases, from the names in an attention."""
     if f"{attention}qkv.bias" in shapes:
         return "fused"
     if f"{attention}q_bias" in shapes:

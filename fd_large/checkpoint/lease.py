@@ -192,7 +192,7 @@ class Lease:
                 why = f"{owner} has taken it over"
             except FileNotFoundError:
                 missing += 1
-                # Without the folder it is the file system that is not there, for a while.
+                # If the folder is missing too, the file system is absent, perhaps for a while.
                 if missing < (2 if self.folder.exists() else STALE_SECONDS / BEAT_SECONDS):
                     continue
                 why = f"{path} is gone"
@@ -384,7 +384,7 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
 
 
 def _is_copy(folder: Path, owner: Owner) -> bool:
-    """Whether an owner still owns another folder, of which this one is a copy; False if unknown."""
+    """Whether an owner still owns another folder, of which `folder` is a copy; False if unknown."""
     if not owner.folder or Path(owner.folder) == folder.resolve():
         return False
     theirs = Path(owner.folder) / OWNER
@@ -453,7 +453,7 @@ def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
     key = _next(folder, before[-1])
     if not _link(aside, key):
         return False
-    # The chain as it was when the last of it was judged, and this start at its end?
+    # Is the chain as it was when its last owner was judged dead, with this start at its end?
     if [each.start for each, _ in _chain(folder)] != [*before, start]:
         key.unlink(missing_ok=True)
         return False
@@ -495,7 +495,7 @@ def _link(source: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-    # No hard links here. Until the file is written, it is one of an unknown owner.
+    # The file system has no hard links. Until the file is written, it names no known owner.
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:

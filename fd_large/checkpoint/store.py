@@ -261,7 +261,7 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
 
     def rename() -> None:
         if not kind_of(part) and _crc_of(manifest_of(final) or {}) == _crc_of(manifest):
-            return  # Done by a try whose answer was lost.
+            return  # An earlier try has renamed it, and its answer was lost.
         if kind_of(part) and kind_of(final):  # A run that went back is at the same step again.
             remove(old)
             final.rename(old)

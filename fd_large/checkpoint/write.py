@@ -137,8 +137,8 @@ class Saver:
         self._thread.start()
 
     def _copied(self, pieces: list[Piece]) -> dict[str, Tensor]:
-        # One piece of host memory that stays for the next save: fresh pages cost as much as the
-        # copy, and each pinned allocation is a call of the driver and rounded up by far.
+        # One piece of host memory, kept for the next save: fresh pages cost as much as a copy, and
+        # each pinned allocation is a driver call whose size is rounded up by far.
         widths = (-(-values.nbytes // ALIGNMENT) * ALIGNMENT for _, values in pieces)
         *begins, size = accumulate(widths, initial=0)
         if self._buffer.numel() != size:

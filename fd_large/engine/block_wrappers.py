@@ -65,7 +65,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
                 backend=backend(distributed.device().type),
                 dynamic=False,
                 isolate_recompiles=True,
-                # torch's own limit, 8, for each block, as if they shared nothing.
+                # torch's own limit of 8, for each block, as if the blocks shared no graph.
                 recompile_limit=8 * len(blocks),
             )
         block.forward = _moving(partial(compiled[function], block))

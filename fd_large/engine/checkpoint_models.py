@@ -132,7 +132,7 @@ def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
 def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
     """Returns SHA-256 of the user's own file that made a run's model, or "" for other models.
 
-    Checkpoints of earlier versions do not have it; then it is that of the present file.
+    Checkpoints of earlier versions have no hash; then the result is the present file's hash.
     """
     code = architecture.code
     recorded = reader.manifest.get("code", {}).get(code)

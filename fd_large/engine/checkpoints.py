@@ -363,7 +363,7 @@ class Checkpoints:
         if self._written:
             self._failures = 0
             self._link_best()
-            # Up to the last byte, not until now: an evaluation may have come in between.
+            # Until the last byte was written, not until now: an evaluation may lie in between.
             return self._saver.ended - self._begun
         self._saved = None
         if broken_anywhere:

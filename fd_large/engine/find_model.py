@@ -80,7 +80,7 @@ class NamedModel:
         Returns: the backbone, and the statistics by which its images are normalised.
         """
         weights = frozen_weights(self.section, self.weights, where=_where(self.source))
-        # The weights do not say how it was trained on sizes that do not divide.
+        # The weights do not show how the model treats image sizes that its windows do not divide.
         sizes = self.trained_by.run.student.sizes() if self.trained_by else {}
         make = frozen_maker(self.section, image_size=self.image_size, **sizes)
         # The same random model as in a run of this seed.

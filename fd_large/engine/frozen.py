@@ -238,7 +238,7 @@ class _WithoutMemory:
     """
 
     def __init__(self) -> None:
-        # One parameter of several modules stays one; an id alone may come again.
+        # A parameter that several modules share stays shared. An id alone may be used again.
         self._replaced: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 
     def __call__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

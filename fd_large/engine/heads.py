@@ -1,7 +1,7 @@
 """Constructs heads by their names in a recipe: a task's built-in heads, or the user's own.
 
-A head of the user's own is a function or Module class of (width, out_width), and maps (..., width)
-to (..., out_width).
+The user's own head is made by a function or Module class that takes (width, out_width), and maps
+(..., width) to (..., out_width).
 """
 
 from __future__ import annotations

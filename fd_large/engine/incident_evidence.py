@@ -61,7 +61,7 @@ def layer_maxima(task: Task) -> Iterator[dict[str, Tensor]]:
     maxima: dict[str, Tensor] = {}
 
     def note(name: str, output: Any) -> None:
-        # A feature map, and what a norm with a residual returns, begins with the tokens.
+        # A feature map, or the result of a norm with a residual, begins with the tokens.
         values = output[0] if isinstance(output, tuple) else output
         if isinstance(values, Tensor) and values.is_floating_point() and values.numel():
             largest = values.detach().abs().amax().float()

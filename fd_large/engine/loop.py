@@ -194,7 +194,7 @@ class Trainer:
         elif self._finished == 0:
             self._evaluate(last=False)
         elif not self._checkpoints.evaluated and self._evaluate(last=self._finished == self._total):
-            # The evaluation that the last start did not come to, or did not finish.
+            # The last start did not begin, or did not finish, this evaluation.
             self._checkpoints.mark_evaluated()
             self._after_evaluation(saved=True)
         elif self.best is not None and self.best.exhausted:
@@ -515,7 +515,7 @@ class Trainer:
         return True
 
     def _take_numbers(self, meanwhile: Callable[[], None]) -> None:
-        """Waits for an earlier evaluation that rank 0 still computes, and reports it.
+        """Waits for an earlier evaluation that rank 0 still computes, and reports its metrics.
 
         Args:
             meanwhile: Called while it waits; it may raise to leave.

@@ -58,7 +58,7 @@ class HooksOfAll(Hook):
             hook.on_end(status)
 
     def wish(self) -> Wish:
-        """Returns the wish to stop or to save, each if any hook has it."""
+        """Returns the wishes of all hooks: to stop if any hook wishes so, and likewise to save."""
         wishes = [hook.wish() for hook in self._hooks]
         return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
 

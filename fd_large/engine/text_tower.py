@@ -275,7 +275,7 @@ def _tokenizer(package: Any, folder: Path) -> Any:
     stated = config.get("tokenizer_class") if isinstance(config, dict) else config
     if stated is not None and stated not in _TOKENIZERS:
         raise ValueError(f"tokenizer_class {str(stated)[:50]!r}, known: {', '.join(_TOKENIZERS)}")
-    # Which of them a release takes for a type of model, it knows itself. Code is not run.
+    # Each release knows which class it takes for a type of model. No code of the folder is run.
     return package.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )

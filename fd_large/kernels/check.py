@@ -148,7 +148,7 @@ def _off(call: Call, device: torch.device) -> str | None:
     label = f"{call.function.__name__} of {', '.join(str(s.size) for s in shapes)}"
     narrow = any(s.dtype == torch.bfloat16 for s in shapes)
     try:
-        # Before the kernel: one that writes where it should not would spoil these too.
+        # Before the kernel runs: if it writes out of bounds, it might spoil these results too.
         exact = _run(call, values, wide=torch.float32 if narrow else torch.float64)
         eager = _run(call, values)
     except torch.OutOfMemoryError:
@@ -166,7 +166,7 @@ def _off(call: Call, device: torch.device) -> str | None:
         bound = 4 * (plain.double() - right).abs().max() + 1e-5 * magnitude.max()
         # A result in bfloat16 may be rounded to either side.
         bound = bound + magnitude * (2**-7 if got.dtype == torch.bfloat16 else 0)
-        # Not `any above`, which is false of what is no number.
+        # Not `(error > bound).any()`, which is false for NaN.
         if not bool((error <= bound).all()):
             worst = (error - bound).nan_to_num(torch.inf).argmax()
             return (

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # apex's fused kernels exist for CUDA only; elsewhere the reference runs.
 APEX_DEVICES = ("cuda",)
 _WISHES = ("auto", "triton", "compiled", "apex", "reference")
-# The files of this room that register operations.
+# The files of this package that register operations.
 _FILES = ("add_norm", "quick_gelu", "residual_norm", "whitened_loss", "window_attention")
 # A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
 # less shared memory per program than some kernels need.
@@ -111,7 +111,7 @@ def reset() -> None:
         cached.cache_clear()
 
 
-# What `with` blocks set, for all threads: those of autograd choose too, in a recomputed forward.
+# Set by `with` blocks, for all threads: autograd's threads choose too, in a recomputed forward.
 _only_references = False
 _stood_for: Device | None = None
 _listeners: list[list[tuple[str, Implementation]]] = []
@@ -242,7 +242,7 @@ def _implementation(
     device: Device | None,
     items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    """Returns the implementation and the reason; an imitated device refuses no selection."""
+    """Returns the implementation and the reason for it; see `implementation`."""
     operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"

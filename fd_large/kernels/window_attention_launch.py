@@ -288,5 +288,5 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.fd_large.window_attention_backward)
 def _backward_flops(dout: Any, *arguments: Any, **named: Any) -> int:
-    # Four products, and the logits made again.
+    # Four products, and the logits computed again.
     return 5 * _forward_flops(*arguments[:4], arguments[6]) // 2

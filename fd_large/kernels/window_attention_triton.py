@@ -189,7 +189,7 @@ def _forward_keys(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Makes one step of the running softmax, over the keys with these numbers."""
+    """Makes one step of the running softmax, over the keys with the indices `number`."""
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
     )

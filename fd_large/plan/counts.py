@@ -82,7 +82,7 @@ class StepFlops(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """A micro-batch of a task, as one kind of device runs it.
+    """Counts of a task's micro-batch, as one kind of device runs it.
 
     Attributes:
         products: Operations with matrix products, equal ones together.

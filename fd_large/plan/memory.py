@@ -102,7 +102,7 @@ class Placement:
         """Returns the placement of a run.
 
         Args:
-            teacher: Section of the recipe.
+            teacher: The recipe's section of the teacher.
             zero: `zero_optimization` of the JSON, every "auto" filled.
             world_size: Number of ranks.
             node_size: Number of ranks in a node.

@@ -140,7 +140,7 @@ def on_disk(load: Workload, machine: Machine, *, speed: float, average: bool = F
     """Returns memory, disk space and added seconds of a run with its state on a disk.
 
     Args:
-        load: The work.
+        load: The workload.
         machine: Ranks and nodes with a single kind of memory.
         speed: Bytes a second of each node's disk, read or written.
         average: Whether an average of the weights is kept.

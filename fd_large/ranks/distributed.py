@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_MOVES = 1.0
 _PEER_IS_GONE = (
-    # gloo says these.
+    # Messages of gloo.
     *("Connection closed by peer", "Connection reset by peer"),
-    # NCCL says these: where it notices, and of a communicator that was aborted.
+    # Messages of NCCL: where it notices the loss, and for a communicator that was aborted.
     *("remote process exited", "ncclRemoteError", "NCCL communicator was aborted"),
-    # The store says this, over which NCCL's ranks meet.
+    # A message of the store over which NCCL's ranks meet.
     "Connection was likely closed",
 )
 
@@ -209,7 +209,7 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
+        # Connects each rank to the next one on the ring: from here on, a rank's end is noticed.
         dist.all_reduce(torch.zeros(1))
     except (RuntimeError, OSError) as error:
         message = first_line(error).rstrip(".")

@@ -55,7 +55,7 @@ class Ending(NamedTuple):
     Attributes:
         rank: The rank that reported it, or that was found dead.
         code: Exit code of the rank; 0 if rank 0, which has the store, has finished.
-        reason: One sentence.
+        reason: The reason in one sentence.
     """
 
     rank: int
@@ -126,7 +126,7 @@ class Watch:
         Args:
             code: This rank's exit code. Any code but 0 ends the other ranks; 0 from rank 0 ends
                 their watch.
-            reason: One sentence; of several failing ranks, the first counts.
+            reason: The reason in one sentence; of several failing ranks, the first counts.
         """
         if self._over.is_set():
             return
@@ -313,12 +313,12 @@ def tell(code: int, reason: str) -> None:
 
     Args:
         code: The exit code.
-        reason: One sentence.
+        reason: The reason in one sentence.
     """
     if _leaver is not None and threading.current_thread() is not _leaver:
         _leaver.join()
     reason = without_secrets(reason)
-    # The others first: the disk of the exit file may be what hangs.
+    # First tell the other ranks: the disk of the exit file may hang.
     if _watch is not None:
         _watch.stop(code, reason)
     briefly(write_exit_file, code, reason, seconds=SECONDS_FOR_LAST_WORDS)
@@ -337,7 +337,7 @@ def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.envi
 
     Args:
         code: The exit code.
-        reason: One sentence.
+        reason: The reason in one sentence.
         environ: The environment, which names the folder and the rank.
     """
     if not (folder := environ.get(EXITS_FOLDER)):

@@ -97,13 +97,13 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank by its launcher, unchecked; 0 without one."""
+    """Returns this process's rank as its launcher states it, unchecked; 0 without a launcher."""
     texts = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
-    """Whether this is the first rank of its node by its launcher, unchecked."""
+    """Whether this is the first rank of its node, as its launcher states it, unchecked."""
     texts = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0) == 0
 

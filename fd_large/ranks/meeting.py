@@ -35,7 +35,7 @@ def meet(check: Callable[[], T]) -> T:
     Returns: this rank's value.
     """
     if distributed.world_size() == 1:
-        # As several ranks do by meeting.
+        # Signs of life, which several ranks give by meeting.
         with distributed.moving():
             return check()
     meeting = _Meeting()
@@ -232,7 +232,7 @@ class _Meeting:
         return None if self._outcome is None else self._outcome.get()
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
-        """Returns this rank's message, and its object for all ranks."""
+        """Returns this rank's message, and the values that it has made for all ranks."""
         # Read before the values that were made: if the check has ended, these are complete.
         ended = self._outcome is not None or self._crash is not None
         with self._changed:

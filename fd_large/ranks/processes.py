@@ -205,7 +205,7 @@ def _watch(
     gone = "deepspeed" if _lost_its_runner(launchers) else ""
     while not gone:
         time.sleep(WATCH_INTERVAL_SECONDS)
-        # A process that ends hands its children over at once: the same line is alive.
+        # A process that ends loses its children at once: an unchanged line of ancestors is alive.
         for pid, was in zip([*islice(_ancestors(), len(line)), 0], line, strict=False):
             if pid != was:
                 above = line[line.index(was) :]

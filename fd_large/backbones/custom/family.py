@@ -51,7 +51,7 @@ def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matc
 
 
 def _without_folders(architecture: CustomArchitecture) -> CustomArchitecture:
-    """Returns the model's name for published files, without folders."""
+    """Returns the architecture with folders removed from its name, for published files."""
     return replace(architecture, function=architecture.function.rpartition("/")[2])
 
 

@@ -198,7 +198,7 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
         if before.window_size == window:
             values[field] = known
             return []
-        # A run's own student, in another window than it was trained with.
+        # A run's own student, now with another window than in training.
         known = trained_windows(known, before.window_size, before.image_size // before.patch_size)
     values[field] = tuple(known[: stages or len(known)])
     if window is None or max(known) == window:
@@ -210,7 +210,7 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
 
 
 def _same_norms(fact: int, requested: int, depths: tuple[int, ...]) -> bool:
-    """Whether extra norms are the same; an interval beyond the deepest stage means none."""
+    """Whether two intervals give the same extra norms; one beyond the deepest stage gives none."""
     return (
         all(k > max(depths) for k in (fact or math.inf, requested or math.inf)) or fact == requested
     )

@@ -202,7 +202,7 @@ def still(net: nn.Module) -> None:
 
 
 def _layers(net: Any) -> tuple[dict[str, int], bool]:
-    """Returns a model's layers by timm's `param_groups_layer_decay`, and whether it has a head."""
+    """Returns parameters' layers by timm's `param_groups_layer_decay`; whether there is a head."""
     if not hasattr(net, "group_matcher"):
         return {}, False
     layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
@@ -211,7 +211,7 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 
 
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
-    """Returns the layer of a head, even if the model has none, so that its last block decays."""
+    """Returns the layer of a head, even without one, so that the last block's rate decays too."""
     if not layers:
         return 0
     last = max(layers.values())

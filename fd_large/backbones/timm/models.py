@@ -302,7 +302,7 @@ class _Used(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # What asks for a dtype or a device uses no values.
+        # A call that returns no tensor, such as a dtype or a device, uses no values.
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             leaves = tree_leaves((args, kwargs))
             self.seen.update(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))

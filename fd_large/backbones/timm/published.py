@@ -217,7 +217,7 @@ def resizes(architecture: TimmArchitecture) -> bool:
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
-    """Returns timm's facts of its weights for a model."""
+    """Returns the facts that timm states of its weights for a model."""
     config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"

@@ -212,7 +212,7 @@ class TimmBackbone(nn.Module):
         """
         for module in self.net.modules():
             if hasattr(module, "attention_bias_cache"):
-                module.attention_bias_cache = {}  # LeViT's kind keep what they made of the weights.
+                module.attention_bias_cache = {}  # LeViT's modules cache biases made of weights.
             if isinstance(module, _BatchNorm) or "Rotary" in type(module).__name__:
                 continue
             for name, buffer in module.named_buffers(recurse=False):
@@ -322,7 +322,7 @@ def _maps(
 
 
 def build(architecture: TimmArchitecture, options: Options) -> TimmBackbone:
-    """Builds a model with fresh weights, timm's own draws."""
+    """Builds a model with random weights, as timm initialises them."""
     return TimmBackbone(
         architecture.timm_name,
         stride=architecture.feature_stride,

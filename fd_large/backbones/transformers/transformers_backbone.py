@@ -28,7 +28,7 @@ _WHERE = "teacher.architecture.transformers_config"
 
 
 class TransformersBackbone(nn.Module):
-    """A vision model of transformers up to its last hidden state, whose names begin with `net.`.
+    """A vision model of transformers up to its last hidden state; names begin with `net.`.
 
     Args:
         model_type: The `model_type` of its configuration.
@@ -177,7 +177,7 @@ def _stride(settings: Any) -> int:
 
 
 def build(architecture: TransformersArchitecture, options: Options) -> TransformersBackbone:
-    """Builds a model with fresh weights, transformers' own draws.
+    """Builds a model with random weights, as transformers initialises them.
 
     Raises: ConfigError: if it is to be trained.
     """

@@ -25,7 +25,7 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def is_beit(a: ViTArchitecture) -> bool:
-    """Whether other libraries call the ViT a BEiT: for relative positions, or no bias of keys."""
+    """Whether other libraries call the ViT a BEiT: it has relative positions or a q and v bias."""
     return a.relative_position != "none" or a.qkv_bias == "qv"
 
 

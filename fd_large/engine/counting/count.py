@@ -96,7 +96,7 @@ def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
 
     for module in (module for model in models.all() for module in model.modules()):
         handles.append(module.register_forward_pre_hook(enter))
-        # Recomputation ends by an exception once it has what it needs.
+        # Recomputation ends by an exception once it has the tensors that backward needs.
         handles.append(module.register_forward_hook(leave, always_call=True))
     for p in models.task.parameters():
         if p.requires_grad:
@@ -262,7 +262,7 @@ def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
     calls: list[Call] = []
     if distributed.is_main():
         teacher = job.run.frozen_dtype
-        # Interpreted on a CPU, they are those of the newest card.
+        # In the interpreter on a CPU, the kernels are those of the newest card.
         capability = choose.CAPABILITIES[-1]
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability()

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
-    """Returns the sizes to try, rising: powers of two, then the least valid size and its doubles.
+    """Returns the sizes to try: powers of two, then the least valid size, and doubles of that.
 
     Args:
         share: Images of a rank per step, which a micro batch divides.
@@ -71,7 +71,7 @@ def largest_that_fits(
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
-    # Measured, the moments of the first step would make each image seem to need them.
+    # If the first step were measured, its new moments would count as memory of its image.
     _take_first(phases)
     sizes = candidates(share, together)
     largest = sizes[-1]
@@ -130,10 +130,10 @@ def probe(
     """Finds the largest micro batch whose step fits; all ranks return the same size.
 
     Args:
-        engines: Engines of one student or of several, which learn from the same steps. They do not
-            accumulate, so that each of their steps is a whole one. Their weights and moments are
-            spoiled.
-        batch_of: Makes a batch of that many of the largest images.
+        engines: Engines of one student or of several, which learn from the same steps. The engines
+            do not accumulate, so that each of their steps is a whole step. The probe spoils their
+            weights and moments.
+        batch_of: Function of a number of images, which makes a batch of the largest images.
         share: Images of a rank per step.
         seed: Seed of the drop path.
         together: See `candidates`.

@@ -164,7 +164,7 @@ def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple
 
 
 def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
-    """Bytes of all parameters and of gradients of the trained ones."""
+    """Returns the bytes of all parameters, and of the gradients of trained parameters."""
     trained = sum(sizes(counts.student))
     frozen = sum(sum(sizes(model)) for model in counts.frozen)
     return 2 * size * trained + frozen_size * frozen

@@ -36,15 +36,15 @@ FREE = {
     *("alias", "detach", "detach_", "_unsafe_view", "lift_fresh", "_reshape_alias", "sym_size"),
     *("_local_scalar_dense", "is_same_size"),
 }
-# They take a tensor for its dtype and device only.
+# Operations that take a tensor for its dtype and device only.
 FACTORIES = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like"}
 WRITE_ONLY = {"zero_", "fill_", "copy_", "bernoulli_", "normal_", "uniform_", "random_"}
 GATHER = {"index", "index_select", "embedding", "gather"}
 
 
 def _convolution_backward(out: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
-    # torch's own (2.13) leaves out that groups share the channels. A transposed one is the backward
-    # of another, which meets its kernel at each place of its result.
+    # torch's own formula (2.13) ignores that groups share the channels. A transposed convolution is
+    # the backward of another one, which applies its kernel at each position of its result.
     is_transposed = rest[4]
     places = (x if is_transposed else out).numel()
     return sum(rest[-1][:2]) * 2 * places * weight[0].numel()

@@ -328,7 +328,7 @@ def nvme_path(config: dict[str, Any]) -> str:
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a filled JSON for DeepSpeed, in which offload to a disk is offload to host memory.
+    """Returns a filled JSON for DeepSpeed, in which offload to a disk becomes one to host memory.
 
     DeepSpeed's clock is off, because it waits for the device around each micro batch.
     """

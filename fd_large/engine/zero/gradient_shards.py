@@ -65,7 +65,7 @@ class OwnedShards(InOrder):
         self._rank, self._world = distributed.rank(), distributed.world_size()
         self._buckets = self._cut(bucket_size)
         super().__init__([len(bucket.parts) for bucket in self._buckets])
-        # By identity: the hash of a tensor is a function of Python.
+        # By id, since hashing a tensor calls a Python function.
         self._buckets_of: dict[int, list[int]] = {}
         for number, bucket in enumerate(self._buckets):
             for parameter, *_ in bucket.parts:
@@ -99,7 +99,7 @@ class OwnedShards(InOrder):
         for shards, master in zip(groups, optimizer.single_partition_of_fp32_groups, strict=True):
             if shards[self._rank].dtype == master.dtype:
                 master.data = shards[self._rank].data
-        optimizer._link_all_hp_params()  # Else what it made of the old masters would stay.
+        optimizer._link_all_hp_params()  # Otherwise its links to the old masters would stay.
         # After a step DeepSpeed makes each parameter a view of its group, which it is already.
         replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
 

@@ -54,7 +54,7 @@ class LayerLearningRates:
         self.at_scale: Callable[[float], float] = lambda scale: scale
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Steps the present groups; DeepSpeed empties the groups that it does not want stepped."""
+        """Steps the groups at their layers' rates, except the groups that DeepSpeed has emptied."""
         inner = self._inner
         groups, states, state_fields = inner.param_groups, inner.state, kept_by(inner)
         cut_groups: list[dict[str, Any]] = []

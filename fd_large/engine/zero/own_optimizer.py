@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     """The state that an optimiser keeps of each tensor that it steps.
 
     Attributes:
-        moments: Name of each float32 tensor of the parameter's shape -> its value at first.
+        moments: Name of each float32 tensor of the parameter's shape -> its initial value.
         count: (tensor, steps) -> the entry "step" after that number of steps; None if it keeps
             none.
     """
@@ -88,7 +88,7 @@ def _trial(
     steps: int = 3,
     still: bool = False,
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """Returns how far the numbers moved, flattened; state of the first tensor; defaults.
+    """Returns the flattened changes of the numbers, the first tensor's state, and the defaults.
 
     Args:
         make: Makes the optimiser.

@@ -165,7 +165,7 @@ def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Ten
     exact = {}
     for name, parameter in module.named_parameters():
         if keep_exact:
-            # Not a copy: below, another tensor takes its place.
+            # Not a copy: below, another tensor replaces the parameter's.
             exact[name] = shard(parameter)[0].detach()
         if is_partitioned(parameter):
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()

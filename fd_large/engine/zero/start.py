@@ -48,12 +48,12 @@ def start() -> None:
 
     Raises: VersionError: if this package does not work with the installed DeepSpeed.
     """
-    # DeepSpeed asks compilers and linkers what they have, and silences the descriptor of sys.stderr
-    # meanwhile: in a notebook theirs is another. A process without a terminal may have none.
+    # DeepSpeed probes compilers and linkers, and silences sys.stderr's descriptor meanwhile. In a
+    # notebook the compilers write to another one. A process without a terminal may have none.
     with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
         distributed.together(private_names.check)
-    # ZeRO asks of each optimiser whether it is DeepSpeed's Muon, and imports that to ask, and with
-    # it torch's whole compiler: a second or two of every start.
+    # ZeRO tests whether each optimiser is DeepSpeed's Muon. The test imports Muon, and with it
+    # torch's whole compiler, which takes a second or two of every start.
     if _MUON not in sys.modules:
         sys.modules[_MUON] = _NoMuon(_MUON)
     ask_once()

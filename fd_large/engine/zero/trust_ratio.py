@@ -44,7 +44,7 @@ class _TrustRatios:
         self._num_matrices, self._is_split = num_matrices, is_split
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Steps the present groups; DeepSpeed empties the groups that it does not want stepped."""
+        """Scales gradients and steps the groups, except the groups that DeepSpeed has emptied."""
         device = distributed.device()
         squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)
         scaled: list[tuple[int, Tensor]] = []

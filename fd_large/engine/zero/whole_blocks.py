@@ -54,7 +54,7 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
     inside: set[int] = set()
     units = gathered_whole(backbone, zero.get(PREFETCH, DEFAULT), attrgetter("ds_numel"))
     for unit, modules in units.items():
-        # On the module, so that both go together: a parameter leads to its engine.
+        # On the module, so that the list is freed with it: a parameter refers to its engine.
         unit.__dict__[_UNIT] = [p for m in modules for p in m.parameters(recurse=False)]
         for module in modules[1:]:
             inside |= {id(module._forward_hooks), id(module._forward_pre_hooks)}
@@ -83,5 +83,5 @@ def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None
 
 @functools.wraps(_iter_params)
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
-    """Replaces `iter_params`: all parameters of a block gathered whole are its own."""
+    """Replaces `iter_params`: a block gathered whole counts all its parameters as its own."""
     return module.__dict__.get(_UNIT) or _iter_params(module, recurse)
