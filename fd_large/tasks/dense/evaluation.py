@@ -30,7 +30,7 @@ class Model(Protocol):
 
     @property
     def views(self) -> TestViews:
-        """Sizes at which it sees an image."""
+        """The views of an image that the model is given."""
 
     @property
     def at_once(self) -> int:
@@ -52,8 +52,8 @@ class Drawn(NamedTuple):
     """An image to draw, with truth and prediction.
 
     Attributes:
-        truth: (H, W), the dataset's pixels.
-        predicted: (H, W), the model's pixels.
+        truth: (H, W), true class or depth of each pixel.
+        predicted: (H, W), predicted class or depth of each pixel.
     """
 
     truth: NDArray[Any]
@@ -102,7 +102,7 @@ def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages
         model: The model under test.
         images: The test images and their truth.
 
-    Returns: on rank 0; plots without images elsewhere.
+    Returns: the images of each plot on rank 0; elsewhere plots without images.
     """
     scored = np.flatnonzero(~np.isnan(errors))
     worst = scored[np.argsort(-errors[scored], kind="stable")][:NUM_IMAGES]
@@ -123,7 +123,7 @@ def draw_some(
     draw: Callable[[list[T], Path], None],
     folder: Path,
 ) -> list[Path]:
-    """Draws each plot of `predict_some` as a PNG of its name; returns the drawn plots.
+    """Draws each plot of `predict_some` as NAME.png; returns the paths of the drawn plots.
 
     Args:
         some: The images to draw; None draws nothing.

@@ -116,7 +116,7 @@ class TestImage(NamedTuple):
             read.
         truth: (H, W), of the image in its own size.
         index: Index in the dataset.
-        bad: Reason that it could not be read, or "".
+        bad: Reason that the image could not be read, or "".
     """
 
     # No test of pytest's.

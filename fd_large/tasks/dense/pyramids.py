@@ -65,7 +65,7 @@ class FeaturePyramid(NormedStages):
         self.laterals, self.outputs = _convolutions(widths, width)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, H_s, W_s, C_s) of each stage to (B, width, H_s, W_s) and a coarser last one."""
+        """Maps (B, H_s, W_s, C_s) of each stage to (B, width, H_s, W_s), and adds a coarser map."""
         normed = super().forward(maps)
         sides = [lateral(x) for x, lateral in zip(normed, self.laterals, strict=True)]
         total, pyramid = sides[-1], []
@@ -97,7 +97,7 @@ class SimplePyramid(nn.Module):
         self.laterals, self.outputs = _convolutions((quarter, half, in_width, in_width), width)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, H, W, C) to (B, width, 4H, 4W), 2H, H, ceil(H/2) and ceil(H/4)."""
+        """Maps (B, H, W, C) to five maps (B, width, h, w), h = 4H, 2H, H, ceil(H/2), ceil(H/4)."""
         x = x.permute(0, 3, 1, 2)
         # In this order: backward adds up the gradients of x in the reverse, to the last bit.
         scales = (
@@ -114,7 +114,7 @@ class SimplePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Rescales maps of a plain backbone, all of one size, to the sizes of a hierarchical one's.
+    """Rescales a plain backbone's maps, all of one size, to those of a hierarchical backbone.
 
     Each map is scaled by transposed convolutions or by max pooling; its width is unchanged.
 

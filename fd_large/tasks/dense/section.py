@@ -24,7 +24,7 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
         task: Name of the task, of its folder and of its section.
         field: The field of the section that names the head.
 
-    Raises: ConfigError: with the nearest names.
+    Raises: ConfigError: naming the nearest known names.
     """
     doors.require_known(
         getattr(getattr(run.task, task), field),
@@ -37,7 +37,7 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
     """Refuses scales of training images that are not an ascending range.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field.
+    Raises: ConfigError: naming the field of the section `where`.
     """
     smallest, largest = scale_range
     require(
@@ -51,7 +51,7 @@ def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
 def check_test_size(where: str, test_size: tuple[int, int]) -> None:
     """Refuses invalid side lengths of test images, in pixels, shorter side first.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field.
+    Raises: ConfigError: naming the field of the section `where`.
     """
     shorter, longer = test_size
     require(
@@ -65,7 +65,7 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
 def check_test_scales(where: str, scales: tuple[float, ...]) -> None:
     """Refuses invalid scales of test images.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field.
+    Raises: ConfigError: naming the field of the section `where`.
     """
     require(
         bool(scales) and all(scale > 0 for scale in scales),

@@ -68,7 +68,7 @@ def features(
     """Maps normalised images of any size to the pyramid's input.
 
     Args:
-        student: After `strip`.
+        student: The student, after `strip`.
         pixels: (B, 3, H, W), any float dtype.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
@@ -102,7 +102,7 @@ def maps_of_blocks(
     Every token sees all others, class tokens included.
 
     Args:
-        vit: After `strip`.
+        vit: The ViT, after `strip`.
         pixels: (B, 3, H, W), any float dtype (`at_own_size`).
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
         blocks: Numbers of the blocks, rising, counted from 0.
@@ -136,7 +136,7 @@ def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> 
 
 
 def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
-    """Resizes a head's result (B, K, h, w) to the pixels (B, 3, H, W): (B, K, H, W), bilinear.
+    """Resizes a head's result (B, K, h, w) bilinearly to (B, K, H, W) for pixels (B, 3, H, W).
 
     Where the student saw padding beside the pixels, that part of the result is cut off.
     """

@@ -25,7 +25,7 @@ class Whole(NamedTuple):
 
 
 def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
-    """Returns number, sum and sum of squares of an image's differences d, (3, B) float64.
+    """Returns number, sum and sum of squares of each image's differences d, (3, B) float64.
 
     The sums are in float64, because the mean of squares and the squared mean nearly cancel. The
     differences d are defined in `silog_loss`.

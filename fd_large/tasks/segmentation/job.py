@@ -129,7 +129,7 @@ class SegmentationJob(DenseJob):
 def test_views(run: Run) -> TestViews:
     """Returns the recipe's views of test images.
 
-    Raises: ConfigError: if windows would leave pixels out between them.
+    Raises: ConfigError: if the windows would leave gaps between them.
     """
     section, side = run.task.segmentation, run.data.image_size
     short, long = section.test_size if any(section.test_size) else (side, LONG_SIDE * side)

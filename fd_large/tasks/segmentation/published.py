@@ -79,7 +79,7 @@ class Heads(NamedTuple):
         width: Channels of the head.
         names: Names of the classes.
         auxiliary_width: Channels of the auxiliary head; 0 for none.
-        auxiliary_weight: Weight of its loss.
+        auxiliary_weight: Weight of the auxiliary head's loss.
         scales: Factors by which a plain ViT's maps are rescaled; empty for a model with stages.
         blocks: Numbers of the ViT's blocks that give the maps, counted from 0.
         window: Side of the windows of the test, in pixels; 0 for whole images.

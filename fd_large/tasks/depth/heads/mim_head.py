@@ -62,8 +62,8 @@ class MimHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, h, w) to (B, 1, H, W), the depth before its sigmoid.
 
-        H and W are those of the image if the stride is a power of two of at least 8, else about
-        those.
+        H and W are those of the image if the stride is a power of two of at least 8, else close to
+        them.
         """
         x = self.convolution(self.deconvolutions(x))
         for _ in range(self.doublings):

@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: The scores of each image and of the dataset.
-        scored: The scored pixels of each image.
+        scored: The rule for the scored pixels of an image.
         unread: Number of unreadable images, which are left out.
     """
 

@@ -36,7 +36,7 @@ def to_results(
         detections: Detections in pixels of the image's file.
         image_id: The dataset's number of the image.
         original_size: Height and width of the image in its file.
-        category_ids: The dataset's number of each label.
+        category_ids: The dataset's category id of each label.
     """
     height, width = (int(side) for side in original_size)
     limit = torch.tensor([width, height] * 2)

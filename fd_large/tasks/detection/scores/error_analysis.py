@@ -48,7 +48,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
         ground_truth: Result of `scoring.read_ground_truth`.
         results: Detections, with boxes.
 
-    Returns: by image id, for all images of the ground truth.
+    Returns: the comparison of each image of the ground truth, by the image's id.
     """
     annotations, of_image = defaultdict(list), defaultdict(list)
     for annotation in ground_truth["annotations"]:

@@ -38,10 +38,10 @@ class TestViews(NamedTuple):
             detections of all views are joined (detectron2, mmdetection 3).
         areas: For each scale the areas of the boxes that are used, as letters of `AREAS`; empty
             for all.
-        square: Side of the squares to which images are padded, or the longest side at their scale
-            if that is larger; 0 pads to the largest image of a batch. Padding changes the size of
-            the map and so the detections: on a square they depend neither on the rest of the
-            batch nor on the image's aspect ratio.
+        square: Side of the squares to which images are padded, which are larger at scales whose
+            limit of the longer side is larger; 0 pads to the largest image of a batch. Padding
+            changes the size of the map and so the detections. On a square, detections depend
+            neither on the rest of the batch nor on the image's aspect ratio.
     """
 
     # No test of pytest's.

@@ -24,7 +24,7 @@ class Classes(NamedTuple):
 
     Attributes:
         names: The name of each class.
-        colors: The colour of each in pictures: red, green and blue in 0..255.
+        colors: The colour of each class in plots: red, green and blue in 0..255.
     """
 
     names: tuple[str, ...]

@@ -28,7 +28,7 @@ def class_labels(
         where: The file, for messages.
 
     Returns: (H, W), classes from 0, or `IGNORED`.
-    Raises: DataError: if a number is neither a class's nor ignored.
+    Raises: DataError: if a number belongs to no class and is not ignored.
     """
     first = int(reduce_zero_label)
     ignored = numbers == ignore_value

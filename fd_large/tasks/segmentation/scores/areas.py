@@ -79,7 +79,7 @@ def scores_of(counts: NDArray[np.int64]) -> Scores:
 def m_iou(
     right: NDArray[np.int64], labelled: NDArray[np.int64], predicted: NDArray[np.int64]
 ) -> float:
-    """Returns the mIoU, in per cent, of the pixels of each class, (K,) each.
+    """Returns the mIoU, in per cent, from numbers of pixels of each class, (K,) each.
 
     Args:
         right: Number of pixels of the class by both label and prediction.

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     """The scores that all ranks have after a test.
 
     Attributes:
-        scores: Over the whole dataset.
+        scores: The scores of the whole dataset.
         errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
             image without labelled pixels, or that could not be read.
         unread: Number of unreadable images, which are left out.
