@@ -153,7 +153,7 @@ def choose(
 
     Args:
         arguments: Arguments, beginning with the command's name.
-        commands: Name to summary, for the help.
+        commands: {name of a command: its summary for the help}.
         command: Words before the name, if any.
         note: A last line for the help.
 
@@ -187,7 +187,7 @@ def call_subcommand(
 
     Args:
         arguments: Arguments after `command`: a subcommand and its own arguments.
-        commands: Subcommand to the dataclass of its arguments and its function.
+        commands: {subcommand: (the dataclass of its arguments, its function)}.
         command: Words before the name.
 
     Raises: As `choose` and `parse`.

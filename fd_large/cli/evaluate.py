@@ -45,8 +45,8 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
     timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
     model. A run of detection, segmentation or depth is scored on its own test images, or on
-    another --data.root. --sweep tries the same grid of learning rates and layer decays for every
-    model before fine-tuning, on a held-out tenth of the training images.
+    another --data.root. Before fine-tuning, --sweep tries the same grid of learning rates and layer
+    decays for every model, and tests each trial on a held-out tenth of the training images.
 
     Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
     docs/evaluation.md explains the figures.
@@ -134,7 +134,7 @@ def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 
     Args:
         options: The command's own arguments.
-        changes: Given fields of a recipe, by name.
+        changes: The fields of a recipe that the user gave, {full name: value}.
         run: A recipe with these fields.
 
     Raises: FDError: for the user's mistakes.

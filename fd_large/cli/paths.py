@@ -38,7 +38,7 @@ def paths_of(run: Run) -> dict[str, str]:
 
 
 def paths_of_models(models: Sequence[str]) -> dict[str, str]:
-    """Returns {label: path} of models for `evaluate`, also of RUN#NAME and MODEL=SOURCE."""
+    """Returns {label: path} of models for `evaluate`, also for RUN#NAME and MODEL=SOURCE."""
     named = {}
     for name in models:
         path = re.sub(r"#[\w.]+$", "", name)

@@ -23,7 +23,7 @@ _MAX_REMEMBERED = 10_000
 
 
 class BadCount(NamedTuple):
-    """Number of unusable samples among tried samples, which can be summed over ranks."""
+    """Numbers of unusable samples and of tried samples, which can be summed over ranks."""
 
     num_bad: int
     num_tried: int

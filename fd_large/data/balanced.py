@@ -51,11 +51,11 @@ class Balanced:
     part of the images is therefore seen more than once in an epoch, and others only in part.
 
     Args:
-        parts: Name and share of each source, and its images.
+        parts: For each source its name and share, and its images.
 
     Attributes:
         kind: Description of the source, for the log.
-        blocks: The order of an epoch, as of a source that is read in blocks.
+        blocks: The order of an epoch, with the interface of `sampler.Blocks`.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightedRoot, Any]]) -> None:

@@ -124,7 +124,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         places: Items, one for each batch; has a length.
         workers: Number of loading processes; 0 loads in this process.
 
-    Raises: ConfigError: for more processes than the machine can have use of.
+    Raises: ConfigError: if the machine cannot make use of as many processes.
     """
     check_workers(workers)
     return _Loader(

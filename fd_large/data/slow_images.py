@@ -50,7 +50,7 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 
 
 def longer_than(seconds: float) -> list[tuple[float, str]]:
-    """Returns (seconds, name) of the images at which loading processes are longer than a time."""
+    """Returns (seconds, name) of images on which a loading process has spent more than a time."""
     slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
         assert _shared is not None

@@ -182,7 +182,7 @@ class ParquetImages(BlockImages):
 
 
 def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], Columns, str]:
-    """Reads the files' footers: a table of blocks for `BlockImages`, the columns, and a hash."""
+    """Returns a table of blocks for `BlockImages`, the columns, and a hash, from files' footers."""
 
     def look(stored: Stored) -> tuple[Any, Any, list[tuple[int, int]]]:
         try:

@@ -155,7 +155,7 @@ def embed(
 
 
 def _begin(folder: Path, settings: dict[str, object]) -> None:
-    """Makes the folder of the chunks on rank 0, or checks that its chunks have equal settings."""
+    """Makes the folder of the chunks on rank 0, or checks that its chunks have these settings."""
     if not distributed.is_main():
         return
     path = folder / _SETTINGS

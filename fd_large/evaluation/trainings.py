@@ -1,4 +1,4 @@
-"""Protocols that train on labels: every model with every seed, each into its own run folder."""
+"""Protocols that train every model with every seed on labels, each training in its own folder."""
 
 from __future__ import annotations
 

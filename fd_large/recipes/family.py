@@ -88,7 +88,7 @@ class FamilyArchitecture:
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model of a name with the family's prefix, from the part after it."""
+        """Returns the model whose name is the family's prefix and `rest`."""
         raise NotImplementedError
 
     def _check(self) -> None:
@@ -117,7 +117,7 @@ class FamilyArchitecture:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens of the feature map without a place in the image."""
+        """Number of tokens of the feature map without a place in the image, as a class token."""
         return 0
 
     @property

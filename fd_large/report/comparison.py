@@ -29,7 +29,7 @@ def tables_of(summary: dict[str, Any], title: str) -> list[Table]:
 
     Args:
         summary: Content of summary.json.
-        title: Words for how accuracy was measured.
+        title: Title of the table, which says how accuracy was measured.
     """
     swept = [model for model in summary["nets"] if "sweep" in model]
     return [_accuracies(summary, title), *([_grid(swept)] if swept else [])]

@@ -86,7 +86,7 @@ class ListedRun:
 
     @property
     def step(self) -> int:
-        """Finished steps."""
+        """Number of finished steps."""
         return int(self.files.updates[-1]) if self.files and len(self.files.updates) else 0
 
     @property

@@ -102,7 +102,7 @@ def named_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Reduces a frame to the two sides with numbers, with a faint grid."""
+    """Removes the sides of a frame that have no numbers, and adds a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=SMALL_SIZE)

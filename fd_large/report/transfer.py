@@ -235,7 +235,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each column with cells and each of its scores."""
+    """Yields (name of a column, a score of it) for the columns that have cells."""
     for column in summary["columns"]:
         if column["name"] in _trained(summary):
             for score in column["scores"]:
@@ -312,7 +312,7 @@ def _difference_text(difference: dict[str, Any], digits: int) -> str:
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields each student with its teacher, and with random weights."""
+    """Yields the rows of each student and its teacher, and of each student and random weights."""
     names = {row["name"] for row in summary["rows"]}
     for row in summary["rows"]:
         for other in (row.get("teacher"), row.get("scratch")):

@@ -66,7 +66,7 @@ class Verdict:
 
     @classmethod
     def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
-        """Joins verdicts: skip if any does, the earliest roll-back, the first reason to end."""
+        """Joins verdicts: it skips if any skips; the earliest roll-back and the first end count."""
         present = [verdict for verdict in verdicts if verdict is not None]
         back = [v.roll_back for v in present if v.roll_back is not None]
         stop = next((v.stop for v in present if v.stop), "")
@@ -205,7 +205,7 @@ class Hook:
         """Called after a roll-back to the state of `restored` steps."""
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Called after each step; too late for a `skip`."""
+        """Called after each step, when it can no longer be skipped."""
 
     def on_save(self, index: int) -> Verdict | None:
         """Called before a checkpoint of `index` steps, to write files that a resume needs.

@@ -13,7 +13,7 @@ from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 
 class WandB(RemoteCurves):
-    """A run of the project; with WANDB_MODE=offline it is in RUN/wandb, for `wandb sync` later."""
+    """A run in W&B; with WANDB_MODE=offline it is kept in RUN/wandb, for `wandb sync` later."""
 
     name, package = "wandb", "wandb"
 

@@ -64,7 +64,7 @@ def export_graph(
 ) -> list[Path]:
     """Writes a new folder: the graph, config.json and the model card; returns the graph's files.
 
-    The graph is run beside the model before the folder appears.
+    The graph's output is compared with the model's before the folder appears.
 
     Args:
         items: (name, tensor) of the student in our names.

@@ -13,7 +13,7 @@ class Library(NamedTuple):
     Attributes:
         package: The library that loads the files, as Hugging Face names it on model cards.
         holds: Contents of its files, for messages.
-        graph: Name of the file that holds the traced model, weights and all; empty where the files
+        graph: Name of the file that holds the traced model with its weights; empty if the files
             hold tensors for a model of the library's own.
         heads: Whether the files also hold a task's heads; runs without heads cannot be exported.
     """

@@ -33,7 +33,7 @@ class Origin(NamedTuple):
 
     Attributes:
         licence: Licence in words, or UNKNOWN.
-        repository: OWNER/NAME on the Hugging Face Hub; empty if they are not known to be there.
+        repository: OWNER/NAME on the Hugging Face Hub; empty if none is known.
     """
 
     licence: str

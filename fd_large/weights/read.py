@@ -240,8 +240,8 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Returns {name: tensor} of a file, and the keys of the dictionaries around it.
 
-    Descends through `model`, `state_dict` and `student` (or the requested part), then removes a
-    common prefix `module.` or `backbone.` from the names.
+    Descends through `model`, `state_dict` and `student` (or the requested part), then removes the
+    prefixes `module.` and `backbone.` if all names (but those of a head) have them.
 
     Raises: WeightsError: if there are no tensors, or other values among them.
     """

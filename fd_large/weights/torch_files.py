@@ -79,7 +79,7 @@ class _Mapped:
 
 
 class _Archive:
-    """A zip archive: its pickles, read within bounds, and its storages, mapped."""
+    """A zip archive, whose pickles are read within bounds, and whose storages are mapped."""
 
     def __init__(self, path: Path) -> None:
         self._zip = zipfile.ZipFile(_Bounded(path))

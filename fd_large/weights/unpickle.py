@@ -165,7 +165,7 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler in Python: the one in C allocates memory for any index in a file."""
+    """The unpickler that is written in Python, as that in C allocates memory for any index."""
 
     def __init__(self, file: BinaryIO, storages: Storages, budget: Budget, script: bool) -> None:
         super().__init__(file, encoding="latin1")

@@ -40,7 +40,7 @@ class Sample:
 
     Args:
         root: The dataset as in `data.root`; its test part if it has parts.
-        images: Largest number of images; the choice is fixed.
+        images: Largest number of images; the same images are chosen each time.
 
     Attributes:
         root: The dataset, or the part of it.

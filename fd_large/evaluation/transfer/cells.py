@@ -63,7 +63,7 @@ class Row:
 
     Attributes:
         kind: Role of the model in its run.
-        model: Origin of the weights.
+        model: The model and the origin of its weights.
         run: The run that distilled it.
         weights: Digest of its weights.
         others: Names of the rows with which a student is compared, by kind.

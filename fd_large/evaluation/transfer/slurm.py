@@ -1,4 +1,4 @@
-"""`transfer --slurm`: each training as a job, and a last job for the table."""
+"""`transfer --slurm` submits each training as a job, and a last job that makes the table."""
 
 from __future__ import annotations
 
