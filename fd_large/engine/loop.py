@@ -1,4 +1,4 @@
-"""The training loop of any task: batches in, steps out, hooks called, checkpoints written."""
+"""Trains any task by a loop of steps, calls hooks, evaluates, and writes checkpoints."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The environment variable `FD_KERNELS` selects one:
 
 - `auto` (default): on CUDA, Triton in the tested cases of an operation, and torch.compile for
-  operations without our own kernel; else the reference.
+  operations without a kernel in this package; else the reference.
 - `triton`: the same, but an error if Triton cannot run at all. On a CPU it runs in Triton's
   interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device only shapes are computed.
 - `compiled`: the reference through torch.compile everywhere.

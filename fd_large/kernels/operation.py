@@ -7,10 +7,9 @@ when the first kernel starts. A backward pass is a separate operation, so that t
 meta device see every tensor read or written.
 
 The plain torch version (twin) goes through torch.compile if chosen, with one compiled function for
-each case.
-Compiling the function instead of its module avoids graph breaks under ZeRO-3, and all blocks of a
-width and batches of any size share one graph. In a region that is itself being compiled, the twin
-is a part of that region.
+each case. Compiling the function instead of its module avoids graph breaks under ZeRO-3, and all
+blocks of a width and batches of any size share one graph. In a region that is itself being
+compiled, the twin is a part of that region.
 """
 
 from __future__ import annotations

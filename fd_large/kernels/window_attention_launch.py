@@ -176,7 +176,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, bias, table and scale, the last three in float32.
 
-    The scale of a dot product is a constant.
+    The scale of a dot product is a constant, which has no gradient.
     """
     geometry = Geometry.of(qkv, numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]

@@ -276,7 +276,7 @@ class TimmBackbone(nn.Module):
         return FeatureMap(tokens, grid, 0, summary)
 
     def check_stages(self) -> None:
-        """Refuses a model whose stages are no pyramid, need one image size, or precede a norm.
+        """Refuses a model whose stages form no pyramid, need a fixed image size, or precede a norm.
 
         Raises: ConfigError: naming the obstacle.
         """

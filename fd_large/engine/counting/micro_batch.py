@@ -58,7 +58,7 @@ def largest_that_fits(
     *,
     together: int = 1,
 ) -> int:
-    """Climbs through the candidates; all ranks return the same size.
+    """Returns the largest candidate that fits, trying them in turn; all ranks return the same.
 
     Args:
         share: Images of a rank per step.

@@ -133,7 +133,7 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def _start(seconds: _Clock, device: torch.device) -> float:
-    """Returns the seconds of one call from Python: forward and backward of tiny layers."""
+    """Returns the seconds of one call from Python, from a forward and backward of tiny layers."""
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())
     ]

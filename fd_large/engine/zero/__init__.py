@@ -1,5 +1,6 @@
-"""The code that knows DeepSpeed: its JSON, its start, engines, shards, state and optimiser.
+"""Adapts DeepSpeed to the engine: its JSON, its start, engines, shards, state and optimiser.
 
-Outside of this folder and `checkpoint/` nothing imports deepspeed or reads its private attributes.
-No file here knows a task.
+Outside of this folder only distillation's `teacher.py` uses the deepspeed module, and only
+`engine/loop.py` reads a private attribute of an engine, the norm of the gradients. No file here
+knows a task.
 """
