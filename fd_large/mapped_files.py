@@ -117,7 +117,7 @@ def _catch() -> None:
 def _on_bus_error(number: int) -> None:
     """Ends the process if a changed file explains the signal; else calls the previous handler.
 
-    The signal comes from an access to memory, so the thread is inside no lock of malloc or Python.
+    The signal comes from an access to memory, so the thread holds no lock of malloc or Python.
     """
     sentences = [text for path in list(_opened) if (text := _changed(path, in_place=False))]
     if not sentences:

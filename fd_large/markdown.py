@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Links, pictures, emphasis, code, raw HTML, cells of a table. A `_` within a word is none.
+# Marks of links, pictures, emphasis, code, raw HTML and cells of a table. A `_` within a word is no
+# mark.
 _MARKS = re.compile(r"([\\`*\[\]|])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 

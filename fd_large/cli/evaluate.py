@@ -41,7 +41,7 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     python -m fd_large evaluate MODEL [MODEL ...] --task knn --data.root FOLDER
 
     FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
-    which KEY.cls stands beside KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
+    which KEY.cls is next to KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
     (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
     timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
     model. A run of detection, segmentation or depth is scored on its own test images, or on

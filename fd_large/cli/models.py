@@ -52,7 +52,7 @@ def matching(part: str) -> list[str]:
 
     Raises: ConfigError: if nothing matches.
     """
-    with activity.work("loading timm"):  # Seconds: it brings torch.
+    with activity.work("loading timm"):  # It imports torch, which takes seconds.
         import timm
     theirs = (f"{TimmArchitecture.prefix}{name}" for name in timm.list_models())
     names = [*ARCHITECTURES, *theirs]

@@ -57,7 +57,7 @@ def require_paths(named: Mapping[str, str]) -> None:
 
 
 def require_contents(run: Run) -> None:
-    """Refuses invalid datasets and weights, as far as names and a first look tell.
+    """Refuses datasets and weights that are invalid by their names, or by a quick check of files.
 
     Raises: FDError: a line for each.
     """

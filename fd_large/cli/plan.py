@@ -158,7 +158,7 @@ def plan(
     runs = [as_counted(student) for student in run.each_student().values()]
     phases: list[Phases | None] = [None] * len(runs)
     if probe:
-        # torch, which the rest of this command does without.
+        # This imports torch, which the rest of this command does not need.
         from fd_large.cli.plan_probe import probe as measure
 
         measured, phases = measure([_as_trained(student) for student in runs], ranks=cluster.gpus)

@@ -31,7 +31,7 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
 
     Args:
         root: Value of `data.root`.
-        where: The field that says it, for messages.
+        where: Name of the field with this value, for messages.
         open_part: Opens a dataset, from its root and its name in messages.
 
     Raises: DataError: if the sum is malformed, or a dataset cannot be used.

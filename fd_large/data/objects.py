@@ -163,7 +163,7 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
-    """Returns a hash of the names of files below their common folder, and of a fact of each."""
+    """Returns a hash of the files' names below their common folder, each with a fact about it."""
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()
     for file, fact in zip(files, facts, strict=True):

@@ -258,7 +258,7 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
 
     Args:
         root: Value of `data.root`.
-        where: The field that says it, for messages.
+        where: Name of the field with this value, for messages.
 
     Raises: DataError: if a term is malformed, or two have the same name.
     """

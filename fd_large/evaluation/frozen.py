@@ -168,7 +168,7 @@ class Subject(NamedTuple):
 
     Attributes:
         model: The model.
-        feature: Words for the head; "": the model's own map.
+        feature: Name of the head in tables; "" for the model's own map.
         forward: Function from normalised images to a FeatureMap, in evaluation mode.
         statistics: Normalisation of its images.
         has_class_token: Whether its map has a class token, or it gives one beside its map.

@@ -38,5 +38,5 @@ def _classify(features: FrozenFeatures) -> Classified:
         )
 
 
-# Figures that are published for DINO are those of the class token.
+# DINO's published figures are of the class token.
 KNN = of_features("knn", "k-NN", _classify, flags=KnnFlags, pools=("mean", "cls"))

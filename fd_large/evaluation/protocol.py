@@ -101,7 +101,7 @@ class Protocol:
 
     Attributes:
         name: As `--task` names it; also in summary.json and in the plot's name.
-        title: Words for it in tables and plots.
+        title: Its name in tables and plots.
         measure: Function from `Request` to tables and files. `frozen.of_features` makes it from a
             function of frozen features.
         flags: A dataclass of the flags that it reads, all with defaults; flags that several

@@ -35,7 +35,7 @@ class Row:
         unlike_first: Differences of that recipe, as trained, from the recipe of the first row of
             the same pooling, {field: (the first row's value, this row's)}.
         sweep: Result of a sweep before the training, if any.
-        feature: Words for its feature where a model has several rows.
+        feature: Name of its feature in the table, if a model has several rows.
         pool: Pooling of its feature; rows are compared with the first row of the same pooling.
     """
 

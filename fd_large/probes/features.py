@@ -144,7 +144,7 @@ def extract(
         workers=workers,
         max_pixels=max_pixels,
     )
-    # As many forwards on every rank: those of a sharded model are collectives.
+    # Every rank makes the same number of forwards, which a sharded model makes as collectives.
     for _ in range(-(-len(images) // (batch_size * world))):
         between()
         batch = next(mine, None)

@@ -433,7 +433,7 @@ class Run:
         }
 
     def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the part of `changes_since` that shows before weights complete the recipe.
+        """Returns the part of `changes_since` that is known before weights complete the recipe.
 
         Args: As `changes_since`.
         """

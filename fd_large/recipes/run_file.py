@@ -199,7 +199,7 @@ def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
     task_name = next(
         (value for name, value in _leaves(source.values, {}) if name == "task.name"), None
     )
-    with suppress(ConfigError):  # `run_of` says what is wrong with it.
+    with suppress(ConfigError):  # `run_of` reports what is wrong with it.
         task = Task.class_for({NAME: task_name} if task_name else {})
     values: dict[str, Any] = {}
     fixed = field_names(Run) | field_names(task, "task.")

@@ -35,7 +35,7 @@ AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
 STUDENTS = "students"
 """Folder with the run folder of each of several students, inside their common folder."""
 
-# Fields of the student that say what becomes of sizes that do not fit.
+# Fields of the student that decide how sizes that do not fit are treated.
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 
 
@@ -83,7 +83,7 @@ class Student:
     # shift; needs size_rule pad.
     window_rule: Literal["masked", "official"] = "masked"
     # Under window_rule official: whether odd blocks of each stage shift their windows, as True True
-    # False False (MIM-Depth-Estimation). Empty: those of all stages do.
+    # False False (MIM-Depth-Estimation). Empty: odd blocks of all stages do.
     shift_stages: tuple[bool, ...] = ()
     # Under window_rule official: side of a window in each stage of a SwinV2, in tokens, as 30 30 30
     # 15. Empty: architecture.window_size in all stages.

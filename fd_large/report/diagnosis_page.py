@@ -130,7 +130,7 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def table(models: list[Model]) -> list[list[str]]:
-    """Returns rows of a name and each model's figure in words: means over layers, and losses.
+    """Returns rows, each with a name and every model's figure: means over layers, and losses.
 
     Figures that no model has are left out.
     """

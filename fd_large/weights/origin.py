@@ -24,7 +24,7 @@ from fd_large.weights.read import read_json
 CARD = "README.md"
 UNKNOWN = "unknown"
 _SCHEMES = (*SCHEMES, RANDOM, "builtin:")
-# A card's metadata stands on its top; some cards are books.
+# Bytes of a model card that are read: its metadata is at the top, and some cards are very long.
 _HEAD_BYTES = 1 << 16
 
 

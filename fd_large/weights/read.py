@@ -164,7 +164,7 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
 
 
 def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors:
-    """Opens a weights file and takes off its wrapping.
+    """Opens a weights file and returns its tensors, without the dictionaries around them.
 
     TorchScript archives (OpenAI CLIP's) give their state dict.
 

@@ -218,7 +218,7 @@ class ResolvedWeights:
 
     @property
     def path(self) -> Path | None:
-        """The file, index or checkpoint; None if a library brings the weights."""
+        """The file, index or checkpoint; None if a library provides the weights."""
         if self.brought:
             return None
         if self.stored:
@@ -227,7 +227,7 @@ class ResolvedWeights:
 
     @property
     def folder(self) -> Path | None:
-        """The file's folder; None if a library brings the weights."""
+        """The file's folder; None if a library provides the weights."""
         return self.path.parent if self.path else None
 
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:

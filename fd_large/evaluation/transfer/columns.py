@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
     Attributes:
         key: Name in summary.json.
-        title: Words for it, with its unit.
+        title: Its name in the table, with the unit.
         scale: Factor for the table.
         digits: Digits after the point.
         lower_is_better: Whether less is better.
