@@ -59,7 +59,7 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
         "one seed": "one seed: -11.50 (-12.00 to -11.00)",
         "not random": "-11.50 (-12.00 to -11.00)",
     }
-    assert "other seeds" in captions["shown"]
+    assert "test images and seeds" in captions["shown"]
     assert "no model is called better" in captions["one seed"]
     assert "Nothing else is random" in captions["not random"]
 
