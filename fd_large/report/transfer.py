@@ -312,10 +312,10 @@ def _difference_text(difference: dict[str, Any], digits: int) -> str:
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the rows of each student and its teacher, and of each student and random weights."""
+    """Yields the rows of each student and its teachers, and of each student and random weights."""
     names = {row["name"] for row in summary["rows"]}
     for row in summary["rows"]:
-        for other in (row.get("teacher"), row.get("scratch")):
+        for other in (*row.get("teachers", [row.get("teacher")]), row.get("scratch")):
             if other in names:
                 yield row["name"], str(other)
 

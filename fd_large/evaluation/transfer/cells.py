@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fd_large.engine.find_model import NamedModel
 
 RowKind = Literal["student", "teacher", "scratch"]
+_KINDS: dict[str, RowKind] = {"student": "student", "scratch": "scratch"}
 # Fields of a distillation that may differ from the paper's without making it another student.
 _ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
 
@@ -66,14 +68,14 @@ class Row:
         model: The model and the origin of its weights.
         run: The run that distilled it.
         weights: Digest of its weights.
-        others: Names of the rows with which a student is compared, by kind.
+        others: Names of the rows with which a student is compared, by their kind.
     """
 
     kind: RowKind
     model: NamedModel
     run: Run
     weights: str
-    others: dict[str, str] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -98,12 +100,13 @@ class Cell(NamedTuple):
     recorded: RecordedRun
 
 
-def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
+def rows_of(runs: Sequence[str], names: Sequence[str]) -> list[Row]:
     """Finds the models of the rows; a model shared by several runs appears once.
 
     Args:
         runs: Folders of the runs that distilled the students.
-        kinds: The kinds of rows that each run has.
+        names: The rows that each run has: "student", "scratch", "teacher" for all its teachers, or
+            the name of one of several teachers.
 
     Raises: FDError: if a model is missing.
     """
@@ -112,29 +115,41 @@ def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
     from fd_large.tasks.jobs import job_of
 
     rows_by_key: dict[tuple[Any, ...], Row] = {}
-    students: list[tuple[Row | None, dict[str, Row]]] = []
+    students: list[tuple[Row | None, list[Row]]] = []
     for run in runs:
         folder = run_of_checkpoint(run)
         recipe_file(folder, where="transfer")
+        recipe = read_recipe(folder, where="transfer")
         of_run: dict[str, Row] = {}
-        for kind in kinds:
-            model = find_model(run if kind == "student" else f"{run}#{kind}", job_of)
+        for part in _parts_of(recipe, names):
+            kind = _KINDS.get(part, "teacher")
+            model = find_model(run if kind == "student" else f"{run}#{part}", job_of)
             section = model.section
             digest = weights_digest(section.source, model.weights)
-            row = Row(kind, model, read_recipe(folder, where="transfer"), digest)
+            row = Row(kind, model, recipe, digest)
             # The recipes of students and of random weights follow from their run.
             name = "" if kind == "teacher" else row.run.name
             key = (kind, section.model, section.architecture, section.source, digest, name)
-            of_run[kind] = rows_by_key.setdefault(key, row)
-        students.append((of_run.pop("student", None), of_run))
+            of_run[part] = rows_by_key.setdefault(key, row)
+        students.append((of_run.pop("student", None), [*of_run.values()]))
     rows = list(rows_by_key.values())
     labelled = with_own_labels([row.model for row in rows])
     named = {id(row): replace(row, model=m) for row, m in zip(rows, labelled, strict=True)}
     for student, others in students:
         if student is not None:
-            own_others = {kind: named[id(other)].name for kind, other in others.items()}
-            named[id(student)].others.update(own_others)
+            for other in others:
+                of_kind = named[id(student)].others.setdefault(other.kind, [])
+                # Two of its teachers may be the same model.
+                if (name := named[id(other)].name) not in of_kind:
+                    of_kind.append(name)
     return list(named.values())
+
+
+def _parts_of(run: Run, names: Sequence[str]) -> list[str]:
+    """Returns the parts of a run that are rows, with each of several teachers by its name."""
+    teachers = [*run.teachers] or ["teacher"]
+    parts = (teachers if name == "teacher" else [name] for name in names)
+    return list(dict.fromkeys(chain.from_iterable(parts)))
 
 
 def cells_of(
@@ -283,7 +298,8 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
     return {
         "rows": [
             {"name": row.name, "label": row.model.label, "kind": row.kind}
-            | {"source": row.model.source, "weights": row.weights, **row.others}
+            | {"source": row.model.source, "weights": row.weights}
+            | _as_entries(row.others)
             for row in rows
         ],
         "columns": [
@@ -302,6 +318,12 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
             for figures in _published(row, column, entries)
         ],
     }
+
+
+def _as_entries(others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Returns summary.json's entries of the rows with which a student is compared."""
+    single = {kind: names[0] for kind, names in others.items() if len(names) == 1}
+    return single | {f"{kind}s": names for kind, names in others.items() if len(names) > 1}
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fd_large.evaluation.protocol import Protocol, Request, Result
 from fd_large.evaluation.sweep import SweepFlags, check_fields, sweep
 from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
-from fd_large.evaluation.transfer.cells import Cell, Changes, Row, RowKind
+from fd_large.evaluation.transfer.cells import Cell, Changes, Row
 from fd_large.evaluation.transfer.columns import COLUMNS, Column
 from fd_large.evaluation.transfer.intervals import of_runs
 from fd_large.files import out_folder, write_json
@@ -51,9 +51,9 @@ class TransferFlags(SweepFlags):
     # Columns that are trained: finetune, linear, ade20k, coco, nyuv2; empty: all whose dataset is
     # named.
     only: tuple[str, ...] = ()
-    # Rows of each run. student: its student; teacher: its teacher; scratch: its student's
-    # architecture with random weights.
-    rows: tuple[RowKind, ...] = ("student", "teacher", "scratch")
+    # Rows of each run. student: its student; teacher: its teacher, or all of several; scratch: its
+    # student's architecture with random weights; or the name of one of several teachers.
+    rows: tuple[str, ...] = ("student", "teacher", "scratch")
     # Number of repetitions of each cell, with runtime.seed and the seeds after it.
     seeds: int = 1
     # Folder of the table and of all trainings.

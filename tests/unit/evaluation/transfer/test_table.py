@@ -13,6 +13,7 @@ import depth_images
 import detection_twin
 import pytest
 import segmentation_twin
+import tiny_runs
 import transfer_toy
 from html_page import check_page
 from labelled_folder import labelled_folder
@@ -354,6 +355,25 @@ def test_a_teacher_that_runs_share_comes_once(toy, trained, tmp_path):
     assert rows["mine"]["teacher"] == rows["other"]["teacher"] == "other_teacher"
 
 
+def test_each_of_several_teachers_is_a_row(toy, trained, tmp_path, capsys):
+    fields = {"teachers.fine.architecture.mlp_ratio": 2.0}
+    run = tiny_runs.with_teachers(tiny_runs.tiny_run(), "coarse", "fine", **fields)
+    tiny_runs.store_task(tmp_path / "two", run, tiny_runs.tiny_task(run))
+    words = ["transfer", str(tmp_path / "two"), *transfer_toy.SHORT.split(), "--only", "finetune"]
+    words += ["--imagenet", str(toy / "imagenet"), "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    summary = summary_of(tmp_path / "out")
+    names = [row["name"] for row in summary["rows"]]
+    assert names == ["two", "two_coarse", "two_fine", "two_from_scratch"]
+    less = [difference["less"] for difference in summary["differences"]]
+    assert less == names[1:]
+    assert main([*words, str(tmp_path / "one"), "--rows", "student", "fine"]) == 0
+    assert [row["name"] for row in summary_of(tmp_path / "one")["rows"]] == ["two", "two_fine"]
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "none"), "--rows", "pupil"]) == 2
+    assert "got 'pupil', known: coarse, fine, scratch" in capsys.readouterr().err
+
+
 def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_path, capsys):
     shutil.copytree(toy / "mine", tmp_path / "b" / "mine")
     out, more = tmp_path / "out", ["--rows", "student", "--only", "linear"]
@@ -387,7 +407,6 @@ def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_pat
         (["RUN", "--coco.recipe", "linear_probe"], ["--coco.recipe:", "got linear_probe"]),
         (["RUN", "--coco.recipe", "coco_mask"], ["--coco.recipe:", "nearest"]),
         (["RUN", "--data.root", "x", "--runtime.run_dir", "y"], ["--data.root", "--out"]),
-        (["RUN", "--rows", "pupil"], ["pupil"]),
         (["RUN", "--seeds", "0"], ["--seeds"]),
         (["--table", "--out", "nowhere"], ["--out: nowhere: ", "got no summary.json"]),
         ([".", "--imagenet", "."], ["recipe.json"]),
