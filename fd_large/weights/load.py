@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fd_large import doors
 from fd_large.backbones.hierarchical import SizeRule
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
@@ -19,6 +21,7 @@ from fd_large.weights.resolve import Sources
 def load_model(
     folder: str | Path,
     *,
+    allow_code: Iterable[str | os.PathLike[str]] = (),
     size_rule: SizeRule = "drop",
     window_rule: WindowRule = "masked",
     shift_stages: tuple[bool, ...] = (),
@@ -28,6 +31,7 @@ def load_model(
 
     Args:
         folder: Folder from `export --to fd`, `timm` or `hf`, or from `weights convert --to fd`.
+        allow_code: Python files or `module:` names of the user's own that make the model.
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
         window_rule: As in the recipe of the model (`student.window_rule`), like the next two.
         shift_stages: See `backbones.family.Options`.
@@ -38,6 +42,8 @@ def load_model(
     Raises: WeightsError: if the folder contains no such model.
     """
     where = "load_model"
+    for code in allow_code:
+        doors.allow(code)
     weights = Sources().resolve(folder, where=where)
     stored = weights.stored
     if stored is None:

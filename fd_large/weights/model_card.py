@@ -114,7 +114,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         **architecture.summary(),
         "map": map_of(net, side),
     }
-    own_code = _file_of(architecture.code)
+    own_code = allowed_by(architecture.code)
     if exported.code_hash:
         student["code"] = f"{own_code or name}, SHA-256 {exported.code_hash}"
     if into:
@@ -191,9 +191,14 @@ def _template() -> Any:
     return environment.get_template("model_card.md")
 
 
-def _file_of(code: str) -> str:
-    """Returns the file name of the user's own model code, without folders, or ""."""
-    return without_folders(code).removeprefix(doors.PREFIX).rpartition(":")[0] if code else ""
+def allowed_by(code: str) -> str:
+    """Returns the user's own model code as `load_model` allows it, without folders, or "".
+
+    That is the name of a file, or a `module:` name; installed plugins need no permission.
+    """
+    name = without_folders(code) if doors.is_own(code) else ""
+    file = name.removeprefix(doors.PREFIX).rpartition(":")[0]
+    return file if file.endswith(".py") else name
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from stored_run import STUDENTS, SWIN, store_student
 from fd_large import doors
 from fd_large.cli import export as command
 from fd_large.evaluation.lineage import trainings_of
+from fd_large.weights.model_card import allowed_by
 
 
 @pytest.fixture
@@ -166,6 +167,19 @@ def test_code_for_a_model_that_pads_its_images(tmp_path, official):
     close(found["tokens"], net(image).tokens)
 
 
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("module:/home/me/net.py:Net", "net.py"),
+        ("module:mine.nets:Net", "module:mine.nets:Net"),
+        ("plugin", ""),
+        ("", ""),
+    ],
+)
+def test_own_code_is_allowed_by_its_file_or_its_name(code, allowed):
+    assert allowed_by(code) == allowed
+
+
 def test_code_for_a_model_of_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
@@ -177,6 +191,8 @@ def test_code_for_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert str(tmp_path) not in card
     sha256 = hashlib.sha256(NET.encode()).hexdigest()
     assert rows(card)["code"] == f"net.py, SHA-256 {sha256}"
+    assert 'load_model(folder, allow_code=["net.py"])' in card
+    assert "`net.py`: put its file into the folder in which Python is started" in card
     doors.reset()  # The card's code allows the file beside the current folder.
     found, image = run_code(card, out, tmp_path)
     close(found["tokens"], net(image).tokens)
