@@ -192,9 +192,10 @@ def watching_sums(few_ranks: int | None) -> Iterator[Counter[str]]:
             patch.setattr(memory, "MOST_BFLOAT16_SUMMANDS", few_ranks)
             for file in (memory, gradient_buckets):
                 patch.setattr(file, "MOST_OWNERS", few_ranks)
-        for name in ("all_reduce", "reduce"):
-            plain = getattr(torch.distributed, name)
-            patch.setattr(torch.distributed, name, partial(counting, plain))
+        # Of two CPU ranks the owner itself adds: no reduction of torch's shows that.
+        places = ((torch.distributed, "all_reduce"), (deepspeed.comm, "reduce"))
+        for place, name in (*places, (gloo, "sum_on_owner")):
+            patch.setattr(place, name, partial(counting, getattr(place, name)))
         yield summed
 
 
