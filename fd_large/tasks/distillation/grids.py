@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -297,7 +298,7 @@ def check_fit(
         chosen = entry.setting("head", target.kind)
         with naming_target(target.teacher, target.kind):
             try:
-                _check_head(task, target, chosen, width, size)
+                _check_head(task, target, chosen, width, size, grid)
             except ConfigError as error:
                 if size == image_size or not isinstance(target.head, MapHead):
                     raise
@@ -327,12 +328,16 @@ def check_fit(
         log.info("%s", task.sight.description)
 
 
-def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, size: int) -> None:
+def _check_head(
+    task: Distillation, target: NamedTarget, name: str, width: int, size: int, grid: Grid
+) -> None:
     """Runs a target's head on the meta device, on an input as in training."""
     head, student = target.head, task.student
     if not isinstance(head, MapHead):
-        in_width = task.sight.width(student)
-        check_head(head, name, (2, 3, in_width), width, where=HEAD_WHERE)
+        # A head may put the tokens of a map back onto the student's grid.
+        places = 1 if target.kind == SUMMARY else math.prod(grid)
+        shape = (2, places, task.sight.width(student))
+        check_head(head, name, shape, width, where=HEAD_WHERE)
         return
     pixels = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():

@@ -8,6 +8,7 @@ import pytest
 import tiny_runs
 from loading import settled
 
+from fd_large import doors
 from fd_large.errors import ConfigError, FDError, ShapeError
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import override
@@ -114,6 +115,20 @@ def test_a_ladder_stands_on_blocks_of_one_shape_and_learns_summaries_too(run):
     assert heads["map"].grid == (4, 4)
     assert heads["summary"].grid == (1, 1)
     DistillationJob(run).tensor_sizes()
+
+
+def test_a_head_may_put_the_tokens_onto_their_grid(run, tmp_path):
+    code = tmp_path / "onto_grid.py"
+    code.write_text(
+        "from torch import nn\n"
+        "class OntoGrid(nn.Linear):\n"
+        "    def forward(self, tokens):\n"
+        "        side = round(tokens.shape[1] ** 0.5)\n"
+        "        grid = tokens.unflatten(1, (side, side))\n"
+        "        return super().forward(grid.transpose(1, 2)).flatten(1, 2)\n"
+    )
+    doors.allow(code)
+    DistillationJob(override(run, {"objective.head": f"module:{code}:OntoGrid"})).tensor_sizes()
 
 
 def test_a_line_says_how_the_grids_meet(run, caplog):
