@@ -72,6 +72,22 @@ def test_a_loss_of_the_users_own_is_trained_and_has_words_and_a_baseline(tmp_pat
     assert found == pytest.approx(best.item(), rel=1e-5)
 
 
+def test_a_loss_that_relates_the_images_of_a_batch_is_refused(tmp_path):
+    text = (
+        "def relational(projected, target):\n"
+        "    ours, theirs = (x.mean(1) @ x.mean(1).T for x in (projected, target))\n"
+        "    return (ours - theirs).square().mean()\n"
+    )
+    source = own(tmp_path / "relational.py", text, "relational")
+    with pytest.raises(ConfigError, match=r"objective\.loss.*not a mean over the images"):
+        check_loss(make_loss(source, beta=2.0), source)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_built_in_loss_is_a_mean_over_the_images(name):
+    check_loss(make_loss(name, beta=2.0), name)
+
+
 def test_a_built_in_loss_is_one_line_in_its_table(monkeypatch):
     def l2(projected, target):
         return (projected - target).square().mean()
