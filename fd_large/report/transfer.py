@@ -81,7 +81,9 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
 
 
 def write_table(
-    folder: Path, interval: Interval = lambda ours, others, score: None
+    folder: Path,
+    interval: Interval = lambda ours, others, score: None,
+    single_class: Callable[[Path], bool] = lambda run: False,
 ) -> tuple[dict[str, Any], list[Table], list[Path]]:
     """Reads all runs of a table again, and writes it as JSON, text, plot and page.
 
@@ -89,6 +91,7 @@ def write_table(
         folder: Folder of the table, with a summary.json.
         interval: Compares two rows by the folders of their runs and the name of a score: the
             difference with its interval; None if it is not known.
+        single_class: Whether a run, by its folder, gives every test image the same class.
 
     Returns: the content of summary.json, the tables, and the written files.
     Raises: ConfigError: if it is not the folder of a table.
@@ -112,6 +115,7 @@ def write_table(
         # A dataset without masks has no mask AP.
         known = {key: metrics[key] for key in keys if metrics.get(key) is not None}
         cell["scores"] = known if cell["status"] == DONE else {}
+        cell["single_class"] = bool(cell["scores"]) and single_class(run)
     summary["differences"] = [
         {"of": a, "less": b, "column": column, "score": score["key"], **value._asdict()}
         | _interval(summary, a, b, column, score, interval)
@@ -368,11 +372,24 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     others = [o["title"] for o in summary["columns"] if o["name"] not in _trained(summary)]
     if others:
         yield f"Not trained: {', '.join(others)}."
+    yield from _of_one_class(summary)
     yield from _unlike(summary)
     yield from _swept(summary)
     for cell in summary["cells"]:
         if cell["status"] == FAILED:
             yield f"FAILED {cell['run']}: {cell['reason']}"
+
+
+def _of_one_class(summary: dict[str, Any]) -> Iterator[str]:
+    """Yields lines on cells that give every image the same class, so that no interval says much."""
+    labels = {row["name"]: row["label"] for row in summary["rows"]}
+    titles = {column["name"]: column["title"] for column in summary["columns"]}
+    for cell in summary["cells"]:
+        if cell.get("single_class"):
+            yield (
+                f"{labels[cell['row']]}, {titles[cell['column']]}, seed {cell['seed']}: gives "
+                "every test image the same class, so that its score is the share of this class."
+            )
 
 
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:

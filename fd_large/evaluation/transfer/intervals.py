@@ -38,6 +38,14 @@ def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[st
     return as_json(paired) if paired else None
 
 
+def single_class(run: Path) -> bool:
+    """Returns whether a run, by its folder, gives every test image the same class."""
+    from fd_large.engine.predictions import Predictions
+
+    tested = Predictions.read(run)
+    return tested is not None and len(set(tested.predicted[tested.labels >= 0].tolist())) == 1
+
+
 def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, Any] | None:
     import numpy as np
 

@@ -26,7 +26,7 @@ from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
 from fd_large.evaluation.transfer.cells import Cell, Changes, Row
 from fd_large.evaluation.transfer.columns import COLUMNS, Column
-from fd_large.evaluation.transfer.intervals import of_runs
+from fd_large.evaluation.transfer.intervals import of_runs, single_class
 from fd_large.files import out_folder, write_json
 from fd_large.recipes.fields import at_least, require
 from fd_large.recipes.file_names import SUMMARY
@@ -222,7 +222,7 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
 
 def _made(folder: Path) -> Result:
     """Returns the table from the runs in a folder."""
-    _, tables, files = write_table(folder, of_runs)
+    _, tables, files = write_table(folder, of_runs, single_class)
     return Result(tables, files)
 
 

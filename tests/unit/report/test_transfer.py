@@ -92,6 +92,13 @@ def test_figures_differences_and_gaps(table: Path) -> None:
     assert {"+2.20 +- 0.28", "(0.352)", "failed"} <= set(check_page(files[3]).words)
 
 
+def test_a_row_that_predicts_a_single_class_is_said(table: Path) -> None:
+    folder = table / "teacher" / "finetune" / "seed_0"
+    _, (scores, _), _ = write_table(table, single_class=lambda run: run == folder)
+    lines = [line for line in scores.caption.splitlines() if "the same class" in line]
+    assert [line.partition(":")[0] for line in lines] == ["teacher, finetune, seed 0"]
+
+
 def test_columns_without_cells_are_named_alone(table: Path) -> None:
     summary = json.loads((table / SUMMARY).read_text())
     summary["cells"] = [

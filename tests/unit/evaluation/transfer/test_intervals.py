@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fd_large.engine.predictions import Predictions
-from fd_large.evaluation.transfer.intervals import of_runs
+from fd_large.evaluation.transfer.intervals import of_runs, single_class
 from fd_large.probes import redrawn
 
 
@@ -58,3 +58,12 @@ def test_without_the_files_of_every_run_there_is_none(runs):
     labels = np.zeros(2000, np.int64)
     Predictions(labels, labels).write(first)
     assert of_runs(*runs, "test_top1") is None, "other test images"
+
+
+def test_predictions_of_a_single_class(tmp_path):
+    labels = np.array([0, 1, 1, -1])
+    assert not single_class(tmp_path)
+    Predictions(labels, labels).write(tmp_path)
+    assert not single_class(tmp_path)
+    Predictions(np.array([2, 2, 2, 0]), labels).write(tmp_path)
+    assert single_class(tmp_path), "of what cannot be read, nothing is predicted"
