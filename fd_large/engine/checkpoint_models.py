@@ -52,7 +52,7 @@ def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
-    for code, made_by in reader.manifest.get("code", {}).items():
+    for code, made_by in _recorded_code(reader).items():
         doors.warn_if_changed(code, made_by, model=str(reader.path))
     tensors = dict(task.named_parameters()) | partition.running_statistics(task)
     stream.check(reader, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -135,8 +135,14 @@ def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
     Checkpoints of earlier versions have no hash; then the result is the present file's hash.
     """
     code = architecture.code
-    recorded = reader.manifest.get("code", {}).get(code)
+    recorded = _recorded_code(reader).get(code)
     return recorded or doors.hashes(code).get(code, "")
+
+
+def _recorded_code(reader: Reader) -> dict[str, str]:
+    """Returns {name: SHA-256} of own code in the manifest, which may come from elsewhere."""
+    code = reader.manifest.get("code")
+    return {name: str(digest) for name, digest in code.items()} if isinstance(code, dict) else {}
 
 
 def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> None:

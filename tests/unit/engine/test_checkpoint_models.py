@@ -108,6 +108,16 @@ def test_own_code_that_changed_since_the_training_is_said(tmp_path, caplog, part
     assert facts["code"][name][:12] in caplog.text
 
 
+@pytest.mark.parametrize("recorded", [7, ["x"], {"x": 7}, None])
+def test_a_foreign_record_of_code_is_no_traceback(tmp_path, caplog, recorded):
+    code, run = tmp_path / "net.py", tmp_path / "run"
+    code.write_text(NET)
+    doors.allow(code)
+    store_student(run, f"module:{code}:Net", {}, facts={"code": recorded})
+    find_model(str(run), job_of).build()
+    assert not caplog.text
+
+
 def test_another_net_is_refused(stored, tmp_path):
     stored("vit_base_patch16", VIT, 3)
     with pytest.raises(WeightsError, match="of the run"):
