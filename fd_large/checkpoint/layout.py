@@ -74,7 +74,7 @@ class FlatGroups:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Elements of each tensor by name."""
+        """Number of elements of each tensor, by name."""
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:

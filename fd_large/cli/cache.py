@@ -240,7 +240,7 @@ def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[s
 
 
 def _verdict(cost: CachedTargets) -> str:
-    """Returns a sentence on whether storing maps saves time in these runs."""
+    """Returns a sentence on whether a cache of maps saves time in the runs that would read it."""
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
         return f"it pays: {share} less time"

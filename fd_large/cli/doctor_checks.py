@@ -365,7 +365,7 @@ def shared_memory() -> Finding:
 
 
 def listings() -> Finding:
-    """Checks the cache folder for listings of datasets."""
+    """Checks that listings of datasets can be stored in the cache folder."""
     from fd_large.data.listing import cache_folder
 
     folder = cache_folder() / "listings"

@@ -132,7 +132,10 @@ def require_sources(run: Run) -> None:
 
 
 def _on_this_node(*checks: Callable[[], None]) -> None:
-    """Runs checks that may differ between nodes; marks errors so that each node reports its own."""
+    """Runs checks whose results may differ between nodes.
+
+    An error is marked so that the first rank of each node that met one reports it.
+    """
     try:
         check_all(*checks)
     except FDError as error:

@@ -206,7 +206,10 @@ def _with_students_of_weights(run: Run) -> Run:
 
 
 def _phases_key(run: Run, rates: Rates) -> str:
-    """Returns the key of a run's phases in a file of rates, from all that decides their times."""
+    """Returns the key under which a file of rates stores the times of a run's phases.
+
+    The key is made from all fields that decide these times.
+    """
     fields = {name: plain(flat(run)[name]) for name in ("optim.name", "engine.compile")}
     return kept_counts.key(shape_fields(run) | fields, rates.name, "phases")
 

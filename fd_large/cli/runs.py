@@ -138,8 +138,8 @@ def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]
         _require_known(name, "--where", runs)
         if name == "state" and value.lower() not in STATES:
             raise ConfigError(
-                f"--where: no state of a run; got {value!r}, {nearest(value, STATES)}. Change "
-                "--where."
+                f"--where: no run can have this state; got {value!r}, {nearest(value, STATES)}. "
+                "Change --where."
             )
         chosen = [r for r in chosen if name in r.fields and _same(r.fields[name], value)]
     return chosen

@@ -150,7 +150,7 @@ class CustomImages:
         raise problems[0]
 
     def _spread(self, count: int) -> list[int]:
-        """Returns indices of `count` images at equal distances, beginning with the first."""
+        """Returns at most `count` indices, spread evenly from the first image to the last."""
         places: list[int] = np.unique(np.linspace(0, self._count - 1, count).astype(int)).tolist()
         return places
 

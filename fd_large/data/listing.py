@@ -155,11 +155,11 @@ def listed(
 
 
 def filled(columns: tuple[str, ...], fill: Fill) -> Made:
-    """Collects names, and columns of int64.
+    """Collects the names of all samples, and their numbers in columns of int64.
 
     Args:
         columns: Names of the numbers that each sample carries.
-        fill: Adds all samples and returns the facts.
+        fill: Calls its argument with the name and the numbers of each sample; returns the facts.
     """
     names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
     digest = hashlib.sha256()

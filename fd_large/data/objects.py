@@ -80,8 +80,8 @@ class Stored(NamedTuple):
     def open(self) -> BinaryIO:
         """Checks that the file is unchanged, and opens it for reading.
 
-        Raises: DataError: if the file has changed or cannot be read; StorageError: if its store
-            does not answer.
+        Raises: DataError: if the file has changed or cannot be looked up; OSError: if a local file
+            cannot be opened; StorageError: if its store does not answer.
         """
         now = _looked_up(self.url)
         if now != self:

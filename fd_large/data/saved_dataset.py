@@ -48,7 +48,7 @@ class SavedDataset:
         except Exception as error:  # The library's, on damaged files.
             raise DataError(
                 f"{where}: a saved dataset cannot be opened; got {first_line(error)} for {root!r}, "
-                "expected a folder of datasets' save_to_disk. Save it again."
+                "expected a folder that save_to_disk of the datasets library wrote. Save it again."
             ) from error
         if not len(dataset):
             raise DataError(

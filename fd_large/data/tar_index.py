@@ -109,7 +109,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        """Reads a header; damage that tarfile ignores is `Torn`."""
+        """Reads a header; raises `Torn` for damage that tarfile would ignore."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:

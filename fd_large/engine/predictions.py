@@ -19,7 +19,7 @@ class Predictions(NamedTuple):
 
     Attributes:
         predicted: (N,) int64, the class that each image is given.
-        labels: (N,) int64, the class that it has; -1 where it could not be used.
+        labels: (N,) int64, the true class; -1 if the image could not be used.
     """
 
     predicted: NDArray[np.int64]

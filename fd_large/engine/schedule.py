@@ -100,7 +100,10 @@ class PolynomialSchedule(Schedule):
         return self.minimum + (self.peak - self.minimum) * left**self.power
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
+        """Returns the learning rate of a layer.
+
+        The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
+        """
         scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
         return scaled.at_step(step)
 
@@ -146,7 +149,10 @@ class StepSchedule(Schedule):
         return max(self.peak * 0.1**fallen, self.minimum) * self._warm(step)
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
+        """Returns the learning rate of a layer.
+
+        The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
+        """
         scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
         return scaled.at_step(step)
 

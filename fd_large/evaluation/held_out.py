@@ -69,7 +69,7 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """Returns the hash of the images that a run with this `val_fraction` trains on, in a list.
+    """Returns a list with the hash of the images that a run with this `val_fraction` trains on.
 
     The list is empty if the fraction holds out none of the images, or all.
     """

@@ -62,6 +62,6 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     if name not in built_in and (loaded.name in built_in or not loaded.name.isidentifier()):
         raise ConfigError(
             f"--task: a protocol's name that is taken or invalid; got {loaded.name!r} "
-            f"from {name}, expected none of {', '.join(built_in)}. Give it another name."
+            f"from {name}, expected an identifier other than {', '.join(built_in)}. Rename it."
         )
     return loaded

@@ -240,7 +240,7 @@ def _source(model: NamedModel, clip: str) -> str:
 
 
 def _lines(file: str, flag: str) -> list[str]:
-    """Returns the non-empty lines of a text file."""
+    """Returns the non-empty lines of a text file, without surrounding white space."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -156,7 +156,10 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether any operation on such a device may need the check of its kernel."""
+    """Returns whether operations on devices of this type may run a kernel, which needs a check.
+
+    Kernels are all implementations other than the reference.
+    """
     general, single = _wishes(wished())
     wishes = {general, *single.values()} - {"reference"}
     if device_type == "cuda":
@@ -303,7 +306,7 @@ def _triton_problem(device_type: str, interpreted: bool, device: Device | None) 
 
 
 def _compile_problem(device_type: str, device: Device | None) -> str:
-    """Returns why torch.compile cannot run on a device, or "" as far as known beforehand."""
+    """Returns why torch.compile cannot run on a device, or "" if no reason is known in advance."""
     if device is not None:
         return "" if device.capability else "another GPU"
     if device_type != "cuda":

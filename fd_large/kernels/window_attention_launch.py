@@ -106,7 +106,7 @@ class Geometry:
 
     @property
     def kinds(self) -> int:
-        """Number of diagonals of the table's tiles; a prefix adds three."""
+        """Number of diagonals of tiles in the table's gradient; a prefix adds three."""
         return 2 * blocks(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:

@@ -113,7 +113,10 @@ def _groups(
     windows: int,
     memory: Memory,
 ) -> Tensor:
-    """Computes attention within B * nW groups of N tokens, (B * nW, h, N, D); regions (nW, N)."""
+    """Computes attention among the N tokens of each of the B * nW windows.
+
+    q, k, v and the result are (B * nW, h, N, D); regions is (nW, N), or None.
+    """
     if memory == "keep":
         return _group_attention(q, k, v, scale, cosine, table, index, regions)
     size = windows

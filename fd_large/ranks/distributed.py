@@ -316,8 +316,9 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
 def _name_of(launch: Launch) -> str:
     """Returns a name of this job among jobs at the same port, as far as they can be distinguished.
 
-    A second job with the port of a running job finds that job's store, and must not end it by its
-    entries. A launcher's token, if there is one, cannot be guessed by others.
+    A second job that uses the port of a running job finds that job's store. The name begins all
+    keys of a job, so that entries of the second job do not end the first. A launcher's token, if
+    there is one, cannot be guessed by others.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"

@@ -303,7 +303,7 @@ def finetune_swinv2_giant() -> Run:
 
 
 def finetune_clip_vit_base_plain() -> Run:
-    """Fine-tune CLIP ViT-B/16 itself, carefully: what a distilled student is held against.
+    """Fine-tune CLIP ViT-B/16 itself, carefully: the baseline for its distilled students.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
     Duration: 31,250 steps; 14 to 21 GPU-hours
@@ -322,7 +322,7 @@ def finetune_clip_vit_base_plain() -> Run:
 
 
 def finetune_clip_vit_large_plain() -> Run:
-    """Fine-tune CLIP ViT-L/14 itself, carefully: what a distilled student is held against.
+    """Fine-tune CLIP ViT-L/14 itself, carefully: the baseline for its distilled students.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
     Duration: 18,750 steps; 33 to 51 GPU-hours

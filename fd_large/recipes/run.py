@@ -590,7 +590,7 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _usual(section: Any) -> Any:
-    """Returns the section with every field at its default, with a model for a student."""
+    """Returns the section of defaults; a student's model, which has no default, is empty."""
     return type(section)(model="") if isinstance(section, Student) else type(section)()
 
 

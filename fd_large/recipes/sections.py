@@ -121,11 +121,11 @@ class Student:
     def without_rules_unknown_to(
         self, architecture: FamilyArchitecture, *, unchanged: Collection[str] = ()
     ) -> Student:
-        """Returns the section with default values of the size fields that a family lacks.
+        """Returns the section with those of `SIZE_FIELDS` at their defaults that a family lacks.
 
         Args:
             architecture: A model of the family.
-            unchanged: Fields that stay unchanged.
+            unchanged: Names of fields that keep their values.
         """
         usual = Student(model=self.model).sizes()
         if architecture.can_pad:

@@ -94,17 +94,18 @@ def ade20k_upernet_vit_base() -> Run:
 
 
 def ade20k_upernet_vit_base_mae() -> Run:
-    """UPerNet on a ViT-B/16 with the settings of MAE, to which a row of the paper's table belongs.
+    """UPerNet on a ViT-B/16 with the settings of MAE, whose result the paper's table also has.
 
     Hardware: 8 GPUs x 2 images; ADE20K
     Duration: 160,000 steps; 17 to 26 GPU-hours
     Memory: 6.1 GB of each GPU
-    Result: MAE's weights 48.1 mIoU (MAE and the paper); not said of CLIP and its student
+    Result: MAE's weights 48.1 mIoU (MAE and the paper); unknown for CLIP and its student
 
-    The paper's table has MAE's own figure, 48.1, beside CLIP's 49.5 and its student's 51.7: so its
-    rows are most likely of MAE's settings, which are published (arXiv 2111.06377, and as
-    mmsegmentation has them): 512 px, 1e-4 at batch 16, layer decay .65, drop path .1, weight decay
-    .05, 768 channels, a table of relative positions for each block, windows of 512 px, 341 apart.
+    The paper's table has the figure that MAE published, 48.1, beside CLIP's 49.5 and its student's
+    51.7, without their settings. All three were most likely trained with MAE's settings, which are
+    published (arXiv 2111.06377, and in mmsegmentation): 512 px, 1e-4 at batch 16, layer decay
+    .65, drop path .1, weight decay .05, 768 channels, a table of relative positions for each block,
+    windows of 512 px, 341 apart.
     """
     return _ade20k(
         vit("vit_base_patch16", 0.1),

@@ -103,9 +103,10 @@ def small_data() -> Run:
 
 
 def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[Run, str]:
-    """Returns a run fitted to its images and devices, and a line for the log.
+    """Returns the run with the fields that its images and devices decide, and a line for the log.
 
-    In the quick start, too, a student other than its own gets the learning rate of its kind.
+    In a run of the quick start with another student, only the learning rates are set, to those of
+    the student's kind of model (`PEAKS`).
 
     Args:
         run: The run.
@@ -193,7 +194,10 @@ def _steps_an_epoch(run: Run, images: Images) -> int:
 
 
 def _rate(run: Run, batch: int) -> dict[str, float]:
-    """Returns the learning rates per 512 images, by full name."""
+    """Returns the learning rates by the full names of their fields.
+
+    They are stated per 512 images, so that the peak at this batch size is the one in `PEAKS`.
+    """
     base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
     return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}
 

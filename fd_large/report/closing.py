@@ -369,9 +369,10 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
 
 
 def _batch_script() -> str:
-    """Returns the script that resumes a run in a job, from here; "" if none is here.
+    """Returns the path of the script that resumes a run in a batch job, or "" if there is none.
 
-    A clone has it in slurm/, a folder that `init` wrote at its top.
+    The path is relative to the current folder: slurm/resume.sh in a clone of the repository, and
+    resume.sh in a folder that `init` wrote.
     """
     scripts = ("slurm/resume.sh", "resume.sh")
     return next((name for name in scripts if kind_of(Path(name))), "")

@@ -209,12 +209,13 @@ def _cells(
 ) -> tuple[Figure, Iterator[tuple[Axes, int, dict[str, Any]]]]:
     """Returns a figure with a row of panels for each loss, and (panel, model, landscape) of each.
 
-    A row has a panel for each model that has the loss.
+    The row of a loss has a panel for each model with a landscape of this loss.
 
     Args:
         models: The models.
         height: Height of a row, in inches.
-        of: Entry of a landscape to draw; losses for which no model has it are left out.
+        of: Entry of the landscapes that is drawn; a loss is left out if it has this entry for no
+            model.
     """
     rows = [
         [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]

@@ -106,7 +106,7 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def _short(model: str) -> str:
-    """Returns the user's own model by file and name, without folders."""
+    """Returns a model's name without folders; a user's own model is named as `file.py:NAME`."""
     return model.rpartition("/")[2]
 
 

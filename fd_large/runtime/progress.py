@@ -72,7 +72,7 @@ class Progress(Tracker):
         self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Shows the last of the rows."""
+        """Logs the last row; with a bar, the bar shows the row and only the file gets the line."""
         last = rows[-1]
         per_second = last["images_per_second"]
         self._seconds_per_update = self._images / per_second

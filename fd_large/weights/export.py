@@ -69,7 +69,7 @@ def export_of(
 def libraries_of(
     architecture: FamilyArchitecture, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> list[To]:
-    """Returns the libraries whose files can hold a model without heads, and all graphs.
+    """Returns the values of `--to` that can hold this model without task heads.
 
     Args: As `export_of`.
     """

@@ -1,7 +1,7 @@
-"""Checks of sources of weights before torch or a library is imported.
+"""Checks the names of sources of weights before torch or a library of models is imported.
 
-Whether the Hub has a repository, or timm and open_clip weights of a name and tag, is found when
-the source is opened (`download.py`).
+Only when the source is opened (`download.py`), it is known whether the Hub has the repository, or
+whether timm or open_clip has weights of the name and tag.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _state_dict(root: Any, archive: _Archive, budget: Budget) -> dict[str, Tenso
     while pending:
         prefix, module = pending.pop()
         if len(prefix) > NAME_LENGTH or not isinstance(module, Module):
-            raise ValueError("an archive without a module, or with modules without end")
+            raise ValueError("an archive without a module, or with modules nested too deeply")
         file, _, name = module.name.rpartition(".")
         if file not in listed:
             listed[file] = _named_tensors(archive.read(f"code/{file.replace('.', '/')}.py"))

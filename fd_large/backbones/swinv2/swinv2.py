@@ -244,7 +244,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, narrow: Tensor, scales: Tensor | None, position_table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Maps (B, H, W, C) to the same shape, in both dtypes.
+        """Returns the new residual stream, in the dtype of `x` and in that of `narrow`.
 
         Args:
             x: (B, H, W, C), the residual stream.

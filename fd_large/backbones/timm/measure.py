@@ -202,7 +202,10 @@ def still(net: nn.Module) -> None:
 
 
 def _layers(net: Any) -> tuple[dict[str, int], bool]:
-    """Returns parameters' layers by timm's `param_groups_layer_decay`; whether there is a head."""
+    """Returns the layer index of each parameter, and whether there is a classifier with parameters.
+
+    The layers are numbered as timm's `param_groups_layer_decay` numbers them.
+    """
     if not hasattr(net, "group_matcher"):
         return {}, False
     layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)

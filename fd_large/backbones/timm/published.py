@@ -157,7 +157,9 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
 
 
 def settle(name: str, architecture: Architecture, where: str) -> tuple[Architecture, list[str]]:
-    """Returns the model of `timm:NAME`, up to its last map unless a stride is given.
+    """Returns the architecture of `timm:NAME` with its stride, and notes on what was chosen.
+
+    If no stride is given, the model's last map is used.
 
     Raises: ConfigError: if timm lacks the model, or the model returns no map; ShapeError: if it
         does not take the image size.

@@ -126,7 +126,8 @@ class TransformersBackbone(nn.Module):
         Args:
             grid: Rows and columns of the map.
 
-        Returns: (name of the module, its number of tokens) -> their positions; None: not known.
+        Returns: a function of a module's name and its number of tokens; it returns the positions of
+            these tokens, or None if they are not known.
         """
         map_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         known = image_positions(grid, self.num_prefix_tokens)

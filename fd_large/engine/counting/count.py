@@ -139,7 +139,8 @@ def count(
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.
         checkpointing: False counts without activation checkpoints, True with one at each
-            `checkpoint_every`-th block of the student; False comes first.
+            `checkpoint_every`-th block of the student. If both are given, False must come first,
+            since True changes the models in place.
         micro_batch_size: The only size that is counted if the task is not linear in its images;
             auto: `images_together` of the job.
         image_size: Side of the images; 0 means the side of the job's probe batch, the largest.

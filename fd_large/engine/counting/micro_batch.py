@@ -163,7 +163,7 @@ def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
 def _phases(
     engine: Engine, batch_of: Callable[[int], Batch], share: int, seed: int, *, keeps: bool
 ) -> tuple[Callable[[int], None], ...]:
-    """Returns forward and backward, and the optimiser's step, as functions of a micro batch.
+    """Returns two functions of a micro batch's size: forward and backward, and the step.
 
     Args:
         engine, batch_of, share, seed: See `probe`.

@@ -62,7 +62,7 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Returns what DeepSpeed's builder says of each operation; compiles nothing."""
+    """Returns for each operation whether it can be built, and whether it is; compiles nothing."""
     operations = []
     for name in NAMES:
         builder = _builder(name)

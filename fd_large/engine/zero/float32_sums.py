@@ -13,7 +13,10 @@ from fd_large.ranks import distributed
 
 
 class Float32Sums:
-    """Reduces gradients at ZeRO stage 1 in bfloat16, where every rank sums all in float32."""
+    """Averages gradients over the ranks in training with bfloat16 at ZeRO stage 1.
+
+    Before, every rank sums all gradients of its micro batches in float32.
+    """
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine, self._optimizer = engine, engine.optimizer

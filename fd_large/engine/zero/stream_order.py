@@ -47,7 +47,10 @@ class Init(deepspeed.zero.Init):
 
 
 def order_gathers(engine: Any) -> None:
-    """Makes gathers of a sharded model wait for past and later writes of the shards.
+    """Makes gathers of a sharded model wait for writes of the shards.
+
+    Gathers wait for the writes that are already queued, and after each step for those of the
+    optimiser. A gather from hpZ's copies also waits until these are written.
 
     Args:
         engine: DeepSpeed's engine at stage 3; without an optimiser nothing is written later.

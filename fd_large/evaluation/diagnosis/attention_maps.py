@@ -80,7 +80,7 @@ class _Operands(TorchFunctionMode):
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Adds hooks that record the running module."""
+        """Adds hooks that record the module's name while it runs; returns their handles."""
         return [
             module.register_forward_pre_hook(lambda *_: self._inside.append(name)),
             module.register_forward_hook(lambda *_: self._left()),

@@ -321,7 +321,7 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
 
 
 def _as_entries(others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Returns summary.json's entries of the rows with which a student is compared."""
+    """Returns the entries of summary.json that name the rows to which a student is compared."""
     single = {kind: names[0] for kind, names in others.items() if len(names) == 1}
     return single | {f"{kind}s": names for kind, names in others.items() if len(names) > 1}
 
@@ -387,7 +387,7 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
 
 
 def named(refused: Mapping[tuple[str, str], str]) -> str:
-    """Returns, in words, the columns in which each row cannot be trained, with the reasons."""
+    """Returns a text on the columns in which each row cannot be trained, with the reasons."""
     columns: dict[tuple[str, str], list[str]] = {}
     for (row, column), why in refused.items():
         columns.setdefault((row, why), []).append(column)

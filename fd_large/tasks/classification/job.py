@@ -359,7 +359,7 @@ class LinearProbeJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images, in whole groups."""
+        """Makes a micro batch of grey images, completed to whole groups of the batch norms."""
         return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
 
     def norm_group(self) -> int:

@@ -295,12 +295,14 @@ class LinearProbing(Task):
 
 
 def probe_batch(size: int, image_size: int, *, norm_batch: int) -> Batch:
-    """Makes a micro batch of grey images of the first class, in whole groups.
+    """Makes a micro batch of grey images of the first class.
+
+    Images without labels follow until the number of images is a multiple of `norm_batch`.
 
     Args:
-        size: Images of the micro batch.
+        size: Number of labelled images.
         image_size: Side of the images, in pixels.
-        norm_batch: Images of a group.
+        norm_batch: Number of images that share the statistics of a batch norm.
     """
     positions, loaded = torch.arange(size), -(-size // norm_batch) * norm_batch
     images = torch.full((loaded, 3, image_size, image_size), 128, dtype=torch.uint8)

@@ -44,9 +44,9 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
         stages, size_rule = len(student.stage_widths), getattr(student, "size_rule", "pad")
         if stages != NUM_STAGES or size_rule != "pad":
             raise ConfigError(
-                f"student.model: the pyramid needs {NUM_STAGES} stages of any size; got "
-                f"{stages} stages, size_rule {size_rule!r}, expected {NUM_STAGES} and 'pad'. Set "
-                "--student.model and --student.size_rule."
+                f"student.model: the pyramid needs {NUM_STAGES} stages, and images of any size; "
+                f"got {stages} stages, size_rule {size_rule!r}, expected {NUM_STAGES} and 'pad'. "
+                "Set --student.model and --student.size_rule."
             )
         if hasattr(student, "check_stages"):
             student.check_stages()

@@ -1,4 +1,4 @@
-"""The section of depth, and the facts that need no torch."""
+"""The recipe's section of depth estimation, and the facts of this task that need no torch."""
 
 from __future__ import annotations
 

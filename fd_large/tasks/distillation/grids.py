@@ -107,7 +107,7 @@ class TeacherOnShapes:
     def make(self) -> Frozen:
         """Constructs the teacher of a settled entry, with random weights.
 
-        Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
+        Raises: ConfigError: if the model is still `auto`, as it is until the weights are opened.
         """
         return self._made(self.entry, self._image_size, self.sides)
 

@@ -136,8 +136,8 @@ class SmoothL1(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
-        If most differences are larger than `beta`, the second derivative counts only the few
-        others, and a step by the second derivative would lead far beyond the minimum.
+        The second derivative is not used, since it is 0 for differences larger than `beta`: if
+        most are, a Newton step would lead far beyond the minimum.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta

@@ -88,7 +88,10 @@ def standardise(statistics: TargetStatistics) -> Affine:
 
 
 def phi_s(statistics: TargetStatistics) -> Affine:
-    """Rotates channels, and scales all by one number, to a variance of 1; see `phi_s_matrix`."""
+    """Rotates the channels, and scales all by one number, so that each has a variance of 1.
+
+    See `phi_s_matrix`.
+    """
     return Affine(statistics.mean, statistics.phi_s)
 
 

@@ -312,9 +312,9 @@ class StoredDistillation(StoredRun):
         job = self.job
         if self.run.mask.decodes:
             raise ConfigError(
-                "teacher_map: this run's heads read the map of a decoder, which no student has; "
-                f"got mask.tokens {self.run.mask.tokens} with mask.student dropped, expected a "
-                "head of the student's own map. Use the student alone."
+                "teacher_map: this run's heads read the map of a decoder, not the student's own; "
+                f"got mask.tokens {self.run.mask.tokens} with mask.student dropped, expected heads "
+                "that read the student's map. Use the student without its heads."
             )
         with torch.device("meta"):
             teachers = job.make_teachers()

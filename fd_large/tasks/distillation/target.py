@@ -116,7 +116,9 @@ class NamedTarget(Target):
         return student.tokens, teacher.tokens
 
     def tokens_of(self, task: Distillation, *, pixels: Tensor, maps: Maps, **_: Any) -> Tensor:
-        """Returns the teacher's tokens of `compared`, (B, N, Ct); the student is not run.
+        """Returns the teacher's tokens that `compared` would return; the student is not run.
+
+        Their shape is (B, N, Ct).
 
         Args:
             task: The task, for the grid and prefix tokens of its student.
@@ -128,10 +130,11 @@ class NamedTarget(Target):
         return self.teacher_tokens(outline, maps[self.teacher])
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's tokens of `compared`, (B, N, Ct).
+        """Returns the teacher's tokens that `compared` would return, (B, N, Ct).
 
         Args:
-            student: A map with the grid and prefix of the student's, whatever its tokens.
+            student: A map with the grid and number of prefix tokens of the student's map; its
+                tokens are not read.
             teacher: The teacher's map, any floating-point dtype.
         """
         if self.kind == SUMMARY:

@@ -315,10 +315,13 @@ def test_modules_without_end_are_refused(tmp_path):
         data += (
             one + level % (b"h" + bytes([depth - 1]), bytes([depth - 1])) + b"bq" + bytes([depth])
         )
-    for pickled in (loop, b"\x80\x02" + data + b"."):
+    for pickled, problem in (
+        (loop, "nested too deeply"),
+        (b"\x80\x02" + data + b".", "without end"),
+    ):
         more = (("constants.pkl", b"\x80\x02)."), ("code/__torch__.py", code))
         archive(tmp_path / "a.pt", pickled, more=more)
-        with pytest.raises(WeightsError, match="without end"):
+        with pytest.raises(WeightsError, match=problem):
             read(tmp_path / "a.pt")
 
 

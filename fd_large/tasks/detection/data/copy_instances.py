@@ -169,7 +169,10 @@ def _moved_mask(
     move: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Moves a mask by nearest-neighbour sampling; returns a window and its corner, as `fill`."""
+    """Moves a mask by nearest-neighbour sampling.
+
+    Returns the moved mask in a window around it, and the window's left and top, as `fill` does.
+    """
     left, top, right, bottom = box
     corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
     low = np.clip(np.floor(corners.min(0)) - 1, 0, size[::-1]).astype(int)

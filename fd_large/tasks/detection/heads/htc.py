@@ -93,7 +93,10 @@ class HtcHeads(CascadeHeads):
         return [head.logits(x) for head, x in zip(self.mask_heads, features, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
-        """Returns the features of the first mask heads; each also takes the previous head's."""
+        """Returns the features of the first `num_heads` mask heads.
+
+        Each head but the first also takes the features of the head before it.
+        """
         features = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
             passed = F.relu(self.mask_flows[number - 1](features[-1]))

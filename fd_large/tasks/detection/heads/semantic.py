@@ -61,7 +61,9 @@ class SemanticBranch(nn.Module):
 
 
 def semantic_loss(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, int]:
-    """Returns the summed loss of places, and the number of places, including unlabelled ones.
+    """Returns the weighted cross-entropy, summed over positions, and the number of positions.
+
+    Positions without a label add nothing to the sum, but to the number.
 
     Args:
         logits: (B, S, h, w) float32.

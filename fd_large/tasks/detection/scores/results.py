@@ -30,7 +30,7 @@ def shard_of(folder: Path, rank: int) -> Path:
 def read_results(path: str | Path) -> list[Result]:
     """Reads and checks a results file.
 
-    Raises: DataError: if it is missing or not of that format.
+    Raises: DataError: if it is missing or not in COCO's results format.
     """
     results = read_json(str(path), where="detections", flag="--detections FILE")
     if not isinstance(results, list):

@@ -29,7 +29,7 @@ has 400,000 pairs."""
 
 
 class ClassScore(NamedTuple):
-    """The scores of one category, which are None if no image shows it.
+    """The scores of one category, which are None if it has no object, crowds not counted.
 
     Attributes:
         category_id: The dataset's number of the category.

@@ -331,7 +331,7 @@ class ShardFiles:
         return self._file(name, number), row
 
     def _empty(self, rows: int) -> dict[str, NDArray]:
-        """Returns empty byte arrays for the tensors that a check covers."""
+        """Returns empty byte arrays of `rows` rows for all tensors of a record except `checks`."""
         return {
             tensor: np.empty((rows, int(np.prod(shape[1:])) * dtype.itemsize), np.uint8)
             for tensor, (dtype, shape) in self.header.rows(1).items()

@@ -130,9 +130,9 @@ class CacheWriter(ShardFiles):
         stored = Header.read(self.folder, where=where)
         if stored.digest != self.header.digest:
             raise CacheError(
-                f"{where}: {self.folder}: has maps of another command; got "
-                f"{_other_maps(stored, self.header)}, expected the same. Use the command that "
-                "began it, or another folder."
+                f"{where}: {self.folder}: holds maps that another command wrote; got "
+                f"{_other_maps(stored, self.header)}, expected this command's settings. "
+                "Use the command that began the folder, or another folder."
             )
 
     def unfinished(self, only: str = "") -> list[tuple[str, int]]:

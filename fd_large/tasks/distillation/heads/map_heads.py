@@ -283,8 +283,8 @@ class UpsamplingMLP(MapHead):
         if tuple(self.factor * side for side in maps.student_grid) != maps.teacher_grid:
             raise ConfigError(
                 f"{WHERE}: the teacher's grid is not a multiple of the student's; got "
-                f"{grids_named(maps)}, expected as 14x14 and 28x28. Set teacher_image_size, or "
-                "take another head."
+                f"{grids_named(maps)}, expected a multiple, such as 28x28 for a student's 14x14. "
+                "Set teacher_image_size, or take another head."
             )
         self.mlp = MLP(
             width,

@@ -196,7 +196,7 @@ class FollowsForwards(Part):
         self._momentum, self._running.noted = momentum_at(progress), None
 
     def noted(self) -> Tensor | None:
-        """Returns the sums of this rank, (K,)."""
+        """Returns the sums over the tokens that this rank has seen in the step, (K,), or None."""
         return self._running.noted
 
     def after_step(self, noted: Tensor | None) -> None:

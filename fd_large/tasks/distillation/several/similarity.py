@@ -99,7 +99,7 @@ class QueueOfStep(Part):
         return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Puts the step's summaries first in the queue during the step."""
+        """Puts the step's summaries first in the queue that the losses of this step read."""
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
