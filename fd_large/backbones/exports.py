@@ -80,7 +80,7 @@ def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
 
 
 def hugging_face_preprocessor(architecture: Any, statistics: Statistics) -> dict[str, Any]:
-    """Returns transformers' configuration of a model's images."""
+    """Returns the contents of transformers' preprocessor_config.json for a model."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -159,7 +159,7 @@ class Saver:
     def finish(self, *, failed_anywhere: bool, broken_anywhere: bool = False) -> bool:
         """Commits the checkpoint, or discards it if a rank failed.
 
-        All ranks call it, when none is busy.
+        All ranks call it, once none of them is still writing.
 
         Args:
             failed_anywhere: Whether a rank failed, for whatever reason.

@@ -269,7 +269,7 @@ def _matching(pattern: str, where: str) -> list[str]:
 
 
 def _only_shards(root: str, where: str) -> list[str]:
-    """Returns the tar files below a folder without loose images; else an empty list."""
+    """Returns the tar files below a folder, or an empty list if it also has image files."""
     shards = []
     for kind, path, _ in walk(root, where):
         if kind == "image":

@@ -140,7 +140,10 @@ def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
 
 
 def _recorded_code(reader: Reader) -> dict[str, str]:
-    """Returns {name: SHA-256} of own code in the manifest, which may come from elsewhere."""
+    """Returns {name: SHA-256} of the user's own code in the manifest, or {} if it is invalid.
+
+    The manifest may come from somebody else, so its types are checked.
+    """
     code = reader.manifest.get("code")
     return {name: str(digest) for name, digest in code.items()} if isinstance(code, dict) else {}
 

@@ -163,9 +163,9 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the row to compare a row with.
+    """Returns the row with which a row is compared.
 
-    It is the first row of the same pooling; that one is compared with the first row of all.
+    It is the first row of the same pooling. If this is the row itself, it is the first row of all.
     """
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind

@@ -401,7 +401,10 @@ def _train_script(first: str) -> str:
 
 
 def _program(name: str) -> str:
-    """Returns a program of this environment: its name if that finds it, else its path from here."""
+    """Returns the command for a program that is installed beside this Python.
+
+    It is the program's name if the search path finds this program, else its path.
+    """
     beside = Path(sys.executable).parent / name
     program_path = shutil.which(name)
     if not kind_of(beside) or (program_path and Path(program_path).parent == beside.parent):

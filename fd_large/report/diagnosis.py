@@ -271,10 +271,10 @@ def own_losses(landscape: Landscape) -> numpy.ndarray:
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
-    """Returns (3, steps) for each direction: the mean over batches, and a deviation around it.
+    """Returns (3, steps) for each direction: mean - deviation, mean, and mean + deviation.
 
-    The deviation is that of the loss's change by a step, since the loss itself differs more from
-    batch to batch.
+    The mean is over batches. The deviation is that of the loss's change by a step, since the loss
+    itself differs more from batch to batch.
     """
     loss, bands = _own(landscape), []
     for along in landscape["curves"]:

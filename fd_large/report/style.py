@@ -86,7 +86,13 @@ def legend_below(figure: Figure, size: float) -> None:
 
 
 def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE) -> None:
-    """Writes a power of ten beyond two limits above the y axis, and not in its numbers."""
+    """Shortens the numbers of the y axis by a common power of ten, written above the axis.
+
+    Args:
+        axes: The axes.
+        powers: Numbers between these two powers of ten are written in full.
+        size: Font size of the power.
+    """
     axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
     axes.yaxis.get_offset_text().set(size=size, color=GREY)
 

@@ -332,7 +332,7 @@ class Stage(NamedTuple):
         index: Index of the map among the model's maps.
         width: Channels.
         stride: Pixels per token, each way.
-        last: Layout in the result of `forward_features` for the last map; None for an earlier map.
+        last: If it is the last map, its layout in the result of `forward_features`; else None.
     """
 
     index: int

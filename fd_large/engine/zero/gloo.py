@@ -93,7 +93,7 @@ class _Works:
 
 
 def _shards(whole: Tensor, group: Any) -> tuple[list[int], tuple[Tensor, ...], Tensor]:
-    """Returns the group's ranks, the shard of each, and this rank's."""
+    """Returns the ranks of the group, the shard of `whole` of each, and this rank's shard."""
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     shards = whole.view(-1).split(whole.numel() // len(ranks))
     return ranks, shards, shards[dist.get_rank(group)]

@@ -399,7 +399,7 @@ class LinearProbeJob(ClassificationJob):
 
 
 class _GroupWarning(Hook):
-    """Warns at the start, when the micro-batch size is known, if images are loaded repeatedly."""
+    """Warns at the start of training if micro batches are not whole groups of the batch norm."""
 
     def __init__(self, group: int) -> None:
         self._group = group

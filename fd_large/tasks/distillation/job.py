@@ -131,7 +131,13 @@ def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
 
 
 def sight_of(mask: Mask, student: nn.Module, image_size: int) -> Whole:
-    """Returns the sight of a student for images of a side, in pixels."""
+    """Returns how a student sees images: masked, or whole.
+
+    Args:
+        mask: The recipe's section of the mask.
+        student: The student.
+        image_size: Side of the images, in pixels.
+    """
     return Masked(mask, student, image_size=image_size) if mask.hides else Whole()
 
 

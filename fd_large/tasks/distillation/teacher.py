@@ -192,7 +192,7 @@ class Beside:
     """Wraps the teachers (task.py) to compute on a separate CUDA stream in training.
 
     Args:
-        teachers: The wrapped seam of teachers.
+        teachers: The wrapped teachers, called in the same way.
     """
 
     def __init__(self, teachers: Any) -> None:

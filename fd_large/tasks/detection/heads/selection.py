@@ -65,7 +65,7 @@ class Selection:
     rescored: bool = False
 
     def of_candidates(self, boxes: Tensor, scores: Tensor, size: Tensor) -> Chosen:
-        """Chooses among the proposals of an image.
+        """Selects the detections of an image from the boxes of its R proposals in K classes.
 
         Args:
             boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4).

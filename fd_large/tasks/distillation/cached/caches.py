@@ -133,7 +133,7 @@ class RunCaches:
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns the section of views, completed from the caches unless it states a number."""
+        """Returns the section; if it states no number of views, number and seed are the cache's."""
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts

@@ -1,4 +1,7 @@
-"""Heads that map the student's tokens to the teacher's width, each alone or an image's together."""
+"""Heads that map the student's tokens to the teacher's width.
+
+Some map each token alone, others all tokens of an image together.
+"""
 
 from __future__ import annotations
 

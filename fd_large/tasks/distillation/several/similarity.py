@@ -73,7 +73,11 @@ class SummaryQueue(Float32Buffers):
         return batch[:QUEUE].flatten()
 
     def take(self, batch: Tensor) -> None:
-        """Puts a step's summaries, flat as from `placed`, first in the queue during the step."""
+        """Puts a step's summaries first in the queue that the losses of this step read.
+
+        Args:
+            batch: The summaries, flat as `placed` returns them.
+        """
         self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
 
     @torch.no_grad()

@@ -214,7 +214,7 @@ def with_datasets(batches: Iterator[Batch], samples: ImageSource) -> Iterator[Ba
 def teaches(
     weighting: Weighting, teachers: Mapping[str, NamedTeacher], data: Data
 ) -> list[list[bool]]:
-    """Returns whether a teacher teaches a dataset, for teachers by name and datasets in order.
+    """Returns, for each teacher in the order of names, whether it teaches each of the datasets.
 
     Args:
         weighting, teachers, data: Sections of the recipe.
