@@ -109,7 +109,8 @@ def test_killed_and_started_again_it_goes_on_from_what_is_sound(
     )
     assert finished.returncodes == [-9, -9], "\n".join(finished.outputs)
     assert read(folders["old"] / "summary.json")["status"] == "guard"
-    assert stored(folders["old"]) == {3: True, 6: False, 9: False}
+    # The masters of float32 are the parameters: the losses of two steps more are not finite.
+    assert stored(folders["old"]) == {3: True, BROKEN: False, BROKEN + 2: False}
     assert all(stored(folders["killed"]).values())
     assert 3 in stored(folders["killed"])
     shutil.copytree(folders["old"], folders["lost"])
@@ -123,8 +124,8 @@ def test_killed_and_started_again_it_goes_on_from_what_is_sound(
         assert read(folders[name] / "summary.json")["status"] == "done"
         assert stored(folders[name]) == {9: True, STEPS: True}
     aside = {path.name for path in (folders["old"] / "checkpoints").glob("damaged_*")}
-    assert aside == {"damaged_step_00000006", "damaged_step_00000009"}
-    assert stored(folders["lost"]) == {6: False, 9: False}, "nothing is removed"
+    assert aside == {"damaged_step_00000006", "damaged_step_00000008"}
+    assert stored(folders["lost"]) == {6: False, 8: False}, "nothing is removed"
     reason = read(folders["lost"] / "summary.json")["reason"]
-    assert "step_00000009" in reason
+    assert "step_00000008" in reason
     assert "master of " in reason
