@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from copy import copy
 from typing import Self
@@ -60,7 +61,7 @@ class Part:
         return int(self._places[index])
 
 
-class DivisibleImages:
+class DivisibleImages(ABC):
     """The used images of a dataset that is more than a folder: `len(s)`, `s[i]` (the path).
 
     Attributes:
@@ -76,8 +77,9 @@ class DivisibleImages:
     def __len__(self) -> int:
         return len(self.places)
 
+    @abstractmethod
     def __getitem__(self, index: int) -> str:
-        raise NotImplementedError
+        """Returns the path of an image."""
 
     def part(self, part: str, fraction: float) -> Self:
         """Returns a part of the images, chosen by their paths below the folder.

@@ -152,7 +152,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Returns a random box, uniform in area and log aspect as in torchvision's RandomResizedCrop.
 
-    Of ten boxes the first that fits into the image is taken, and if none fits, the largest central
+    The first of ten boxes that fits into the image is taken, and if none fits, the largest central
     box with an allowed aspect. torchvision draws the place of the box after its size; here it is
     drawn before, which has the same distribution with a fixed number of draws.
 

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +86,7 @@ class Metric(NamedTuple):
     """
 
     key: str
-    of: Callable[[Mapping[str, Any]], float]
+    of: Callable[[Mapping[str, Any]], float | None]
     lower_is_better: bool = False
 
 
@@ -97,7 +98,7 @@ class Trial(NamedTuple):
         decay: The layer decay.
         recorded: The trial's run; its inputs are `images`, the fingerprint of the training
             images, and `weights`, the digest of the initial weights.
-        score: On the held-out images; None: not trained yet, or diverged.
+        score: On the held-out images; None: not trained yet, diverged, or without a score.
     """
 
     rate: float
@@ -348,7 +349,7 @@ def _run_trials(
         trials: The grid.
         train, metric: See `sweep`.
 
-    Raises: ConfigError: if all trials diverge.
+    Raises: ConfigError: if no trial has a score.
     """
     from fd_large.ranks import distributed
     from fd_large.runtime.hooks import GUARD
@@ -367,7 +368,7 @@ def _run_trials(
             )
             if code and not diverged:
                 return code, ()
-            ended_trial = trial._replace(score=None if diverged else metric.of(summary))
+            ended_trial = trial._replace(score=None if diverged else _finite(metric.of(summary)))
             status = "diverged" if diverged else "done"
             outcome: dict[str, Any] = {"status": status, metric.key: ended_trial.score}
             distributed.of_main(partial(recorded.write, **outcome))
@@ -378,11 +379,16 @@ def _run_trials(
         runs = [trial.recorded.run for trial in ended]
         rates = sorted({run.optim.base_lr for run in runs})
         raise ConfigError(
-            f"--sweep_rates: every trial of {runs[0].name} diverged; got the learning rates "
-            f"{', '.join(f'{rate:g}' for rate in rates)}, expected one that trains. Lower "
-            "--optim.base_lr."
+            f"--sweep_rates: every trial of {runs[0].name} diverged or has no score; got the "
+            f"learning rates {', '.join(f'{rate:g}' for rate in rates)}, expected one that "
+            "trains. Lower --optim.base_lr."
         )
     return 0, tuple(ended)
+
+
+def _finite(score: float | None) -> float | None:
+    """Returns a score, or None without one, as that of boxes where no image has an object."""
+    return score if score is not None and isfinite(score) else None
 
 
 def _finished(trial: Trial, metric: Metric) -> Trial | None:

@@ -198,9 +198,9 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 
 
 def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns the command for the user's images; the quick start's own models leave to small_data.
+    """Returns the command for the user's images; the quick start's own models lead to small_data.
 
-    That recipe needs no test images, and fits its settings to the number of images.
+    The recipe `small_data` needs no test images, and fits its settings to the number of images.
     """
     models = ("student", "teacher", "task")
     if files.recipe["name"] == QUICKSTART and not any(

@@ -194,7 +194,7 @@ def _template() -> Any:
 def allowed_by(code: str) -> str:
     """Returns the user's own model code as `load_model` allows it, without folders, or "".
 
-    That is the name of a file, or a `module:` name; installed plugins need no permission.
+    The code is named by its file, or by a `module:` name; installed plugins need no permission.
     """
     name = without_folders(code) if doors.is_own(code) else ""
     file = name.removeprefix(doors.PREFIX).rpartition(":")[0]

@@ -216,11 +216,11 @@ def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
         base: The recipe as it is published.
         fields: Fields that were changed on purpose, in contrast to fields that the model decides.
     """
-    asked = {*fields} - {"data.root"}
+    user_fields = {*fields} - {"data.root"}
     changed = {
         name: values
         for name, values in difference(base, run).items()
-        if name in asked and decides(name, run.task.name)
+        if name in user_fields and decides(name, run.task.name)
     }
     return {"unchanged": not changed, "changed": changed}
 

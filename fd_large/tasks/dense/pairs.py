@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ class Pairs(NamedTuple):
     folder: str
 
 
-class PairedImages(DivisibleImages, ABC):
+class PairedImages(DivisibleImages):
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.truth(i)`.
 
     Args:

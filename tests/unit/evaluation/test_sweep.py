@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,29 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
         (Path(run.run_dir()) / "checkpoints").rmdir()
     assert main(words) == 0
     assert "at an edge of the grid (rate)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("without", [math.nan, None])
+def test_a_trial_without_a_score_is_never_the_best(images, vit, tmp_path, monkeypatch, without):
+    """A maximum keeps a NaN that comes first."""
+    runs = []
+
+    def train(run, *, deepspeed_config):
+        runs.append(run)
+        folder = Path(run.run_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"test_top1": without if len(runs) == 1 else 10.0, "test_loss": 1.0}
+        (folder / "summary.json").write_text(json.dumps(found))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    words = ["evaluate", vit, *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text())["nets"]
+    scores = [trial["held_out_accuracy"] for trial in row["sweep"]["trials"]]
+    assert scores[0] is None
+    assert row["sweep"]["held_out_accuracy"] == 10.0
 
 
 @pytest.mark.parametrize(("code", "status"), [(3, "not saved"), (75, "preempted")])
