@@ -1,4 +1,4 @@
-"""A global self-attention layer on the last map, before the pyramid (HTC++).
+"""A global self-attention layer on the backbone's last map, before the pyramid, as in HTC++.
 
 The paper only names "an extra global self-attention layer on the last stage's output"; the layer
 follows an open reimplementation (czczup/ViT-Adapter, configs/htc++), with norms before attention
@@ -23,7 +23,7 @@ NUM_HEADS, MLP_RATIO, EPS = 32, 4, 1e-6
 
 
 class ExtraAttention(nn.Module):
-    """A pre-norm transformer block over all places of a map, followed by a norm.
+    """A pre-norm transformer block with attention among all positions of a map, and a final norm.
 
     Args:
         width: Channels of the map, C.
@@ -40,13 +40,13 @@ class ExtraAttention(nn.Module):
         self.fc2 = Linear(MLP_RATIO * width, width, draw=draw)
 
     def forward(self, x: Tensor, sizes: Tensor, stride: float) -> Tensor:
-        """Maps the last map (B, H, W, C) to the same shape and dtype.
+        """Returns the backbone's last map after attention, in the same shape and dtype.
 
         Args:
-            x: The map.
-            sizes: (B, 2), height and width of each image without its padding; padding is masked,
-                so that an image does not depend on the rest of its batch.
-            stride: Pixels per place.
+            x: (B, H, W, C), the map.
+            sizes: (B, 2), height and width in pixels of each image without its padding. Padding is
+                masked, so that an image's result does not depend on the rest of its batch.
+            stride: Stride of the map, in pixels.
         """
         images, rows, columns, width = x.shape
         mask = self._inside(rows, columns, sizes, stride)  # (B, 1, 1, N)

@@ -1,4 +1,4 @@
-"""Files in COCO's results format, scored without a model and without torch."""
+"""Scores a file of detections in COCO's results format, without a model and without torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from fd_large.tasks.detection.section import ScoredFiles
 
 
 def score_files(files: ScoredFiles) -> tuple[Sequence[Any], Sequence[Path]]:
-    """Scores a file of results.
+    """Scores a file of detections against annotations, and writes the scores if `json` is set.
 
-    Returns: tables for the terminal, and the files that were written.
-    Raises: FDError: if a file is missing or cannot be scored or written.
+    Args:
+        files: The flags of `evaluate` that name the files.
+
+    Returns: the tables for the terminal, and the paths of the written files.
+    Raises: FDError: if a file is missing, cannot be scored, or cannot be written.
     """
     if not (files.detections and files.annotations):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The section of detection, and the facts that need no torch."""
+"""The recipe's section `task.detection`, and the description of the task; needs no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HEADS_SETTINGS: dict[str, dict[str, str]] = {
     "cascade": {"cascade_form": "form", "box_loss": "box_loss", "class_agnostic": "class_agnostic"},
     "htc": {name: name for name in ("box_loss", "class_agnostic", "semantic_classes")},
 }
-"""Settings of each built-in kind of heads: name of the recipe's field -> name of the argument."""
+"""For each built-in kind of heads, its settings: {field of the section: argument of the class}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """Boxes and masks of objects: a two-stage detector on the student's features."""
+    """Settings of detection: a two-stage detector of boxes and masks on the student's features."""
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
@@ -170,7 +170,7 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredFiles:
-    """Flags of `evaluate` that score a file of detections."""
+    """Flags of the command `evaluate` that score a file of detections in place of a run."""
 
     # File in COCO's results format that is scored without a model, with --annotations and --json.
     detections: str = ""
@@ -193,7 +193,7 @@ METRICS = {
     **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
     **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
 }
-"""Labels of the metrics; see `TrainingJob.metrics`."""
+"""The label of each metric in logs and reports, as in `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="detection",

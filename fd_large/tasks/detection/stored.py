@@ -1,4 +1,4 @@
-"""Scores the detector of a stored run on a dataset, or draws its detections on users' images."""
+"""Scores a stored run's detector on a dataset, or draws its detections on the user's images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredDetection(StoredRun):
-    """A run that detects objects."""
+    """A stored run of detection, which commands can score, and use to detect objects in images."""
 
     job: DetectionJob
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on the objects."""
+        """Returns the model card's title, introduction and tag for the backbone of a detector."""
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),
@@ -43,9 +43,13 @@ class StoredDetection(StoredRun):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Returns COCO's metrics on the val split of `eval.root` or `data.root`.
+        """Scores the detector by COCO's metrics on the test images of the run.
 
-        Writes results.json, scores.json and pictures.
+        The test images are those of `DetectionJob.test_images`. Writes results.json, scores.json
+        and plots into the folder.
+
+        Returns: the tables of the metrics and the written files; without tables and files on ranks
+            other than 0.
         """
         run, micro = self.run, self.run.batch.micro_batch_size
         classes = _classes(reader)
@@ -77,7 +81,7 @@ class StoredDetection(StoredRun):
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws boxes and masks of objects."""
+        """Draws boxes and masks of the objects detected in images with a score >= `least_score`."""
         model, device = model_of(self.run, self.task(reader).see), distributed.device()
         class_names = _classes(reader)
 
@@ -112,10 +116,10 @@ class StoredDetection(StoredRun):
         return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)
 
     def task(self, reader: Reader) -> Any:
-        """Builds the task of a checkpoint, to be tested."""
+        """Builds the `Detection` task of a checkpoint, in evaluation mode."""
         return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
 
 
 def _classes(reader: Reader) -> tuple[str, ...]:
-    """Returns the names of the classes by label."""
+    """Returns the names of the classes in the order of their labels, from a checkpoint."""
     return tuple(reader.manifest["categories"].values())

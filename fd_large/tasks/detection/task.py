@@ -1,4 +1,4 @@
-"""The task of detection: a student, a pyramid, region proposals and heads, and their losses."""
+"""The detection task: a student with a pyramid, a proposal network and heads, and their losses."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "cascade": CascadeHeads,
     "htc": HtcHeads,
 }
-"""Heads on proposals, by their names in a recipe (`task.detection.heads`)."""
+"""Built-in heads for the proposals, by their names in a recipe (`task.detection.heads`)."""
 # Number of a level's best anchors that NMS sees; more in training, while objects score low.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 
 
 class Ask(NamedTuple):
-    """A request of a test with several views, about the images of one view.
+    """A request for intermediate results of `Detection.forward`, used in tests with several views.
 
     Attributes:
-        what: "proposals" (`Proposals` of each image), "candidates" (`Candidates` of each), or
-            "masks" ((n, M, M) of each).
-        boxes: (n, 4) float32 of each image: proposals that replace the image's own, or the boxes
-            whose masks are asked for.
-        labels: (n,) int64 of each image, classes of the boxes of masks.
+        what: The result for each image: "proposals" (`Proposals`), "candidates" (`Candidates`), or
+            "masks" (mask probabilities (n, M, M) float32).
+        boxes: (n, 4) float32 for each image. With "candidates", they replace the image's own
+            proposals, unless None. With "masks", they are the boxes that get masks.
+        labels: (n,) int64 for each image, the classes of `boxes`; used with "masks" only.
     """
 
     what: Literal["proposals", "candidates", "masks"]
@@ -64,17 +64,17 @@ class Detection(Task):
     """A two-stage detector on a distilled student.
 
     Args:
-        student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
+        student: A backbone. Its final norm is removed, and so are the class tokens of a ViT.
         num_classes: K.
         heads: A name in the table `HEADS`, or heads of the user's own (`module:FILE.py:NAME`).
-        heads_settings: Further settings of built-in heads, by the names of their arguments.
+        heads_settings: Further keyword arguments of built-in heads, by name.
         width: Channels of the pyramid and the heads.
-        anchors_per_image: Anchors sampled for the losses of the proposals.
-        proposals_per_image: Proposals that are kept.
-        rois_per_image: Proposals sampled for the losses of the heads.
-        extra_attention: Whether a layer of attention over the whole last map precedes the pyramid.
-        selection: Rule for choosing the returned boxes.
-        seed: Seed of the random samples, besides epoch and position.
+        anchors_per_image: Number of anchors sampled from each image for the proposal losses.
+        proposals_per_image: Largest number of proposals of an image that NMS keeps.
+        rois_per_image: Number of proposals sampled from each image for the losses of the heads.
+        extra_attention: Whether an attention layer over the whole last map precedes the pyramid.
+        selection: Rule that selects the reported boxes; None for the defaults of `Selection`.
+        seed: Seed of the random samples, which also depend on epoch and position.
         statistics: The student's normalisation.
 
     Raises: ConfigError: for an unknown name, or a student that can carry no pyramid.
@@ -122,7 +122,7 @@ class Detection(Task):
         self.seed, self.statistics = seed, statistics
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the targets, and random draws for each image's samples."""
+        """Returns the arguments of `forward`: normalised pixels, targets, and random numbers."""
         counts = {"anchors": 2 * self.anchors_per_image, "proposals": self.heads.draws_per_image}
         return {
             "pixels": self.pixels(images, targets.sizes),
@@ -136,7 +136,12 @@ class Detection(Task):
         }
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 to float32, with grey padding beyond their sizes."""
+        """Normalises images (B, 3, H, W) uint8 to float32, and makes their padding grey.
+
+        Args:
+            images: Images padded at the right and the bottom.
+            sizes: (B, 2), height and width of each image without its padding.
+        """
         return normalised(images, sizes, self.statistics)
 
     def forward(
@@ -149,15 +154,19 @@ class Detection(Task):
         draws: dict[str, NDArray] | None = None,
         ask: Ask | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | list[Any]:
-        """Returns the loss and its terms (a collective), or the detections if no targets are given.
+        """Returns the loss and its terms, which is a collective, or results if `targets` is None.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             sizes: (B, 2) int64, height and width of each image without its padding.
-            keep: (num_sites, B) bool, or None.
-            targets: The target of each image.
-            draws: "anchors" and "proposals", a row of uniform numbers for each image.
-            ask: In a test, the request for other results than `Detections`.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+            targets: The target of each image, in training.
+            draws: In training, uniform random numbers (B, count) for the samples of "anchors" and
+                of "proposals".
+            ask: Without targets, the request for other results than `Detections`.
+
+        Returns: with targets (loss, {name: term}), scalars; without targets a list with the
+            `Detections` of each image, or with the result that `ask` names.
         """
         maps, logits, deltas = self._maps(pixels, sizes, keep)
         grids = tuple((level.shape[2], level.shape[3]) for level in maps)
@@ -187,8 +196,10 @@ class Detection(Task):
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs backbone, pyramid and all heads on the largest possible number of anchors and boxes.
 
-        Operations that depend on the content of images are left out: the choice of proposals,
-        matching, sampling and cropping of target masks. They contain no matrix product.
+        Operations whose work depends on the content of images are left out: selection of proposals,
+        matching, sampling, and cropping of target masks. They contain no matrix product.
+
+        Returns: the sum of all losses, a scalar that backward can run through.
         """
         with torch.no_grad():
             pixels = self.pixels(batch.images, batch.targets.sizes)
@@ -202,7 +213,11 @@ class Detection(Task):
     def _maps(
         self, pixels: Tensor, sizes: Tensor, keep: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Returns the levels of the pyramid, with objectness and boxes of each level's anchors."""
+        """Returns three lists with an item for each pyramid level, finest first.
+
+        The lists hold maps (B, C, H_l, W_l), and for the level's anchors the objectness logits
+        (B, A_l) and the box deltas (B, A_l, 4) from `RpnHead`.
+        """
         stages = features(self.student, pixels, keep)
         if self.attention is not None:
             *finer, last = stages
@@ -233,10 +248,12 @@ class Detection(Task):
         return [self.selection.detections(of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     def see(self, images: Tensor, sizes: Tensor, ask: Ask | None = None) -> list[Any]:
-        """Returns the detections in images, calling modules in the same order on all ranks.
+        """Returns the `Detections` of each image, or the result for each image that `ask` names.
+
+        All ranks call the same modules in the same order, as ZeRO-3 requires.
 
         Args:
-            images: (B, 3, H, W) uint8, padded right and bottom.
+            images: (B, 3, H, W) uint8, padded at the right and the bottom.
             sizes: (B, 2) int64, height and width of each image without its padding.
             ask: The request for other results than `Detections`.
         """
@@ -244,17 +261,17 @@ class Detection(Task):
 
 
 def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss of this rank and its terms; a collective.
+    """Returns this rank's loss and its terms from sums and counts; a collective.
 
-    Each term is a sum over the samples, divided by their number on all ranks, so that the
-    gradient of an image depends neither on its rank nor on the other images. DeepSpeed averages
-    gradients over the ranks, so a rank's sum is divided by the ranks' mean count: the average
-    over the ranks is then the total sum divided by the total count.
+    DeepSpeed averages gradients over the ranks. Each rank therefore divides the sum of a term by
+    the mean count per rank. The average over the ranks is then the total sum divided by the total
+    count, and does not depend on which rank an image is on.
 
     Args:
-        terms: Sums and counts of this rank.
+        terms: For each term, the sum over this rank's samples and their number.
 
-    Returns: the loss and the detached terms, whose means over the ranks are those of the batch.
+    Returns: the loss, a scalar, and the detached terms by name. Their means over the ranks are the
+        values of the whole batch.
     """
     sums = [total for total, _ in terms.values()]
     counts = torch.tensor([float(count) for _, count in terms.values()])

@@ -1,1 +1,1 @@
-"""Heads on top of the pyramid for proposals, boxes and masks, and the matching to objects."""
+"""Heads on the pyramid that predict proposals, boxes and masks, and their matching to objects."""

@@ -1,4 +1,4 @@
-"""The box head: the class and the refined box of each proposal.
+"""The box head, which predicts the class and a refined box of each proposal.
 
 Sources: Ren et al., arXiv 1506.01497; sizes as ViTDet's, Li et al., arXiv 2203.16527.
 """
@@ -32,13 +32,14 @@ BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
 
 class BoxHead(nn.Module):
-    """Four convolutions and a linear layer on a proposal's features, then its class and box.
+    """Head of four convolutions and a linear layer that predicts a proposal's class and box.
 
     Args:
         num_classes: K; class K is the background.
         width: Channels of the pyramid and the convolutions; the linear layer has four times as
             many.
-        class_agnostic: Whether a proposal has a single box, or a box for each class.
+        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
+            class.
     """
 
     def __init__(self, num_classes: int, width: int, *, class_agnostic: bool = False):
@@ -52,22 +53,28 @@ class BoxHead(nn.Module):
         self.boxes = Linear(4 * width, 4 * num_boxes, draw=Draw("normal", std=0.001))
 
     def forward(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (R, width, 7, 7) to logits (R, K + 1) and deltas (R, K or 1, 4), both float32."""
+        """Maps the pooled features of R proposals, (R, width, 7, 7), to classes and boxes.
+
+        Returns: class logits (R, K + 1), and box deltas (R, K, 4), or (R, 1, 4) if class-agnostic;
+            both float32.
+        """
         x = F.relu(self.whole(self.convolutions(cuts).flatten(1)))
         deltas = at_least_float32(self.boxes(x)).unflatten(1, (-1, 4))
         return at_least_float32(self.classes(x)), deltas
 
 
 class Sampled(NamedTuple):
-    """The proposals of a batch that the losses use.
+    """The sampled proposals (rois) of a batch, with the objects that they match.
+
+    N and P are the numbers of rois and of matched rois (positives) in the batch.
 
     Attributes:
-        rois: (n, 4) float32 of each image, positives first.
-        labels: (N,) int64, the classes of all rois; K for background.
-        objects: (p,) int64 of each image, the object of each of the first p rois.
-        boxes: (P, 4) float32, the object boxes of all positives.
-        numbers: (n,) int64 of each image, index of each roi among the proposals; indices after
-            the last proposal are the objects themselves.
+        rois: (n, 4) float32 for each image, positives first.
+        labels: (N,) int64, the class of each roi; K for background.
+        objects: (p,) int64 for each image, the index of the object of each positive.
+        boxes: (P, 4) float32, the box of the object of each positive.
+        numbers: (n,) int64 for each image, the index of each roi in the proposals, to which the
+            boxes of the objects are appended.
     """
 
     rois: list[Tensor]
@@ -78,12 +85,12 @@ class Sampled(NamedTuple):
 
     @property
     def positives(self) -> list[Tensor]:
-        """The rois of each image that match an object, (p, 4) each."""
+        """For each image the rois that match an object, (p, 4)."""
         return [roi[: len(of)] for roi, of in zip(self.rois, self.objects, strict=True)]
 
     @property
     def foreground(self) -> Tensor:
-        """(P,) int64, indices of the positives among the rois of the whole batch."""
+        """Indices of the positives among the rois of the whole batch, (P,) int64."""
         first, places = 0, []
         for roi, of in zip(self.rois, self.objects, strict=True):
             places.append(torch.arange(first, first + len(of), device=self.labels.device))
@@ -102,17 +109,17 @@ def sample_rois(
     positive_iou: float = POSITIVE_IOU,
     best_for_each: bool = False,
 ) -> Sampled:
-    """Samples the proposals for the losses; the boxes of the objects are added to the proposals.
+    """Samples proposals for the losses, after adding the boxes of the objects to the proposals.
 
     Args:
-        proposals: (n, 4) float32 of each image, possibly none.
+        proposals: (n, 4) float32 for each image; n may be 0.
         targets: The target of each image.
-        draws: (B, 2 * rois_per_image) uniform numbers in [0, 1).
-        rois_per_image: Largest number of chosen proposals.
+        draws: (B, 2 * rois_per_image) uniform random numbers in [0, 1).
+        rois_per_image: Largest number of sampled proposals of an image.
         num_classes: K.
         positive_iou: Smallest IoU at which a proposal matches an object.
-        best_for_each: Whether an object gets the proposal that overlaps it most, even if that
-            overlaps another object more.
+        best_for_each: Whether an object is matched to the proposal that overlaps it most, even if
+            this proposal overlaps another object more (`give_best`).
     """
     parts = []
     for proposal, target, image_draws in zip(proposals, targets, draws, strict=True):
@@ -131,10 +138,10 @@ def sample_rois(
 def match_rois(
     rois: Sequence[Tensor], targets: Sequence[Target], *, num_classes: int, positive_iou: float
 ) -> Sampled:
-    """Matches all rois to objects again, and drops unmatched rois inside crowds.
+    """Matches all rois to objects without sampling, and drops unmatched rois inside crowds.
 
     Args:
-        rois: (n, 4) float32 of each image, possibly none.
+        rois: (n, 4) float32 for each image; n may be 0.
         targets: The target of each image.
         num_classes: K.
         positive_iou: Smallest IoU at which a roi matches an object.
@@ -159,10 +166,11 @@ def _matched(candidates: Tensor, target: Target, positive_iou: float) -> Tensor:
 
 
 def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes: int) -> Sampled:
-    """Joins the samples of each image.
+    """Joins the samples of the images into the `Sampled` of the batch.
 
     Args:
-        parts: For each image: candidates, target, matched objects (`match`), and sampled indices.
+        parts: For each image its candidates (n, 4), its target, the result of `match` for the
+            candidates, and the sampled indices of candidates.
         num_classes: K.
     """
     rois, labels, objects, boxes, numbers = [], [], [], [], []
@@ -177,12 +185,12 @@ def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes
 
 
 def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
-    """Returns the largest possible sample of rois, with arbitrary boxes, for counting.
+    """Returns a sample of the largest possible size, all zeros, to count FLOPs and memory.
 
     Args:
         images: Number of images, B.
-        rois_per_image: Largest number of rois of an image; `POSITIVE_SHARE` of them match an
-            object.
+        rois_per_image: Number of rois of each image, of which the share `POSITIVE_SHARE` matches
+            an object.
         like: A tensor on the device of the result, which may be the meta device.
     """
     positives = int(rois_per_image * POSITIVE_SHARE)
@@ -198,7 +206,12 @@ def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
 
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
-    """Selects the deltas of each row's class: (R, K or 1, 4), (R,) to (R, 4)."""
+    """Returns the deltas of each roi for its class, (R, 4).
+
+    Args:
+        deltas: (R, K, 4), or (R, 1, 4) if class-agnostic.
+        labels: (R,) int64, the classes.
+    """
     if deltas.shape[1] == 1:
         return deltas[:, 0]
     return deltas[torch.arange(len(labels), device=deltas.device), labels]
@@ -212,15 +225,16 @@ def box_losses(
     coder: Any = CODER,
     box_loss: BoxLoss = "l1",
 ) -> tuple[Tensor, Tensor]:
-    """Returns the summed losses of classes and of boxes over sampled proposals.
+    """Returns the class loss and the box loss, each summed over the sampled proposals.
 
     Args:
-        logits: (R, K + 1) float32; R may exceed N, further rows are ignored.
-        deltas: (R, K or 1, 4) float32.
-        sampled: N proposals.
-        coder: Box coder with the units of the deltas.
-        box_loss: l1 and smooth_l1 (quadratic below 1) compare deltas; giou compares boxes, with a
-            factor of 10.
+        logits: (R, K + 1) float32. R may exceed the number N of sampled proposals; the last rows
+            are then ignored.
+        deltas: (R, K, 4) float32, or (R, 1, 4) if class-agnostic.
+        sampled: The sampled proposals with their targets.
+        coder: Box coder that defines the units of the deltas.
+        box_loss: "l1" and "smooth_l1" (quadratic below 1) compare deltas; "giou" compares boxes,
+            and is multiplied by 10.
     """
     labels, foreground = sampled.labels, sampled.foreground
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
@@ -235,10 +249,14 @@ def box_losses(
 
 
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
-    """Returns 1 minus the generalized IoU of each pair of boxes (N, 4): (N,).
+    """Returns 1 minus the generalized IoU of boxes[i] and others[i] for each i, (N,).
 
-    torchvision's function selects overlapping boxes by a mask, for which the host waits, and which
-    does not work on the meta device.
+    torchvision's function selects overlapping boxes by a mask, for which the host must wait for the
+    device, and which does not work on the meta device.
+
+    Args:
+        boxes: (N, 4).
+        others: (N, 4).
 
     Source: Rezatofighi et al., arXiv 1902.09630.
     """

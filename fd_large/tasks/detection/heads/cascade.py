@@ -1,16 +1,17 @@
 """Cascade Mask R-CNN: three box heads in sequence, with rising IoU thresholds.
 
-Two published forms compute different scores from the same weights:
+Two published forms train differently, and compute different scores from the same weights:
 
-mmdet: every stage draws a sample of its own from the proposals and the objects' boxes, has half
-the loss weight of the previous stage, and has its own mask head. A test takes the softmax of the
-mean logits and the mean of the masks' probabilities. The last stage's box units are 0.033 and
-0.067.
+mmdet: Every stage draws its own sample from its input boxes and the objects' boxes, has half the
+loss weight of the previous stage, and has its own mask head. In a test, class scores are the
+softmax of the stages' mean logits, and masks are the mean of the heads' probabilities. The units of
+the last stage's box deltas are 0.033 (centre) and 0.067 (size).
 
-detectron2: the first stage draws a sample, which the other stages match to the objects again.
-Stages have equal weights, and a third of their gradient reaches the box features. A single mask
-head learns from the first sample. A test takes the mean of the probabilities. The last stage's box
-units are 1/30 and 1/15.
+detectron2: The first stage draws a sample, and the other stages match the refined boxes of this
+sample to the objects again. Stages have equal loss weights, and the gradient of each is scaled by a
+third at the pooled box features. A single mask head learns from the first sample. In a test, class
+scores are the mean of the stages' probabilities. The units of the last stage's box deltas are 1/30
+and 1/15.
 
 Both forms use ViTDet's layers with LayerNorm here. mmdetection's own heads have no norm (two
 linear layers) or batch statistics, which would depend on the rest of the batch.
@@ -63,14 +64,15 @@ FormName = Literal["mmdet", "detectron2"]
 
 
 class Form(NamedTuple):
-    """The differences between the published cascades.
+    """The settings in which the two published forms of the cascade differ.
 
     Attributes:
-        coders: Box coder of each stage, with the units of its deltas.
+        coders: Box coder of each stage, which defines the units of its deltas.
         loss_weights: Weight of the losses of each stage.
-        samples_again: Whether every stage draws its own sample, and has a mask head.
-        gradient_scale: Fraction of the gradient that reaches the box features.
-        averages_logits: Whether logits are averaged over the stages, or probabilities.
+        samples_again: Whether every stage draws its own sample and has its own mask head; else the
+            stages share the sample and the mask head of the first.
+        gradient_scale: Factor of a stage's gradient at the pooled box features.
+        averages_logits: Whether a test averages logits over the stages; else probabilities.
     """
 
     coders: tuple[Any, ...]
@@ -90,9 +92,9 @@ class Stage(NamedTuple):
     """The output of a box head for its rois.
 
     Attributes:
-        rois: (n, 4) float32 of each image.
-        logits: (R, K + 1) float32; R may be above the number of rois.
-        deltas: (R, K or 1, 4) float32.
+        rois: (n, 4) float32 for each image.
+        logits: (R, K + 1) float32. R is the number of rois, or 1 if there are none.
+        deltas: (R, K, 4) float32, or (R, 1, 4) if class-agnostic.
     """
 
     rois: Sequence[Tensor]
@@ -105,8 +107,8 @@ class Features(NamedTuple):
 
     Attributes:
         maps: Levels of the pyramid, finest first.
-        strides: Pixels per place of each level.
-        semantic: Output of the semantic branch (`SemanticBranch`), in heads with one.
+        strides: Stride of each level, in pixels.
+        semantic: Logits and embedding from the `SemanticBranch`; None in heads without a branch.
     """
 
     maps: Sequence[Tensor]
@@ -115,20 +117,22 @@ class Features(NamedTuple):
 
 
 class CascadeHeads(nn.Module):
-    """Three box heads in sequence, and a mask head for each or one for all (see `FORMS`).
+    """Three box heads in sequence, with a mask head for each stage or a single mask head.
 
     Args:
         num_classes: K.
         width: Channels of the pyramid and the heads.
-        rois_per_image: Proposals sampled for training.
-        form: A name of the table `FORMS`.
-        box_loss: Loss between boxes (`box_losses`).
-        class_agnostic: Whether a proposal has a single box, or a box for each class.
+        rois_per_image: Number of proposals sampled from each image for the losses.
+        form: A name in the table `FORMS`.
+        box_loss: Kind of box loss (`box_losses`).
+        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
+            class.
     """
 
-    # Whether a stage's masks learn from a sample of its refined boxes, not of its input boxes.
+    # Whether a stage's mask head learns from a sample of the stage's refined boxes; else from the
+    # sample of its input boxes.
     interleaved = False
-    # Whether an object gets the proposal that overlaps it most (`sample_rois`).
+    # Whether an object is matched to the proposal that overlaps it most (`sample_rois`).
     best_for_each = False
 
     def __init__(
@@ -171,15 +175,18 @@ class CascadeHeads(nn.Module):
         targets: Sequence[Target],
         draws: NDArray,
     ) -> Terms:
-        """Returns the losses of the stages, "cls_1" to "box_3", and of masks, "mask_1" to "mask_3".
+        """Computes the losses on proposals sampled from each image.
+
+        Stage N of the three has the losses "cls_N" and "box_N", and mask head N has "mask_N". A
+        semantic branch adds "semantic".
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            proposals: (n, 4) float32 of each image, possibly none.
+            strides: Stride of each level, in pixels.
+            proposals: (n, 4) float32 for each image; n may be 0.
             sizes: (B, 2), height and width of each image without its padding.
             targets: The target of each image.
-            draws: (B, draws_per_image) uniform numbers in [0, 1).
+            draws: (B, draws_per_image) uniform random numbers in [0, 1).
         """
         features = self._features(maps, strides)
         terms = {**self._semantic_terms(features, targets)}
@@ -202,11 +209,11 @@ class CascadeHeads(nn.Module):
         return terms
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """Returns the sum of the losses on the largest possible sample, for counting.
+        """Returns the sum of the losses on the largest sample, to count FLOPs and memory.
 
         Args:
-            maps: Levels of the pyramid, finest first; also on the meta device.
-            strides: Pixels per place of each level.
+            maps: Levels of the pyramid, finest first; may be on the meta device.
+            strides: Stride of each level, in pixels.
         """
         features = self._features(maps, strides)
         terms = {**self._semantic_terms(features, [])}
@@ -225,12 +232,12 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Candidates]:
-        """Returns the possible classes and boxes of each image's proposals, before selection.
+        """Returns the refined boxes and class scores of each image's proposals, before selection.
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            proposals: (n, 4) float32 of each image, possibly none.
+            strides: Stride of each level, in pixels.
+            proposals: (n, 4) float32 for each image; n may be 0.
             sizes: (B, 2), height and width of each image without its padding.
         """
         features = self._features(maps, strides)
@@ -256,13 +263,13 @@ class CascadeHeads(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Returns the masks of chosen boxes, (n, M, M) float32 of each image, probabilities.
+        """Returns mask probabilities inside selected boxes, (n, M, M) float32 for each image.
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            boxes: (n, 4) float32 of each image, possibly none.
-            labels: (n,) int64 of each image, classes of the boxes.
+            strides: Stride of each level, in pixels.
+            boxes: (n, 4) float32 for each image; n may be 0.
+            labels: (n,) int64 for each image, classes of the boxes.
         """
         cuts = self._mask_cuts(self._features(maps, strides), boxes)
         return mean_masks(self._all_masks(cuts), labels, [len(box) for box in boxes])
@@ -303,11 +310,11 @@ class CascadeHeads(nn.Module):
         return pool(features.maps, features.strides, boxes, MASK_SIDE)
 
     def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
-        """Returns the logits (R, K, M, M) of one mask head."""
+        """Returns the logits (R, K, M, M) of mask head `number` for pooled features `cuts`."""
         return self.mask_heads[number](cuts)
 
     def _all_masks(self, cuts: Tensor) -> list[Tensor]:
-        """Returns the logits of all mask heads."""
+        """Returns the logits (R, K, M, M) of every mask head for pooled features `cuts`."""
         return [head(cuts) for head in self.mask_heads]
 
     def _box_terms(self, number: int, stage: Stage, sampled: Sampled) -> Terms:
@@ -332,7 +339,14 @@ class CascadeHeads(nn.Module):
         return {f"mask_{number + 1}": (weight * loss, len(of_masks.labels))}
 
     def _refined(self, number: int, stage: Stage, labels: Tensor, sizes: Tensor) -> list[Tensor]:
-        """Returns a stage's refined boxes of its rois, clipped to their images."""
+        """Returns the boxes (n, 4) of each image, refined by a stage and clipped to the image.
+
+        Args:
+            number: Index of the stage, counted from 0.
+            stage: The stage's rois and output.
+            labels: (R,) int64, the class of each roi, whose box is used unless class-agnostic.
+            sizes: (B, 2), height and width of each image without its padding.
+        """
         counts = [len(roi) for roi in stage.rois]
         deltas = deltas_of(stage.deltas[: sum(counts)].detach(), labels)
         boxes = self.form.coders[number].decode_single(deltas, torch.cat(list(stage.rois)))
@@ -350,10 +364,18 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Tensor]:
-        """Returns the refined boxes for the next stage.
+        """Returns the boxes (n, 4) of each image that the next stage gets as its input.
 
-        If the next stage adds the objects' boxes itself, those of this stage are left out; else
-        boxes without area are left out.
+        They are the sampled rois, refined by this stage. If the next stage draws its own sample,
+        which adds the boxes of the objects, rois that came from these boxes are dropped here. Else
+        refined boxes without area are dropped.
+
+        Args:
+            number: Index of the stage, counted from 0.
+            stage: The stage's rois and output.
+            sampled: The sample that the stage was run on.
+            proposals: (n, 4) for each image, the boxes that the sample was drawn from.
+            sizes: (B, 2), height and width of each image without its padding.
         """
         of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
         labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)

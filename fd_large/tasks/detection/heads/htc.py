@@ -1,12 +1,14 @@
-"""Hybrid Task Cascade: a cascade with connected mask heads and semantic context.
+"""Hybrid Task Cascade (HTC), a cascade with connected mask heads and semantic context.
 
-It differs from Cascade Mask R-CNN in mmdetection's form in three points: a stage's masks learn from
-a new sample of its refined boxes; each mask head also takes the previous mask head's features of
-the same boxes; and if the dataset has semantic maps (COCO-Stuff's), a branch learns these from all
-levels, and its embedding is added to the pooled features of boxes and masks.
+It differs from the cascade in mmdetection's form (`cascade.py`) in three points:
 
-A test averages the probabilities of the three mask heads, as in mmdetection 2 and so in the
-published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's
+- The mask head of a stage learns from a new sample of the boxes that the stage has refined.
+- Each mask head but the first also takes the features of the mask head before it.
+- With semantic classes, a branch on all pyramid levels predicts the dataset's semantic maps (those
+  of COCO-Stuff), and its embedding is added to the pooled features of the box and mask heads.
+
+A test averages the probabilities of the three mask heads. mmdetection 2 does the same, and so do
+the published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's
 probabilities, because it fills its list after the loop.
 
 Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
@@ -30,15 +32,17 @@ from fd_large.tasks.detection.heads.semantic import SemanticBranch, semantic_los
 
 
 class HtcHeads(CascadeHeads):
-    """Three box heads, three mask heads in a row, and a semantic branch.
+    """The heads of HTC: three box heads, three connected mask heads, and a semantic branch.
 
     Args:
         num_classes: K.
         width: Channels of the pyramid and the heads.
-        rois_per_image: Proposals sampled for the box losses, and again for the mask losses.
-        box_loss: Loss between boxes (`box_losses`).
-        class_agnostic: Whether a proposal has a single box, or a box for each class.
-        semantic_classes: Classes of the semantic branch; 0 for no branch.
+        rois_per_image: Number of proposals sampled from each image in each stage for the box
+            losses, and again for the mask loss.
+        box_loss: Kind of box loss (`box_losses`).
+        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
+            class.
+        semantic_classes: Number of classes of the semantic branch; 0 for no branch.
     """
 
     interleaved = True
@@ -93,9 +97,13 @@ class HtcHeads(CascadeHeads):
         return [head.logits(x) for head, x in zip(self.mask_heads, features, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
-        """Returns the features of the first `num_heads` mask heads.
+        """Returns the features of each of the first `num_heads` mask heads, (R, width, 14, 14).
 
         Each head but the first also takes the features of the head before it.
+
+        Args:
+            cuts: (R, width, 14, 14), pooled features of boxes.
+            num_heads: Number of mask heads to run.
         """
         features = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
@@ -105,5 +113,5 @@ class HtcHeads(CascadeHeads):
 
 
 def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Returns the semantic embedding pooled from each box, (R, C, 14, 14)."""
+    """Returns the features of boxes pooled from the semantic embedding, (R, C, 14, 14)."""
     return pool_one(embedding, SEMANTIC_STRIDE, boxes, MASK_SIDE)

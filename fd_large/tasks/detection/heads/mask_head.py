@@ -1,4 +1,4 @@
-"""The mask head: the mask of the object inside a box.
+"""The mask head, which predicts the mask of the object inside a box.
 
 Source: He et al., arXiv 1703.06870; sizes as ViTDet's, Li et al., arXiv 2203.16527.
 """
@@ -29,7 +29,7 @@ NUM_CONVOLUTIONS = 4
 
 
 class MaskHead(nn.Module):
-    """Four convolutions, a transposed convolution, and a mask for each class.
+    """Head of four convolutions and a transposed convolution that predicts a mask for each class.
 
     Args:
         num_classes: K.
@@ -45,26 +45,31 @@ class MaskHead(nn.Module):
         self.masks = Convolution(width, num_classes, 1, draw=Draw("normal", std=0.001))
 
     def forward(self, cuts: Tensor) -> Tensor:
-        """Maps (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
+        """Maps pooled features of R boxes (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
         return self.logits(self.convolutions(cuts))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Maps the convolutions' output (R, width, 14, 14) to logits (R, K, 28, 28)."""
+        """Maps the output of `convolutions` (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
         return at_least_float32(self.masks(F.relu(self.doubling(features))))
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """Selects the mask of the class of the first n boxes: (R, K, M, M), (n,) to (n, M, M)."""
+    """Returns each box's mask of its class, (n, M, M), for the first n of R boxes.
+
+    Args:
+        masks: (R, K, M, M), a mask for each box and class; R >= n.
+        labels: (n,) int64, the classes.
+    """
     return masks[torch.arange(len(labels), device=masks.device), labels]
 
 
 class Taught(NamedTuple):
-    """The targets of a mask head.
+    """The boxes that a mask head trains on, and their targets.
 
     Attributes:
-        rois: (p, 4) float32 of each image, each matched to an object.
-        labels: (P,) int64, classes of the rois.
-        masks: (P, 28, 28) float32, 0 or 1.
+        rois: (p, 4) float32 for each image, boxes that match an object; P over the batch.
+        labels: (P,) int64, the class of each box.
+        masks: (P, 28, 28) float32, the target mask inside each box, 0 or 1.
     """
 
     rois: list[Tensor]
@@ -73,9 +78,9 @@ class Taught(NamedTuple):
 
 
 def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
-    """Returns the target masks of the sampled proposals that match an object.
+    """Returns the mask targets of the sampled proposals that match an object.
 
-    Without masks in the dataset there are none, and the mask head runs without learning.
+    If the dataset has no masks, the result is empty, and the mask head runs without learning.
     """
     rois, objects = sampled.positives, sampled.objects
     if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
@@ -90,7 +95,7 @@ def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
 
 
 def most_taught(sampled: Sampled) -> Taught:
-    """Returns target masks of zeros for the largest possible sample, for counting."""
+    """Returns mask targets, all zeros, for the result of `most_sampled`."""
     labels = sampled.labels[sampled.foreground]
     side = 2 * MASK_SIDE
     return Taught(sampled.positives, labels, sampled.boxes.new_zeros(len(labels), side, side))
@@ -99,12 +104,13 @@ def most_taught(sampled: Sampled) -> Taught:
 def mean_masks(
     logits: Sequence[Tensor], labels: Sequence[Tensor], counts: Sequence[int]
 ) -> list[Tensor]:
-    """Returns mask probabilities of each box's class: (n, M, M) float32 for each image.
+    """Returns the mask probabilities of each box for its class, (n, M, M) float32 for each image.
 
     Args:
-        logits: (R, K, M, M) float32 of each mask head; the probabilities are averaged.
-        labels: (n,) int64 of each image.
-        counts: Number of boxes of each image; R may be above their sum.
+        logits: (R, K, M, M) float32 from each mask head; the heads' probabilities are averaged.
+        labels: (n,) int64 for each image, the classes of its boxes.
+        counts: Number of boxes of each image. R may exceed the sum of `counts`; the last rows of
+            `logits` are then ignored.
     """
     of = torch.cat(list(labels))
     masks = torch.stack([of_class(each, of).sigmoid() for each in logits]).mean(0)
@@ -112,12 +118,12 @@ def mean_masks(
 
 
 def mask_loss(logits: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
-    """Returns the mask loss, a mean over the places of a mask, summed over boxes.
+    """Returns the binary cross-entropy of the masks, averaged over pixels and summed over boxes.
 
     Args:
-        logits: (R, K, M, M) float32; R may exceed P, further rows are ignored.
-        labels: (P,) int64.
-        expected: (P, M, M) float32, 0 or 1.
+        logits: (R, K, M, M) float32. R may exceed P; the last rows are then ignored.
+        labels: (P,) int64, the class of each box, whose mask enters the loss.
+        expected: (P, M, M) float32, the target masks, 0 or 1.
     """
     loss = F.binary_cross_entropy_with_logits(of_class(logits, labels), expected, reduction="sum")
     return loss / logits.shape[-1] ** 2
@@ -125,13 +131,13 @@ def mask_loss(logits: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Crops objects' masks to boxes and resizes them: (r, side, side) float32, 0 or 1.
+    """Crops objects' masks to boxes and resizes them to (r, side, side) float32, 0 or 1.
 
     Args:
-        masks: (n, H, W) uint8.
-        numbers: (r,) int64, the object of each box.
+        masks: (n, H, W) uint8, the masks of an image's n objects.
+        numbers: (r,) int64, the index of the object whose mask is cropped to each box.
         boxes: (r, 4) float32, in pixels.
-        side: Rows and columns of a resized mask.
+        side: Height and width of a resized mask.
     """
     needed, place = numbers.unique(return_inverse=True)
     rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)

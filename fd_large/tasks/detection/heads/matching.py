@@ -1,7 +1,7 @@
-"""Matches anchors and proposals to objects, and samples them for the losses.
+"""Matches candidates (anchors or proposals) to objects, and samples candidates for the losses.
 
-Random choices depend on (seed, epoch, position of the image) alone, so that the number of ranks
-cannot change them.
+Random choices depend only on seed, epoch and the image's position in the epoch, so that they are
+the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -34,16 +34,20 @@ def match(
     negative_iou: float,
     best_for_each: bool,
 ) -> Tensor:
-    """Returns each candidate's object index, BACKGROUND or IGNORED: (N,) int64.
+    """Returns for each candidate the index of its object, `BACKGROUND` or `IGNORED`, (N,) int64.
+
+    A candidate matches the object that it overlaps most, if their IoU is large enough.
 
     Args:
-        boxes: (n, 4) of the objects, possibly none.
-        crowd_boxes: (m, 4); candidates in them that match no object are ignored.
+        boxes: (n, 4), the objects; n may be 0.
+        crowd_boxes: (m, 4), regions whose objects are not annotated. A background candidate is
+            ignored if at least `CROWD_SHARE` of its area lies in a crowd.
         candidates: (N, 4).
         positive_iou: Smallest IoU at which a candidate matches an object.
-        negative_iou: IoU below which a candidate is background.
-        best_for_each: Whether each object is also matched to its best candidates, however little
-            they overlap it.
+        negative_iou: IoU below which a candidate is background. Between the two thresholds it is
+            ignored.
+        best_for_each: Whether the candidate with the highest IoU above 0 for some object matches
+            at any IoU, so that few objects remain unmatched.
     """
     if len(boxes) and len(candidates):
         matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)
@@ -65,13 +69,13 @@ def match(
 
 
 def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
-    """Gives each object its best overlapping candidates, even if they overlap others more.
+    """Matches each object to its candidates of highest IoU, even if they overlap another more.
 
     Args:
-        matched: (N,) int64, as `match` returns it; changed in place.
-        boxes: (n, 4) of the objects.
+        matched: (N,) int64, the result of `match`, which is changed in place.
+        boxes: (n, 4), the objects.
         candidates: (N, 4).
-        positive_iou: Smallest IoU at which a candidate is given to an object.
+        positive_iou: Smallest IoU at which an object is matched in this way.
 
     Source: mmdetection's MaxIoUAssigner with match_low_quality.
     """
@@ -84,11 +88,11 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
 
 
 class Sample(NamedTuple):
-    """Indices of the sampled candidates.
+    """Indices of the candidates that are sampled for the losses.
 
     Attributes:
-        positives: (p,) int64, candidates that match an object.
-        negatives: (q,) int64, background.
+        positives: (p,) int64, indices of candidates that match an object.
+        negatives: (q,) int64, indices of background candidates.
     """
 
     positives: Tensor
@@ -96,13 +100,13 @@ class Sample(NamedTuple):
 
 
 def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -> Sample:
-    """Samples up to `count` candidates, with a limited share of positives.
+    """Samples up to `count` candidates of an image, with a limited share of positives.
 
     Args:
-        matched: (N,) int64, as `match` returns it.
+        matched: (N,) int64, the result of `match`.
         count: Largest number of sampled candidates, positives and background together.
-        positive_share: Largest share of positives; background fills the rest.
-        draws: (2 * count,) uniform numbers in [0, 1).
+        positive_share: Largest share of positives in `count`; background fills the rest.
+        draws: (2 * count,) uniform random numbers in [0, 1).
     """
     positives = torch.where(matched >= 0)[0]
     negatives = torch.where(matched == BACKGROUND)[0]
@@ -115,10 +119,17 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
 
 def choose(total: int, count: int, draws: NDArray) -> NDArray[np.int64]:
-    """Draws `count` of `total` numbers without repetition, by a partial Fisher-Yates shuffle.
+    """Draws `count` distinct numbers below `total` by a partial Fisher-Yates shuffle.
 
     Only the changes to the list 0, 1, 2, ... are stored, so that the work is proportional to
     `count`.
+
+    Args:
+        total: Number of numbers to draw from.
+        count: Number of numbers to draw, at most `total`.
+        draws: (count,) or more uniform random numbers in [0, 1).
+
+    Returns: (count,) int64, in random order.
     """
     moved: dict[int, int] = {}
     chosen = np.empty(count, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""RoIAlign over the levels of a pyramid.
+"""RoIAlign, which pools the features of boxes from the levels of a pyramid.
 
-Each level is pooled in every call, even without boxes, so that the graph has the same form on all
-ranks. torchvision's own pooler guesses strides from its first batch and shifts boxes by half a
-pixel; only its level rule and its operation are used.
+Every call pools from all levels, even from levels without boxes, so that the autograd graph has the
+same form on all ranks. torchvision's own pooler guesses strides from its first batch and shifts
+boxes by half a pixel, so only its rule for the level of a box and its operation are used.
 
 Sources: He et al., arXiv 1703.06870; Lin et al., arXiv 1612.03144, equation 1.
 """
@@ -28,18 +28,18 @@ _SAMPLES = 0  # Points per cell along each axis; 0 takes as many as the cell has
 def pool(
     maps: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor], side: int
 ) -> Tensor:
-    """Pools boxes from the level that fits their size.
+    """Returns the features of boxes, each pooled from the level that fits the size of the box.
 
-    A batch without boxes returns the features of one dummy box: all ranks must call the same
-    modules, and no library guarantees gradients of a head without input.
+    For a batch without boxes, the features of a dummy box are returned, since all ranks must call
+    the same modules, and no library guarantees gradients for a head with an empty input.
 
     Args:
-        maps: Four levels, finest first, (B, C, H, W) each; further levels are ignored.
-        strides: Pixels per place of each level.
-        boxes: (n, 4) float32 of each image, in pixels.
-        side: Rows and columns of a box's pooled features.
+        maps: At least four levels, finest first, (B, C, H, W) each; only the first four are used.
+        strides: Stride of each level, in pixels.
+        boxes: (n, 4) float32 for each image, in pixels.
+        side: Height and width of the pooled features of a box.
 
-    Returns: (R, C, side, side) in the dtype of the maps, with R the number of boxes, at least 1.
+    Returns: (R, C, side, side) in the dtype of the maps. R is the number of boxes, at least 1.
     """
     boxes, rois = _rois(boxes)
     wide = torch.promote_types(maps[0].dtype, torch.float32)
@@ -51,12 +51,19 @@ def pool(
 
 
 def pool_one(level: Tensor, stride: float, boxes: Sequence[Tensor], side: int) -> Tensor:
-    """Pools boxes of any size from a single map (B, C, H, W); otherwise like `pool`."""
+    """Returns the features of boxes as `pool` does, from a single map (B, C, H, W)."""
     return _cut(level, stride, _rois(boxes)[1], side).to(level.dtype)
 
 
 def _rois(boxes: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-    """Returns the boxes (or one dummy box), alone and with their images' indices (R, 5)."""
+    """Returns boxes in the two forms that pooling needs, at least one box.
+
+    Args:
+        boxes: (n, 4) for each image. If all are empty, a dummy box is added to the first image.
+
+    Returns: the boxes (n, 4) for each image, and all boxes in one tensor (R, 5), whose first column
+        is the index of the box's image.
+    """
     if not any(map(len, boxes)):
         boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
     numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
@@ -72,7 +79,10 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the indices of each level's boxes; equal shares on the meta device, without sizes."""
+    """Returns for each level the indices of its boxes among the boxes of the batch.
+
+    On the meta device, where boxes have no size, the boxes are shared equally among the levels.
+    """
     if boxes[0].is_meta:
         every = torch.arange(sum(map(len, boxes)), device="meta")
         return [every[level::NUM_LEVELS] for level in range(NUM_LEVELS)]

@@ -1,8 +1,8 @@
 """The second stage of a detector, which predicts class, refined box and mask of each proposal.
 
-`RoIHeads` has the heads of Mask R-CNN. Other heads, such as a cascade, are a class with the same
-constructor and interface (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in a
-separate file, and a line of the table in `task.py`.
+`RoIHeads` has the heads of Mask R-CNN. Other heads, such as a cascade, are classes in files of
+their own, with the same constructor and interface (`draws_per_image`, `terms`, `candidates`,
+`masks`, `shapes_only`), and are listed in the table `HEADS` of `task.py`.
 
 Every call runs the same modules in the same order on all ranks, whatever is in the images.
 
@@ -40,16 +40,16 @@ from fd_large.tasks.detection.heads.mask_head import (
 from fd_large.tasks.detection.heads.pooling import pool
 
 Terms = Mapping[str, tuple[Tensor, int]]
-"""Loss terms by name: a summed loss, a scalar with gradient, and the number of its summands."""
+"""For each loss, by name: its sum over samples (a scalar with gradient), and their number."""
 
 
 class Candidates(NamedTuple):
-    """The possible classes and boxes of one image's proposals.
+    """The refined boxes and class scores of one image's R proposals, before any selection.
 
     Attributes:
-        boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4), one for all classes; in
-            pixels, not clipped to the image.
-        scores: (R, K) float32, 0 to 1.
+        boxes: (R, K, 4) float32, a box of each proposal for each class, or (R, 1, 4), a box for
+            all classes; in pixels, not clipped to the image.
+        scores: (R, K) float32, the probability of each class, 0 to 1.
     """
 
     boxes: Tensor
@@ -57,18 +57,24 @@ class Candidates(NamedTuple):
 
 
 def of_images(boxes: Tensor, scores: Tensor, counts: Sequence[int]) -> list[Candidates]:
-    """Divides boxes (N, 4 C) and scores (N, K) of a batch among its images, `counts` for each."""
+    """Splits boxes (N, 4 * C) and scores (N, K) of a batch into the `Candidates` of each image.
+
+    Args:
+        boxes: The boxes, C for each proposal.
+        scores: The scores of the K classes.
+        counts: Number of proposals of each image; their sum is N.
+    """
     parts = zip(boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), strict=True)
     return [Candidates(*part) for part in parts]
 
 
 class RoIHeads(nn.Module):
-    """One box head and one mask head.
+    """The heads of Mask R-CNN: a box head and a mask head.
 
     Args:
         num_classes: K.
         width: Channels of the pyramid and the heads.
-        rois_per_image: Proposals sampled for training.
+        rois_per_image: Number of proposals sampled from each image for the losses.
     """
 
     def __init__(self, num_classes: int, width: int, *, rois_per_image: int):
@@ -92,16 +98,16 @@ class RoIHeads(nn.Module):
         targets: Sequence[Target],
         draws: NDArray,
     ) -> Terms:
-        """Returns the losses over the sampled proposals of a batch: "cls", "box" and "mask".
+        """Computes the losses "cls", "box" and "mask" on proposals sampled from each image.
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            proposals: (n, 4) float32 of each image, possibly none.
-            sizes: (B, 2), height and width of each image without its padding; read only by heads
-                that refine boxes more than once.
+            strides: Stride of each level, in pixels.
+            proposals: (n, 4) float32 for each image; n may be 0.
+            sizes: (B, 2), height and width of each image without its padding. These heads ignore
+                it; a cascade clips refined boxes by it.
             targets: The target of each image.
-            draws: (B, draws_per_image) uniform numbers in [0, 1).
+            draws: (B, draws_per_image) uniform random numbers in [0, 1).
         """
         sampled = sample_rois(
             proposals,
@@ -113,11 +119,11 @@ class RoIHeads(nn.Module):
         return self._terms(maps, strides, sampled, taught(sampled, targets))
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """Returns the sum of the losses on the largest possible sample, for counting.
+        """Returns the sum of the losses on the largest sample, to count FLOPs and memory.
 
         Args:
-            maps: Levels of the pyramid, finest first; also on the meta device.
-            strides: Pixels per place of each level.
+            maps: Levels of the pyramid, finest first; may be on the meta device.
+            strides: Stride of each level, in pixels.
         """
         sampled = most_sampled(len(maps[0]), self.rois_per_image, maps[0])
         terms = self._terms(maps, strides, sampled, most_taught(sampled))
@@ -126,7 +132,7 @@ class RoIHeads(nn.Module):
     def _terms(
         self, maps: Sequence[Tensor], strides: Sequence[float], sampled: Sampled, of_masks: Taught
     ) -> Terms:
-        """Returns the losses of the sampled proposals."""
+        """Returns the losses "cls", "box" and "mask" of sampled proposals with their targets."""
         logits, deltas = self.box(pool(maps, strides, sampled.rois, BOX_SIDE))
         classes, boxes = box_losses(logits, deltas, sampled)
         masks = self.mask(pool(maps, strides, of_masks.rois, MASK_SIDE))
@@ -144,12 +150,12 @@ class RoIHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Candidates]:
-        """Returns the possible classes and boxes of each image's proposals, before selection.
+        """Returns the refined boxes and class scores of each image's proposals, before selection.
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            proposals: (n, 4) float32 of each image, possibly none.
+            strides: Stride of each level, in pixels.
+            proposals: (n, 4) float32 for each image; n may be 0.
             sizes: (B, 2), height and width of each image without its padding.
         """
         counts = [len(proposal) for proposal in proposals]
@@ -166,13 +172,13 @@ class RoIHeads(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Returns the masks of chosen boxes, (n, M, M) float32 of each image, probabilities.
+        """Returns mask probabilities inside selected boxes, (n, M, M) float32 for each image.
 
         Args:
             maps: Levels of the pyramid, finest first.
-            strides: Pixels per place of each level.
-            boxes: (n, 4) float32 of each image, possibly none.
-            labels: (n,) int64 of each image, classes of the boxes.
+            strides: Stride of each level, in pixels.
+            boxes: (n, 4) float32 for each image; n may be 0.
+            labels: (n,) int64 for each image, classes of the boxes.
         """
         logits = self.mask(pool(maps, strides, boxes, MASK_SIDE))
         return mean_masks([logits], labels, [len(box) for box in boxes])

@@ -1,4 +1,4 @@
-"""Region proposals, which are boxes of possible objects, from anchors on every pyramid level.
+"""The region proposal network, which predicts boxes of possible objects from anchors on all levels.
 
 Source: Ren et al., arXiv 1506.01497, as implemented in detectron2 and torchvision; with two
 convolutions as in ViTDet (arXiv 2203.16527).
@@ -23,7 +23,7 @@ from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.matching import match, sample
 
 RATIOS = (0.5, 1.0, 2.0)
-# Side of a level's square anchor, in places of that level: 32 pixels at stride 4.
+# Side of a level's square anchor, as a multiple of the level's stride: 32 pixels at stride 4.
 ANCHOR_PLACES = 8
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 POSITIVE_SHARE = 0.5
@@ -47,9 +47,10 @@ class RpnHead(nn.Module):
         self.deltas = Convolution(width, 4 * anchors, 1, draw=draw)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps a level (B, C, H, W) to logits (B, H * W * A) and deltas (B, H * W * A, 4).
+        """Maps a level (B, C, H, W) to logits (B, H * W * A) and deltas (B, H * W * A, 4), float32.
 
-        Both are float32, in the order of the level's anchors: row, column, ratio.
+        The A = 3 anchors of a position differ in aspect ratio. The order of the level's anchors is
+        row by row, then column by column, then ratio by ratio.
         """
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
@@ -62,11 +63,11 @@ class RpnHead(nn.Module):
 def anchors_of(
     grids: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Returns the anchors of each level, (H * W * A, 4) float32, row-major, ratios innermost.
+    """Returns the anchors of each level, (H * W * A, 4) float32, in the order of `RpnHead`.
 
     Args:
-        grids: (H, W) of each level.
-        strides: Pixels per place of each level.
+        grids: Height and width of each level's map.
+        strides: Stride of each level, in pixels.
         device: Device of the result.
     """
     with torch.inference_mode(False):
@@ -80,14 +81,14 @@ def anchors_of(
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """Returns the anchors around a place's corner, one per ratio, of equal area: (A, 4) float32."""
+    """Returns anchors of area side^2 centred at (0, 0), one per aspect ratio: (A, 4) float32."""
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height
     return torch.stack([-width, -height, width, height], dim=1) / 2
 
 
 class Proposals(NamedTuple):
-    """The proposals of one image, best first.
+    """The proposals of one image, by falling score.
 
     Attributes:
         boxes: (n, 4) float32, in pixels.
@@ -108,15 +109,15 @@ def propose(
     before_nms: int,
     after_nms: int,
 ) -> list[Proposals]:
-    """Returns the proposals of each image, best first, from none to `after_nms`.
+    """Selects the proposals of each image by objectness and NMS, at most `after_nms` of them.
 
     Args:
-        logits: (B, A_l) float32 of each level.
-        deltas: (B, A_l, 4) float32 of each level.
-        anchors: (A_l, 4) of each level.
+        logits: (B, A_l) float32 for each level, objectness of its A_l anchors.
+        deltas: (B, A_l, 4) float32 for each level, offsets of the boxes from the anchors.
+        anchors: (A_l, 4) for each level.
         sizes: (B, 2), height and width of each image without its padding, to which boxes are
             clipped.
-        before_nms: Number of a level's best anchors that go into NMS.
+        before_nms: Largest number of a level's boxes that go into NMS, those of highest logit.
         after_nms: Largest number of proposals that are kept.
     """
     boxes, scores, levels = [], [], []
@@ -141,7 +142,7 @@ def propose(
 
 
 def cut_to(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clips boxes (B, N, 4) to the images' heights and widths, sizes (B, 2)."""
+    """Clips boxes (B, N, 4) to their images, whose heights and widths are `sizes`, (B, 2)."""
     limits = sizes.flip(1).to(boxes.dtype).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -155,17 +156,17 @@ def rpn_terms(
     *,
     anchors_per_image: int,
 ) -> dict[str, tuple[Tensor, int]]:
-    """Returns the losses over the sampled anchors of a batch: "rpn_cls" and "rpn_box".
+    """Computes the losses "rpn_cls" and "rpn_box" on anchors that are sampled from each image.
 
     Args:
-        logits: (B, A) float32 of all levels.
-        deltas: (B, A, 4) float32.
+        logits: (B, A) float32, objectness of the A anchors of all levels.
+        deltas: (B, A, 4) float32, predicted offsets of the boxes from the anchors.
         anchors: (A, 4).
         targets: The target of each image.
-        draws: (B, 2 * anchors_per_image) uniform numbers in [0, 1).
-        anchors_per_image: Largest number of sampled anchors.
+        draws: (B, 2 * anchors_per_image) uniform random numbers in [0, 1).
+        anchors_per_image: Largest number of sampled anchors of an image.
 
-    Returns: by name, the sum of the loss and the number of sampled anchors.
+    Returns: for each name, the loss summed over the batch, and the number of sampled anchors.
     """
     where, labels, positives, target_deltas = [], [], [], []
     for i, target in enumerate(targets):
@@ -192,12 +193,12 @@ def rpn_terms(
 
 
 def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -> Tensor:
-    """Returns the sum of the losses on the largest possible sample of anchors, for counting.
+    """Returns the sum of the losses on the largest sample of anchors, to count FLOPs and memory.
 
     Args:
-        logits: (B, A) float32 of all levels; also on the meta device.
+        logits: (B, A) float32 of all levels; may be on the meta device.
         deltas: (B, A, 4) float32.
-        anchors_per_image: Largest number of sampled anchors.
+        anchors_per_image: Largest number of sampled anchors of an image.
     """
     count = len(logits) * anchors_per_image
     sampled = torch.zeros(count, dtype=torch.int64, device=logits.device)
@@ -215,7 +216,16 @@ def _losses(
     positives: Tensor,
     target_deltas: Tensor,
 ) -> dict[str, Tensor]:
-    """Returns the summed losses, by indices among all anchors of the batch."""
+    """Returns the losses "rpn_cls" and "rpn_box", each summed over the sampled anchors.
+
+    Args:
+        logits: (B, A) float32.
+        deltas: (B, A, 4) float32.
+        sampled: (n,) int64, indices of the sampled anchors in the flattened batch of B * A anchors.
+        labels: (n,), 1 for an anchor that matches an object, else 0.
+        positives: (p,) int64, indices of the sampled anchors that match an object.
+        target_deltas: (p, 4) float32, offsets of the matched objects from these anchors.
+    """
     cls = F.binary_cross_entropy_with_logits(
         logits.flatten()[sampled], labels.float(), reduction="sum"
     )

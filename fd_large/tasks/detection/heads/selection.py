@@ -1,4 +1,4 @@
-"""Selection of the boxes that a detector reports: non-maximum suppression and a limit."""
+"""Selects the boxes that a detector reports, by non-maximum suppression and a largest number."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MASK_THRESHOLD = 0.5
 
 
 class Detections(NamedTuple):
-    """The detections in one image, best first.
+    """The detections in one image, by falling score.
 
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom in pixels.
         scores: (n,) float32, 0 to 1.
         labels: (n,) int64, 0 to K - 1.
-        masks: (n, M, M) float32, probabilities over each box.
+        masks: (n, M, M) float32, mask probabilities on a grid of M x M cells over each box.
     """
 
     boxes: Tensor
@@ -32,7 +32,7 @@ class Detections(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The selected boxes of an image, best first, before their masks are made.
+    """The selected boxes of an image, by falling score, before their masks are predicted.
 
     Attributes:
         boxes: (n, 4) float32.
@@ -47,15 +47,15 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The rule for selecting boxes.
+    """The settings by which the reported boxes are selected.
 
     Attributes:
-        nms: "hard" drops boxes that overlap a better box of their class by more than `iou`;
-            "linear" and "gaussian" lower their scores (`soft_nms`).
-        iou: IoU above which hard drops a box, and from which linear lowers its score.
-        least_score: Boxes with this score or less are no detections.
+        nms: "hard" drops a box that overlaps a selected box of its class by more than `iou`;
+            "linear" and "gaussian" lower the score of such a box (`soft_nms`).
+        iou: IoU above which "hard" drops a box, and from which "linear" lowers its score.
+        least_score: Boxes with this score or less are dropped.
         at_most: Largest number of boxes of an image.
-        rescored: Whether a score is multiplied by the mean probability inside its mask.
+        rescored: Whether a box's score is multiplied by the mean probability inside its mask.
     """
 
     nms: Literal["hard", "linear", "gaussian"] = "hard"
@@ -68,7 +68,7 @@ class Selection:
         """Selects the detections of an image from the boxes of its R proposals in K classes.
 
         Args:
-            boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4).
+            boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4), a box for all classes.
             scores: (R, K) float32.
             size: (2,), height and width of the image without its padding, to which boxes are
                 clipped.
@@ -80,7 +80,7 @@ class Selection:
         return self.of_boxes(cut[row, column], scores[row, label], label)
 
     def of_boxes(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Chosen:
-        """Chooses among boxes (N, 4) with scores (N,) and labels (N,)."""
+        """Selects up to `at_most` of boxes (N, 4) with scores (N,) and labels (N,), by NMS."""
         if self.nms == "hard":
             selected = batched_nms(boxes, scores, labels, self.iou)[: self.at_most]
             scores = scores[selected]
@@ -91,7 +91,10 @@ class Selection:
         return Chosen(boxes[selected], scores, labels[selected])
 
     def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
-        """Joins the selected boxes and their masks (n, M, M), best first."""
+        """Combines selected boxes and their masks (n, M, M) into detections, by falling score.
+
+        With `rescored`, the scores are first multiplied by `rescored` of the masks.
+        """
         if not self.rescored:
             return Detections(*chosen, masks)
         scores, order = rescored(chosen.scores, masks).sort(descending=True, stable=True)
@@ -99,12 +102,16 @@ class Selection:
 
 
 def rescored(scores: Tensor, masks: Tensor) -> Tensor:
-    """Returns scores times the mean probability inside their masks; 0 for empty masks.
+    """Multiplies the score of each box by the mean probability inside its mask.
+
+    The inside of a mask is where its probability exceeds `MASK_THRESHOLD`. The score of a box whose
+    mask has no inside becomes 0.
 
     Args:
         scores: (n,) float32.
         masks: (n, M, M) float32, probabilities.
 
+    Returns: (n,) float32, the new scores.
     Source: "maskness" in baaivision/EVA (EVA-02/det/detectron2/modeling/roi_heads).
     """
     inside = (masks > MASK_THRESHOLD).to(masks.dtype)

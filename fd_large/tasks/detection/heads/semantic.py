@@ -1,4 +1,4 @@
-"""The semantic branch: the class of each place, stuff included, as context for boxes and masks.
+"""The semantic branch, which predicts semantic segmentation as context for boxes and masks.
 
 Source: Chen et al., arXiv 1901.07518 (HTC), as in mmdetection 3.3 (fused_semantic_head.py).
 """
@@ -26,7 +26,7 @@ LOSS_WEIGHT = 0.2
 
 
 class SemanticBranch(nn.Module):
-    """Sums all levels, and predicts a class and an embedding of each place by convolutions.
+    """Sums all pyramid levels at one size, and predicts class logits and an embedding from the sum.
 
     Args:
         width: Channels of the pyramid and of the embedding.
@@ -45,9 +45,9 @@ class SemanticBranch(nn.Module):
         self.classes = Convolution(width, num_classes, 1, draw=he_uniform())
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps five levels (B, C, H, W) to logits (B, S, h, w) float32 and embedding (B, C, h, w).
+        """Maps five levels (B, C, H_l, W_l) to class logits and an embedding, of the second's size.
 
-        Logits and embedding have the stride of the second level.
+        Returns: logits (B, S, H_1, W_1) float32, and an embedding (B, C, H_1, W_1).
         """
         size = maps[FUSED_LEVEL].shape[-2:]
         x = torch.zeros_like(maps[FUSED_LEVEL])
@@ -61,13 +61,14 @@ class SemanticBranch(nn.Module):
 
 
 def semantic_loss(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, int]:
-    """Returns the weighted cross-entropy, summed over positions, and the number of positions.
+    """Returns `LOSS_WEIGHT` times the summed cross-entropy, and the number B * h * w of positions.
 
-    Positions without a label add nothing to the sum, but to the number.
+    Unlabelled positions count in the number, but add nothing to the sum.
 
     Args:
         logits: (B, S, h, w) float32.
-        targets: The target of each image; an image without a semantic map has no labels.
+        targets: The target of each image. All positions are unlabelled in an image without a
+            semantic map.
     """
     labels = torch.full_like(logits[:, 0], UNLABELLED, dtype=torch.int64)
     for image_labels, target in zip(labels, targets, strict=False):

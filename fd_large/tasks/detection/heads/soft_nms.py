@@ -1,8 +1,8 @@
-"""Soft non-maximum suppression: a selected box lowers the scores of its class's neighbours.
+"""Soft NMS, in which a selected box lowers the scores of overlapping boxes of its class.
 
-A detector reports only the best few boxes of an image, so boxes of all classes are selected in one
-order by score, which takes `at_most` selections instead of one for each of tens of thousands of
-pairs of box and class.
+A detector reports only the best few boxes of an image. Boxes of all classes are therefore selected
+together in the order of their scores, until `at_most` are selected. A loop for each class would go
+through tens of thousands of pairs of box and class.
 
 Source: Bodla et al., arXiv 1704.04503, as in mmcv (mmcv/ops/nms.py, v2.1.0).
 """
@@ -30,20 +30,22 @@ def soft_nms(
     sigma: float = 0.5,
     least_score: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """Selects the best boxes one by one; each selection lowers the scores of its neighbours.
+    """Selects boxes one by one by score, and lowers the scores of boxes that overlap them.
 
     Args:
         boxes: (N, 4) float32, left, top, right, bottom.
         scores: (N,) float32.
-        labels: (N,) int64, classes; a box lowers scores of its own class only.
+        labels: (N,) int64, classes; a selected box lowers scores in its own class only.
         at_most: Largest number of selected boxes.
-        decay: Factor of the scores of other boxes by their IoU with a selected box: "linear" is
-            1 - IoU from `iou` on; "gaussian" is exp(-IoU^2 / sigma) at any IoU.
+        decay: Factor by which a score is multiplied, given its box's IoU with a selected box:
+            "linear" is 1 - IoU if the IoU is at least `iou`, else 1; "gaussian" is
+            exp(-IoU^2 / sigma).
         iou: Smallest IoU at which the linear decay lowers a score.
         sigma: Width of the gaussian decay.
         least_score: Boxes with lower scores are never selected.
 
-    Returns: indices of the selected boxes (n,) int64, best first, and their lowered scores (n,).
+    Returns: the indices of the selected boxes, (n,) int64 in the order of selection, and their
+        scores when they were selected, (n,).
     """
     # Boxes are sorted by class, so that a selection changes only a slice of the scores.
     labels, order = labels.sort(stable=True)
