@@ -1,4 +1,4 @@
-"""`python -m fd_large COMMAND`."""
+"""Entry of `python -m fd_large COMMAND`, which runs a command of `fd-large`."""
 
 import sys
 

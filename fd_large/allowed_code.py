@@ -1,9 +1,10 @@
-"""The user's list of code that may run again without being named. No torch.
+"""The user's list of code that may run again without being named. Imports no torch.
 
-A start that names or allows the user's own code on its command line adds name and hash of the
-code to the list, so that a resume needs no flags. The list is outside of every run folder, since
-a folder may come from others: `$XDG_STATE_HOME/fd_large/allowed_code.json`, or below
-`~/.local/state`. It is used only if nobody but the user can write it. Without such a place there
+A start that names or allows the user's own code on its command line adds the code's name and hash
+to the list, so that a resume needs no flags. The list is the file
+`$XDG_STATE_HOME/fd_large/allowed_code.json`, or `~/.local/state/fd_large/allowed_code.json`
+without that variable: outside of every run folder, since a run folder may come from others. The
+list is used only if nobody but the user can write it. Without either variable ($HOME counts) there
 is no list, and each start must name its code.
 """
 
@@ -42,9 +43,10 @@ def place() -> Path | None:
 
 
 def read() -> tuple[Entries, str]:
-    """Returns the entries of the list, and why it is not trusted ("" if trusted or missing).
+    """Returns the entries of the list, and the reason why the list is not trusted.
 
-    It writes nothing; an error of the file system is returned as the reason, and not raised.
+    The reason is "" for a trusted or a missing list; otherwise there are no entries. An error of
+    the file system is returned as the reason, and not raised.
     """
     path = place()
     if path is None:
@@ -59,9 +61,10 @@ def read() -> tuple[Entries, str]:
 
 
 def add(name: str, digest: str, file: Path) -> None:
-    """Adds code to the list, if there is a place for a list.
+    """Adds the name and the hash of code to the list; does nothing if the list has no path.
 
-    Concurrent starts take turns; on a file system without locks, the last write wins.
+    Concurrent starts write one after another; on a file system without locks, the last write wins.
+    An error of the file system is logged, and not raised.
 
     Args:
         name: The absolute name, `module:...`.
@@ -117,7 +120,12 @@ def _sentence(path: Path, got: str, expected: str) -> str:
 
 
 def _open_to_others(status: os.stat_result, *, is_folder: bool) -> str:
-    """Returns why others may have written a file or folder, or "" if they cannot."""
+    """Returns the reason why other users could write a file or folder, or "" if they cannot.
+
+    Args:
+        status: The status of what is at the path.
+        is_folder: Whether a folder is expected there; the other kind is a reason, too.
+    """
     if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
         return f"no {'folder' if is_folder else 'file'}"
     if status.st_uid != os.geteuid():
@@ -133,7 +141,10 @@ def _is_list(value: object) -> bool:
 
 
 def _may_replace(path: Path) -> bool:
-    """Whether an untrusted list is only damaged, so that it may be replaced."""
+    """Whether the list and its folder can be written by the user alone.
+
+    An untrusted list that passes this test is only damaged, and may be replaced.
+    """
     with suppress(OSError):
         others = _open_to_others(path.parent.lstat(), is_folder=True)
         return not (others or _open_to_others(path.lstat(), is_folder=False))
@@ -142,7 +153,10 @@ def _may_replace(path: Path) -> bool:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Waits a moment for other starts that write the list; does nothing without locks."""
+    """Holds a lock on the list's folder during the block.
+
+    The block also runs if the lock is not free after two seconds, or the file system has no locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         until = time.monotonic() + _TURN_SECONDS

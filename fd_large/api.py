@@ -1,9 +1,9 @@
-"""The package from Python: distil, load and evaluate inside the caller's process.
+"""The package's Python API: distil, load and evaluate inside the caller's process.
 
-`import fd_large` provides these names. They make the same recipes and call the same functions as
-the command line, on one device. A mistake raises an FDError with the sentence that the command
-line prints. A run leaves no trace in the process: no process group, handler of signals or logs,
-thread or setting of torch.
+`import fd_large` provides the public names of this module. Its functions build the same recipes
+and call the same functions as the command line, on one device. A mistake raises an FDError with
+the sentence that the command line prints. After a run, the process has no process group, signal
+handler, log handler, thread or changed setting of torch from it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Value = str | os.PathLike[str] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run; a notebook shows it as a table with its curves.
+    """Result of a run; a notebook shows it as a table with the run's curves.
 
     Attributes:
-        folder: The run's folder, which all commands take.
+        folder: The run's folder, which all commands accept.
         status: How the run ended: `done`, or `preempted` after a Ctrl-C; the same call resumes it.
         summary: Content of summary.json.
     """
@@ -59,7 +59,10 @@ class Result:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Every evaluation's metrics, by name; `update` holds the finished steps at each."""
+        """Lists of each metric's values, one value an evaluation, by the metric's name.
+
+        The list `update` holds the number of finished steps at each evaluation.
+        """
         steps = [row["update"] for row in self._files.evaluations]
         return {"update": steps, **self._evaluated}
 
@@ -70,7 +73,7 @@ class Result:
 
     @cached_property
     def model(self) -> TrainedModel:
-        """The trained student, as `load_student` gives it."""
+        """The trained student, loaded with `load_student`."""
         return load_student(self.folder)
 
     def export(self, out: str | os.PathLike[str], *, to: To = "timm") -> Path:
@@ -111,11 +114,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`; a notebook shows it as a table with its plot.
+    """Result of `evaluate`; a notebook shows it as a table with a plot.
 
     Attributes:
         folder: The folder of the results.
-        summary: Content of summary.json; empty for a task that writes files of its own.
+        summary: Content of summary.json; empty if the task does not write this file.
     """
 
     folder: Path
@@ -123,7 +126,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The mean accuracy of each model over the seeds, per cent, by the model's label."""
+        """Each model's accuracy in per cent, averaged over the seeds, by the model's label."""
         return {model["label"]: model["mean"] for model in self.summary.get("nets", ())}
 
     def __repr__(self) -> str:
@@ -136,13 +139,13 @@ class Evaluation:
 
 
 def recipe(name: str, **fields: Any) -> Run:
-    """Returns a named recipe, with other values of some fields.
+    """Returns a named recipe with some of its fields changed.
 
     Args:
         name: One of `fd_large.RECIPES`.
         **fields: See `distill`.
 
-    Raises: FDError: with a line for each mistake.
+    Raises: FDError: with one line for each mistake.
     """
     return _run_of(name, _texts(fields))
 
@@ -224,9 +227,9 @@ def distill(
 
 
 def result(folder: str | os.PathLike[str]) -> Result:
-    """Returns the result of a run in a folder, also of one that the command line trained.
+    """Returns the result of the run in a folder, trained from Python or by the command line.
 
-    Raises: FDError: if it is not the folder of a run.
+    Raises: FDError: if the folder is not the folder of a run.
     """
     from fd_large.report.run_files import read_run
 
@@ -244,8 +247,8 @@ def load_student(
         guess = model.teacher_map("teacher", model.preprocess("photo.jpg")[None])
 
     Args:
-        run: Folder of a run, a checkpoint (RUN/checkpoints/best) or an export, all with the
-            teachers' heads; or any other model that `fd-large evaluate` accepts:
+        run: Folder of a run, a checkpoint (RUN/checkpoints/best) or an export, each of which has
+            the teachers' heads; or any other model that `fd-large evaluate` accepts:
             RUN#teacher, timm:NAME, a file of weights ...
         allow_code: Python files of the user's own that the run's recipe may import.
 
@@ -344,7 +347,12 @@ def evaluate(
 
 
 def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
-    """Returns a recipe with other values, nested or by full names; reports all mistakes at once."""
+    """Returns a recipe with some of its fields changed; reports all mistakes at once.
+
+    Args:
+        recipe: Name of the base recipe, or the recipe itself.
+        values: The changed fields, nested by section or by full names (section.field).
+    """
     # The caller names code of its own here, as others do on the command line.
     doors.allow_named(value for value in flat_plain(values).values() if isinstance(value, str))
     if isinstance(recipe, str):
@@ -359,7 +367,7 @@ def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values with paths as text."""
+    """Returns the values, nested alike, with each path replaced by its text."""
     return {
         name: _texts(value)
         if isinstance(value, Mapping)
@@ -375,9 +383,9 @@ def _listed(value: Any) -> Any:
 
 
 def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds values of fields that have none yet.
+    """Adds fields to `values`, by full names.
 
-    Raises: ConfigError: for a field that has one.
+    Raises: ConfigError: for a field that `values` already has.
     """
     for name, value in flat_plain(_texts(more)).items():
         if name in flat_plain(values):
@@ -388,7 +396,7 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _draw_report(folder: str) -> None:
-    """Draws the plots of a finished run; a failure does not fail the run."""
+    """Draws the plots of a finished run; logs an error in drawing, and does not raise it."""
     from fd_large.report.make import make_report
 
     try:

@@ -83,7 +83,7 @@ _NOT_THEIRS = tuple(f"{Path(file).resolve().parent}{os.sep}" for file in (__file
 
 
 def is_own(source: str) -> bool:
-    """Returns whether a name is one of the two `module:` forms."""
+    """Whether a name has one of the two forms that begin with `module:`."""
     return source.startswith(PREFIX)
 
 
@@ -99,8 +99,8 @@ def allow(source: str | os.PathLike[str]) -> None:
     """Allows code in this process, because the user has named it.
 
     Args:
-        source: A `module:` name, which is allowed alone; or the path of a file, of which every name
-            is.
+        source: A `module:` name, to allow this name alone; or the path of a file, to allow every
+            name in the file.
     """
     if isinstance(source, str) and is_own(source):
         _names.add(absolute(source))
@@ -109,13 +109,13 @@ def allow(source: str | os.PathLike[str]) -> None:
 
 
 def is_allowed(source: str) -> bool:
-    """Returns whether the file of a `module:` name exists and the name may be imported."""
+    """Whether the file of a `module:` name exists and the name may be imported."""
     path = file_of(source)
     return path is not None and _is_permitted(source, path)
 
 
 def reset() -> None:
-    """Resets all permissions and imports, as in a new process."""
+    """Forgets all permissions and imported modules, so that the state is that of a new process."""
     global _remembers
     _remembers = False
     for known in (_files, _names, _unchanged, _modules, _imported, _warned):
@@ -123,11 +123,12 @@ def reset() -> None:
 
 
 def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
-    """Allows the names on a command line, `module:...` or `NAME=module:...`.
+    """Allows the code named in arguments of the form `module:...` or `NAME=module:...`.
 
     Args:
         arguments: Arguments of the command line.
-        remember: Whether to add allowed and imported code to the user's list; one rank does.
+        remember: Whether to add allowed code to the user's list when it is imported. A single rank
+            should set this.
     """
     global _remembers
     _remembers = remember
@@ -142,23 +143,23 @@ def plain_names(arguments: Iterable[str]) -> list[str]:
 
 
 def allow_unchanged(checked: Mapping[str, str]) -> None:
-    """Allows the code of the parent process, as long as its files are unchanged.
+    """Allows names that the parent process has allowed, as long as their files are unchanged.
 
-    It never takes permissions from a file, since a run folder may come from others.
+    The caller must not read `checked` from a run folder, since a run folder may come from others.
 
     Args:
-        checked: {"module:...": SHA-256}, of `hashes`.
+        checked: {"module:...": SHA-256 of its file}, as `hashes` returns it.
     """
     _unchanged.update((absolute(name), digest) for name, digest in checked.items())
 
 
 def require_allowed(named: Mapping[str, str]) -> None:
-    """Refuses code without permission, all of it at once.
+    """Refuses a recipe that names code without permission.
 
     Args:
         named: The recipe's names by field; built-in names and missing files are ignored.
 
-    Raises: ConfigError: naming the files.
+    Raises: ConfigError: with the fields and the files of all refused names.
     """
     refused = {
         where: path
@@ -172,12 +173,12 @@ def require_allowed(named: Mapping[str, str]) -> None:
 
 
 def complaint(source: str, where: str) -> str:
-    """Returns the problem of a `module:` name as far as its file's text shows, or "".
+    """Returns a message for a `module:` name that does not exist, or "" if none is found.
 
-    Nothing is imported.
+    The file is parsed, and not imported.
 
     Args:
-        source: The name; any other name is passed over.
+        source: The name; a name of another form gives "".
         where: The field that the user set, for the message.
     """
     if not is_own(source):
@@ -202,13 +203,13 @@ def complaint(source: str, where: str) -> str:
 
 
 def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[str]) -> None:
-    """Refuses an unknown name, as far as possible without an import.
+    """Refuses an unknown name; imports nothing, so a name that only an import creates passes.
 
     Args:
         source: The name.
         kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
         where: The field that the user set, for messages.
-        built_in: The names of the package.
+        built_in: The built-in names of this kind.
 
     Raises: ConfigError: with the nearest names.
     """
@@ -236,11 +237,11 @@ def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[s
 def refuse_scheme(
     source: str, schemes: Collection[str], *, where: str, of: type[FDError]
 ) -> NoReturn:
-    """Refuses a source, or a name of code without `module:`, with an unknown prefix.
+    """Raises the error for a source with an unknown prefix, or a name of code without `module:`.
 
     Args:
         source: The name, which is not an existing path.
-        schemes: Beginnings of sources, as "hf:".
+        schemes: The known prefixes of sources, such as "hf:".
         where: The field that the user set, for messages.
         of: Class of the error.
     """
@@ -254,13 +255,13 @@ def refuse_scheme(
 
 
 def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
-    """Returns the object of a name; a file is imported once in a process.
+    """Returns the object that a name stands for; a process imports each file once.
 
     Args:
         source: The name.
         kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
         where: The field that the user set, for messages.
-        built_in: The things that need no import, by name.
+        built_in: The built-in objects by name, which need no import.
 
     Raises: ConfigError: if the object does not exist, its import fails, or its file is not allowed.
     """
@@ -283,9 +284,10 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
 
 
 def cause(error: Exception) -> str:
-    """Describes an exception of the user's own code in a line: "TYPE: text in FILE line N".
+    """Returns an exception of the user's own code as a line, "TYPE: text in FILE line N".
 
-    FILE is the user's innermost file, even if a library raised; it is left out if there is none.
+    FILE is the innermost file of the user's in the traceback, even if a library raised the
+    exception. Without a file of the user's, the line ends after the text.
     """
     log.debug("code of the user's own failed", exc_info=error)
     text, places = str(error), traceback.extract_tb(error.__traceback__)
@@ -298,21 +300,25 @@ def cause(error: Exception) -> str:
 
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """Returns entry points of a kind in installed packages, by name; imports no package."""
+    """Returns the entry points in a kind's group, by name, without importing their packages."""
     points = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
     return {point.name: point for point in points}
 
 
 @lru_cache(maxsize=1)
 def _entry_points(path: tuple[str, ...]) -> EntryPoints:
-    """Returns the entry points of any kind of packages on the path, which are all read."""
+    """Returns all entry points of the packages on Python's path, of every group.
+
+    Args:
+        path: Python's path, as the key of the cache; the metadata of all its packages is read.
+    """
     from importlib.metadata import entry_points  # Slow to import, and rarely needed.
 
     return entry_points()
 
 
 def file_of(source: str) -> Path | None:
-    """Returns the file of a `module:` name without importing it, or None."""
+    """Returns the file of a `module:` name without importing it, or None if there is no file."""
     where, _ = _split(source)
     if _is_path(where):
         path = _real(where)
@@ -325,13 +331,13 @@ def file_of(source: str) -> Path | None:
 
 
 def hashes(tree: Any) -> dict[str, str]:
-    """Returns {name: SHA-256 of its file} of the code in a recipe's plain form.
+    """Returns {name: SHA-256 of its file} for each name of code in a recipe.
 
-    The hash of an imported file is of the imported text; a missing file has the hash "". Entry
-    points are included. Nothing is imported.
+    Names are those with `module:` and those of entry points. The hash of an imported file is that
+    of the text which was imported; a missing file has the hash "". Nothing is imported.
 
     Args:
-        tree: Dicts, lists and values.
+        tree: The recipe in plain form: dicts, lists and values.
     """
     plugins = {name: point for kind in get_args(Kind) for name, point in installed(kind).items()}
     digests: dict[str, str] = {}
@@ -347,11 +353,11 @@ def hashes(tree: Any) -> dict[str, str]:
 
 
 def warn_if_changed(code: str, made_by: str, *, model: str) -> None:
-    """Logs a warning, once, if the file of a name is not the one that made a model.
+    """Logs a warning, once for each model and name, if the name's file has changed since.
 
     Args:
-        code: The name; nothing is imported.
-        made_by: SHA-256 of the file that made the model; "" where it is not known.
+        code: The name of the code that made the model; nothing is imported.
+        made_by: SHA-256 of the file when it made the model, or "" if unknown.
         model: The model, for the message.
     """
     now = hashes(code).get(code, "")
@@ -390,7 +396,7 @@ def _is_path(where: str) -> bool:
 
 
 def _real(path: str) -> Path:
-    """Returns an absolute path without links; for an impossible path, a path of no file."""
+    """Returns the absolute path without links; a path with a NUL is returned unchanged."""
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError:  # A NUL, which a recipe may hold.
@@ -398,12 +404,18 @@ def _real(path: str) -> Path:
 
 
 def _hash(path: Path) -> str:
-    """Returns SHA-256 of the text that this process has run, else of the present file."""
+    """Returns the SHA-256 of the text that this process imported, or else of the present file."""
     return _imported.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
-    """Whether a name may be imported from a file with a hash; "" hashes its present text."""
+    """Whether a name may be imported from a file.
+
+    Args:
+        source: The name.
+        path: The file.
+        digest: SHA-256 of the file; "" to take the hash of the imported or present text.
+    """
     if _is_named(source, path):
         return True
     if path.suffix != ".py":  # Python loads it by itself, perhaps not what was hashed.
@@ -414,7 +426,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
 
 
 def _is_named(source: str, path: Path) -> bool:
-    """Whether this start's command line allows a name."""
+    """Whether this start's command line allows a name, by itself or by its file."""
     return path in _files or absolute(source) in _names
 
 
@@ -467,7 +479,10 @@ def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
 
 
 def _names_in(path: Path) -> set[str]:
-    """Returns all names bound in a file's text, or an empty set if the text cannot be parsed."""
+    """Returns the names that occur in a file's text as definitions, variables or imports.
+
+    The set is empty if the text cannot be parsed, or can create further names (`exec`, `import *`).
+    """
     names: set[str] = set()
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -481,7 +496,7 @@ def _names_in(path: Path) -> set[str]:
 
 
 def _defined_in(node: ast.AST) -> Iterator[str]:
-    """Yields names of a module's functions, classes and assignments, without those inside them."""
+    """Yields the names of a module's top-level functions, classes and assigned variables."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield child.name
@@ -494,7 +509,7 @@ def _defined_in(node: ast.AST) -> Iterator[str]:
 
 
 def _tree(path: Path) -> ast.Module:
-    """Returns the parsed text of a file; empty if it cannot be read or parsed."""
+    """Returns the syntax tree of a Python file, or an empty tree if it cannot be read or parsed."""
     try:
         if path.suffix == ".py":
             return ast.parse(path.read_bytes())
@@ -526,7 +541,10 @@ def _from_file(_: str, path: Path, text: bytes) -> ModuleType:
 
 
 def _from_path(name: str, path: Path, text: bytes) -> ModuleType:
-    """Imports a module on Python's path, after its package as in any import."""
+    """Imports a module on Python's path, after the packages above it.
+
+    A `.py` file that is not yet imported is run from `text`, whose hash was checked.
+    """
     package, _, last = name.rpartition(".")
     above = importlib.import_module(package) if package else None
     spec = None if name in sys.modules or path.suffix != ".py" else _spec_of(name)

@@ -1,7 +1,7 @@
-"""The user's mistakes: one sentence, exit code 2, no traceback.
+"""Errors for the user's mistakes: one sentence, exit code 2, no traceback.
 
-Every message reads `where: what; got X, expected Y. Remedy.` Errors of this package itself keep
-their traceback.
+Every message has the form `where: what; got X, expected Y. Remedy.` An error of this package
+itself keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Exit(IntEnum):
-    """Exit codes of a command, and so of a rank; launchers return the largest of the ranks'."""
+    """Exit codes of a command or a rank; a launcher returns the largest exit code of its ranks."""
 
     DONE = 0
     LOST = 1  # The process crashed, or another rank was lost.
@@ -36,7 +36,7 @@ def without_secrets(text: str) -> str:
     """Returns text with user, password and query of each URL in it replaced by `***`.
 
     Every source shown to a person, on a page, in a log or by a tracker passes through here.
-    The query is also removed from a URL's path and query without a host, as in libraries' messages.
+    The query is also masked after a path without a host, as libraries' messages show it.
     """
     return _WORD.sub(_masked_word, text) if "/" in text or "?" in text else text
 
@@ -56,7 +56,7 @@ def _masked_word(match: re.Match[str]) -> str:
 
 
 def masked(value: Any) -> Any:
-    """Returns plain values (dict, list, str, numbers) with texts masked as in `FDError`."""
+    """Returns plain values (dict, list, str, numbers) with each text masked and made printable."""
     if isinstance(value, str):
         return without_secrets(printable(value))
     if isinstance(value, dict):
@@ -67,7 +67,7 @@ def masked(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Returns untrusted text without a terminal's control characters."""
+    """Returns untrusted text with each control character but newline and tab replaced by `?`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
@@ -78,9 +78,10 @@ class FDError(Exception):
 
     Attributes:
         exit_code: The exit code of the command.
-        rank_local: Whether a single rank may have met it; then that rank shows it, else rank 0.
-        agreed: Whether all ranks raise it together.
-        shown: Whether the user has read it already.
+        rank_local: Whether a single rank may have met the error; that rank then prints it.
+            Otherwise rank 0 prints it.
+        agreed: Whether all ranks raise the error together.
+        shown: Whether the error was already printed.
     """
 
     exit_code = Exit.MISTAKE
@@ -92,7 +93,7 @@ class FDError(Exception):
         return without_secrets(printable(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
-        """Returns the sentence for IPython in a notebook, without a traceback."""
+        """Returns the lines that IPython prints in a notebook: the message, without a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -104,9 +105,9 @@ class ConflictError(ConfigError):
     """Values of several fields that exclude each other; the remedy names the user's fields.
 
     Args:
-        problem: The sentence before the remedy, "where: what; got X, expected Y."
-        fields: The fields, section.field.
-        remedy: Alternative remedy, introduced by "or", or "".
+        problem: The message before the remedy, "where: what; got X, expected Y."
+        fields: Full names of the fields, section.field.
+        remedy: Another remedy, which the message adds after "or"; "" for none.
     """
 
     def __init__(self, problem: str, fields: tuple[str, ...] = (), remedy: str = "") -> None:
@@ -131,7 +132,12 @@ class ConflictError(ConfigError):
         return ConflictError(rename(self.problem), fields, self.remedy and rename(self.remedy))
 
     def _text(self, changeable: Iterable[str], settled: Iterable[str]) -> str:
-        """Returns the message, which distinguishes fields set by the user and by the recipe."""
+        """Returns the whole message, with the fields to change.
+
+        Args:
+            changeable: Fields that the user set.
+            settled: Fields that the recipe set.
+        """
         ways = [" or ".join(f"--{name}" for name in changeable)]
         if of_recipe := " or ".join(f"--{name}" for name in settled):
             ways.append(f"{of_recipe}, which the recipe sets")
@@ -142,7 +148,7 @@ class ConflictError(ConfigError):
 
 
 class ShapeError(FDError):
-    """Images, grids or widths that do not fit each other."""
+    """Images, patch grids or widths of features whose shapes do not match."""
 
 
 class DataError(FDError):
@@ -168,45 +174,45 @@ class CacheError(FDError):
 
 
 class StorageError(FDError):
-    """A file system that does not answer: no mistake, and nothing is lost.
+    """A file system that does not answer, which is no mistake of the user's.
 
-    Its exit code is that of a stopped run: the same command resumes it.
+    The exit code is that of a stopped run, since the same command resumes the run.
     """
 
     exit_code = Exit.AGAIN
 
 
 class LaunchError(FDError):
-    """An environment in which ranks cannot find each other."""
+    """An environment in which the ranks cannot form a process group."""
 
 
 class VersionError(FDError):
-    """An installed package in a version that this package does not work with."""
+    """A dependency that is installed in an unsupported version."""
 
 
 class LostRankError(FDError):
-    """Another rank has ended; its own message and exit code say why.
+    """Another rank has ended, whose own message and exit code give the reason.
 
-    Its exit code is 1, not 2: launchers return the largest of the ranks' codes, and a batch job
-    that lost a rank with its node has to start again.
+    The exit code is 1, not 2, because launchers return the largest exit code of the ranks, and a
+    batch job that lost a rank with its node has to start again.
     """
 
     exit_code = Exit.LOST
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, masked, or its class name without a text."""
+    """Returns the first line of an error's text, masked, or its class name if the text is empty."""
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def named(error: BaseException) -> str:
-    """Returns the name of an error's class and the first line of its text, if it has one."""
+    """Returns "CLASS: first line of the text" for an error, or "CLASS" if the text is empty."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
 
 
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
-    """Runs every check, and raises one error with all mistakes found.
+    """Runs every check, and raises a single error with the mistakes of all checks.
 
     Args:
         checks: Each raises an FDError, or returns a value.
@@ -233,10 +239,10 @@ _NEAREST, _LISTED = 3, 40
 
 
 def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
-    """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close.
+    """Returns "nearest: a, b" for a mistyped name, or "known: ..." if no known name is close.
 
-    A name that is part of others, such as `lr` of `optim.base_lr`, counts as close. `before` is a
-    prefix of each name in the message.
+    If no name is spelled alike, known names that contain the mistyped name count as close, as
+    `optim.base_lr` for `lr`. `before` is a prefix of each name in the message.
     """
     known = sorted(names)
     close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
@@ -247,6 +253,6 @@ def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:
-    """Returns the first names, and the number of further names, in words."""
+    """Returns the first `most` names, with "and N more" if there are further names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,9 +1,9 @@
-"""Access to files and paths for the rest of the package. No torch.
+"""Access to files and paths for the rest of the package. Imports no torch.
 
-Files are written aside, flushed and renamed, so that a reader sees them whole or not at all. After
-an error that is transient on a network file system, an action is repeated. Paths are looked up, and
-JSON is read within bounds, so that every refusal of the file system becomes one sentence
-(`unusable`).
+A file is written under a temporary name, flushed and renamed, so that a reader sees all of it or
+nothing. An action is repeated after an error that is transient on a network file system. Every
+other error of the file system becomes one sentence (`unusable`), and JSON is read within bounds of
+size and depth.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSES = (1.0, 3.0, 9.0)
-"""Seconds between the tries, in which a server that is busy or fails over answers again."""
+"""Seconds between attempts, within which a server that is busy or fails over answers again."""
 PASSING = {
     errno.EIO,
     errno.ESTALE,
@@ -70,32 +70,32 @@ REFUSED = {
     errno.EDQUOT: "Make room, or name a path on another file system.",
     errno.EFBIG: "Name a path on a file system that takes larger files.",
 }
-"""Remedies of the errors by which a file system refuses a path that the user named."""
+"""Remedies by error number, for a path of the user's that the file system refuses."""
 
 JSON_BYTES, JSON_DEPTH = 64 << 20, 100
-"""Bounds of a JSON file in bytes and in depth, which no run, dataset or configuration reaches."""
+"""Bounds of a JSON file in bytes and in depth, which no file of this package reaches."""
 
 _MOST_DIGITS = 40
-"""Digits from which on a whole number is parsed by our own functions, as it may exceed a float."""
+"""Number of digits up to which Python parses an integer; a longer one may exceed a float."""
 _LONG = re.compile(rf"\d{{{_MOST_DIGITS}}}")
 _LONG_BYTES = re.compile(_LONG.pattern.encode())
 
 PARTIAL = ".partial-"
-"""Prefix of the names of files that a process is still writing, in a folder that others share."""
+"""Prefix of the names of files that are still being written, in a folder shared by processes."""
 STALE_SECONDS = 24 * 3600
-"""Seconds without a change after which such a file was left behind by a process that was killed."""
+"""Age in seconds at which a partial file counts as left behind by a killed process."""
 
 
 def retried(action: Callable[[], T], path: object) -> T:
-    """Repeats an action on files after a pause, as long as its error is transient.
+    """Runs an action on files, and repeats it after a pause if its error is transient.
 
     Args:
-        action: Action that can be repeated from its beginning.
+        action: Function that can be called again after it failed.
         path: The file or folder, for messages.
 
     Raises:
-        OSError: At once for other errors: no such file, no permission, a full disk.
-        StorageError: If the error does not pass.
+        OSError: At once for other errors, such as a missing file, no permission or a full disk.
+        StorageError: If the last attempt fails with a transient error.
     """
     for pause in PAUSES:
         try:
@@ -120,12 +120,12 @@ def retried(action: Callable[[], T], path: object) -> T:
 def unusable(
     where: str, error: OSError, path: object = None, *, of: type[FDError] = ConfigError
 ) -> FDError:
-    """Returns the sentence for a path that the file system refuses.
+    """Returns the error with a sentence for a path that the file system refuses.
 
     Args:
-        where: The field that the user set, or the command; "" where that is not known.
-        error: The file system's refusal.
-        path: The path, where the error does not name it.
+        where: The field that the user set, or the command; "" if unknown.
+        error: The error that the file system raised.
+        path: The path; None to take it from the error.
         of: Class of the returned error, which for a transient error is always StorageError.
     """
     named = error.filename if path is None else path
@@ -155,16 +155,15 @@ def kind_of(
 ) -> Literal["file", "folder", "other"] | None:
     """Returns the kind of file at a path, with links followed, or None if nothing exists there.
 
-    All questions whether a path exists go through here: `Path.exists` and similar methods raise
-    or hide the file system's errors.
+    It replaces `Path.exists` and similar methods, which raise or hide errors of the file system.
 
     Args:
         path: The path; "other" is a pipe, a device or a socket.
-        where: The field that the user set, or the command; "" where that is not known.
+        where: The field that the user set, or the command; "" if unknown.
         of: Class of the raised error.
 
-    Raises: FDError: if the file system refuses to say, as for a folder that may not be entered or a
-        name that is too long, or the path is empty or has a NUL in it.
+    Raises: FDError: if the file system refuses the path, as for a folder without permission or a
+        name that is too long; or if the path is empty or contains a NUL.
     """
     if not os.fspath(path):
         raise of(f"{where or 'a path'}: empty; got '', expected a file or a folder. Name one.")
@@ -191,12 +190,12 @@ def parse_json(
 
     Args:
         text: The text; bytes are UTF-8.
-        finite: Refuse NaN and infinities, which JSON does not have and Python writes.
+        finite: Whether to refuse NaN and infinities, which Python writes although JSON has none.
         long_as_float: Whether a whole number too long for a float becomes infinity; otherwise it
             is refused.
         hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
-    Raises: ValueError: with a one-line reason, if it is not JSON or nested too deeply.
+    Raises: ValueError: with a one-line reason, if the text is not JSON or nested too deeply.
     """
     number = _finite if finite else None
     # Asked for rarely, since it takes time at each number.
@@ -234,16 +233,16 @@ def read_bytes(
     remedy: str = "Name a file.",
     max_bytes: int = JSON_BYTES,
 ) -> bytes:
-    """Returns the bytes of a file, without waiting for a pipe or a device.
+    """Returns the bytes of a file; a pipe or a device is refused, and not waited for.
 
     Args:
         path: The file.
-        where: The field that the user set, or the command; "" where that is not known.
+        where: The field that the user set, or the command; "" if unknown.
         of: Class of the raised error.
-        remedy: Remedy if it is not a file, or too large.
-        max_bytes: Size from which on it is refused.
+        remedy: Remedy in the message if the path is not a file, or the file is too large.
+        max_bytes: Largest size that is read.
 
-    Raises: FDError: if it is not there, cannot be read, or is larger.
+    Raises: FDError: if the file is missing, cannot be read, or is larger than `max_bytes`.
     """
     kind = kind_of(path, where=where, of=of)
     try:
@@ -277,17 +276,17 @@ def read_json(
 
     Args:
         path: The file.
-        where: The field that the user set, or the command; "" where that is not known.
-        holds: Type of the whole, as dict or list.
-        remedy: Remedy for a damaged file.
+        where: The field that the user set, or the command; "" if unknown.
+        holds: Expected type of the value, such as dict or list.
+        remedy: Remedy in the message for a damaged file.
         of: Class of the raised error.
-        finite: Refuse NaN and infinities.
+        finite: Whether to refuse NaN and infinities.
         long_as_float: As in `parse_json`.
-        max_bytes: Size from which on it is refused.
-        max_values: Number of values from which on it is refused; None: any number.
+        max_bytes: Largest size that is read.
+        max_values: Largest number of values that is read; None for any number.
         hooks: As in `parse_json`.
 
-    Raises: FDError: if it is missing, unreadable, too large, or not of the expected kind.
+    Raises: FDError: if the file is missing, unreadable or too large, or its value has another type.
     """
     text = read_bytes(path, where=where, of=of, remedy=remedy, max_bytes=max_bytes)
     try:
@@ -306,9 +305,9 @@ def read_json(
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Returns the object of a JSON file, or an empty one.
+    """Returns the object of an optional JSON file as a dict.
 
-    For optional files: a missing, damaged or unreadable file counts as empty.
+    The dict is empty if the file is missing, damaged, unreadable or holds no object.
     """
     with suppress(FDError):
         return read_json(path, holds=dict)
@@ -341,14 +340,14 @@ def _finite(text: str) -> float:
 def check_out(
     out: str | Path, *, where: str, holds: Literal["nothing", "file", "folder"] = "nothing"
 ) -> Path:
-    """Checks before the work that its results can be written; leaves nothing behind.
+    """Checks, before a command works, that its results can be written; leaves nothing behind.
 
     Args:
         out: The path of the results.
         where: The flag or the argument, for messages.
-        holds: Kind of file or folder that may already exist.
+        holds: What may already exist at the path.
 
-    Raises: ConfigError: if something else exists there, or the file system refuses a file.
+    Raises: ConfigError: if something else exists at the path, or no file can be written there.
     """
     kind = kind_of(out, where=where)
     out = Path(out)
@@ -371,10 +370,10 @@ def check_out(
 
 
 def unlinked(path: Path) -> Path:
-    """Returns a path for writing, after removing a link at it.
+    """Removes a symbolic link at a path, and returns the path.
 
-    In a folder that came from elsewhere, a link may lead to any file of the user's, which would be
-    overwritten.
+    Writing through a link, in a folder that came from elsewhere, could overwrite any file of the
+    user's.
     """
     if path.is_symlink():
         path.unlink()
@@ -383,9 +382,10 @@ def unlinked(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; flushes that file and renames it at the end.
+    """Yields a temporary path next to `path`, for the block to write a file.
 
-    If the block fails, the temporary file is removed.
+    After the block, the file is flushed to the disk and renamed to `path`. If the block fails, the
+    file is removed.
     """
     aside = unlinked(path.with_name(path.name + ".part"))
     try:
@@ -401,7 +401,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(out: Path, *, where: str) -> Iterator[Path]:
-    """Yields a temporary folder, which appears at `out` when the block succeeds.
+    """Yields a temporary folder, which is renamed to `out` if the block succeeds.
 
     Args:
         out: A path that does not exist yet.
@@ -423,9 +423,9 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
 
 
 def out_folder(out: str | Path) -> Path:
-    """Makes the folder of a command's --out.
+    """Creates the folder of a command's --out if it is missing, and returns its path.
 
-    Raises: ConfigError: if it cannot be made.
+    Raises: ConfigError: if the folder cannot be created or written.
     """
     folder = check_out(out, where="--out", holds="folder")
     try:
@@ -440,9 +440,9 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 
     Args:
         path: The file.
-        value: Contents of the file.
-        private: Whether only its owner may read and write it. A file with a secret (a URL with
-            user, password or query) always is.
+        value: The value to write.
+        private: Whether only the file's owner may read and write it. A file with a secret (a URL
+            with user, password or query) is always private.
     """
     text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as aside:

@@ -1,4 +1,4 @@
-"""Imports: Python's search path, and shorter import times."""
+"""Functions that clean Python's search path and shorten the time of imports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ABOVE = os.path.dirname(_PACKAGE)
 
 
 def forget_current_folder() -> None:
-    """Removes from Python's path the folder that `-m` or a script puts first.
+    """Removes from Python's path the folder that `python -m` or a script puts first.
 
-    A file there could replace a module, and may have come with a foreign run folder. The folder
-    of this package stays, and so do the folders in PYTHONPATH; an empty part of it, as in
-    `:FOLDER`, means the current folder and is dropped.
+    A file in the current folder could replace a module, and may have come with a foreign run
+    folder. The folder of this package and the folders in PYTHONPATH stay. An empty part of
+    PYTHONPATH, as in `:FOLDER`, means the current folder and is dropped.
     """
     started_in = {_PACKAGE, os.path.realpath(os.curdir)}
     if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) in started_in:
@@ -35,9 +35,9 @@ def forget_current_folder() -> None:
 
 
 def environ_of_program() -> dict[str, str]:
-    """Returns the environment for a program of this package that this process starts.
+    """Returns the environment variables for a child process that runs this package.
 
-    The program finds this package, and no file in the current folder can replace a module.
+    The child process finds this package, and no file in the current folder can replace a module.
     """
     paths = filter(None, (_ABOVE, os.environ.get("PYTHONPATH")))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
@@ -45,10 +45,10 @@ def environ_of_program() -> dict[str, str]:
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Runs the imports of the block as if some packages were not installed.
+    """Makes imports of some packages fail within the block, as if they were not installed.
 
-    Libraries import optional packages that few users need and that take seconds. An already
-    imported package stays.
+    Libraries import optional packages that few users need, and each takes seconds. A package that
+    is already imported stays.
 
     Args:
         packages: Names of the packages.
@@ -65,14 +65,15 @@ def without(*packages: str) -> Iterator[None]:
 
 @contextmanager
 def for_good(package: str) -> Iterator[None]:
-    """Excludes objects imported in the block from garbage collection, now and later.
+    """Excludes the objects that the block's imports create from all garbage collections.
 
-    Torch, DeepSpeed and their imports are half a million permanent objects. Collections during
-    the import take a quarter of its time, and each later collection would visit all objects
-    again.
+    Importing torch and DeepSpeed creates half a million permanent objects. Garbage collections
+    during the import take a quarter of its time, and each later collection would visit all these
+    objects again.
 
     Args:
-        package: The largest imported package; if it is already imported, this does nothing.
+        package: The largest package that the block imports; if it is already imported, the block
+            runs unchanged.
     """
     if package in sys.modules:
         yield

@@ -1,8 +1,8 @@
-"""Memory-mapped weights files: a clear error if a file changes in use. No torch.
+"""Clear errors if a memory-mapped weights file changes while it is used. Imports no torch.
 
-A mapped file's pages are the file itself: overwriting it changes a model in use, and truncating
-it removes pages, for which the system sends SIGBUS. Renaming another file over it is harmless,
-since the old file stays mapped.
+The pages of a mapped file are the file itself. Overwriting the file changes a model in use;
+truncating it removes pages, and an access to them gets SIGBUS from the system. Renaming another
+file over it is harmless, since the old file stays mapped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _handler_before: int | None = None
 
 
 def opening(path: Path) -> None:
-    """Records a file that is about to be mapped, so that a SIGBUS from it becomes a clear error.
+    """Records a file that is about to be mapped, and handles SIGBUS with a clear error from now on.
 
     Raises: OSError: if the file does not exist.
     """
@@ -54,14 +54,17 @@ def opening(path: Path) -> None:
 
 
 def hold(model: object, paths: Iterable[Path]) -> None:
-    """Records the files of a model's weights for the model's lifetime."""
+    """Records which mapped files hold a model's weights, for `check`, as long as the model lives.
+
+    Files that were not given to `opening` are left out.
+    """
     _held[model] = tuple(path for path in paths if path in _opened)
 
 
 def check(model: object) -> None:
-    """Refuses the results of a model if a file of its weights was changed in place meanwhile.
+    """Raises an error if a file of a model's weights was changed in place since it was opened.
 
-    Costs a stat call for each file, which network file systems cache for some seconds.
+    It costs a stat call for each file; network file systems cache its result for some seconds.
 
     Raises: WeightsError: with exit code 3, on this rank alone.
     """
@@ -78,11 +81,12 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _changed(path: Path, *, in_place: bool) -> str:
-    """Returns a message if a file has changed since it was opened.
+    """Returns a message if a file has changed since it was opened, or "" if it has not.
 
     Args:
         path: The file.
-        in_place: Whether only a change of the same file counts, and not another file of its name.
+        in_place: Whether to count only a change of the same inode. A missing file, or another file
+            under the same name, then gives "".
     """
     before = _opened[path]
     try:
@@ -104,7 +108,7 @@ def _sentence(path: Path, got: str, before: _Stamp) -> str:
 
 
 def _catch() -> None:
-    """Makes SIGBUS call `_on_bus_error`; Python's own handlers would run too late."""
+    """Installs `_on_bus_error` as the C handler of SIGBUS, since Python's handlers run too late."""
     global _handler, _handler_before
     if _handler is not None:
         return
@@ -115,9 +119,10 @@ def _catch() -> None:
 
 
 def _on_bus_error(number: int) -> None:
-    """Ends the process if a changed file explains the signal; else calls the previous handler.
+    """Ends the process if a mapped file has changed; otherwise restores the previous handler.
 
-    The signal comes from an access to memory, so the thread holds no lock of malloc or Python.
+    With the previous handler, the access to memory is repeated, and the signal comes again. The
+    signal comes from an access to memory, so the thread holds no lock of malloc or Python.
     """
     sentences = [text for path in list(_opened) if (text := _changed(path, in_place=False))]
     if not sentences:

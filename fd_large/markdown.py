@@ -1,4 +1,4 @@
-"""Markdown of untrusted text: names, sources and labels appear literally."""
+"""Functions that escape names, sources and labels, so that Markdown shows them literally."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def escaped(text: object) -> str:
-    """Returns plain text as one line of Markdown, in a cell of a table too."""
+    """Returns text as one line of Markdown that shows it literally, also in a cell of a table."""
     line = " ".join(str(text).split())
     return _MARKS.sub(r"\\\1", line.translate(str.maketrans(_ENTITIES)))
 
 
 def code(text: object) -> str:
-    """Returns plain text as code within a line; a backtick in it becomes an apostrophe."""
+    """Returns text as inline code of Markdown, with each backtick replaced by an apostrophe."""
     line = " ".join(str(text).split()).replace("`", "'")
     return f"`{line}`".replace("|", r"\|")
 
@@ -28,7 +28,7 @@ def head(values: Mapping[str, Any]) -> str:
     """Returns a page's YAML front matter, between lines of dashes.
 
     Args:
-        values: Texts and lists of texts by name, in the order in which they stand.
+        values: Texts and lists of texts by key, in the order of the front matter.
     """
     import yaml  # Commands that write no page do without.
 

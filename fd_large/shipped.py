@@ -1,6 +1,6 @@
-"""Files that travel with the package: DeepSpeed configurations and Slurm scripts.
+"""Paths of the package's data files: DeepSpeed configurations and Slurm scripts.
 
-In a checkout they are at the top level, in an installed package inside of it.
+The files are at the top level of a checkout, and inside the package if it is installed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ def folder(name: Literal["ds_configs", "slurm"]) -> Path:
 
 
 def deepspeed_config(config: str) -> Path:
-    """Returns the file that `--deepspeed_config` means: a path, or a name such as zero3.
+    """Returns the path of the JSON file that `--deepspeed_config` names.
 
-    Raises: ConfigError: if there is neither.
+    Args:
+        config: Path of a JSON file, or the name of a file of the package, such as zero3.
+
+    Raises: ConfigError: if there is no such file and no such name.
     """
     if kind_of(Path(config)) == "file":
         return Path(config)

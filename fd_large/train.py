@@ -1,4 +1,8 @@
-"""Entry for launchers: `deepspeed fd_large/train.py`, or `--module fd_large.train` if installed."""
+"""Script by which launchers start `fd-large train`.
+
+It is called as `deepspeed fd_large/train.py`, or as `--module fd_large.train` if the package is
+installed.
+"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""The command line: one file a command, and one parser (`arguments.py`) for all of them.
+"""The command line, with a file for each command and one parser (`arguments.py`) for all.
 
-A command's file holds the dataclass of its arguments, a function with plain arguments that does
-or calls the work, and its printed output. Reusable work belongs in a lower room. No file here
-imports torch at its top, so that help and mistakes appear in less than half a second.
+The file of a command holds the dataclass of its arguments, a function with plain arguments that
+does the work or calls it, and the printed output. Work that others may use belongs in a lower
+package. No file in this folder imports torch at its top, so that help and error messages appear in
+less than half a second.
 """

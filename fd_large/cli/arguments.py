@@ -1,14 +1,14 @@
-"""The parser of the command line, from arguments to a dataclass and to fields of a recipe.
+"""Parser of the command line, which fills a command's dataclass and the fields of a recipe.
 
-A command's arguments are a frozen dataclass. Its fields are flags; fields marked `Positional`
-need no name; nested dataclasses are flags with dots; a field `dict[str, Section]` takes entries
-that are named on the command line only (`--teachers.NAME.model VALUE`). A command with a recipe
-also takes the fields of `recipes/run.py`.
-
-tyro converts the values and prints the help, from types and comments of the fields. This file
-reports all mistakes at once, each in a sentence with the nearest names. If a flag is repeated, its
-last value counts, with a warning if it is a field of a named entry. Values may begin with a dash,
-and a switch may be given as `--switch False`.
+A frozen dataclass declares the arguments of a command. Each field is a flag, or a positional
+argument if it is marked `Positional`. Fields of a nested dataclass are flags with dots. A field of
+the type `dict[str, Section]` takes entries whose names the user chooses
+(`--teachers.NAME.model VALUE`). A command with a recipe also takes the fields of `recipes/run.py`
+as flags.
+tyro converts the values, and prints the help from the fields' types and comments. This file
+reports all mistakes at once, each in a sentence with the nearest known names. If a flag is
+repeated, its last value counts; for a flag such as `--teachers.NAME.model` a warning is logged. A
+value may begin with a dash, and a switch may be given as `--switch False`.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ Own = TypeVar("Own")
 
 
 class HelpShown(Exception):
-    """Raised after printing the requested help."""
+    """Raised after the requested help was printed, to end the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllowsCode:
-    """The argument --allow-code of commands that build models of stored runs and exports."""
+    """Argument --allow-code, for commands that build the models of stored runs and exports."""
 
     # Python files whose code may be imported where a recipe, a stored run or an export names it
     # (module:FILE.py:NAME). Files that you never allowed are refused.
@@ -81,7 +81,7 @@ class AllowsCode:
 
 @dataclass(frozen=True, kw_only=True)
 class TakesRunFile:
-    """The argument --config of commands that can take a recipe from a file."""
+    """Argument --config, for commands that can read a recipe from a file."""
 
     # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run.
     # Such a recipe.json can be given as well. Flags win over the file (docs/recipes.md).
@@ -90,13 +90,13 @@ class TakesRunFile:
 
 @dataclass(frozen=True)
 class WithRecipe(Generic[Own]):
-    """The arguments of a command that takes the fields of a recipe.
+    """Parsed arguments of a command that takes the fields of a recipe.
 
     Attributes:
         own: The command's own arguments.
         run: The recipe with the given fields.
-        fields: The given fields alone, {"optim.base_lr": 1e-4, ...}.
-        in_file: Names of the fields that the file of --config sets.
+        fields: The recipe's fields given as flags, {"optim.base_lr": 1e-4, ...}.
+        in_file: Names of the recipe's fields that the file of --config sets.
     """
 
     own: Own
@@ -109,13 +109,13 @@ def parse(kind: type[Own], arguments: Sequence[str], *, command: str) -> Own:
     """Parses the arguments of a command without a recipe.
 
     Args:
-        kind: The dataclass of the arguments, with keywords only.
+        kind: The dataclass of the arguments, with keyword-only fields.
         arguments: Arguments after the command.
         command: Name of the command, for messages and the help.
 
     Raises:
-        ConfigError: Something is unknown, missing or invalid; a line for each mistake.
-        HelpShown: The help was asked for.
+        ConfigError: With a line for each unknown, missing or invalid argument.
+        HelpShown: If the help was requested.
     """
     return _Parser(kind, command).parse(arguments).own
 
@@ -136,10 +136,10 @@ def parse_with_recipe(
         arguments: Arguments after the command.
         command: Name of the command, for messages and the help.
         recipe: Name of the default recipe.
-        often: Flags for the overview in the help, with a description each, before the list of
-            sections; None to show all of the command's own flags.
-        base_of: A function from the command's given arguments to a recipe that replaces the named
-            one, or None.
+        often: {flag: description} of the flags that the overview of the help shows; None to show
+            all of the command's own flags instead of an overview.
+        base_of: Function that takes the command's own given arguments, and returns a recipe to use
+            instead of the one that --recipe names, or None to use the latter.
 
     Raises: As `parse`.
     """
@@ -154,8 +154,8 @@ def choose(
     Args:
         arguments: Arguments, beginning with the command's name.
         commands: {name of a command: its summary for the help}.
-        command: Words before the name, if any.
-        note: A last line for the help.
+        command: The command whose subcommands these are, or "".
+        note: Last line of the help.
 
     Raises:
         ConfigError: If the command does not exist.
@@ -188,7 +188,7 @@ def call_subcommand(
     Args:
         arguments: Arguments after `command`: a subcommand and its own arguments.
         commands: {subcommand: (the dataclass of its arguments, its function)}.
-        command: Words before the name.
+        command: The command whose subcommands these are.
 
     Raises: As `choose` and `parse`.
     """
@@ -203,7 +203,7 @@ def call_subcommand(
 
 
 class _Parser(Generic[Own]):
-    """The parser of a command, for a single use."""
+    """Parser of a command; an instance parses once."""
 
     def __init__(
         self,
@@ -280,9 +280,11 @@ class _Parser(Generic[Own]):
         return WithRecipe(cast(Own, built), cast(Run, run), recipe_fields, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
-        """Refuses missing Python files, and names that these do not define, all at once.
+        """Refuses `module:` names whose file is missing or does not define the name.
 
-        It runs before imports, which take seconds, and imports nothing itself.
+        It imports nothing, so that these mistakes appear before imports that take seconds.
+
+        Raises: ConfigError: with a line for each of them.
         """
         wrong = [
             complaint
@@ -294,7 +296,10 @@ class _Parser(Generic[Own]):
             raise ConfigError("\n".join(wrong))
 
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Returns the values of the command's own arguments and of the recipe's fields, by name."""
+        """Returns {name: value} of the given arguments, the command's own and the recipe's fields.
+
+        Mistakes are added to `self._mistakes`, and their names to `self._invalid`.
+        """
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
         meant: set[str] = set()
@@ -362,10 +367,11 @@ class _Parser(Generic[Own]):
         return values
 
     def _known(self, like: str) -> dict[str, tuple[str, Any]]:
-        """Returns {name with underscores: (name, type)} of every flag.
+        """Returns {name with underscores: (name, type)} of all flags of the command.
 
         Args:
-            like: A flag from the command line, which gives an entry of a dict its name.
+            like: A flag of the command line, such as `teachers.big.model`, from which entries of
+                a dict take their name.
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:
@@ -375,7 +381,10 @@ class _Parser(Generic[Own]):
         return {name.replace("-", "_"): (name, hint) for name, hint in names.items()}
 
     def _say_twice(self, name: str, texts: list[str]) -> None:
-        """Warns that the later value of a named entry's field counts, as two may be meant."""
+        """Warns that the first value of a repeated flag such as `--teachers.NAME.model` is unused.
+
+        The user may have meant two entries with different names.
+        """
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
             log.warning(
@@ -402,7 +411,7 @@ class _Parser(Generic[Own]):
         return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
-        """Returns the recipe in the file of --config, or None without this flag.
+        """Returns the recipe in the file of --config, or None if the flag is missing or wrong.
 
         The file is read before the flags, because its task decides which flags exist.
         """
@@ -440,9 +449,10 @@ class _Parser(Generic[Own]):
         return f"--{name}: not given; expected {expected}. {see}"
 
     def _without_help(self, arguments: Sequence[str]) -> tuple[list[str], str | None]:
-        """Removes --help and the section after it from the arguments.
+        """Removes --help, and the name of a section after it, from the arguments.
 
-        Returns: the other arguments, and the section ("" for none) or None without --help.
+        Returns: the other arguments; and the section, "" if none is named, or None if there is no
+            --help.
         Raises: ConfigError: if the section does not exist.
         """
         first = next((n for n, argument in enumerate(arguments) if argument in HELP), None)
@@ -473,10 +483,10 @@ class _Parser(Generic[Own]):
 
 
 def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
-    """Splits arguments at the flags: ("optim.betas", ["0.9", "0.95"], False).
+    """Yields each flag with the texts after it, as ("optim.betas", ["0.9", "0.95"], False).
 
-    The name is "" before the first flag. The third item is whether the first text was joined to
-    the flag by an equals sign.
+    The first item of a tuple is the flag's name, or "" for the texts before the first flag. The
+    third item is True if the first text was joined to the flag by an equals sign.
     """
     name, joined = "", False
     texts: list[str] = []
@@ -491,7 +501,7 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _count(hint: Any, texts: list[str]) -> int:
-    """Returns the number of texts after a flag that belong to its value, by its type."""
+    """Returns how many of the texts after a flag its type accepts as the flag's value."""
     for count in range(len(texts), 0, -1):
         with suppress(ValueError):
             _value(hint, texts[:count])
@@ -500,9 +510,14 @@ def _count(hint: Any, texts: list[str]) -> int:
 
 
 def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
-    """Returns the value of a flag; `off` for a switch given as --no_NAME.
+    """Returns the value of a flag.
 
-    Raises: ValueError: if the texts are not of its type.
+    Args:
+        hint: The type of the value.
+        texts: The texts after the flag.
+        off: Whether the flag is a switch that was given as --no_NAME.
+
+    Raises: ValueError: if the texts are not a value of this type.
     """
     from tyro.constructors import (
         ConstructorRegistry,
@@ -522,9 +537,11 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 
 
 def _own_task(arguments: Sequence[str]) -> str:
-    """Returns the user's own task in the last --task.name, or "".
+    """Returns the absolute name of the user's own task in the last --task.name.
 
-    Raises: ConfigError: if it cannot be imported.
+    It is "" if the flag is missing, or names a task of the package or none at all.
+
+    Raises: ConfigError: if the task cannot be imported.
     """
     named = [texts[0] for name, texts, _ in _groups(arguments) if name == "task.name" and texts]
     if not named or named[-1] in TASKS:

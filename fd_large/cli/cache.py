@@ -1,4 +1,4 @@
-"""`python -m fd_large cache [RECIPE] OUT`, started by the same launchers as `train`."""
+"""The command `fd-large cache [RECIPE] OUT`, which the launchers of `train` start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Cache(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the maps and prints a line for each teacher; with --plan it prints the costs alone."""
+    """Writes the maps and prints a line for each teacher; with --plan only prints the costs."""
     parsed = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
     run = _with_views(parsed.run, options.views)
@@ -99,7 +99,14 @@ STOPPED = (
 
 
 def _with_views(run: Run, views: int) -> Run:
-    """Returns the recipe with `views` views of each image; 0: the recipe's number, at least 1."""
+    """Returns the recipe with a number of stored views of each image.
+
+    Args:
+        run: The recipe.
+        views: Number of views; 0 for the number in the recipe, or 1 if that is 0.
+
+    Raises: ConfigError: if the recipe has no teacher, or its maps cannot be stored.
+    """
     require(
         bool(run.frozen_models),
         "cache: the recipe has no teacher whose maps could be stored",
@@ -115,14 +122,14 @@ def _with_views(run: Run, views: int) -> Run:
 
 
 def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
-    """Writes the missing maps of a recipe's teachers; every rank calls it.
+    """Writes the maps of a recipe's teachers that are not stored yet; every rank calls it.
 
     Args:
         run: The recipe; its section task.distillation defines the views.
         out: Output folder, with a subfolder for each of several teachers.
-        precision: Precision of the stored maps.
+        precision: Number format of the stored maps.
 
-    Returns: the number of maps that this start wrote, by the teacher's name.
+    Returns: the number of maps that this call wrote, by the teacher's name.
     Raises: FDError: for the user's mistakes.
     """
     # Importing torch and deepspeed takes seconds.
@@ -164,7 +171,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
 
 
 def plan(run: Run, options: Cache) -> Table:
-    """Returns a table of the maps' costs and savings.
+    """Returns a table of the costs of storing the teachers' maps, and of the time saved.
 
     Args:
         run: The recipe; its section task.distillation defines the views.
@@ -211,7 +218,7 @@ def plan(run: Run, options: Cache) -> Table:
 
 
 def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[str, str]]:
-    """Returns the table's rows of one teacher's maps."""
+    """Returns the rows (label, text) of the table about one teacher's maps."""
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
     if fewest == math.inf:
@@ -240,7 +247,7 @@ def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[s
 
 
 def _verdict(cost: CachedTargets) -> str:
-    """Returns a sentence on whether a cache of maps saves time in the runs that would read it."""
+    """Returns a sentence on whether storing the maps saves time in the runs that read them."""
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
         return f"it pays: {share} less time"

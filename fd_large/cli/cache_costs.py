@@ -1,4 +1,4 @@
-"""The costs of storing the maps of a recipe's teachers, computed from shapes alone."""
+"""Computes the costs of storing the teachers' maps from shapes alone, for `cache --plan`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
-    """Returns the micro batch for which times are computed."""
+    """Returns the images per rank and pass for which the times are computed."""
     from fd_large.tasks.distillation.cached.views import batch_size
 
     batch = job.run.batch
@@ -35,19 +35,19 @@ def costs_of(
     runs: int,
     read_bytes_per_second: float,
 ) -> dict[str, CachedTargets]:
-    """Returns the costs and savings of each teacher's maps, by the teacher's name.
+    """Returns the costs and savings of storing each teacher's maps, by the teacher's name.
 
-    Times are those that `plan` estimates for one rank, without communication. The teachers' time
-    is divided among several teachers by their FLOPs.
+    Times are estimated as in `plan`, for one rank without communication. The time of all teachers
+    is divided among them in proportion to their FLOPs.
 
     Args:
         job: The job of a settled recipe with fixed views.
-        load: Counts of the workload on the card.
+        load: FLOPs and bytes of the workload on the card.
         rates: Rates of the card.
-        images: Images of the dataset.
-        precision: Precision of the stored maps.
+        images: Number of images of the dataset.
+        precision: Number format of the stored maps.
         runs: Number of equal runs that use the maps.
-        read_bytes_per_second: Rate at which a rank reads the maps.
+        read_bytes_per_second: Bytes per second at which a rank reads the maps.
     """
     # Importing torch takes seconds.
     import torch
@@ -87,7 +87,7 @@ def costs_of(
 
 
 def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> tuple[float, float]:
-    """Returns the seconds per image of a step on one rank, with and without the teachers."""
+    """Returns a step's seconds per image on one rank: with the teachers, and without them."""
     candidate = Candidate(
         stage=1,
         checkpointing=job.run.student.activation_checkpointing != "off",

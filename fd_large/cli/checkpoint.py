@@ -1,4 +1,4 @@
-"""`python -m fd_large checkpoint list|verify|prune|export|import`."""
+"""The command `fd-large checkpoint`: list, verify, prune, export and import checkpoints."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Import(AllowsCode):
 def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
     """Returns the folder of a run and its complete checkpoints, oldest first.
 
-    Raises: ConfigError: if the folder is no run or holds no checkpoint.
+    Raises: ConfigError: if the folder is not a run's, or holds no complete checkpoint.
     """
     folder = Path(run)
     recipe_file(folder, where="checkpoint")
@@ -96,7 +96,7 @@ def _without_manifest(folder: Path) -> list[str]:
 
 
 def list_checkpoints(run: str) -> int:
-    """Prints a table of a run's complete checkpoints."""
+    """Prints a table of a run's complete checkpoints, and a line for each damaged checkpoint."""
     from rich.table import Table
 
     folder, checkpoints = stored_of(run)
@@ -127,7 +127,7 @@ def list_checkpoints(run: str) -> int:
 
 
 def verify(run: str) -> int:
-    """Reads every file of a run's checkpoints; returns 1 if a checkpoint is damaged."""
+    """Checks every file of a run's checkpoints; returns 1 if a checkpoint is damaged, else 0."""
     folder, checkpoints = stored_of(run)
     unreadable = _without_manifest(folder)
     read = activity.counted(checkpoints, "reading every byte", "checkpoints")
@@ -142,7 +142,12 @@ def verify(run: str) -> int:
 
 
 def prune(run: str, keep_last: int | None) -> int:
-    """Removes all checkpoints except the newest and the recipe's kept ones."""
+    """Removes the checkpoints that the recipe does not keep, and prints their names.
+
+    Args:
+        run: Folder of the run.
+        keep_last: Number of newest checkpoints to keep; None for the recipe's number.
+    """
     folder, _ = stored_of(run)
     with claimed(folder) as lease:
         removed = _pruned(folder, keep_last, lease)
@@ -151,10 +156,16 @@ def prune(run: str, keep_last: int | None) -> int:
 
 
 def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
-    """Removes checkpoints that the recipe (or `keep_last`) does not keep; returns their folders.
+    """Removes the checkpoints that the recipe does not keep; returns their folders.
 
-    Raises: ConfigError: if recipe.json is damaged, or no checkpoint would stay; CheckpointError: if
-        the newest checkpoint, which would stay, is damaged.
+    Args:
+        folder: Folder of the run.
+        keep_last: Number of newest checkpoints to keep; None for the recipe's number.
+        lease: The ownership of the run's folder.
+
+    Raises:
+        ConfigError: If recipe.json is damaged, or no checkpoint would be kept.
+        CheckpointError: If the newest checkpoint is damaged.
     """
     path = recipe_file(folder, where="checkpoint prune")
     stored = read_json(path, where="checkpoint prune", holds=dict, remedy="Restore it.")
@@ -182,7 +193,7 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
 
 
 def export(run: str, out: str, deepspeed_config: str) -> int:
-    """Writes the newest checkpoint for DeepSpeed; a collective."""
+    """Writes a run's newest checkpoint in DeepSpeed's format; every rank calls it."""
     stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
     load(deepspeed_config)
@@ -197,7 +208,7 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
 
 def import_(source: str, run: str, deepspeed_config: str) -> int:
-    """Stores a checkpoint in DeepSpeed's format as the run's newest; a collective."""
+    """Stores a checkpoint of DeepSpeed's format as a run's newest; every rank calls it."""
     recipe_file(Path(run), where="checkpoint import")
     load(deepspeed_config)
     if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":
@@ -219,7 +230,7 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one of the commands."""
+    """Runs the subcommand that the first argument names; returns the exit code."""
     commands: dict[str, tuple[type, Callable[..., int]]] = {
         "list": (List, list_checkpoints),
         "verify": (Verify, verify),

@@ -1,4 +1,4 @@
-"""`python -m fd_large diagnose A [B ...] --data.root FOLDER`."""
+"""The command `fd-large diagnose A [B ...] --data.root FOLDER`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Diagnose(DiagnosisFlags, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Diagnoses the models and prints a summary."""
+    """Diagnoses the models, prints a summary and returns the exit code."""
     options = parse(Diagnose, arguments, command="diagnose")
     require_paths(paths_of_models(options.models) | {"data.root": options.data.root})
     return measured(DIAGNOSIS, options, {})

@@ -1,7 +1,7 @@
-"""`python -m fd_large doctor`: checks of a run's requirements, on one screen.
+"""The command `fd-large doctor`, which checks a run's requirements and prints one screen.
 
-Alone it looks at this node. Started as a run is (srun, mpirun, torchrun, deepspeed) it also has the
-ranks meet, and compares their nodes.
+As a single process it checks this node. If a launcher starts several ranks (srun, mpirun, torchrun
+or deepspeed), it also forms their process group and compares their nodes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Doctor:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks this node, lets the ranks meet, and prints the table; 1 if training cannot start."""
+    """Checks the nodes and their connection, and prints a table of the findings.
+
+    Returns: the exit code, 1 if training cannot start.
+    """
     options = parse(Doctor, arguments, command="doctor")
     terminal.take()
     # Output of libraries is kept out of the table.
@@ -91,13 +94,15 @@ def main(arguments: list[str]) -> int:
 
 
 def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Finding]:
-    """Returns the first node's findings, with differences on other nodes.
+    """Returns the first node's findings, extended by the findings of nodes that differ from it.
 
-    A node is named if its verdict is worse than the first node's, or if a fact differs that should
-    be the same on all nodes. Only a difference of packages or code stops a run.
+    A node differs in a check if its verdict is more serious than the first node's, or if a fact
+    differs that should be the same on all nodes. Different packages or code give the verdict
+    "STOPS", and other different facts at most "check".
 
     Args:
-        nodes: Names and findings of nodes, the first rank's node first.
+        nodes: Name of each node, and its findings by the name of the check. The node of rank 0
+            comes first.
     """
     (_, first), *others = nodes
     lines = {}

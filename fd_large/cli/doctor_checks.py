@@ -1,7 +1,7 @@
-"""The doctor's checks of one node: software, devices, limits, network and disks.
+"""Checks of one node by `doctor`: software, devices, limits, network and disks.
 
-Versions, compilers and operations are in the reports of torch and DeepSpeed, which `doctor
---full` prints; these checks add whether a run can start, and what makes it slow.
+They find out whether a run can start, and what would make it slow. Versions, compilers and
+DeepSpeed's operations are in the reports of torch and DeepSpeed, which `doctor --full` prints.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SHOWN = ("torch", "torchvision", "deepspeed", "timm", "numpy")
 
 
 class Finding(NamedTuple):
-    """The result of a check.
+    """Result of a check.
 
     Attributes:
-        found: Result in a few words.
-        verdict: How serious the result is, a key of `SEVERITY`.
-        remedy: Remedy for any verdict other than "ok".
-        alike: Facts that should be the same on every node, or "".
+        found: What was found, in a few words.
+        verdict: Seriousness of the result, a key of `SEVERITY`.
+        remedy: What the user can do, if the verdict is not "ok".
+        alike: Facts that should be the same on every node, as text; "" for none.
     """
 
     found: str
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def look(check: Callable[[], Finding]) -> Finding:
-    """Runs a check; an exception becomes its finding."""
+    """Returns the finding of a check, or a finding with the exception if the check raised one."""
     try:
         return check()
     except Exception as error:
@@ -64,13 +64,13 @@ def look(check: Callable[[], Finding]) -> Finding:
 def check_node(
     run_dir: str, local_disk: str, world_size: int = 1, *, nvme_path: str = ""
 ) -> dict[str, Finding]:
-    """Runs all checks of this node.
+    """Returns the findings of all checks of this node, by the name of the check.
 
     Args:
         run_dir: Folder that runs are written to.
         local_disk: Folder for copies of images (STAGE_TO of slurm/site.sh).
-        world_size: Number of ranks that are to meet.
-        nvme_path: Folder that `engine.nvme_path` would name; "": none.
+        world_size: Number of ranks of the process group.
+        nvme_path: Folder that `engine.nvme_path` would name; "" for none.
     """
     checks: dict[str, Callable[[], Finding]] = {
         "packages": packages,
@@ -95,7 +95,7 @@ def check_node(
 
 
 def packages() -> Finding:
-    """Checks that the packages of pyproject.toml are installed in versions that it accepts."""
+    """Checks that the packages in pyproject.toml are installed, in accepted versions."""
     from packaging.requirements import Requirement
 
     try:
@@ -133,7 +133,7 @@ def code() -> Finding:
 
 
 def fused_code() -> Finding:
-    """Reports whether the optimiser is fused, and the installed kernels."""
+    """Checks that DeepSpeed's fused optimiser can be built, and reports the installed kernels."""
     from fd_large.kernels.choose import has_nvidia_apex
 
     try:
@@ -160,7 +160,7 @@ def fused_code() -> Finding:
 
 
 def devices() -> Finding:
-    """Checks the GPUs by a small sum on each."""
+    """Checks each GPU by computing a small sum on it."""
     try:
         import torch
     except Exception as error:
@@ -197,10 +197,12 @@ def cpu_and_memory() -> Finding:
 
 
 def limits(world_size: int) -> Finding:
-    """Checks the limits of open files (which a run raises as far as allowed) and locked memory.
+    """Checks the hard limit of open files, and the soft limit of locked memory.
+
+    A run raises its soft limit of open files up to the hard limit.
 
     Args:
-        world_size: Number of ranks that are to meet.
+        world_size: Number of ranks of the process group.
     """
     from fd_large.ranks.distributed import open_files_needed
 
@@ -223,7 +225,10 @@ def limits(world_size: int) -> Finding:
 
 
 def interfaces() -> Finding:
-    """Reports network interfaces, and whether the host's name resolves to one of them."""
+    """Reports the network interfaces, and warns if the host's name has no address but loopback.
+
+    A set GLOO_SOCKET_IFNAME suppresses the warning.
+    """
     import psutil
 
     up = {name: facts for name, facts in psutil.net_if_stats().items() if facts.isup}
@@ -249,7 +254,7 @@ def interfaces() -> Finding:
 
 
 def infiniband() -> Finding:
-    """Reports InfiniBand ports and their rates."""
+    """Reports the active InfiniBand ports, and warns if none is active or NCCL ignores them."""
     if not any(_FABRIC.glob("*")):
         return Finding("no device", "-")
     rates = Counter(_active_ports())
@@ -271,7 +276,7 @@ def _active_ports() -> list[str]:
 
 
 def collective_variables() -> Finding:
-    """Reports the variables of NCCL and gloo, and checks that interfaces in them exist."""
+    """Reports the environment variables of NCCL and gloo, and checks the interfaces they name."""
     variables = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -291,7 +296,7 @@ def collective_variables() -> Finding:
 
 
 def _named(variable: str) -> list[str]:
-    """Returns the interfaces that a variable names; empty if it only excludes some."""
+    """Returns the interfaces in an environment variable; none if it excludes them by a `^`."""
     text = os.environ.get(variable, "")
     return [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
 
@@ -300,9 +305,9 @@ def _named(variable: str) -> list[str]:
 
 
 def state_disk(folder: str) -> Finding:
-    """Checks a disk for `engine.nvme_path`.
+    """Checks a folder for `engine.nvme_path`.
 
-    It stores 16 bytes for each parameter, and a step moves 32.
+    The disk stores 16 bytes of state for each parameter, and a step reads or writes 32 bytes.
     """
     if not folder:
         return Finding("none named; --nvme_path FOLDER looks at one", "-")
@@ -318,10 +323,10 @@ def state_disk(folder: str) -> Finding:
 
 
 def disk(folder: str, *, needed: bool) -> Finding:
-    """Reports a disk's free space, and the speed of writing and flushing 256 MB.
+    """Checks a disk's free space, and its speed in writing and flushing 256 MB.
 
     Args:
-        folder: It need not exist; its nearest parent that does is measured.
+        folder: Folder on the disk; if it does not exist, its nearest existing parent is checked.
         needed: Whether a run cannot start without this folder.
     """
     flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
@@ -355,7 +360,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
 
 
 def shared_memory() -> Finding:
-    """Checks free shared memory, through which loading processes pass batches."""
+    """Checks the free shared memory, through which loader processes pass batches."""
     usage = shutil.disk_usage("/dev/shm")
     text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
     if usage.free < _LOW_SHARED_MEMORY:
@@ -365,7 +370,7 @@ def shared_memory() -> Finding:
 
 
 def listings() -> Finding:
-    """Checks that listings of datasets can be stored in the cache folder."""
+    """Checks that the lists of datasets' files can be stored in the cache folder."""
     from fd_large.data.listing import cache_folder
 
     folder = cache_folder() / "listings"

@@ -1,4 +1,4 @@
-"""`python -m fd_large embed MODEL --data.root FOLDER --out FILE`."""
+"""The command `fd-large embed MODEL --data.root FOLDER --out FILE`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Embed(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the table and prints a summary of it."""
+    """Writes the table, prints a line about it and returns the exit code."""
     options = parse(Embed, arguments, command="embed")
     data, out = options.data, Path(options.out)
     require_paths(paths_of_models([options.model]) | {"data.root": data.root})
@@ -103,7 +103,9 @@ def main(arguments: list[str]) -> int:
 
 
 def embed(options: Embed) -> tuple[int, int]:
-    """Writes the table; every rank calls it. Returns the number of rows, and the images' side.
+    """Writes the table of features; every rank calls it.
+
+    Returns: the number of rows, and the side of the crops in pixels.
 
     Raises: FDError: for the user's mistakes.
     """

@@ -1,4 +1,4 @@
-"""`python -m fd_large evaluate MODEL [MODEL ...] --task knn|linear|finetune --data.root FOLDER`."""
+"""The command `fd-large evaluate MODEL [MODEL ...] --task TASK --data.root FOLDER`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command."""
+    """Runs the command and returns the exit code."""
     tasks = [later for flag, later in pairwise(arguments) if flag == "--task"]
     tasks += [word.removeprefix("--task=") for word in arguments if word.startswith("--task=")]
     parsed = parse_with_recipe(
@@ -91,10 +91,13 @@ def main(arguments: list[str]) -> int:
 
 
 def with_flags_of(task: str) -> type[Evaluate]:
-    """Returns the class of the command's arguments, with the flags of a protocol from outside.
+    """Returns the dataclass of the command's arguments, with the flags of the named protocol.
 
-    Such a protocol is code of the user's own or of an installed package; the flags of the others
-    are in the class already.
+    `Evaluate` already has the flags of the package's protocols. For a protocol of the user's own
+    or of an installed plugin, a subclass adds its flags.
+
+    Args:
+        task: As `--task`.
 
     Raises: ConfigError: if the protocol does not exist.
     """
@@ -110,13 +113,16 @@ def with_flags_of(task: str) -> type[Evaluate]:
 
 
 def scored_run(models: Sequence[str], task: str) -> Run | None:
-    """Returns the recipe of the run that its own task scores; flags may change its fields.
+    """Returns the recipe of the first model's run, if the run's own task is to score it.
+
+    The recipe is the base whose fields the flags may change.
 
     Args:
         models: The user's names of the models.
         task: As `--task`.
 
-    Returns: None for other measurements, or an unreadable recipe, which `evaluate` reports.
+    Returns: the recipe; or None if another protocol measures, or the recipe cannot be read, which
+        `evaluate` reports.
     """
     folder = run_of_checkpoint(models[0]) if models else None
     if folder is None or files.kind_of(folder / RECIPE, where="evaluate") != "file":
@@ -134,8 +140,8 @@ def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 
     Args:
         options: The command's own arguments.
-        changes: The fields of a recipe that the user gave, {full name: value}.
-        run: A recipe with these fields.
+        changes: The fields of a recipe that the user set, {full name: value}.
+        run: The recipe with these fields.
 
     Raises: FDError: for the user's mistakes.
     """
@@ -167,9 +173,9 @@ def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 def measured(
     protocol: Protocol, options: Any, changes: Mapping[str, Any], run: Run | None = None
 ) -> int:
-    """Measures by a protocol and prints the results; returns the exit code.
+    """Measures models by a protocol and prints the results; returns the exit code.
 
-    Args: As `Request`.
+    Args: As the attributes of `Request`.
     """
     # Looked up when a run is trained: importing DeepSpeed takes seconds.
     train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
@@ -184,7 +190,10 @@ def measured(
 
 
 def _protocol_of_run(options: Evaluate) -> Protocol:
-    """Resolves `--task auto`: the task of the first model's run, else k-NN."""
+    """Returns the protocol of `--task auto`.
+
+    It is the protocol that fits the task of the first model's run, or k-NN if there is none.
+    """
     folder = run_of_checkpoint(options.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
@@ -202,14 +211,16 @@ def _refuse(
     changes: Collection[str],
     allowed: Sequence[str] | None,
 ) -> None:
-    """Refuses given flags that the protocol does not use.
+    """Refuses flags that the user gave and the protocol does not use.
 
     Args:
         options: The command's own arguments.
         label: The protocol in words, for the message.
-        flags: The command's own arguments that it uses.
-        changes: Given fields of a recipe.
-        allowed: Fields that it uses; None for all.
+        flags: Names of the command's own arguments that the protocol uses.
+        changes: Names of the recipe's fields that the user set.
+        allowed: Names of the recipe's fields that the protocol uses; None for all.
+
+    Raises: ConfigError: with a line for each unused flag.
     """
     changed = {f.name: getattr(options, f.name) != f.default for f in fields(options)}
     unused = [
@@ -231,7 +242,7 @@ def _refuse(
 
 
 def _score_files(options: Evaluate, kind: TaskKind) -> int:
-    """Scores files of results, without a model."""
+    """Scores files of results by a kind of task, without a model; returns the exit code."""
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
     shown, written = score(options)
     show(shown, [f"written: {path}" for path in written])

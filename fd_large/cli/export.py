@@ -1,4 +1,4 @@
-"""`python -m fd_large export RUN --to timm|hf|fd|onnx|program OUT`."""
+"""The command `fd-large export RUN --to FORMAT OUT`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Export(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Exports and prints the written files."""
+    """Exports the student, uploads it if requested, and prints a line on the written files."""
     options = parse(Export, arguments, command="export")
     # torch is not imported yet.
     recipe_file(run_of_checkpoint(options.run), where="export")
@@ -123,15 +123,17 @@ def export(
     Args:
         run: Folder of a run, whose newest checkpoint is taken, or of one of its checkpoints.
         out: Folder to write.
-        to: One of LIBRARIES.
-        shard_size: Largest size of a file, such as 5GB; a graph is not split.
+        to: The format, a key of `LIBRARIES`.
+        shard_size: Largest size of a file of tensors, such as 5GB; a graph is not split.
         image_size: Side in pixels of the exported model's images; 0 keeps the side of the training.
-        repository: OWNER/NAME of the upload, which is checked; empty for no upload.
+        repository: OWNER/NAME to which the caller will upload the folder, to check that the upload
+            is possible; empty for no upload.
         licence: Licence of the student, for the model card.
-        base_model: OWNER/NAME of the model that it learned from, for the card.
+        base_model: OWNER/NAME of the model that the student learned from, for the model card.
 
-    Returns: The step of the checkpoint, the number of parameters, and the files.
-    Raises: FDError: if the format cannot hold the student, or it could not be uploaded.
+    Returns: the step of the checkpoint, the student's number of parameters, and the written files.
+
+    Raises: FDError: if the format cannot hold the student, or the upload would not be possible.
     """
     # Importing torch takes seconds.
     from fd_large.backbones.registry import parameter_shapes
@@ -222,7 +224,10 @@ def export(
 
 
 def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
-    """Writes the export, and repeats it if a running run prunes the checkpoint meanwhile."""
+    """Returns the result of `write`, which is repeated if its checkpoint is pruned meanwhile.
+
+    Raises: CheckpointError: if writing fails while the run's checkpoints stay the same.
+    """
     from fd_large.checkpoint import store
 
     while True:
@@ -236,9 +241,13 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
 
 
 def _summary(folder: Path, step: int) -> dict[str, Any]:
-    """Returns the run's summary, with a named checkpoint's own evaluation.
+    """Returns the content of the run's summary.json, adapted to the exported checkpoint.
 
-    The run's final metrics do not belong to its other checkpoints.
+    For an earlier checkpoint, the final metrics are replaced by those of its own evaluation.
+
+    Args:
+        folder: Folder of a run, or of one of its checkpoints.
+        step: Step of the exported checkpoint.
     """
     from fd_large.runtime.run_folder import rows_before
 

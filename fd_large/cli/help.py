@@ -1,8 +1,8 @@
-"""The help of a command: tyro prints its own flags, and sections of the recipe on request.
+"""Prints the help of a command, by tyro: its own flags, and sections of the recipe on request.
 
-A recipe has some three hundred fields. A command mostly about them (`train`) shows a screen with
-the most common fields and the names of the sections; `--help SECTION` shows a section in
-full, and `--help all` everything.
+A recipe has some three hundred fields. A command whose flags are mostly these fields (`train`)
+shows one screen with the most common fields and the names of the sections. `--help SECTION` shows a
+section in full, and `--help all` shows all sections.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ALL = "all"
 
 
 def program(command: str) -> str:
-    """Returns the command as called: by the installed script or by the module."""
+    """Returns the command as the user called it, by `fd-large` or by `python -m fd_large`."""
     script = Path(sys.argv[0]).name
     return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
 
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yields the names of fields without a default, nested fields included."""
+    """Yields the names of a dataclass's fields without a default, nested fields with dots."""
     for argument in fields(kind):
         hint = hints_of(kind)[argument.name]
         if argument.default is not MISSING or argument.default_factory is not MISSING:
@@ -44,16 +44,18 @@ def required(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def sections_of(task: type[Task]) -> dict[str, Any]:
-    """Returns a recipe's sections and their parts, {"optim": type, "task.detection": type, ...}.
+    """Returns a recipe's sections and subsections, {"optim": type, "task.detection": type, ...}.
 
     Args:
-        task: The section `task`, to which a task of the user's own adds its section.
+        task: Class of the section `task`; a task of the user's own adds a subsection to it.
     """
     return dict(_parts(hints_of(Run) | {"task": task}))
 
 
 def section_named(typed: str, task: type[Task]) -> str:
-    """Returns the section of a name after --help ("optim" also for "optim.eps"), or "".
+    """Returns the section that a text after --help names, or "" if there is none.
+
+    The name of a field gives its section, as "optim" for "optim.eps".
 
     Args:
         typed: Text after --help.
@@ -72,7 +74,7 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
     Args:
         kind: The dataclass of its arguments.
         command: Name of the command.
-        of_recipe: Whether fields of a recipe are flags too, which the help then mentions.
+        of_recipe: Whether the fields of a recipe are flags, too; the help then mentions them.
     """
     _print_by_tyro(kind, command, getdoc(kind) or "")
     if of_recipe:
@@ -81,10 +83,10 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
 
 
 def print_sections(kind: type, command: str, base: Run, task: type[Task], section: str) -> None:
-    """Prints a section of a recipe, or all sections, in full, with the recipe's values as defaults.
+    """Prints all flags of a section, or of all sections, with a recipe's values as defaults.
 
     Args:
-        kind: The dataclass of the command's own arguments, which `ALL` shows as well.
+        kind: The dataclass of the command's own arguments, which are printed as well for `ALL`.
         command: Name of the command.
         base: The recipe.
         task: As in `sections_of`.
@@ -119,9 +121,9 @@ def print_overview(
     Args:
         kind: The dataclass of the command's own arguments.
         command: Name of the command.
-        base: The recipe whose values are shown, and whose task decides the sections.
+        base: The recipe whose values are shown, and whose task decides which sections are listed.
         task: As in `sections_of`.
-        often: Flags with descriptions: the command's own, and fields of the recipe.
+        often: {flag: description}, of the command's own flags and of fields of the recipe.
     """
     sections, read = sections_of(task), _read_by(base.task)
     command_flags, flags, about = {}, {}, {}
@@ -158,7 +160,7 @@ def _parts(hints: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_by(task: Task) -> list[str]:
-    """Returns the sections that a recipe's task reads; all of them for code not imported."""
+    """Returns the sections that a task reads, or all sections if its code is not imported."""
     kind = task.kind()
     of_tasks = {name for other in TASKS.values() for name in other.sections}
     unread = of_tasks.difference(kind.sections) if kind else set()
@@ -166,7 +168,13 @@ def _read_by(task: Task) -> list[str]:
 
 
 def _print_rows(title: str, rows: Mapping[str, str], width: int = 0) -> None:
-    """Prints rows in two columns, below a title."""
+    """Prints a title and below it {first column: second column}, wrapped to the terminal.
+
+    Args:
+        title: The title.
+        rows: The rows.
+        width: Width of the first column in characters; 0 for the longest text in it.
+    """
     width = width or max(map(len, rows))
     print(f"\n{title}:")
     for name, text in rows.items():
@@ -191,7 +199,10 @@ def _print_by_tyro(kind: type, command: str, text: str) -> None:
 
 
 def _filled(text: str) -> str:
-    """Returns paragraphs in the terminal's width; tyro joins lines that begin with a letter."""
+    """Returns text whose paragraphs are wrapped to the width of the terminal.
+
+    Further lines are indented, since tyro would join lines that begin with a letter.
+    """
     width = shutil.get_terminal_size().columns
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     return "\n\n".join(textwrap.fill(part, width, subsequent_indent="  ") for part in paragraphs)

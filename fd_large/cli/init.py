@@ -1,4 +1,4 @@
-"""`python -m fd_large init DIR`."""
+"""The command `fd-large init DIR`, which writes the Slurm scripts to a folder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ class Init:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the files."""
+    """Runs the command and returns the exit code."""
     write(Path(parse(Init, arguments, command="init").folder))
     return 0
 
 
 def write(folder: Path) -> None:
-    """Copies the scripts.
-
+    """Copies the Slurm scripts to a new or empty folder, and prints the next commands.
     Raises: ConfigError: if the folder is not empty, or cannot be written.
     """
     scripts = sorted(shipped.folder("slurm").glob("*.sh"))

@@ -1,7 +1,7 @@
-"""The command line: `python -m fd_large COMMAND` and `fd_large/train.py`.
+"""Entry point of the command line, for `python -m fd_large COMMAND` and `fd_large/train.py`.
 
-A command is the file of its name in this folder. It imports torch only once it needs it, so that
-the help, the tables and the user's mistakes answer at once.
+Each command is the file of its name in this folder. A command imports torch only when it needs
+torch, so that help, tables and error messages appear at once.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ SECONDS_FOR_RANK_0 = 2.0
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    Each mistake of the user's is printed as a line on stderr; the exit code is the error's, mostly
-    2.
+    A mistake of the user's is printed on stderr, and the exit code is then that of the `FDError`,
+    mostly 2.
+
+    Args:
+        arguments: The command and its arguments; None for those of this process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = find_rank()
@@ -114,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_on_ranks(arguments: list[str]) -> int:
-    """Runs the command after `--ranks N` in N processes; returns the exit code."""
+    """Runs the command after `--ranks N` in N forked processes; returns the exit code."""
     _, equals, text = arguments[0].partition("=")
     text, *rest = arguments[1:] or [""] if not equals else [text, *arguments[1:]]
     if not text.isdecimal() or int(text) < 1:
@@ -140,7 +143,10 @@ def _run_on_ranks(arguments: list[str]) -> int:
 
 
 def _refused(error: FDError, rank: int) -> int:
-    """Shows a mistake and returns its exit code."""
+    """Prints a mistake of the user's on one rank, and returns its exit code.
+
+    Rank 0 prints the mistake, or the rank that alone has met it. Other ranks wait for rank 0.
+    """
     failures.tell(error.exit_code, str(error))
     # Every rank makes the same mistake and one reports it, unless only one has met it.
     if rank == 0 or error.rank_local:

@@ -1,4 +1,4 @@
-"""`python -m fd_large models [PART]`."""
+"""The command `fd-large models [PART]`, which lists models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Models:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table of this package's models, or the names that match, one per line.
+    """Prints a table of this package's models, or with PART the names that contain it.
 
     The name of a model that no recipe accepts is followed by the reason.
     """
@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> int:
 
 
 def matching(part: str) -> list[str]:
-    """Returns the names of all models, timm's included, with a part in them.
+    """Returns the names of all models, timm's included, that contain a text in any case.
 
-    Raises: ConfigError: if nothing matches.
+    Raises: ConfigError: if no name contains the text.
     """
     with activity.work("loading timm"):  # It imports torch, which takes seconds.
         import timm
@@ -66,7 +66,7 @@ def matching(part: str) -> list[str]:
 
 
 def models_table() -> Table:
-    """Returns the table of the package's named models."""
+    """Returns a table of this package's models with their families and shapes."""
     from rich.table import Table
 
     table = Table(title="Models (--student.model, --teacher.model)", title_justify="left")

@@ -1,4 +1,4 @@
-"""Printing of tables by commands."""
+"""Functions by which commands print tables and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ PIPE_WIDTH = 120
 
 
 def tables(*, most: int = 1000) -> Console:
-    """Returns a console for tables, as wide as the terminal up to a limit."""
+    """Returns a console for tables, as wide as the terminal but at most `most` characters.
+
+    If the output is no terminal, the console has `PIPE_WIDTH` characters, or $COLUMNS if set.
+    """
     from rich.console import Console
 
     out, columns = terminal.out(), os.environ.get("COLUMNS", "")
@@ -31,7 +34,7 @@ def tables(*, most: int = 1000) -> Console:
 
 
 def show(shown: Iterable[Any], written: Iterable[object]) -> None:
-    """Prints tables, and below them the written files, a line each."""
+    """Prints tables, and below them a line for each written file."""
     console = tables()
     for table in shown:
         console.print(table)
@@ -40,7 +43,7 @@ def show(shown: Iterable[Any], written: Iterable[object]) -> None:
 
 
 def size(count: float) -> str:
-    """Returns a number of bytes as text."""
+    """Returns a number of bytes as text with a unit from kB to TB, such as "1.5 GB"."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:,.1f} {name}"

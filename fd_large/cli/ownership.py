@@ -1,4 +1,4 @@
-"""Ownership of a run's folder on all ranks, for commands that write to it."""
+"""Claims a run's folder for all ranks of a command that writes to the folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def owning(run_dir: str) -> Iterator[Lease]:
-    """Owns a run's folder for the length of a `with`; a collective, which starts the ranks.
+    """Starts the process group, and owns a run's folder during the block; every rank calls it.
 
-    Rank 0 claims it before torch is imported, so that a mistake appears at once. The other ranks
-    learn the result when they meet, and all end together.
+    Rank 0 claims the folder before torch is imported, so that a refusal appears at once. The other
+    ranks get the result in a broadcast, so that a refusal ends all ranks together.
 
     Args:
         run_dir: The run's folder.
 
-    Raises: OwnedError: on all ranks, if another start owns it.
+    Raises: OwnedError: on all ranks, if another start owns the folder.
     """
     terminal.take()
     folder = Path(run_dir)

@@ -1,4 +1,4 @@
-"""Checks paths on a command line before torch, which takes seconds, is imported."""
+"""Checks of paths on the command line, before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATTERN = re.compile(r"[*?\[{]")
 
 
 def paths_of(run: Run) -> dict[str, str]:
-    """Returns {field: value} of a recipe's fields that may name a file or a folder."""
+    """Returns {field: value} for the fields of a recipe that may name a file or a folder."""
     parts = weighted_roots(run.data.root)
     named = {f"data.root ({part.name})": part.root for part in parts}
     named = named or {"data.root": run.data.root}
@@ -38,7 +38,10 @@ def paths_of(run: Run) -> dict[str, str]:
 
 
 def paths_of_models(models: Sequence[str]) -> dict[str, str]:
-    """Returns {label: path} of models for `evaluate`, also for RUN#NAME and MODEL=SOURCE."""
+    """Returns {label for messages: path} for the models of `evaluate`.
+
+    A name RUN#NAME gives the path RUN, and MODEL=SOURCE gives SOURCE.
+    """
     named = {}
     for name in models:
         path = re.sub(r"#[\w.]+$", "", name)
@@ -47,19 +50,22 @@ def paths_of_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def require_paths(named: Mapping[str, str]) -> None:
-    """Refuses missing paths, if a value can only be a path.
+    """Refuses values that can only be a path and name no existing file or folder.
 
-    Other meanings, and the contents of a path, are checked when it is opened.
+    Names of other kinds, and the contents of paths, are checked when they are opened.
 
-    Raises: ConfigError: a line for each.
+    Args:
+        named: {field or label: value}.
+
+    Raises: ConfigError: with a line for each missing path.
     """
     _on_this_node(*(partial(_require_path, flag, text) for flag, text in named.items()))
 
 
 def require_contents(run: Run) -> None:
-    """Refuses datasets and weights that are invalid by their names, or by a quick check of files.
+    """Refuses datasets and weights whose names or files are invalid, as far as a quick check shows.
 
-    Raises: FDError: a line for each.
+    Raises: FDError: with a line for each mistake.
     """
     roots = {"data.root": run.data.root} if run.task.name in TASKS or run.data.root else {}
     roots |= {
@@ -89,7 +95,11 @@ def require_contents(run: Run) -> None:
 def require_apart(run: Run, *, fresh: bool) -> None:
     """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
 
-    Raises: ConfigError: naming the field.
+    Args:
+        run: The recipe.
+        fresh: Whether --fresh is given, which moves the old run's folder.
+
+    Raises: ConfigError: with the field of the images.
     """
     folder = Path(run.run_dir()).resolve()
     for flag, text in paths_of(run).items():
@@ -113,9 +123,9 @@ def require_apart(run: Run, *, fresh: bool) -> None:
 
 
 def require_sources(run: Run) -> None:
-    """Refuses teachers without weights, which a mistyped teacher's name in a flag creates.
+    """Refuses teachers without weights; a mistyped teacher's name in a flag creates such a teacher.
 
-    Raises: ConfigError: a line for each.
+    Raises: ConfigError: with a line for each teacher without weights.
     """
     models = run.frozen_models
     names = {where: where.rpartition(".")[2] for where in models}
@@ -134,7 +144,7 @@ def require_sources(run: Run) -> None:
 def _on_this_node(*checks: Callable[[], None]) -> None:
     """Runs checks whose results may differ between nodes.
 
-    An error is marked so that the first rank of each node that met one reports it.
+    An error is marked as `rank_local` on the first rank of a node, which then prints it.
     """
     try:
         check_all(*checks)

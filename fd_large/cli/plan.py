@@ -1,4 +1,4 @@
-"""`python -m fd_large plan`: whether a run fits a cluster, its speed and its duration."""
+"""The command `fd-large plan`, which estimates memory, speed and duration of a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 
 NARROW = 104
-"""Width in characters of a terminal below which the table omits what the lines after it repeat."""
+"""Width in characters below which the table omits columns that the lines after it repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Plan(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Plans and prints."""
+    """Plans a run, prints the report and writes the requested files; returns the exit code."""
     parsed = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
     for flag, file in (
@@ -141,19 +141,21 @@ def plan(
     probe: bool = False,
     kernels: Kernels = "fused",
 ) -> tuple[Workload, Machine, list[Estimate], list[Refused]]:
-    """Searches the settings of a run on a cluster.
+    """Estimates the settings of a run on a cluster, and sorts those that fit.
 
     Args:
         run: The recipe.
-        cluster: Ranks, nodes and network.
+        cluster: Number of ranks and nodes, and rates of the network.
         gpu: Name of the card.
-        rates: File of measured rates, which replace the card's; with `probe` it is written.
-        probe: Whether this machine is measured first.
-        kernels: The fused kernels where the card has them, or plain torch.
+        rates: File of measured rates, which replace the card's; with `probe` the file is written.
+        probe: Whether to measure this machine and to use its rates.
+        kernels: "fused" for the fused kernels on cards that have them, "reference" for plain
+            torch.
 
-    Returns: The workload, the machine, the fitting settings in order, and the settings that do not
-        fit.
-    Raises: FDError: if something cannot be planned or read.
+    Returns: the workload, the machine, the settings that fit with the best one first, and the
+        settings that do not fit.
+
+    Raises: FDError: if the run cannot be planned, or the file of rates cannot be read.
     """
     runs = [as_counted(student) for student in run.each_student().values()]
     phases: list[Phases | None] = [None] * len(runs)
@@ -186,7 +188,9 @@ def plan(
 
 
 def _with_students_of_weights(run: Run) -> Run:
-    """Returns the run with its student settled from the weights of `student.init`, as in training.
+    """Returns the run with each student's model completed from the weights of its `init` field.
+
+    Training completes the model in the same way.
 
     Raises: FDError: if weights are missing, or belong to another model.
     """
@@ -206,30 +210,33 @@ def _with_students_of_weights(run: Run) -> Run:
 
 
 def _phases_key(run: Run, rates: Rates) -> str:
-    """Returns the key under which a file of rates stores the times of a run's phases.
+    """Returns the key under which a file of rates stores the times of the phases of a run's step.
 
-    The key is made from all fields that decide these times.
+    The key is made from all fields of the recipe that decide these times.
     """
     fields = {name: plain(flat(run)[name]) for name in ("optim.name", "engine.compile")}
     return kept_counts.key(shape_fields(run) | fields, rates.name, "phases")
 
 
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
-    """Returns the frozen models of a run's named recipe, or None for another recipe."""
+    """Returns the frozen models in the published recipe of a run's name, or None without one."""
     return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
 
 
 def as_counted(run: Run) -> Run:
-    """Returns the run whose step is counted, with frozen models as their sources define them.
+    """Returns the run for counting a step, with the models of its teachers settled.
 
     A run with the published teachers of its recipe is returned unchanged, since its counts are
-    stored under the names in that recipe.
+    stored under the names in that recipe. Other runs are settled as by `_as_trained`.
     """
     return run if run.frozen_models == _of_record(run) else _as_trained(run)
 
 
 def _as_trained(run: Run) -> Run:
-    """Returns the run with frozen models as their sources define them, or as their files show."""
+    """Returns the run with each teacher's model settled from its weights, as in training.
+
+    A run whose recipe names the models of all teachers is returned unchanged.
+    """
     from_source = {
         name: section
         for name, section in run.frozen_models.items()

@@ -1,4 +1,4 @@
-"""Measurement of this machine by local ranks, for `plan --probe`."""
+"""Measures the rates of this machine with local ranks, for `plan --probe`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fd_large.recipes.run import Run
 
 
 def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None]]:
-    """Measures with the run's number of local ranks.
+    """Measures this machine's rates and the steps of some recipes, with local ranks.
 
     Args:
-        runs: The recipe of each student, to time its step.
-        ranks: Number of processes; on GPUs at most the number of GPUs.
+        runs: The recipe of each student, whose step is timed.
+        ranks: Number of ranks; on a machine with GPUs, at most the number of GPUs is used.
 
-    Returns: the machine's rates, and the phases of each recipe's step, None if a step does not fit
-        in memory.
+    Returns: the machine's rates; and for each recipe the times of the phases of its step, or None
+        if the step does not fit in memory.
     Raises: LaunchError: if a rank fails.
     """
     import torch
@@ -80,7 +80,13 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
 
 
 def main(rank: int, ranks: int, port: int) -> None:
-    """Runs a rank of `probe`, which reads its task from standard input."""
+    """Runs one rank of `probe`, which reads its request as JSON from standard input.
+
+    Args:
+        rank: This rank.
+        ranks: Number of ranks.
+        port: Port of the process group on this machine.
+    """
     import torch
 
     from fd_large.engine.counting import phases, rates

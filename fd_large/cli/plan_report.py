@@ -1,4 +1,4 @@
-"""The output of `plan`: settings that fit, the best one's costs, and settings that do not fit."""
+"""The printed report of `plan`: settings that fit, the best setting's costs, and the others."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fd_large.recipes.run import Run
 from fd_large.runtime import disks
 
 LEAST = 0.001
-"""The least number of seconds or hours that is shown."""
+"""Smallest number of seconds or hours that is printed."""
 
 
 def figure(value: float) -> str:
-    """Returns a number of seconds or hours as text, with two figures."""
+    """Returns a number of seconds or hours as text, with two significant digits."""
     if value < LEAST:
         return f"<{LEAST}"
     rounded = float(f"{value:.1e}")
@@ -37,7 +37,7 @@ def figure(value: float) -> str:
 
 
 def figures(between: Between) -> str:
-    """Returns a range of seconds or hours as text."""
+    """Returns a range of seconds or hours as text, such as "1.2-1.5"."""
     low, high = map(figure, between)
     return low if low == high else f"{low}-{high}"
 
@@ -53,13 +53,13 @@ def report(
     rows: int,
     narrow: bool,
 ) -> Group:
-    """Returns the printed report.
+    """Returns the report that is printed.
 
     Args:
         run: The recipe.
         load, machine, good, bad: As `plan` returns them.
-        images: Images of the dataset, which decide the steps of an epoch.
-        rows: Number of rows of fitting settings, and of settings that do not fit.
+        images: Number of images of the dataset, which decides the steps of an epoch.
+        rows: Largest number of rows of each table, of settings that fit and of those that do not.
         narrow: Whether the table omits columns that the lines after it repeat.
     """
     parts: list[Table | Text] = [_heading(run, load, machine)]
@@ -224,7 +224,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 
 
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
-    """Returns a note on the source of the times and their error."""
+    """Returns the lines on how the times were estimated, and on their error."""
     if load.phases:
         where = "a step of this task that was timed on one device, and by measured collectives"
     elif machine.rates.name.endswith("measured"):
@@ -240,7 +240,10 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
 
 
 def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
-    """Returns a line on the teacher's costs and on storing its maps; empty without a teacher."""
+    """Returns a line on the teachers' share of the FLOPs and when storing maps saves time.
+
+    The line is "" if the run computes no teacher.
+    """
     counts = load.counts[False]
     teacher = counts.flops_per_image("inference")
     rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")
@@ -270,7 +273,10 @@ def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
 
 
 def _teacher(candidate: Candidate, load: Workload) -> str:
-    """Returns the placement of the teachers, with the number of sharded ones if some stay whole."""
+    """Returns the placement of the teachers as text, such as "sharded 1/2".
+
+    The numbers are those of sharded and of all teachers, and appear if a teacher is not sharded.
+    """
     count = len(load.teachers)
     part = f" {count - candidate.whole}/{count}" if candidate.whole else ""
     return f"{candidate.teacher}{part}"

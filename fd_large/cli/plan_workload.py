@@ -1,4 +1,4 @@
-"""The workload of `plan`: a step's counts, stored or new, and the fields that decide them."""
+"""Counts the FLOPs and bytes of a run's step for `plan`, or takes stored counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = (
     *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "mask.", "task."),
     "data.image_size",
 )
-"""Prefixes of the fields that may change what a step computes, except for `NO_SHAPES`."""
+"""Prefixes of the recipe's fields that may change a step's computation, except `NO_SHAPES`."""
 NO_SHAPES = (
     *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
     "student.activation_checkpointing",
@@ -44,7 +44,7 @@ NO_SHAPES = (
 
 
 def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused") -> Workload:
-    """Returns the workload of a run on a card, from stored or new counts.
+    """Returns the workload of a run on a card, from stored counts or by counting a step.
 
     Raises: FDError: if the run's models cannot be built.
     """
@@ -59,7 +59,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
 
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
-    """Returns the counts that the package ships for a run and a card, or None."""
+    """Returns the package's stored counts for a run and a card, or None if there are none."""
     # Shipped counts include the teachers, which a run with cached targets does not compute.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
         return None
@@ -67,7 +67,7 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 
 def _norm_group(run: Run) -> int:
-    """Returns the number of images that share batch norm statistics; 1 without batch norms."""
+    """Returns how many images share batch norm statistics, or 1 without batch norms."""
     if not run.student_architecture().has_batch_norms:
         return 1
     # These imports load torch, which a published recipe does not need.
@@ -80,7 +80,7 @@ def _norm_group(run: Run) -> int:
 
 
 def _moments(run: Run) -> int:
-    """Returns the number of moments that the optimiser keeps of each parameter."""
+    """Returns the number of moments that the run's optimiser keeps for each parameter."""
     if run.optim.name == ADAMW:
         return 2
     # This import loads torch, which a published recipe does not need.
@@ -90,7 +90,9 @@ def _moments(run: Run) -> int:
 
 
 def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
-    """Counts a step of a run on a card, without and with activation checkpointing; takes seconds.
+    """Counts a step of a run on a card, which takes seconds.
+
+    Returns: the counts without activation checkpointing (False) and with it (True).
 
     Raises: FDError: if the run's models cannot be built.
     """
@@ -113,7 +115,10 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
-    """Returns the bytes that students share: a micro-batch's images, and frozen models' outputs."""
+    """Returns the bytes of a micro-batch that a run's students share, by its number of images.
+
+    They are the images and the outputs of the frozen models.
+    """
 
     from fd_large.engine.counting.count import shared_bytes
     from fd_large.tasks.jobs import job_of
@@ -123,7 +128,7 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
 
 
 def _device(rates: Rates, kernels: Kernels) -> Device:
-    """Returns the torch device of a card."""
+    """Returns the device of a card, by which kernels are chosen."""
     from fd_large.kernels.choose import Device
 
     major, _, minor = rates.capability.partition(".")
@@ -135,9 +140,9 @@ def _device(rates: Rates, kernels: Kernels) -> Device:
 
 
 def shape_fields(run: Run) -> dict[str, Any]:
-    """Returns the fields that may affect a step's computation and differ from defaults.
+    """Returns the recipe's fields that may affect a step's computation and are not defaults.
 
-    Fields set to `auto`, and unset fields of a named model, are left out: they follow from others.
+    Fields that are `auto` or unset are left out, since they follow from other fields.
     """
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")
@@ -151,12 +156,12 @@ def shape_fields(run: Run) -> dict[str, Any]:
 
 
 def cached_folders(run: Run) -> dict[str, str]:
-    """Returns the folders of cached targets, by the section of their teacher."""
+    """Returns the folders of cached targets, by the section of the teacher in the recipe."""
     folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
     return {name: folder for name, folder in folders.items() if folder}
 
 
 def steps_of(run: Run, images: int) -> int:
-    """Returns the steps of a run on a dataset with this number of images."""
+    """Returns the number of steps of a run on a dataset with `images` images."""
     optim = run.optim
     return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)

@@ -1,4 +1,4 @@
-"""`python -m fd_large predict RUN IMAGE ...`."""
+"""The command `fd-large predict RUN IMAGE ...`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Predict(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Predicts and prints a line for each image."""
+    """Predicts, and prints a line for each image; returns 2 if an image cannot be read, else 0."""
     options = parse(Predict, arguments, command="predict")
     unread = 0
     for prediction in predict(options.run, options.images, out=options.out, score=options.score):
@@ -64,16 +64,16 @@ def main(arguments: list[str]) -> int:
 def predict(
     run: str, images: Sequence[str], *, out: str = "predictions", score: float | None = None
 ) -> Iterator[Predicted]:
-    """Runs the model of a run on images, one after another.
+    """Runs the model of a run on images, and yields the prediction of each image.
 
     Args:
         run: Folder of the run.
         images: Image files.
         out: Folder for predictions.json and the drawn images.
-        score: Least score of an object that is drawn and written; None: `LEAST_SCORE`.
+        score: Least score of an object that is drawn and written; None for `LEAST_SCORE`.
 
-    Raises: FDError: if the run or an image does not exist, the run's task has no predictions, or
-        `score` is given and the task's predictions have none.
+    Raises: FDError: if the run or an image does not exist, if the run's task has no predictions, or
+        if `score` is given and the task's predictions have no scores.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()

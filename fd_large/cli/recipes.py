@@ -1,4 +1,4 @@
-"""`python -m fd_large recipes [NAME]`."""
+"""The command `fd-large recipes [NAME]`, which lists the recipes or shows one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Recipes:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table, or a single recipe."""
+    """Prints the table of all recipes, or the recipe that NAME selects."""
     options = parse(Recipes, arguments, command="recipes")
     if options.name:
         print(run_file(options.name))
@@ -60,13 +60,13 @@ _Dumper.add_representer(
 
 
 def _set(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns a section without its unset fields, which the named model fills."""
+    """Returns a section without its unset fields, which take the values of the named model."""
     values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {name: value for name, value in values.items() if value not in (None, {})}
 
 
 def recipes_table() -> Table:
-    """Returns the table of all recipes, a block of lines each."""
+    """Returns a table of all recipes, with a row of several lines for each."""
     from rich.table import Table
     from rich.text import Text
 

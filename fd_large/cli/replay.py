@@ -1,4 +1,4 @@
-"""`python -m fd_large replay FILE`."""
+"""The command `fd-large replay FILE`, which repeats a refused step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Replay(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the step and prints its differences from the record."""
+    """Repeats the step, and prints its losses and gradient norm beside the recorded values."""
     options = parse(Replay, arguments, command="replay")
     require_paths({"replay": options.file})
     # Importing torch and deepspeed takes seconds.

@@ -1,4 +1,4 @@
-"""`python -m fd_large report RUN`."""
+"""The command `fd-large report RUN`, which draws a run's curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Report:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the report and prints its summary."""
+    """Writes the report of a run and prints its summary; returns the exit code."""
     options = parse(Report, arguments, command="report")
     from fd_large.report.make import make_report
 

@@ -1,4 +1,4 @@
-"""`python -m fd_large runs FOLDER`."""
+"""The command `fd-large runs FOLDER`, which lists runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Runs:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; messages on unreadable folders go to stderr."""
+    """Prints the table of runs; messages on unreadable folders go to stderr."""
     options = parse(Runs, arguments, command="runs")
     root = Path(options.folder)
     runs = _listed(root)
@@ -71,9 +71,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _listed(root: Path) -> list[ListedRun]:
-    """Reads all runs below a folder.
+    """Returns all runs below a folder, at any depth.
 
-    Raises: ConfigError: if it is no folder, or holds none.
+    Raises: ConfigError: if the path is no folder, or no run is below it.
     """
     kind = kind_of(root, where="runs")
     if kind != "folder":
@@ -110,7 +110,7 @@ def _read(folder: Path) -> ListedRun:
 
 
 def _was_killed(owned: Path, files: RunFiles) -> bool:
-    """Whether the last start left its owner.json but no record of its end."""
+    """Whether the last start of a run was killed: it left owner.json, but no record of its end."""
     if not kind_of(owned / OWNER):
         return False
     return Owner.parse(read_bytes(owned / OWNER)).start != files.summary.get("start")
@@ -122,10 +122,10 @@ def _reason(files: RunFiles) -> str:
 
 
 def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
-    """Returns the runs that meet all conditions FIELD=VALUE.
+    """Returns the runs that meet all conditions of the form FIELD=VALUE.
 
-    Raises: ConfigError: if an argument is not FIELD=VALUE, no run has the field, or no such state
-        is known.
+    Raises: ConfigError: if a condition has another form, no run has the field, or the field is
+        `state` and its value is no state of a run.
     """
     chosen = runs
     for word in conditions:
@@ -154,7 +154,7 @@ def _require_known(name: str, where: str, runs: Iterable[ListedRun]) -> None:
 
 
 def _same(value: Any, text: str) -> bool:
-    """Whether a recipe's value equals a text: 1e-4 is 0.0001, true is True."""
+    """Whether a text means a recipe's value, as "1e-4" means 0.0001, and "true" means True."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(text) == value
@@ -166,7 +166,7 @@ def _same(value: Any, text: str) -> bool:
 def _metric(name: str, runs: Iterable[ListedRun]) -> str:
     """Returns the full name of a metric in evaluations.jsonl.
 
-    Raises: ConfigError: if no run has measured it.
+    Raises: ConfigError: if no run has measured the metric.
     """
     known = list(dict.fromkeys(each for run in runs for each in run.measured))
     metric = name.replace("/", "_")
@@ -243,7 +243,7 @@ def _print_csv(
 
 
 def _cell(value: Any) -> Any:
-    """Returns a cell that a spreadsheet reads as a number or text, never as a formula."""
+    """Returns the value for a cell of a CSV file; text that could be a formula is quoted by `'`."""
     if not isinstance(value, str):
         return value
     text = " ".join(printable(value).split("\n"))
@@ -260,7 +260,10 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    """Returns a number unchanged, so that a cell may hold a negative one; all else as text."""
+    """Returns a number or None unchanged, and any other value as text.
+
+    A negative number stays a number, which `_cell` does not quote.
+    """
     return value if value is None or isinstance(value, int | float) else _text(value)
 
 

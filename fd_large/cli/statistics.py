@@ -1,4 +1,4 @@
-"""`python -m fd_large statistics [RECIPE] OUT`, started by the same launchers as `train`."""
+"""The command `fd-large statistics [RECIPE] OUT`, which the launchers of `train` start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Statistics(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Measures, writes the file and prints a line."""
+    """Measures a teacher's channels, writes the file and prints a line; returns the exit code."""
     parsed = parse_with_recipe(
         Statistics, arguments, command="statistics", recipe=registry.DEFAULT_RECIPE
     )
@@ -73,14 +73,14 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: str = "") -> None:
-    """Measures the channels of one of a run's targets; every rank calls it.
+    """Writes mean and covariance of a target's channels to a file; every rank calls it.
 
     Args:
         run: The recipe.
-        deepspeed_config: Path of DeepSpeed's JSON.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
         out: The file to write.
-        views: Number of random crops.
-        target: `Target.label` of the measured target.
+        views: Number of random crops that are measured.
+        target: Label of the measured target (`Target.label`); "" for the only teacher's map.
 
     Raises: FDError: for the user's mistakes.
     """

@@ -1,4 +1,4 @@
-"""End of a command other than training after a signal: with one sentence, and code 75."""
+"""Ends commands other than training, after a signal, with one sentence and exit code 75."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fd_large.ranks.processes import handlers_to_replace
 
 
 class StoppedError(FDError):
-    """A signal has stopped the command, which may be repeated."""
+    """The command was stopped by a signal, and the same command may be started again."""
 
     exit_code = Exit.AGAIN
 
 
 @contextmanager
 def ending_with(sentence: str) -> Iterator[None]:
-    """Ends the process with a sentence and code 75 if a signal stops the block.
+    """Raises an error with exit code 75 if a signal stops the block.
 
-    The block may be stopped anywhere by the first signal. A launcher sends further signals after
-    a Ctrl-C, which must neither interrupt the clean-up nor change the exit code.
+    The first signal stops the block at any point. Further signals, which a launcher sends after a
+    Ctrl-C, are ignored, so that they neither interrupt the clean-up nor change the exit code.
 
     Args:
-        sentence: State of the work, and the remedy.
+        sentence: The message, with the state of the work and the remedy.
 
     Raises: StoppedError: after Ctrl-C, or a scheduler's signal before the end of a job.
     """

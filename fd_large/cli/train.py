@@ -1,4 +1,4 @@
-"""`python -m fd_large train`, the same as `deepspeed fd_large/train.py` on one process."""
+"""The command `fd-large train`, which launchers start as `deepspeed fd_large/train.py`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ class Train(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Trains, and ends with the report."""
+    """Trains a run, or only checks its settings with --check; returns the exit code.
+
+    After a finished run it prints the report.
+    """
     parsed, run, named = checked(arguments)
     if parsed.own.check:
         _check_for_ranks(run, parsed.own.check, named, fresh=parsed.own.fresh)
@@ -115,9 +118,11 @@ def main(arguments: list[str]) -> int:
 
 
 def checked(arguments: list[str]) -> tuple[WithRecipe[Train], Run, set[str]]:
-    """Returns the arguments, the recipe and the names of the user's fields, checked without torch.
+    """Parses and checks the arguments of `train`, without importing torch.
 
-    Raises: FDError: See `check_names`.
+    Returns: the parsed arguments, the recipe, and the names of the fields that the user set.
+
+    Raises: FDError: as `check_names`.
     """
     parsed = parse_train(arguments)
     run, named = parsed.run, {*parsed.fields, *parsed.in_file}
@@ -128,17 +133,17 @@ def checked(arguments: list[str]) -> tuple[WithRecipe[Train], Run, set[str]]:
 
 
 def check_names(run: Run, *, deepspeed_config: str) -> None:
-    """Refuses mistakes that show without torch, all of them at once.
+    """Refuses mistakes that can be found without torch.
 
-    It checks names of files, folders, datasets, teachers, losses, heads, optimisers and so on,
-    the number of loading processes, and DeepSpeed's JSON. A mistyped path or name is thus
+    It checks the names of files, folders, datasets, teachers, losses, heads, optimisers and so on,
+    the number of loader processes, and DeepSpeed's JSON. A mistyped path or name is thus
     reported before torch and weights are loaded, which takes seconds.
 
     Args:
         run: The recipe.
         deepspeed_config: Name or path of DeepSpeed's JSON.
 
-    Raises: FDError: the user's mistakes.
+    Raises: FDError: with a line for each mistake.
     """
     roots = {"data.root": run.data.root, "eval.root": run.eval.root}
     roots["eval.knn_root"] = run.eval.knn_root
@@ -157,9 +162,9 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 
 
 def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
-    """Refuses mistakes that would end a start on `ranks` ranks before its first step.
+    """Refuses mistakes that would end a run on `ranks` ranks before its first step.
 
-    Without mistakes it prints the images of a step and of a pass.
+    If there are none, it prints the global batch size and the micro-batch size.
     """
     require_apart(run, fresh=fresh)
     if not fresh:
@@ -184,7 +189,7 @@ def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: boo
 def require_names(run: Run) -> None:
     """Refuses unknown names of optimisers, trackers, metrics and parts of the task.
 
-    Raises: ConfigError: a line for each.
+    Raises: ConfigError: with a line for each unknown name.
     """
     kind = run.task.kind()  # None for code that this process may not import.
     named = [(run.optim.name, *_OPTIMISERS)]
@@ -202,7 +207,7 @@ def _require(name: str, where: str, kind: doors.Kind, file: str, table: str) -> 
 
 
 def _check_config(run: Run, deepspeed_config: str) -> None:
-    """Compares the JSON with the recipe, as far as possible without ranks and device."""
+    """Refuses a DeepSpeed JSON that contradicts the recipe, without knowing ranks and device."""
     precision = run.engine.precision
     ds.check_owned(
         ds.load(deepspeed_config),
@@ -224,19 +229,20 @@ def train_run(
     then: Callable[[str], None] | None = None,
     named: Collection[str] | None = None,
 ) -> int:
-    """Trains with everything that watches a run; returns the exit code.
+    """Owns the run's folder, trains the run and returns the exit code; every rank calls it.
 
     Args:
         run: The recipe.
-        deepspeed_config: Path of DeepSpeed's JSON.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
         fresh: Whether to start again although the folder has checkpoints.
-        profile: Steps to trace; 0 turns it off.
-        then: Function that rank 0 calls with a finished run's folder, while the run still owns it.
+        profile: Number of steps to trace with torch's profiler; 0 turns it off.
+        then: Function that rank 0 calls with the folder of each finished student, while the run
+            still owns its folder.
         named: Full names of the fields that the user set; the other fields may be fitted to the
-            images (`small_data.fit`). None: no field is fitted.
+            images (`small_data.fit`). None to fit no field.
 
     Raises:
-        FDError: The user's mistake, or another rank that has ended.
+        FDError: For a mistake of the user's, or if another rank has ended.
     """
     require_apart(run, fresh=fresh)
     if not fresh:
@@ -277,16 +283,17 @@ def train_run(
 
 
 def _to_fit(run: Run, *, fresh: bool) -> tuple[str, ...]:
-    """Returns the names of the fields that follow from the images; none in a resumed run."""
+    """Returns the names of the fields that are fitted to the images; none for a resumed run."""
     stored = Path(run.run_dir()) / RECIPE
     is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
     return fitted_fields(run) if is_new else ()
 
 
 def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
-    """Fits a new run to its images and logs it; a resumed run is returned unchanged.
+    """Returns a new run with some fields fitted to its images; a resumed run is returned unchanged.
 
-    Images that cannot be opened are reported with the other mistakes, when the run is opened.
+    The fitted values are logged. If the images cannot be opened, the run is returned unchanged,
+    and the mistake is reported when the run is opened.
     """
     if not _to_fit(run, fresh=fresh):
         return run
@@ -308,14 +315,14 @@ def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
 
 
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:
-    """Reads the arguments after `train`."""
+    """Parses the arguments after `train`."""
     return parse_with_recipe(
         Train, arguments, command="train", recipe=registry.DEFAULT_RECIPE, often=_OFTEN
     )
 
 
 def say_how_to_go_on(run: Run) -> None:
-    """Logs a stopped run's saved state and the command that resumes it; never fails the run."""
+    """Logs a stopped run's progress and the command that resumes it; raises no error."""
     from fd_large.report.closing import stopped_text
     from fd_large.report.run_files import read_run
     from fd_large.runtime.logs import WHOLE_LINES
@@ -333,7 +340,7 @@ def say_how_to_go_on(run: Run) -> None:
 
 
 def show_report(folder: str) -> None:
-    """Draws a finished run's curves and prints its results; a failure does not fail the run."""
+    """Draws a finished run's curves and prints its results; logs an error, and raises none."""
     from fd_large.report.make import make_report
 
     try:

@@ -1,4 +1,4 @@
-"""`python -m fd_large transfer RUN --imagenet DIR --ade20k DIR ...`: the paper's Table 1."""
+"""The command `fd-large transfer RUN --imagenet DIR ...`, for the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ColumnFlags:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command."""
+    """Runs the command and returns the exit code."""
     words, of_columns = split(arguments)
     parsed = parse_with_recipe(
         Transfer, words, command="transfer", recipe=registry.FINETUNING_RECIPE
@@ -87,9 +87,9 @@ def main(arguments: list[str]) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separates flags of single columns, --ade20k.optim.epochs 3, from the others.
+    """Separates flags of a single column, such as --ade20k.optim.epochs 3, from the other flags.
 
-    Returns: the flags for all columns; the flags of each column, without its name.
+    Returns: the other flags; and the flags of each column, without the column's name, by the name.
     """
     common: list[str] = []
     of_columns: dict[str, list[str]] = {}
@@ -105,14 +105,14 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Changes:
-    """Parses the flags of a column.
+    """Returns the changes of a column's recipe that the flags ask for.
 
     Args:
         name: Name of the column.
-        words: The flags without the column's name.
-        common: Given fields of all columns.
+        words: The column's flags, without the column's name.
+        common: Fields that the user set for all columns; the column's own flags win.
 
-    Raises: ConfigError: naming the flags as they were typed.
+    Raises: ConfigError: with the flags as the user typed them.
     """
     # A field may exist for one kind of model only.
     usual = [COLUMNS[name].recipe(resolve(m), "") for m in ("vit_base_patch16", "swinv2_base")]
@@ -144,11 +144,13 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
 
 
 def transfer(options: Transfer, changes: Mapping[str, Changes]) -> int:
-    """Trains the missing cells and writes the table; returns the exit code.
+    """Trains the missing cells and writes the table, or prints the costs with --plan.
 
     Args:
         options: The command's own arguments.
-        changes: Changed fields of each column's recipes.
+        changes: The changes of each column's recipe, by the column's name.
+
+    Returns: the exit code.
 
     Raises: FDError: for the user's mistakes.
     """

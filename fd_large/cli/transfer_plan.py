@@ -1,4 +1,4 @@
-"""`transfer --plan`: the costs of each training of the table, and their sum."""
+"""Estimates the costs of each training of the table and their sum, for `transfer --plan`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _NODE = 8
 
 
 class Cost(NamedTuple):
-    """The cost of a training.
+    """Estimated cost of a training.
 
     Attributes:
         steps: Number of steps.
-        gpus: GPUs that it is planned on.
-        hours: GPU-hours that its steps may take; None if it does not fit or cannot be planned.
-        memory_bytes: Memory of a rank.
-        why: Reason that `hours` is None; without a remedy, since the user does not set the model.
+        gpus: Number of GPUs of the plan.
+        hours: Range of GPU-hours of all steps, or None if the training does not fit in memory or
+            cannot be planned.
+        memory_bytes: Memory of a rank in bytes.
+        why: Reason why `hours` is None, without a remedy, since the user does not set the model.
     """
 
     steps: int
@@ -41,12 +42,12 @@ class Cost(NamedTuple):
 
 
 def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
-    """Plans a run with its fastest settings.
+    """Returns the cost of a training with the fastest settings that fit.
 
     Args:
         run: The recipe.
-        images: Training images of the dataset, which decide the steps of an epoch.
-        gpus: Number of GPUs; its greatest common divisor with the global batch is taken.
+        images: Number of training images, which decides the steps of an epoch.
+        gpus: Number of GPUs. The plan uses its greatest common divisor with the global batch size.
         gpu: Name of the card.
     """
     ranks, steps = gcd(run.batch.global_batch_size, gpus), steps_of(run, images)
@@ -64,11 +65,12 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
 
 
 def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str) -> Group:
-    """Returns the printed report.
+    """Returns the report that is printed.
 
     Args:
-        costs: Label of the row, name of the column, recipe and cost of each training of a seed.
-        seeds: Number of repetitions.
+        costs: For each training of one seed: the row's label, the column's name, the recipe and
+            the cost.
+        seeds: Number of seeds, by which the total is multiplied.
         gpu: Name of the card.
     """
     columns = list(dict.fromkeys(column for _, column, _, _ in costs))
@@ -114,7 +116,7 @@ def _table(title: str, names: Sequence[str]) -> Table:
 
 
 def _reasons(missing: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Returns a line for each reason, with its columns and rows.
+    """Returns lines of trainings that are not planned, grouped by reason, column and row.
 
     Args:
         missing: Row, column and reason of each training that is not planned.

@@ -1,4 +1,4 @@
-"""`python -m fd_large weights inspect|convert|fetch`."""
+"""The command `fd-large weights`: inspect, convert and fetch weights."""
 
 from __future__ import annotations
 
@@ -76,9 +76,14 @@ class Fetch:
 
 
 def inspect(source: str, model: str) -> int:
-    """Prints the description of a weights file.
+    """Prints a table that describes the weights of a source.
 
-    Raises: ConfigError: for the user's own code, which is not imported here.
+    Args:
+        source: The source, or MODEL=SOURCE.
+        model: Name of the model to compare with; "auto" for the model that the weights show.
+
+    Raises: ConfigError: if the user's own code is named, which is not imported here, or the model
+        is named twice.
     """
     named, source = split_model(source)
     if named and model != "auto":
@@ -103,7 +108,7 @@ def inspect(source: str, model: str) -> int:
 
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
-    """Writes a model in another format and prints how the file's tensors fit the model."""
+    """Writes a model in another format, and prints how the source's tensors match the model."""
     require_paths({"weights convert": source})
     check_out(out, where="weights convert")
     from fd_large.engine.checkpoint_models import sources_of
@@ -130,9 +135,9 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
 
 
 def _require_alone(described: FamilyArchitecture, model: str, architecture: Architecture) -> None:
-    """Refuses options that `convert` does not support for a model described by its folder.
+    """Refuses the options of `convert` that name a model, for a folder that describes its model.
 
-    Raises: ConfigError.
+    Raises: ConfigError: if such options are given, or the model is made by the user's own code.
     """
     if described.code:
         raise ConfigError(
@@ -150,7 +155,7 @@ def _require_alone(described: FamilyArchitecture, model: str, architecture: Arch
 
 
 def fetch(source: str, out: str) -> int:
-    """Downloads weights and prints their description, as a run would use them."""
+    """Downloads weights to a folder, and prints how a run can use them as a teacher."""
     check_out(out, where="weights fetch")
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.recipes.sections import FrozenModel
@@ -173,7 +178,7 @@ def fetch(source: str, out: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one of the commands."""
+    """Runs the subcommand that the first argument names; returns the exit code."""
     commands: dict[str, tuple[type, Callable[..., int]]] = {
         "inspect": (Inspect, inspect),
         "convert": (Convert, convert),
