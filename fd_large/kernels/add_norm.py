@@ -1,6 +1,7 @@
-"""The residual sum of a pre-norm branch, and the norm after it: x + scale * gamma * branch.
+"""Adds a pre-norm branch, x + scale * gamma * branch, and applies the next LayerNorm to the sum.
 
-This file has the structure of `residual_norm.py`, whose norm and file of kernels it shares.
+This file has the structure of `residual_norm.py` and uses that file's LayerNorm. The kernels of
+the two files are in `residual_norm_triton.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def add_norm(
     """Adds a pre-norm branch, y = x + scale * gamma * branch, and applies the next norm to y.
 
     Args:
-        x: (B, ..., C), the stream.
+        x: (B, ..., C), the residual stream.
         branch: (B, ..., C), any float dtype.
         weight: (C,), weight of the norm.
         bias: (C,), bias of the norm.
@@ -50,8 +51,8 @@ def add_norm(
         gamma: (C,), LayerScale; None means 1.
         dtype: Data type of the normalised sum; None for that of x.
 
-    Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
-    Raises: ShapeError: if branch, vectors or scale do not fit x.
+    Returns: y (B, ..., C) in the dtype of x, and LayerNorm(y) (B, ..., C) in `dtype`.
+    Raises: ShapeError: if branch, weight, bias, scale or gamma does not fit the shape of x.
     """
     check_stream("add_norm", x, branch, scale, weight=weight, bias=bias, gamma=gamma)
     dtype = dtype or x.dtype
@@ -73,7 +74,7 @@ def add_branch(
 ) -> Tensor:
     """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch, in the dtype of x.
 
-    Raises: ShapeError: if branch, gamma or scale do not fit x.
+    Raises: ShapeError: if branch, scale or gamma does not fit the shape of x.
     """
     check_stream("add_branch", x, branch, scale, gamma=gamma)
     case = {"stream": x.dtype, "normed": x.dtype, "gamma": gamma is not None}
@@ -122,9 +123,10 @@ def add_norm_forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation.
+    """Returns y = x + scale * gamma * branch, LayerNorm(y), and each row's mean and 1/deviation.
 
-    Without weight and bias it is the sum alone.
+    A row is a token's C channels of y. LayerNorm(y) is in `dtype`. If weight and bias are None,
+    only y is computed, and the other three results are empty.
     """
     rows, constants = rows_of(x), tile(x.shape[-1])
     y = torch.empty_like(x)
@@ -151,9 +153,11 @@ def add_norm_backward(
     rstd: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x (unless it is dy itself), branch, gamma, weight and bias.
+    """Returns the gradients of x, branch, gamma, weight and bias.
 
-    y is present with dnormed, branch with gamma; `dtype` is branch's.
+    dy is the gradient of y and dnormed that of LayerNorm(y); one of them may be None. Without
+    dnormed, the gradient of x is dy itself, and the results for x, weight and bias are empty. y is
+    needed only with dnormed, and branch only with gamma. `dtype` is that of branch.
     """
     like = dy if dnormed is None else dnormed
     rows = rows_of(like)

@@ -1,11 +1,11 @@
 """Compares a run's fused operations with their references, on the device of the run.
 
 Kernels are compiled for cards on which they may never have run, and a wrong kernel would corrupt
-training silently. So a start records the models' calls on the meta device (`recording`), and each
-distinct call runs forward and backward on random numbers, with two images: fused, in plain torch
-with the same data types, and in plain torch with wider types. An operation whose error against
-the wide result exceeds the plain one's by too much is replaced by its reference on all ranks
-(`check`).
+training silently. So a run records at its start the calls that its models make on the meta device
+(`recording`). Each distinct call then runs forward and backward on random numbers for two images,
+three times: fused, in plain torch with the same data types, and in plain torch with wider data
+types. If the fused result is much farther from the wide result than the plain result is, all ranks
+run the operation's reference from then on (`check`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ FUSED = ("triton", "compiled")
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor without its values.
+    """Shape and data type of a tensor, without its values.
 
     Attributes:
         size: Shape of the tensor.
         dtype: Data type of the tensor.
-        learns: Whether it takes a gradient.
+        learns: Whether the tensor takes a gradient.
     """
 
     size: tuple[int, ...]
@@ -53,8 +53,9 @@ class Call:
     Attributes:
         function: The operation's public function.
         arguments: Positional arguments, with a `Shape` for a tensor.
-        named: Keyword arguments.
-        kernels: The operations in it for which kernels were chosen, as `choose` knows them.
+        named: (name, value) of each keyword argument, with a `Shape` for a tensor.
+        kernels: Names of the operations in the call for which `choose` selected "triton" or
+            "compiled".
     """
 
     function: Callable[..., Any]
@@ -68,7 +69,10 @@ _calls: dict[Call, None] | None = None
 
 @contextmanager
 def recording() -> Iterator[dict[Call, None]]:
-    """Records the distinct calls of `checked` functions in the block, in order."""
+    """Records the distinct calls of `checked` functions that run a kernel in the block.
+
+    Yields the calls as the keys of a dict, in order.
+    """
     global _calls
     _calls = {}
     try:
@@ -103,11 +107,11 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 def check(calls: Sequence[Call], device: torch.device) -> None:
     """Compares each call with its reference, and turns off an operation that is wrong on any rank.
 
-    A collective.
+    All ranks must call this function.
 
     Args:
         calls: Calls from `recording`, the same on all ranks.
-        device: Device on which they will run.
+        device: Device on which the operations will run.
     """
     errors = beside_references(calls, device)
     for number, off in enumerate(distributed.gather_objects(errors)):
@@ -127,7 +131,7 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
-    """Returns the wrong operations on this rank, each with the place and size of the error."""
+    """Returns the operations that are wrong on this rank, each with a description of its error."""
     off: dict[str, str] = {}
     for call in calls:
         if why := _off(call, device):
@@ -179,7 +183,14 @@ def _off(call: Call, device: torch.device) -> str | None:
 def _run(
     call: Call, values: list[Tensor], *, fused: bool = False, wide: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Returns the results of a call, and the gradients of its arguments."""
+    """Runs a call, and returns its results followed by the gradients of its arguments.
+
+    Args:
+        call: The call to run.
+        values: Tensors for the call's `Shape`s, in order.
+        fused: Whether to run the kernels instead of the reference.
+        wide: Data type in place of all others; None to keep the call's data types.
+    """
     inputs = iter(values)
     leaves: list[Tensor] = []
 

@@ -57,13 +57,13 @@ _refused: dict[str, str] = {}
 
 
 class Device(NamedTuple):
-    """A device that the meta device imitates.
+    """A device that the meta device imitates when an implementation is chosen.
 
     Attributes:
         capability: Compute capability of an NVIDIA card, such as (9, 0); None if neither fused
             kernels nor torch.compile run by default.
-        on_gpu: Whether it is a GPU.
-        wish: Value of FD_KERNELS for the device; "auto" selects what runs if it is not set.
+        on_gpu: Whether the device is a GPU.
+        wish: Value of FD_KERNELS for the device; "auto" is also the value of an unset variable.
     """
 
     capability: tuple[int, int] | None
@@ -76,14 +76,14 @@ def register(
     untested: Callable[..., str] | None = None,
     apex_untested: Callable[..., str] | None = None,
 ) -> None:
-    """Registers an operation; its own file calls this once.
+    """Registers an operation; the file that defines an operation calls this once.
 
     Args:
         op: Name of the operation.
-        untested: Function from a case (keywords) to the reason why the Triton kernels are not
-            tested in it, or ""; None for operations without kernels, for which torch.compile is
-            as good.
-        apex_untested: The same for apex's kernel; None if apex has none.
+        untested: Function that takes a case as keyword arguments. It returns the reason why the
+            Triton kernels are not tested in the case, or "" if they are. None for an operation
+            without Triton kernels, for which torch.compile is as good.
+        apex_untested: A function like `untested` for apex's kernel; None if apex has no kernel.
     """
     _operations[op] = _Operation(untested, apex_untested)
 
@@ -100,7 +100,7 @@ def refuse(op: str, why: str) -> None:
 
 
 def refused() -> Mapping[str, str]:
-    """Returns the refused operations, and why."""
+    """Returns the operations that `refuse` turned off, each with its reason."""
     return _refused
 
 
@@ -130,7 +130,7 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
-    """Makes the meta device choose a device's implementations in the block."""
+    """Makes the meta device choose in the block the implementations that `device` would choose."""
     global _stood_for
     before, _stood_for = _stood_for, device
     try:
@@ -146,7 +146,7 @@ def stood_for() -> Device | None:
 
 @contextmanager
 def hearing() -> Iterator[list[tuple[str, Implementation]]]:
-    """Records the choices in the block: operation and implementation."""
+    """Records an (operation, implementation) pair for each choice in the block; yields the list."""
     heard: list[tuple[str, Implementation]] = []
     _listeners.append(heard)
     try:
@@ -179,7 +179,12 @@ def wished() -> str:
 
 @lru_cache(maxsize=16)
 def _wishes(text: str) -> tuple[str, dict[str, str]]:
-    """Returns the implementations in FD_KERNELS: for all and for single operations."""
+    """Parses a value of FD_KERNELS.
+
+    Returns: the implementation for all operations, and the implementations for single operations
+        by the operation's name.
+    Raises: ConfigError: if an implementation or an operation is unknown.
+    """
     general, single = "auto", {}
     for part in text.split(","):
         op, is_single, wish = part.strip().rpartition("=")
@@ -213,7 +218,7 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
     Args:
         op: A registered operation.
         device_type: "cuda", "cpu", "meta" or another of torch's.
-        case: Facts that decide whether the case is tested: dtypes, widths; hashable values.
+        case: Dtypes, widths and other hashable values that decide whether kernels are tested.
 
     Raises: ConfigError: if the requested implementation cannot run on this device.
     """
@@ -322,8 +327,8 @@ def _compile_problem(device_type: str, device: Device | None) -> str:
 def has_nvidia_apex() -> bool:
     """Returns whether NVIDIA apex is installed.
 
-    The package named `apex` on the index is another project; NVIDIA's has FusedLayerNorm and
-    FusedAdam.
+    The package named `apex` on PyPI is another project; only NVIDIA's package has FusedLayerNorm
+    and FusedAdam.
     """
     if find_spec("apex") is None:
         return False

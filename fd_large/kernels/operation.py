@@ -1,4 +1,4 @@
-"""The parts of fused operations: launches of kernels, plain torch versions, checks of shapes.
+"""What fused operations share: launches of kernels, plain torch versions, checks of shapes.
 
 A launcher is an operation of torch over Triton kernels: it allocates the results and passes each
 kernel to `launch`. If tensors have no values (on the meta device, or while torch.compile traces),
@@ -6,10 +6,10 @@ kernel to `launch`. If tensors have no values (on the meta device, or while torc
 when the first kernel starts. A backward pass is a separate operation, so that torch.compile and the
 meta device see every tensor read or written.
 
-The plain torch version (twin) goes through torch.compile if chosen, with one compiled function for
-each case. Compiling the function instead of its module avoids graph breaks under ZeRO-3, and all
-blocks of a width and batches of any size share one graph. In a region that is itself being
-compiled, the twin is a part of that region.
+The plain torch version of an operation (its twin) is compiled if `choose.py` says so, with one
+compiled function for each width. Compiling the function instead of its module avoids graph breaks
+under ZeRO-3, and all blocks of a width and batches of any size share one graph. In a region that is
+itself being compiled, the twin is a part of that region.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _launches: ContextVar[list[Launch] | None] = ContextVar("launches", default=None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Records the launches in the block instead of starting kernels."""
+    """Records the launches in the block instead of starting kernels; yields their list."""
     written = _launches.get()
     token = _launches.set([] if written is None else written)
     try:
@@ -63,7 +63,10 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Starts a kernel on the device of its tensors; for the arguments see `Launch`."""
+    """Starts a kernel on the device of its tensors, or only records the launch in `recording`.
+
+    For the arguments see `Launch`.
+    """
     if (written := _launches.get()) is not None:
         written.append(Launch(kernel, grid, arguments, constants))
         return
@@ -80,10 +83,11 @@ def function_of(kernel: str) -> Any:
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Registers a launcher as torch.ops.fd_large.NAME, by its annotations.
+    """Returns a decorator that registers a launcher as the operation torch.ops.fd_large.NAME.
 
-    The launcher gets contiguous tensors. If it returns None for an unneeded result, the operation
-    returns an empty tensor, because its results cannot be None.
+    The operation's schema follows from the launcher's annotations. The launcher gets contiguous
+    tensors. If the launcher returns None for an unneeded result, the operation returns an empty
+    tensor, because the results of an operation cannot be None.
     """
 
     def register(launcher: Callable[..., tuple[Tensor | None, ...]]) -> torch.library.CustomOpDef:
@@ -109,17 +113,17 @@ def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomO
 
 
 def blocks(size: int, block: int) -> int:
-    """Returns the number of blocks for a number of elements."""
+    """Returns how many blocks of `block` elements hold `size` elements."""
     return -(-size // block)
 
 
 def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Checks shapes, because a kernel would read past the end.
+    """Checks shapes, because a kernel would read past the end of a tensor that is too small.
 
     Args:
-        where: Name of the function.
-        beside: Description of the tensors' counterpart, for messages.
-        tensors: Each tensor with its expected shape; None in place of a tensor fits.
+        where: Name of the function, for the message.
+        beside: Description of what the tensors must fit, for the message.
+        tensors: Each tensor with its expected shape; None in place of a tensor is accepted.
 
     Raises: ShapeError: if a tensor has another shape.
     """
@@ -143,7 +147,9 @@ def backend(device_type: str) -> str:
 def twin(
     op: str, choice: choose.Implementation, reference: Callable[..., Any], *batched: Tensor | None
 ) -> Callable[..., Any]:
-    """Returns the plain torch version of an operation, through torch.compile if chosen.
+    """Returns the plain torch version of an operation, compiled if `choice` is "compiled".
+
+    On the meta device and inside another compiled region, the version is returned uncompiled.
 
     Args:
         op: Name of the operation.
@@ -164,7 +170,11 @@ def twin(
 def _compiled(
     op: str, reference: Callable[..., Any], backend: str, channels: int
 ) -> Callable[..., Any]:
-    """Returns a compiled function for each width, since torch limits the graphs of a function."""
+    """Returns `reference` compiled for one width (`channels`).
+
+    torch limits the number of graphs per function, so each width has its own. If compilation
+    fails, the function logs a warning, refuses the operation and runs `reference`.
+    """
     compiled = torch.compile(reference, backend=backend, isolate_recompiles=True)
 
     def call(*arguments: Any, **named: Any) -> Any:

@@ -1,7 +1,7 @@
 """OpenAI CLIP's approximation of GELU, x sigmoid(1.702 x).
 
-Plain torch needs three passes for it, torch.compile on GPUs a single one. The exact GELU is a
-single pass in torch.
+Plain torch computes this approximation in three passes over the tensor, and torch.compile on GPUs
+in a single pass. The exact GELU is a single pass in plain torch.
 
 Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
 """
@@ -18,7 +18,7 @@ from fd_large.kernels.operation import twin
 
 @checked
 def quick_gelu(x: Tensor) -> Tensor:
-    """Applies x sigmoid(1.702 x); (B, ..., C) of any float dtype to the same."""
+    """Returns x sigmoid(1.702 x) for x (B, ..., C) of any float dtype, in x's shape and dtype."""
     choice = choose.implementation("quick_gelu", x.device.type)
     return twin("quick_gelu", choice, quick_gelu_reference, x)(x)
 

@@ -61,9 +61,10 @@ def stream_norm(
     dtype: torch.dtype | None = None,
     copy: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Applies LayerNorm on the main path; returns the result in `dtype` and in `copy` by one pass.
+    """Applies LayerNorm to the residual stream; returns the result in `dtype` and again in `copy`.
 
-    Args and returns: as in `layer_norm` and `residual_norm`.
+    The kernel writes the two results in one pass. The arguments are as in `layer_norm` and
+    `residual_norm`.
     """
     dtype = dtype or x.dtype
     choice = implementation("residual_norm", x, stream=dtype, weight=weight.dtype, copy=copy)
@@ -92,7 +93,7 @@ def residual_norm(
     """Adds a normalised branch to the residual stream: x + scale * LayerNorm(branch).
 
     Args:
-        x: (B, ..., C), the stream; the result has its dtype.
+        x: (B, ..., C), the residual stream.
         branch: (B, ..., C), any float dtype.
         weight: (C,).
         bias: (C,).
@@ -102,9 +103,9 @@ def residual_norm(
         branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
             so that its gradient needs no pass of its own. See `takes_bias`.
 
-    Returns: (B, ..., C) in the dtype of x, and the same in the dtype `copy`, written in the same
-        pass (the same numbers in memory where the dtypes are equal).
-    Raises: ShapeError: if branch, vectors or scale do not fit x.
+    Returns: the sum (B, ..., C) in the dtype of x, and the sum in the dtype `copy`, written in the
+        same pass. If the dtypes are equal, the two results share memory.
+    Raises: ShapeError: if branch, weight, bias, branch_bias or scale does not fit the shape of x.
     """
     vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
     check_stream("residual_norm", x, branch, scale, **vectors)
@@ -126,8 +127,8 @@ def takes_bias(branch: Tensor, width: int) -> bool:
     """Returns whether a branch's last layer should leave its bias to `residual_norm`'s kernels.
 
     Args:
-        branch: The input of that layer.
-        width: C, channels of its output.
+        branch: Input of the branch's last layer.
+        width: C, channels of that layer's output.
     """
     return implementation("residual_norm", branch, width=width, biased=True) == "triton"
 
@@ -207,9 +208,12 @@ def residual_norm_forward(
     dtype: torch.dtype,
     copy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x + scale * norm(branch + branch_bias) in `dtype` and `copy`, and rows' statistics.
+    """Returns y = x + scale * LayerNorm(branch + branch_bias), and statistics of the branch.
 
-    Without x and scale it is LayerNorm. The statistics are the mean and 1/deviation.
+    Without x and scale, y is LayerNorm(branch + branch_bias).
+
+    Returns: y in `dtype`, y in `copy` (empty if `copy` is None), and the mean and the 1/deviation
+        of each row of branch + branch_bias, (rows,) float32.
     """
     rows, constants = rows_of(branch), tile(branch.shape[-1])
     y = torch.empty_like(branch, dtype=dtype)
@@ -236,7 +240,11 @@ def residual_norm_backward(
     rstd: Tensor,
     dx: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dy + dcopy in the dtype `dx`, and gradients of branch, weight, bias, branch_bias."""
+    """Returns the gradients of x, branch, weight, bias and branch_bias.
+
+    dy and dcopy are the gradients of the first two results of `residual_norm_forward`; one of them
+    may be None. The gradient of x is dy + dcopy in the dtype `dx`; if `dx` is None, it is empty.
+    """
     rows = rows_of(branch)
     constants, tiles, programs = backward_launch(rows, branch.shape[-1])
     total = None if dx is None else torch.empty_like(branch, dtype=dx)
@@ -281,15 +289,16 @@ residual_norm_forward.register_autograd(
 
 
 class Twice(torch.autograd.Function):
-    """The operation with one result in two tensors over the same memory.
+    """`residual_norm_forward` that returns its sum as two tensors over the same memory.
 
-    Their gradients are then summed in the backward kernel, instead of in a separate pass as for a
-    tensor used twice. A custom operation may not return such a pair.
+    The gradients of the two tensors are summed in the backward kernel. For a single tensor that is
+    used twice, torch would sum them in a separate pass. A custom operation of torch may not return
+    two tensors that share memory.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Runs the operation; both results share the memory of the sum."""
+        """Returns y twice, over the same memory, then each row's mean and 1/deviation."""
         y, _, mean, rstd = residual_norm_forward(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)
@@ -301,7 +310,10 @@ class Twice(torch.autograd.Function):
 def implementation(
     op: str, branch: Tensor, *, width: int | None = None, **case: Any
 ) -> choose.Implementation:
-    """Returns the implementation for a branch whose norm has `width` channels (None: its own)."""
+    """Returns the implementation of an operation for a branch.
+
+    `width` is the number of channels of the norm, or None if it is that of `branch`.
+    """
     return choose.implementation(
         op,
         branch.device.type,
@@ -315,7 +327,10 @@ def implementation(
 def check_stream(
     where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
 ) -> None:
-    """Checks that a branch, a factor per sample and vectors of channels fit the stream."""
+    """Checks that branch has the shape of x, scale the shape (B,), and each vector (C,).
+
+    Raises: ShapeError: if a shape differs.
+    """
     check_shapes(
         where,
         f"the stream {tuple(x.shape)}",
@@ -326,7 +341,7 @@ def check_stream(
 
 
 def factors(scale: Tensor | None) -> Tensor | None:
-    """Returns drop path's factors in the kernels' form."""
+    """Returns drop path's factors in float32, as the kernels need them, or None if `scale` is."""
     return None if scale is None else scale.float()
 
 
@@ -338,12 +353,12 @@ _TILE = 4096
 
 
 def rows_of(values: Tensor) -> int:
-    """Returns the number of rows, each along the last dimension."""
+    """Returns the number of rows of a tensor; a row runs along the last dimension."""
     return values.numel() // values.shape[-1]
 
 
 def tile(width: int) -> dict[str, int]:
-    """Returns the constants of a launch for rows of `width` channels, 32 to 8192."""
+    """Returns the compile-time constants of a launch for rows of `width` channels, 32 to 8192."""
     block = 1 << (int(width) - 1).bit_length()
     rows = max(1, _TILE // block)
     return {"C": int(width), "ROWS": rows, "BLOCK": block, "num_warps": rows * block // 512}
@@ -352,7 +367,10 @@ def tile(width: int) -> dict[str, int]:
 def backward_launch(
     rows: int, width: int, layer_scale: bool = False
 ) -> tuple[dict[str, int], int, int]:
-    """Returns the constants of a backward's launch, and its numbers of tiles and programs."""
+    """Returns the constants of a backward kernel's launch, and the numbers of tiles and programs.
+
+    `layer_scale` says whether the kernel also reads the branch for LayerScale's gradient.
+    """
     constants = tile(width)
     if width % 8:
         # Rows that cannot be loaded in vectors take more registers for addresses.
@@ -370,14 +388,20 @@ def backward_launch(
 
 
 def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
-    """Returns memory for a vector's gradient, a row for each program; None without a vector."""
+    """Returns memory for partial sums of a vector's gradient: (programs, C) float32.
+
+    Returns None if `vector` is None.
+    """
     if vector is None:
         return None
     return vector.new_empty(programs, vector.shape[0], dtype=torch.float32)
 
 
 def summed(partial: Tensor | None, vector: Tensor | None) -> Tensor | None:
-    """Returns the gradient of a vector: the sum of its partial rows, in the vector's dtype."""
+    """Sums (programs, C) partial sums to a vector's gradient (C,), in the vector's dtype.
+
+    Returns None if `partial` is None.
+    """
     return None if partial is None else partial.sum(0).to(vector.dtype)
 
 
@@ -392,7 +416,7 @@ _ODD_WIDTHS = range(32, 2049)
 def untested(
     *, width: int, empty: bool, biased: bool = False, gamma: bool = False, **dtypes: torch.dtype
 ) -> str:
-    """Returns why the kernels are not tested in a case, or ""."""
+    """Returns why the kernels are not tested in a case, or "" if they are tested."""
     if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
     if (biased or gamma) and width not in _WIDTHS_OF_THREE:

@@ -15,7 +15,10 @@ import triton.language as tl
 
 @triton.jit
 def locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
-    """Returns offsets and masks of a tile: (ROWS,), (ROWS,), (ROWS, BLOCK), (ROWS, BLOCK)."""
+    """Returns the row numbers of a tile and their mask, then the elements' offsets and their mask.
+
+    The first two results are (ROWS,), the last two (ROWS, BLOCK).
+    """
     row = number * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = row < rows
@@ -32,7 +35,10 @@ def _vector(POINTER, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def standardise(values, eps, mask, C: tl.constexpr):
-    """Returns rows with mean 0 and variance 1 (0 outside of the mask), mean and 1/deviation."""
+    """Returns rows with mean 0 and variance 1, and each row's mean and 1/deviation.
+
+    Outside of the mask, the rows are 0.
+    """
     mean = tl.sum(values, 1) / C
     centred = tl.where(mask, values - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
@@ -41,7 +47,11 @@ def standardise(values, eps, mask, C: tl.constexpr):
 
 @triton.jit
 def _norm_gradient(weighted, normed, rstd, C: tl.constexpr):
-    """Returns the gradient of a norm's input, from that of its output times the weight."""
+    """Returns the gradient of a LayerNorm's input.
+
+    `weighted` is the gradient of the LayerNorm's output times the weight, and `normed` the input
+    with mean 0 and variance 1.
+    """
     along = tl.sum(weighted * normed, 1) / C
     centred = weighted - (tl.sum(weighted, 1) / C)[:, None] - normed * along[:, None]
     return centred * rstd[:, None]

@@ -1,7 +1,7 @@
-"""The end of the objective: whitens the teacher's tokens, and takes smooth L1 to the student's.
+"""Computes the distillation loss: smooth L1 from the student's map to the whitened teacher's map.
 
-On GPUs torch.compile needs one pass over both maps each way, like hand-written kernels; on CPUs
-plain torch runs.
+On GPUs torch.compile makes one pass over the two maps in forward and one in backward, as many as
+hand-written kernels would make. On CPUs plain torch runs.
 
 Source: Wei et al., arXiv 2205.14141; beta and eps as in the official code.
 """
@@ -35,11 +35,11 @@ def whiten(feature_map: Tensor, eps: float = 1e-5) -> Tensor:
 def whitened_loss(
     student_map: Tensor, teacher_map: Tensor, *, beta: float = 2.0, eps: float = 1e-5
 ) -> Tensor:
-    """Smooth L1 between the student's map and the whitened teacher's map.
+    """Computes smooth L1 between the student's map and the whitened teacher's map.
 
     Args:
         student_map: (B, N, C), projected to the teacher's width, any float dtype.
-        teacher_map: (B, N, C), after the teacher's final norm, not whitened; takes no gradient.
+        teacher_map: (B, N, C), after the teacher's final norm, not yet whitened; takes no gradient.
         beta: Difference at which the loss turns from quadratic to linear, in whitened units.
         eps: Added to the variance of a teacher's token.
 

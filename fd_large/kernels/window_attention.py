@@ -1,10 +1,10 @@
-"""Computes attention from the qkv projection to the output projection, without moving tokens.
+"""Computes attention between the qkv projection and the output projection, without moving tokens.
 
-One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
-shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its
-backward. The plain version in `window_attention_reference.py` rolls the map and copies windows; the
-Triton kernels, launched in `window_attention_launch.py`, read and write tokens in place.
-`choose.py` selects the implementation.
+One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product).
+It includes shift, windows, normalisation, scale, position bias, masks, softmax, weighted sum, and
+the backward of all these. The plain version in `window_attention_reference.py` rolls the map and
+copies windows; the Triton kernels, launched in `window_attention_launch.py`, read and write tokens
+in place. `choose.py` selects the implementation.
 
 Matrix products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in
 float32 (float64 in a float64 run).
@@ -52,11 +52,13 @@ def window_attention(
         cosine: Whether logits are cosines of q and k instead of dot products.
         bias: (2, C), added to queries and to values, so that its gradient needs no pass of its own.
         table: ((2w - 1)^2, h) float32, added to the logits by offset; None without a position bias.
-        memory: "keep" stores the (N, N) maps for backward; "recompute" computes them again;
-            "sequential" does so for a few windows at a time.
+        memory: What the plain version does with the (N, N) attention maps until backward: "keep"
+            stores them, "recompute" computes them again, and "sequential" computes them again for
+            a few windows at a time.
 
     Returns: (B, H, W, C), dtype of qkv.
-    Raises: ConfigError: for "keep" on a GPU without kernels: the maps would fill its memory.
+    Raises: ConfigError: if `memory` is "keep" in training on a GPU and the Triton kernels do not
+        run, because the attention maps would fill the GPU's memory.
     """
     height, width = qkv.shape[1:3]
     layout = Layout(num_heads, height, width, (window, window), shift, cosine)
@@ -151,7 +153,7 @@ def untested(
     qkv: torch.dtype,
     bias: torch.dtype,
 ) -> str:
-    """Returns why the kernels are not tested in a case, or ""."""
+    """Returns why the kernels are not tested in a case, or "" if they are tested."""
     if empty:
         return "no tokens"
     if not 16 <= head_width <= 128:

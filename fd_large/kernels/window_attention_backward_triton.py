@@ -1,12 +1,14 @@
-"""Attention's backward: a launch of three kinds of programs, and one that sums table gradients.
+"""Attention's backward: one launch computes the gradients, a second sums the bias table's gradient.
 
-The kinds compute the gradient of q for a tile of queries, the gradients of k and v for a tile of
-keys, and the gradient of the bias table, which is summed over windows in a fixed order in
-registers. Programs run head by head, so that each kind finds the others' inputs in the cache.
+The first launch has three kinds of programs. They compute the gradient of q for a tile of queries,
+the gradients of k and v for a tile of keys, and the gradient of the bias table, which is summed
+over windows in a fixed order in registers. Programs run head by head, so that the inputs that the
+three kinds share stay in the cache.
 
 The table's gradient has two stages and no atomics. Its tiles pair rows of a window with rows of
-the same window, so that along a diagonal of tiles all sums belong to the same offsets; a few (w,
-w) blocks are stored for each offset of rows, and a second kernel gathers them in a fixed order.
+the same window, so that along a diagonal of tiles all sums belong to the same offsets. The first
+stage stores a few (w, w) blocks for each offset of rows, and the second stage sums these blocks in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ from fd_large.kernels.window_attention_triton import (
 
 @triton.jit
 def _through_unit(gradient, unit, factor, COSINE: tl.constexpr):
-    """Returns the gradient before normalisation."""
+    """Returns the gradients of vectors, from the gradients of the vectors scaled to norm 1.
+
+    `unit` holds the scaled vectors and `factor` their scales. For a dot product, which scales no
+    vectors, the gradients are returned unchanged.
+    """
     if COSINE:
         along = tl.where(factor < 1.0 / EPS, tl.sum(gradient * unit, 1), 0.0)
         gradient = (gradient - unit * along[:, None]) * factor[:, None]
@@ -48,9 +54,9 @@ def _backward_keys(
 ):  # fmt: skip
     """Accumulates the gradient of one tile of queries over a range of keys.
 
-    `total` is the gradient of q over scale. For the scale's gradient, `excess` is the sum of the
-    gradients of a query's logits, which is 0 in exact arithmetic, and `cosine` the mean of its
-    cosines.
+    Returns the new `total`, `excess` and `cosine`. `total` is the gradient of q divided by scale.
+    For the scale's gradient, `excess` is the sum of the gradients of a query's logits, which is 0
+    in exact arithmetic, and `cosine` is the mean of its cosines, weighted by the softmax.
     """
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -78,7 +84,10 @@ def _backward_queries(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Accumulates the gradients of one tile of keys, the rows here, over a range of queries."""
+    """Accumulates the gradients of one tile of keys and values over a range of queries.
+
+    Returns the new dk and dv. Keys are the rows of the tile, and queries the columns.
+    """
     row, inside, offset, region, q, _ = load_queries(
         number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
     )
@@ -116,7 +125,7 @@ def _query_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of q, bias and scale: a tile of queries of every chunks-th window."""
+    """Computes gradients of q, bias and scale for a tile of queries in every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     dtype: tl.constexpr = QKV.dtype.element_ty
@@ -164,7 +173,7 @@ def _key_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of k and v: a tile of keys of every chunks-th window."""
+    """Computes the gradients of k and v for a tile of keys in every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     C = heads * D
@@ -191,9 +200,10 @@ def _key_part(
 @triton.jit
 def _slots(block, blocks, PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
            ROW: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Returns the indices of the tokens in a block's slots; past the last token for empty slots.
+    """Returns the index of the token in each slot of a block of rows of the window.
 
-    A slot is (row, column), with rows padded to ROW; the block after the last is the prefix.
+    A slot is (row, column), with rows padded to ROW slots. An empty slot gets an index past the
+    last token. The block with the number `blocks`, after the last, holds the prefix tokens.
     """
     slot = tl.arange(0, SLOTS)
     y, x = block * (SLOTS // ROW) + slot // ROW, slot % ROW
@@ -211,11 +221,12 @@ def _table_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, SLOTS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Computes the table's gradient: a diagonal of tiles, summed along it and over windows.
+    """Computes the table's gradient on one diagonal of tiles, for every groups-th window.
 
-    A program takes every groups-th window.
-
-    The tiles (I, I - d) make a diagonal; the prefix's row, column and corner are three more.
+    A tile pairs a block of queries with a block of keys. The tiles (I, I - d) make a diagonal, and
+    the gradient is summed along the diagonal and over the windows. With a prefix, the tiles that
+    pair prefix with patches, patches with prefix, and prefix with prefix count as three more
+    diagonals.
     """
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R
@@ -288,7 +299,10 @@ def _backward(
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of queries, of keys and values, and of the table."""
+    """Computes a part of the gradients of queries, of keys and values, or of the table.
+
+    The number of the program decides which part. DBIAS, DSCALE and PARTS receive partial sums.
+    """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     KINDS: tl.constexpr = 2 * ((WH + SLOTS // ROW - 1) // (SLOTS // ROW)) - 1 + 3 * PREFIX
@@ -329,7 +343,11 @@ def gather_table(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the parts of each offset, in the order of groups, row distances and columns."""
+    """Sums the partial gradients of each offset of the table, by group, row distance and column.
+
+    The order is fixed, so that the sums are reproducible. Rows of the table for prefix tokens are
+    not written.
+    """
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R
     KINDS: tl.constexpr = 2 * BLOCKS - 1 + 3 * PREFIX

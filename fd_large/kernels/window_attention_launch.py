@@ -19,7 +19,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Partials(NamedTuple):
-    """Shapes of the float32 partial sums of backward."""
+    """Shapes of backward's float32 partial sums for the gradients of table, bias and scale."""
 
     table: tuple[int, ...]
     bias: tuple[int, ...]
@@ -28,7 +28,7 @@ class Partials(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Places of the tokens, and the kernels' tiles.
+    """Sizes of an attention's map, windows and heads, and the sizes of the kernels' tiles.
 
     Attributes:
         num_heads: h.
@@ -38,7 +38,8 @@ class Geometry:
         window: Rows and columns of a window.
         shift: Offset of the windows in both directions, in tokens.
         cosine: Whether q and k are normalised.
-        prefix: Number of tokens before the map's; if there are any, the window is the whole map.
+        prefix: Number of prefix tokens, which come before the map's tokens. If it is not 0, the
+            window is the whole map.
     """
 
     num_heads: int
@@ -52,7 +53,7 @@ class Geometry:
 
     @classmethod
     def of(cls, qkv: Tensor, numbers: Sequence[int]) -> Geometry:
-        """Returns the geometry from the operation's arguments."""
+        """Returns the geometry for `forward`'s arguments `qkv` and `numbers`."""
         heads, height, width, rows, columns, shift, cosine = numbers
         head_width, prefix = qkv.shape[2] // (3 * heads), qkv.shape[1] - height * width
         return cls(heads, head_width, height, width, (rows, columns), shift, bool(cosine), prefix)
@@ -64,33 +65,36 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        """N, the tokens of a window."""
+        """N, the number of tokens of a window, prefix tokens included."""
         return self.prefix + self.window[0] * self.window[1]
 
     @property
     def padded_width(self) -> int:
-        """Head width, padded for tiles."""
+        """Head width, rounded up to a power of 2 that is at least 16, as tiles need."""
         return max(16, _power_of_2(self.head_width))
 
     @property
     def tile(self) -> int:
-        """Tokens of a program; fewer if wide heads would spill registers."""
+        """Number of tokens in a program's tile; fewer if wide heads would spill registers."""
         few = self.padded_width > 64 or (self.padded_width == 64 and self.cosine)
         return min(32 if few else 64, max(16, _power_of_2(self.tokens)))
 
     @property
     def tiles(self) -> int:
-        """Programs per window and head."""
+        """Number of tiles of tokens in a window, which is the number of programs for each head."""
         return blocks(self.tokens, self.tile)
 
     @property
     def step(self) -> int:
-        """Keys in a step of the forward; the backward takes 16, as registers allow."""
+        """Number of keys in a step of the forward's loop; the backward always takes 16."""
         return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property
     def rest(self) -> int:
-        """Number of keys after the forward's whole steps, which take a step of 16; 0 if padded."""
+        """Number of keys left after the forward's full steps, which a last step of 16 takes.
+
+        It is 0 if a full step with padding takes them instead.
+        """
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 
@@ -101,29 +105,30 @@ class Geometry:
 
     @property
     def slots(self) -> int:
-        """Side of a tile of the table's gradient."""
+        """Side of a tile of the table's gradient, in slots."""
         return max(32 if self.padded_width <= 64 else 16, self.row)
 
     @property
     def kinds(self) -> int:
-        """Number of diagonals of tiles in the table's gradient; a prefix adds three."""
+        """Number of diagonals of tiles in the table's gradient; a prefix token adds three."""
         return 2 * blocks(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:
-        """Returns the number of programs for a head's windows, per tile of queries or keys.
+        """Returns how many programs share the windows of a batch, per head and tile of tokens.
 
-        Like `groups`, it depends on shapes only, so that sums have the same order on every device.
-        Fewer partial sums mean less traffic; enough programs for a large GPU remain.
+        Like `groups`, the number depends on shapes only, so that sums have the same order on every
+        device. Fewer programs make fewer partial sums and so less memory traffic; enough programs
+        remain for a large GPU.
         """
         windows = batch * self.windows
         return blocks(windows, max(1, min(4, windows * self.num_heads * self.tiles // 2048)))
 
     def groups(self, batch: int) -> int:
-        """Returns the number of programs for windows, per diagonal of the table's gradient."""
+        """Returns how many programs share a batch's windows, per head and diagonal of the table."""
         return min(batch * self.windows, blocks(512, self.num_heads * self.kinds))
 
     def partials(self, batch: int) -> Partials:
-        """Returns the shapes of the backward's partial sums."""
+        """Returns the shapes of backward's partial sums for a batch of `batch` images."""
         block = (2 * (self.slots // self.row) - 1, self.window[1], self.window[1])
         programs = self.chunks(batch) * self.tiles
         return Partials(
@@ -145,10 +150,10 @@ def forward(
     scale: Tensor,
     numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the attention (B, N, C), and log2 of the softmax's sums (h, B, N) float32.
+    """Returns attention's output (B, N, C), and log2 of each softmax's denominator.
 
-    The numbers are heads, rows and columns of the map and of a window, shift, and whether q and k
-    are normalised.
+    The logarithms are (h, B, N) float32. `numbers` holds the number of heads, the rows and columns
+    of the map, the rows and columns of a window, the shift, and 1 if q and k are normalised or 0.
     """
     geometry = Geometry.of(qkv, numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -176,7 +181,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, bias, table and scale, the last three in float32.
 
-    The scale of a dot product is a constant, which has no gradient.
+    The scale of a dot product is a constant, for which the fourth result is empty.
     """
     geometry = Geometry.of(qkv, numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]
@@ -239,7 +244,10 @@ forward.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _in_bits(table: Tensor | None) -> Tensor | None:
-    """Returns the table by heads, in units of log 2, because the kernels use powers of 2."""
+    """Returns the table as (h, R) times log2(e), because the kernels compute powers of 2.
+
+    Returns None if there is no table.
+    """
     if table is None:
         return None
     turned = table.new_empty(table.shape[::-1])
@@ -268,7 +276,10 @@ def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _product_flops(qkv: Any, window: tuple[int, int], height: int, width: int) -> int:
-    """Returns the FLOPs of one of attention's products, such as queries times keys."""
+    """Returns the FLOPs of one matrix product of attention, such as queries times keys.
+
+    `qkv` is the shape (B, N, 3C); `height` and `width` are those of the map.
+    """
     batch, tokens, channels = qkv
     if window == (height, width):
         pairs = tokens * tokens

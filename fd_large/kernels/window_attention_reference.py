@@ -29,7 +29,7 @@ _SEQUENTIAL_ELEMENTS = 2**26
 
 
 class Layout(NamedTuple):
-    """Tokens that attend to one another: heads, and the windows of a map.
+    """Heads, and windows of a map whose tokens attend to one another.
 
     Attributes:
         num_heads: h.
@@ -56,14 +56,14 @@ def reference(
     layout: Layout,
     memory: Memory = "keep",
 ) -> Tensor:
-    """Computes the operation in plain torch, with autograd's backward.
+    """Computes attention in plain torch; autograd computes the backward.
 
     Args:
         qkv: (B, N, 3C), prefix tokens, if any, and then the rows of the map; with a prefix, the
             window is the map.
         bias: (2, C) or None.
         table: (R, h) or None.
-        scale: A number or (h,).
+        scale: Factor of the logits, a number or (h,).
         layout: Heads and windows.
         memory: As in `window_attention`.
 
@@ -115,7 +115,8 @@ def _groups(
 ) -> Tensor:
     """Computes attention among the N tokens of each of the B * nW windows.
 
-    q, k, v and the result are (B * nW, h, N, D); regions is (nW, N), or None.
+    q, k, v and the result are (B * nW, h, N, D); index is (N, N) or None, regions (nW, N) or None.
+    `windows` is nW, the number of windows of an image.
     """
     if memory == "keep":
         return _group_attention(q, k, v, scale, cosine, table, index, regions)
@@ -169,7 +170,10 @@ def _group_attention(
 
 
 def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the mask added to logits of queries (rows) and keys (columns): (nW, N, N)."""
+    """Returns the mask that is added to the logits, (nW, N, N) with queries before keys.
+
+    It is -100 between tokens of different regions, -inf for keys that are padding, and else 0.
+    """
     queries, keys = regions[:, :, None], regions[:, None, :]
     mask = (queries != keys).to(dtype) * REGION_PENALTY
     return mask.masked_fill_(keys == PADDING, -torch.inf)
@@ -179,10 +183,10 @@ def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
 def region_ids(
     height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
 ) -> Tensor:
-    """Returns ids of the regions in each (shifted) window: (nW, N) int64.
+    """Returns the region id of each token of each (shifted) window: (nW, N) int64.
 
-    After the roll, the last windows hold parts from opposite edges of the map: tokens with
-    different ids were not neighbours. Padding has the id -1.
+    After the roll, the last windows hold parts from opposite edges of the map; tokens from
+    different parts have different ids. Padding has the id -1.
 
     Args:
         height: Rows of the map before padding.
@@ -220,9 +224,10 @@ def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.
 def position_index(rows: int, columns: int, prefix: int, device: torch.device) -> Tensor:
     """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
-    Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. Prefix
-    tokens come first and share the last three rows, like BEiT's CLS: from prefix to patch, from
-    patch to prefix, among prefix tokens.
+    For patches, the row is (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) =
+    query - key. Prefix tokens come before the patches. The last three rows of the table are for
+    pairs with prefix tokens, like BEiT's CLS: from prefix to patch, from patch to prefix, and
+    between prefix tokens.
     """
     return _position_index(rows, columns, prefix, device)
 

@@ -20,7 +20,10 @@ EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def dot(a, b, INTERPRETED: tl.constexpr):
-    """Multiplies tiles; in float32 under Triton's interpreter, which gets bfloat16 wrong."""
+    """Returns the matrix product of two tiles.
+
+    Triton's interpreter multiplies bfloat16 incorrectly, so it gets the tiles in float32.
+    """
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -30,7 +33,7 @@ def dot(a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Rounds float32 to a narrower type, to nearest even, as a GPU does."""
+    """Rounds float32 to `dtype`, to nearest even, in Triton's interpreter as on a GPU."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -44,9 +47,11 @@ def place(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Returns rows, existence masks, table offsets and region ids of a window's tokens.
+    """Returns four values for each token of a window whose index is in `number`.
 
-    Indices below PREFIX are the image's prefix tokens; the others count along the window's rows.
+    They are the token's row in the (B * N, ...) tensors, whether the token exists, its offset in
+    the position table, and its region id. Indices below PREFIX are the image's prefix tokens;
+    higher indices count along the window's rows.
     """
     columns = tl.cdiv(W, WW)
     of_image = columns * tl.cdiv(H, WH)
@@ -75,7 +80,7 @@ def place(
 
 @triton.jit
 def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's D values of each token; 0 for missing tokens."""
+    """Returns a head's values of each token, (tokens, BD); 0 for missing tokens and past D."""
     d = tl.arange(0, BD)
     at = row[:, None] * stride + (column + d)[None, :]
     return tl.load(POINTER + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
@@ -83,7 +88,7 @@ def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's D biases as float32; 0 without a bias."""
+    """Returns a head's bias, (1, BD) float32; zeros if there is no bias."""
     d = tl.arange(0, BD)
     bias = tl.zeros([BD], tl.float32)
     if BIAS is not None:
@@ -93,7 +98,7 @@ def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def unit_factor(x, COSINE: tl.constexpr):
-    """Returns the factor that scales vectors to an L2 norm of 1; 1 for a dot product."""
+    """Returns the factors that scale vectors to an L2 norm of 1, or 1 if COSINE is false."""
     x = x.to(tl.float32)
     factor = tl.full([x.shape[0]], 1.0, tl.float32)
     if COSINE:
@@ -107,7 +112,10 @@ def load_queries(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns rows, masks, offsets, regions, unit vectors and factors of queries."""
+    """Returns the results of `place` for a tile of queries, the scaled queries and their factors.
+
+    The factors come from `unit_factor`. The queries, with their bias, are multiplied by them.
+    """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)
     q += load_bias(BIAS, head * D, D, BD)
@@ -121,9 +129,10 @@ def load_keys(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the rows, masks, offsets, regions, k, v and factors of k of some keys.
+    """Returns the results of `place` for a tile of keys, then k, v and the factors of k.
 
-    k and v are as stored: k has no bias, and v's is added later, since weights sum to 1.
+    k and v are as stored. k has no bias; the bias of v is added to the output instead, because the
+    softmax's weights sum to 1. The factors, from `unit_factor`, are not applied yet.
     """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     k = load_head(QKV, row, inside, C + head * D, 3 * C, D, BD)
@@ -136,9 +145,10 @@ def add_bias(
     logits, TABLE, number_i, number_j, offset_i, offset_j, region_i, region_j,
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Adds a head's position bias and the penalty between regions, both in units of log 2.
+    """Returns the logits plus a head's position bias and the penalty between regions.
 
-    i are queries and j keys; the caller chooses which are rows.
+    Logits, bias and penalty are in units of log 2. Names that end in _i are for queries, and names
+    in _j for keys; the caller decides which of the two are the rows of the tile.
     """
     if TABLE is not None:
         at = offset_i - offset_j + ((WH - 1) * (2 * WW - 1) + WW - 1)
@@ -157,7 +167,10 @@ def output_terms(
     row, inside, BIAS, OUT, DOUT, LSE, rows, head, C,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Returns the output gradient, lse and delta = sum(do * (o - bias)) of queries."""
+    """Returns dout, lse and delta = sum(dout * (out - bias of v)) of each query.
+
+    lse is log2 of the denominator of a query's softmax.
+    """
     dout = load_head(DOUT, row, inside, head * D, C, D, BD)
     out = load_head(OUT, row, inside, head * D, C, D, BD).to(tl.float32)
     out -= load_bias(BIAS, C + head * D, D, BD)
@@ -171,9 +184,10 @@ def softmax_gradient(
     rows, columns, drows, dcolumns, scale, bias, lse, delta, key_inside,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Returns a tile's products, its weights (recomputed from lse), and its logits' gradient.
+    """Returns a tile's dot products, softmax weights (recomputed from lse) and logits' gradient.
 
-    Rows are queries and columns keys, or the reverse; the other arguments match.
+    `rows` are queries and `columns` keys, or the reverse. For keys, `drows` or `dcolumns` holds v;
+    for queries, the gradient of the output.
     """
     product = dot(rows, tl.trans(columns), INTERPRETED)
     weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)
@@ -189,7 +203,10 @@ def _forward_keys(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Makes one step of the running softmax, over the keys with the indices `number`."""
+    """Makes one step of the running softmax, over the keys with the indices `number`.
+
+    Returns the new maximum, sum and output of each query.
+    """
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
     )

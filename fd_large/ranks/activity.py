@@ -1,7 +1,7 @@
 """The current work of this process, displayed by `runtime/display.py`.
 
-Anything that may take longer than a few seconds is a piece of work; work begun during other work
-is a part of it. Recording work costs nothing and displays nothing.
+Anything that may take longer than a few seconds is recorded as a piece of work. A piece that begins
+during another piece is a part of the other. Recording alone displays nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Work:
         description: The work in words.
         total: Number of units of the work; None if unknown.
         unit: Unit of the count.
-        done: Number of units that were finished before.
+        done: Number of units that were finished before this piece of work began.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Work:
         _changed()
 
     def advance(self, amount: float = 1, description: str | None = None) -> None:
-        """Adds finished units."""
+        """Adds `amount` finished units, and replaces the description if one is passed."""
         self.reach(self.done + amount)
         self.what = without_secrets(description or self.what)
 
@@ -51,13 +51,16 @@ class Work:
         _changed()
 
     def end(self) -> None:
-        """Ends the work."""
+        """Ends the work, which removes it from the current work."""
         if self in _works:
             _works.remove(self)
             _changed()
 
     def seconds_left(self, now: float) -> float | None:
-        """Returns the remaining seconds at the present speed, or None if unknown."""
+        """Returns the remaining seconds at the present speed, or None if unknown.
+
+        `now` is a time of `time.monotonic`.
+        """
         fresh = self.done - self._first
         if not self.total or fresh <= 0:
             return None
@@ -84,7 +87,7 @@ def work(description: str, total: float | None = None, unit: str = "") -> Iterat
 
 
 def counted(items: Collection[T], description: str, unit: str) -> Iterator[T]:
-    """Yields items and counts the finished ones."""
+    """Yields the items, and records the loop as a piece of work that counts the finished items."""
     with work(description, len(items), unit) as begun:
         for item in items:
             yield item
@@ -92,12 +95,15 @@ def counted(items: Collection[T], description: str, unit: str) -> Iterator[T]:
 
 
 def current() -> tuple[Work, ...]:
-    """Returns the present work, the outermost first."""
+    """Returns the pieces of work in progress, the outermost first."""
     return tuple(_works)
 
 
 def describe(works: tuple[Work, ...], now: float) -> str:
-    """Returns work in words, with elapsed and remaining time."""
+    """Describes nested pieces of work in words, with elapsed and, if known, remaining time.
+
+    `now` is a time of `time.monotonic`.
+    """
     text = ": ".join(str(piece) for piece in works)
     left = next((s for piece in works[::-1] if (s := piece.seconds_left(now)) is not None), None)
     text += f"; {clock(now - works[-1].began)} so far"

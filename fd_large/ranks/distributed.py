@@ -1,8 +1,8 @@
 """Makes the process group of all ranks, and small collectives.
 
-This is the only wrapper of torch.distributed. It knows nothing of DeepSpeed, whose
-`init_distributed` finds the group that `start` made and keeps it. Everything but `start` and
-`node_group` also works before `start`, as rank 0 of 1.
+This is the only wrapper of torch.distributed. It does not use DeepSpeed, whose `init_distributed`
+keeps the process group that `start` made. All functions but `node_group` and `neighbours` also work
+before `start`, as on rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
-    """Returns the number of descriptors that rank 0, which has the most, may come to hold.
+    """Returns how many file descriptors rank 0 may hold at once; the other ranks hold fewer.
 
     Each rank has two connections to the store of rank 0. The other descriptors are files, tens of
     connections of collectives, and tensors from loading processes.
@@ -62,18 +62,20 @@ def start(
     timeout_seconds: float = failures.LONGEST_WAIT_SECONDS,
     is_guest: bool = False,
 ) -> Launch:
-    """Makes the process group of all ranks and starts the watch; once, at the start of a run.
+    """Makes the process group of all ranks and starts the watch over the other ranks.
 
-    Collectives run over NCCL on CUDA tensors and gloo on CPU tensors; ranks of one host use only
-    its loopback interface, and a single rank opens no socket. The launch is also written to the
-    environment variables that torch and DeepSpeed read.
+    If `start` has made the group before, this call changes nothing. Collectives run over NCCL on
+    CUDA tensors and gloo on CPU tensors; ranks of one host use only its loopback interface, and a
+    single rank opens no socket. The launch is also written to the environment variables that torch
+    and DeepSpeed read.
 
     Args:
-        launch: This process's rank, launcher and meeting place; None asks `find_launch`.
+        launch: This process's rank and launcher, and the address where the ranks meet; None for
+            the result of `find_launch`.
         timeout_seconds: Time that a collective waits for a rank before it fails.
         is_guest: Whether the process belongs to other code, such as a notebook, and is never ended.
 
-    Returns: the launch that was used, also when the group existed before.
+    Returns: the launch with which the group was made, by this call or an earlier one.
     Raises:
         LaunchError: If the ranks do not meet, or this rank has no GPU of its own.
     """
@@ -127,7 +129,10 @@ def is_guest() -> bool:
 
 
 def raise_open_files() -> tuple[int, int]:
-    """Raises this process's limit of open files to the hard limit; returns the previous limits."""
+    """Raises this process's soft limit of open files to the hard limit.
+
+    Returns: the previous soft limit, and the hard limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return soft, hard
@@ -145,10 +150,12 @@ def stop() -> None:
 
 
 def leave(code: int) -> int:
-    """Ends a rank after its work: at once with several ranks, else by returning the code.
+    """Ends a rank whose work is done.
 
-    With offload on CPUs (DeepSpeed 0.19.8) a rank now and then aborted while the interpreter shut
-    down, all work done; ending the process at once avoids that.
+    If there are several ranks, the process ends here with the exit code `code`, after a barrier. A
+    single rank destroys its process group and returns `code`. With offload on CPUs (DeepSpeed
+    0.19.8) a rank now and then aborted while the interpreter shut down, when all work was done;
+    ending the process at once avoids that.
     """
     if world_size() == 1:
         stop()
@@ -165,7 +172,8 @@ def leave(code: int) -> int:
 def _take_gpu(launch: Launch) -> None:
     """Makes this rank's GPU the current device, with expandable memory segments.
 
-    Raises: LaunchError: if this rank has none of its own, or its collectives would share a queue.
+    Raises: LaunchError: if this rank has no GPU of its own, or if CUDA_DEVICE_MAX_CONNECTIONS puts
+        the collectives of all process groups into one queue.
     """
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and launch.world_size > 1:
         raise LaunchError(
@@ -191,7 +199,7 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
 
     Args:
         launch: Place of this rank among all ranks.
-        name: Beginning of the keys in the store at which they meet.
+        name: Prefix of this job's keys in the store at which the ranks meet.
         timeout_seconds: Time that a collective waits for a rank before it fails.
 
     Raises: LaunchError: if the ranks do not meet.
@@ -226,6 +234,8 @@ def _make_group_of_one() -> None:
 
     gloo and NCCL listen on a socket even for one rank. torch's "fake" group ignores other ranks'
     data, which is right for a single rank.
+
+    Raises: LaunchError: if a collective of the group does not copy its input.
     """
     # Its import makes the group known.
     import torch.testing._internal.distributed.fake_pg
@@ -247,15 +257,16 @@ def _store_of(
 ) -> dist.Store:
     """Connects to the store at which the ranks meet, as soon as it exists.
 
-    Ranks of one host meet on a socket bound to the loopback interface, whereas torch's own store
-    and torchrun's listen on all interfaces. torchrun's store then only gives the address.
+    Ranks of one host meet on a socket that is bound to the loopback interface, whereas the stores
+    of torch and torchrun listen on all interfaces. If torchrun has a store, these ranks only read
+    the port of the socket from it.
 
     Args:
         launch: Place of this rank among all ranks.
-        name: Beginning of the keys in the store.
-        timeout_seconds: Time limit of the attempts.
-        for_group: Whether the store is the process group's, opened by rank 0, or a further
-            connection.
+        name: Prefix of this job's keys in the store.
+        timeout_seconds: Time after which connecting fails.
+        for_group: True for the process group's connection, for which rank 0 opens the store; False
+            for a further connection.
     """
     timeout = timedelta(seconds=timeout_seconds)
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -287,8 +298,9 @@ def _store_of(
 
 
 def _listen(port: int) -> tuple[int, int]:
-    """Listens on the loopback interface; returns descriptor and port, a free port for 0.
+    """Opens a socket that listens on the loopback interface, at a free port if `port` is 0.
 
+    Returns: the file descriptor of the socket, and the port.
     Raises: OSError: if another socket listens at the port.
     """
     with socket.socket() as listening:
@@ -302,9 +314,9 @@ def _listen(port: int) -> tuple[int, int]:
 def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.Store:
     """Returns the store for the process group, once rank 0 of this job has opened it.
 
-    At a port of another job, this rank finds that job's store, where rank 0 of this job never
-    registers. This rank then waits, without writing entries that the other job reads, until rank
-    0 has failed at the port and the launcher ends all ranks, or until the timeout.
+    If another job has taken the port, this rank finds that job's store, where rank 0 of this job
+    never registers. This rank then waits, without writing entries that the other job reads, until
+    rank 0 has failed at the port and the launcher ends all ranks, or until the timeout.
     """
     store = _store_of(launch, name, timeout_seconds, for_group=True)
     if launch.rank == 0:
@@ -314,11 +326,12 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
 
 
 def _name_of(launch: Launch) -> str:
-    """Returns a name of this job among jobs at the same port, as far as they can be distinguished.
+    """Returns a prefix for this job's keys that other jobs at the same port do not use.
 
-    A second job that uses the port of a running job finds that job's store. The name begins all
-    keys of a job, so that entries of the second job do not end the first. A launcher's token, if
-    there is one, cannot be guessed by others.
+    A second job that uses the port of a running job finds the store of the running job. Thanks to
+    the prefix, entries of the second job do not end the first. If the launcher has a token, it is
+    part of the prefix, so that others cannot guess the prefix; without a token, some jobs may have
+    the same prefix.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
@@ -339,27 +352,27 @@ def _has_cuda() -> bool:
 
 
 def rank() -> int:
-    """Returns this process's rank, 0 without a group."""
+    """Returns this process's rank, or 0 if there is no process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Returns the number of ranks, 1 without a group."""
+    """Returns the number of ranks, or 1 if there is no process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Returns the rank within this node, 0 before `start`."""
+    """Returns this process's rank within its node, or 0 before `start`."""
     return _launch.local_rank if _launch else 0
 
 
 def local_world_size() -> int:
-    """Returns the number of ranks on this node, 1 before `start`."""
+    """Returns the number of ranks on this node, or 1 before `start`."""
     return _launch.local_world_size if _launch else 1
 
 
 def node_name() -> str:
-    """Returns this node's name, Slurm's if Slurm started the rank."""
+    """Returns this node's name: its name in Slurm if Slurm started the rank, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -369,19 +382,22 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Returns the device of this rank: its GPU, or the CPU without one."""
+    """Returns the device of this rank: its GPU, or the CPU if no GPU is used."""
     return torch.device("cuda", local_rank()) if _has_cuda() else torch.device("cpu")
 
 
 def moved() -> None:
-    """Records a sign of life; collectives here do so too, and long work without any calls this."""
+    """Records a sign of life of this rank for the watchdog.
+
+    The collectives of this file record one too; long work without collectives calls this function.
+    """
     global _moves
     _moves += 1
 
 
 @contextmanager
 def moving() -> Iterator[None]:
-    """Counts this rank as alive during a block that may take long but ends."""
+    """Records a sign of life every second during a block that may take long but ends."""
     over = threading.Event()
 
     def move() -> None:
@@ -396,12 +412,15 @@ def moving() -> Iterator[None]:
 
 
 def moves() -> int:
-    """Returns the number of this rank's signs of life, for the watchdog."""
+    """Returns how many signs of life this rank has recorded, for the watchdog."""
     return _moves
 
 
 def collectives_under_way() -> list[str]:
-    """Returns the unfinished collectives, from torch's flight recorder, oldest first."""
+    """Describes each unfinished collective in words, from torch's flight recorders.
+
+    The collectives of NCCL come before those of gloo, and older collectives before newer ones.
+    """
     collectives = []
     # The first is NCCL's recorder, which torch for GPUs has; the second is gloo's.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
@@ -417,7 +436,7 @@ def collectives_under_way() -> list[str]:
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Waits until all ranks have called this function."""
     if dist.is_initialized():
         dist.barrier(device_ids=[local_rank()] if _has_cuda() else None)
         moved()
@@ -432,7 +451,7 @@ def max_rank(value: float) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns whether the flag is true on any rank, for common decisions."""
+    """Returns whether the flag is true on any rank, so that all ranks decide the same."""
     return bool(max_rank(int(flag)))
 
 
@@ -446,7 +465,10 @@ def max_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sums a tensor over the ranks of a group, all by default; integers wrap around."""
+    """Returns the sum of a tensor over the ranks of `group`, or over all ranks if it is None.
+
+    Integers that overflow wrap around. A tensor on the meta device is returned as it is.
+    """
     total = value.detach().clone()
     # On the meta device, on which one rank alone counts, there are no values to add.
     if dist.is_initialized() and not total.is_meta:
@@ -465,7 +487,7 @@ def all_gather(shard: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Returns the picklable object of rank 0 on all ranks."""
+    """Returns rank 0's `value`, which must be picklable, on all ranks."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -475,22 +497,26 @@ def broadcast_object(value: T) -> T:
 
 
 def of_main(make: Callable[[], T]) -> T:
-    """Returns rank 0's picklable result on all ranks; if rank 0 fails, all fail."""
+    """Calls `make` on rank 0 alone, and returns its picklable result on all ranks.
+
+    Raises: FDError: on all ranks, if `make` raises it.
+    """
     return cast(T, broadcast_object(together(lambda: make() if is_main() else None)))
 
 
 def tensors_of_main(
     items: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields rank 0's pairs (name, tensor) on all ranks, one by one; a collective.
+    """Yields rank 0's pairs (name, tensor) on all ranks, one by one.
 
-    Only rank 0 iterates, and so only it reads the tensors' files. Tensors arrive on the ranks'
-    devices.
+    All ranks must iterate over the result together. Only rank 0 iterates over `items`, so that
+    only rank 0 reads the tensors' files. Each rank gets the tensors on its own device; a single
+    rank gets them as they are.
 
     Args:
-        items: Pairs of rank 0; the other ranks' argument is ignored.
+        items: Pairs (name, tensor) of rank 0; ignored on the other ranks.
 
-    Raises: FDError: on all ranks, if rank 0's items do.
+    Raises: FDError: on all ranks, if iterating over `items` on rank 0 raises it.
     """
     if world_size() == 1:
         yield from items
@@ -530,9 +556,10 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(check: Callable[[], T]) -> T:
-    """Runs a check on every rank; if it fails on any, all fail with the first rank's error.
+    """Runs a check on every rank; if it fails on any rank, all ranks raise one error.
 
-    If it fails on some ranks, the error names their nodes, or on a single node the first such rank.
+    The error is that of the first rank whose check failed. Unless all ranks have this error, the
+    message names the nodes of the ranks that have it, or, if there is one node, the first rank.
 
     Args:
         check: Raises an FDError, or returns a value, without collectives.
@@ -559,17 +586,17 @@ def together(check: Callable[[], T]) -> T:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Returns whether a collective failed because another rank ended, which is then the cause."""
+    """Returns whether the error of a collective says that another rank has ended."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_IS_GONE)
 
 
 def node_group(node_size: int) -> dist.ProcessGroup:
     """Returns the process group of this rank's node, where node = rank // node_size.
 
-    All ranks must call it with the same argument; the group is made once.
+    All ranks must call this function with the same argument; the group is made once.
 
     Raises:
-        ConfigError: If nodes of this size do not fill the ranks.
+        ConfigError: If `node_size` does not divide the number of ranks.
         LaunchError: If ranks that should share a node run on several hosts.
     """
     if node_size < 1 or world_size() % node_size:
@@ -593,9 +620,9 @@ def node_group(node_size: int) -> dist.ProcessGroup:
 
 
 def neighbours(number: int) -> dist.ProcessGroup:
-    """Returns the process group of this rank and its neighbours, with `number` ranks.
+    """Returns the process group of this rank and its neighbours: ranks with equal rank // number.
 
-    All ranks must call it with the same argument; the group is made once.
+    All ranks must call this function with the same argument; the group is made once.
 
     Args:
         number: A divisor of the number of ranks.

@@ -1,14 +1,14 @@
 """Ends all ranks after a failure of one rank, through the store at which the ranks met.
 
-A rank that fails leaves its peers in a collective. Over gloo they see a closed connection; over
-NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
-code other than 0 says so first, under a key of the store, and a thread of every rank looks at that
-key once a second and ends the process. The same thread notices that the store is gone (rank 0
-died), and that the next rank of the node was killed. The thread makes no collective and adds
-nothing to a step.
+A rank that fails leaves its peers in a collective. Over gloo the peers see a closed connection;
+over NCCL the peers wait in a kernel, for as long as the launcher lets them. So a rank that ends
+with an exit code other than 0 first writes the code and the reason under a key of the store. A
+thread of every rank looks at that key once a second, and ends its process if the key is set. The
+same thread notices that the store is gone (rank 0 died), and that another rank of its node was
+killed. The thread makes no collective and adds nothing to a step.
 
-An exit file tells the batch script the same, from the first line of the program on. This file does
-not import torch: the store is an argument.
+An exit file reports the code and the reason to the batch script, from the first line of the program
+on. This file does not import torch: the store is an argument.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Ending(NamedTuple):
     """The reason why the ranks end.
 
     Attributes:
-        rank: The rank that reported it, or that was found dead.
-        code: Exit code of the rank; 0 if rank 0, which has the store, has finished.
+        rank: The rank that reported its end, or that was found dead.
+        code: Exit code of the rank; 0 if rank 0 has finished, whose end closes the store.
         reason: The reason in one sentence.
     """
 
@@ -79,7 +79,7 @@ class Store(Protocol):
         """Returns whether all of the keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Sets a key if it has the expected value; an empty value means that it does not exist."""
+        """Sets a key if its value is `expected`; "" stands for a key that does not exist."""
 
 
 class Watch:
@@ -87,7 +87,7 @@ class Watch:
 
     Args:
         connect: Returns a client of the store for this watch alone, since a waiting call blocks
-            other callers; its argument is the number of seconds for which it tries.
+            other callers. The argument is the number of seconds after which connecting fails.
         rank: This rank.
         world_size: Number of ranks.
         meeting_seconds: Time that the ranks may take to meet.
@@ -121,12 +121,12 @@ class Watch:
     def stop(self, code: int = 0, reason: str = "") -> None:
         """Ends the watch when this rank leaves, and tells the other ranks.
 
-        Rank 0, whose end closes the store, waits briefly until the others know.
+        Rank 0, whose end closes the store, waits briefly until the other ranks have left too.
 
         Args:
             code: This rank's exit code. Any code but 0 ends the other ranks; 0 from rank 0 ends
-                their watch.
-            reason: The reason in one sentence; of several failing ranks, the first counts.
+                the watch of the other ranks.
+            reason: The reason in one sentence. If several ranks fail, the first reason is kept.
         """
         if self._over.is_set():
             return
@@ -171,7 +171,10 @@ class Watch:
                 return
 
     def heard(self) -> Ending | None:
-        """Returns the reason in the store why the ranks end, or the loss of the store, or None."""
+        """Returns why the ranks end, or None if no rank has failed.
+
+        A store that cannot be reached counts as the loss of rank 0.
+        """
         if self._known is not None or self._store is None:
             return self._known
         try:
@@ -182,7 +185,10 @@ class Watch:
         return None
 
     def _look(self) -> Ending | None:
-        """Returns why this rank has to end or stop watching, or None."""
+        """Returns why this rank has to end or stop watching, or None if all ranks go on.
+
+        If the store does not answer, connects again; if that fails, rank 0 counts as lost.
+        """
         with suppress(RuntimeError):
             return self._ending()
         # One connection may break while the store and all ranks are well.
@@ -211,7 +217,11 @@ class Watch:
         return None
 
     def _find(self, rank: int, store: Store) -> bool:
-        """Looks for the process of a rank that has registered; returns whether it has ended."""
+        """Opens a descriptor of the process of another rank; returns whether the process has ended.
+
+        A rank that has not registered yet is left for the next look. A rank whose process cannot
+        be watched from here is dropped.
+        """
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
         try:
@@ -252,7 +262,7 @@ class Watch:
 
 
 def _ending_of(text: bytes) -> Ending:
-    """Parses why the ranks end; the text is untrusted, since anyone may write to the store."""
+    """Parses an `Ending` from the store; any text is accepted, since anyone may write there."""
     with suppress(ValueError, TypeError):
         rank, code, reason = parse_json(text)
         if (type(rank), type(code), type(reason)) == (int, int, str):
@@ -261,14 +271,18 @@ def _ending_of(text: bytes) -> Ending:
 
 
 def code_after(ending: Ending | None) -> Exit:
-    """Returns the exit code of a rank that ends because of another rank."""
+    """Returns the exit code of a rank that ends because another rank has ended.
+
+    It is AGAIN if the other rank ended with AGAIN, else LOST.
+    """
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 
 
 def speaks_for(ending: Ending | None) -> bool:
-    """Returns whether this rank reports the end of rank 0 on the terminal.
+    """Returns whether this rank has to report the end of rank 0 on the terminal.
 
-    Rank 1 does, and so does the first rank of each node, since rank 0's whole node may be gone.
+    If rank 0 has ended, rank 1 and the first rank of each node report its end, since the whole
+    node of rank 0 may be gone.
 
     Args:
         ending: Reason for the end of the ranks, if known.
@@ -280,14 +294,15 @@ def speaks_for(ending: Ending | None) -> bool:
 
 
 last_words: list[Callable[[str], None]] = []
-"""Functions called with the reason before a rank ends because another did; they return soon."""
+"""Functions called with the reason before a rank ends because another rank has; they must return
+soon."""
 
 _watch: Watch | None = None
 _leaver: threading.Thread | None = None
 
 
 def leave_to(thread: threading.Thread) -> None:
-    """Lets a thread end this process; other threads that fail from now on wait for this thread."""
+    """Names the thread that ends this process; other threads that call `tell` wait for it."""
     global _leaver
     _leaver = thread
 
@@ -301,7 +316,7 @@ def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more:
 
 
 def stop_watching() -> None:
-    """Ends the watch of a rank that is finished, or that needs no other rank."""
+    """Ends the watch, if any, of a rank that has finished or that needs no other rank."""
     global _watch
     if _watch is not None:
         _watch.stop()
@@ -325,15 +340,15 @@ def tell(code: int, reason: str) -> None:
 
 
 def heard() -> Ending | None:
-    """Returns the reported failure of another rank, if any."""
+    """Returns the failure that another rank has reported, or None."""
     return _watch.heard() if _watch is not None else None
 
 
 def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Writes this rank's exit code for slurm/launch.sh, if requested.
+    """Writes this rank's exit code for slurm/launch.sh, if FD_LARGE_EXITS names a folder.
 
-    The batch script otherwise gets at best the largest code of all ranks, and 137 if ranks were
-    killed. The first code written is kept, as the original cause.
+    Without the file, the batch script gets at best the largest code of all ranks, and 137 if ranks
+    were killed. A file that exists is kept, because the first code is the original cause.
 
     Args:
         code: The exit code.
@@ -349,7 +364,7 @@ def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.envi
 
 
 def kill_workers() -> None:
-    """Kills the loading processes, since a hanging one would not notice its parent's end."""
+    """Kills the loading processes, because a hanging process may outlive its parent."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -361,6 +376,9 @@ def _readable(descriptor: int) -> bool:
 
 
 def _this_process() -> list[str | int]:
-    """Returns the machine's boot, the namespace, and this process's id, which is valid in these."""
+    """Returns the id of the machine's boot, the namespace of process ids, and this process's id.
+
+    If one of the first two is unknown, a text that is unique to this rank replaces them.
+    """
     where = [processes.kernel(), processes.namespace()]
     return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

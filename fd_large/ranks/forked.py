@@ -1,8 +1,9 @@
 """Forks the ranks of this machine from one process: `python -m fd_large --ranks 2 train ...`.
 
 Imports take most of the time before a rank's first step. Ranks that are forked from a process share
-the modules that it has imported, and no launcher imports them as well. The process passes signals
-on to its ranks and waits for them. This file does not import torch.
+the modules that the process has imported, and no launcher imports these modules as well. The
+process passes signals on to its ranks and waits until all ranks have ended. This file does not
+import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SECONDS_AFTER_A_FAILURE = 30.0
 def check_alone() -> None:
     """Refuses to start ranks in a process that is one of several ranks already.
 
-    Raises: LaunchError: naming the launcher.
+    Raises: LaunchError: if this process is a rank of another launcher, which the message names.
     """
     launch = find_launch()
     if launch.launcher != "python" or launch.world_size > 1:
@@ -40,14 +41,18 @@ def check_alone() -> None:
 def run_ranks(
     number: int, work: Callable[[], int], *, prepare: Callable[[], None] = lambda: None
 ) -> int:
-    """Runs a function on forked ranks of this machine, and waits for them.
+    """Forks ranks on this machine, runs a function on each, and waits until all ranks have ended.
+
+    After a rank's failure, ranks that are left are killed after SECONDS_AFTER_A_FAILURE.
 
     Args:
         number: The number of ranks.
-        work: The function; returns the exit code of its rank.
-        prepare: Called in each rank before a signal can reach it, to catch signals.
+        work: Function that a rank runs; returns the exit code of the rank.
+        prepare: Called in each rank while signals are still blocked, so that it can install
+            handlers.
 
-    Returns: the first exit code of a rank that is not 0, or 0.
+    Returns: 0 if all ranks ended with 0, else the first other exit code, which is 128 + the signal
+        for a rank that a signal ended.
     """
     everywhere = {
         "WORLD_SIZE": str(number),
@@ -111,15 +116,16 @@ def run_ranks(
 
 
 def end_with(work: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code that a function returns, or with that of its error.
+    """Runs a function, and ends this process at once with the exit code that the function returns.
 
-    DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its exit code;
-    and a rank whose peers are gone may wait in the shutdown for the kernel of a collective.
+    After an error the exit code is that of `SystemExit`, INTERRUPTED for a Ctrl-C, and else 1. The
+    interpreter's shutdown is left out: DeepSpeed's threads now and then abort an interpreter that
+    shuts down, and a rank whose peers are gone may wait there for the kernel of a collective.
     """
     code = 1
     try:
         code = work()
-    except KeyboardInterrupt:  # The second one of a press: a terminal sends it, and `pass_on`.
+    except KeyboardInterrupt:  # A Ctrl-C comes twice: from the terminal and from `pass_on`.
         code = Exit.INTERRUPTED
     except SystemExit as leaving:
         if isinstance(leaving.code, str):

@@ -1,7 +1,7 @@
-"""Finds the launcher that started this process, and where the ranks meet; without torch.
+"""Finds the launcher that started this process, and the address where the ranks meet.
 
-`find_launch` reads the environment that the deepspeed launcher, torchrun, srun, mpirun or plain
-python left.
+`find_launch` reads the environment variables that the deepspeed launcher, torchrun, srun, mpirun or
+plain python left. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Launch:
         local_rank: Number of this rank on its node, from 0.
         local_world_size: Number of ranks on its node.
         master_addr: Host name or address of rank 0.
-        master_port: Port at which rank 0 waits for the others.
-        node_rank: Number of the node, from 0; None where the launcher does not say.
+        master_port: Port at which rank 0 waits for the other ranks.
+        node_rank: Number of the node, from 0; None if the launcher does not say.
     """
 
     launcher: Launcher
@@ -71,7 +71,8 @@ class Launch:
     def is_on_one_host(self) -> bool:
         """Whether all ranks share a host, as far as address and launcher tell.
 
-        Manually set ranks may lack a local size, and only then count as one node.
+        For ranks whose variables were set by hand (launcher "python") only the address decides,
+        because a local size that was not set was taken to be the number of all ranks.
         """
         if self.master_addr == "localhost" or self.master_addr.startswith("127."):
             return True
@@ -81,7 +82,7 @@ class Launch:
 def read_token(environ: Mapping[str, str] = os.environ) -> str:
     """Returns the launcher's secret for the ranks of a job, or "".
 
-    Raises: LaunchError: if the file that the environment names holds none.
+    Raises: LaunchError: if the file that the environment names cannot be read or holds no token.
     """
     if not (name := environ.get(TOKEN_FILE)):
         return ""
@@ -97,13 +98,13 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank as its launcher states it, unchecked; 0 without a launcher."""
+    """Returns this process's rank from the launcher's variables, unchecked; 0 if there are none."""
     texts = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
-    """Whether this is the first rank of its node, as its launcher states it, unchecked."""
+    """Whether this is the first rank of its node, from its launcher's variables, unchecked."""
     texts = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0) == 0
 
@@ -111,7 +112,7 @@ def is_first_of_node() -> bool:
 def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
     """Refuses a DeepSpeed device that this package does not support.
 
-    Raises: LaunchError: if DS_ACCELERATOR names one.
+    Raises: LaunchError: if DS_ACCELERATOR names an unsupported device.
     """
     name = environ.get("DS_ACCELERATOR", ACCELERATORS[0])
     if name not in ACCELERATORS:
@@ -122,14 +123,16 @@ def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Finds the launcher from its environment variables.
+    """Finds the launcher, this process's rank and the meeting address from environment variables.
 
-    An inner launcher wins over an outer one (torchrun or deepspeed inside srun or mpirun). A
+    An inner launcher wins over an outer launcher (torchrun or deepspeed inside srun or mpirun). A
     batch script of Slurm is no step, so plain python in it is a single process. Under mpirun
-    without MASTER_ADDR and MASTER_PORT this starts MPI (mpi4py) for one broadcast and ends it.
+    without MASTER_ADDR and MASTER_PORT, this function starts MPI (mpi4py) for one broadcast and
+    ends MPI again.
 
     Raises:
-        LaunchError: If the environment is half set, contradicts itself, or names no meeting place.
+        LaunchError: If variables are missing, contradict one another or are out of range, or if
+            the ranks have no address where they can meet.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return _from_rank_variables(environ, "torchrun", node_rank="GROUP_RANK")
@@ -187,7 +190,11 @@ def _checked(launch: Launch) -> Launch:
 
 
 def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
-    """Refuses RANK and similar variables that contradict srun or mpirun, which do not set them."""
+    """Returns the launch of srun or mpirun, after checks.
+
+    Raises: LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK, which srun and mpirun do not set,
+        contradicts the launch, or if a number of the launch is out of range.
+    """
     for name, value in (
         ("RANK", launch.rank),
         ("WORLD_SIZE", launch.world_size),
@@ -249,7 +256,7 @@ def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...]) -> Launch:
 
 
 def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
-    """Broadcasts rank 0's address and a free port of its node to all ranks of COMM_WORLD."""
+    """Broadcasts rank 0's address and a free port of its node over MPI, and returns them."""
     remedy = (
         "Install an mpi4py that is built for this mpirun (the mpi extra brings one with mpich), "
         "or set MASTER_ADDR and MASTER_PORT for all ranks."
@@ -357,7 +364,10 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def ask_slurm(*command: str, seconds: float = 30.0) -> str:
-    """Returns the output of a Slurm program, or its error; empty if it does not answer."""
+    """Runs a Slurm program; returns its standard output, or, if that is empty, its error output.
+
+    Returns "" if the program cannot start or takes longer than `seconds`.
+    """
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):

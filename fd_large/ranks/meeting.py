@@ -1,9 +1,9 @@
 """Runs checks that may take hours on all ranks together, with the slow work done by one rank.
 
 Each rank runs the check in a thread while all ranks meet repeatedly, since a single wait of hours
-would time out. A meeting counts as a sign of life, so the watchdog does not end it. Inside a
-meeting `once` makes a value on one rank and sends it to the others, so that one rank instead of a
-thousand lists a dataset or downloads a model.
+would time out. Each time that the ranks meet counts as a sign of life, so that the watchdog does
+not end the run. Inside a meeting `once` makes a value on one rank and sends it to the others, so
+that one rank instead of a thousand lists a dataset or downloads a model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ _GRACE_SECONDS = 10.0
 
 
 def meet(check: Callable[[], T]) -> T:
-    """Runs a check on every rank; if it fails on any, all fail, as in `distributed.together`.
+    """Runs a check on every rank; if any rank's check fails, all ranks raise the error.
+
+    The error is that of `distributed.together`. All ranks must call this function.
 
     Args:
-        check: Raises an FDError, or returns a value, without collectives. It may ask `once`.
+        check: Raises an FDError, or returns a value, without collectives. It may call `once`.
 
     Returns: this rank's value.
     """
@@ -52,31 +54,35 @@ def meet(check: Callable[[], T]) -> T:
 
 
 def once(name: str, make: Callable[[], T], *, of_node: bool = False) -> T:
-    """Returns a value that one rank makes for all; outside a meeting each rank makes its own.
+    """Returns a value that one rank makes for others; outside a meeting each rank makes the value.
 
-    All ranks must make the same calls. If the check of the rank that makes the value has ended
-    without this call, each rank that waits for it makes its own value.
+    All ranks must make the same calls. If the check of the rank that should make the value has
+    ended without this call, each rank that waits for the value makes it itself.
 
     Args:
         name: Name of the value, the same on all ranks.
-        make: Returns the value, which is pickled, and which is small if it is made once a node.
-        of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
+        make: Returns the value. The value is pickled, and must be small if `of_node` is True.
+        of_node: True if the first rank of each node makes the value for its node; False if rank 0
+            makes the value for all ranks.
 
-    Raises: FDError: on all ranks that wait for the value too, if `make` raises it.
+    Raises: FDError: if `make` raises it, on the rank that calls `make` and on those that wait.
     """
     meeting = _present.get()
     return make() if meeting is None else meeting.once((name, of_node), make)
 
 
 def offer(name: str, value: Any) -> None:
-    """Keeps a large value on rank 0 until the end of the meeting, for `fetch`."""
+    """Keeps a large value on rank 0 until the end of the meeting, for `fetch`.
+
+    On other ranks and outside a meeting this function does nothing.
+    """
     meeting = _present.get()
     if meeting is not None and meeting.leads[False]:
         meeting.offered[name] = value
 
 
 def fetch(name: str) -> Any:
-    """Returns a value that rank 0 has offered in the meeting."""
+    """Returns the value that rank 0 has offered under a name in this meeting, or None."""
     meeting = _present.get()
     assert meeting is not None
     return meeting.fetch(name)
@@ -89,7 +95,7 @@ _Name = tuple[str, bool]
 
 
 class _Made(NamedTuple):
-    """A value, or the reason why it is missing."""
+    """A value that was made for `once`, or the error that making the value raised."""
 
     value: Any
     error: FDError | None
@@ -105,14 +111,14 @@ class _State(NamedTuple):
 
     Attributes:
         node: Name of the rank's node.
-        leads: Whether it is the first rank of its node.
-        ended: Whether its check has ended.
-        error: Exception of the check that is not an FDError, or "".
-        failed: Whether its check failed with any exception.
-        over: Whether to stop waiting for the other ranks; rank 0 decides.
-        num_made: Number of values that it made for all ranks and sends next.
-        made: Values that it made for its node.
-        wanted: Name of the value to fetch, or "".
+        leads: Whether the rank is the first of its node.
+        ended: Whether the rank's check has ended.
+        error: Text of an exception of the check that is not an FDError, or "".
+        failed: Whether the rank's check failed with any exception.
+        over: Whether to stop waiting for the other ranks; the value of rank 0 counts.
+        num_made: Number of values that the rank made for all ranks and broadcasts next.
+        made: Values that the rank made for its node.
+        wanted: Name of the value that the rank fetches, or "".
     """
 
     node: str
@@ -130,9 +136,9 @@ class _Meeting:
     """A rank's part in a meeting.
 
     Attributes:
-        leads: {True: whether this rank makes the values that are made once a node; False: whether
-            it makes those that are made once for all ranks}.
-        offered: Values that other ranks may fetch from this rank.
+        leads: By `of_node` of `once`, whether this rank makes the values: under True the values
+            for its node, under False the values for all ranks.
+        offered: Values that other ranks may fetch from this rank, by name.
     """
 
     def __init__(self) -> None:
@@ -190,10 +196,12 @@ class _Meeting:
     # --- where the ranks meet ---
 
     def preside(self) -> None:
-        """Meets the other ranks until all have ended, or a rank has failed and the others are late.
+        """Meets the other ranks again and again until the checks of all ranks have ended.
 
-        Raises: the exception of this rank's check, if it is not an FDError; LostRankError after
-            such an exception on another rank.
+        After a failed check, waits at most _GRACE_SECONDS for the checks of the other ranks.
+
+        Raises: the exception of this rank's check, if it is not an FDError; LostRankError if the
+            check of another rank raises an exception that is not an FDError.
         """
         pause, deadline = 0.02, float("inf")
         while True:
@@ -228,11 +236,14 @@ class _Meeting:
                 return
 
     def outcome(self) -> Any:
-        """Returns the result of the check, or raises its error; None if it is running."""
+        """Returns the check's result or raises its FDError; returns None while the check runs."""
         return None if self._outcome is None else self._outcome.get()
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
-        """Returns this rank's message, and the values that it has made for all ranks."""
+        """Returns this rank's message, and the new values that this rank has made for all ranks.
+
+        `is_late` says whether this rank has waited for longer than _GRACE_SECONDS.
+        """
         # Read before the values that were made: if the check has ended, these are complete.
         ended = self._outcome is not None or self._crash is not None
         with self._changed:

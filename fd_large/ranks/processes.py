@@ -1,9 +1,9 @@
-"""Looks after processes by /proc: signals, loading processes, and a lost launcher.
+"""Reads the state of processes from /proc, and ends a rank whose launcher is gone.
 
 SIGTERM to the `deepspeed` command kills only the runner, and a killed launcher does not forward
-signals: ranks would continue and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports only a
-process's parent, but the runner is the parent's parent; so a thread of each rank watches its
-ancestors in /proc. Ranks under srun are ended by Slurm. No torch.
+signals, so ranks would continue and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports only the end
+of a process's parent, but the runner is the parent's parent; so a thread of each rank watches its
+ancestors in /proc. Ranks under srun are ended by Slurm. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORKERS_PER_CORE, FEWEST_WORKERS = 16, 64
 More processes do not load faster, and thousands take the machine down.
 """
 HIDDEN = -1
-"""The start time that stands for a process at which this user may not look."""
+"""Stands for the start time of a process that this user may not see."""
 
 ORPHAN_GRACE_SECONDS = 20.0
 """Seconds from SIGTERM to the end of a rank whose launcher is gone, unless a `hold` is active."""
@@ -58,9 +58,9 @@ class Status(NamedTuple):
 
     Attributes:
         state: State as one letter.
-        parent: Process id of its parent.
-        group: Id of its process group.
-        started: Time of its start, in ticks since the boot.
+        parent: Process id of the parent.
+        group: Id of the process group.
+        started: Time of the process's start, in ticks since the boot.
     """
 
     state: str
@@ -75,18 +75,21 @@ class Status(NamedTuple):
 
 
 def status(pid: int) -> Status | None:
-    """Returns a process's state, or None if it is gone or hidden."""
+    """Returns a process's state, or None if the process is gone or hidden."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The name before them may hold blanks and parentheses.
+    # The program's name before these fields may hold blanks and parentheses.
     state, *more = text[text.rindex(")") + 1 :].split()
     return Status(state, int(more[0]), int(more[1]), int(more[18]))
 
 
 def started(pid: int) -> int | None:
-    """Returns a process's start time in ticks since the boot; None if it has ended."""
+    """Returns a process's start time in ticks since the boot, or None if the process has ended.
+
+    Returns HIDDEN for another user's process that /proc does not show.
+    """
     process = status(pid)
     if process is None:
         # /proc may be mounted so that it shows nothing of other users' processes.
@@ -95,7 +98,7 @@ def started(pid: int) -> int | None:
 
 
 def kernel() -> str:
-    """Returns the id of this machine's boot; or "" if the system has none."""
+    """Returns the id of this machine's boot, or "" if the system does not give one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -103,7 +106,10 @@ def kernel() -> str:
 
 
 def namespace() -> str:
-    """Returns the namespace of process ids; containers may have their own."""
+    """Returns the name of this process's namespace of process ids, or "" if it is unknown.
+
+    A container may have a namespace of its own.
+    """
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -111,7 +117,7 @@ def namespace() -> str:
 
 
 def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> None:
-    """Calls a function that may hang, such as on a disk, and waits only for a number of seconds."""
+    """Calls a function that may hang, such as on a disk, and waits for at most `seconds`."""
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -120,7 +126,7 @@ def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> 
 def check_workers(workers: int) -> None:
     """Refuses more loading processes than this rank's machine can use.
 
-    Raises: ConfigError: naming the number of cores that this process may use.
+    Raises: ConfigError: if `workers` is too large for the cores that this process may use.
     """
     cores = len(os.sched_getaffinity(0))
     most = max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)
@@ -133,11 +139,12 @@ def check_workers(workers: int) -> None:
 
 
 def handlers_to_replace() -> dict[signal.Signals, Any]:
-    """Returns the present handlers of all `SIGNALS` that may be caught.
+    """Returns the present handlers of the `SIGNALS` that training may catch, by signal.
 
-    Signals ignored by nohup or by a shell for its background jobs stay ignored. None means a
-    handler outside of Python, which cannot be restored. In place of the handler of `starting`, the
-    result has the signal's default action, which is restored after training.
+    Ignored signals are left out, so that what nohup or a shell's background job ignores stays
+    ignored. A None in the result is a handler outside of Python, which cannot be restored. The
+    handler of `starting.py` is replaced by the signal's default action, which is restored after
+    training.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     waits = (number for number in SIGNALS if handlers[number] is await_the_end)
@@ -146,15 +153,15 @@ def handlers_to_replace() -> dict[signal.Signals, Any]:
 
 
 def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> None:
-    """Starts the thread that ends this rank when its launching command is gone; only once.
+    """Starts the thread that ends this rank when its launcher is gone; a second call does nothing.
 
-    An orphaned rank sends itself SIGTERM, so that a handler may save, and leaves with code 143
-    after ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Without /proc nothing is
-    watched.
+    A rank without launcher sends itself SIGTERM, so that a handler may save. The rank then ends
+    with exit code 143 after ORPHAN_GRACE_SECONDS, or, if a `hold` is active at that time, when the
+    `hold` ends. Without /proc or without a known launcher nothing is watched.
 
     Args:
         tell: Reports exit code and reason to the other ranks.
-        longest_hold: Seconds after the grace for which a `hold` may keep the rank.
+        longest_hold: Seconds after ORPHAN_GRACE_SECONDS for which a `hold` may keep the rank.
     """
     global _watcher
     line = list(_ancestors())
@@ -172,13 +179,16 @@ def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> Non
 
 
 def nearest_launcher() -> int:
-    """Returns the process id of this rank's launcher among its ancestors, or 0."""
+    """Returns the process id of the nearest ancestor that is a launcher, or 0 if there is none."""
     return next((pid for pid in _ancestors() if _launcher_name(_arguments(pid))), 0)
 
 
 @contextmanager
 def hold() -> Iterator[None]:
-    """Keeps an orphaned rank alive past its grace period, for a step and a save."""
+    """Keeps a rank alive in the block after its launcher is gone, for a step and a save.
+
+    The time is limited by `watch_launcher`'s `longest_hold`.
+    """
     _holds.append(None)
     try:
         yield
@@ -223,7 +233,7 @@ def _watch(
 
 
 def _ancestors() -> Iterator[int]:
-    """Yields the processes above this one, nearest first."""
+    """Yields the process ids of this process's ancestors, nearest first."""
     pid = os.getpid()
     while (process := status(pid)) is not None and (pid := process.parent) > 0:
         yield pid
@@ -237,7 +247,10 @@ def _arguments(pid: int) -> list[str]:
 
 
 def _launcher_name(arguments: list[str]) -> str | None:
-    """Returns the known launcher in a command line, skipping python's own options."""
+    """Returns the name of the launcher that a command line starts, or None if it starts none.
+
+    Options of the python interpreter are skipped.
+    """
     words = iter(arguments)
     program = os.path.basename(next(words, ""))
     if program.startswith("python"):
@@ -257,10 +270,11 @@ def _launcher_name(arguments: list[str]) -> str | None:
 
 
 def _lost_its_runner(launchers: dict[int, str]) -> bool:
-    """Returns whether the deepspeed command ended before this rank could see it.
+    """Returns whether the `deepspeed` command had already ended when this rank began to watch.
 
-    Its launch.py then has no runner as ancestor and is in a process group without a leader; a
-    launch.py started by hand or over ssh leads its own group or has a shell that does.
+    The launch.py of such a command has no runner as ancestor and is in a process group whose
+    leader is gone. A launch.py that was started by hand or over ssh leads its own process group,
+    or a shell leads the group.
     """
     launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
     if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):

@@ -1,8 +1,8 @@
 """Ends a rank at a signal that reaches it while it imports, before training catches signals.
 
 A scheduler's signal would kill the rank with the signal's own code (138, 143), and no message would
-say why. No step is lost yet, so the rank leaves with the exit code that follows a save. This file
-does not import torch.
+say why. No step has run yet, so the rank leaves with the exit code for a run that was saved and can
+be started again. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ CAUGHT = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def leave_at_signals() -> None:
-    """Makes this process end with 75 after a signal, until another handler takes its place.
+    """Makes SIGTERM and SIGUSR1 end this process with exit code 75.
 
-    A signal that is ignored, as under nohup, stays ignored.
+    The effect on a signal lasts until another handler for the signal is set. A signal that is
+    ignored, as under nohup, stays ignored.
     """
     # A handler is not called while the main thread is in a library, such as one that meets the
     # other ranks; a thread that reads this pipe goes on.
@@ -35,14 +36,14 @@ def leave_at_signals() -> None:
 
 
 def leave_no_more() -> None:
-    """Restores the signals' default actions, for training that does not catch them."""
+    """Undoes `leave_at_signals`: restores default actions, for training that catches no signals."""
     for number in CAUGHT:
         if signal.getsignal(number) is await_the_end:
             signal.signal(number, signal.SIG_DFL)
 
 
 def await_the_end(number: int, frame: FrameType | None) -> None:
-    """Handles a signal by waiting, until the thread that reads of the signal ends the process."""
+    """Signal handler that waits until the thread of `leave_at_signals` ends the process."""
     threading.Event().wait()
 
 
