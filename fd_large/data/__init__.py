@@ -1,7 +1,7 @@
 """From images to batches: every sample is a function of (seed, epoch, position in the epoch).
 
-This folder has the sources of images (`source.py` has their contract and their table), decoding,
-views, the order of an epoch, the loader, labels, and the cache on a node's disk. Changes to
-samples for a single task (mixing, boxes, masks) are in the task's folder; this folder knows
+This folder has the sources of images (`source.py` defines their interface and lists them), the
+decoders, the views, the order of an epoch, the loader, the labels, and the cache on a node's disk.
+Changes to samples for a single task (boxes, masks) are in the task's folder. This folder imports
 no model, engine or task.
 """

@@ -1,7 +1,7 @@
-"""Unusable images are counted and named once in the log; past a limit they end the run.
+"""Counts unusable images, names each of them once in the log, and ends a run with too many.
 
 Each rank counts the images that it tried itself. `past_limit`, `limit_error` and `agreed_error`
-take sums over ranks, so that all ranks come to the same decision in the same step.
+take counts summed over ranks, so that all ranks come to the same decision in the same step.
 """
 
 from __future__ import annotations
@@ -23,14 +23,24 @@ _MAX_REMEMBERED = 10_000
 
 
 class BadCount(NamedTuple):
-    """Numbers of unusable samples and of tried samples, which can be summed over ranks."""
+    """Counts of samples, which can be summed over ranks.
+
+    Attributes:
+        num_bad: Number of samples that were tried and could not be used.
+        num_tried: Number of all samples that were tried.
+    """
 
     num_bad: int
     num_tried: int
 
 
 class BadImages:
-    """The counts of one rank since the start of the process."""
+    """Counts and names of the unusable images of one rank, since the start of the process.
+
+    Attributes:
+        count: The counts.
+        names: Names of different unusable images, at most 10,000.
+    """
 
     def __init__(self) -> None:
         self.count = BadCount(0, 0)
@@ -38,11 +48,11 @@ class BadImages:
         self._known: set[str] = set()
 
     def add(self, num_samples: int, bad: Sequence[str]) -> None:
-        """Counts a batch and names new bad images in the log.
+        """Counts the samples of a batch, and names new bad images in the log.
 
         Args:
-            num_samples: Number of sound samples in the batch.
-            bad: A message for each sample that was tried and replaced, its name first.
+            num_samples: Number of usable samples in the batch.
+            bad: A message "NAME: REASON" for each sample that was tried and replaced.
         """
         num_bad, num_tried = self.count
         self.count = BadCount(num_bad + len(bad), num_tried + num_samples + len(bad))
@@ -56,19 +66,28 @@ class BadImages:
 
 
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
-    """Whether a run has to stop; the same on all ranks, given the sum of their counts."""
+    """Whether a run must stop, because the fraction of bad samples exceeds `max_bad_fraction`.
+
+    While fewer than `FEWEST_SAMPLES` samples were tried, the fraction is taken of that number.
+
+    Args:
+        count: The counts, summed over ranks so that all ranks get the same result.
+        max_bad_fraction: Value of `data.max_bad_fraction`.
+    """
     return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
 
 
 def agreed_error(
     count: BadCount, max_bad_fraction: float, names: Sequence[str]
 ) -> DataError | None:
-    """Returns the error that ends the run, the same on every rank, or None; all ranks call it.
+    """Returns the error that ends the run, or None if the run may go on.
+
+    All ranks must call this function, since it gathers the names, and all get the same result.
 
     Args:
-        count: The sum over ranks.
-        max_bad_fraction: data.max_bad_fraction.
-        names: This rank's bad images.
+        count: The counts, summed over ranks.
+        max_bad_fraction: Value of `data.max_bad_fraction`.
+        names: Names of this rank's bad images.
     """
     if not past_limit(count, max_bad_fraction):
         return None
@@ -79,12 +98,12 @@ def agreed_error(
 
 
 def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) -> DataError:
-    """Returns the error for too many bad images, with a list of them.
+    """Returns the error for too many bad images, whose message lists at most `MAX_NAMES` names.
 
     Args:
-        count: The sum over ranks.
-        max_bad_fraction: data.max_bad_fraction.
-        names: Names of bad images, from one rank or all.
+        count: The counts, summed over ranks.
+        max_bad_fraction: Value of `data.max_bad_fraction`.
+        names: Names of bad images, from one rank or all ranks.
     """
     distinct = sorted(set(names))
     named = first_names(distinct, MAX_NAMES) + " (see the log)" * (len(distinct) > MAX_NAMES)

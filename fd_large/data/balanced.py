@@ -1,7 +1,8 @@
-"""Several datasets as one source, with fixed shares throughout an epoch.
+"""Several datasets as one source, in which each dataset keeps its share throughout an epoch.
 
-The position in the epoch alone decides the dataset: shares of 2 and 1 repeat the pattern A B A.
-Each dataset has an order of its own, which goes on from one epoch to the next, pass after pass.
+The position in the epoch alone decides from which dataset an image comes. With datasets A and B of
+shares 2 and 1, positions repeat the pattern A B A. Each dataset is read in its own random order; a
+pass over a dataset goes on in the next epoch, and a new pass begins when all its images were read.
 Everything is a function of (seed, epoch, position), so that a resumed run continues exactly, on any
 number of ranks.
 """
@@ -27,12 +28,12 @@ _Place = tuple[int, int]  # A dataset, and one of its blocks.
 
 
 def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -> Balanced | None:
-    """Opens a weighted sum of datasets, or returns None for other texts.
+    """Opens the datasets of a weighted sum, or returns None if `root` is not a weighted sum.
 
     Args:
         root: Value of `data.root`.
-        where: Name of the field with this value, for messages.
-        open_part: Opens a dataset, from its root and its name in messages.
+        where: Name of the configuration field with this value, for messages.
+        open_part: Function that opens a dataset, given the dataset's root and a name for messages.
 
     Raises: DataError: if the sum is malformed, or a dataset cannot be used.
     """
@@ -45,17 +46,19 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
 
 
 class Balanced:
-    """Images of several sources, numbered one source after the other; itself an `ImageSource`.
+    """`ImageSource` of all images of several sources, numbered one source after the other.
 
-    An epoch has as many positions as there are images. A dataset whose share is larger than its
-    part of the images is therefore seen more than once in an epoch, and others only in part.
+    An epoch has as many positions as the sources have images. A source whose share is larger than
+    its fraction of the images is therefore read more than once in an epoch, and a source with a
+    smaller share only in part.
 
     Args:
-        parts: For each source its name and share, and its images.
+        parts: The name and share of each source, and the source itself.
 
     Attributes:
-        kind: Description of the source, for the log.
+        kind: Description of the sources, for the log.
         blocks: The order of an epoch, with the interface of `sampler.Blocks`.
+        fingerprint: A hash of the sources' shares and fingerprints.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightedRoot, Any]]) -> None:
@@ -77,16 +80,26 @@ class Balanced:
         return source[number]
 
     def read(self, index: int) -> bytes | bytearray:
-        """Returns the bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; raises DataError if the image cannot be read."""
         source, number = self._find(index)
         return source.read(number)
 
     def datasets_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the index of each image's dataset in the sum."""
+        """Returns for each image the index of its dataset in the sum.
+
+        Args:
+            images: (B,), indices of images.
+
+        Returns: (B,) int64, indices of datasets.
+        """
         return np.searchsorted(self.blocks.ends, images, side="right")
 
     def expect(self, places: Iterable[_Place]) -> None:
-        """Tells sources that are read in blocks which blocks are needed next."""
+        """Starts to fetch the blocks that are needed next, in sources that are read in blocks.
+
+        Args:
+            places: (index of a source, number of one of its blocks) for each needed block.
+        """
         blocks_of_part: dict[int, list[int]] = {}
         for part, block in places:
             blocks_of_part.setdefault(part, []).append(block)
@@ -105,7 +118,8 @@ class _Order:
 
     Args:
         sources: The sources.
-        shares: Positions of each source in a period, which is the sum of the shares.
+        shares: For each source the number of its positions in a period; the period is the sum of
+            the shares.
 
     Attributes:
         ends: (num_sources,) int64, the number of images up to the end of each source.
@@ -124,7 +138,7 @@ class _Order:
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the images at some positions of the epoch's order, (B,)."""
+        """Returns the indices of the images at positions (B,) of the epoch's order, (B,) int64."""
         images = np.empty(len(positions), np.int64)
         parts = self._pattern[positions % len(self._pattern)]
         turns = self._turns(epoch, positions)
@@ -139,7 +153,11 @@ class _Order:
         return images
 
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
-        """Returns an image of the same dataset, chosen by a draw in [0, 1)."""
+        """Returns the index of an image that replaces the image at a position.
+
+        The replacement is from the dataset of this position, and chosen by `draw`, a number in
+        [0, 1).
+        """
         part = int(self._pattern[position % len(self._pattern)])
         number, place = self._place(part, epoch, position)
         start = int(self.ends[part] - self._sizes[part])
@@ -149,7 +167,11 @@ class _Order:
         return start + blocks.stand_in(self._seed(part, seed), number, place, draw)
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
-        """Returns the blocks of each source that are needed at a position and soon after it."""
+        """Returns the blocks that are needed at a position and soon after it.
+
+        Returns: (index of a source, number of one of its blocks) for each block; sources that are
+            not read in blocks have none.
+        """
         needed: list[_Place] = []
         for part, source in enumerate(self._sources):
             if (blocks := getattr(source, "blocks", None)) is not None:
@@ -159,15 +181,22 @@ class _Order:
         return needed
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
-        """Returns the pass over a source at a position, by number, and the place in that pass."""
+        """Returns how far a source was read before a position.
+
+        Returns: the number of the current pass over the source, and the position in this pass.
+        """
         turn = int(self._turns(epoch, np.array([position]))[0, part])
         number, place = divmod(turn, int(self._sizes[part]))
         return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns how many positions each source had before the given ones, (B, sources).
+        """Counts for each position of an epoch the earlier images of each source, since epoch 0.
 
-        The given positions, (B,), are counted in their epoch, and the result since epoch 0.
+        Args:
+            epoch: The epoch, counted from 0.
+            positions: (B,), positions in this epoch.
+
+        Returns: (B, num_sources) int64.
         """
 
         def within(positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -186,5 +215,5 @@ class _Order:
 
     @staticmethod
     def _seed(part: int, seed: int) -> int:
-        """Returns a separate seed for each source, so that equal sizes do not mean equal orders."""
+        """Returns the seed of source `part`, so that sources of equal size get different orders."""
         return (seed + part) % 2**64

@@ -1,12 +1,12 @@
-"""Images read in blocks: a row group of a parquet file, a tar file in an object store.
+"""Images that are read in blocks, such as row groups of parquet files or remote tar files.
 
 The first process of a node that needs a block fetches it into a folder on the node's disk, as one
-file from which all processes read single images; nothing stays in their memory. The blocks that the
-order of the epoch (`sampler.Blocks`) needs next are fetched ahead, and the least recently used are
-removed.
+file from which all processes of the node read single images. No process keeps a block in memory.
+The blocks that the order of the epoch (`sampler.Blocks`) needs next are fetched ahead, and the
+least recently used blocks are removed.
 
-A file in the folder has the bytes of the images (or a whole tar file), an index, and a trailer;
-it is written atomically.
+The file of a block has the bytes of the images (or a whole tar file), an index, and a trailer. It
+is written atomically.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NUM_LOCKS = 256
 
 
 class BlockWriter:
-    """Writes a block: the bytes of images and their places.
+    """Writes the file of a block: the bytes of its images, and an index of where each image lies.
 
     Attributes:
         file: The file; its position is the end of the written bytes.
@@ -61,18 +61,30 @@ class BlockWriter:
         self._names = bytearray()
 
     def add(self, name: bytes, encoded: Any) -> None:
-        """Writes an image."""
+        """Writes the bytes of an image, and records its name and where its bytes lie.
+
+        Args:
+            name: Name of the image.
+            encoded: The bytes of the image file, in any object with a buffer.
+        """
         start = self.file.tell()
         self.file.write(encoded)
         self.note(name, start, self.file.tell() - start)
 
     def note(self, name: bytes, start: int, size: int, label: int = NO_LABEL) -> None:
-        """Records the place of an image whose bytes are written."""
+        """Records where an image lies in the file, without writing the bytes of the image.
+
+        Args:
+            name: Name of the image.
+            start: Offset of the image's first byte in the file.
+            size: Number of bytes of the image.
+            label: Class of the image, or `NO_LABEL`.
+        """
         self._names += name
         self._rows.extend((start, size, label, len(self._names)))
 
     def finish(self) -> None:
-        """Writes the index."""
+        """Writes the index and the trailer at the end of the file."""
         self.file.seek(0, os.SEEK_END)
         columns = np.array(self._rows, np.int64).reshape(-1, 4).T
         self.file.write(columns.tobytes() + self._names)
@@ -80,10 +92,10 @@ class BlockWriter:
 
 
 class BlockFile(OpenFile):
-    """An open block; its `len` is the number of images.
+    """An open file of a block; its `len` is the number of images.
 
     Attributes:
-        labels: (len,) int64.
+        labels: (len,) int64, the class of each image, or `NO_LABEL` for an image without a class.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,21 +115,22 @@ class BlockFile(OpenFile):
         return len(self.labels)
 
     def name(self, place: int) -> str:
-        """Returns the name of an image."""
+        """Returns the name of the image with index `place` in the block."""
         start = int(self._name_ends[place - 1]) if place else 0
         return os.fsdecode(self._names[start : int(self._name_ends[place])])
 
     def image(self, place: int) -> bytearray:
-        """Returns the bytes of an image; OSError if they cannot be read."""
+        """Returns the bytes of the image with index `place`; raises OSError if a read fails."""
         return self.read(int(self._starts[place]), int(self._sizes[place]))
 
 
 class BlockCache(NamedTuple):
-    """A node's cache folder for blocks, shared by all runs on it.
+    """A node's cache folder for blocks, shared by all runs on the node.
 
     Attributes:
         folder: The folder.
-        limit_bytes: Largest total size; beyond it the least recently used blocks are removed.
+        limit_bytes: Largest total size of the blocks, in bytes; when a new block exceeds this
+            limit, the least recently used blocks are removed.
     """
 
     folder: Path
@@ -126,14 +139,17 @@ class BlockCache(NamedTuple):
     def open(
         self, key: str, make: Callable[[BlockWriter], None], *, wait: bool = True
     ) -> BlockFile | None:
-        """Opens a block, after making it if it is missing.
+        """Opens a block, and writes the block first if the cache does not have it.
 
         Args:
-            key: Name of the block, which depends on its contents.
+            key: Name of the block in the cache (`block_key`).
             make: Function that writes the block.
-            wait: Whether to wait if another process is making the block; otherwise returns None.
+            wait: Whether to wait for another process that is writing the block. If False, the
+                function returns None in this case.
 
-        Raises: ConfigError: if the folder cannot be written; or the exceptions of `make`.
+        Raises:
+            ConfigError: if the folder cannot be written.
+            Exception: any exception of `make`.
         """
         path = self.folder / f"{key}.block"
         try:
@@ -156,7 +172,7 @@ class BlockCache(NamedTuple):
         return block or self.open(key, make, wait=wait)  # Another process may have removed it.
 
     def holds(self, key: str) -> bool:
-        """Whether a block is in the cache."""
+        """Whether the cache has a block with this key."""
         return kind_of(self.folder / f"{key}.block") is not None
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
@@ -200,35 +216,37 @@ _cache: list[BlockCache] = []
 
 
 def keep_blocks_in(folder: str, gigabytes: float) -> None:
-    """Sets this process's cache of blocks: `data.cache` and `data.cache_gb`.
+    """Sets the folder and the size of this process's cache of blocks.
 
     Args:
-        folder: A folder on a disk of the node; "": `blocks` in the user's cache folder.
-        gigabytes: Disk space that the blocks may take, in GB.
+        folder: Value of `data.cache`: a folder on a disk of the node, or "" for the folder
+            `blocks` in the user's cache folder.
+        gigabytes: Value of `data.cache_gb`: disk space that the blocks may take, in GB (1e9 bytes).
     """
     place = Path(folder) if folder else cache_folder() / "blocks"
     _cache[:] = [BlockCache(place, int(gigabytes * 1e9))]
 
 
 def the_cache() -> BlockCache:
-    """Returns this process's cache of blocks."""
+    """Returns this process's cache of blocks, with the default settings if none were set."""
     if not _cache:
         keep_blocks_in("", Data().cache_gb)
     return _cache[0]
 
 
 class BlockImages:
-    """The images of some blocks, in the order of the blocks: an `ImageSource`.
+    """Base class of an `ImageSource` whose images are read in blocks, in the order of the blocks.
 
     Args:
         files: The files or objects that contain the blocks.
-        table: (num_blocks, 4): for each block the number of its file, its index in the file, the
-            number of its images (at least one), and its approximate size on disk in bytes.
+        table: (num_blocks, 4) int64. Each row has the index of the block's file in `files`, the
+            block's index in this file, the block's number of images (at least one), and its
+            approximate size on disk in bytes.
         fingerprint: A hash of the samples.
         kind: Description of the dataset.
 
     Attributes:
-        blocks: The blocks.
+        blocks: The sizes of the blocks, and the order of an epoch over them.
         fingerprint: See above.
         kind: See above.
     """
@@ -271,7 +289,9 @@ class BlockImages:
     def read(self, index: int) -> bytearray:
         """Returns the bytes of image `index`.
 
-        Raises: DataError: if its block cannot be used; StorageError: if its store does not answer.
+        Raises:
+            DataError: if the block of the image cannot be used, or the image cannot be read.
+            StorageError: if the block's store does not answer.
         """
         number, place = self.blocks.block(index)
         try:
@@ -283,7 +303,11 @@ class BlockImages:
             ) from error
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Begins to fetch the next blocks in the background."""
+        """Starts to fetch blocks in a background thread, until half of the cache's limit is used.
+
+        Args:
+            numbers: Numbers of the blocks that are needed next, in this order.
+        """
         process = self._here()
         if process.wanted == (numbers := list(numbers)):
             return
@@ -296,7 +320,13 @@ class BlockImages:
 
     @abstractmethod
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
-        """Writes a block of a file; DataError if the file cannot be used."""
+        """Writes a block of a file, and raises DataError if the file cannot be used.
+
+        Args:
+            stored: The file or object that contains the block.
+            part: Index of the block in the file.
+            writer: Writer of the block.
+        """
 
     def _place(self, number: int) -> str:
         return self.files[self._file_of[number]].url
@@ -357,7 +387,15 @@ class BlockImages:
 
 
 class _Process:
-    """The open resources of a dataset in one process."""
+    """The open blocks and the background thread of a dataset in one process.
+
+    Attributes:
+        pid: The process's ID.
+        open: Open blocks by number, the least recently used first.
+        failed: Error messages of the blocks that could not be used, by number.
+        wanted: Numbers of the blocks that the background thread is to fetch.
+        thread: The background thread, or None before the first call of `expect`.
+    """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -371,7 +409,13 @@ class _Process:
 
 
 def block_key(stored: Stored, part: int) -> str:
-    """Returns the name of a block in the cache."""
+    """Returns the name of a block in the cache.
+
+    Args:
+        stored: The file or object that contains the block; the name depends on its path or URL,
+            size and stamp.
+        part: Index of the block in the file.
+    """
     text = f"{stored!r} {part}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

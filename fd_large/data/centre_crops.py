@@ -1,4 +1,4 @@
-"""Centre crops of labelled images, for frozen features and accuracies."""
+"""Centre crops of labelled images, from which features and accuracies are computed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ NO_LABEL = -1
 
 
 def central_view(image: Tensor, image_size: int) -> Tensor:
-    """Returns the middle of an image resized to a short side of 256/224 times the crop; bicubic.
+    """Resizes an image (bicubic, antialiased), and returns the square crop at its centre.
+
+    The short side of the resized image is 256/224 times the side of the crop.
 
     Args:
         image: (3, H, W) uint8.
-        image_size: Side of the view, in pixels.
+        image_size: Side of the crop, in pixels.
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     """
@@ -49,9 +51,9 @@ class CentralBatch(NamedTuple):
     """A batch of centre crops of consecutive images.
 
     Attributes:
-        start: Number of the first image.
-        images: (B, 3, S, S) uint8.
-        labels: (B,) int64; `NO_LABEL` where the image cannot be used.
+        start: Index of the first image in the dataset.
+        images: (B, 3, S, S) uint8; an image that cannot be used is black.
+        labels: (B,) int64; an image that cannot be used has `NO_LABEL`.
         bad: A message for each image that cannot be used.
     """
 
@@ -101,8 +103,8 @@ def central_batches(
 ) -> Iterator[CentralBatch]:
     """Yields the centre crops of a rank's images.
 
-    Batch b is images b*B to (b+1)*B - 1 and belongs to rank b modulo W, so that a batch is made
-    of the same images on any number of ranks, and its numbers are the same to the bit.
+    Batch b has the images b*B to (b+1)*B - 1, and belongs to rank b modulo W. So a batch has the
+    same images on any number of ranks, and results computed from it are the same to the bit.
 
     Args:
         source: The images.
@@ -111,7 +113,8 @@ def central_batches(
         rank: This rank, counted from 0.
         world_size: W, the number of ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Larger images are refused before they are decoded.
+        max_pixels: Largest number of pixels of an image; larger images are refused before they
+            are decoded.
     """
     starts = range(rank * batch_size, len(source), world_size * batch_size)
     ends = [(start, min(start + batch_size, len(source))) for start in starts]

@@ -1,15 +1,15 @@
 """The user's own source of images: `data.root module:PATH/TO/FILE.py:NAME`.
 
-NAME is a class or a function that returns an object with the images: `len(images)` is their number,
-and `images[i]` is an array (H, W, 3) or (H, W) of uint8, or the bytes of an image file. NAME is
-called without arguments, or, for the parts of a labelled dataset, with "train" or "val". The
-object may also have
+NAME is a class, or a function that returns an object with the images. `len(images)` is the number
+of images, and `images[i]` is an array (H, W, 3) or (H, W) of uint8, or the bytes of an image file.
+NAME is called without arguments, or, for the parts of a labelled dataset, with "train" or "val".
+The object may also have
 
     labels() -> (classes of the images as whole numbers, (len,); names of the classes or None)
-    name(i) -> str, what messages call an image
-    fingerprint: str, which changes when the images do
+    name(i) -> str, the name of an image in messages
+    fingerprint: str, which changes when the images change
 
-A source runs in the loading processes, and must return the same image for an index in each.
+A source runs in the loading processes, and must return the same image for an index in each process.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _TRIED = 10
 
 
 def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None:
-    """Opens the user's own source, or returns None for the name of a file or folder.
+    """Opens the user's own source, or returns None if `root` names a file or folder instead.
 
     Args:
-        root: A name in the form of doors.py.
-        where: The field that names it, for messages.
-        part: "train" or "val" of a labelled dataset; "": the images.
+        root: Value of the configuration field, in the form that doors.py describes.
+        where: Name of the configuration field, for messages.
+        part: "train" or "val" for a part of a labelled dataset; "" for all images.
 
     Raises:
-        ConfigError: The source cannot be imported.
-        DataError: The object is not a source of images, or holds none.
+        ConfigError: if the source cannot be imported.
+        DataError: if the object is not a source of images, or has no image.
     """
     return _opened(root, where, part) if is_custom(root) else None
 
@@ -55,7 +55,7 @@ def _opened(root: str, where: str, part: str) -> CustomImages:
 
 
 def is_custom(root: str) -> bool:
-    """Returns whether a name refers to a source of the user's own or an installed package."""
+    """Whether `root` names a source in the user's own code or in an installed package."""
     if doors.is_own(root):
         return True
     is_word = root.replace("-", "_").isidentifier()
@@ -63,13 +63,15 @@ def is_custom(root: str) -> bool:
 
 
 class CustomImages:
-    """The images of a user's source, as an `ImageSource`.
+    """`ImageSource` of the images of a user's source.
 
-    Arrays are passed on as PPM files, which decode to the same pixels.
+    Images that the source returns as arrays are passed on as the bytes of PPM files, which decode
+    to the same pixels.
 
     Attributes:
-        fingerprint: The source's own fingerprint, else a hash of its length and of some images.
-        labels: The method of the source; absent if the source has none.
+        fingerprint: The fingerprint of the user's source; if the source has none, a hash of the
+            number of images and of a few images' bytes.
+        labels: Method that returns the checked labels; absent if the source has no labels.
     """
 
     fingerprint: str
@@ -115,7 +117,7 @@ class CustomImages:
     def read(self, index: int) -> bytes:
         """Returns the bytes of image `index`.
 
-        Raises: DataError: if the source fails or returns no image.
+        Raises: DataError: if the source raises an error, or returns something else than an image.
         """
         try:
             image = self._images[index]
@@ -139,7 +141,7 @@ class CustomImages:
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
     def _try(self) -> None:
-        """Refuses a source if none of a few images can be read."""
+        """Raises DataError if none of `_TRIED` images can be read."""
         problems = []
         for place in self._spread(_TRIED):
             try:

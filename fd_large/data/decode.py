@@ -2,8 +2,8 @@
 
 torchvision's decoders are tried first, as they are faster than Pillow; Pillow reads formats that
 they refuse or handle badly (BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are
-decoded, so that a small file cannot claim much memory. A file that cannot be used is a `DataError`
-with its name.
+decoded, so that a small file cannot claim much memory. A file that cannot be used raises a
+`DataError` with the file's name.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     num_rows: int | None = None,
 ) -> torch.Tensor:
-    """Decodes an image.
+    """Decodes the bytes of an image file to RGB pixels.
 
-    EXIF orientation is applied, grey repeated to three channels, transparency dropped, 16 bits
-    scaled to 8, CMYK converted, and the first image of an animation taken; colour profiles are
-    ignored.
+    The EXIF orientation is applied. Grey is repeated to three channels, transparency is dropped,
+    16 bits are scaled to 8, CMYK is converted, and the first image of an animation is taken. Colour
+    profiles are ignored.
 
     Args:
-        encoded: An image file's bytes.
-        where: Name of the image in an error.
+        encoded: The bytes of an image file.
+        where: Name of the image in error messages.
         max_pixels: Images with more pixels are refused before they are decoded.
-        num_rows: Number of rows needed from the top; None: all. The result may have more rows:
-            decoding stops early only for images whose size `size_before_decoding` returns.
+        num_rows: Number of rows that are needed from the top; None for all rows. The result may
+            have more rows, since decoding stops early only for images whose size
+            `size_before_decoding` returns.
 
-    Returns: (3, H, W) uint8; its memory may be in (H, W, 3) order.
-    Raises: DataError: if no decoder can read it, or it is too large.
+    Returns: (3, H, W) uint8, whose memory may be in (H, W, 3) order.
+    Raises: DataError: if no decoder can read the image, or the image has too many pixels.
     """
     if not encoded:
         raise refused(where, "an empty file")
@@ -66,9 +67,9 @@ def decode(
 
 
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
-    """Returns the size of an image if `decode` can skip the rows below a crop, else None.
+    """Returns the size of an image whose lower rows `decode` can skip.
 
-    Returns: height and width in pixels, or None where it has to be decoded whole.
+    Returns: height and width in pixels, or None if the image has to be decoded whole.
     """
     header = read_header(encoded)
     return (header.height, header.width) if _rows_in_order(header) else None
@@ -79,11 +80,12 @@ def _rows_in_order(header: object) -> bool:
 
 
 def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -> torch.Tensor:
-    """Decodes the upper rows of a JPEG, equal to the whole image's to the bit.
+    """Decodes the first `num_rows` rows of a JPEG or a few more, as (3, rows, W) uint8.
 
-    libjpeg stops at the header's height, and skips the rest of the scan up to the end marker (so
-    that a truncated file is still noticed). One more row of coded units is decoded, because the
-    chroma of the last row is interpolated with the row below.
+    The rows are equal, to the bit, to those of the whole image. A smaller height is written into
+    the header for the time of the decoding. libjpeg stops at this height, and skips the rest of the
+    scan up to the end marker, so that a truncated file is still noticed. One more row of coded
+    units is decoded, because the chroma of the last row is interpolated with the row below.
     """
     step = header.row_step
     height = min(header.height, (-(-num_rows // step) + 1) * step)

@@ -1,7 +1,7 @@
-"""Decodes the bytes of an image file to RGB pixels by Pillow. No torch.
+"""Decodes the bytes of an image file to RGB pixels by Pillow, without importing torch.
 
 Sizes are read before pixels are decoded, so that a small file cannot claim much memory. A file that
-cannot be used is a `DataError` with its name.
+cannot be used raises a `DataError` with the file's name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def decode_with_pillow(
     """Decodes an image by Pillow; see `decode.decode` for the arguments.
 
     Returns: (H, W, 3) uint8.
-    Raises: DataError: if Pillow cannot read it, or it is too large.
+    Raises: DataError: if Pillow cannot read the image, or the image has too many pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -49,7 +49,12 @@ def decode_with_pillow(
 
 
 def refused(where: str, got: str) -> DataError:
-    """Returns the error for a file that is not a usable image."""
+    """Returns the error for a file that cannot be decoded.
+
+    Args:
+        where: Name of the image.
+        got: What the file is instead of a usable image.
+    """
     return DataError(
         f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."

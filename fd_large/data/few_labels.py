@@ -1,9 +1,9 @@
-"""A part of the labelled training images: a fraction or a number of the images of each class.
+"""Chooses a part of the labelled training images: a fraction or a number of each class's images.
 
-The choice follows from a seed and the names of the images below their folder or in their tar
+The choice depends on a seed and on the names of the images below their folder or in their tar
 files, so that all models of a comparison learn from the same images, on any machine. The images
-chosen for a smaller number are also among those chosen for a larger one. For other sources, the
-index of an image replaces its name.
+chosen for a smaller number are also among the images chosen for a larger number. In other sources,
+the index of an image replaces its name.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ log = logging.getLogger(__name__)
 def few_labels(
     images: LabelledImages, *, fraction: float, per_class: int, seed: int
 ) -> LabelledImages:
-    """Returns the chosen images of each class, at least one; all by default.
+    """Returns the dataset of the chosen images, at least one image of each class.
+
+    With a `fraction` of 1 and a `per_class` of 0, all images are returned.
 
     Args:
         images: The training images.
-        fraction: Share of the images of each class, in (0, 1].
-        per_class: Largest number of images of a class; 0 for all images.
+        fraction: Fraction of each class's images to choose, in (0, 1].
+        per_class: Largest number of images of a class; 0 for no limit.
         seed: Seed of the choice.
     """
     if fraction == 1 and not per_class:
@@ -50,7 +52,7 @@ def few_labels(
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:
-    """Returns a 64-bit number, a hash of the seed and of an image's name or place."""
+    """Returns a 64-bit hash of the seed and of the name or index of image `number`."""
     source, place = images.images, number
     if isinstance(source, Part):
         source, place = source.images, source.place(number)

@@ -1,4 +1,4 @@
-"""A folder of images, with sub folders, in an order that is the same on every machine."""
+"""Source of the images in a folder and its subfolders, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _LONGEST_NAME = 4096  # No file system takes a longer path.
 
 
 class ImageFolder:
-    """The images below a folder: `len(folder)`, `folder[i]` (the path), `folder.read(i)`.
+    """`ImageSource` of the images below a folder; `folder[i]` is the path of image i.
 
-    The order is that of the UTF-8 bytes of the paths relative to the root, parts joined by "/",
-    which depends neither on the file system nor on the locale. Links to folders are followed; names
-    that start with a dot are left out.
+    Images are sorted by the UTF-8 bytes of their paths relative to the root, with "/" between the
+    parts, so that the order depends neither on the file system nor on the locale. Links to folders
+    are followed. Files and folders whose names start with a dot are left out.
 
-    The list of a large folder is kept in the cache (`listing.py`) and made again when the
-    modification time of any folder in it changes, as it does after adding, removing or renaming a
-    file. A file with changed contents is the same sample.
+    The list of a large folder is kept in the cache (`listing.py`). It is made again when the
+    modification time of any folder in it changes, which happens when a file is added, removed or
+    renamed. A file with changed contents is the same sample.
 
     Attributes:
         root: The folder.
-        fingerprint: A hash of the paths in order.
+        fingerprint: A hash of the relative paths in order.
     """
 
     kind = "a folder"
@@ -53,9 +53,9 @@ class ImageFolder:
 
         Args:
             root: The folder.
-            where: The field that names it, for messages.
+            where: Name of the configuration field that holds the root, for messages.
 
-        Raises: DataError: if it holds no image, or a folder in it cannot be listed.
+        Raises: DataError: if no image is below the folder, or a subfolder cannot be listed.
         """
         self.root, self._where = os.fspath(root), where
         self._listing = listed(
@@ -97,12 +97,13 @@ class ImageFolder:
         return read_image(self[index])
 
     def labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """Returns the class of each image, (len,), and the classes: the sub folders, by name.
+        """Returns the class of each image, and the names of the classes.
 
-        The order of classes is that of torchvision's ImageFolder; an image may be anywhere below
-        its class's folder.
+        Each subfolder of the root is a class, and an image may lie anywhere below the subfolder of
+        its class. The classes are sorted by name, as in torchvision's ImageFolder.
 
-        Raises: DataError: if an image lies in no sub folder.
+        Returns: (len,) int64, indices into the names; the names.
+        Raises: DataError: if an image lies in no subfolder.
         """
         starts, names = [0], []
         while (start := starts[-1]) < len(self):
@@ -141,14 +142,17 @@ class ImageFolder:
 
 
 def open_folder(root: str, *, where: str) -> ImageFolder | None:
-    """Opens a folder of images; DataError if it has no image."""
+    """Opens a folder of images, or returns None if `root` is not a folder.
+
+    Raises: DataError: if no image is below the folder, or a subfolder cannot be listed.
+    """
     return ImageFolder(root, where=where) if local_kind(root, where=where) == "folder" else None
 
 
 def read_image(path: str) -> bytearray:
-    """Returns the bytes of an image's file.
+    """Returns the bytes of an image file.
 
-    Raises: DataError: if it cannot be read, or is so large that it can be no image.
+    Raises: DataError: if the file cannot be read, or is larger than `MAX_FILE_BYTES`.
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -168,19 +172,26 @@ def read_image(path: str) -> bytearray:
 
 
 class OpenFile:
-    """An open file with many images, closed with the last reference to it.
+    """An open file with many images, which is closed when its last reference is dropped.
 
-    Reads do not use the descriptor's own offset, since forked processes share it.
+    Reads do not use the offset of the file descriptor, since forked processes share this offset.
 
     Attributes:
-        number: The descriptor.
+        number: The file descriptor.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, size: int) -> bytearray:
-        """Returns the bytes of an image; OSError if they cannot be read, or are too many."""
+        """Returns the bytes of an image.
+
+        Args:
+            offset: Offset of the image's first byte in the file.
+            size: Number of bytes of the image.
+
+        Raises: OSError: if the bytes cannot be read, or `size` exceeds `MAX_FILE_BYTES`.
+        """
         if size > MAX_FILE_BYTES:
             raise OSError(f"an image of {size} bytes")
         encoded = bytearray(size)
@@ -195,11 +206,14 @@ class OpenFile:
 
 
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
-    """Yields possible paths below a dataset's folder, in parts, of a name in one of its files.
+    """Yields the paths below a dataset's folder at which an image may lie, each as its parts.
 
-    A root and ".." are dropped, so that no name leads outside of the folder; links are followed
-    as usual. The first folders of a name may not exist on this disk, so they are dropped one by
-    one.
+    The first folders of the name may not exist on this disk, so that they are dropped one by one.
+    A leading "/" and every ".." are dropped, so that no name leads outside of the folder. Links
+    are followed as usual.
+
+    Args:
+        name: Name of the image in a file of the dataset.
     """
     if len(name) > _LONGEST_NAME or "\0" in name:
         return
@@ -209,9 +223,13 @@ def paths_below(name: str) -> Iterator[tuple[str, ...]]:
 
 
 def read_below(folder: str, name: str) -> bytearray:
-    """Returns the bytes of an image named in a dataset's file, below that file's folder.
+    """Returns the bytes of an image that a file of a dataset refers to by name.
 
-    Raises: DataError: if it is missing or cannot be read.
+    Args:
+        folder: Folder of the file that names the image.
+        name: Name of the image, which is looked up at each path of `paths_below`.
+
+    Raises: DataError: if the image is missing or cannot be read.
     """
     for parts in paths_below(name):
         with suppress(DataError):
@@ -227,12 +245,19 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
-    """Yields ("folder" | "image" | "tar", path, modification time of a folder in ns or 0).
+    """Yields every folder, image file and tar file below a folder.
 
-    Paths are relative with "/" between the parts, in the order of their bytes: a folder is sorted
-    by its name with the "/", so at most one folder's names are sorted at a time.
+    Paths are relative to `root` with "/" between the parts, and are yielded in the order of their
+    bytes. A folder is sorted by its name with a "/" at the end, so that the names of only one
+    folder need sorting at a time.
 
-    Raises: DataError: if a folder cannot be listed (an epoch over a part would go unnoticed).
+    Args:
+        root: The folder.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Yields: "folder", "image" or "tar"; the path; the modification time of a folder in ns since the
+        epoch, or 0 for a file.
+    Raises: DataError: if a folder cannot be listed, since its missing images would go unnoticed.
     """
     pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
     while pending:

@@ -1,7 +1,7 @@
-"""Headers of image files: format, size and their limit, before any pixel is decoded.
+"""Reads format and size from the headers of image files, and refuses images that are too large.
 
-Only as far as torchvision's decoders need a guard (JPEG, PNG, WebP); Pillow reads the headers of
-other formats without decoding.
+Only headers of JPEG, PNG and WebP files are read here, since torchvision's decoders do not limit
+the size of these images. Pillow reads the headers of other formats without decoding pixels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 @dataclass(frozen=True)
 class Header:
-    """The format and size that a header states.
+    """Format and size of an image, as its header states them.
 
     Attributes:
         format: "JPEG", "PNG" or "WEBP".
-        height: Height as stored, before a rotation by EXIF.
-        width: Width as stored.
+        height: Height in pixels as stored, before a rotation by EXIF.
+        width: Width in pixels as stored, before a rotation by EXIF.
     """
 
     format: str
@@ -38,13 +38,13 @@ class Header:
 
 @dataclass(frozen=True)
 class JpegHeader(Header):
-    """The further fields of a JPEG's header.
+    """Format and size of a JPEG, with what is needed to decode only its upper rows.
 
     Attributes:
-        upright: Whether EXIF asks for no rotation.
-        height_at: Offset in bytes of the two bytes of the height.
-        row_step: Height in pixels of a row of coded units, if rows are stored in sequence (one
-            scan, Huffman coded, sequential), so that a decoder may stop early; otherwise 0.
+        upright: Whether the image needs no rotation by EXIF.
+        height_at: Offset in bytes of the header's two bytes for the height.
+        row_step: Height in pixels of a row of coded units if a decoder can stop early, because the
+            rows are stored in sequence (one scan, Huffman coded, sequential); otherwise 0.
     """
 
     upright: bool
@@ -53,7 +53,10 @@ class JpegHeader(Header):
 
 
 def read_header(encoded: bytes | bytearray) -> Header | None:
-    """Reads format and size; None for other formats, or if the header is too damaged."""
+    """Returns the header of a JPEG, PNG or WebP file.
+
+    Returns: the header, or None for other formats and for headers that cannot be read.
+    """
     try:
         if encoded[:3] == b"\xff\xd8\xff":
             return _read_jpeg(encoded)
@@ -68,7 +71,11 @@ def read_header(encoded: bytes | bytearray) -> Header | None:
 
 
 def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
-    """Reads the segments up to the first scan."""
+    """Reads the header of a JPEG, which is all segments before the first scan.
+
+    Returns: the header, or None if there is no frame segment or a segment does not start with 0xFF.
+    Raises: IndexError or struct.error: if the file ends within the header.
+    """
     at, upright = 2, True
     frame: tuple[int, int] | None = None  # marker, where
     while True:
@@ -102,7 +109,7 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether EXIF asks for no rotation; False if this short parser cannot read it."""
+    """Whether EXIF data ask for no rotation; also False if this short parser cannot read them."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return False
@@ -120,7 +127,10 @@ def _upright(tiff: bytes) -> bool:
 
 
 def _read_webp(encoded: bytes | bytearray) -> Header | None:
-    """Reads a WebP header; source: RFC 9649 (the three kinds of first chunk)."""
+    """Reads the header of a WebP file, or returns None if the kind of its first chunk is unknown.
+
+    Source: RFC 9649 (the three kinds of first chunk).
+    """
     kind = encoded[12:16]
     if kind == b"VP8X":
         width = int.from_bytes(encoded[24:27], "little") + 1
@@ -136,7 +146,7 @@ def _read_webp(encoded: bytes | bytearray) -> Header | None:
 
 
 def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    """Raises DataError if there are too many pixels."""
+    """Raises DataError if an image has more than `max_pixels` pixels; `where` names the image."""
     if width * height > max_pixels:
         raise DataError(
             f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "

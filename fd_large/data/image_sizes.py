@@ -1,4 +1,4 @@
-"""The size of a step's images in a run with several sizes, drawn for each step."""
+"""Draws the size of the images of each step, in a run with several image sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fd_large.data.random_numbers import uniforms
 
 
 class ImageSizes(NamedTuple):
-    """Image sizes; each step draws a size for all of its images.
+    """The image sizes of a run, of which each step draws one size for all of its images.
 
     The draw is a function of (seed, epoch, step of the epoch), so that all ranks, micro-batches
     and loading processes agree without communication, and a resumed run continues unchanged.
@@ -17,7 +17,7 @@ class ImageSizes(NamedTuple):
     Attributes:
         sides: Sides of the square images, in pixels.
         seed: The run's seed.
-        global_batch_size: Images a step, over all ranks.
+        global_batch_size: Number of images in a step, over all ranks.
     """
 
     sides: Sequence[int]
@@ -25,7 +25,12 @@ class ImageSizes(NamedTuple):
     global_batch_size: int
 
     def at(self, epoch: int, position: int) -> int:
-        """Returns the side of the step at a position of an epoch; each side is equally likely."""
+        """Returns the side in pixels of the images of a step; each side is equally likely.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            position: A position of the step in the epoch's order.
+        """
         step = position // self.global_batch_size
         draw = float(uniforms(self.seed, epoch, [step], "image_size", 1)[0, 0])
         return self.sides[int(draw * len(self.sides))]

@@ -1,4 +1,7 @@
-"""Labelled images: class folders, tar shards with labels, or another source."""
+"""Opens labelled images and the training or test part of a dataset.
+
+Labels come from class folders, from tar shards with labels, or from another source with labels.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with a class each; itself an `ImageSource`.
+    """`ImageSource` with a class for each image.
 
     Attributes:
         images: The images.
-        labels: (num_images,) int64, the class of each image.
-        classes: Names of the classes; a label is a place in it.
+        labels: (num_images,) int64, the class of each image as an index into `classes`.
+        classes: Names of the classes.
     """
 
     images: ImageSource
@@ -42,16 +45,16 @@ class LabelledImages:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the samples' names in order."""
+        """The fingerprint of `images`, a hash of the samples."""
         return self.images.fingerprint
 
     @property
     def blocks(self) -> Blocks | None:
-        """The blocks of a source that is read in blocks, or None."""
+        """The blocks of `images`, or None if they are not read in blocks."""
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Tells a source that is read in blocks which blocks are needed next."""
+        """Starts to fetch the blocks with these numbers; the images must be read in blocks."""
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
@@ -61,20 +64,23 @@ class LabelledImages:
         return self.images[index]
 
     def read(self, index: int) -> bytes | bytearray:
-        """Returns the bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; raises DataError if the image cannot be read."""
         return self.images.read(index)
 
     def label(self, index: int) -> int:
-        """Returns the class of image `index`."""
+        """Returns the class of image `index`, as an index into `classes`."""
         return int(self.labels[index])
 
 
 def training_part(root: str, *, where: str = "data.root") -> str:
-    """Returns a dataset's part for training: `train`, if it also has a test part.
+    """Returns the root of a dataset's training part.
 
     Args:
-        root: See `open_images`.
-        where: The field that names it, for the log.
+        root: The dataset; see `open_images`.
+        where: Name of the configuration field that holds the root, for the log.
+
+    Returns: the root of the part `train` if the dataset has both this part and a test part;
+        otherwise `root`.
     """
     train, tested = _places(root, "train", where), _places(root, "val", where)
     if not (tested and train):
@@ -86,10 +92,13 @@ def training_part(root: str, *, where: str = "data.root") -> str:
 
 
 def evaluation_part(root: str) -> str:
-    """Returns a dataset's part for evaluation: the test part, if it also has `train`.
+    """Returns the root of a dataset's test part.
 
     Args:
-        root: See `open_images`.
+        root: The dataset; see `open_images`.
+
+    Returns: the root of the test part if the dataset has both this part and a part `train`;
+        otherwise `root`.
     """
     where = "data.root"
     tested = _places(root, "val", where)
@@ -100,11 +109,11 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
     """Opens the training images of a dataset, without labels.
 
     Args:
-        root: See `open_images`.
-        val_fraction: See `open_split`.
-        where: The field that names it, for messages.
+        root: The dataset; see `open_images`.
+        val_fraction: Fraction of the images that is left out for tests; see `open_split`.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if they cannot be used.
+    Raises: DataError: if the dataset cannot be used.
     """
     balanced = open_balanced(
         root, where, lambda part, name: open_training(part, val_fraction=val_fraction, where=name)
@@ -119,7 +128,7 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
 def open_held_out(root: str, val_fraction: float, *, where: str) -> ImageSource:
     """Opens the images of a folder that `open_training` leaves out, without labels.
 
-    Args: As `open_training`.
+    The arguments are those of `open_training`.
     """
     return _part(root, "val", val_fraction, where)
 
@@ -131,7 +140,7 @@ def _part(root: str, part: str, val_fraction: float, where: str) -> ImageSource:
 
 
 def has_parts(root: str, *, where: str = "data.root") -> bool:
-    """Returns whether a dataset has both a part `train` and a test part."""
+    """Whether a dataset has both a part `train` and a test part."""
     return all(_places(root, split, where) for split in SPLITS)
 
 
@@ -154,13 +163,15 @@ def open_labelled(
     """Opens a dataset with labels.
 
     Args:
-        root: See `open_images`.
-        classes: Names of the training set's classes, for a test set; None takes the dataset's own.
-        part: The part of a source of the user's own, "train" or "val"; "": all.
-        where: The field that names it, for messages.
+        root: The dataset; see `open_images`.
+        classes: Names of the training set's classes, for opening a test set; None to use the
+            classes of the dataset itself.
+        part: Part of a user's own source to open, "train" or "val"; "" for all images. Other
+            sources ignore it.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the dataset does not exist or has no labels, an image has none, or a
-        class is missing in the training set.
+    Raises: DataError: if the dataset does not exist, if the dataset or an image in it has no label,
+        or if `classes` lacks a class of the dataset.
     """
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
@@ -193,17 +204,20 @@ def open_split(
     val_fraction: float = 0.0,
     where: str = "data.root",
 ) -> LabelledImages:
-    """Opens the training or the test part of a dataset: `train/`, and `val/` or `test/`.
+    """Opens the training part or the test part of a labelled dataset.
+
+    The training part is `train`, and the test part is `val`, `validation` or `test`.
 
     Args:
-        root: The folder that holds the parts, or a source of the user's own that has them.
+        root: The folder or URL of a dataset with both parts, a user's own source with both parts,
+            or, if `val_fraction` is not 0, a folder of class folders.
         split: "train" or "val".
-        classes: Names of the training set's classes, for a set that is tested.
-        val_fraction: Fraction of the images that is tested, for a folder of class folders without
-            parts; the names of the files choose them. 0: the folder has parts.
-        where: The field that names the folder, for messages.
+        classes: Names of the training set's classes, for opening a test part.
+        val_fraction: Fraction of the images that make the test part of a folder without parts;
+            the names of the files decide which images these are. 0 for a dataset with parts.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the folder lacks the part, or has a single class.
+    Raises: DataError: if the dataset lacks the part, or has a single class.
     """
     if val_fraction:
         _check_no_parts(root, where)
@@ -234,10 +248,15 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Returns the places of a part for `open_images`; empty if the part is missing.
+    """Returns the roots of a dataset's part, each for `open_images`; none if the part is missing.
 
-    A place is a folder below the root, or a pattern of files with the part's name, such as
-    "train-00000-of-00002.parquet".
+    A root of a part is a folder or URL below the dataset's root, or a pattern of files whose names
+    begin with the name of the part, such as "train-00000-of-00002.parquet".
+
+    Args:
+        root: The dataset.
+        split: "train" or "val".
+        where: Name of the configuration field that holds the root, for messages.
     """
     if is_url(root):
         start = root.rstrip("/") + "/"

@@ -1,12 +1,14 @@
-"""The names of a dataset's samples, with numeric columns, in a memory-mapped file.
+"""Listing of a dataset: the names of its samples, with numeric columns, in a memory-mapped file.
 
-Workers hold no list: names and numbers stay in the file, whose used pages are in memory once for
-all processes. Making the file requires a walk over the whole dataset, so one rank does it for all
-(`meeting.py`). The file of a large dataset is kept in a cache folder and reused as long as the
-dataset's stamps (modification times of folders, sizes and times of shards) are unchanged.
+Loading processes hold no list of samples. Names and numbers stay in the file, whose used pages are
+in memory once for all processes. Making the file requires a walk over the whole dataset, so that
+one rank makes it for all ranks (`meeting.py`). The file of a large dataset is kept in a cache
+folder, and reused as long as the dataset's stamps (modification times of folders, sizes and
+modification times of shards) are unchanged.
 
-The file is in the safetensors format: `names` (concatenated bytes), `ends` (int64, the end of
-each name), further arrays, and the maker's facts as JSON.
+The file is in the safetensors format. It has the arrays `names` (the concatenated bytes of all
+names), `ends` (int64, the end of each name) and others, and a dict of facts about the dataset as
+JSON.
 """
 
 from __future__ import annotations
@@ -46,20 +48,22 @@ SETTLED_SECONDS = 2.0
 _LAYOUT = "fd-list3"
 
 Made = tuple[Mapping[str, NDArray], dict[str, Any]]
-"""The arrays `names`, `ends` and others, and facts in JSON's types. Of the facts, `fingerprint` is
-a hash of the samples, and `stamps` are not kept in memory."""
+"""A listing's arrays (`names`, `ends` and others), and facts about the dataset in JSON's types.
+Every dict of facts has `fingerprint`, a hash of the samples. The fact `stamps` is not kept in
+memory."""
 Add = Callable[..., None]
-"""Function that adds a sample: its name, bytes, and its numbers in the order of the columns."""
+"""Function that adds a sample, given its name as bytes, and one number for each column in order."""
 Fill = Callable[[Add], dict[str, Any]]
-"""Function that adds all samples, and returns the facts except for the fingerprint."""
+"""Function that adds all samples of a dataset by calling its argument, and returns the facts about
+the dataset except for the fingerprint."""
 
 
 class Listing:
-    """Names by index, and further arrays; read only.
+    """Read-only names and numbers of a dataset's samples, by index.
 
     Attributes:
-        arrays: `names`, `ends` and further arrays.
-        facts: Facts recorded by the maker.
+        arrays: `names`, `ends`, and an array for each column of numbers.
+        facts: Facts about the dataset, recorded when the listing was made.
         path: The file that holds the arrays; None if they are in memory.
         fingerprint: A hash of the samples.
     """
@@ -82,7 +86,7 @@ class Listing:
         return self.arrays["names"][start : int(ends[index])].tobytes()
 
     def number(self, column: str, index: int) -> int:
-        """Returns the value of sample `index` in a column."""
+        """Returns the number of sample `index` in the column of this name."""
         return int(self.arrays[column][index])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,19 +102,23 @@ def listed(
     make: Callable[[], Made],
     is_current: Callable[[dict[str, Any]], bool],
 ) -> Listing:
-    """Returns the listing of a dataset, from the cache if current, else new.
+    """Returns the listing of a dataset, from the cache if the dataset is unchanged, else a new one.
 
-    In a meeting of all ranks, rank 0 makes the listing for all ranks on the same disk, and the
-    first rank of a node for a node with its own disk; outside a meeting each rank makes its own.
-    The other ranks map the file, or receive its contents if they cannot. Of several concurrent
-    runs, one makes the listing and the others wait; without file locks each run makes its own, and
-    the last file stays. If the cache folder cannot be written, every start repeats the walk.
+    In a meeting of all ranks, rank 0 makes the listing for all ranks that see the same dataset. On
+    a node with a disk of its own, the first rank of the node makes the listing for the node. The
+    other ranks map the listing's file, or receive the contents of the file if they cannot map it.
+    Outside a meeting each rank makes its own listing.
+
+    Of several concurrent runs, one run makes the listing and the other runs wait for the file.
+    Without file locks each run makes its own listing, and the last file stays. If the cache folder
+    cannot be written, every start makes the listing again.
 
     Args:
-        dataset: Name of the dataset for messages.
+        dataset: Description of the dataset's kind; with `anchor` it identifies the listing.
         anchor: The file or folder that identifies the dataset, the same on all ranks.
         make: Function that lists the dataset.
-        is_current: Function from a listing's facts to whether the dataset is unchanged.
+        is_current: Function that takes the facts of a cached listing, and returns whether the
+            dataset is unchanged since then.
     """
     # This imports torch, which takes seconds, and which scoring files of results does not need.
     from fd_large.ranks import meeting
@@ -155,11 +163,13 @@ def listed(
 
 
 def filled(columns: tuple[str, ...], fill: Fill) -> Made:
-    """Collects the names of all samples, and their numbers in columns of int64.
+    """Collects the names and numbers of all samples of a dataset, for a new listing.
 
     Args:
-        columns: Names of the numbers that each sample carries.
-        fill: Calls its argument with the name and the numbers of each sample; returns the facts.
+        columns: Names of the columns of numbers (int64).
+        fill: Function that adds all samples, and returns the facts about the dataset.
+
+    Returns: the arrays of the listing, and the facts with the fingerprint added.
     """
     names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
     digest = hashlib.sha256()
@@ -180,7 +190,11 @@ def filled(columns: tuple[str, ...], fill: Fill) -> Made:
 
 
 def cache_folder() -> Path:
-    """Returns the cache folder: FD_CACHE, else fd_large in XDG_CACHE_HOME or in ~/.cache."""
+    """Returns the user's cache folder, which need not exist.
+
+    It is FD_CACHE if this variable is set, else `fd_large` in XDG_CACHE_HOME, else `fd_large` in
+    ~/.cache.
+    """
     if folder := os.environ.get("FD_CACHE"):
         return Path(folder)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -189,13 +203,15 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a file lock, which the system releases when its holder dies.
+    """Holds an exclusive file lock within the block; the system releases it if the process dies.
 
-    In a read-only folder, or on a file system without locks, there is no exclusion.
+    In a read-only folder, or on a file system without locks, the block runs without a lock.
 
     Args:
-        path: The file of the lock.
-        wait: Whether to wait for another holder; otherwise yields False if there is one.
+        path: The file of the lock, which is made if missing.
+        wait: Whether to wait while another process holds the lock.
+
+    Yields: False if `wait` is False and another process holds the lock, else True.
     """
     with ExitStack() as stack:
         try:
@@ -211,7 +227,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
-    """Whether a modification is old enough that a later one has another time stamp.
+    """Whether a modification lies so far back that any later one has another time stamp.
 
     Args:
         modified_ns: Modification time, in ns since the epoch.
@@ -221,12 +237,12 @@ def settled(modified_ns: int, listed_at: float) -> bool:
 
 
 class _Note(NamedTuple):
-    """A rank's message about a listing that it holds, made here or opened.
+    """A rank's message to other ranks about the listing that the rank has.
 
     Attributes:
-        path: File of the listing, or None.
+        path: File of the listing, or None if the listing has no file.
         fingerprint: Fingerprint of the listing.
-        identity: Identity of the anchor.
+        identity: What `_identity` returns for the dataset's anchor on the sending rank.
     """
 
     path: Path | None
@@ -235,7 +251,10 @@ class _Note(NamedTuple):
 
 
 def _identity(anchor: str) -> tuple[int, ...]:
-    """Returns a file's identity, the same on all clients of a file system but not for copies."""
+    """Returns numbers that identify a file or folder; empty if its status cannot be read.
+
+    They are equal on all clients of a file system, and differ for a copy on another file system.
+    """
     try:
         status = os.stat(anchor)
     except OSError:
@@ -261,7 +280,11 @@ def _timed(make: Callable[[], Made]) -> Listing:
 
 
 def _keep(listing: Listing, path: Path) -> Listing:
-    """Writes a large listing to a file, if possible, and maps the file."""
+    """Writes a listing to a file, and returns the listing that maps the file.
+
+    A listing with fewer than `CACHED_FROM` samples, or whose file cannot be written, is returned
+    as it is.
+    """
     if max(len(a) for name, a in listing.arrays.items() if name != "names") < CACHED_FROM:
         return listing
     try:
@@ -299,7 +322,10 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
 
 
 def _opened(note: _Note) -> Listing | None:
-    """Returns another rank's listing, if this rank can map its file."""
+    """Maps the listing of another rank.
+
+    Returns: the listing, or None if this rank cannot map the same file.
+    """
     if note.path is None:
         return None
     with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
@@ -321,7 +347,7 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes files of killed processes."""
+    """Removes partial files that killed processes left in a folder."""
     for path in folder.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # Another process was faster.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:

@@ -1,10 +1,11 @@
-"""The micro batches of a rank, in order, from any step of an epoch to its end.
+"""Loads the micro-batches of a rank in order, from any step of an epoch to the epoch's end.
 
-Workers get positions and compute the order of the epoch, read, decode and make the view. So no
-state of a worker can change a pixel, and only positions are sent to it.
+A worker (loading process) gets only the positions of a micro-batch in the epoch's order. It
+computes which samples are at these positions, reads and decodes them, and makes the views. So no
+state of a worker can change a pixel.
 
-A task provides a Dataset that turns the positions of a micro batch, (B,) int64, into a `Batch` by
-`load_samples`. `build_loader` does the rest; `ViewBatches` is the Dataset of images without
+A task provides a Dataset that turns the positions of a micro-batch, (B,) int64, into a `Batch` by
+`load_samples`, and `build_loader` makes the loader. `ViewBatches` is the Dataset of images without
 labels.
 """
 
@@ -41,15 +42,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of some samples, with their place in the run.
+    """A micro-batch of views, with the epoch and the positions of the samples.
 
     Attributes:
         images: (B, 3, S, S), usually uint8.
         epoch: Epoch, counted from 0.
-        positions: (B,) int64, places in the epoch's order.
-        indices: (B,) int64, the samples that were taken for them.
-        bad: A message for each sample that was tried and cannot be used, its name first
-            (`bad_images.py` counts them).
+        positions: (B,) int64, positions in the epoch's order.
+        indices: (B,) int64, the index of the sample that was loaded for each position.
+        bad: A message "NAME: REASON" for each sample that was tried and cannot be used, which
+            `bad_images.py` counts.
         targets: Further tensors of the task, in lists, tuples or dicts; or None.
     """
 
@@ -61,15 +62,18 @@ class Batch:
     targets: Any = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copies images and targets without waiting for the copy.
+        """Returns the batch with images and targets on a device, without waiting for the copy.
 
-        Positions and indices stay on the CPU: draws are made there, and reading them back from a
-        device would stop the host.
+        Positions and indices stay on the CPU, where random numbers are drawn from them, since
+        reading them back from a device would stop the host.
         """
         return self._through(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Moves the tensors to page-locked memory; torch's DataLoader calls it."""
+        """Returns the batch with images and targets in page-locked memory.
+
+        torch's DataLoader calls this method.
+        """
         return self._through(torch.Tensor.pin_memory)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -90,20 +94,18 @@ def build_loader(
     global_batch_size: int,
     workers: int,
 ) -> DataLoader:
-    """Returns the loader of the rest of an epoch for one rank.
-
-    It has as many batches for each step as the rank has micro batches a step.
+    """Returns the loader of a rank's micro-batches in the rest of an epoch.
 
     Args:
-        batches: Takes the positions of a micro batch, (B,), and returns a `Batch`; runs in the
-            workers.
-        num_samples: Size of the dataset.
-        portion: The rank's micro batches, and the step to start from.
-        global_batch_size: Images a step over all ranks.
+        batches: Dataset that takes the positions of a micro-batch, (B,), and returns a `Batch`;
+            runs in the loading processes.
+        num_samples: Number of samples of the whole dataset.
+        portion: The rank, its micro-batch size, and the epoch and step to start from.
+        global_batch_size: Number of images in a step over all ranks.
         workers: Number of loading processes; 0 loads in this process.
 
     Raises:
-        ConfigError: if batch sizes do not divide.
+        ConfigError: if the batch sizes do not divide (`check_batch_sizes`).
         DataError: if the global batch is larger than the dataset.
     """
     check_batch_sizes(
@@ -117,14 +119,15 @@ def build_loader(
 
 
 def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> DataLoader:
-    """Loads batches in order; `len` of the result is their number.
+    """Returns a loader of the batch of each item of `places`, in order.
 
     Args:
-        batches: Function from an item of `places` to a batch; runs in the workers.
-        places: Items, one for each batch; has a length.
+        batches: Dataset that takes an item of `places` and returns a batch; runs in the loading
+            processes.
+        places: An item for each batch; has a length, which is also the length of the loader.
         workers: Number of loading processes; 0 loads in this process.
 
-    Raises: ConfigError: if the machine cannot make use of as many processes.
+    Raises: ConfigError: if the machine cannot make use of this number of loading processes.
     """
     check_workers(workers)
     return _Loader(
@@ -141,7 +144,10 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
 
 @dataclass(frozen=True)
 class _Carried(Dataset):
-    """A dataset that returns an error in place of a batch, since torch would add a traceback."""
+    """Dataset that returns an FDError of `batches` as its item instead of raising the error.
+
+    torch would add the traceback of the loading process to an error that is raised there.
+    """
 
     batches: Dataset
 
@@ -153,7 +159,7 @@ class _Carried(Dataset):
 
 
 class _Loader(DataLoader):
-    """A loader that raises a loading process's error in place of its batch."""
+    """DataLoader that raises an error which `_Carried` returned as a batch."""
 
     def __iter__(self) -> Any:
         # The loading processes start here, so their signals are blocked here.
@@ -171,12 +177,12 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """The result of loading one position.
+    """The result of loading a sample for one position.
 
     Attributes:
-        value: Result for a sample, or None if no tried sample can be used.
-        index: The sample of which the value was made, or the last sample that was tried.
-        bad: A message for each tried sample that could not be used, its name first.
+        value: What `make` returned for the sample, or None if no tried sample can be used.
+        index: Index of the sample that was loaded, or of the last sample that was tried.
+        bad: A message "NAME: REASON" for each tried sample that could not be used.
     """
 
     value: T | None
@@ -195,22 +201,27 @@ def load_samples(
     blocks: Blocks | None = None,
     name: Callable[[int], str] | None = None,
 ) -> list[Loaded[T]]:
-    """Loads the sample at each position, or a replacement if it is bad.
+    """Loads the sample at each position, or a replacement if this sample cannot be used.
 
-    A replacement is drawn from the whole dataset, or from the window of its blocks, by (seed,
-    epoch, position), so it is the same on any number of ranks and workers. If none of ten samples
-    can be used, the value is None and no error is raised: a rank that stopped here would leave the
-    others waiting, whereas the count of bad images stops all ranks together.
+    A replacement is drawn from the whole dataset, or, if samples are read in blocks, from the
+    position's window of blocks. It depends only on (seed, epoch, position), so that it is the same
+    on any number of ranks and workers. If none of `MAX_TRIES` samples can be used, the result has
+    the value None, and no error is raised. A rank that stopped here would leave the other ranks
+    waiting, whereas the count of bad images stops all ranks together.
 
     Args:
-        make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
-        positions: (B,), places in the epoch's order.
-        indices: (B,), the samples that the order has there.
-        num_samples: Size of the dataset.
+        make: Function that takes an index into `positions` and the index of a sample, and returns
+            the loaded sample; raises DataError if the sample cannot be used.
+        positions: (B,), positions in the epoch's order.
+        indices: (B,), the indices of the samples at these positions.
+        num_samples: Number of samples of the whole dataset.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         blocks: Blocks of a source that is read in blocks, or None.
-        name: Function from a sample to its place, for messages about slow reads.
+        name: Function that takes the index of a sample and returns its path or URL, for messages
+            about slow reads.
+
+    Returns: a result for each position.
     """
     loaded, worker = [], get_worker_info()
     slot = 0 if worker is None else worker.id + 1
@@ -244,14 +255,17 @@ def load_at(
     seed: int,
     epoch: int,
 ) -> list[Loaded[T]]:
-    """Loads the samples at some positions of the epoch's order.
+    """Loads the samples of a source at some positions of the epoch's order, by `load_samples`.
 
     Args:
-        make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
+        make: Function that takes an index into `positions` and the index of a sample, and returns
+            the loaded sample; raises DataError if the sample cannot be used.
         source: The images.
-        positions: (B,), places in the epoch's order.
+        positions: (B,), positions in the epoch's order.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
+
+    Returns: a result for each position.
     """
     return load_samples(
         make,
@@ -266,32 +280,34 @@ def load_at(
 
 
 class Beside(Protocol):
-    """Stored values of images' views, which go into a batch's targets."""
+    """Store of tensors for the views of images, which become the targets of a batch."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
-        """Returns the tensors, in tuples or dicts, of the view of image `index`.
+        """Returns the stored tensors for a view of image `index`, in tuples or dicts.
 
-        Raises: DataError: if nothing is stored for that image, which another image then replaces.
+        Raises: DataError: if nothing is stored for the image; the loader then replaces the image.
         """
 
     def blank(self) -> Any:
-        """Returns tensors of the same shapes, for a place without a usable image."""
+        """Returns tensors of the same shapes as those of `of`, for a position without an image."""
 
 
 @dataclass(frozen=True)
 class ViewBatches(Dataset):
-    """Maps positions to a `Batch` of views, (B, 3, S, S) uint8; runs in the workers.
+    """Dataset that maps positions to a `Batch` of views, and runs in the loading processes.
 
     Attributes:
         source: The images.
         settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        fixed: Recurring views of each image; None: a new view at each position of an epoch.
-        beside: Stored values of the views; None for batches without targets.
-        mixed_among: Number of images a step over all ranks, if each is mixed with its neighbour
-            (mixing.py); 0: images are not mixed.
-        sizes: Size of the views for each step, replacing the settings'; None for a constant size.
+        fixed: The recurring views of each image; None to draw a new view at each position of an
+            epoch.
+        beside: Store of tensors for the views; None for batches without targets.
+        mixed_among: Number of images in a step over all ranks if each image is mixed with its
+            neighbour (mixing.py); 0 if images are not mixed.
+        sizes: Image sizes of which each step draws one, instead of the size in `settings`; None
+            for a constant size.
     """
 
     source: ImageSource
@@ -304,7 +320,10 @@ class ViewBatches(Dataset):
     sizes: ImageSizes | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the views; a black view replaces an unusable sample."""
+        """Loads the views at positions (B,) as a batch with images (B, 3, S, S) uint8.
+
+        A position for which no sample can be used gets a black view.
+        """
         if not self.mixed_among:
             return self._load(positions, len(positions))
         every, partners = with_partners(positions, self.mixed_among)
@@ -320,7 +339,10 @@ class ViewBatches(Dataset):
         return replace(batch, images=images)
 
     def _load(self, positions: NDArray[np.int64], count: int) -> Batch:
-        """Loads the views of all positions; other fields of the batch cover the first `count`."""
+        """Loads the views at all positions as a batch.
+
+        Fields other than `images` have entries only for the first `count` positions.
+        """
         draws_at, settings = self._draws(positions), self.settings
         if self.sizes is not None:
             side = self.sizes.at(self.epoch, int(positions[0]))
@@ -344,7 +366,10 @@ class ViewBatches(Dataset):
         )
 
     def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:
-        """Returns a function that draws the view of a place in `positions` and its image."""
+        """Returns a function that draws the random numbers of a view.
+
+        The function takes an index into `positions` and the index of an image.
+        """
         fixed = self.fixed
         if fixed is not None:
             return lambda _place, index: fixed.draws(self.epoch, index)

@@ -1,10 +1,10 @@
-"""Partners of images in a global batch, and images mixed with their partners.
+"""Pairs the images of a global batch, and mixes each image with its partner (mixup).
 
-All images of a group are mixed with the same share. In the published code a group is the batch of
-a GPU; here it is 128 positions of the epoch's order, whatever the number of GPUs. Partners are
-neighbours in that order. (timm pairs images by reversing the batch of a GPU, and lightly-train by a
-permutation.) Since the order of an epoch is random, any pairing is random; with neighbours as
-partners, a rank seldom has to load more than its own images.
+All images of a group are mixed with the same weight. In the published code a group is the batch of
+a GPU. Here a group is 128 consecutive positions of a global batch, whatever the number of GPUs, and
+partners are neighbours in the epoch's order. (timm pairs images by reversing the batch of a GPU,
+and lightly-train by a permutation.) Since the order of an epoch is random, any pairing is random.
+With neighbours as partners, a rank seldom has to load more than its own images.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 from fd_large.data.random_numbers import uniforms
 
 GROUP = 128
-"""Images of a group: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
+"""Number of images in a group: the batch size of a GPU in finetune/*.yaml of
+Feature-Distillation."""
 
 
 def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """Returns the first position of each position's group.
+    """Returns for each position the first position of its group, (B,).
 
     Args:
         positions: (B,), in the epoch's order.
@@ -31,7 +32,10 @@ def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArra
 
 
 def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """Returns each position's partner: its neighbour in the global batch, or itself if unpaired.
+    """Returns for each position the position of its partner, (B,).
+
+    Positions 2k and 2k + 1 of a global batch are partners. The last position of a global batch of
+    odd size is its own partner.
 
     Args:
         positions: (B,), in the epoch's order.
@@ -45,13 +49,14 @@ def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np
 def with_partners(
     positions: NDArray[np.int64], global_batch_size: int
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Returns positions extended by missing partners, and the index of each partner.
+    """Adds the partners that are missing among some positions.
 
     Args:
         positions: (B,), in the epoch's order.
         global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
 
-    Returns: (B + R,) positions, the given ones first; (B,) indices of the partners.
+    Returns: (B + R,) the given positions followed by R missing partners; (B,) for each given
+        position the index of its partner in the first result.
     """
     other = partners(positions, global_batch_size)
     every = np.concatenate([positions, np.setdiff1d(other, positions)])
@@ -65,7 +70,8 @@ def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W), floating-point.
         others: (B, 3, H, W), the partners.
-        share: Weight of the image itself; its partner has 1 - share. A number, or (B, 1, 1, 1).
+        share: Weight of the image itself, as a number or as (B, 1, 1, 1); the weight of its partner
+            is 1 - share.
 
     Source: Zhang et al., arXiv 1710.09412.
     """
@@ -81,18 +87,20 @@ def mixed_views(
     epoch: int,
     global_batch_size: int,
 ) -> Tensor:
-    """Returns uint8 views, each mixed with its partner's by the group's share, drawn in [0, 1).
+    """Mixes each view with the view of its partner, by a weight in [0, 1) drawn for each group.
 
-    Rounding to whole levels moves a pixel by half a level at most. Source: distillation in
-    lightly-train, where both models see the mix.
+    Rounding to whole levels moves a pixel by half a level at most.
 
     Args:
         views: (B + R, 3, S, S) uint8, in the order of `with_partners`.
         positions: (B,), in the epoch's order.
-        partners: (B,), the indices of their partners among the views.
+        partners: (B,), the index of each position's partner among the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+
+    Returns: (B, 3, S, S) uint8.
+    Source: distillation in lightly-train, where teacher and student see the mixed images.
     """
     starts = group_starts(positions, global_batch_size)
     shares = torch.from_numpy(uniforms(seed, epoch, starts, "mixing", 1)).float()

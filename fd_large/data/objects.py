@@ -1,8 +1,8 @@
-"""Files by path or by URL: found, and read in ranges.
+"""Finds files by path or URL, and reads files of object stores and web servers in byte ranges.
 
-fsspec connects to object stores and web servers. Requests are repeated after growing pauses if a
-store is busy, slow or unreachable (`asked`); if it does not recover, the run ends with the exit
-code of a resumable run. No response stays open between two requests, and fsspec makes a new
+fsspec connects to object stores and web servers. If a store is busy, slow or unreachable, requests
+are repeated after growing pauses (`asked`). If the store does not recover, the run ends with the
+exit code of a resumable run. No response stays open between two requests, and fsspec makes a new
 client in a forked process.
 """
 
@@ -59,12 +59,12 @@ _BROKEN = {
 
 
 class Stored(NamedTuple):
-    """A file or an object with its stamp at listing.
+    """A local file or an object in a store, as it was when the dataset was listed.
 
     Attributes:
         url: Path or URL.
-        size: In bytes.
-        stamp: Value that changes with the contents: the ETag of an object, the modification time
+        size: Size in bytes.
+        stamp: Text that changes with the contents: the ETag of an object, or the modification time
             of a file; "" if unknown.
     """
 
@@ -78,10 +78,12 @@ class Stored(NamedTuple):
         return is_url(self.url)
 
     def open(self) -> BinaryIO:
-        """Checks that the file is unchanged, and opens it for reading.
+        """Checks that the file is unchanged, and opens the file for reading.
 
-        Raises: DataError: if the file has changed or cannot be looked up; OSError: if a local file
-            cannot be opened; StorageError: if its store does not answer.
+        Raises:
+            DataError: if the file has changed, or its size and stamp cannot be read.
+            OSError: if a local file cannot be opened.
+            StorageError: if the store of the file does not answer.
         """
         now = _looked_up(self.url)
         if now != self:
@@ -101,13 +103,16 @@ def join(root: str, name: str) -> str:
 
 
 def asked(url: str, action: Callable[[], T]) -> T:
-    """Makes a request to a store, with retries after transient failures.
+    """Makes a request to a store, and repeats the request after transient failures.
 
     Args:
         url: URL for messages.
-        action: Request that can be repeated.
+        action: Function that makes the request, and can be called repeatedly.
 
-    Raises: StorageError: if transient failures go on; DataError: if the store refuses the request.
+    Returns: the result of `action`.
+    Raises:
+        StorageError: if transient failures go on.
+        DataError: if the request fails in another way, such as by a refusal of the store.
     """
 
     def once() -> T:
@@ -127,16 +132,16 @@ def asked(url: str, action: Callable[[], T]) -> T:
 
 
 def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
-    """Returns the files or objects of a root with certain endings, in the order of their names.
+    """Returns the files or objects of a root whose names have certain endings, sorted by name.
 
     Args:
-        root: A file, a pattern ("{00..12}" and "*"), or a folder of which all below counts; a path
-            or a URL.
+        root: Path or URL of a file, of a folder, which is searched with its subfolders, or a
+            pattern with "{00..12}" or "*". Names that start with a dot are left out.
         endings: Endings of names, in lower case.
-        where: The field that names it, for messages.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Returns: an empty list if there is none.
-    Raises: DataError: if a named file is missing, or a package is.
+    Returns: the files, or an empty list if there is none.
+    Raises: DataError: if a named file is missing, or a needed package is not installed.
     """
     check_packages(root, where=where)
     try:
@@ -148,9 +153,13 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
 
 
 def find_objects(root: str, where: str) -> list[Stored]:
-    """Returns the tar shards and parquet files of a URL by `find`, run on one rank.
+    """Returns the tar shards or the parquet files at a URL, which one rank finds for all ranks.
 
-    Raises: DataError: if there are both.
+    Args:
+        root: The URL; see `find`.
+        where: Name of the configuration field that holds the URL, for messages.
+
+    Raises: DataError: if tar shards and parquet files are found together, or as `find` does.
     """
     objects = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
     kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in objects}
@@ -163,7 +172,12 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
-    """Returns a hash of the files' names below their common folder, each with a fact about it."""
+    """Returns a hash of the files' names below their common folder, and of a text for each file.
+
+    Args:
+        files: The files or objects, in order.
+        facts: A text for each file, such as its size and stamp.
+    """
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()
     for file, fact in zip(files, facts, strict=True):
@@ -205,7 +219,10 @@ def _looked_up(url: str) -> Stored:
 
 
 class _Ranges(AbstractBufferedFile):
-    """An object read in ranges, with retries."""
+    """An object in a store, opened as a file whose reads are requests of byte ranges.
+
+    A request has at most `RANGE_BYTES` bytes, and is repeated after transient failures.
+    """
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         def get(start: int, end: int) -> bytes:
@@ -221,7 +238,10 @@ class _Ranges(AbstractBufferedFile):
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """Returns fsspec's client, which a forked process makes anew, and the path."""
+    """Returns fsspec's file system for a URL or path, and the path within this file system.
+
+    A forked process gets a file system of its own for a URL.
+    """
     if not is_url(url):  # In a path, fsspec would give `A::B` and `~` a special meaning.
         return LocalFileSystem(), os.path.abspath(url)
     scheme, options = scheme_of(url), {}

@@ -1,8 +1,8 @@
-"""Packing of a batch into one tensor, for the transfer from a loading process.
+"""Packs all tensors of a batch into one tensor, for the transfer from a loading process.
 
-Each tensor in shared memory takes a file descriptor on both sides for as long as it lives. A
-batch of images with objects has hundreds of tensors, several batches are in transit, and a
-process often may have only a thousand descriptors.
+Each tensor in shared memory takes a file descriptor in the loading process and in the training
+process for as long as the tensor lives. A batch of images with objects has hundreds of tensors,
+several batches are in transit, and the system often allows a process only a thousand descriptors.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch.utils.data import get_worker_info
 _ALIGNMENT = 64
 
 _Layout = list[tuple[torch.dtype, tuple[int, ...], int]]
-"""Data type, shape and first byte of each tensor."""
+"""Data type, shape, and offset of the first byte of each tensor in the joined tensor."""
 
 
 def parcel(batch: Any) -> Any:
-    """Packs a batch in a loading process; it is unpacked on arrival.
+    """Packs a batch for the transfer to the training process, where unpickling unpacks the batch.
+
+    Outside of a loading process, the batch is returned as it is.
 
     Args:
         batch: Anything that can be pickled. Its tensors arrive contiguous.

@@ -1,7 +1,8 @@
-"""Photographs in two Python packages, for a first run without any download.
+"""Photographs that come with two Python packages, for a first run without any download.
 
-From scikit-image and scikit-learn (china and flower; CC BY 2.0, danielbuechele and vultilion on
-Flickr). Drawings, test patterns and images smaller than a view are left out.
+The packages are scikit-image and scikit-learn. (The images china and flower of scikit-learn are CC
+BY 2.0, by danielbuechele and vultilion on Flickr.) Drawings, test patterns and images smaller than
+a view are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 def open_photographs(root: str, *, where: str) -> Photographs | None:
     """Opens `builtin:photographs` or `builtin:photographs-held-out`.
 
-    Raises: DataError: if the dataset does not exist, or a package is missing.
+    Returns: the images, or None if `root` does not start with "builtin:".
+    Raises: DataError: if there is no built-in dataset of this name, or a package is missing.
     """
     if not root.startswith(BUILTIN):
         return None
@@ -65,10 +67,15 @@ def open_photographs(root: str, *, where: str) -> Photographs | None:
 
 
 class Photographs:
-    """A set of the photographs, listed `REPEATS` times one after another.
+    """`ImageSource` of the training photographs or the held-out photographs.
 
-    The photographs are decoded once and kept uncompressed, as PPM, 20 MB in all. Decoding a PNG
-    again for every crop would cost as much as a fifth of a training step on a CPU.
+    The whole set is listed `REPEATS` times, one time after another. The photographs are decoded
+    once and kept in memory as uncompressed PPM files, 20 MB in all. Decoding a PNG again for every
+    crop would cost as much as a fifth of a training step on a CPU.
+
+    Attributes:
+        names: Names of the photographs, without repeats.
+        fingerprint: A hash of the names.
     """
 
     fingerprint: str
@@ -78,9 +85,9 @@ class Photographs:
 
         Args:
             held_out: Whether to take the two held-out photographs, or all others.
-            where: The field that names the set, for messages.
+            where: Name of the configuration field that holds the dataset's name, for messages.
 
-        Raises: DataError: if a package is not installed or has lost a file.
+        Raises: DataError: if a package is not installed, or one of its files cannot be read.
         """
         self.names = HELD_OUT if held_out else TRAINING
         self._files = [_read(name, where) for name in self.names]
@@ -120,9 +127,10 @@ def _read(name: str, where: str) -> bytes:
 
 
 def _without_profile(encoded: bytes) -> bytes:
-    """Returns a PNG without its colour profile, about which libpng would warn on every rank.
+    """Removes the colour profile of a PNG from its bytes; other files are returned unchanged.
 
-    `decode` leaves profiles alone, so that the pixels are the same.
+    libpng would warn about the profile on every rank. `decode` ignores colour profiles, so that the
+    pixels are the same.
     """
     if not encoded.startswith(b"\x89PNG"):
         return encoded

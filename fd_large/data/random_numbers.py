@@ -1,10 +1,11 @@
-"""Counter-based random numbers: draws depend on (seed, epoch, position, stream) alone.
+"""Counter-based random numbers, which depend on (seed, epoch, position, stream) alone.
 
-With a stateful generator a draw would depend on earlier draws, and so on rank, worker and resume.
-Here a draw is the output of Philox-4x32-10 for a counter that encodes the draw's place.
+With a stateful generator, a random number would depend on the numbers drawn before, and so on the
+rank, the loading process, and whether a run was resumed. Here a random number is the output of
+Philox-4x32-10 for a counter made of epoch, position and stream, with the seed as the key.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
-algorithm is held to the known answers of its authors' library Random123.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Tests
+compare the algorithm with the known answers of its authors' library Random123.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ def philox(
     """Computes Philox-4x32-10, elementwise.
 
     Args:
-        counter: Four words of 32 bits, each in uint64 (to hold a product of two); their shapes
-            broadcast.
+        counter: Four arrays of 32-bit words, whose shapes broadcast. Words are held in uint64, so
+            that the product of two words fits.
         key: Two words of 32 bits.
 
-    Returns: four random words of 32 bits, each in uint64, of the broadcast shape.
+    Returns: four arrays of random 32-bit words, in uint64, of the broadcast shape.
     """
     a, b, c, d = counter
     key_a, key_b = key
@@ -80,10 +81,10 @@ def random_words(
     first_block: int = 0,
     num_blocks: int = 1,
 ) -> NDArray[np.uint64]:
-    """Returns the random words of each position; a block is four words of 32 bits.
+    """Returns random words for each position, in blocks of four words of 32 bits.
 
-    The seed is the key. The counter is [stream (8 bits) and block (24), position (two words),
-    epoch], so that no two draws of a run share a counter.
+    The seed is the key. The counter has four words: the stream (8 bits) and the block (24 bits),
+    the position (two words), and the epoch. So no two draws of a run share a counter.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -115,16 +116,17 @@ def random_words(
 def uniforms(
     seed: int, epoch: int, positions: ArrayLike, stream: str | int, count: int
 ) -> NDArray[np.float64]:
-    """Returns uniform numbers in [0, 1); a row depends on (seed, epoch, position, stream) only.
+    """Returns `count` uniform random numbers in [0, 1) for each position.
 
-    A row's first numbers do not depend on `count`. Two words make one number of 53 bits.
+    The numbers of a position depend only on (seed, epoch, position, stream), and the first numbers
+    do not depend on `count`. Two words of 32 bits make one number of 53 bits.
 
     Args:
         seed: 0 to 2**64 - 1.
         epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order.
         stream: Purpose of the numbers: a name in `STREAMS`, or a number below 256.
-        count: Numbers a position.
+        count: Number of random numbers for each position.
 
     Returns: (B, count) float64.
     """
@@ -138,17 +140,17 @@ def uniforms(
 def drop_path_keep(
     rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
 ) -> torch.Tensor:
-    """Draws the kept branches: site i is kept in a sample with probability 1 - rates[i].
+    """Draws for each sample which residual branches drop path (stochastic depth) keeps.
 
-    Draws are independent of each other.
+    Branch i of a sample is kept with probability 1 - rates[i], independently of all others.
 
     Args:
-        rates: Drop rate of each site, in [0, 1], in execution order.
+        rates: Drop rate of each branch, in [0, 1], in execution order.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        positions: (B,), in the epoch's order; a tensor on the CPU will do.
+        positions: (B,), in the epoch's order, as an array or a tensor on the CPU.
 
-    Returns: (num_sites, B) bool, on the CPU.
+    Returns: (num_branches, B) bool, True where a branch is kept, on the CPU.
     """
     draws = uniforms(seed, epoch, positions, "drop_path", len(rates))  # (B, num_sites)
     keep = draws >= np.asarray(rates, dtype=np.float64)

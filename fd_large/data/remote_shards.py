@@ -1,8 +1,8 @@
-"""Images in tar shards behind a URL, read in blocks of one shard.
+"""Source of the images in tar shards at a URL, where each shard is a block that is fetched whole.
 
-Images are in the order of the shards' names, and of the members in a shard. A truncated or
-damaged shard is read as far as it is sound. The first start fetches every shard once to count its
-images, and keeps the counts.
+Images are in the order of the shards' names, and within a shard in the order of its members. A
+truncated or damaged shard is used up to its damage. The first start fetches every shard once to
+count its images, and keeps the counts in the cache.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ STREAMS = 8
 
 
 class RemoteShards(BlockImages):
-    """The images of some tar shards behind a URL.
+    """`ImageSource` of the images in some tar shards at a URL.
 
     Attributes:
-        torn: Damage of incomplete shards.
+        torn: A message for each truncated or damaged shard.
     """
 
     def __init__(self, root: str, shards: Sequence[Stored], *, where: str) -> None:
         """Counts the images of the shards.
 
         Args:
-            root: Name of the shards, for messages.
-            shards: The shards.
-            where: The field that names them, for messages.
+            root: The URL that the user gave, for messages and for the name of the kept counts.
+            shards: The shards found at this URL.
+            where: Name of the configuration field that holds the URL, for messages.
 
-        Raises: DataError: if a shard is compressed, or no shard has an image; StorageError: if
-            the store does not answer.
+        Raises:
+            DataError: if a shard is compressed, or no shard has an image.
+            StorageError: if the store does not answer.
         """
         counted = meeting.once(f"images of {root}", lambda: _counted(root, shards, where))
         sizes = np.array([num for num, _ in counted], np.int64)
@@ -70,9 +71,9 @@ class RemoteShards(BlockImages):
         self._where = where
 
     def labels(self) -> tuple[NDArray[np.int64], None]:
-        """Returns the label of each image, (len,).
+        """Returns the label of each image, (len,) int64, and None, since classes have no names.
 
-        Raises: DataError: if an image has none.
+        Raises: DataError: if an image has no label.
         """
         return meeting.once(f"labels of {self.kind} {self.fingerprint}", self._read_labels), None
 
@@ -94,7 +95,10 @@ class RemoteShards(BlockImages):
 
 
 def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:
-    """Returns the number of images of each shard, and its damage or ""."""
+    """Counts the images of each shard; a shard whose count was not kept is fetched.
+
+    Returns: for each shard its number of images, and a message about its damage or "".
+    """
     name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     notes = cache_folder() / "listings" / f"{name}.counts.json"
     counts = json_object(notes)
@@ -126,9 +130,12 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
 
 
 def _write(shard: Stored, writer: BlockWriter, where: str) -> str:
-    """Writes a shard and its index; returns its damage, or "".
+    """Writes the contents and the index of a shard as a block.
 
-    Raises: DataError: if it is compressed or changed; StorageError: if the store does not answer.
+    Returns: a message about the shard's damage, or "" for an undamaged shard.
+    Raises:
+        DataError: if the shard is compressed, or has changed since it was listed.
+        StorageError: if the store does not answer.
     """
     with shard.open() as remote:
         shutil.copyfileobj(remote, writer.file, RANGE_BYTES)

@@ -1,11 +1,12 @@
-"""Names of datasets in `data.root`, checked before torch is imported.
+"""Parses and checks the values of `data.root`, before torch is imported.
 
-A name is a path, a URL, a pattern of shards in braces, or a weighted sum of several datasets:
+A root names a dataset. It is a path, a URL, a pattern of shards with braces, a built-in dataset, a
+source of the user's own, or a weighted sum of several datasets:
 
     0.5 /data/imagenet + 0.3 web=/data/web/shards + 0.2 s3://bucket/places/
 
-In a sum each dataset has its weight in front, and may have a name, as `web` here; otherwise its
-name is the last part of its path.
+In a sum each dataset has a weight in front, and may have a name, as `web` here. Without a name, the
+last part of its path is the name of the dataset.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fd_large.recipes.tables import keys_of
 
 PARQUET = ".parquet"
 SAVED = ("state.json", "dataset_info.json")
-"""Files that `datasets` writes beside a saved dataset."""
+"""JSON files that `datasets` writes into the folder of a saved dataset."""
 SAVED_PARTS = "dataset_dict.json"
 """The file that `datasets` writes for a saved dataset of several parts."""
 CLIENTS = {
@@ -41,7 +42,7 @@ CLIENTS = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
-"""Packages that fsspec needs for a scheme; it knows many more schemes."""
+"""The package that fsspec needs for each scheme; fsspec also knows schemes that are not here."""
 
 # Schemes of fsspec whose files are templates, or whose servers run code that they are sent. A chain
 # of schemes (`A::B`) reaches them as well.
@@ -82,21 +83,21 @@ def is_url(root: str) -> bool:
 
 
 def name_of(url: str) -> str:
-    """Returns the name of a file at a path or URL, without a query."""
+    """Returns a path or URL without the query that an http URL may have after a "?"."""
     return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
 
 def local_kind(
     root: str, *inside: str, where: str = "data.root"
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns the kind of a root, or of a name below it; None if it is missing, or for a URL.
+    """Returns what kind of local file a path is; None for a URL or if nothing is at the path.
 
     Args:
         root: Value of `data.root`.
-        inside: Names below it.
-        where: The field that names it, for messages.
+        inside: Parts of a path below the root; without them, the root itself is looked up.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the file system refuses to say.
+    Raises: DataError: if the file system does not allow the look-up.
     """
     longest = max(map(len, os.fsencode(root).split(b"/")))
     if is_url(root) or ("{" in root and longest > _LONGEST_NAME):  # A long list of names.
@@ -105,16 +106,16 @@ def local_kind(
 
 
 def is_saved(root: str, where: str) -> bool:
-    """Whether a root is a folder written by `save_to_disk` of `datasets`."""
+    """Whether a root is a folder that `save_to_disk` of Hugging Face's `datasets` wrote."""
     return local_kind(root, where=where) == "folder" and all(
         local_kind(root, name, where=where) == "file" for name in SAVED
     )
 
 
 def listed(folder: str, where: str) -> list[str]:
-    """Returns the names in a folder, sorted.
+    """Returns the sorted names of the files and folders in a folder.
 
-    Raises: DataError: if the file system refuses to say.
+    Raises: DataError: if the folder cannot be listed.
     """
     try:
         return sorted(os.listdir(folder))
@@ -123,13 +124,14 @@ def listed(folder: str, where: str) -> list[str]:
 
 
 def check_packages(root: str, *, where: str) -> None:
-    """Refuses a dataset whose package is missing, and braces with too many names.
+    """Checks that the packages which a root needs are installed, and the size of its patterns.
 
     Args:
         root: Value of `data.root`.
-        where: The field that names it, for messages.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: with the command that installs it, or the number of names.
+    Raises: DataError: if a package is missing, with the command that installs the package, or if
+        braces stand for more than a million names.
     """
     check_braces(root, where=where)
     for part in weighted_roots(root, where=where):
@@ -143,9 +145,15 @@ def check_packages(root: str, *, where: str) -> None:
 
 
 def require(package: str, source: str, where: str) -> None:
-    """Refuses a dataset whose package is missing.
+    """Checks that a package is installed, and that pyarrow is recent enough.
 
-    Raises: DataError: with the command that installs it, also in place of too old a release.
+    Args:
+        package: Name of the package.
+        source: Kind of dataset that needs the package, for messages.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Raises: DataError: if the package is missing, or the release of pyarrow may run code in a file;
+        with the command that installs a usable release.
     """
     if find_spec(package) is None:
         raise DataError(
@@ -186,13 +194,17 @@ def _check_client(root: str, where: str) -> None:
 
 
 def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
-    """Expands "{00..12}" (leading zeros kept) and "{a,b}" without nesting.
+    """Returns all names that a pattern stands for, as a shell expands braces.
+
+    "{00..12}" stands for the numbers from 00 to 12, with leading zeros, and "{a,b}" for a and b.
+    Braces cannot be nested.
 
     Args:
-        pattern: A name of shards.
-        where: The field that names it, for messages.
+        pattern: A path or URL that may have braces.
+        where: Name of the configuration field that holds the pattern, for messages.
 
-    Raises: DataError: if it stands for more than a million names.
+    Raises: DataError: if the pattern stands for more than a million names, or a number in it has
+        too many digits.
     """
     parts = _parts(pattern, where)
     written = ([format(choice, spec) for choice in choices] for choices, spec in parts)
@@ -200,15 +212,20 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 
 
 def check_braces(pattern: str, *, where: str) -> None:
-    """Refuses a pattern of more than a million names, without expanding it.
+    """Checks the braces of a pattern without expanding them.
 
-    Raises: DataError: if it does.
+    Raises: DataError: if the pattern stands for more than a million names, or a number in it has
+        too many digits.
     """
     _parts(pattern, where)
 
 
 def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
-    """Returns the choices for each part of a pattern in order, and their format."""
+    """Splits a pattern into its parts inside and outside of braces.
+
+    Returns: for each part, in order, the texts or numbers that may stand there, and the format
+        specification with which they are written.
+    """
     # text, inside, text, inside, ..., text
     parts = [
         _inside(text, where) if index % 2 else ([text], "")
@@ -243,9 +260,10 @@ class WeightedRoot(NamedTuple):
     """A dataset of a weighted sum.
 
     Attributes:
-        name: Name for messages and for choices by dataset.
-        root: See `open_images`.
-        share: Number of its images among each `period` images; `period` is the sum of all shares.
+        name: Name of the dataset, for messages and for settings of single datasets.
+        root: Root of the dataset; see `open_images`.
+        share: The weight as a whole number. Of every n images in an epoch's order, where n is the
+            sum of all shares, the dataset provides this number.
     """
 
     name: str
@@ -254,13 +272,14 @@ class WeightedRoot(NamedTuple):
 
 
 def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot, ...]:
-    """Returns the datasets of a weighted sum, or an empty tuple for other texts.
+    """Returns the datasets of a weighted sum, or an empty tuple if `root` is not a weighted sum.
 
     Args:
         root: Value of `data.root`.
-        where: Name of the field with this value, for messages.
+        where: Name of the configuration field with this value, for messages.
 
-    Raises: DataError: if a term is malformed, or two have the same name.
+    Raises: DataError: if a term is malformed, two datasets have the same name, or the weights need
+        whole numbers whose sum exceeds `MAX_PERIOD`.
     """
     texts = root.split(" + ")
     matches = [_TERM.fullmatch(text.strip()) for text in texts]
@@ -295,13 +314,18 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
 
 
 def require_dataset(root: str, *, where: str) -> None:
-    """Refuses a dataset that is invalid by its name, or by a quick check of its files.
+    """Checks the form of a root, and takes a quick look at its file or folder.
+
+    A path at which nothing exists is not refused here.
 
     Args:
-        root: Value of `data.root`; a missing path is not refused here.
-        where: The field that names it, for messages.
+        root: Value of `data.root`.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: naming the field; ConfigError: for code without `module:` before it.
+    Raises:
+        DataError: if the root is empty or malformed, a file is neither a tar file nor a parquet
+            file, or a folder has no file in it or below it.
+        ConfigError: if the root names a Python file and an object in it without `module:` in front.
     """
     if parts := weighted_roots(root, where=where):
         check_all(
@@ -325,9 +349,9 @@ def require_dataset(root: str, *, where: str) -> None:
 
 
 def require_builtin(root: str, where: str) -> None:
-    """Refuses unknown names of built-in datasets.
+    """Checks that a built-in dataset of this name exists.
 
-    Raises: DataError: naming the nearest.
+    Raises: DataError: if there is none, with the most similar name.
     """
     known = keys_of("data/photographs.py", "SETS")
     if root not in known:
@@ -356,7 +380,10 @@ def _require_archive(root: str, where: str) -> None:
 
 
 def _require_file_in(root: str, where: str) -> None:
-    """Refuses a folder without a file; lists only a few names of a large folder."""
+    """Raises DataError if a folder and its subfolders have no file.
+
+    The search stops at the first file, so that only a few names of a large folder are listed.
+    """
     folders = [root]
     for _ in range(_MOST_FOLDERS):
         if not folders:

@@ -1,8 +1,9 @@
 """The order of samples in an epoch, and each rank's slice of a global batch.
 
-No list as long as the dataset is ever made: the permutation is evaluated where it is needed.
-Samples that can only be read in blocks (row groups of parquet files, tar files of an object store)
-are shuffled within windows of blocks, so that each block is read once an epoch (`Blocks`).
+No list as long as the dataset is ever made, since the permutation is computed only for the needed
+positions. Samples that can only be read in blocks (row groups of parquet files, tar files of an
+object store) are shuffled within windows of blocks, so that each block is read once in an epoch
+(`Blocks`).
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ WINDOW_SAMPLES = 10_000
 def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -> NDArray[np.int64]:
     """Returns the samples at some positions of the epoch's order, a permutation of all samples.
 
-    A number below side**2 >= num_samples is written as two digits to the base side, which pass
-    through a Feistel network with Philox as round function; numbers outside the dataset pass
-    through again until they are inside (cycle walking). Both steps are bijections, and fewer than
-    2 * sqrt(num_samples) + 1 numbers lie outside, so few repeat.
+    A position is written as two digits to the base `side`, where side**2 >= num_samples. The digits
+    pass through a Feistel network with Philox as the round function. If the resulting number is not
+    below num_samples, it passes through the network again until it is (cycle walking). Both steps
+    are bijections, and fewer than 2 * sqrt(num_samples) + 1 numbers are too large, so that few have
+    to pass again.
 
     Args:
-        num_samples: Size of the dataset.
+        num_samples: Number of samples of the whole dataset.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         positions: (B,), each below num_samples.
@@ -50,7 +52,11 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
 def _permuted(
     num_samples: int, seed: int, epoch: int, positions: ArrayLike, stream: str, first: int = 0
 ) -> NDArray[np.int64]:
-    """Returns `epoch_order` with the random numbers of another stream, from place `first` on."""
+    """Computes `epoch_order` with the random numbers of a given stream.
+
+    `first` is added to the positions for which random numbers are drawn, so that several
+    permutations can use one stream.
+    """
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
     assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < num_samples)
@@ -74,13 +80,14 @@ def _permuted(
 class Blocks:
     """Blocks of consecutive samples that are fetched together, and the order of an epoch over them.
 
-    The blocks are permuted in each epoch. `per_window` consecutive blocks of that order make a
-    window, whose samples are permuted. Everything is a function of (seed, epoch) and the sizes of
-    the blocks.
+    The blocks are permuted in each epoch. Of the permuted blocks, every `per_window` consecutive
+    blocks make a window, and the samples of a window are permuted. The order depends only on the
+    seed, the epoch and the sizes of the blocks.
 
     Attributes:
-        ends: (num_blocks,) int64, the number of samples up to each block's end; none is empty.
-        per_window: Blocks in a window; the last window may have fewer.
+        ends: (num_blocks,) int64, the number of samples up to the end of each block. A block has
+            at least one sample.
+        per_window: Number of blocks in a window; the last window may have fewer.
     """
 
     def __init__(self, ends: NDArray[np.int64]) -> None:
@@ -89,12 +96,12 @@ class Blocks:
         self.per_window = max(WINDOW_BLOCKS, math.ceil(WINDOW_SAMPLES / mean_size))
 
     def block(self, sample: int) -> tuple[int, int]:
-        """Returns the block of a sample, and the sample's place in it."""
+        """Returns the number of a sample's block, and the index of the sample in this block."""
         number = int(np.searchsorted(self.ends, sample, side="right"))
         return number, sample - (int(self.ends[number - 1]) if number else 0)
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the samples at some positions of the epoch's order, (B,)."""
+        """Returns the indices of the samples at positions (B,) of the epoch's order, (B,) int64."""
         blocks, ends, starts = self._layout(seed, epoch)
         samples = np.empty(len(positions), np.int64)
         windows = np.searchsorted(starts, positions, side="right") - 1
@@ -110,7 +117,10 @@ class Blocks:
         return samples
 
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
-        """Returns a sample from the window of a position, chosen by a draw in [0, 1)."""
+        """Returns the index of a sample that replaces the sample at a position.
+
+        The replacement is from the same window, and chosen by `draw`, a number in [0, 1).
+        """
         _, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         start, stop = self._bounds(window, starts)
@@ -118,7 +128,10 @@ class Blocks:
         return int(self.order(seed, epoch, np.array([place]))[0])
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
-        """Returns the blocks of a position's window and of the next window, in this order."""
+        """Returns the numbers of the blocks of a position's window, then of the next window.
+
+        After the last window of an epoch comes the first window of the next epoch.
+        """
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         first = window * self.per_window
@@ -136,7 +149,12 @@ class Blocks:
     def _layout(
         self, seed: int, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the permuted blocks, the position where each ends, and where windows start."""
+        """Returns the order of the blocks in an epoch.
+
+        Returns: (num_blocks,) the permuted numbers of the blocks; (num_blocks,) the position in the
+            epoch at which each of these blocks ends; (num_windows,) the position at which each
+            window starts.
+        """
         count = len(self.ends)
         blocks = _permuted(count, seed, epoch, np.arange(count), "blocks")
         ends = np.cumsum(np.diff(self.ends, prepend=0)[blocks])
@@ -147,9 +165,9 @@ class Blocks:
 def samples_at(
     source: Any, seed: int, epoch: int, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Returns the samples of a source at some positions of the epoch's order, (B,).
+    """Returns the indices of a source's samples at positions (B,) of the epoch's order, (B,) int64.
 
-    A source that is read in blocks is told which blocks are needed next.
+    If the source is read in blocks, it starts to fetch the blocks that are needed next.
     """
     blocks: Blocks | None = getattr(source, "blocks", None)
     if blocks is None:
@@ -159,17 +177,18 @@ def samples_at(
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Returns the number of whole global batches in an epoch; the remainder is dropped."""
+    """Returns the number of steps in an epoch, in which an incomplete global batch is dropped."""
     return num_samples // global_batch_size
 
 
 class Portion(NamedTuple):
-    """The micro batches of an epoch for a rank.
+    """The part of an epoch that a rank loads.
 
     Attributes:
         epoch: Epoch, counted from 0.
-        first_update: Step of this epoch at which a resumed run continues, counted from 0.
-        micro_batch_size: Images a batch.
+        first_update: First step of this epoch to load, counted from 0; a resumed run may begin
+            within an epoch.
+        micro_batch_size: Number of images in a micro-batch.
         rank: This rank, counted from 0.
         world_size: The number of ranks.
     """
@@ -183,15 +202,16 @@ class Portion(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Positions of a rank in the epoch's order, (B,) int64 for each micro batch in turn.
+    """Iterable of a rank's positions in the epoch's order, (B,) int64 for each micro-batch.
 
-    Global batch k is positions k*G to (k+1)*G - 1. Rank r has G/W consecutive positions of it, and
-    a micro batch is a consecutive part of these.
+    Global batch k has the positions k*G to (k+1)*G - 1. Of these positions, each of the W ranks has
+    G/W consecutive positions, which are divided into micro-batches of consecutive positions.
 
     Attributes:
-        num_samples: Size of the dataset.
-        portion: The rank's part of the epoch.
-        global_batch_size: G, images a step over all ranks; a multiple of W micro batches.
+        num_samples: Number of samples of the whole dataset.
+        portion: The part of the epoch that the rank loads.
+        global_batch_size: G, the number of images in a step over all ranks; a multiple of W times
+            the micro-batch size.
     """
 
     num_samples: int
@@ -222,14 +242,17 @@ class MicroBatches:
 def check_batch_sizes(
     num_samples: int, *, global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
-    """Refuses batch sizes that do not divide, or that exceed the dataset.
+    """Checks that the batch sizes divide, and that the dataset has at least one global batch.
 
     Args:
-        num_samples: Size of the dataset.
-        global_batch_size, micro_batch_size, world_size: As for `check_division`.
+        num_samples: Number of samples of the whole dataset.
+        global_batch_size: Number of images in a step over all ranks.
+        micro_batch_size: Number of images in a micro-batch.
+        world_size: The number of ranks.
 
     Raises:
-        ConfigError: as `check_division` does.
+        ConfigError: if a size is not positive, or the global batch size is not a multiple of the
+            micro-batch size times the number of ranks.
         DataError: if the global batch is larger than the dataset.
     """
     check_division(

@@ -1,7 +1,7 @@
-"""Images of a Hugging Face dataset saved by `save_to_disk`: memory-mapped arrow files.
+"""Source of the images in a Hugging Face dataset that `save_to_disk` wrote as arrow files.
 
-Any row can be read at any time, so the order of an epoch is a permutation of all images. The
-dataset takes no memory except cached pages of the mapped files.
+The files are memory-mapped, so that any row can be read at any time, and the order of an epoch is a
+permutation of all images. The dataset takes no memory except cached pages of the mapped files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from fd_large.ranks import meeting
 
 
 class SavedDataset:
-    """The images of a column of a dataset; it needs the package datasets.
+    """`ImageSource` of the images in a column of a saved dataset.
+
+    Reading the dataset needs the package datasets.
 
     Attributes:
-        fingerprint: A hash of the dataset's own fingerprint and of the number of rows.
+        fingerprint: A hash of the dataset's own fingerprint, the number of rows, and the name of
+            the column.
         kind: Description of the dataset.
-        labels: The classes; absent if no column holds any.
+        labels: Method that returns the class of each image, and the names of the classes or None;
+            absent if no column has classes.
     """
 
     kind = "a saved Hugging Face dataset"
@@ -37,9 +41,9 @@ class SavedDataset:
 
         Args:
             root: The folder that `save_to_disk` wrote.
-            where: The field that names it, for messages.
+            where: Name of the configuration field that holds the root, for messages.
 
-        Raises: DataError: if it is damaged or empty, or has no column of images.
+        Raises: DataError: if the dataset is damaged or empty, or has no column of images.
         """
         self.root, self._where = root, where
         self._opened: tuple[int, Any] | None = None
@@ -73,7 +77,10 @@ class SavedDataset:
     def read(self, index: int) -> bytes | bytearray:
         """Returns the bytes of image `index`.
 
-        Raises: DataError: if they cannot be read, or the cell is empty.
+        If the column has only the path of an image, the file at this path is read. The result is
+        empty if the column has neither bytes nor a path.
+
+        Raises: DataError: if the image cannot be read.
         """
         try:
             column = self._images()[index].column(0).combine_chunks()

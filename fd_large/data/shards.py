@@ -1,4 +1,4 @@
-"""Images in tar shards, read in place without unpacking."""
+"""Source of the images in local tar shards, which are read in place without unpacking."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ CHECK_SECONDS = 60.0
 
 
 class TarShards:
-    """The images in some tar files: `len(shards)`, `shards[i]` (its place), `shards.read(i)`.
+    """`ImageSource` of the images in some tar files; `shards[i]` is "TAR_FILE/MEMBER" of image i.
 
-    Images are in the order of the members' names over all shards (equal names in the shards'
-    order), so that a folder and its tar files, however they are packed, are the same dataset.
+    Images are sorted by the names of their members over all shards, and members of equal name by
+    the order of the shards. So a folder and its tar files, however they are packed, are the same
+    dataset.
 
-    A truncated or damaged shard is read as far as it is sound, and is named in `torn` and in the
-    log. An index is kept in the cache (`listing.py`) and made again when the list of shards, or
-    the size or modification time of a shard, changes.
+    A truncated or damaged shard is used up to its damage, and is named in `torn` and in the log.
+    The index of all shards is kept in the cache (`listing.py`). It is made again when the list of
+    shards, or the size or modification time of a shard, changes.
 
     Attributes:
-        paths: The tar files.
-        sizes_and_times: Size and modification time of each shard.
-        torn: Damage of incomplete shards.
+        paths: The paths of the tar files.
+        sizes_and_times: Size in bytes and modification time in ns of each shard.
+        torn: A message for each truncated or damaged shard.
         fingerprint: A hash of the names of the images in order.
     """
 
@@ -56,8 +57,9 @@ class TarShards:
         """Indexes the shards.
 
         Args:
-            root: A tar file, a pattern of tar files, a folder with tar files, or their paths.
-            where: The field that names them, for messages.
+            root: A tar file, a pattern of tar files, a folder with tar files, or a list of paths of
+                tar files.
+            where: Name of the configuration field that holds the root, for messages.
 
         Raises: DataError: if a shard is missing, unreadable or compressed, or no shard has an
             image.
@@ -97,7 +99,7 @@ class TarShards:
         return f"{self.paths[self._listing.number('shard', index)]}/{self.name(index)}"
 
     def name(self, index: int) -> str:
-        """Returns the name of image `index` in its tar file."""
+        """Returns the name of the tar member that holds image `index`."""
         return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
@@ -117,9 +119,9 @@ class TarShards:
             ) from error
 
     def labels(self) -> tuple[NDArray[np.int64], None]:
-        """Returns the label of each image, (len,).
+        """Returns the label of each image, (len,) int64, and None, since classes have no names.
 
-        Raises: DataError: if an image has none.
+        Raises: DataError: if an image has no label.
         """
         labels = self._listing.arrays["label"]
         if len(without := np.flatnonzero(labels == NO_LABEL)):
@@ -161,11 +163,11 @@ class TarShards:
 
 
 class _Files:
-    """The open shards of one process; the least recently used is closed first.
+    """Cache of one process's open shards, which closes the least recently used shard first.
 
-    Opening a shard for each image would cost a parallel file system as much as loose images do. An
-    open descriptor does not show that its file was replaced, so the file at the path is compared
-    with the index every `CHECK_SECONDS`.
+    Opening a shard for each image would burden a parallel file system as much as single image files
+    do. An open file does not show that the file at its path was replaced, so that size and time of
+    the file at the path are compared with the index every `CHECK_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -176,9 +178,15 @@ class _Files:
         return _Files, ()
 
     def read(self, path: str, indexed: list[int], offset: int, size: int) -> bytearray:
-        """Reads bytes of a shard.
+        """Reads bytes of a shard; after a failed read, opens the shard again for a second read.
 
-        Raises: OSError: if they cannot be read, or the shard has changed since it was indexed.
+        Args:
+            path: Path of the shard.
+            indexed: Size and modification time of the shard when it was indexed.
+            offset: Offset of the first byte.
+            size: Number of bytes.
+
+        Raises: OSError: if the bytes cannot be read, or the shard has changed since it was indexed.
         """
         try:
             return self._file(path, indexed).read(offset, size)
@@ -208,17 +216,18 @@ class _Files:
 
 
 def _most_open() -> int:
-    """Returns the number of shards that a process keeps open: half of its limit of open files.
+    """Returns the largest number of shards that a process keeps open.
 
-    It is at most `MOST_OPEN`.
+    It is half of the process's limit of open files, but at most `MOST_OPEN`.
     """
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 
 def open_shards(root: str, *, where: str) -> TarShards | None:
-    """Opens a tar file, a pattern of tar files, or a folder with tar files and no loose image.
+    """Opens a tar file, a pattern of tar files, or a folder with tar files and no image files.
 
-    Raises: DataError: if a file of the pattern is missing, or they cannot be used.
+    Returns: the source, or None if the root is something else.
+    Raises: DataError: if a file of the pattern is missing, or the shards cannot be used.
     """
     kind = local_kind(root, where=where)
     if kind == "folder":
@@ -231,7 +240,7 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
 
 
 def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
-    """Returns the tar files of a root; empty for a folder with loose images."""
+    """Returns the paths of a root's tar files; an empty list for a folder that has image files."""
     if not isinstance(root, str):
         return list(root)
     if local_kind(root, where=where) == "folder":
@@ -244,7 +253,11 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """Returns the file or folder that a root begins with, and a text for the rest of the root."""
+    """Splits a root into a file or folder that exists without expanding patterns, and the rest.
+
+    Returns: the root itself, the folder before the first brace or wildcard of a pattern, or the
+        first path of a list; a text that tells apart roots with the same first element.
+    """
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):
@@ -269,7 +282,7 @@ def _matching(pattern: str, where: str) -> list[str]:
 
 
 def _only_shards(root: str, where: str) -> list[str]:
-    """Returns the tar files below a folder, or an empty list if it also has image files."""
+    """Returns the paths of the tar files below a folder; an empty list if image files are there."""
     shards = []
     for kind, path, _ in walk(root, where):
         if kind == "image":

@@ -1,7 +1,7 @@
-"""The present image of each loading process and its start time, visible to the training process.
+"""Shows the training process which image each loading process is loading, and since when.
 
-A process in a hanging read (from a lost file server) cannot report it. So each process writes its
-present image into memory that is shared before the fork.
+A process whose read hangs (because a file server is lost) cannot report this itself. So each
+loading process writes the name of its current image into memory that is shared before the fork.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ _shared: mmap.mmap | None = None
 
 
 def watch() -> None:
-    """Makes this process and its future forks record their present image."""
+    """Makes `at_image` record images in this process and in processes forked from now on."""
     global _shared
     _shared = mmap.mmap(-1, _SLOT_BYTES * _SLOTS)
 
 
 @contextmanager
 def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) -> Iterator[None]:
-    """Records an image for the duration of the block.
+    """Records that this process is loading an image, for the duration of the block.
+
+    Without a call of `watch`, nothing is recorded.
 
     Args:
-        slot: Index of this loading process, from 0.
-        index: The image's place in the listing.
-        name: Function from this index to the image's path; None if that is not known.
+        slot: 0 in the training process, or the loading process's index plus 1.
+        index: Index of the image in the dataset.
+        name: Function that takes this index and returns the image's path or URL; None if the path
+            is not known.
     """
     if _shared is None:
         yield
@@ -50,7 +53,10 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 
 
 def longer_than(seconds: float) -> list[tuple[float, str]]:
-    """Returns (seconds, name) of images on which a loading process has spent more than a time."""
+    """Returns the images that processes have been loading for more than `seconds` until now.
+
+    Returns: (seconds since the loading began, name of the image) for each of these images.
+    """
     slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
         assert _shared is not None

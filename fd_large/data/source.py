@@ -1,8 +1,7 @@
-"""Sources of a run's images: their contract, and the package's table of sources.
+"""Sources of a run's images: the interface of a source, and the table of the package's sources.
 
-To add a source to the package, write a file with a class that follows the contract below and a
-function that opens it, and add that function to `SOURCES`. `custom.py` opens sources outside of
-the package.
+To add a source to the package, write a class with the interface `ImageSource` and a function that
+opens it, and add this function to `SOURCES`. `custom.py` opens sources outside of the package.
 """
 
 from __future__ import annotations
@@ -36,23 +35,24 @@ log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
-    """A dataset of images, numbered from 0 in the same order on every machine and start.
+    """A dataset of images, numbered from 0 in the same order on every machine and at every start.
 
-    It is opened on every rank, pickled to the loading processes, and read there by index. A source
-    may have further methods by index for other parts of a sample, such as its objects. A source
-    with classes also offers
+    A source is opened on every rank, pickled, and read by index in the loading processes. It may
+    have further methods that take an index, for other parts of a sample, such as the objects in an
+    image. A source with classes also has
 
         labels() -> tuple[NDArray[np.int64], tuple[str, ...] | None]
 
     which returns the class of each image, (num_images,), and the names of the classes in their
-    order, or None without names; `labelled.py` maps them to the training set's classes.
+    order, or None if the classes have no names. `labelled.py` maps the names to the training set's
+    classes.
 
-    A source whose images are read in blocks has `blocks`, a `sampler.Blocks` that gives the order
-    of an epoch, and `expect(numbers)`, which is told the numbers of the next blocks.
+    A source whose images are read in blocks has `blocks`, a `sampler.Blocks` that determines the
+    order of an epoch, and `expect(numbers)`, which starts to fetch the blocks with these numbers.
 
     Attributes:
-        fingerprint: A hash of the samples' names in order. It is compared between nodes, and with
-            the checkpoint's when a run resumes.
+        fingerprint: A hash of the samples' names in order. It is compared between nodes, and, when
+            a run resumes, with the fingerprint in the checkpoint.
     """
 
     fingerprint: str
@@ -61,19 +61,27 @@ class ImageSource(Protocol):
         """Returns the number of images, at least one."""
 
     def __getitem__(self, index: int) -> str:
-        """Returns the place of image `index`, for messages; IndexError outside of the dataset."""
+        """Returns the path, URL or name of image `index`, for messages.
+
+        Raises: IndexError: if there is no image with this index.
+        """
 
     def read(self, index: int) -> bytes | bytearray:
         """Returns the bytes of image `index`, in any format that `decode.py` reads.
 
-        Raises: DataError: if they cannot be read; the image is then skipped and counted.
+        Raises: DataError: if the image cannot be read; the loader then counts and replaces it.
         """
 
 
 def _open_objects(root: str, *, where: str) -> ImageSource | None:
-    """Opens the tar shards or parquet files at a URL: a file, a pattern, or all below it.
+    """Opens the tar shards or parquet files at a URL, or returns None if `root` is not a URL.
 
-    Raises: DataError: if there are none, the store refuses them, or a package is missing.
+    Args:
+        root: URL of a file or a folder, or a pattern of URLs.
+        where: Name of the configuration field that holds the URL, for messages.
+
+    Raises: DataError: if there are no such files, the store refuses a request, or a package is
+        missing.
     """
     if not is_url(root):
         return None
@@ -88,9 +96,14 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
 
 
 def _open_parquet(root: str, *, where: str) -> ImageSource | None:
-    """Opens a parquet file, a pattern of files, or a folder with files in it or in its `data/`.
+    """Opens local parquet files, or returns None if `root` names no parquet files.
 
-    Raises: DataError: if a file is missing or damaged, or a package is.
+    Args:
+        root: A parquet file, a pattern of parquet files, or a folder with parquet files in it or
+            in its subfolder `data`.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Raises: DataError: if a file is missing or damaged, or a package is missing.
     """
 
     def holds_parquet() -> bool:
@@ -118,9 +131,9 @@ def _open_tables(root: str, files: Sequence[Stored], *, where: str) -> ImageSour
 
 
 def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
-    """Opens a folder written by `save_to_disk` of `datasets`.
+    """Opens a folder that `save_to_disk` of `datasets` wrote, or returns None for other roots.
 
-    Raises: DataError: if it holds several parts, or the package is missing.
+    Raises: DataError: if the folder has several parts of a dataset, or the package is missing.
     """
     if local_kind(root, SAVED_PARTS, where=where) == "file":
         parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
@@ -153,16 +166,17 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
     """Opens the dataset of `data.root` or another field.
 
     Args:
-        root: A folder of images, sub folders included; a folder with tar files and no loose
-            image; a tar file; a pattern of tar files, such as "train-{0000..0146}.tar" or
-            "train-*.tar"; likewise parquet files; a URL of tar or parquet files, or of their
-            folder, such as "s3://bucket/data/"; a dataset saved by Hugging Face's `datasets`; a
-            built-in dataset, "builtin:photographs"; the user's own source,
+        root: A folder of images, in which subfolders are included; a folder with tar files and no
+            image files; a tar file; a pattern of tar files, such as "train-{0000..0146}.tar" or
+            "train-*.tar"; a file, a pattern or a folder of parquet files; the URL of tar or parquet
+            files, or of their folder, such as "s3://bucket/data/"; a dataset saved by Hugging
+            Face's `datasets`; a built-in dataset, "builtin:photographs"; the user's own source,
             "module:PATH/TO/FILE.py:NAME"; or a weighted sum of these (roots.py).
-        where: The field that names it, for messages.
+        where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of
-        the user's own cannot be imported.
+    Raises:
+        DataError: if the root is none of these, or the dataset has no image.
+        ConfigError: if the user's own code cannot be imported.
     """
     balanced = open_balanced(root, where, lambda part, name: open_images(part, where=name))
     if balanced is not None:

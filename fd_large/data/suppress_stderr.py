@@ -1,11 +1,11 @@
-"""Suppression of C decoders' messages on stderr.
+"""Suppresses the messages that C image decoders write to stderr.
 
-libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()` that
-descriptor leads to memory; afterwards the decoders' lines are dropped, and other output (by
-another thread or the interpreter) is passed on.
+libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()`, this
+descriptor is a file in memory. When the block ends, the decoders' lines are dropped, and other
+output (by another thread or the interpreter) is written to stderr.
 
-If NCCL or CUDA end the process, their last messages would be lost in that memory. In processes
-where they may write, which loading processes are not, the decoders' lines are let through.
+If NCCL or CUDA end the process, their last messages would be lost with the file in memory. So
+nothing is suppressed in a process in which NCCL or CUDA may write; a loading process is none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def _forget() -> None:
-    """Drops the memory file in a forked child, which would otherwise write into its parent's."""
+    """Makes a forked child use a file in memory of its own, instead of its parent's file."""
     global _memory, _done, _lock
     _memory, _done, _lock = None, 0, threading.Lock()
 
@@ -48,7 +48,10 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def suppress_stderr() -> Iterator[None]:
-    """Drops the decoders' lines on stderr; other lines appear when the block ends."""
+    """Drops lines that image decoders write to stderr; other lines appear when the block ends.
+
+    Nothing is suppressed in a process in which NCCL or CUDA may write.
+    """
     global _memory, _done
     if _others_speak():
         yield
@@ -83,7 +86,7 @@ def suppress_stderr() -> Iterator[None]:
 
 
 def _others_speak() -> bool:
-    """Whether NCCL or CUDA may write their last messages in this process."""
+    """Whether NCCL or CUDA may write messages to stderr in this process."""
     if get_worker_info() is not None:
         return False
     return distributed.world_size() > 1 or torch.cuda.is_initialized()

@@ -1,8 +1,9 @@
-"""Tables of images: parquet files in blocks of a row group, and the formats of columns and cells.
+"""Reads images from tables: finds the columns of images and classes, and reads parquet files.
 
-A column holds the bytes of image files, or structs of bytes and path as written by Hugging Face
-`datasets`. Images are in the order of the files' names and of the rows in a file. This module
-needs the package pyarrow.
+A column of images has the bytes of image files, or structs of bytes and path as Hugging Face's
+`datasets` writes them. Images are in the order of the files' names, and within a file in the order
+of its rows. A row group of a parquet file is a block, which is fetched whole. This module needs the
+package pyarrow.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _ROWS = 64
 
 
 class Columns(NamedTuple):
-    """The columns of a dataset.
+    """The columns of a table that have the images and the classes.
 
     Attributes:
-        image: The column of images.
-        label: The column of classes, or None.
-        classes: The names of the classes; None: not known.
+        image: Name of the column of images.
+        label: Name of the column of classes, or None if the table has no classes.
+        classes: The names of the classes, or None if they are not known.
     """
 
     image: str
@@ -46,9 +47,12 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: pa.Schema, where: str) -> Columns:
-    """Finds the columns by Hugging Face's features, else by type and name.
+    """Finds the columns of images and classes in a table.
 
-    Raises: DataError: if no column has images, or several may.
+    The features that Hugging Face's `datasets` records in the schema decide. Without features,
+    types and names of the columns decide (`IMAGES` and `LABELS`).
+
+    Raises: DataError: if no column can be the column of images, or several can.
     """
     features = _features(schema)
     stated = [name for name, kind in features.items() if kind.get("_type") == "Image"]
@@ -71,10 +75,13 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
 
 
 def cells(column: pa.Array) -> list[tuple[Any, str]]:
-    """Returns the bytes (or None) and the path (or "") of each image in a column.
+    """Returns the contents of each cell in a column of images.
 
     Args:
-        column: An array of binary, or of a struct with bytes and path.
+        column: An arrow array of binary, or of structs with `bytes` and perhaps `path`.
+
+    Returns: for each cell the bytes as an arrow buffer, or None if there are none; and the path,
+        or "" if there is none.
     """
     paths: Any = [None] * len(column)
     if pa.types.is_struct(column.type):
@@ -90,9 +97,15 @@ def cells(column: pa.Array) -> list[tuple[Any, str]]:
 def labels_of(
     column: pa.ChunkedArray, columns: Columns, where: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-    """Returns the class of each row, and the names of the classes or None.
+    """Returns the class of each row, and the names of the classes.
 
-    Raises: DataError: if a row has none.
+    Args:
+        column: The column of classes, with whole numbers or names.
+        columns: Description of the table's columns.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Returns: (num_rows,) int64; the names of the classes, or None if they are not known.
+    Raises: DataError: if a row has no class, or a number is not that of a class.
     """
     if column.null_count:
         raise DataError(
@@ -116,17 +129,22 @@ def labels_of(
 
 
 class ParquetImages(BlockImages):
-    """The images of some parquet files."""
+    """`ImageSource` of the images in some parquet files, read in blocks of a row group.
+
+    Attributes:
+        labels: Method that returns the class of each image, and the names of the classes or None;
+            absent if the files have no column of classes.
+    """
 
     def __init__(self, root: str, files: Sequence[Stored], *, where: str) -> None:
-        """Reads the files' footers with the places of row groups.
+        """Reads the footers of the files, which describe the row groups and columns.
 
         Args:
-            root: Name of the tables, for messages.
-            files: The files.
-            where: The field that names them, for messages.
+            root: The root that the user gave, for messages.
+            files: The files found at this root.
+            where: Name of the configuration field that holds the root, for messages.
 
-        Raises: DataError: if a file is damaged, holds no column of images, or all are empty.
+        Raises: DataError: if a file is damaged or has no column of images, or no file has a row.
         """
         self.root, self._where = root, where
         table, self._columns, fingerprint = meeting.once(
@@ -167,7 +185,7 @@ class ParquetImages(BlockImages):
                 raise _damaged(stored, error) from error
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-        """Returns the class of each image, (len,), and the names of the classes or None."""
+        """Returns the class of each image, (len,) int64, and the names of the classes or None."""
         return meeting.once(f"labels of {self.root}", self._read_labels)
 
     def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
@@ -182,7 +200,12 @@ class ParquetImages(BlockImages):
 
 
 def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], Columns, str]:
-    """Returns a table of blocks for `BlockImages`, the columns, and a hash, from files' footers."""
+    """Reads the footers of parquet files.
+
+    Returns: the table of blocks for `BlockImages`, without empty row groups; the columns, which all
+        files must have in common; the fingerprint of the dataset.
+    Raises: DataError: if a file is damaged or has no column of images, or the columns differ.
+    """
 
     def look(stored: Stored) -> tuple[Any, Any, list[tuple[int, int]]]:
         try:
@@ -221,7 +244,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
 
 
 def _bytes_of(group: Any, column: str) -> int:
-    """Returns the uncompressed bytes of a column in a row group."""
+    """Returns the uncompressed size in bytes of a column in a row group, from the footer."""
     chunks = map(group.column, range(group.num_columns))
     return sum(
         chunk.total_uncompressed_size
@@ -231,9 +254,9 @@ def _bytes_of(group: Any, column: str) -> int:
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
-    """Raises DataError if some cell must exceed the limit of a file, by the cells' mean size.
+    """Raises DataError if the mean size of a column's cells exceeds the limit for an image file.
 
-    Nothing is decompressed.
+    The sizes are those in the footer of the file, so that nothing is decompressed.
     """
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
@@ -244,7 +267,11 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
 
 
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
-    """Returns the bytes of an image of which a local table has only the path; empty if missing."""
+    """Returns the bytes of an image of which a table has only the path.
+
+    The path is looked up below the folder of a local table's file. The result is empty if no image
+    is there, or if the table is not local.
+    """
     with suppress(DataError):
         if path and not stored.is_remote:
             return read_below(os.path.dirname(stored.url), path)

@@ -1,11 +1,11 @@
-"""The index of a tar archive: the places of its images, and damage.
+"""Indexes a tar archive: finds where its images lie, their labels, and damage of the archive.
 
-Archives may follow WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) or any other: every member
-with an image's extension is a sample, and other members are passed over. KEY is the name up to the
-first dot after the last slash, and KEY.cls holds a label as a decimal number.
+Names of members may follow WebDataset's rules (KEY.jpg, KEY.cls, KEY.json ...) or any others. Every
+member with an image's extension is a sample. KEY is the name up to the first dot after the last
+slash, and the member KEY.cls has the image's label as a decimal number. Other members are ignored.
 
-Python's tarfile ends silently at a damaged header. Here an archive ends only at the block
-of zeros that every archive has; anything else in a header's place is reported as `Torn`.
+Python's tarfile ends silently at a damaged header. Here an archive ends only at the block of zeros
+with which every archive ends, and anything else that is not a header raises `Torn`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_PADDING = 1 << 20
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its bytes are [offset, offset + size) of the archive."""
+    """A regular file in an archive, at the bytes [offset, offset + size) of the archive."""
 
     name: bytes
     offset: int
@@ -36,17 +36,17 @@ class Member(NamedTuple):
 
 
 class Torn(Exception):
-    """A damaged or truncated archive; the message names the place and the damage."""
+    """Error for a damaged or truncated archive, whose message has the offset and the damage."""
 
 
 class TarImage(NamedTuple):
-    """An image in an archive: its bytes are [offset, offset + size) of the archive.
+    """An image in an archive, at the bytes [offset, offset + size) of the archive.
 
     Attributes:
-        name: Name in the archive.
-        offset: See above.
-        size: See above.
-        label: The number in KEY.cls, or `NO_LABEL`.
+        name: Name of the image's member in the archive.
+        offset: Offset of the image's first byte in the archive.
+        size: Number of bytes of the image.
+        label: The number in KEY.cls, or `NO_LABEL` without a valid number.
     """
 
     name: bytes
@@ -56,15 +56,17 @@ class TarImage(NamedTuple):
 
 
 def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage], str]:
-    """Lists the images of an open archive, as far as it is sound, without hidden members.
+    """Lists the images of an open archive, up to the first damage.
+
+    Members whose name, or one of whose folders' names, starts with a dot are left out.
 
     Args:
         file: The archive, at its beginning.
         path: Name of the archive for messages.
-        where: The field that names it, for messages.
+        where: Name of the configuration field that holds the dataset's root, for messages.
 
-    Returns: the images in the archive's order, and the damage of the archive or "".
-    Raises: DataError: if it is compressed.
+    Returns: the images in the archive's order; a message about the damage of the archive, or "".
+    Raises: DataError: if the archive is compressed.
     """
     if kind := _COMPRESSED.get(os.pread(file.fileno(), 2, 0)):
         raise DataError(
@@ -93,7 +95,7 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
 
 
 def _key(name: bytes) -> bytes:
-    """Returns the name up to the first dot after the last slash."""
+    """Returns a member's name up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
 
@@ -101,7 +103,7 @@ def _key(name: bytes) -> bytes:
 class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args: Any, **named: Any) -> tarfile.TarInfo:
-        """Reads a header, and refuses GNU's negative sizes, which tarfile accepts."""
+        """Parses a header; raises InvalidHeaderError for a negative size, which tarfile accepts."""
         header = super().frombuf(*args, **named)
         if header.size < 0:
             raise tarfile.InvalidHeaderError(f"a size of {header.size}")
@@ -109,7 +111,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        """Reads a header; raises `Torn` for damage that tarfile would ignore."""
+        """Reads the next header; raises `Torn` for damage at which tarfile would end silently."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
@@ -127,7 +129,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
     Args:
         file: The archive, at its beginning.
 
-    Raises: Torn: after the last whole member, if the archive is cut, damaged or no tar at all.
+    Raises: Torn: after the last whole member, if the archive is truncated or damaged, or the file
+        is not a tar archive.
     """
     end = os.fstat(file.fileno()).st_size
     try:
@@ -149,7 +152,15 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _check_tail(descriptor: int, start: int, end: int) -> None:
-    """Refuses anything but padding, such as further archives or holes of an unfinished download."""
+    """Raises `Torn` if anything but padding follows the end of an archive.
+
+    Further archives or the rest of an unfinished download may follow.
+
+    Args:
+        descriptor: File descriptor of the archive.
+        start: Offset at which the archive ends.
+        end: Size of the file in bytes.
+    """
     if end - start > _MAX_PADDING:
         raise Torn(f"it ends at byte {start}, the file at byte {end}")
     if os.pread(descriptor, end - start, start).strip(b"\0"):

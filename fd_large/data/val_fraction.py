@@ -1,8 +1,8 @@
-"""A test part for a folder without one, chosen by the images' names alone.
+"""Divides a folder without parts into training images and test images, by the images' names alone.
 
-An image is held out if a hash of its path, relative to the folder, is below the fraction. So the
-parts are the same on every machine and in every command, and an image added later moves no other
-image to another part.
+An image is held out for tests if a hash of its path relative to the folder, scaled to [0, 1), is
+below the fraction. So the parts are the same on every machine and in every command, and an image
+added later moves no other image to another part.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ FIELD = "data.val_fraction"
 
 
 class Part:
-    """A part of a source's images, in order; itself an `ImageSource`.
+    """`ImageSource` of a part of another source's images, in the same order.
 
     Args:
-        images: The source.
-        places: (len,) int64, the numbers of the images there, rising.
+        images: The other source.
+        places: (len,) int64, the indices of the part's images in the other source, rising.
 
     Attributes:
-        images: The source.
+        images: The other source.
+        fingerprint: A hash of the other source's fingerprint and of the indices.
     """
 
     def __init__(self, images: ImageSource, places: NDArray[np.int64]) -> None:
@@ -51,22 +52,25 @@ class Part:
         return self.images[self.place(index)]
 
     def read(self, index: int) -> bytes | bytearray:
-        """Returns the bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; raises DataError if the image cannot be read."""
         return self.images.read(self.place(index))
 
     def place(self, index: int) -> int:
-        """Returns the source's index of image `index`."""
+        """Returns the index in the other source of the part's image `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return int(self._places[index])
 
 
 class DivisibleImages(ABC):
-    """The used images of a dataset that is more than a folder: `len(s)`, `s[i]` (the path).
+    """Base class of a dataset whose images can be divided into training images and test images.
+
+    `len(dataset)` is the number of used images, and `dataset[i]` is the path of used image i.
 
     Attributes:
         folder: The folder of the images.
-        places: (N, ...), the number of each used image, and the numbers of its other parts.
+        places: (N, ...), a row for each used image, with what the subclass needs to find the image
+            and the other parts of its sample.
         fingerprint: A hash of the images.
     """
 
@@ -79,16 +83,17 @@ class DivisibleImages(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Returns the path of an image."""
+        """Returns the path of used image `index`."""
 
     def part(self, part: str, fraction: float) -> Self:
-        """Returns a part of the images, chosen by their paths below the folder.
+        """Returns the dataset of the training images or of the test images.
 
         Args:
             part: "train" or "val".
-            fraction: The fraction of the images that are held out; at 0 the part has all images.
+            fraction: Fraction of the images that are held out for tests. If it is 0, the dataset
+                itself is returned.
 
-        Raises: DataError: if a part would be empty.
+        Raises: DataError: if one of the two parts would be empty.
         """
         if not fraction:
             return self
@@ -101,26 +106,26 @@ class DivisibleImages(ABC):
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Returns whether an image belongs to the test part.
+    """Whether an image belongs to the test images.
 
     Args:
         name: Path of the image relative to the folder, with "/" between the parts.
-        fraction: The fraction of the images that are held out.
+        fraction: Fraction of the images that are held out for tests.
     """
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def places_of(images: ImageSource, part: str, fraction: float, *, where: str) -> NDArray[np.int64]:
-    """Returns the indices of the images of a part of a folder, in rising order.
+    """Returns the indices of a folder's training images or test images, in rising order.
 
     Args:
-        images: The folder's images.
+        images: The images of the folder.
         part: "train" or "val".
-        fraction: The fraction of the images that are held out, in (0, 1).
-        where: The field that names the folder, for messages.
+        fraction: Fraction of the images that are held out for tests, in (0, 1).
+        where: Name of the configuration field that holds the folder, for messages.
 
-    Raises: DataError: if the images are not those of a folder, or a part would be empty.
+    Raises: DataError: if `images` is not an `ImageFolder`, or one of the two parts would be empty.
     """
     if not isinstance(images, ImageFolder):
         raise DataError(
@@ -133,15 +138,16 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
 
 
 def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> NDArray[np.int64]:
-    """Returns the indices of the images of a part, in rising order.
+    """Divides images into training images and test images by their names.
 
     Args:
         names: Paths of all images relative to their folder, with "/" between the parts.
-        part: "train" or "val".
-        fraction: The fraction of the images that are held out, in (0, 1).
+        part: "train" or "val", the part to return.
+        fraction: Fraction of the images that are held out for tests, in (0, 1).
         root: The folder, for messages.
 
-    Raises: DataError: if a part would be empty.
+    Returns: the indices of the part's images in `names`, in rising order.
+    Raises: DataError: if one of the two parts would be empty.
     """
     held_out = np.fromiter((is_held_out(name, fraction) for name in names), bool)
     count = int(held_out.sum())

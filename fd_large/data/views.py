@@ -1,4 +1,7 @@
-"""One view of an image: random crop, flip and colours, from numbers drawn by the caller."""
+"""Makes a view of an image by a random crop, flip and colour jitter.
+
+The random numbers of a view are drawn by the caller.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class ViewSettings:
         color_jitter: Strength of the color jitter, in [0, 1]; 0 turns it off.
         grayscale_probability: Probability of a grey view, in [0, 1].
         interpolation: Interpolation of the resize, which is antialiased.
-        cuts_boxes: Whether a box that does not fit is cut, rather than drawn again.
+        cuts_boxes: Whether a crop box that exceeds the image is cut to the image; if False, another
+            box is tried instead.
     """
 
     image_size: int
@@ -55,8 +59,8 @@ class Draws(NamedTuple):
     """The random numbers of one view, each in [0, 1).
 
     Attributes:
-        crop: `NUM_DRAWS` numbers for box and flip.
-        color: `NUM_COLOR_DRAWS` numbers.
+        crop: `NUM_DRAWS` numbers for the crop box and the flip.
+        color: `NUM_COLOR_DRAWS` numbers for the colour jitter and the grey view.
     """
 
     crop: Sequence[float]
@@ -64,7 +68,7 @@ class Draws(NamedTuple):
 
 
 def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
-    """Returns the draws of some places, each a function of (seed, epoch, place).
+    """Returns the random numbers of a view for each place, which depend on (seed, epoch, place).
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -77,13 +81,13 @@ def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
 
 
 class FixedViews(NamedTuple):
-    """Recurring views: epoch e shows view number e modulo `count` of an image.
+    """A fixed number of views for each image, which recur: epoch e uses view e modulo `count`.
 
-    A view, with its flip, is a function of (seed, its number, image) only, although the order of
-    images changes from epoch to epoch.
+    A view, with its flip, depends only on the seed, the view's number and the image's index,
+    although the order of images changes from epoch to epoch.
 
     Attributes:
-        count: Views of each image.
+        count: Number of views of each image.
         seed: Seed of the views, which may differ from the seed of the run.
     """
 
@@ -91,16 +95,23 @@ class FixedViews(NamedTuple):
     seed: int
 
     def draws(self, epoch: int, index: int) -> Draws:
-        """Returns the draws of image `index` in an epoch, counted from 0."""
+        """Returns the random numbers of the view of image `index` in an epoch (counted from 0)."""
         return view_draws(self.seed, epoch % self.count, [index])[0]
 
 
 def jittered_view(
     source: ImageSource, index: int, draws: Draws, settings: ViewSettings
 ) -> torch.Tensor:
-    """Reads an image and returns its colour-jittered view, (3, image_size, image_size) uint8.
+    """Reads an image, and returns a view with crop, flip and colour jitter.
 
-    Raises: DataError: if the image cannot be used.
+    Args:
+        source: The images.
+        index: Index of the image.
+        draws: The random numbers of the view.
+        settings: Settings of the view.
+
+    Returns: (3, image_size, image_size) uint8.
+    Raises: DataError: if the image cannot be read or decoded.
     """
     return jitter_color(
         random_view(source, index, draws.crop, settings),
@@ -113,18 +124,19 @@ def jittered_view(
 def random_view(
     source: ImageSource, index: int, draws: Sequence[float], settings: ViewSettings
 ) -> torch.Tensor:
-    """Reads an image, crops a random box, resizes it and flips it in half of the cases.
+    """Reads an image, crops a random box, resizes the crop, and flips it with probability 1/2.
 
-    Where the size is known before decoding, the rows below the box are not decoded.
+    If the size is known before decoding, the rows below the box are not decoded.
 
     Args:
         source: The images.
-        index: The image's number.
+        index: Index of the image.
         draws: `NUM_DRAWS` numbers in [0, 1).
-        settings: Size, crop and limit; color is another step (`jitter_color`).
+        settings: Settings of the view, of which the colour settings are not used here
+            (`jitter_color`).
 
     Returns: (3, image_size, image_size) uint8, contiguous.
-    Raises: DataError: if the image cannot be used.
+    Raises: DataError: if the image cannot be read or decoded.
     """
     encoded, where = source.read(index), source[index]
     size, image = size_before_decoding(encoded), None
@@ -150,20 +162,20 @@ def crop_box(
     min_crop_scale: float,
     cuts_boxes: bool = False,
 ) -> tuple[int, int, int, int]:
-    """Returns a random box, uniform in area and log aspect as in torchvision's RandomResizedCrop.
+    """Returns a random crop box, uniform in area and log aspect as torchvision's RandomResizedCrop.
 
-    The first of ten boxes that fits into the image is taken, and if none fits, the largest central
-    box with an allowed aspect. torchvision draws the place of the box after its size; here it is
-    drawn before, which has the same distribution with a fixed number of draws.
-
-    BYOL's crop, used in linear probes, takes the first box and clips it to the image.
+    The first of `NUM_TRIES` boxes that fits into the image is taken. If none fits, the largest
+    central box with an allowed aspect is taken. torchvision draws the position of the box after its
+    size. Here the position is drawn before, which gives the same distribution with a fixed number
+    of draws.
 
     Args:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1).
-        min_crop_scale: Smallest area, as a fraction of the image's.
-        cuts_boxes: Whether a box that does not fit is cut, as BYOL's.
+        min_crop_scale: Smallest area of the box, as a fraction of the image's area.
+        cuts_boxes: Whether to take the first box and cut it to the image, as BYOL's crop for linear
+            probes does.
 
     Returns: top, left, height, width of the box, in pixels.
     """
@@ -199,15 +211,16 @@ def box_view(
     image_size: int,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> torch.Tensor:
-    """Returns the view of a box, which depends only on pixels inside of it.
+    """Crops a box, resizes the crop and perhaps flips it; only the box's pixels affect the view.
 
-    Pixels equal the Pillow pipeline's except for rare ties. On a CPU without AVX2 or NEON,
-    torchvision resizes in floats, and some pixels differ by one grey level.
+    The pixels equal those of a pipeline with Pillow except for rare ties. On a CPU without AVX2 or
+    NEON, torch resizes in floats, and some pixels differ by one grey level.
 
     Args:
         image: (3, H, W) uint8; rows below the box may be missing.
-        box: Top, left, height, width, in pixels.
-        draws: The same `NUM_DRAWS` numbers in [0, 1) as for the box; one of them decides the flip.
+        box: Top, left, height, width of the box, in pixels.
+        draws: The `NUM_DRAWS` numbers in [0, 1) from which the box was made; the first of them
+            decides the flip.
         image_size: Side of the view, in pixels.
         interpolation: Interpolation of the resize, which is antialiased.
 
@@ -229,7 +242,7 @@ def box_view(
 def jitter_color(
     image: torch.Tensor, draws: Sequence[float], *, strength: float, grayscale_probability: float
 ) -> torch.Tensor:
-    """Changes brightness, contrast, saturation and hue in a random order, then perhaps to gray.
+    """Changes brightness, contrast, saturation and hue in random order, then perhaps makes it grey.
 
     The factors are uniform as in torchvision's ColorJitter(strength, strength, strength,
     strength / 4): brightness, contrast and saturation in 1 -+ strength, hue by -+ strength / 4 of

@@ -1,4 +1,7 @@
-"""Loading processes, which ignore signals to their process group and end with the trainer."""
+"""Prepares loading processes to ignore signals to their process group.
+
+A loading process (worker) ends when the training process ends.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks signals to a process group in all threads of the processes that the block starts.
+    """Blocks SIGTERM, SIGINT, SIGHUP and SIGUSR1 in this thread while the block runs.
 
-    torch makes threads in a worker before it calls `start_worker` (if this process has several),
-    and a signal may go to any thread that does not block it.
+    Processes that are started in the block inherit the blocked signals, in all of their threads.
+    torch makes threads in a worker before it calls `start_worker` (if this process has several
+    threads), and the system may deliver a signal to any thread that does not block it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *_IGNORED})
     try:
@@ -37,13 +41,13 @@ def signals_blocked() -> Iterator[None]:
 
 
 def start_worker(_number: int) -> None:
-    """Prepares a process started under `signals_blocked`; torch calls it in each worker.
+    """Prepares a worker that was started under `signals_blocked`; torch calls it in each worker.
 
-    A signal that reaches a whole process group (Ctrl-C, a closed terminal, the end of a Slurm job)
-    would otherwise kill the workers under a training process that means to save first. So SIGINT,
-    SIGHUP and SIGUSR1 are ignored, and SIGTERM is obeyed only when the training process itself
-    sends it. A thread waits for this signal and for the end of the training process, which torch's
-    own watch misses while a worker is held up on a full pipe.
+    A signal to a whole process group (Ctrl-C, a closed terminal, the end of a Slurm job) would
+    otherwise kill the workers before the training process has saved a checkpoint. So SIGINT, SIGHUP
+    and SIGUSR1 are ignored, and SIGTERM ends the worker only if the training process sent it. A
+    thread waits for this SIGTERM and for the end of the training process. torch's own check for a
+    dead parent is not reached while a worker waits on a full pipe.
     """
     # The worker must not remove the parent's folder of sockets.
     _settings().pop("tempdir", None)
@@ -59,10 +63,11 @@ def start_worker(_number: int) -> None:
 
 
 def _shorten_socket_name() -> None:
-    """Shortens the name of a worker's socket for tensors if necessary.
+    """Moves this worker's temporary folder to a short path if socket names would be too long.
 
-    Python (before 3.14) makes it below TMPDIR. With a TMPDIR longer than 75 bytes, as on batch
-    systems, the worker would fail, and the training process would wait for its batch forever.
+    Python (before 3.14) makes the socket through which a worker sends tensors below TMPDIR. With a
+    TMPDIR longer than 75 bytes, as on batch systems, the worker would fail, and the training
+    process would wait forever for a batch.
     """
     name = os.fsencode(tempfile.gettempdir() + _NAME_IN_FOLDER)
     short = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
@@ -71,7 +76,7 @@ def _shorten_socket_name() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Returns multiprocessing's settings of this process; empty if a later Python has none."""
+    """Returns multiprocessing's settings of this process, or an empty dict if Python keeps none."""
     return vars(multiprocessing.current_process()).get("_config", {})
 
 
