@@ -1,4 +1,4 @@
-"""The job of detection, which trains on images and objects in COCO's format and tests AP."""
+"""The detection job, which trains on images and objects in COCO's format and measures AP."""
 
 from __future__ import annotations
 
@@ -48,13 +48,17 @@ OBJECTS_OF_PROBE = 64
 
 
 class DetectionJob(TrainingJob):
-    """Trains a student on boxes and masks of `data.root`'s train split; tests on a val split."""
+    """Trains a student on the objects of `data.root`'s train split, and tests it on a val split."""
 
     metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images and their objects."""
+        """Opens the training images and their objects.
+
+        Raises: DataError or ConfigError: if the images cannot be used, or lack the number of
+            classes, the masks or the semantic maps that the recipe needs.
+        """
         data = self.run.data
         images = open_coco(data.root, "train").part("train", data.val_fraction)
         # First, so that the mistakes below are reported together with those that `check` finds.
@@ -72,7 +76,10 @@ class DetectionJob(TrainingJob):
         return cast(ImageSource, images)
 
     def check(self) -> None:
-        """Opens the test images, and checks the headers of the weights."""
+        """Opens the test images, checks that they can be scored, and checks the weights' headers.
+
+        Raises: FDError: for the user's mistake.
+        """
         super().check()
         if "_categories" not in vars(self):
             return  # The training images could not be opened, which is reported already.
@@ -83,14 +90,17 @@ class DetectionJob(TrainingJob):
             score(read_ground_truth(self._test_images.annotations, self._test_images.only), [])
 
     def norm_group(self) -> int:
-        """Returns 0: `make_task` refuses batch norms with statistics of a batch."""
+        """Returns 0, since `make_task` refuses batch norms that use the statistics of a batch."""
         return 0
 
     def make_task(self) -> Detection:
-        """Constructs the student, a pyramid, and the heads.
+        """Constructs the student, a pyramid, a proposal network and the heads.
 
         A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
-        images, since its positions and its windows are made for that grid.
+        images, since its position table and its windows are made for that grid.
+
+        Raises: ConfigError: if the student has no stages to compute sequentially, or has batch
+            norms that use the statistics of a batch.
         """
         student, numbers = self.run.student, self.run.task.detection
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
@@ -123,9 +133,10 @@ class DetectionJob(TrainingJob):
         )
 
     def initial_weights(self) -> InitialWeights:
-        """Returns the weights of `student.init`, with pyramid and heads if it is a detection run.
+        """Returns the weights that `student.init` provides for the student, pyramid and heads.
 
-        Layers for other classes, and heads of another kind, start from random weights.
+        Pyramid and heads are included only if `student.init` is a detection run. Their layers whose
+        shapes differ, such as those for another number of classes, start from random weights.
         """
         student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
         return {} if student is None else {"student": student, **self._initial_heads()}
@@ -159,7 +170,7 @@ class DetectionJob(TrainingJob):
         return heads
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields images under jitter, with the visible parts of their objects."""
+        """Yields this rank's micro batches: randomly resized images with their visible objects."""
         run = self.run
         return iter(
             build_training_loader(
@@ -176,7 +187,7 @@ class DetectionJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images, each with as many objects as a crowded image."""
+        """Makes a batch of `size` grey images of full size with `OBJECTS_OF_PROBE` objects each."""
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
         numbers = self.run.task.detection
         height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
@@ -202,9 +213,9 @@ class DetectionJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluation by COCO's metrics, whose results go into RUN/evaluations.
+        """Returns the evaluation by COCO's metrics, which writes into RUN/evaluations.
 
-        Nothing is evaluated before the first step, as new heads detect nothing.
+        Before the first step it does nothing, since new heads detect nothing.
         """
         run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
@@ -249,7 +260,10 @@ class DetectionJob(TrainingJob):
         return StoredStudent(architecture, LEFT_OUT, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the classes by their ids in the annotations, and whether masks are learnt."""
+        """Returns the manifest's entries "categories", {id in the annotations: name}, and "masks".
+
+        "masks" is True if the training images have masks, so that the mask heads are trained.
+        """
         return {
             "categories": {str(number): name for number, name in self._categories.items()},
             "masks": self._has_masks,
@@ -257,18 +271,19 @@ class DetectionJob(TrainingJob):
 
     @property
     def folder(self) -> Path:
-        """The folder of evaluations."""
+        """The run's folder of evaluations."""
         return Path(self.run.run_dir()) / EVALUATED
 
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
-        """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
+        """Opens the test images.
 
-        The test images of `data.root` are the part of its train split that `data.val_fraction`
-        holds out, or, if that is 0, its val split.
+        If `eval.root` is set, they are its val split. Otherwise they are the part of the train
+        split of `data.root` that `data.val_fraction` holds out, or its val split if the fraction
+        is 0.
 
         Args:
-            classes: Names of the classes that the detector learns, or has learnt, by label.
-            where: The field for messages; "" means the field in use.
+            classes: Names of the classes that the detector learns or has learnt, by label.
+            where: The field to name in messages; "" for the field that names the images' folder.
 
         Raises: DataError or ConfigError: if the images cannot be used or have other classes.
         """
@@ -291,9 +306,9 @@ class DetectionJob(TrainingJob):
 
 
 def check_classes(run: Run, images: CocoSet) -> None:
-    """Compares the numbers of classes of a dataset and of the heads.
+    """Checks that a dataset has as many classes as the heads (`task.detection.num_classes`).
 
-    Raises: ConfigError: if they differ.
+    Raises: ConfigError: if the numbers differ.
     """
     num_categories, expected = len(images.category_ids), run.task.detection.num_classes
     if num_categories != expected:
@@ -304,7 +319,7 @@ def check_classes(run: Run, images: CocoSet) -> None:
 
 
 def jitter_of(run: Run) -> Jitter:
-    """Returns the recipe's views of training images."""
+    """Returns the random resizing of training images that the recipe sets."""
     numbers = run.task.detection
     if any(numbers.whole_size):
         return ShortestEdge(*numbers.whole_size)
@@ -313,7 +328,7 @@ def jitter_of(run: Run) -> Jitter:
 
 
 def selection_of(run: Run) -> Selection:
-    """Returns the recipe's selection of boxes."""
+    """Returns the settings of the recipe by which reported boxes are selected."""
     section = run.task.detection
     return Selection(
         nms=section.nms,
@@ -325,11 +340,11 @@ def selection_of(run: Run) -> Selection:
 
 
 def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Model:
-    """Returns the recipe's model under test.
+    """Returns the model under test, with the test settings of the recipe.
 
     Args:
         run: The recipe.
-        see: See `Model`.
+        see: The detector's forward, as described in `Model`.
     """
     section, side = run.task.detection, run.data.image_size
     short, long = section.test_size if any(section.test_size) else (side, side)

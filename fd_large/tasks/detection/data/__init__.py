@@ -1,1 +1,1 @@
-"""Images and their objects: from annotations in COCO's format to batches with targets."""
+"""Images with annotated objects in COCO's format, their random views, and batches with targets."""

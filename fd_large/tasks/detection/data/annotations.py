@@ -1,4 +1,4 @@
-"""A dataset in COCO's layout: images in folders, and one JSON of their objects for each split."""
+"""Datasets in COCO's layout: folders of images, and a JSON file of objects for each split."""
 
 from __future__ import annotations
 
@@ -34,26 +34,28 @@ LAYOUTS = (
     ("annotations/instances_{split}.json", "images/{split}"),
     # Objects365 v2
     ("annotations/zhiyuan_objv2_{split}.json", "{split}"),
-    # LVIS v1, whose splits share COCO's folders of images
+    # LVIS v1, whose file names include COCO's folders of images
     ("annotations/lvis_v1_{split}.json", ""),
 )
 
-# Maps of the classes of all pixels, under the names of the images.
+# Folder of the semantic maps (PNG), which have the names of the images.
 SEMANTIC_FOLDER = "stuffthingmaps"
 
 
 class CocoSet(DivisibleImages):
-    """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
+    """The images of a split with their objects.
 
-    Images are in the order of their ids. Labels number the file's categories, by id, from 0.
+    `len(s)` is the number of images, `s[i]` the path of image i, `s.read(i)` its bytes, and
+    `s.target(i)` its objects. Images are in the order of their ids. A label is the number of a
+    category in the order of the category ids, counted from 0.
 
     Attributes:
         annotations: Path of the JSON file.
-        findings: Objects and images that were left out, clipped or missing.
+        findings: Objects and images that were left out or clipped.
         fingerprint: A hash of names, categories and objects.
-        has_masks: Whether objects have segmentations; Objects365's have none.
-        category_ids: The category id in the file of each label.
-        category_names: The name of each label.
+        has_masks: Whether the objects have segmentations. Those of Objects365 have none.
+        category_ids: For each label, the category's id in the file.
+        category_names: For each label, the category's name.
     """
 
     def __init__(self, root: str, folder: str, annotations: str, listing: Listing) -> None:
@@ -78,22 +80,22 @@ class CocoSet(DivisibleImages):
         return read_image(self[index])
 
     def image_id(self, index: int) -> int:
-        """Returns the dataset's id of image `index`."""
+        """Returns the id of image `index` in the annotations."""
         return self._listing.number("image_ids", self.places[index])
 
     @property
     def only(self) -> tuple[int, ...]:
-        """The ids of the images of a part, or () for the whole split."""
+        """The ids of the images, if they are only a part of the split; () for the whole split."""
         is_part = len(self) < len(self._listing)
         return tuple(self._listing.arrays["image_ids"][self.places].tolist()) if is_part else ()
 
     def size(self, index: int) -> tuple[int, int]:
-        """Returns height and width of image `index`, as the annotations state them."""
+        """Returns height and width of image `index` according to the annotations."""
         height, width = self._listing.arrays["sizes"][self.places[index]].tolist()
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
-        """Returns the objects of image `index` as they are stored, in its own pixels."""
+        """Returns the objects of image `index`, in its pixels, with segmentations as stored."""
         arrays, place = self._listing.arrays, self.places[index]
         start, stop = arrays["first"][place : place + 2].tolist()
         crowd = arrays["crowd"][start:stop]
@@ -108,11 +110,18 @@ class CocoSet(DivisibleImages):
         )
 
     def target(self, index: int) -> Target:
-        """Returns the objects of image `index` with filled masks, in its own pixels."""
+        """Returns the target of the whole image `index` at its own size, with decoded masks."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
     def check_semantic(self, num_classes: int, *, where: str) -> None:
-        """Raises DataError unless there are semantic maps, and the first can be used."""
+        """Checks that the dataset has semantic maps, by reading the first.
+
+        Args:
+            num_classes: Number of semantic classes.
+            where: The field that names the dataset, for messages.
+
+        Raises: DataError: if there is no folder of maps, or the first map cannot be used.
+        """
         if kind_of(folder := os.path.join(self.root, SEMANTIC_FOLDER)) != "folder":
             raise DataError(
                 f"{where}: no class maps; got no folder {folder}, expected COCO-Stuff's. "
@@ -121,11 +130,13 @@ class CocoSet(DivisibleImages):
         self.semantic(0, num_classes)
 
     def semantic(self, index: int, num_classes: int) -> NDArray[np.int32]:
-        """Reads the class of each pixel of image `index`, stuff included; 255 without a class.
+        """Reads the semantic map (H, W) of image `index`, the class of each pixel.
 
-        The classes are in a PNG in `stuffthingmaps/`, under the path of the image.
+        Unlabelled pixels are 255. The map is a PNG below `stuffthingmaps/`, with the relative path
+        of the image. Its classes include COCO-Stuff's stuff classes.
 
-        Raises: DataError: if the file cannot be read, or has another size or other numbers.
+        Raises: DataError: if the file cannot be read, has another size than the image, or has
+            classes of `num_classes` or more.
         """
         name = os.path.splitext(self._file_name(index))[0] + ".png"
         path = os.path.join(self.root, SEMANTIC_FOLDER, name)
@@ -142,12 +153,12 @@ class CocoSet(DivisibleImages):
         return numbers
 
     def landscape(self) -> NDArray[np.bool_]:
-        """Returns whether each image is at least as wide as high, (len,)."""
+        """Returns a bool for each image, (len,): whether it is at least as wide as high."""
         heights, widths = self._listing.arrays["sizes"][self.places].T
         return widths >= heights
 
     def summary(self) -> str:
-        """Returns the dataset's contents and its findings as lines of text."""
+        """Returns lines of text with the numbers of images and objects, and with the findings."""
         crowd = self._listing.arrays["crowd"]
         crowds = int(crowd.sum())
         contents = (
@@ -158,11 +169,11 @@ class CocoSet(DivisibleImages):
         return "\n".join([contents, *(f"  {line}" for line in self.findings.lines())])
 
     def _file_name(self, index: int) -> str:
-        """Returns the path of an image below the folder."""
+        """Returns the path of image `index` relative to the root."""
         return os.fsdecode(self._listing.name(int(self.places[index])))
 
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
-        """Returns the polygons of an object, or its run lengths."""
+        """Returns the polygons (points, 2) of object `number`, or its compressed run lengths."""
         arrays = self._listing.arrays
         start, stop = arrays["rle_first"][number : number + 2].tolist()
         if start < stop:
@@ -173,18 +184,20 @@ class CocoSet(DivisibleImages):
 
 
 def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
-    """Opens a split of a dataset in a folder, and logs its findings.
+    """Opens a split of a dataset in COCO's layout, and logs its contents and findings.
 
-    In "train", images without objects (other than crowds) and images without a file are left out,
-    as in the reference recipes. Any other split is for evaluation and must be complete.
+    In the split "train", images are left out that have no file, or no objects other than crowds,
+    as in the reference recipes. Any other split is for evaluation, and all its images must exist.
 
     Args:
-        root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
-            `images/train/` and `annotations/instances_train.json`, Objects365's or LVIS's.
-        split: "train", "val" ...
+        root: The dataset's folder, in the layout of COCO (`train2017/` with
+            `annotations/instances_train2017.json`), of Objects365 or of LVIS, or with
+            `images/train/` and `annotations/instances_train.json`.
+        split: "train", "val", or another split that the layout has.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if there is no such split, its JSON is not COCO's, or images are missing.
+    Raises: DataError: if there is no such split, if its JSON file is not in COCO's format, or if
+        images are missing.
     """
     coco_masks()  # A missing package is reported before minutes of reading.
     annotations, folder = _find(root, split, where)
@@ -240,7 +253,10 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
 
 
 def _stamp(path: str) -> list[int]:
-    """Returns size and modification time in ns, which change with a file or a folder's entries."""
+    """Returns size and modification time (ns) of a file or folder, [0, 0] if it does not exist.
+
+    They change when the file is written, or when an entry of the folder is added or removed.
+    """
     try:
         status = os.stat(path)
     except OSError:
@@ -249,10 +265,15 @@ def _stamp(path: str) -> list[int]:
 
 
 class _Files:
-    """Finds images below a folder by one listing of each folder, not a request for each file.
+    """Checks which images exist, by listing each folder once instead of a request for each file.
+
+    Args:
+        root: Folder of the dataset.
+        folder: Folder of the images, relative to the root.
 
     Attributes:
-        stamps: The stamp of each folder before it was listed, by its path below the root.
+        stamps: The `_stamp` of each listed folder before it was listed, by its path relative to the
+            root.
     """
 
     def __init__(self, root: str, folder: str) -> None:
@@ -261,7 +282,11 @@ class _Files:
         self._names: dict[str, frozenset[str]] = {}
 
     def find(self, name: str) -> str | None:
-        """Returns the path below the root; the first folders of `name` may not be on the disk."""
+        """Returns an image's path relative to the root, or None if there is no such file.
+
+        Args:
+            name: The image's name in the annotations, whose leading folders may not exist here.
+        """
         for *folders, last in paths_below(name):
             inside = os.path.join(self._folder, *folders)
             if last in self._listing(inside):

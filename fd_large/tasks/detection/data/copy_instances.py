@@ -1,10 +1,11 @@
-"""Cuts the objects out of a training image and pastes them slightly scaled, turned and shifted.
+"""Cuts out the objects of a training image and pastes them slightly scaled, rotated and shifted.
 
-This is InstaBoost's random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801):
-ranges, the common move of objects with overlapping boxes, and the exceptions near the border of
-an image follow its code (instaboost/single_image_process.py). Its map of likely places, its alpha
-matting (here edges are those of the masks) and its colour jitter are left out. Uncovered pixels
-are filled with averages of the surrounding pixels instead of OpenCV's inpainting.
+This is InstaBoost's random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801). The
+ranges, the common transform of objects with overlapping boxes, and the exceptions near the border
+of an image follow its code (instaboost/single_image_process.py). InstaBoost's probability map of
+locations and its colour jitter are left out. Objects are cut along their masks, without alpha
+matting. Uncovered pixels are filled with averages of the surrounding pixels, not by OpenCV's
+inpainting.
 """
 
 from __future__ import annotations
@@ -34,18 +35,21 @@ def copy_instances(
     draws: NDArray[np.float64],
     classes: NDArray[np.int32] | None = None,
 ) -> tuple[Tensor, ImageObjects, NDArray[np.int32] | None]:
-    """Moves all objects of an image except crowds; later objects cover earlier ones.
+    """Moves all objects of an image except crowds by small random transforms.
 
-    A partly covered object keeps the mask and the box of its visible rest; a fully covered object
-    is left out. An image without objects, or without background, stays unchanged.
+    Objects whose boxes overlap move together, as a group, and do not cover each other. A later
+    group covers earlier groups. A partly covered object keeps the mask and the box of its visible
+    part, and a fully covered object is left out. An image without objects, or without background,
+    stays unchanged.
 
     Args:
         image: (3, H, W) uint8.
         objects: The image's n objects, with segmentations.
-        draws: (n, `DRAWS_PER_OBJECT`) numbers in [0, 1).
-        classes: (H, W), the class of each pixel. Uncovered pixels lose their class.
+        draws: (n, `DRAWS_PER_OBJECT`) uniform random numbers in [0, 1).
+        classes: (H, W), the class of each pixel for a semantic branch, or None. Uncovered pixels
+            become unlabelled.
 
-    Returns: image, objects and classes with moved objects.
+    Returns: the new image, the objects left in it, and the new classes, or None without `classes`.
     """
     view = whole_view(objects.height, objects.width)
     before = np.zeros(view.size, dtype=bool)
@@ -117,7 +121,10 @@ def _window(mask: NDArray[np.uint8], corner: NDArray[np.int64]) -> tuple[slice, 
 
 
 def _groups(boxes: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Returns for each object the first object connected with it by overlapping boxes, (n,)."""
+    """Groups objects whose boxes overlap, directly or through other objects.
+
+    Returns: (n,), for each object the lowest index of an object in its group.
+    """
     overlap = (
         (boxes[:, None, :2] < boxes[None, :, 2:]) & (boxes[None, :, :2] < boxes[:, None, 2:])
     ).all(-1)
@@ -135,7 +142,16 @@ def _moves(
     size: tuple[int, int],
     draws: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Returns transforms of points, (n, 3, 3); a group's transform is at the index of the group."""
+    """Returns random affine transforms in homogeneous coordinates, (n, 3, 3).
+
+    The transform of a group is the entry at the group's index; other entries are not used.
+
+    Args:
+        boxes: (n, 4), the objects.
+        groups: (n,), the result of `_groups`.
+        size: Height and width of the image.
+        draws: (n, `DRAWS_PER_OBJECT`) uniform random numbers in [0, 1).
+    """
     around = boxes.astype(np.float64)
     np.minimum.at(around[:, :2], groups, boxes[:, :2])
     np.maximum.at(around[:, 2:], groups, boxes[:, 2:])
@@ -158,7 +174,7 @@ def _moves(
 
 
 def _apply(move: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Moves points (n, 2), all by one transform (3, 3), or each by its own (n, 3, 3)."""
+    """Applies a transform (3, 3) to all points (n, 2), or transforms (n, 3, 3) to a point each."""
     return (move[..., :2, :2] @ points[..., None])[..., 0] + move[..., :2, 2]
 
 
@@ -169,9 +185,16 @@ def _moved_mask(
     move: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Moves a mask by nearest-neighbour sampling.
+    """Transforms an object's mask by nearest-neighbour sampling.
 
-    Returns the moved mask in a window around it, and the window's left and top, as `fill` does.
+    Args:
+        mask: (h, w), the mask in a window of the image.
+        corner: Left and top of the window.
+        box: The object's box.
+        move: (3, 3), the transform.
+        size: Height and width of the image.
+
+    Returns: the new mask in a window around it, and the window's left and top.
     """
     left, top, right, bottom = box
     corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
@@ -187,7 +210,7 @@ def _moved_mask(
 
 
 def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
-    """Returns the colours at points (n, 2) of an image, bilinear: (3, n) uint8."""
+    """Returns the bilinearly interpolated colours at points (n, 2) of an image, (3, n) uint8."""
     grid = points / np.array(image.shape[:0:-1]) * 2 - 1
     colours = F.grid_sample(
         image[None].float(),
@@ -199,7 +222,7 @@ def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
 
 
 def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
-    """Returns an image (3, H, W) uint8 with a hole filled by the surrounding colours.
+    """Returns an image (3, H, W) uint8 whose pixels in a hole (H, W) get the surrounding colours.
 
     Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
     """
@@ -209,7 +232,12 @@ def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
 
 
 def _pull_push(colours: Tensor, known: Tensor) -> Tensor:
-    """Fills unknown colours; the input is multiplied by the share of known pixels."""
+    """Returns colours in which unknown pixels are interpolated from coarser resolutions.
+
+    Args:
+        colours: (1, 3, H, W) float32, multiplied by `known`.
+        known: (1, 1, H, W) float32, the share of each pixel that is known, 0 to 1.
+    """
     if known.shape[-1] * known.shape[-2] == 1:
         return colours / known
     halves = [F.avg_pool2d(values, 2, ceil_mode=True) for values in (colours, known)]

@@ -1,4 +1,4 @@
-"""Loads batches of images with their objects: by position in training, each once in evaluation."""
+"""Loads batches of images: for training with their objects, and for evaluation each image once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fd_large.tasks.detection.data.target import (
 )
 from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter
 
-# Side of the black image without objects that takes the place of unusable samples.
+# Side in pixels of the black image without objects that replaces an unusable sample.
 BLACK_SIDE = 32
 
 
@@ -48,22 +48,23 @@ def build_training_loader(
     semantic_classes: int = 0,
     copy_probability: float = 0.0,
 ) -> DataLoader:
-    """Returns a loader of the rest of an epoch for one rank.
+    """Returns a loader of one rank's micro batches, from a step of an epoch to the epoch's end.
 
     Args:
         source: Images and objects.
-        jitter: Draws the views; if views keep their own sizes, a global batch holds images of one
-            orientation, and a batch is padded to its largest image.
-        portion: The micro batches of this rank.
+        jitter: Random resizing of the images. If it has no canvas, a global batch holds images of
+            one orientation, and each micro batch is padded to its largest image.
+        portion: The epoch, the first step, and this rank's share of each global batch.
         seed: The run's seed.
         global_batch_size: Images per step over all ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Larger images are refused before they are decoded.
-        semantic_classes: Classes of the semantic maps in the targets; 0 for no maps.
-        copy_probability: Probability of moving the objects of an image (`copy_instances`).
+        max_pixels: Images with more pixels are refused before they are decoded.
+        semantic_classes: Number of classes of the semantic maps in the targets; 0 for no maps.
+        copy_probability: Probability that the objects of an image are moved (`copy_instances`).
 
-    Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
-        the bottom, and `Targets`. The samples do not depend on the number of ranks and workers.
+    Returns: an iterable of `Batch`, with images (B, 3, H, W) uint8, padded with black at the right
+        and the bottom, and with `Targets`. The samples do not depend on the number of ranks or
+        workers.
     Raises:
         ConfigError: if batch sizes do not divide.
         DataError: if the global batch is larger than the dataset.
@@ -92,26 +93,26 @@ def build_training_loader(
 def grouped_order(
     landscape: NDArray[np.bool_], seed: int, epoch: int, global_batch_size: int
 ) -> NDArray[np.int64]:
-    """Returns the samples of an epoch by global batches, each with images of one orientation.
+    """Returns an epoch's order of samples in which each global batch has images of one orientation.
 
-    Padding wide and high images to one size would waste up to half of a batch. The epoch's
-    permutation is dealt into two piles, wide and high; as soon as a pile holds a global batch, that
-    is the next batch. The number of batches must be that of the whole dataset: if the remainders of
-    both piles together fill a batch, the larger remainder is completed by the first samples of its
-    pile, which then occur twice.
+    Padding wide and high images to one size would waste up to half of a batch. The samples of the
+    epoch's random order are therefore divided into a wide and a high group. As soon as a group has
+    G samples, they form the next global batch. The number of global batches must still be N // G.
+    If the remainders of the two groups together would fill a batch, the larger remainder is filled
+    up with the first samples of its group, which then occur twice in the epoch.
 
     Args:
-        landscape: Whether each sample is at least as wide as high, (N,).
+        landscape: (N,), whether each sample is at least as wide as high.
         seed: The run's seed.
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
         global_batch_size: Images per step over all ranks, G.
 
-    Returns: (N // G * G,) sample indices; the same for any number of ranks.
+    Returns: (N // G * G,) sample indices, the same for any number of ranks.
     """
     order = epoch_order(len(landscape), seed, epoch, np.arange(len(landscape)))
     piles = [np.flatnonzero(landscape[order]), np.flatnonzero(~landscape[order])]
     batches: list[tuple[int, NDArray[np.int64]]] = []
-    for pile in piles:  # A pile holds places in the order.
+    for pile in piles:  # A pile holds positions in `order`.
         whole = len(pile) // global_batch_size * global_batch_size
         for batch in pile[:whole].reshape(-1, global_batch_size):
             batches.append((int(batch[-1]), batch))
@@ -127,7 +128,7 @@ def grouped_order(
 
 @dataclass(frozen=True)
 class _Samples(Dataset):
-    """Maps positions to a `Batch`; runs in the workers."""
+    """Dataset that maps the positions of a micro batch, (B,), to a `Batch`; used in the workers."""
 
     source: CocoSet
     jitter: Jitter
@@ -195,7 +196,7 @@ class _Samples(Dataset):
 
 
 def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Pads masks (n, h, w) to the canvas; masks (n, 0, 0), of a dataset without masks, stay."""
+    """Pads masks (n, h, w) to the canvas; masks (n, 0, 0) of a dataset without masks stay empty."""
     return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
 
@@ -203,12 +204,14 @@ class EvaluationBatch(NamedTuple):
     """A batch of images of an evaluation.
 
     Attributes:
-        images: (B, 3, H, W) uint8 for each scale, padded with black at the right and the bottom.
-        sizes: (B, 2) int64 for each scale, height and width of the images without their padding.
+        images: For each scale the images, (B, 3, H, W) uint8, padded with black at the right and
+            the bottom.
+        sizes: For each scale height and width of the images without their padding, (B, 2) int64.
         original_sizes: (B, 2) int64, height and width of the images in their files.
         indices: (B,) int64, indices of the images in the dataset.
-        weights: (B,) float32, 0 for padding and unreadable images, else 1.
-        bad: Errors of the unreadable images.
+        weights: (B,) float32, 1 for images that count; 0 for unreadable images and for images that
+            only fill up the batch.
+        bad: The error message of each unreadable image.
     """
 
     images: tuple[Tensor, ...]
@@ -229,21 +232,21 @@ def build_evaluation_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """Returns a loader of this rank's share of the images, with as many batches on every rank.
+    """Returns a loader of one rank's share of the test images, as `EvaluationBatch`es.
 
-    Images of one orientation are adjacent, which saves padding. A rank's last batches are filled
-    up with images of weight 0, because under ZeRO-3 every rank must run the same number of
-    forwards.
+    Images of one orientation are adjacent, which saves padding. All ranks get the same number of
+    batches, because under ZeRO-3 every rank must run the same number of forwards. The last batches
+    are therefore filled up with images of weight 0.
 
     Args:
         source: The images.
-        sides: For each scale, the length of the shorter side and the limit of the longer side, in
-            pixels.
+        sides: For each scale, the length of the shorter side and the upper limit of the longer
+            side, in pixels.
         batch_size: Images per batch.
-        rank: Counted from 0.
+        rank: The rank, counted from 0.
         world_size: The number of ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Larger images are refused before they are decoded.
+        max_pixels: Images with more pixels are refused before they are decoded.
     """
     assert batch_size > 0
     assert all(0 < short <= long for short, long in sides)
@@ -256,7 +259,10 @@ def build_evaluation_loader(
 
 @dataclass(frozen=True)
 class _Resized(Dataset):
-    """Maps places in the order to an `EvaluationBatch`; runs in the workers."""
+    """Dataset that maps positions in `order`, (B,), to an `EvaluationBatch`; used in the workers.
+
+    The position -1 stands for an image that only fills up the batch.
+    """
 
     source: CocoSet
     order: NDArray[np.int64]
@@ -298,9 +304,10 @@ class _Resized(Dataset):
 
 
 def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Reads the pixels of an image, (3, H, W) uint8, and checks their size against the annotations.
+    """Reads the pixels of image `index`, (3, H, W) uint8.
 
-    Raises: DataError: if it cannot be read or decoded, or has another size.
+    Raises: DataError: if the image cannot be read or decoded, has more than `max_pixels`, or has
+        another size than its annotation.
     """
     image = decode(source.read(index), source[index], max_pixels=max_pixels)
     if tuple(image.shape[-2:]) != source.size(index):

@@ -1,7 +1,7 @@
-"""Masks as COCO stores them: polygons, and run lengths (RLE) of pixels column by column.
+"""Masks in COCO's formats: polygons, and run-length encoding (RLE) of pixels column by column.
 
-The functions wrap faster-coco-eval's C++, which the official evaluation uses, so that a mask made
-here covers the same pixels as in COCO's own tools. Torch is not imported.
+The functions wrap faster-coco-eval's C++ code, with which detections are also scored, so that a
+mask covers the same pixels as in COCO's own tools. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fd_large.errors import ConfigError
 
 
 def coco_masks() -> ModuleType:
-    """Returns faster-coco-eval's mask functions.
+    """Imports and returns faster-coco-eval's module of mask functions.
 
     Raises: ConfigError: if the package is missing.
     """
@@ -32,10 +32,10 @@ def coco_masks() -> ModuleType:
 
 
 def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray:
-    """Fills polygons and returns the mask of their union.
+    """Returns the mask of the union of polygons.
 
     Args:
-        polygons: (points, 2) each, x and y in pixels; parts outside the mask are cut off. The
+        polygons: (points, 2) each, x and y in pixels. Parts outside the mask are cut off. The
             cost grows with the length of the edges.
         height: Height of the mask.
         width: Width of the mask.
@@ -48,10 +48,11 @@ def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: 
 
 
 def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
-    """Checks run lengths, compressed or not, and returns them compressed.
+    """Checks run lengths in either of COCO's two forms, and returns the compressed form.
 
     Args:
-        rle: `size` (height, width) and `counts`: a list of lengths, or COCO's compressed text.
+        rle: A dict with `size`, [height, width], and `counts`, which is a list of lengths or COCO's
+            compressed text.
         height: The height that the mask must have.
         width: The width that the mask must have.
 
@@ -78,12 +79,12 @@ def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
 
 
 def decompress(counts: bytes, height: int, width: int) -> NDArray:
-    """Returns the mask of compressed run lengths, (height, width) uint8."""
+    """Returns the mask (height, width) uint8, 0 or 1, that compressed run lengths describe."""
     return coco_masks().decode({"size": [height, width], "counts": counts})
 
 
 def encode(masks: NDArray[np.uint8]) -> list[dict[str, Any]]:
-    """Packs masks (n, H, W), 0 or 1, in COCO's format of results: `size`, and `counts` as text."""
+    """Encodes masks (n, H, W), 0 or 1, each as a dict of COCO's `size` and `counts` (as text)."""
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0))

@@ -1,7 +1,7 @@
-"""COCO's annotation JSON as flat arrays, which loading processes share without Python objects.
+"""Reads COCO's annotation JSON into flat arrays, which loading processes share without copies.
 
-Unusable annotations are left out, counted and named; boxes that leave their image are clipped, and
-counted if by more than `OUTSIDE_PIXELS`. Torch is not imported.
+Unusable annotations are left out, counted and named. Boxes that extend beyond their image are
+clipped, and counted if they do so by more than `OUTSIDE_PIXELS`. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,29 +25,34 @@ from fd_large.data.listing import Made
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
-# Boxes that leave their image by less are clipped silently, as COCO rounds boxes to two decimals.
+# Boxes beyond their image by at most this are not counted, as COCO rounds boxes to two decimals.
 OUTSIDE_PIXELS = 1.0
 NUM_NAMED = 5
 MOST_BYTES = 16 << 30
-"""Largest size of a file of annotations; that of Objects365 has 6 GB."""
+"""Largest size in bytes of an annotation file; the file of Objects365 has 6 GB."""
 _MOST_PIXELS = 1 << 31
 
 
 @dataclass
 class Findings:
-    """Number and first few names of the objects and images left out or clipped, by kind."""
+    """The objects and images that were left out or clipped, by the kind of defect.
+
+    Attributes:
+        counts: Number of objects or images for each kind.
+        names: Ids or file names of the first `NUM_NAMED` for each kind.
+    """
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: str, name: object) -> None:
-        """Counts a finding of a kind."""
+        """Counts a defective object or image, and keeps its name if it is among the first."""
         self.counts[kind] += 1
         if len(self.names[kind]) < NUM_NAMED:
             self.names[kind].append(str(name))
 
     def lines(self) -> list[str]:
-        """Returns one line for each kind."""
+        """Returns a line of text for each kind, with the number and the first names."""
         return [
             f"{count} {kind}: {', '.join(self.names[kind])}"
             + (" ..." if count > len(self.names[kind]) else "")
@@ -66,15 +71,15 @@ NO_OBJECT = "images without an object, left out (files)"
 
 
 class ImageObjects(NamedTuple):
-    """The objects of one image, in its own pixels.
+    """The objects of one image, in the image's pixels.
 
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom.
         labels: (n,) int64, 0 to K - 1.
-        segmentations: The polygons of each object, (points, 2) float64 each, or its compressed run
-            lengths; empty if the dataset has none.
-        crowd_boxes: (m, 4) float32.
-        image_id: The dataset's number of the image.
+        segmentations: For each object its polygons, (points, 2) float64 each, or its compressed run
+            lengths; an empty list if the dataset has no masks.
+        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated.
+        image_id: The image's id in the dataset.
         height: Height of the image.
         width: Width of the image.
     """
@@ -99,9 +104,10 @@ def read_json(
 
     Args:
         path: Path of the file.
-        where: Kind of file, for messages.
-        flag: The flag by which the user named it.
-        hook: Called with each JSON object as soon as it is read.
+        where: Kind of the file, for messages.
+        flag: The flag by which the user named the file, for messages.
+        hook: Called with each JSON object as soon as it is parsed; returns what replaces the
+            object.
 
     Raises: DataError: if the file is missing or not JSON.
     """
@@ -125,13 +131,13 @@ def read_objects(
     keep_empty: bool,
     where: str = "data.root",
 ) -> Made:
-    """Reads a file of COCO's or Objects365's kind into the arrays of a `CocoSet`.
+    """Reads an annotation file in COCO's or Objects365's format into the arrays of a `CocoSet`.
 
-    Images are sorted by id, and their objects are in the file's order. The objects j of image i are
-    those with first[i] <= j < first[i + 1]. The polygons of object j are polygon_first[j] to
-    polygon_first[j + 1]; the points of polygon k are point_first[k] to point_first[k + 1]. The run
-    lengths of object j are the bytes rle_first[j] to rle_first[j + 1]. An object has polygons or
-    run lengths, not both. The arrays besides the names are
+    Images are sorted by id. The objects of an image are in the file's order. Image i has the
+    objects first[i] to first[i + 1] - 1. Object j has the polygons polygon_first[j] to
+    polygon_first[j + 1] - 1, and the run lengths rle[rle_first[j]:rle_first[j + 1]], of which at
+    least one is empty. Polygon k has the points point_first[k] to point_first[k + 1] - 1. The
+    arrays besides the names are
 
         image_ids (images,) int64; sizes (images, 2) int32, height and width; first (images + 1,)
         boxes (objects, 4) float32; labels (objects,) int64; crowd (objects,) bool
@@ -139,12 +145,14 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Counts the annotations and images that are left out or clipped.
-        find_file: Returns the path of an image from its `file_name`, or None to leave it out.
+        findings: Gets the annotations and images that are left out or clipped.
+        find_file: Returns the path of an image, given its `file_name`, or None if the image is to
+            be left out.
         keep_empty: Whether images without an object are kept.
         where: The field that names the dataset, for messages.
 
-    Raises: DataError: if the file is not of that kind.
+    Returns: the arrays, and the facts of the listing, which include categories and findings.
+    Raises: DataError: if the file is not in this format.
     """
     content = read_json(path, where="annotations", flag=f"--{where} FOLDER", hook=_packed)
     for key in ("images", "annotations", "categories"):
@@ -213,7 +221,13 @@ def read_objects(
 
 
 class _Arrays:
-    """Arrays of objects that grow object by object."""
+    """Collects the objects of one image after another, in the arrays that `read_objects` describes.
+
+    Args:
+        findings: Gets the objects that are left out or clipped.
+        labels: The label of each category id.
+        has_masks: Whether objects must have a segmentation.
+    """
 
     def __init__(self, findings: Findings, labels: Mapping[int, int], has_masks: bool) -> None:
         self.findings, self.labels_of, self.has_masks = findings, labels, has_masks
@@ -225,13 +239,13 @@ class _Arrays:
     def add_image(
         self, entries: Iterable[dict[str, Any]], height: int, width: int, *, keep_empty: bool
     ) -> bool:
-        """Adds an image's objects; returns whether the image is used.
+        """Adds an image and its usable objects; returns False if the image is left out.
 
         Args:
             entries: The image's annotations.
             height: Height of the image.
             width: Width of the image.
-            keep_empty: Whether an image without objects other than crowds is added.
+            keep_empty: Whether the image is added even if it has no objects other than crowds.
         """
         usable = []
         for entry in entries:
@@ -299,11 +313,14 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """Raised to leave out an annotation, with the kind of its defect and its name."""
+    """Raised to leave out an annotation, with the arguments kind of defect and annotation id."""
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Packs polygons, which have most of COCO's numbers, into 8 instead of 32 bytes per number."""
+    """Replaces the polygons of an annotation by arrays, as a hook of `read_json`; returns `entry`.
+
+    Most numbers of COCO's file belong to polygons, and take 8 bytes in an array instead of 32.
+    """
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
         # A value that is not a list of numbers stays, and is found when the annotation is checked.
@@ -313,7 +330,18 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | bytes:
-    """Returns polygons of at least three points, or compressed run lengths; else ValueError."""
+    """Returns the segmentation of an annotation, checked.
+
+    Args:
+        value: The segmentation after `_packed`: a list of polygons, or a dict of run lengths.
+        height: Height of the image.
+        width: Width of the image.
+
+    Returns: the polygons that have at least three points, as x, y, x, y ..., or compressed run
+        lengths.
+    Raises: ValueError: if there is no such polygon, if a polygon lies far outside the image, or if
+        the run lengths are invalid.
+    """
     if isinstance(value, dict):
         return masks.compress(value, height, width)
     if not isinstance(value, list) or not value:
@@ -335,18 +363,22 @@ def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | b
 def is_number(value: Any, most: float = 2.0**31) -> bool:
     """Whether a JSON value is a finite number with a magnitude of at most `most`.
 
-    JSON has numbers of any length, which neither float nor an array of 64 bits holds.
+    Numbers in JSON can be larger than a float or a 64-bit integer can hold.
     """
     return isinstance(value, (int, float)) and -most <= value <= most
 
 
 def is_box(value: Any) -> bool:
-    """Whether a JSON value is a list of four numbers."""
+    """Whether a JSON value is a list of four numbers (`is_number`)."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
-    """Returns a value as int; ValueError or OverflowError if it is no number or too large."""
+    """Converts a value to int.
+
+    Raises: TypeError, ValueError or OverflowError: if it is no number, or its magnitude exceeds
+        `most`.
+    """
     number = int(value)
     if not -most <= number <= most:
         raise ValueError(f"a number of more than {most}")
@@ -354,7 +386,11 @@ def _whole(value: Any, most: int = 2**63 - 1) -> int:
 
 
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns height and width of an image; ValueError or OverflowError for impossible sizes."""
+    """Returns height and width of an entry of the file's `images`.
+
+    Raises: KeyError, TypeError, ValueError or OverflowError: if they are missing, are no numbers,
+        are negative, or give more than `_MOST_PIXELS` pixels.
+    """
     height, width = (_whole(image[side], _MOST_PIXELS) for side in ("height", "width"))
     if min(height, width) < 0 or height * width > _MOST_PIXELS:
         raise ValueError(f"an image of {height} x {width} pixels")

@@ -1,7 +1,7 @@
-"""The target of an image: the boxes, classes and masks visible in a view.
+"""The training target of an image: the boxes, classes and masks that are visible in a view.
 
-Targets are NamedTuples, because a batch is moved to the device and pinned by walking through
-tuples.
+Targets are NamedTuples, because a batch is pinned and moved to the device by recursion through its
+tuples, lists and dicts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fd_large.tasks.dense.geometry import View
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.data.objects import ImageObjects
 
-# An object of which less than a pixel is left is no target.
+# Smallest height and width, in pixels, of the visible part of an object that becomes a target.
 MIN_SIDE = 1.0
-# Pixels per place of a semantic map, and its value where nothing is labelled.
+# Stride of a semantic map, in pixels, and its value at unlabelled positions.
 SEMANTIC_STRIDE, UNLABELLED = 8, 255
 # The first import may come while a model is constructed on the meta device.
 NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8, device="cpu")
@@ -31,11 +31,11 @@ class Target(NamedTuple):
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom.
         labels: (n,) int64, 0 to K - 1.
-        masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) if the dataset has only boxes.
-        crowd_boxes: (m, 4) float32, regions in which single objects are not marked.
-        image_id: The dataset's number of the image.
-        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, stuff included, 255 if
-            unknown; (0, 0) if such maps are not read.
+        masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) if the dataset has no masks.
+        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated.
+        image_id: The image's id in the dataset.
+        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, including COCO-Stuff's
+            stuff classes; 255 if unknown. (0, 0) if the recipe has no semantic branch.
     """
 
     boxes: Tensor
@@ -50,11 +50,12 @@ class Targets(NamedTuple):
     """The targets of a batch.
 
     Attributes:
-        targets: One per image, in the order of the images.
+        targets: The target of each image.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order; random choices for a sample depend on them. A
-            NumPy array stays on the host, where the choices are drawn.
-        epoch: Counted from 0.
+        positions: (B,) int64, the position of each image in the epoch's order, on which the random
+            choices for the image depend. As a NumPy array it stays on the host, where random
+            numbers are drawn.
+        epoch: Epoch, counted from 0.
     """
 
     targets: list[Target]
@@ -64,15 +65,16 @@ class Targets(NamedTuple):
 
 
 def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
-    """Returns the objects that are visible in a view, with masks on the padded canvas.
+    """Returns the target of a view: the objects that are visible in it.
 
-    A box cut by the crop shrinks to the visible part of its object's mask, which may fill only a
-    corner of the cut box.
+    If the crop cuts a box, the new box is that of the visible part of the object's mask, which may
+    be smaller than the cut box.
 
     Args:
-        objects: The objects of the image, in its own pixels.
+        objects: The objects of the image, in the image's pixels.
         view: The view of the image.
-        canvas: Height and width to which the view is padded, at the right and the bottom.
+        canvas: Height and width to which the view is padded, at the right and the bottom; also
+            the size of the masks.
     """
     height, width = view.size
     frame = np.array([0, 0, width, height])
@@ -119,7 +121,7 @@ def nothing(image_id: int) -> Target:
 
 
 def _boxes_in(view: View, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Returns boxes (n, 4) of an image in pixels of the view; they may lie outside of it."""
+    """Maps boxes (n, 4) from the image's pixels to the view's; a box may lie outside the view."""
     corners = view.points(boxes.reshape(-1, 2)).reshape(-1, 4)
     return corners[:, [2, 1, 0, 3]] if view.flipped else corners
 
@@ -133,7 +135,7 @@ def _large_enough(boxes: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Returns the box (4,) around the pixels of a mask that is not empty."""
+    """Returns the box (4,) around the pixels of a non-empty mask: left, top, right, bottom."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
@@ -141,12 +143,14 @@ def bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
 def fill(
     segmentation: list[NDArray[np.float64]] | bytes, view: View
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Returns the mask of an object in a window around it, and the window's left and top.
+    """Returns the mask of an object in a view, as a window and its position.
 
     Args:
-        segmentation: Polygons of the object, or compressed run lengths, whose window is the whole
-            view.
+        segmentation: Polygons of the object, or compressed run lengths, in the image's pixels.
         view: The view of the image.
+
+    Returns: the mask (h, w), 0 or 1, in a window of the view, and the left and top of the window.
+        The window surrounds polygons, and is the whole view for run lengths.
     """
     height, width = view.size
     if isinstance(segmentation, bytes):

@@ -1,4 +1,4 @@
-"""Random resizing and cropping of training images: large-scale jitter, or whole images."""
+"""Random resizing and flipping of training images, with a crop of fixed size or as whole images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ class Jitter(Protocol):
     """A distribution of views of training images.
 
     Attributes:
-        canvas: Height and width to which all views are padded; None: each view keeps its size.
+        canvas: Height and width to which all views are padded, or None if each view keeps its own
+            size.
     """
 
     canvas: tuple[int, int] | None
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """Returns the view of an image of this size, by `NUM_DRAWS` numbers in [0, 1)."""
+        """Returns a random view of an image.
+
+        Args:
+            height: Height of the image.
+            width: Width of the image.
+            draws: `NUM_DRAWS` uniform random numbers in [0, 1).
+        """
 
 
 class LargeScaleJitter:
-    """A random scale from 0.1 to 2, then a crop of fixed size with padding.
+    """Large-scale jitter: resizes an image by a random scale, then takes a random crop.
+
+    The scale and the position of the crop are uniformly distributed, and the aspect ratio is kept.
+    Views smaller than the canvas are padded by the loader.
 
     Source: Ghiasi et al., "Simple copy-paste", CVPR 2021; as in detectron2 (ResizeScale,
-        FixedSizeCrop), scale and place are uniform, and the aspect ratio is kept.
+        FixedSizeCrop).
     """
 
     def __init__(self, image_size: int, *, min_scale: float = 0.1, max_scale: float = 2.0) -> None:
-        """Sets the range of sizes.
+        """Sets the size of the crop and the range of scales.
 
         Args:
-            image_size: Side of the views, in pixels; at scale 1 an image just fits into a view.
+            image_size: Side of the square canvas, in pixels. At scale 1 an image just fits into it.
             min_scale: Smallest scale, above 0.
             max_scale: Largest scale.
         """
@@ -45,7 +55,13 @@ class LargeScaleJitter:
         self._scales = (min_scale, max_scale)
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """Returns the view of an image of this size, by `NUM_DRAWS` numbers in [0, 1)."""
+        """Returns a random view of an image.
+
+        Args:
+            height: Height of the image.
+            width: Width of the image.
+            draws: `NUM_DRAWS` uniform random numbers in [0, 1).
+        """
         draw_flip, draw_scale, draw_top, draw_left = draws
         low, high = self._scales
         side = self.canvas[0]
@@ -59,27 +75,35 @@ class LargeScaleJitter:
 
 
 class ShortestEdge:
-    """A random length of the shorter side, with a limit of the longer side, and a random flip.
+    """Resizes a whole image to a random length of its shorter side, and flips it at random.
 
-    Source: detectron2 (ResizeShortestEdge), with whole numbers from the range.
+    The length is a whole number of pixels, uniformly distributed in a range.
+
+    Source: detectron2 (ResizeShortestEdge).
     """
 
     canvas = None
 
     def __init__(self, min_short_side: int, max_short_side: int, long_side: int) -> None:
-        """Sets the range of sizes.
+        """Sets the range of lengths.
 
         Args:
             min_short_side: Smallest length of the shorter side, in pixels.
-            max_short_side: Largest length of the shorter side.
-            long_side: Upper limit of the longer side, which makes the shorter side smaller if
-                needed.
+            max_short_side: Largest length of the shorter side, in pixels.
+            long_side: Upper limit of the longer side, in pixels. Where it is exceeded, the image is
+                made smaller, even if the shorter side then falls below its range.
         """
         assert 0 < min_short_side <= max_short_side
         self._short_sides, self._long_side = (min_short_side, max_short_side), long_side
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """Returns the view of an image of this size, by `NUM_DRAWS` numbers in [0, 1)."""
+        """Returns a random view of an image.
+
+        Args:
+            height: Height of the image.
+            width: Width of the image.
+            draws: `NUM_DRAWS` uniform random numbers in [0, 1).
+        """
         draw_flip, draw_size, *_ = draws
         low, high = self._short_sides
         return resized_view(

@@ -1,1 +1,1 @@
-"""The official COCO evaluation of detections, its files, and plots of errors."""
+"""The official COCO evaluation of detections, with its result files, tables and plots."""

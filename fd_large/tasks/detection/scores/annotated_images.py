@@ -1,4 +1,4 @@
-"""Draws boxes, masks and names over images, ground truth beside detections, without torch."""
+"""Draws boxes, masks and class names on images, for ground truth and detections, without torch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SMALL_AREA = 32**2
 
 
 class Mark(NamedTuple):
-    """An object to draw.
+    """An object or a detection to draw.
 
     Attributes:
-        box: Left, top, width, height, in pixels.
+        box: Left, top, width and height, in pixels.
         label: The text at the box.
         colour: The colour of box and mask.
-        mask: (H, W) uint8, or None.
-        wrong: Whether it is a missed object or a false detection, whose box is dashed.
+        mask: (H, W) uint8, 0 or 1, or None without a mask.
+        wrong: Whether the object was missed, or the detection is false. The box is then dashed.
     """
 
     box: Sequence[float]
@@ -47,11 +47,11 @@ class Mark(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An image with its true objects and its detections.
+    """A row of a plot: an image with its true objects, and again with its detections.
 
     Attributes:
         image: (H, W, 3) uint8.
-        title: The text above it.
+        title: The text above the image.
         truth: The true objects.
         seen: The detections.
     """
@@ -68,13 +68,13 @@ def compared_rows(
     image_ids: Sequence[int],
     read: Callable[[int], NDArray[np.uint8]],
 ) -> list[Row]:
-    """Returns a row for each of some images.
+    """Returns the row of each image in `image_ids`, for `draw_rows`.
 
     Args:
         ground_truth: Result of `scoring.read_ground_truth`.
         compared: Result of `error_analysis.compare`.
         image_ids: Ids of the images, in the order of the rows.
-        read: Returns the pixels (H, W, 3) uint8 of an image id.
+        read: Maps an image id to the image's pixels, (H, W, 3) uint8.
     """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     colours = {number: COLOURS[place % len(COLOURS)] for place, number in enumerate(sorted(names))}
@@ -109,10 +109,11 @@ def compared_rows(
 
 
 def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Returns marks of an image's detections, with a colour for each class.
+    """Returns a mark for each detection in an image, with a colour for each class.
 
     Args:
-        detections: Entries with `class` (its name), `bbox`, `score`, and optionally `segmentation`.
+        detections: Dicts with `class` (its name), `bbox`, `score`, and optionally `segmentation`,
+            as in COCO's results format.
     """
     classes = sorted({entry["class"] for entry in detections})
     return [
@@ -131,7 +132,7 @@ def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draws one row per image, ground truth at the left and detections at the right, as a PNG."""
+    """Writes a PNG with a row for each image: left its true objects, right its detections."""
     from matplotlib.figure import Figure
 
     column = (ROW_WIDTH - 3 * GAP) / 2
@@ -164,7 +165,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 @own_look
 def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
-    """Draws marks on an image, in its own size, as a PNG."""
+    """Writes a PNG of an image (H, W, 3) with marks drawn on it, at the image's own size."""
     from matplotlib.figure import Figure
 
     height, width = image.shape[:2]
@@ -175,7 +176,7 @@ def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> N
 
 
 def draw_marks(axes: Axes, image: NDArray[np.uint8], marks: Sequence[Mark]) -> None:
-    """Draws marks on an image, large objects first, so that small objects stay visible."""
+    """Draws an image (H, W, 3) with marks, small objects over large objects, into a plot's axes."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 

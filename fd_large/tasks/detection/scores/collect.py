@@ -1,4 +1,4 @@
-"""Turns detections in resized images into results in original pixels, in one file per rank."""
+"""Converts detections to COCO's results format, and writes those of a rank to a file."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def to_results(
     original_size: Tensor | Sequence[int],
     category_ids: Sequence[int],
 ) -> list[Result]:
-    """Returns an image's detections in COCO's format.
+    """Converts the detections in an image to COCO's results format.
 
     Args:
-        detections: Detections in pixels of the image's file.
-        image_id: The dataset's number of the image.
-        original_size: Height and width of the image in its file.
-        category_ids: The dataset's category id of each label.
+        detections: Detections in pixels of the original image.
+        image_id: The image's id in the dataset.
+        original_size: Height and width of the original image.
+        category_ids: For each label, the category's id in the dataset.
     """
     height, width = (int(side) for side in original_size)
     limit = torch.tensor([width, height] * 2)
@@ -68,15 +68,15 @@ def to_results(
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Pastes masks of boxes onto an image's pixels.
+    """Resizes masks to their boxes and places them in an image.
 
     Args:
-        masks: (n, M, M) float32, probabilities over each box.
+        masks: (n, M, M) float32, mask probabilities on a grid over each box.
         boxes: (n, 4) float32, in pixels of the image.
         height: Height of the image.
         width: Width of the image.
 
-    Returns: (n, height, width) bool.
+    Returns: (n, height, width) bool, True where the probability is at least `MASK_THRESHOLD`.
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     limit = boxes.new_tensor([width, height, width, height])
@@ -95,21 +95,30 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
-    """Returns the positions of pixel centres in a box, from -1 at one edge to 1 at the other."""
+    """Returns coordinates of pixel centres along an axis of a box, for `grid_sample`.
+
+    Args:
+        start: First pixel.
+        stop: The pixel after the last.
+        low: Edge of the box that has the coordinate -1.
+        high: Edge of the box that has the coordinate 1.
+
+    Returns: (stop - start,), the coordinate of each pixel's centre.
+    """
     centres = torch.arange(start, stop, device=low.device, dtype=low.dtype) + 0.5
     return (centres - low) / (high - low) * 2 - 1
 
 
 def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
-    """Writes this rank's results into the folder for scoring, and the note on rank 0; a collective.
+    """Writes this rank's results to a file in a folder, and on rank 0 the note; a collective.
 
-    Results pass through files, one per rank, so that masks of thousands of images are not sent to
-    every rank.
+    Results go through a file for each rank, since an all-gather would send the masks of thousands
+    of images to every rank.
 
     Args:
         results: This rank's results.
-        folder: A folder that all ranks see.
-        note: The note on all ranks' results.
+        folder: A folder on storage that all ranks share.
+        note: Facts about the results of all ranks, which mark the folder as unscored.
 
     Raises: DataError: on every rank, if a rank cannot write its file.
     """

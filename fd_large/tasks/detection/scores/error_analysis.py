@@ -1,8 +1,8 @@
-"""Missed objects and false detections, image by image.
+"""Finds missed objects and false detections in each image.
 
-A detection is right if its box has an IoU of at least `LEAST_IOU` with an object of its class to
-which no better detection was matched. A detection in a crowd of its class is neither right nor
-wrong, as in the official evaluation. Torch is not imported.
+A detection is right if its box has an IoU of at least `LEAST_IOU` with an object of its class that
+no detection of higher score was matched to. A detection in a crowd of its class is neither right
+nor wrong, as in the official evaluation. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ LEAST_IOU = 0.5
 
 
 class Compared(NamedTuple):
-    """The true objects of an image next to its detections.
+    """The true objects of an image, its detections, and the errors among them.
 
     Attributes:
-        objects: Annotations of the ground truth, crowds left out.
-        missed: Whether no detection was matched to the object, for each object.
-        seen: Results of at least `LEAST_SCORE`, best first.
-        false: Whether the detection is wrong, for each result.
+        objects: Annotations of the ground truth, without crowds.
+        missed: For each of `objects`, whether no detection was matched to it.
+        seen: The detections with a score of at least `LEAST_SCORE`, by falling score.
+        false: For each of `seen`, whether the detection is wrong.
     """
 
     objects: list[dict[str, Any]]
@@ -42,13 +42,13 @@ class Compared(NamedTuple):
 
 
 def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[int, Compared]:
-    """Compares boxes, image by image.
+    """Compares the boxes of objects and detections in each image.
 
     Args:
         ground_truth: Result of `scoring.read_ground_truth`.
-        results: Detections, with boxes.
+        results: Detections in COCO's format, with boxes.
 
-    Returns: the comparison of each image of the ground truth, by the image's id.
+    Returns: {image id: comparison} for all images of the ground truth.
     """
     annotations, of_image = defaultdict(list), defaultdict(list)
     for annotation in ground_truth["annotations"]:
@@ -63,7 +63,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """Returns the ids of at most `count` images with errors, those with most errors first."""
+    """Returns the ids of up to `count` images with errors, in falling order of their errors."""
     by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
     return [number for number in by_errors[:count] if compared[number].num_errors]
 
@@ -87,9 +87,10 @@ def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compar
 
 
 def _iou(detections: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
-    """Returns IoU of boxes, (detections, objects), 0 between classes.
+    """Returns the IoU of each detection and object, (detections, objects), 0 for different classes.
 
-    For crowds it is the share of the detection that lies inside.
+    With `crowd`, the objects are crowds, and the value is the share of the detection's area that
+    lies inside the crowd.
     """
     if not detections or not objects:
         return np.zeros((len(detections), len(objects)))

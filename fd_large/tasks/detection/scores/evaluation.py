@@ -1,4 +1,4 @@
-"""The COCO evaluation of a detector, on every image once over the ranks, scored in a process."""
+"""The COCO evaluation of a detector: ranks share the images, and a separate process scores."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def evaluate(
     draw: bool,
     between: Callable[[], None] = lambda: None,
 ) -> ScoringProcess:
-    """Runs the detector on all images, and begins to score; a collective.
+    """Runs the detector on all images, and starts to score the detections; a collective.
 
     Args:
         model: The detector, in evaluation mode, with its test settings.
         images: The test images and their objects.
-        folder: A folder that all ranks see, for results.json, scores.json and pictures.
-        batch_size: Images per forward.
-        workers: Processes that load.
-        max_pixels: Larger images are refused.
-        draw: Whether to draw the worst images, some others, and the curves.
+        folder: A folder on storage that all ranks share, for results.json, scores.json and plots.
+        batch_size: Largest number of images in a forward.
+        workers: Number of loading processes; 0 loads in this process.
+        max_pixels: Images with more pixels are not read; their objects count as missed.
+        draw: Whether to plot the worst images, some other images, and precision-recall curves.
         between: Called before each batch on every rank; may raise to end the evaluation.
 
-    Returns: the scoring in progress.
-    Raises: DataError: on every rank, if the results cannot be written.
+    Returns: the scoring process, still running.
+    Raises: DataError: on every rank, if the detections cannot be written.
     """
     loader = build_evaluation_loader(
         images,
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) -> ScoringProcess:
-    """Begins to score the detections in a folder; for the arguments see `evaluate`."""
+    """Starts the process that scores the detections in a folder; arguments as in `evaluate`."""
     paths = {images.image_id(index): images[index] for index in range(len(images))} if draw else {}
     return ScoringProcess(
         folder, images.annotations, images=paths, max_pixels=max_pixels, only=images.only
@@ -100,15 +100,16 @@ def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) ->
 
 
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
-    """Returns the newest evaluation that a run has not finished scoring; a collective.
+    """Finds the newest evaluation of a run whose detections are not scored yet; a collective.
 
-    Unfinished evaluations older than a scored one are out of date, and removed.
+    Evaluations that are unscored but older than a scored evaluation are out of date. Their
+    detections are deleted.
 
     Args:
         folder: The run's folder of evaluations.
-        last: The newest step whose evaluation is considered.
+        last: Evaluations of later steps are ignored.
 
-    Returns: its step and its folder, or None.
+    Returns: the step and the folder of the evaluation, or None if all are scored.
     """
     evaluations: list[tuple[int, Path]] = []
     if distributed.is_main():

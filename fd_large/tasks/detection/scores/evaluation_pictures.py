@@ -1,6 +1,6 @@
-"""Plots of an evaluation: worst and chosen images next to the ground truth, and curves.
+"""Plots of an evaluation: images with true and detected objects, and precision-recall curves.
 
-No torch.
+Torch is not imported.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def draw_evaluation(
     read: Callable[[int], NDArray[np.uint8]],
     folder: Path,
 ) -> list[Path]:
-    """Draws worst.png, chosen.png and curves.png.
+    """Draws worst.png and chosen.png with images and detections, and curves.png.
 
-    The chosen images are spread evenly over the dataset, the same in every evaluation, for
-    comparison.
+    worst.png shows the images with most errors. chosen.png shows images that are spread evenly over
+    the dataset, and are the same in every evaluation, for comparison.
 
     Args:
         ground_truth: Result of `scoring.read_ground_truth`.
-        results: Detections, with boxes.
-        scores: The scores of these results.
-        read: Returns the pixels (H, W, 3) uint8 of an image id.
+        results: Detections in COCO's format, with boxes.
+        scores: The scores of these detections.
+        read: Maps an image id to the image's pixels, (H, W, 3) uint8.
         folder: A folder that exists.
 
-    Returns: the drawn files; worst.png is left out if there are no errors.
+    Returns: the paths of the plots; worst.png is not drawn if there are no errors.
     """
     compared = compare(ground_truth, results)
     numbers = sorted(compared)
@@ -65,7 +65,7 @@ def draw_evaluation(
 
 @own_look
 def draw_curves(scores: Scores, path: Path) -> None:
-    """Draws precision against recall at IoU 0.5 and 0.75, in panels for boxes and for masks."""
+    """Writes a PNG of precision against recall at each IoU of `CURVES`, for boxes and for masks."""
     from matplotlib.figure import Figure
 
     kinds = scores.kinds

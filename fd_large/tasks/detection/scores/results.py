@@ -1,8 +1,8 @@
-"""Detections in COCO's results format: files, and merging of several ranks' shards.
+"""Reads, writes and merges files of detections in COCO's results format, without torch.
 
-A result is `{"image_id", "category_id", "bbox": [left, top, width, height], "score"}` with
-`"segmentation": {"size": [height, width], "counts": text}` if it has a mask; ids are the dataset's
-own. No torch.
+A result is `{"image_id", "category_id", "bbox": [left, top, width, height], "score"}`. If it has a
+mask, `"segmentation": {"size": [height, width], "counts": text}` is added. Ids are those of the
+annotations. Each rank writes its results to its own file, a shard.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fd_large.tasks.detection.data.objects import is_box, is_number, read_json
 Result = dict[str, Any]
 
 SHARDS = "results_of_rank_*"
-"""Pattern of the files with the ranks' results, also of files that were never finished."""
+"""Glob pattern of all ranks' result files, including files whose writing was interrupted."""
 
 
 def shard_of(folder: Path, rank: int) -> Path:
-    """Returns the file with the results of a rank."""
+    """Returns the path of a rank's result file in a folder."""
     return folder / f"results_of_rank_{rank}.json"
 
 
 def read_results(path: str | Path) -> list[Result]:
     """Reads and checks a results file.
 
-    Raises: DataError: if it is missing or not in COCO's results format.
+    Raises: DataError: if the file is missing, or not in COCO's results format.
     """
     results = read_json(str(path), where="detections", flag="--detections FILE")
     if not isinstance(results, list):
@@ -42,18 +42,21 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def write_results(path: str | Path, results: Sequence[Result]) -> None:
-    """Writes a results file."""
+    """Writes results to a JSON file, which replaces an existing file only when it is complete."""
     # json.dumps is C, json.dump is not: five times as fast.
     with replacing(Path(path)) as aside:
         aside.write_text(json.dumps(results, separators=(",", ":")))
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
-    """Merges the shards of several ranks into one list, the same for any distribution of images.
+    """Merges the results of several ranks into a list that does not depend on who had which image.
 
-    An image in two shards counts once, with the first shard's results, and equal results count
-    once. Images are sorted by id, and an image's results stay in the order of writing, because
-    the evaluation uses it for equal scores.
+    If an image occurs in several shards, only the results in the first of them are kept. Equal
+    results of an image are kept once. The list is sorted by image id. Results of an image stay in
+    the order of the shard, by which the evaluation breaks ties between equal scores.
+
+    Args:
+        shards: The results of each rank.
     """
     of_image: dict[int, dict[tuple[Any, ...], Result]] = {}
     for shard in shards:

@@ -1,9 +1,10 @@
-"""Merges and scores the ranks' detections of an evaluation, as a separate program. No torch.
+"""A program that merges and scores all ranks' detections of an evaluation, without torch.
 
     python -m fd_large.tasks.detection.scores.score_shards ANSWER < request.json
 
-`ScoringProcess` starts it, so that training continues. ANSWER is the descriptor of an open file for
-the answer, which is kept apart from what libraries print.
+`ScoringProcess` starts the program, so that training continues meanwhile. ANSWER is the descriptor
+of an open file, to which the answer is written. Standard output is not used, since libraries may
+print to it.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ PR_SET_PDEATHSIG = 1
 
 
 class Request(NamedTuple):
-    """The request to score the shards in a folder.
+    """The request to score the detections in a folder.
 
     Attributes:
-        folder: Folder with a shard of each rank, and with the `Note` on them.
-        annotations: The file of the ground truth.
-        images: The path of each image by its id, to draw some; empty draws none.
-        max_pixels: Larger images are not drawn.
+        folder: Folder with each rank's result file, and with the `Note`.
+        annotations: Path of the ground truth.
+        images: {id as text: path} of the images, of which some are drawn; empty draws none.
+        max_pixels: Images with more pixels are drawn as grey.
         only: The ids of the images that count; empty for all.
     """
 
@@ -56,12 +57,12 @@ class Request(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The note on a folder's shards, scoring.json, which exists until they are scored.
+    """The contents of scoring.json, which is in the folder of an evaluation until it is scored.
 
     Attributes:
-        ranks: Number of shards.
+        ranks: Number of ranks, each of which has written a result file.
         unread: Number of images that could not be read; their objects count as missed.
-        tested: The test's settings, in words.
+        tested: Description of the test settings.
     """
 
     ranks: int
@@ -70,12 +71,12 @@ class Note(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The outcome of an evaluation.
+    """The outcome of scoring an evaluation.
 
     Attributes:
-        scores: COCO's numbers.
-        written: The files that were written.
-        problem: Traceback of the failure that left files unwritten, or "".
+        scores: COCO's metrics.
+        written: Paths of the written files.
+        problem: Traceback of the error because of which some files were not written, or "".
     """
 
     scores: Scores
@@ -84,11 +85,11 @@ class Scored(NamedTuple):
 
 
 def score_shards(request: Request) -> Scored:
-    """Scores the shards of a folder; writes results.json, scores.json, and draws pictures.
+    """Merges and scores the ranks' results in a folder; writes results.json, scores.json and plots.
 
-    The shards stay until the caller has the scores.
+    The ranks' result files are not deleted, so that the caller can score them again.
 
-    Raises: DataError: if a shard cannot be read, or the results cannot be scored.
+    Raises: DataError: if a result file cannot be read, or the results cannot be scored.
     """
     folder = Path(request.folder)
     note = Note(**read_json(folder / NOTE, where="scores", holds=dict, of=DataError))
@@ -121,7 +122,11 @@ def score_shards(request: Request) -> Scored:
 
 
 def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
-    """Returns pixels (H, W, 3) of an image, grey if it cannot be read."""
+    """Returns the pixels (H, W, 3) uint8 of an image.
+
+    All pixels are grey if the image cannot be read, has more than `max_pixels`, or is not of the
+    given height and width.
+    """
     try:
         image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)
     except (DataError, OSError):  # The evaluation has logged the reason.
@@ -132,7 +137,7 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 
 def main() -> None:
-    """Scores one request, which is read from the standard input, and writes the answer."""
+    """Reads a request from standard input, scores it, and writes the answer to the given file."""
     request = parse_json(sys.stdin.read())
     _end_with(request.pop("parent"))
     answer: dict[str, Any]
@@ -147,10 +152,14 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Lets the kernel kill this process when its parent is gone; other signals are ignored.
+    """Ties this process to its parent: the kernel kills it when the parent ends.
 
-    Without its parent, the process could write into the folder of a run that another process has
-    taken over. A launcher's signals to all processes of a job are handled by the ranks.
+    Otherwise it could write into the folder of a run that a later start has taken over. Signals
+    that a launcher sends to all processes of a job are ignored, since the ranks handle them. The
+    process also gets a lower priority than the training.
+
+    Args:
+        parent: The parent's process id. If the parent has already ended, this process exits.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

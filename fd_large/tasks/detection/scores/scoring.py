@@ -1,7 +1,7 @@
-"""The official COCO evaluation: twelve metrics each for boxes and masks, classes, curves.
+"""The official COCO evaluation: twelve metrics for boxes and for masks, AP by class, and curves.
 
-faster-coco-eval computes them, with the same figures as pycocotools (a test compares them).
-Detections in a crowd are neither right nor wrong. No torch.
+faster-coco-eval computes the metrics, with the same values as pycocotools (a test compares them).
+Detections in a crowd are neither right nor wrong. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ NUMBERS = (
 KINDS = {"box": "bbox", "mask": "segm"}
 CURVES = (0.5, 0.75)
 PAIRS_AT_ONCE = 1_000_000
-"""Number of pairs of an image and a class that are counted at once, at 1.5 kB each (measured). COCO
-has 400,000 pairs."""
+"""Largest number of (image, class) pairs that are evaluated at once. A pair takes 1.5 kB of memory
+(measured), and COCO has 400,000 pairs."""
 
 
 class ClassScore(NamedTuple):
-    """The scores of one category, which are None if it has no object, crowds not counted.
+    """The scores of one category.
 
     Attributes:
-        category_id: The dataset's number of the category.
+        category_id: The category's id in the annotations.
         name: The category's name.
-        ap: Average precision, mean over IoU 0.5 to 0.95.
-        ap50: Average precision at IoU 0.5.
+        ap: Average precision, mean over IoU 0.5 to 0.95, in 0..1; None if the category has no
+            object other than crowds.
+        ap50: Average precision at IoU 0.5, or None as for `ap`.
     """
 
     category_id: int
@@ -46,12 +47,14 @@ class ClassScore(NamedTuple):
 
 @dataclass(frozen=True)
 class KindScores:
-    """The scores of boxes, or of masks.
+    """The scores of either boxes or masks.
 
     Attributes:
-        numbers: COCO's twelve metrics, by the names in `NUMBERS`; -1 where no object counts.
-        classes: The scores of each category, by rising id.
-        curves: Precision at recall 0, 0.01 ... 1, by IoU; the mean over the classes that occur.
+        numbers: COCO's twelve metrics, by the names in `NUMBERS`, in 0..1; -1 if no object counts
+            for the metric.
+        classes: The scores of each category, in the order of the ids.
+        curves: For each IoU in `CURVES` the precision at recall 0, 0.01 ... 1, averaged over the
+            classes that have objects.
     """
 
     numbers: dict[str, float]
@@ -61,11 +64,11 @@ class KindScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """The outcome of an evaluation.
+    """The scores of detections on a dataset.
 
     Attributes:
-        kinds: Scores of "box" and of "mask", as far as the results have boxes and masks.
-        num_images: Number of images of the ground truth.
+        kinds: Scores of "box" and "mask"; a kind is missing if it could not be scored.
+        num_images: Number of images in the ground truth.
         num_results: Number of scored detections.
     """
 
@@ -74,7 +77,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the contents of scores.json."""
+        """Returns the scores in JSON types, as in scores.json."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
@@ -92,7 +95,7 @@ class Scores:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """Returns the scores from the values of `to_dict`, also after JSON."""
+        """Returns the scores from the result of `to_dict`, which may have been stored as JSON."""
         kinds = {}
         for kind in KINDS:
             if kind in values:
@@ -106,7 +109,7 @@ class Scores:
         return cls(kinds, values["num_images"], values["num_results"])
 
     def named(self) -> dict[str, float]:
-        """Returns the twelve metrics of boxes and of masks, by names like `box_AP`."""
+        """Returns COCO's metrics of boxes and of masks, by names like `box_AP`."""
         return {
             f"{kind}_{name}": value
             for kind, of_kind in self.kinds.items()
@@ -115,11 +118,11 @@ class Scores:
 
 
 def read_ground_truth(path: str, only: Sequence[int] = ()) -> dict[str, Any]:
-    """Reads the ground-truth annotations, and fills in optional entries.
+    """Reads ground-truth annotations, fills in optional entries, and numbers annotations from 1.
 
     Args:
-        path: The file.
-        only: The ids of the images that count; empty for all.
+        path: The annotation file.
+        only: The ids of the images to keep, with their annotations; empty for all images.
 
     Raises: DataError: if the file is missing or not in COCO's format.
     """
@@ -158,17 +161,18 @@ def _id(value: Any) -> None:
 
 
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
-    """Scores detections.
+    """Scores detections by COCO's metrics, for boxes and for masks.
 
-    Boxes are scored if all results have a box, masks if all have a mask and the ground truth has
-    masks. A detection counts as small, medium or large by its box's area for boxes, and by its
-    mask's area for masks.
+    Boxes are scored if all results have a box. Masks are scored if all results have a mask and the
+    ground truth has masks. The area by which a detection counts as small, medium or large is that
+    of its box when boxes are scored, and that of its mask when masks are scored.
 
     Args:
         ground_truth: Result of `read_ground_truth`; all its images count.
         results: Detections in these images, in COCO's format.
 
-    Raises: DataError: if results belong to other images or categories, or masks to other sizes.
+    Raises: DataError: if a result has an image or category that the ground truth lacks, if a mask
+        does not have the size of its image, or if neither boxes nor masks can be scored.
     """
     coco_masks()
     _check(ground_truth, results)
@@ -189,24 +193,26 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
 
 
 MOST_REDRAWN = 2_000_000
-"""Largest number of classes times images for which APs are redrawn; COCO has 0.4 million, which
-take a minute, and Objects365 has 29 million."""
+"""Largest number of classes times images for which `redrawn_aps` computes APs. COCO has 0.4
+million, which take a minute, and Objects365 has 29 million."""
 
 
 def redrawn_aps(
     ground_truth: dict[str, Any], results: Sequence[Result], scores: Scores
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Returns the AP of boxes and masks, and its values on redrawn images.
+    """Computes the AP of boxes and of masks on bootstrap draws of the images (`probes.redrawn`).
 
-    Detections are matched once; a draw counts the matches of an image as often as it contains the
-    image.
+    Detections are matched to objects only once. A draw counts the matches of an image as often as
+    it contains the image.
 
     Args:
-        ground_truth, results: See `score`.
+        ground_truth: As for `score`.
+        results: As for `score`.
         scores: Result of `score`.
 
-    Returns: AP, and its values (D,) on each draw of `probes.redrawn`, by names like `box_AP`;
-        empty for more than `MOST_REDRAWN` classes times images, which would take half an hour.
+    Returns: for each of the names `box_AP` and `mask_AP`, the AP on the original images and the APs
+        on the D draws, (D,). Empty if classes times images exceed `MOST_REDRAWN`, which would take
+        half an hour.
     """
     from faster_coco_eval import COCOeval_faster
     from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate
@@ -287,10 +293,18 @@ def _count(
     key: str,
     iou_type: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matches the detections of some classes to the objects, and counts the matches.
+    """Matches the detections of some classes to the objects, and computes precision and recall.
 
-    Returns: precision (IoU, recall, class, area, most detections), and recall, without the second
-        of these axes.
+    Args:
+        ground_truth: As for `score`.
+        results: As for `score`.
+        categories: Ids of the classes.
+        key: "bbox" or "segmentation".
+        iou_type: The library's name for `key`, "bbox" or "segm".
+
+    Returns: precision, with the axes IoU, recall, class, area and largest number of detections,
+        and recall, with the axes IoU, class, area and largest number of detections; -1 without
+        objects.
     """
     from faster_coco_eval import COCOeval_faster
 
@@ -311,7 +325,14 @@ def _count(
 def _loaded(
     ground_truth: dict[str, Any], results: Sequence[Result], categories: Sequence[int], key: str
 ) -> tuple[Any, Any]:
-    """Returns the objects and detections of some classes in the evaluation's form."""
+    """Returns the objects and the detections of some classes, each as a COCO of faster-coco-eval.
+
+    Args:
+        ground_truth: As for `score`.
+        results: As for `score`.
+        categories: Ids of the classes.
+        key: "bbox" or "segmentation", of which detections get only this.
+    """
     from faster_coco_eval import COCO
 
     ids = set(categories)
@@ -335,7 +356,7 @@ def _mean(precision: np.ndarray) -> float | None:
 
 
 def _silent(*_: object) -> None:
-    """Prints nothing, in place of the evaluation's table."""
+    """Prints nothing; given to the library in place of `print`."""
 
 
 def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:

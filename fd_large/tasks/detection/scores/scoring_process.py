@@ -1,7 +1,7 @@
 """Scores the detections of an evaluation in a separate process on rank 0's machine.
 
-A thread of rank 0 is not enough: faster-coco-eval and the reading of JSON hold Python's lock, for
-minutes with many images, and all ranks would wait for rank 0.
+A thread of rank 0 would not suffice, since faster-coco-eval and JSON parsing hold Python's global
+lock, for minutes if there are many images, and all ranks would wait for rank 0.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ STDERR = 2
 
 
 class ScoringProcess(Pending):
-    """The scoring of the ranks' detections, in a process of rank 0; all ranks have the object.
+    """A process, started by rank 0, that scores all ranks' detections; all ranks have the object.
 
     Args:
-        folder: Folder with the shards and the note.
-        annotations: The file of the ground truth.
-        images: The path of each image by its id, to draw some; empty draws none.
-        max_pixels: Larger images are not drawn.
+        folder: Folder with each rank's result file, and with the `Note`.
+        annotations: Path of the ground truth.
+        images: {id: path} of the images, of which some are drawn; empty draws none.
+        max_pixels: Images with more pixels are drawn as grey.
         only: The ids of the images that count; empty for all.
     """
 
@@ -110,14 +110,14 @@ class ScoringProcess(Pending):
 
     @property
     def done(self) -> bool:
-        """Whether the process has ended; False on ranks other than 0."""
+        """Whether the process has ended; always False on ranks other than 0."""
         return self._scored is not None and self._scored.done()
 
     def scored(self, meanwhile: Callable[[], None] = lambda: None) -> Scored | None:
-        """Waits for the scores and returns them on rank 0, None elsewhere; a collective.
+        """Waits for the process, and returns the scores on rank 0, None elsewhere; a collective.
 
         Args:
-            meanwhile: Called repeatedly on all ranks; may raise to leave.
+            meanwhile: Called repeatedly on all ranks during the wait; may raise to end the wait.
 
         Raises: DataError: on all ranks, if the scoring failed.
         """
@@ -127,23 +127,23 @@ class ScoringProcess(Pending):
         return scored
 
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
-        """Returns the twelve metrics of boxes and of masks, by names like `box_AP`."""
+        """Waits for COCO's metrics and returns them by names like `box_AP`; a collective."""
         scored = self.scored(meanwhile)
         return distributed.broadcast_object(scored.scores.named() if scored else {})
 
     def forget(self) -> None:
-        """Removes the note and its shards."""
+        """Deletes the note and the ranks' result files, on rank 0."""
         if distributed.is_main():
             forget_shards(self._folder)
 
     def give_up(self) -> None:
-        """Kills the process; the note stays."""
+        """Kills the process. The note stays, so that a later start scores the results."""
         if self._process is not None:
             self._process.kill()
 
 
 def forget_shards(folder: Path) -> None:
-    """Removes the note of a folder and its shards."""
+    """Deletes the note and all ranks' result files from the folder of an evaluation."""
     (folder / NOTE).unlink(missing_ok=True)
     # Also those that an evaluation on more ranks left here when it was killed.
     for shard in folder.glob(SHARDS):

@@ -1,4 +1,4 @@
-"""COCO's metrics as tables for the terminal; no torch."""
+"""Tables of COCO's metrics for the terminal; torch is not imported."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ MEANINGS = {
 
 
 def numbers_table(scores: Scores, *, tested: str = "") -> Table:
-    """Returns a table of the twelve metrics of boxes and masks.
+    """Returns a table of COCO's twelve metrics for boxes and for masks, in per cent.
 
     Args:
-        scores: The numbers.
-        tested: The test's settings in words, or "" if unknown.
+        scores: The scores.
+        tested: Description of the test settings, or "" if unknown.
     """
     from rich.table import Table
 
@@ -53,7 +53,10 @@ def numbers_table(scores: Scores, *, tested: str = "") -> Table:
 
 
 def classes_table(scores: Scores) -> Table:
-    """Returns a table of AP and AP50 of the images' classes, two per line on a wide terminal."""
+    """Returns a table of AP and AP50, in per cent, of the classes that have objects in the images.
+
+    On a terminal of at least `WIDE` characters a line holds two classes.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""Tests at several sizes and mirrored: the views of an image, and the merging of their detections.
+"""Test-time augmentation: views of an image at several sizes and mirrored, and their merging.
 
-Views of an image are processed one after another without keeping maps, so that a test of many views
-takes the memory of the largest view, and processes each view two or three times.
+Views are processed one after another, and their maps are not kept. A test of many views therefore
+needs the memory of the largest view, but runs each view two or three times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.tasks.detection.task import Ask
 
 Merge = Literal["average", "areas", "union"]
 AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, float("inf"))}
-"""COCO's small, medium and large: above the first and up to the second number of pixels."""
+"""COCO's small, medium and large areas in pixels: above the first number, up to the second."""
 
 
 class TestViews(NamedTuple):
@@ -32,15 +32,16 @@ class TestViews(NamedTuple):
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
         flip: Whether each view is also seen mirrored.
-        merge: Merging of several views. average: every view gets the best proposals of all views,
-            and boxes, scores and masks are averaged (mmdetection 2). areas: boxes of all views are
-            joined, with only certain areas from each scale (ViT-Adapter). union: the reported
-            detections of all views are joined (detectron2, mmdetection 3).
-        areas: For each scale the areas of the boxes that are used, as letters of `AREAS`; empty
-            for all.
-        square: Side of the squares to which images are padded, which are larger at scales whose
-            limit of the longer side is larger; 0 pads to the largest image of a batch. Padding
-            changes the size of the map and so the detections. On a square, detections depend
+        merge: How several views are merged. "average": every view gets the best proposals of all
+            views, and boxes, scores and masks are averaged (mmdetection 2). "areas": the boxes of
+            all views are pooled before selection, with only some areas from each scale
+            (ViT-Adapter). "union": the selected boxes of all views are pooled and selected again
+            (detectron2, mmdetection 3).
+        areas: With "areas", the areas of the boxes that each scale provides, as letters of
+            `AREAS`; empty for all areas.
+        square: Side in pixels of the square to which images are padded, or the limit of the longer
+            side at a scale if that is larger; 0 pads to the largest image of a batch. Since padding
+            changes the size of the map, it changes the detections. With a square, detections depend
             neither on the rest of the batch nor on the image's aspect ratio.
     """
 
@@ -57,14 +58,22 @@ class TestViews(NamedTuple):
 
     @property
     def sides(self) -> list[tuple[int, int]]:
-        """The shorter side and the limit of the longer side, in pixels, for each scale."""
+        """For each scale the shorter side and the upper limit of the longer side, in pixels."""
         return [
             (int(self.short_side * scale), int(self.long_side * scale)) for scale in self.scales
         ]
 
 
 class ShownView(NamedTuple):
-    """Images at one size, with the mapping to their original pixels."""
+    """A batch of images in one view, with the mapping between its pixels and the original pixels.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, padded at the right and the bottom.
+        sizes: (B, 2), height and width of each image in this view, without the padding.
+        original_sizes: (B, 2), height and width of each original image.
+        mirrored: Whether the view is mirrored.
+        areas: The areas of the boxes that the view provides, as letters of `AREAS`.
+    """
 
     images: Tensor
     sizes: Tensor
@@ -73,11 +82,11 @@ class ShownView(NamedTuple):
     areas: str
 
     def to_original(self, boxes: Tensor, place: int) -> Tensor:
-        """Maps boxes (..., 4) of an image of this view to the pixels of its file."""
+        """Maps boxes (..., 4) of image `place` of the batch from this view to original pixels."""
         return self._mirror(boxes, place) * self._ratio(place)
 
     def from_original(self, boxes: Tensor, place: int) -> Tensor:
-        """Maps boxes (..., 4) in pixels of an image's file to this view."""
+        """Maps boxes (..., 4) of image `place` of the batch from original pixels to this view."""
         return self._mirror(boxes / self._ratio(place), place)
 
     def _ratio(self, place: int) -> Tensor:
@@ -95,11 +104,12 @@ class Model(NamedTuple):
     """The model under test.
 
     Attributes:
-        see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), `Ask` or None) to the result of
-            `Detection.forward`; in evaluation mode, called by all ranks if it is sharded.
-        views: Sizes at which an image is seen.
-        selection: Rule for choosing boxes after views were merged.
-        proposals_per_image: Proposals that are kept.
+        see: `Detection.see`, or a function like it: maps images (B, 3, H, W) uint8, sizes (B, 2)
+            and an `Ask` or None to a result for each image. The detector is in evaluation mode. If
+            it is sharded, all ranks make the same calls.
+        views: The views of an image.
+        selection: Rule by which boxes are selected after the views are merged.
+        proposals_per_image: Largest number of proposals of an image that are shared by its views.
     """
 
     see: Callable[[Tensor, Tensor, Ask | None], Any]
@@ -108,7 +118,7 @@ class Model(NamedTuple):
     proposals_per_image: int
 
     def in_words(self) -> str:
-        """Returns the test's settings in words, as printed next to a score."""
+        """Returns a description of the test settings, which is printed next to the scores."""
         views, rule = self.views, self.selection
         scales = " ".join(f"{scale:g}" for scale in views.scales)
         words = [f"{views.short_side} px (at most {views.long_side})"]
@@ -123,12 +133,13 @@ class Model(NamedTuple):
     def detect(
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
     ) -> list[Detections]:
-        """Returns the detections of each image, in pixels of its file.
+        """Returns the detections of each image, in original pixels.
 
         Args:
-            images: (B, 3, H, W) uint8 for each scale, padded right and bottom.
-            sizes: (B, 2) int64 for each scale, without the padding.
-            original_sizes: (B, 2) int64, height and width in the files.
+            images: For each scale the images, (B, 3, H, W) uint8, padded at the right and the
+                bottom.
+            sizes: For each scale height and width of the images without padding, (B, 2) int64.
+            original_sizes: (B, 2) int64, height and width of the original images.
         """
         views = list(self._views(images, sizes, original_sizes))
         if len(views) == 1:
@@ -176,7 +187,7 @@ class Model(NamedTuple):
         return candidates
 
     def _shared_proposals(self, views: Sequence[ShownView]) -> list[Tensor]:
-        """Returns the best proposals of all views, in pixels of the files."""
+        """Returns each image's best proposals from all its views, (n, 4), in original pixels."""
         boxes: list[list[Tensor]] = []
         scores: list[list[Tensor]] = []
         for view in views:
@@ -198,13 +209,13 @@ def merged(
     views: TestViews,
     selection: Selection,
 ) -> Chosen:
-    """Selects the boxes of an image among its views' candidates.
+    """Merges the candidates of an image from all its views, and selects boxes.
 
     Args:
-        candidates: Each view with its candidates.
-        place: Number of the image in its batch.
-        views: Rule for merging the views.
-        selection: Rule for choosing boxes.
+        candidates: Each view, with the candidates of the image in this view.
+        place: Index of the image in its batch.
+        views: The test's views, with the rule by which they are merged.
+        selection: Rule by which boxes are selected.
     """
     size = candidates[0][0].original_sizes[place]
     boxes = [view.to_original(of.boxes, place) for view, of in candidates]
@@ -225,7 +236,7 @@ def merged(
 
 
 def in_areas(boxes: Tensor, areas: str) -> Tensor:
-    """Returns whether boxes (..., 4) have one of the areas named by letters: (...) bool."""
+    """Whether each box (..., 4) has one of the areas, given as letters of `AREAS`: (...) bool."""
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     inside = torch.zeros_like(area, dtype=torch.bool)
     for low, high in map(AREAS.__getitem__, areas):
@@ -234,12 +245,12 @@ def in_areas(boxes: Tensor, areas: str) -> Tensor:
 
 
 def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
-    """Mirrors masks (..., M, M) of a mirrored view back."""
+    """Mirrors masks (..., M, M) back if `are_mirrored`; else returns them unchanged."""
     return masks.flip(-1) if are_mirrored else masks
 
 
 def mirrored(images: Tensor, sizes: Tensor) -> Tensor:
-    """Mirrors images (B, 3, H, W) inside their sizes (B, 2), without the padding."""
+    """Mirrors images (B, 3, H, W) of sizes (B, 2), whose padding stays at the right."""
     flipped = images.clone()
     for image, width in zip(flipped, sizes[:, 1].tolist(), strict=True):
         image[..., :width] = image[..., :width].flip(-1)
