@@ -1,6 +1,6 @@
-"""Finds the three faces of a task: its job, its stored runs, its transfer.
+"""Makes the three classes of a task that its `TaskKind` names: job, stored run and transfer.
 
-Each is imported when it is first asked for, from the class that the task's `TaskKind` names.
+The module of a class is imported when the class is first needed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ _FORMER = {
 def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     """Makes the job of a recipe's task.
 
-    Args:
-        recipe: The recipe, or its form in recipe.json and manifests.
+    The methods of a user's own job that run before training raise ConfigError for any exception.
 
-    Raises: ConfigError: if the task is code of the user's own that cannot be imported; if a stored
-        recipe cannot be read, or the user's own job fails, here or in its work before a run.
+    Args:
+        recipe: The recipe, or the mapping in which recipe.json and manifests store it.
+
+    Raises: ConfigError: if a stored recipe cannot be read, or if the user's own task cannot be
+        imported, gives no `TrainingJob`, or fails.
     """
     run = recipe if isinstance(recipe, Run) else Run.from_dict(recipe)
     name = run.task.name
@@ -72,10 +74,10 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
 
 
 def stored_run_of(job: TrainingJob) -> StoredRun:
-    """Returns the `StoredRun` of a run in its folder.
+    """Returns the `StoredRun` of a task, for the commands that read a run's folder.
 
     Args:
-        job: The job of its recipe.
+        job: The job of the run's recipe.
 
     Raises: ConfigError: if the user's own job still has methods that moved to `StoredRun`.
     """
@@ -113,10 +115,12 @@ def transfer_of(task: str) -> Transfer:
 
 
 def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Module]:
-    """Returns the heads of a run, or of an export of its student, by name; see `StoredRun.heads`.
+    """Returns the heads of a run, or of an export of a run's student, by name.
+
+    See `StoredRun.heads`. The result is empty if there is no folder, or if an export has no heads.
 
     Args:
-        job: The job of the run; None without a run.
+        job: The job of the run; None for an export.
         folder: Folder of the weights (`NamedModel.folder`), or None if they are in no folder.
 
     Raises: FDError: if the heads cannot be read.
@@ -133,7 +137,7 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
 
 
 def _class_of(face: str | Callable[[Any], Any]) -> Any:
-    """Returns the class of a face: the user's own, or a class of tasks/ by its dotted name."""
+    """Returns a class that a `TaskKind` names: a dotted name below tasks/, or the class itself."""
     if callable(face):
         return face
     module, _, name = face.rpartition(".")
@@ -141,7 +145,12 @@ def _class_of(face: str | Callable[[Any], Any]) -> Any:
 
 
 def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function of the user's own so that any exception becomes a one-sentence error."""
+    """Wraps a function of the user's own task so that each exception becomes a ConfigError.
+
+    Args:
+        task: Value of `task.name` in the recipe, for the message.
+        function: The function; an FDError that it raises stays as it is.
+    """
 
     @wraps(function)
     def call(*arguments: Any) -> Any:

@@ -1,7 +1,7 @@
 """The interface of stored runs for commands: export, scores, predictions, heads, losses.
 
-This is the second of a task's three faces (`fd_large/recipes/task_kind.py`), used by commands but
-not by the engine. Tasks without a subclass use this one, which only exports their student.
+`StoredRun` is the second of the three classes of a task (`fd_large/recipes/task_kind.py`), used by
+commands but not by the engine. A task without a subclass of its own can only export its student.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StoredScores(NamedTuple):
 
     Attributes:
         tables: Tables for the terminal.
-        files: Files that were written.
+        files: Paths of the files that were written.
     """
 
     tables: Sequence[Any]
@@ -37,7 +37,7 @@ class StoredScores(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """A stored run's prediction for an image.
+    """A model's prediction for an image.
 
     Attributes:
         path: The image file.
@@ -53,10 +53,10 @@ class Predicted(NamedTuple):
 
 
 class StoredRun:
-    """A run in its folder, with export, scores, diagnosis and predictions for commands.
+    """What commands can do with a task's stored run: export, scores, diagnosis, predictions.
 
     Args:
-        job: The job of its recipe; nothing is built.
+        job: The job of the run's recipe; no model is built.
 
     Attributes:
         job: The job.
@@ -64,8 +64,8 @@ class StoredRun:
     """
 
     loss_name: ClassVar[str] = ""
-    """Name of the run's loss in `diagnose` (`losses_on`); empty if the loss needs more than
-    images, with or without a class each."""
+    """Name of the loss in the command `diagnose` (`losses_on`); "" if `losses_on` cannot compute
+    the loss, since it needs more than images and the class of each image."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.run = job, job.run
@@ -73,13 +73,13 @@ class StoredRun:
     # --- export ---
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns the export of the student, or of the whole task, to a library's files.
+        """Returns the export of the student, or of the student with its task's heads, to a library.
 
         Args:
-            architecture: The student, with the image size of the export.
+            architecture: The student's architecture, with the image size of the export.
             to: The library.
 
-        Returns: None for a graph, which takes any model.
+        Returns: None if the format is a graph, which can hold any model.
         Raises: ConfigError: if the library lacks this model.
         """
         if LIBRARIES[to].heads:
@@ -97,20 +97,20 @@ class StoredRun:
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the task's tensors that are exported beside the student.
+        """Returns the shapes of the task's tensors that are exported with the student's.
 
         Args:
             reader: The checkpoint that is exported.
-            student: Shapes of the student's tensors by their own names.
+            student: Shapes of the student's tensors, by their names in the student.
             to: The library.
 
-        Returns: their shapes, by their names in the checkpoint.
+        Returns: shapes by the tensors' names in the checkpoint.
         Raises: CheckpointError: if the checkpoint is not of this recipe's models.
         """
         return {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on the task.
+        """Returns the text on the task in the model card of an export.
 
         Args:
             manifest: The checkpoint's manifest.
@@ -126,12 +126,12 @@ class StoredRun:
             metrics=LOSSES | metrics,
         )
 
-    # --- heads that guess models beside the student ---
+    # --- heads that predict other models' outputs ---
 
     def heads(self, reader: Reader) -> Mapping[str, nn.Module]:
-        """Returns heads that predict other models' outputs from the student's, by name.
+        """Returns heads that predict other models' feature maps from the student's, by name.
 
-        Each maps the student and its normalised pixels to a FeatureMap.
+        Each head is called with the student and its normalised pixels, and returns a FeatureMap.
 
         Args:
             reader: A checkpoint of the run.
@@ -139,12 +139,12 @@ class StoredRun:
         return {}
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the `heads` next to an exported student, if any.
+        """Writes the result of `heads` into a folder; the default writes nothing.
 
         Args:
             reader: The checkpoint that is exported.
             folder: New folder, which gets a config.json that names the task.
-            shard_size: Most bytes of a file of tensors.
+            shard_size: Largest size of a file of tensors, in bytes.
         """
 
     @staticmethod
@@ -158,13 +158,14 @@ class StoredRun:
     # --- the whole task ---
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the run's model on its test images; a collective.
+        """Scores the run's model on its test images; all ranks call it.
 
         Args:
             reader: A checkpoint of the run.
-            folder: Folder of the results, made if it is missing (`out_folder`); all ranks see it.
+            folder: Folder of the results, which all ranks see and which is made if it is missing
+                (`out_folder`).
 
-        Returns: tables and files, on rank 0.
+        Returns: the scores on rank 0, where alone the result is used.
         Raises: ConfigError: if the task does not score stored runs.
         """
         raise ConfigError(
@@ -180,8 +181,8 @@ class StoredRun:
         Args:
             reader: A checkpoint of the run.
             images: Paths of image files.
-            folder: Folder of the results, made where it is missing (`out_folder`).
-            least_score: Least score of an object that is drawn and written.
+            folder: Folder of the results, which is made if it is missing (`out_folder`).
+            least_score: Smallest score of an object that is drawn and written.
 
         Raises: ConfigError: if the task predicts nothing that can be drawn.
         """
@@ -192,9 +193,9 @@ class StoredRun:
         )
 
     def classes(self) -> tuple[str, ...] | None:
-        """Returns the names of the labelled classes that the loss needs, or None.
+        """Returns the names of the classes, or None if the loss needs no labels.
 
-        Raises: FDError: if the images that show them are gone.
+        Raises: FDError: if the training images, from whose folders the names come, are missing.
         """
         return None
 
@@ -203,14 +204,15 @@ class StoredRun:
     ) -> Callable[[], Mapping[str, float]]:
         """Returns a function that computes the loss and its terms on given images.
 
-        It uses the weights at the time of the call; the frozen models run only once, here.
+        Each call uses the task's weights at that time; the frozen models run only once, when the
+        function is made.
 
         Args:
-            task: The job's, in evaluation mode.
+            task: The job's task, in evaluation mode.
             images: (B, 3, S, S) uint8, on the device.
             labels: (B,) int64, indices into `classes`, on the device; None without labels.
 
-        Returns: a function that returns {words: value}, `loss_name` first.
+        Returns: a function without arguments that returns values by name; the first is `loss_name`.
         """
         prepared = task.prepare(images, labels, None)
         return lambda: {self.loss_name: task(**prepared)[0].item()}

@@ -1,7 +1,7 @@
 """Trainings of a task that begin from a named model, and their comparison.
 
-This is the third of a task's three faces (`fd_large/recipes/task_kind.py`), used by the commands
-`evaluate` and `transfer`.
+`Transfer` is the third of the three classes of a task (`fd_large/recipes/task_kind.py`), used by
+the commands `evaluate` and `transfer`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _OF_THE_MODEL = {"model", "init", "init_allow"}
 
 
 class Divisible(NamedTuple):
-    """Training images, of which `data.val_fraction` holds a part out.
+    """Training images of which `data.val_fraction` can hold out a part.
 
     Attributes:
         root: Value of `data.root` to use together with `data.val_fraction`.
-        folder: The folder of the images, whose paths below it decide which are held out.
+        folder: The folder of the images; the path of an image below it decides whether the image
+            is held out.
         fingerprint: A hash of the images' names.
     """
 
@@ -50,14 +51,14 @@ class Transfer:
     ) -> Run:
         """Returns a recipe whose student is a named model.
 
-        The attention window and the settings of images stay the recipe's, except rules that the
-        model's family lacks. Blocks have separate position biases if the recipe's student has
-        them.
+        The attention window and the rules of image sizes stay those of the recipe, unless the
+        model's family lacks them. Blocks have separate position biases if the blocks of the
+        recipe's student do.
 
         Args:
             run: The recipe.
             model: The model and its weights, settled.
-            image_size: Side of its images, in pixels.
+            image_size: Side of the model's images, in pixels.
             trained_as: The student's section in the run that trained the model; None if no run
                 trained it.
             fields: Fields of the student that the user set in the recipe.
@@ -79,26 +80,26 @@ class Transfer:
         return replace(run, student=as_student(model, architecture, base, trained_as=trained_as))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the name of the recipe for a model, if the user names none.
+        """Returns the name of the recipe that trains a model if the user names no recipe.
 
         Args:
             architecture: Architecture of the model.
-            run_recipe: Name of the recipe of the model's run; "" for random weights without a
-                run; None for weights of its own.
+            run_recipe: Name of the recipe of the run that trained the model; "" for random weights
+                without a run; None for weights from elsewhere.
         """
         raise NotImplementedError
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
-        """Returns the trainings of a model to compare, by their labels.
+        """Returns the recipes of the trainings of a model that are compared, by their labels.
 
         Args:
             run: The recipe, with the model in the student's place.
-            pool: The feature to probe; "auto" for all features that the model has.
+            pool: The pooled feature to probe; "auto" for all pooled features that the model has.
         """
         return {"": run}
 
     def divisible(self, job: TrainingJob) -> Divisible:
-        """Opens the training images of a recipe with `data.val_fraction`.
+        """Opens the training images of a recipe, of which `data.val_fraction` can hold out a part.
 
         Raises: DataError: if the images cannot be divided by the names of their files.
         """
@@ -111,6 +112,6 @@ class Transfer:
         Args:
             summary: Content of its summary.json.
 
-        Returns: the accuracy in per cent, and further metrics by name.
+        Returns: the accuracy in per cent, and a dictionary of further metrics by name.
         """
         raise NotImplementedError

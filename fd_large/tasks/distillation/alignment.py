@@ -1,4 +1,4 @@
-"""Makes two feature maps comparable token by token, on a common grid with matched prefix tokens."""
+"""Aligns two feature maps token by token: resizes their grids and matches their prefix tokens."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ def teacher_side(
 ) -> int:
     """Returns the side in pixels to which the student's images are resized for the teacher.
 
-    It is the first of these sizes that the teacher accepts:
+    The result is the first of these sides that the teacher accepts:
 
-    1. The size of the student's images, if the grids agree there.
-    2. The size at which the grids agree, if it is more than half the size of the student's images
-       and at most twice the teacher's training size (larger images only show enlarged pixels).
-    3. The teacher's training size, if it is larger than the student's images and the teacher's map
-       of those is coarser than the student's map; the teacher's map is then resized.
-    4. The size of the student's images; the teacher's map is then resized.
-    5. The teacher's training size; the teacher's map is then resized.
+    1. The side of the student's images, if the two grids are equal at this side.
+    2. The side at which the grids are equal, if it is more than half the side of the student's
+       images and at most twice the side in the teacher's training (larger images only show enlarged
+       pixels).
+    3. The side in the teacher's training, if it is larger than the student's images, of which the
+       teacher's map would have fewer rows than the student's map.
+    4. The side of the student's images.
+    5. The side in the teacher's training.
+
+    In cases 3 to 5 the teacher's map is resized.
 
     Args:
         student: Rows and columns of the student's map.
-        grid_at: Returns the teacher's grid for images of a side, or None if it rejects this side.
+        grid_at: Returns the teacher's grid for images of a side, or None if the teacher rejects
+            this side.
         image_size: Side of the student's images.
         own_size: Side of the images in the teacher's training; 0 if unknown.
     """
@@ -60,15 +64,16 @@ def align(
     interpolation: str = "none",
     with_prefix: bool = True,
 ) -> tuple[FeatureMap, FeatureMap]:
-    """Returns two maps whose tokens, (B, N, Cs) and (B, N, Ct), belong to the same places.
+    """Returns the two maps with equal grids and equal numbers of prefix tokens (CLS).
 
-    Equal numbers of prefix tokens (CLS) are matched one to one; otherwise, or without
-    `with_prefix`, both maps drop their prefix tokens.
+    The tokens of the results have the shapes (B, N, Cs) and (B, N, Ct). If the numbers of prefix
+    tokens differ, or `with_prefix` is False, both maps lose their prefix tokens.
 
-    With "bilinear" interpolation the teacher's map is resized to the student's grid, before
-    whitening, so that the targets have unit variance per token. With "bilinear_student" the
-    student's map is resized to the teacher's grid, after its head, as in lightly-train; with
-    "bilinear_larger" the map with fewer places is resized to the other grid, as in SAK.
+    Different grids are made equal by `interpolation`. With "bilinear" the teacher's map is resized
+    to the student's grid, before whitening, so that the targets have unit variance per token. With
+    "bilinear_student" the student's map is resized to the teacher's grid, after its head, as in
+    lightly-train. With "bilinear_larger" the map with fewer patches is resized to the other grid,
+    as in SAK.
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
@@ -81,7 +86,7 @@ def align(
 
 
 def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") -> Grid:
-    """Returns the grid on which two maps are compared; see `align`.
+    """Returns the rows and columns of the grid on which two maps are compared; see `align`.
 
     Args:
         student: Rows and columns of the student's map.
@@ -110,7 +115,7 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
 
 
 def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
-    """Returns a map resized to another grid by bilinear interpolation, with unchanged prefix."""
+    """Returns a map resized to another grid by bilinear interpolation; prefix tokens are kept."""
     if map_.grid == grid:
         return map_
     prefix, patches = _split(map_)
@@ -124,5 +129,6 @@ def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
 
 
 def _split(feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
+    """Returns the prefix tokens (B, P, C) and the patches (B, H * W, C) of a map."""
     k = feature_map.num_prefix_tokens
     return feature_map.tokens[:, :k], feature_map.tokens[:, k:]

@@ -35,12 +35,13 @@ _METRICS = {
 def learned(
     entries: Mapping[str, NamedTeacher], facts: Mapping[str, Mapping[str, Any]], data: Data
 ) -> Learned:
-    """Returns the task's part of the model card.
+    """Returns what the model card of a distilled student says on its teachers and their losses.
 
     Args:
         entries: The teachers by name; "" names a single teacher.
-        facts: The manifest's facts of each teacher (`facts_by_teacher`).
-        data: The recipe's section of images.
+        facts: What the manifest records on each teacher, by the teacher's name
+            (`facts_by_teacher`).
+        data: The recipe's section `data`.
     """
     entries = {
         # The source of cached targets is a folder; the manifest names the teacher.
@@ -83,7 +84,12 @@ def learned(
 
 
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
-    """Returns table rows that tell teachers of one model apart, besides weights and loss."""
+    """Returns the rows of a teacher's table on its map, input and changed fields, by label.
+
+    Args:
+        entry: The teacher.
+        image_size: Side of the student's images, in pixels.
+    """
     rows, section = {}, asdict(entry)
     if changed := changed_words(section):
         rows["changed fields"] = changed
@@ -104,7 +110,10 @@ def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """Returns the labels of the metrics of several teachers' targets."""
+    """Returns the labels of the targets' held-out metrics by the metrics' names.
+
+    The result is empty for a single teacher, whose target has no label.
+    """
     return {
         f"held_out_{label}_{metric}": f"held-out {metric} of {label.replace('_', ' ')}"
         for label in labels_of(entries)
@@ -114,7 +123,7 @@ def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
 
 
 def _losses(entry: NamedTeacher) -> str:
-    """Returns the losses of a teacher's targets in words, with weights other than 1."""
+    """Returns the losses of a teacher's targets in words, with the weights that are not 1."""
     words = []
     for kind in entry.targets:
         weight = entry.weight_of(kind)
@@ -123,7 +132,10 @@ def _losses(entry: NamedTeacher) -> str:
 
 
 def _loss(entry: NamedTeacher, kind: str) -> str:
-    """Returns a target's loss in words: the published loss, or its names in the recipe."""
+    """Returns a target's loss in words.
+
+    The paper's loss is described; of another, the names of loss, normaliser and head are listed.
+    """
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):
         return f"smooth L1 (beta {entry.beta:g}) to the whitened {kind}"

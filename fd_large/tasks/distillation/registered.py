@@ -1,4 +1,4 @@
-"""Modules of a task, registered under their names in checkpoints."""
+"""Registers the Modules of a task under their names in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from fd_large.errors import ConfigError
 
 
 def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = False) -> None:
-    """Registers a Module under a path.
+    """Registers a Module as a submodule of a task, under a dotted path.
 
     Args:
-        task: The Module that the new Module joins.
-        path: Its name, such as heads.NAME.map, with a ModuleDict for each part but the last.
-        module: The Module.
-        replace: Whether to replace a Module that is already registered.
+        task: The task, which gets a ModuleDict for each name of the path but the last.
+        path: Path of the submodule in the task, such as heads.NAME.map.
+        module: The submodule.
+        replace: Whether to replace a submodule that the path already has.
 
-    Raises: ConfigError: if a part of the path is a teacher's name that torch's modules use, or if
-        the path is taken.
+    Raises: ConfigError: if a name in the path is an attribute of torch's Modules, or if the path
+        already has a submodule and `replace` is False.
     """
     *above, last = path.split(".")
     place = task

@@ -1,4 +1,4 @@
-"""The sections of a distillation in a recipe, and facts derived from them without torch."""
+"""The sections of a distillation recipe, and functions of a recipe that do not need torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Interpolation = Literal["none", "bilinear", "bilinear_student", "bilinear_larger
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(FrozenModel):
-    """The frozen model whose last feature map is the target."""
+    """The frozen model from whose feature map the student learns."""
 
     place: ClassVar[str] = "teacher"
     folder_schemes: ClassVar[tuple[str, ...]] = (CACHED,)
@@ -41,35 +41,37 @@ class Teacher(FrozenModel):
     # Data type of weights and matrix products. auto: the data type of the student's matrix
     # products.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Data type of the residual stream. compute: that of the weights, as in the official code, where
-    # it is float16. float32: no sum of a block's output with its input is rounded. Models of
-    # libraries have no choice.
+    # Data type of the residual stream. compute: the weights' data type, as in the official code,
+    # which uses float16. float32: the sum of a block's output and its input is not rounded. Models
+    # of libraries have no choice.
     residual_dtype: Literal["compute", "float32"] = "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The loss between the projected student map and the normalised teacher map."""
+    """The loss between the student's projected map and the teacher's normalised map."""
 
     place: ClassVar[str] = "objective"
 
-    # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the input
-    # of that norm, for models of this package's own families.
+    # Which map of the teacher is learnt. last: the output of its final norm. before_norm: the input
+    # of its final norm, for models of this package's own families.
     layer: Literal["last", "before_norm"] = "last"
     # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
-    # difference. cosine: one minus the cosine of two tokens. cosine_of_map: that of two whole maps.
+    # difference. cosine: one minus the cosine of two tokens. cosine_of_map: one minus the cosine of
+    # two whole maps.
     # cls_and_patches: half cosine, half smooth_l1, with equal weight of CLS token and patches.
-    # relation: the divergence between the similarities of an image's tokens. queue, for summaries:
-    # the divergence between their similarities to the teacher's newest summaries.
-    # A sum of these by weight: "0.9 cosine_of_map + 0.1 smooth_l1". A function of your own, from
-    # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
+    # relation: the divergence between student's and teacher's similarities of an image's tokens.
+    # queue, for summaries: the divergence between student's and teacher's similarities to the
+    # teacher's newest summaries. A weighted sum of losses is written "0.9 cosine_of_map + 0.1
+    # smooth_l1", and a function of your own, from (projected, target) to a scalar,
+    # module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
-    # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
-    # channels; unbiased_whitening: by the unbiased variance, as in dBOT. none: nothing.
-    # standardise: each channel gets mean 0 and variance 1. phi_s: channels are rotated so that all
-    # have variance 1. running: each channel gets about mean 0 and variance 1, by running statistics
-    # over the steps; batch: exactly, by the statistics of the step's own images. A function of
-    # your own: module:FILE.py:NAME.
+    # How the teacher's tokens are normalised. whitening: each token gets mean 0 and variance 1 over
+    # its channels. unbiased_whitening: as whitening, by the unbiased variance, as in dBOT. none:
+    # tokens stay unchanged. standardise: each channel gets mean 0 and variance 1. phi_s: channels
+    # are rotated so that all have variance 1. running: each channel gets about mean 0 and variance
+    # 1, by running statistics over the steps. batch: each channel gets mean 0 and variance 1, by
+    # the statistics of the step's own images. A function of your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
     # File of means, deviations and the rotation of the teacher's channels, for standardise and
     # phi_s: the command statistics writes it.
@@ -117,7 +119,10 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Settings of a teacher's summary that differ from those of its map."""
+    """How a teacher's summary is learnt, where this differs from its map.
+
+    The summary of an image is the CLS token or the mean of the tokens.
+    """
 
     # Which summary is learnt. token: the class token of the model, or the mean of the tokens of its
     # map where it has none. embedding: the image embedding of a CLIP model, which is that token
@@ -146,9 +151,9 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(Teacher, Objective):
-    """One of several teachers with its objective, in one section with the fields of both.
+    """One of several teachers, with the fields of `Teacher` and of `Objective` in one section.
 
-    The loss of a run is the weighted sum over its teachers' maps and summaries.
+    The loss of a run is the weighted sum of the losses on its teachers' maps and summaries.
     """
 
     place: ClassVar[str] = "teachers.NAME"
@@ -198,11 +203,11 @@ class NamedTeacher(Teacher, Objective):
 
     @classmethod
     def joined(cls, teacher: Teacher, objective: Objective) -> NamedTeacher:
-        """Returns the two sections of a single teacher, joined as an entry."""
+        """Returns an entry with the fields of a single teacher's two sections."""
         return cls(**_values(teacher), **_values(objective))
 
     def parted(self) -> tuple[Teacher, Objective]:
-        """Returns the entry's two sections, the inverse of `joined`."""
+        """Splits the entry into the sections `teacher` and `objective`; the inverse of `joined`."""
         values = _values(self)
         names = hints_of(Objective)
         objective = {name: values[name] for name in names}
@@ -210,7 +215,7 @@ class NamedTeacher(Teacher, Objective):
         return Teacher(**teacher), Objective(**objective)
 
     def as_it_is(self) -> NamedTeacher:
-        """Returns the entry without normalisers, with the teacher's own outputs as targets."""
+        """Returns the entry without normalisers, so that the teacher's own outputs are targets."""
         usual = Objective()
         return replace(
             self,
@@ -221,28 +226,37 @@ class NamedTeacher(Teacher, Objective):
         )
 
     def weight_of(self, kind: str) -> float:
-        """Returns the weight of one of its targets in the sum."""
-        return self.weight * (self.summary.weight if kind == SUMMARY else 1.0)
-
-    def width_of(self, kind: str, of_map: int) -> int:
-        """Returns the channels of one of its targets.
+        """Returns the weight of the loss of the teacher's map or summary in the run's loss.
 
         Args:
             kind: "map" or "summary".
-            of_map: Channels of the teacher's map.
+        """
+        return self.weight * (self.summary.weight if kind == SUMMARY else 1.0)
+
+    def width_of(self, kind: str, of_map: int) -> int:
+        """Returns the number of channels of the teacher's map or summary as a target.
+
+        Args:
+            kind: "map" or "summary".
+            of_map: Number of channels of the teacher's map.
         """
         return self.embedding_width or of_map if kind == SUMMARY else of_map
 
     @property
     def embedding_width(self) -> int:
-        """Channels of the learnt embedding; 0 if none is learnt, or before the weights are read."""
+        """Number of channels of the learnt embedding.
+
+        It is 0 if the entry learns no embedding, or if the weights have not been read.
+        """
         return self.summary.width if self.summary.layer == EMBEDDING else 0
 
     def setting(self, name: str, kind: str) -> Any:
-        """Returns loss, temperature, head, normaliser or file of statistics of one of its targets.
+        """Returns the value of a field for the teacher's map or for its summary.
+
+        A field that the summary leaves empty has the map's value, except `target_statistics`.
 
         Args:
-            name: The field.
+            name: "loss", "temperature", "head", "normaliser" or "target_statistics".
             kind: "map" or "summary".
         """
         value = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
@@ -252,7 +266,7 @@ class NamedTeacher(Teacher, Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """The rule that chooses each image's teachers."""
+    """The rule that chooses the teachers whose losses count for an image."""
 
     # fixed: all teachers; the loss is the sum of their losses. With the other rules it is the mean
     # over all pairs of image and teacher that are kept in a step. drop: the teacher with the
@@ -274,7 +288,7 @@ FIXED = Weighting()
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """The patches hidden from the student in training, and the tokens that count.
+    """The patches that are hidden from the student in training, and the tokens in the loss.
 
     The teachers, and all evaluations, see whole images. A mask is a function of the seed, the epoch
     and the image's position in the epoch's order.
@@ -348,11 +362,14 @@ class Mask:
 
     @property
     def decodes(self) -> bool:
-        """Whether a decoder predicts the hidden patches."""
+        """Whether a decoder predicts the hidden patches, which the student does not encode."""
         return self.hides and self.student == "dropped" and self.tokens != "visible"
 
     def ignored_fields(self) -> dict[str, str]:
-        """Returns the fields that have no effect because of other fields, each with its remedy."""
+        """Returns the fields that have no effect because of the values of other fields.
+
+        Returns: by the field's name, a sentence that says which flags to set.
+        """
         names: dict[str, str] = {}
         if not self.decodes:
             decoder = "Set --mask.sampler random, --mask.student dropped and --mask.tokens masked."
@@ -366,7 +383,7 @@ class Mask:
 
 
 def label(teacher: str, kind: str) -> str:
-    """Returns a target's name in metrics and files: NAME for a map, NAME_summary for a summary.
+    """Returns a target's name in metrics and files, NAME for a map or NAME_summary for a summary.
 
     Args:
         teacher: The teacher's name, or "" for a single teacher.
@@ -376,12 +393,16 @@ def label(teacher: str, kind: str) -> str:
 
 
 def labels_of(teachers: Mapping[str, NamedTeacher]) -> list[str]:
-    """Returns the labels of all targets of the teachers, by name."""
+    """Returns the labels of all targets of the teachers, in the order of the mapping.
+
+    Args:
+        teachers: The teachers by name.
+    """
     return [label(name, kind) for name, entry in teachers.items() for kind in entry.targets]
 
 
 def field_of(teacher: str, name: str, kind: str = MAP) -> str:
-    """Returns the name of a target's field, such as "objective.loss" or "teachers.clip.loss".
+    """Returns the full name of a target's field, as "objective.loss" or "teachers.clip.loss".
 
     Args:
         teacher: The teacher's name, or "" for a single teacher.
@@ -394,18 +415,20 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
 
 
 def source_flag(name: str) -> str:
-    """Returns the flag of a teacher's source."""
+    """Returns the command-line flag of a teacher's source; an empty name is a single teacher's."""
     return f"--teachers.{name}.source" if name else "--teacher.source"
 
 
 def called(name: str) -> str:
-    """Returns a teacher's name in messages."""
+    """Returns what messages call a teacher, "teacher NAME", or "teacher" for an empty name."""
     return f"teacher {name}" if name else "teacher"
 
 
 @contextmanager
 def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
-    """Makes mistakes in a teacher's targets name its fields instead of those of `objective`.
+    """Makes errors of the `with` block name the fields of a named teacher.
+
+    In the message of an FDError, "objective.FIELD" becomes the field's name by `field_of`.
 
     Args:
         teacher: The teacher's name, or "" for a single teacher.
@@ -421,11 +444,12 @@ def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
 
 
 def _field(teacher: str, name: str, kind: str) -> str:
+    """Returns `field_of` for the summary if summaries have the field, else for the map."""
     return field_of(teacher, name, kind if name in hints_of(Summary) else MAP)
 
 
 def _values(section: Teacher | Objective) -> dict[str, Any]:
-    """Returns the fields of a section by name, without conversion of nested sections."""
+    """Returns the values of a section's fields by name; nested sections stay objects."""
     return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
@@ -440,9 +464,9 @@ def cached_folder(source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """The views of each image, and how the teachers' maps of them are computed or stored.
+    """The views of each image, and how the teachers' maps of the views are computed or stored.
 
-    Only the maps of views that come again can be stored.
+    Maps can only be stored if the views are repeated in later epochs.
     """
 
     # Number of views of each image, which the epochs take in turn: epoch e has view e modulo this
@@ -491,10 +515,10 @@ _WORDS = {
 
 
 def evaluated_words(teachers: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """Returns the labels of an evaluation's metrics; see `TrainingJob.metrics`.
+    """Returns the labels of an evaluation's metrics by name; see `TrainingJob.metrics`.
 
     Args:
-        teachers: Several teachers by name; empty for a single teacher.
+        teachers: The teachers of a run with several, by name; empty for a single teacher.
     """
     words = dict(_WORDS)
     for target in labels_of(teachers):
@@ -509,17 +533,18 @@ _TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
 
 
 def is_sum(loss: str) -> bool:
-    """Returns whether a recipe's loss is a weighted sum of built-in losses."""
+    """Whether the field `loss` of a recipe holds a weighted sum of built-in losses."""
     return " " in loss and not doors.is_own(loss)
 
 
 def loss_terms(loss: str, known: Collection[str]) -> list[tuple[float, str]]:
-    """Returns weight and name of each term of "0.9 cosine + 0.1 smooth_l1".
+    """Parses a weighted sum of losses, such as "0.9 cosine + 0.1 smooth_l1".
 
     Args:
         loss: The sum.
-        known: Names of losses that may stand in a sum.
+        known: Names of the losses that a sum may have.
 
+    Returns: (weight, name of the loss) of each term.
     Raises: ConfigError: if a term is malformed, or its loss is not known.
     """
     terms = []
@@ -559,12 +584,12 @@ NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
         },
     ),
 }
-"""For each field of a target with the name of a loss, head or normaliser: the kind of thing, and
-the tables of built-in names in this package's files."""
+"""For each field that names a loss, head or normaliser, its kind for `doors`, and the names of the
+tables of built-in ones by the file that defines them."""
 
 
 def _check_names(run: Any) -> None:
-    """Refuses unknown names of losses, heads and normalisers."""
+    """Raises ConfigError for unknown names of losses, heads and normalisers in a recipe."""
 
     def check(teacher: str, kind: str, field_name: str) -> None:
         thing, tables = NAMED[field_name]
@@ -632,11 +657,12 @@ KIND = TaskKind(
 
 
 def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> None:
-    """Refuses stored maps together with several image sizes or with mosaics.
+    """Raises ConfigError if maps are stored in a run with several image sizes or with mosaics.
 
     Args:
-        image_sizes: All image sides of a run with several, else empty.
-        mosaics: Images along each side of a teacher's input, by its name; 0 for a single image.
+        image_sizes: The image sides of a run with several sides, otherwise empty.
+        mosaics: Number of images along a side of a teacher's mosaic, by the teacher's name; 0 for
+            a teacher without mosaics.
     """
     require(
         not image_sizes,

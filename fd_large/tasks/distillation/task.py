@@ -6,14 +6,14 @@ Whitening normalises each token of the teacher's map to mean 0 and variance 1. D
 acts in the student only, whose blocks share a relative position bias (backbones/). Source: Wei et
 al., arXiv 2205.14141; constants as in the official code.
 
-Features beyond the paper replace one of three seams, whose defaults are the paper's method
-(`composed` in job.py chooses):
+Features beyond the paper replace one of three components, whose defaults are the paper's method
+(`composed` in job.py makes them):
 
-- `teachers`, the teachers' maps: (images, given maps, training) -> maps by name;
-- `sight`, the student's view of an image, and the tokens that count;
-- `join`, the combination of the targets' losses into one.
+- `teachers` computes the teachers' maps: (images, given maps, training) -> maps by name;
+- `sight` decides what the student sees of an image, and which tokens count in the loss;
+- `join` combines the targets' losses into a single loss.
 
-A target or a seam that needs sums over all images of a step has a `Part` (engine/parts.py).
+A target or a component that needs sums over all images of a step has a `Part` (engine/parts.py).
 """
 
 from __future__ import annotations
@@ -39,33 +39,40 @@ from fd_large.tasks.distillation.registered import register
 Maps = Mapping[str, Any]
 """The teachers' maps by name, and any other targets that a batch holds beside its images."""
 Drawn = Mapping[str, Tensor]
-"""Random draws for the images of a batch, by name, each of shape (..., B)."""
+"""Random numbers for the images of a batch, by name; each tensor has the shape (..., B)."""
 UNDRAWN: Drawn = MappingProxyType({})
 
 smooth_l1 = partial(F.smooth_l1_loss, beta=2.0)
 
 
 class Seen(NamedTuple):
-    """The student's map of a batch, and the maps after its blocks if a head reads them."""
+    """The student's outputs for a batch.
+
+    Attributes:
+        map: The last feature map.
+        blocks: The feature maps after each block; empty unless a head reads them.
+    """
 
     map: FeatureMap
     blocks: tuple[FeatureMap, ...] = ()
 
 
 class Target:
-    """A head on the student's tokens, and the loss between them and a teacher's whitened map.
+    """A head on the student's tokens, and the loss between its output and a teacher's whitened map.
 
-    Recipes use its subclass `NamedTarget` (target.py), which also aligns grids and prefix tokens
-    and may use fused kernels; without fused kernels it computes the same, to the bit.
+    Recipes use the subclass `NamedTarget` (target.py), which also aligns grids and prefix tokens
+    and may use fused kernels. If the grids are equal and no kernel is fused, the subclass computes
+    the same values to the bit.
 
     Args:
-        head: From tokens (B, N, C) to the teacher's width, (B, N, Ct).
+        head: Maps the student's tokens (B, N, C) to the teacher's width, (B, N, Ct).
         teacher: The teacher's name, or "" for a single teacher.
-        normalise: From the teacher's tokens (B, N, Ct) to the same in float32.
-        loss: From two (B, N, Ct) to a scalar.
-        weight: Weight of its loss in the loss of the task.
-        label: Name in metrics; "" for a single teacher's map.
-        path: Name of its head in checkpoints; no two targets have the same.
+        normalise: Maps the teacher's tokens (B, N, Ct) to normalised tokens of the same shape in
+            float32.
+        loss: Maps projected and normalised tokens, (B, N, Ct) each, to a scalar.
+        weight: Weight of the target's loss in the loss of the task.
+        label: The target's name in metrics; "" for a single teacher's map.
+        path: The head's name in checkpoints, which no other target has.
     """
 
     def __init__(
@@ -84,17 +91,17 @@ class Target:
         self.normalise, self.loss = normalise, loss
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns its Modules by their names in checkpoints."""
+        """Returns the target's Modules by their names in checkpoints."""
         return {self.path: self.head}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns its parts, which need sums over a whole step."""
+        """Returns the target's components that need sums over all images of a step."""
         return ()
 
     def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
         """Returns the student's projected tokens and the teacher's tokens, (B, N, Ct) each.
 
-        Raises: ShapeError: if they are not tokens of the same places.
+        Raises: ShapeError: if the shapes of the two tensors differ.
         """
         projected = self.head(student_maps.map.tokens)
         if projected.shape != teacher.tokens.shape:
@@ -106,22 +113,28 @@ class Target:
         return projected, teacher.tokens
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss between the tokens of `compared`, unweighted, a float32 scalar."""
+        """Returns the unweighted loss between the two results of `compared`, a float32 scalar."""
         whitened = self.normalise(tokens.detach())
         return self.loss(projected.to(whitened.dtype), whitened)
 
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss of each image, (B,), whose mean is `value`."""
+        """Returns the unweighted loss of each image, (B,); their mean is `value`."""
         pairs = zip(projected.split(1), tokens.split(1), strict=True)
         return torch.stack([self.value(*pair) for pair in pairs])
 
     def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the mean cosine of projected and normalised tokens, a scalar."""
+        """Returns the mean over tokens of the cosine between projected and normalised tokens."""
         return F.cosine_similarity(projected.float(), self.normalise(tokens), dim=-1).mean()
 
 
 class Comparison(NamedTuple):
-    """Tokens of student and teacher at the same places, (B, N, Ct)."""
+    """Tokens of student and teacher at the same positions of the images, for one target.
+
+    Attributes:
+        target: The target.
+        projected: (B, N, Ct), the student's tokens after the target's head.
+        tokens: (B, N, Ct), the teacher's tokens.
+    """
 
     target: Any
     projected: Tensor
@@ -141,7 +154,11 @@ class Comparison(NamedTuple):
 
 
 class Teachers:
-    """Default of the first seam: each teacher sees the images, unless its map is given."""
+    """Default of `teachers`: each teacher runs on the images, unless its maps are given.
+
+    Args:
+        by_name: The teachers by name; each maps uint8 images (B, 3, H, W) to a FeatureMap.
+    """
 
     def __init__(self, by_name: Mapping[str, Callable[[Tensor], FeatureMap]]) -> None:
         self.by_name = dict(by_name)
@@ -155,32 +172,32 @@ class Teachers:
 
 
 class Whole:
-    """Default of the second seam: the student sees the whole image, and all tokens count.
+    """Default of `sight`: the student sees the whole image, and all tokens count.
 
     Attributes:
-        description: A line for the log, or "".
+        description: A line for the log, or "" to log nothing.
     """
 
     description = ""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the random draws of each image; see `Task.draws`."""
+        """Returns random numbers of each image by name, here none; see `Task.draws`."""
         return {}
 
     def width(self, student: nn.Module) -> int:
-        """Returns the channels of the heads' input."""
+        """Returns the number of channels of the heads' input."""
         return student.width
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns placeholders of the draws in training, for counting on shapes."""
+        """Returns placeholders for `draws` in training, used to count operations by shapes."""
         return {}
 
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
-        """Runs the student."""
+        """Runs the student on normalised pixels (B, 3, H, W), and returns its maps."""
         return Seen(student(pixels, keep))
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Comparison:
-        """Returns the comparison of the tokens that count."""
+        """Returns the comparison restricted to the tokens that count, here all of them."""
         return comparison
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
@@ -189,33 +206,38 @@ class Whole:
 
 
 class Sum:
-    """Default of the third seam: the weighted sum of the targets' losses."""
+    """Default of `join`: the weighted sum of the targets' losses."""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the random draws of each image; see `Task.draws`."""
+        """Returns random numbers of each image by name, here none; see `Task.draws`."""
         return {}
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns the loss of a micro batch in training."""
+        """Returns the training loss of a micro-batch, a scalar."""
         targets = [comparison.target for comparison in comparisons]
         return self.combined(targets, [comparison.value() for comparison in comparisons])
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation from the targets' losses, which are unweighted."""
+        """Returns the loss of an evaluation, a scalar, from the targets' unweighted losses."""
         return reduce(add, (t.weight * loss for t, loss in zip(targets, losses, strict=True)))
 
 
 class Distillation(Task):
-    """A student, a head for each target, and their loss.
+    """The task of distillation: a student, a head for each target, and the loss.
+
+    The `modules()` of `sight`, `join` and the targets are registered under their names in
+    checkpoints, and their `parts()` become parts of the task.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        teachers: The first seam; or callables from uint8 images to a FeatureMap without gradient,
-            by name. They are not submodules: their parameters are in no optimiser and checkpoint.
+        teachers: The component that computes the teachers' maps; or callables by name, each from
+            uint8 images to a FeatureMap without gradient. Teachers are not submodules, so that no
+            optimiser and no checkpoint has their parameters.
         targets: The targets, learnt from the teachers' maps.
-        sight, join: The other seams. The `modules()` of seams and targets are registered under
-            their names in checkpoints, and their `parts()` are parts of a step.
-        statistics: The student's normalisation; the paper uses ImageNet's for every student.
+        sight: The component that runs the student; None for `Whole`.
+        join: The component that combines the targets' losses; None for `Sum`.
+        statistics: Mean and deviation that normalise the student's pixels; the paper uses
+            ImageNet's for every student.
     """
 
     def __init__(
@@ -239,12 +261,18 @@ class Distillation(Task):
             self.parts += getattr(filler, "parts", tuple)()
 
     def learnt(self, images: Tensor, given_maps: Maps | None) -> Maps:
-        """Returns the teachers' maps of uint8 images (B, 3, H, W), by name."""
+        """Returns the teachers' maps of uint8 images (B, 3, H, W), by name.
+
+        Args:
+            images: The images.
+            given_maps: Maps by name, and other targets of the batch, which are returned unchanged;
+                a teacher whose maps are given does not run.
+        """
         with torch.no_grad():
             return self.teachers(images, given_maps or {}, self.training)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the random draws of the seams."""
+        """Returns the random numbers of `sight` and `join`, by name; see `Task.draws`."""
         return {
             name: drawn
             for filler in (self.sight, self.join)
@@ -254,7 +282,7 @@ class Distillation(Task):
     def prepare(
         self, images: Tensor, given_maps: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
-        """Returns the student's pixels, its drop path, and the teachers' maps."""
+        """Returns the arguments of `forward`: pixels, drop path, the teachers' maps, `draws`."""
         maps = self.learnt(images, given_maps)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
@@ -265,13 +293,16 @@ class Distillation(Task):
     def forward(
         self, *, pixels: Tensor, keep: Tensor | None, maps: Maps, drawn: Drawn = UNDRAWN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and, in evaluation, the cosine similarity to each target.
+        """Returns the loss, a scalar, and metrics by name, which are empty in training.
+
+        The metrics are the mean cosine similarity to the targets, and the loss and the cosine
+        similarity of each target with a label.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None for no drop path.
-            maps: The teachers' maps by name, any floating-point dtype.
-            drawn: Result of `draws`, on the device.
+            maps: The teachers' maps by name, of any floating-point dtype.
+            drawn: The result of `draws`, on the device.
         """
         dtype = next(self.student.parameters()).dtype
         student_maps = self.sight.see(self.student, pixels.to(dtype), keep, drawn)
@@ -289,7 +320,7 @@ class Distillation(Task):
         return self._measured(comparisons)
 
     def _measured(self, comparisons: Sequence[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of an evaluation, the mean cosine, and both for each labelled target."""
+        """Returns the loss of an evaluation, and metrics by name as in `forward`."""
         losses = [comparison.value() for comparison in comparisons]
         cosines = [c.target.cosine(c.projected, c.tokens) for c in comparisons]
         metrics: dict[str, Tensor] = {}
@@ -301,7 +332,7 @@ class Distillation(Task):
         return self.join.combined(self.targets, losses), metrics
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the teachers and this task; the teachers first, as they run first."""
+        """Returns the teachers and then this task, by the prefix of their layers' names."""
         models: dict[str, nn.Module] = {}
         for name, teacher in self.teachers.by_name.items():
             model = getattr(teacher, "module", teacher)
@@ -311,5 +342,6 @@ class Distillation(Task):
 
 
 def _in_type(map_: FeatureMap, dtype: torch.dtype) -> FeatureMap:
+    """Returns a feature map whose tokens and summary have the data type."""
     summary = None if map_.summary is None else map_.summary.to(dtype)
     return map_._replace(tokens=map_.tokens.to(dtype), summary=summary)

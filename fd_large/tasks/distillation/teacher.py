@@ -1,8 +1,8 @@
-"""A frozen teacher, its weights whole on each rank, sharded over all ranks, or inside each node.
+"""A frozen teacher, replicated on each rank, sharded over all ranks, or sharded inside each node.
 
-A sharded teacher is a second ZeRO-3 engine without an optimiser. It has a configuration of its own,
-so that the student may have any ZeRO stage; it has no gradient, no float32 copy and no entry in a
-checkpoint.
+A sharded teacher is a second ZeRO-3 engine without an optimiser. The engine has a configuration of
+its own, so that the student may have any ZeRO stage. A teacher has no gradients, no float32 copy
+and no entry in a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class PlacedTeacher:
 
     Args:
         module: The model.
-        engine: Its DeepSpeed engine, or None if it is whole on this rank.
-        group: The ranks that share its weights; None for all.
+        engine: The model's DeepSpeed engine, or None if this rank holds all weights.
+        group: The process group over which the weights are sharded; None for all ranks.
 
     Attributes:
-        module: The model; its parameters are sharded unless it is replicated.
-        fingerprint: Hash of the weights when it was built, the same for every placement.
+        module: The model; its parameters are sharded unless the placement is "replicated".
+        fingerprint: Hash of the weights when the teacher was built, the same for every placement.
         width: Number of channels of the map.
         projection: (Ce, width) float32, from the summary into the embedding space of texts; None
             if no embedding is learnt.
@@ -77,9 +77,10 @@ class PlacedTeacher:
 
         Args:
             images: The images.
-            options: Where the module is a `Mosaic`, the options of its forward.
+            options: Keyword arguments of the model's forward, which only `Mosaic` has.
 
-        Raises: WeightsError: on this rank, if its weights lie in a file that has changed meanwhile.
+        Raises: WeightsError: on this rank alone, if the weights are mapped from a file that has
+            changed since then.
         """
         with torch.no_grad():
             feature_map = (self._engine or self.module)(images, **options)
@@ -88,13 +89,14 @@ class PlacedTeacher:
         return feature_map
 
     def hash_now(self) -> str:
-        """Hashes the present weights; equal to `fingerprint` unless memory failed."""
+        """Returns the hash of the present weights, equal to `fingerprint` unless memory failed."""
         return fingerprint(self.module.net, group=self._group)
 
     def shard_hash(self) -> str:
-        """Returns "PART/PARTS HASH" of this rank's own part, without a collective.
+        """Returns "PART/PARTS HASH" of this rank's own shard of the weights, without a collective.
 
-        A damaged shard reaches all ranks when it is gathered; this hash shows which rank holds it.
+        A damaged shard reaches all ranks by all-gathers; the hashes of the shards show which rank
+        holds the damaged shard.
         """
         return held_fingerprint(self.module, self._whole)
 
@@ -110,7 +112,7 @@ class PlacedTeacher:
         return self(images.to(distributed.device())).tokens
 
     def held_bytes(self) -> int:
-        """Returns the bytes of weights that this rank holds between steps."""
+        """Returns the size of the weights that this rank holds between steps, in bytes."""
         total = 0
         for parameter in self.module.parameters():
             total += parameter.numel() * parameter.element_size()
@@ -131,22 +133,22 @@ def place(
     whole_first: bool = False,
     where: str = "--teacher.source",
 ) -> PlacedTeacher:
-    """Builds the teacher with its weights in the recipe's placement.
+    """Builds a teacher whose weights are placed as the recipe says.
 
-    Must run before the student's engine is built: the hpZ group of a student is global to the
-    process and would give the teacher a second, permanent copy.
+    It must run before the student's engine is built. The student's hpZ process group is global to
+    the process, and would give the teacher a second, permanent copy of its weights.
 
     Args:
         make: Constructs the teacher with random weights.
         placement: "replicated", "sharded" or "node".
-        dtype: Data type of its weights and matrix products.
+        dtype: Data type of the teacher's weights and matrix products.
         seed: Seed of the random weights.
         node_size: Number of ranks per node.
-        persistence_threshold: Tensors with at most this many elements stay whole.
-        weights: The tensors of the model, on every rank; None for random weights. Tensors of a
-            file (`Fitted`) take no memory besides the model.
+        persistence_threshold: Number of elements up to which a tensor is not sharded.
+        weights: Names and tensors of the model, on every rank; None for random weights. Tensors
+            that are mapped from a file (`Fitted`) take no memory besides the model's.
         whole_first: See `partition.build`.
-        where: The flag of its source, for messages.
+        where: The flag of the teacher's source, for messages.
     """
     group = None
     if placement == "node" and node_size < distributed.world_size():
@@ -189,10 +191,10 @@ def place(
 
 
 class Beside:
-    """Wraps the teachers (task.py) to compute on a separate CUDA stream in training.
+    """Wraps the component `teachers` (task.py) to run on a separate CUDA stream in training.
 
     Args:
-        teachers: The wrapped teachers, called in the same way.
+        teachers: The wrapped component, which is called in the same way.
     """
 
     def __init__(self, teachers: Any) -> None:
@@ -213,11 +215,12 @@ class Beside:
 def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
     """Refuses a separate stream for sharded teachers and for stored maps.
 
-    Gathers of teacher and student would wait for one another in the order of their calls.
+    The all-gathers of a sharded teacher and those of the student would wait for each other in the
+    order of their calls.
 
     Args:
         placements: Placements of the teachers.
-        stored_maps: Whether maps are read or written.
+        stored_maps: Whether the run reads or writes stored maps.
     """
     unfit = {*placements, *(["stored maps"] if stored_maps else [])} - {"replicated"}
     require(
@@ -240,18 +243,18 @@ def built_teacher(
     node_size: int,
     persistence_threshold: int,
 ) -> PlacedTeacher:
-    """Builds a teacher by `place` and logs its facts; a collective.
+    """Builds a teacher by `place` and logs its model, placement, size and hash; all ranks call it.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry in the settled recipe.
-        make: Constructs it with random weights.
-        sources: Opens its weights.
+        make: Constructs the teacher with random weights.
+        sources: Opens the teacher's weights.
         student_type: Data type of the student's matrix products, also used by the teacher unless
             its entry names another.
         seed: Seed of random weights.
         node_size: Number of ranks per node.
-        persistence_threshold: Tensors with at most this many elements stay whole.
+        persistence_threshold: Number of elements up to which a tensor is not sharded.
     """
     where, title = source_flag(name), called(name)
     weights = frozen_weights(entry, sources, where=where)
@@ -287,12 +290,13 @@ def built_teacher(
 
 
 def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTeacher:
-    """Returns a settled entry with the width of its embedding, if it is learnt.
+    """Returns a settled entry with the width of the image embedding, if the embedding is learnt.
 
-    The image embedding of a CLIP teacher is its summary, projected into the space of its texts. The
-    projection is among the teacher's weights and follows the final norm; maps do not need it.
+    The image embedding of a CLIP teacher is its summary after a projection into the embedding space
+    of texts. The projection is among the teacher's weights and follows the final norm.
 
-    Raises: ConfigError: if its weights have no embedding.
+    Raises: ConfigError: if the weights have no projection that fits the map, or if the entry learns
+        another layer than the last.
     """
     if entry.summary.layer != EMBEDDING or SUMMARY not in entry.targets:
         return entry
@@ -308,9 +312,9 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
 
 
 def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
-    """Returns the projection of a summary, (channels of the embedding, channels of the map).
+    """Returns the matrix from a CLIP summary to its embedding, (embedding width, map width).
 
-    Raises: ConfigError: if the weights have none.
+    Raises: ConfigError: if the weights have no projection that fits the map.
     """
     tensor, is_transposed = _named(name, entry, sources)
     projection = sources.resolve(entry.source).tensors[tensor]
@@ -318,7 +322,12 @@ def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
 
 
 def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
-    """Returns the projection's name in the teacher's weights, and whether it is transposed."""
+    """Returns the projection's name in the teacher's weights, and whether it is transposed.
+
+    A transposed projection has the shape (map width, embedding width).
+
+    Raises: ConfigError: if the weights have no projection that fits the map.
+    """
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
         tensors = sources.resolve(entry.source, where=source_flag(name)).tensors

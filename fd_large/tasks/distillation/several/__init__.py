@@ -1,1 +1,2 @@
-"""Several teachers: the choice of each image's teachers, running statistics, losses and mosaics."""
+"""Methods for several teachers: the choice of each image's teachers, normalisers, losses, mosaics.
+"""

@@ -1,8 +1,9 @@
 """Several images tiled into one input of a teacher with a fixed image size.
 
-A teacher such as SAM sees 1,024 px while the student's images have 256: k x k images are tiled
-into one input, and its map is cut into theirs. This costs 1 / k^2 of the computation with each
-image enlarged, and the map shows the same detail as the student's image.
+A teacher such as SAM takes images of 1,024 px, while the student's images have 256 px. Here k x k
+images are tiled into one input of the teacher, whose map is then cut into the maps of the images.
+This costs 1 / k^2 of the computation with each image enlarged, and the map shows the same detail as
+the student's image.
 
 Source: RADIO's mosaics for SAM, described by its authors on GitHub (NVlabs/RADIO, #175); the code
 is not published.
@@ -27,10 +28,10 @@ from fd_large.tasks.distillation.task import Maps
 
 
 class Mosaic(Frozen):
-    """A frozen backbone that sees k x k images at once, and gives the map of each image.
+    """A frozen backbone that runs on mosaics of k x k images, and returns the map of each image.
 
-    Consecutive images make a mosaic, row by row. An incomplete last mosaic is filled up with the
-    first images. Prefix tokens, which belong to no image, are left out.
+    Consecutive images fill a mosaic row by row. An incomplete last mosaic is filled up with the
+    first images of the batch. Prefix tokens, which belong to no image, are left out.
 
     Args:
         net, statistics: See `Frozen`.
@@ -45,9 +46,9 @@ class Mosaic(Frozen):
         self.tiles = tiles
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns rows and columns of the map of an image, whatever its side.
+        """Returns the rows and columns of an image's map, which do not depend on the image's side.
 
-        Raises: ShapeError: if an image does not end where a token of the mosaic does.
+        Raises: ShapeError: if the edges of the images are not edges of the mosaic's patches.
         """
         rows, columns = self.net.grid(self.image_size, self.image_size)
         if self.image_size % self.tiles or rows % self.tiles or columns % self.tiles:
@@ -64,8 +65,8 @@ class Mosaic(Frozen):
 
         Args:
             images: The images.
-            alone: Whether each image is tiled with itself, so that its map depends on no other
-                image.
+            alone: Whether a mosaic holds k x k copies of a single image, so that the map of an
+                image depends on no other image.
         """
         k = self.tiles
         with torch.no_grad():
@@ -92,13 +93,13 @@ class Mosaic(Frozen):
 
 
 class AloneInEvaluation:
-    """Wraps the teachers (task.py) so that mosaics show each image alone in evaluation.
+    """Wraps the component `teachers` (task.py): in evaluation, a mosaic holds copies of one image.
 
-    A metric then does not depend on which images share a mosaic.
+    Metrics then do not depend on which images share a mosaic.
 
     Args:
-        teachers: The wrapped seam of teachers.
-        names: The teachers with mosaics.
+        teachers: The wrapped component.
+        names: Names of the teachers with mosaics.
     """
 
     def __init__(self, teachers: Any, names: Collection[str]) -> None:
@@ -112,14 +113,14 @@ class AloneInEvaluation:
 
 
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
-    """Refuses micro-batches that leave a mosaic incomplete.
+    """Raises ConfigError if micro-batches leave a mosaic incomplete.
 
-    An image's map depends on its neighbours in the mosaic, which must not change with the number
-    of ranks.
+    The map of an image depends on the other images of its mosaic, which must not change with the
+    number of ranks.
 
     Args:
-        images: Number of images that fills the mosaics of all teachers.
-        micro_batch_size: Images of a micro-batch, or "auto", which may become any number.
+        images: Smallest number of images that fills the mosaics of every teacher.
+        micro_batch_size: Number of images of a micro-batch, or "auto", which may become any number.
     """
     require(
         images == 1 or (not isinstance(micro_batch_size, str) and micro_batch_size % images == 0),

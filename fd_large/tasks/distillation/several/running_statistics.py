@@ -1,8 +1,9 @@
 """Normalisers by mean and deviation of a teacher's channels over the images of whole steps.
 
-Sums over the tokens of a step are added up over micro batches and ranks in float64, so that neither
-changes a target. Running statistics are updated once with each accepted step, and are part of a
-checkpoint. The published code gathers all features on every rank instead.
+Sums over the tokens of a step are added up over micro-batches and ranks in float64, so that the
+numbers of micro-batches and ranks do not change a target. Running statistics are updated once with
+each accepted step, and are part of a checkpoint. The published code all-gathers all features
+instead.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
 constants as in their code.
@@ -26,12 +27,13 @@ _ROWS = 8192  # Tokens that are turned into float64 at once.
 
 
 class Moments(NamedTuple):
-    """Mean and unbiased variance of each channel, (2, C) float64: of prefix tokens, and of patches.
+    """Mean and unbiased variance of each channel over tokens.
 
-    Without tokens the moments are zeros.
+    The first row of each tensor is for prefix tokens, the second for patches. The moments of a row
+    without tokens are zeros.
 
     Attributes:
-        mean, variance: The moments.
+        mean, variance: (2, C) float64.
         present: (2, 1) bool, whether there were any tokens.
     """
 
@@ -41,13 +43,13 @@ class Moments(NamedTuple):
 
 
 def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-    """Returns sums, sums of squares and number of tokens: (2, 2 C + 1), prefix tokens and patches.
+    """Returns each channel's sum and sum of squares over tokens, and the number of tokens.
 
     Args:
-        tokens: (B, N, C), any floating-point dtype.
-        num_prefix_tokens: Tokens of an image before its patches.
+        tokens: (B, N, C), of any floating-point dtype.
+        num_prefix_tokens: Number of tokens of an image before its patches.
 
-    Returns: float64.
+    Returns: (2, 2 C + 1) float64, a row for prefix tokens and a row for patches.
     """
     width = tokens.shape[-1]
     totals = torch.zeros(2, 2 * width + 1, dtype=torch.float64, device=tokens.device)
@@ -61,7 +63,7 @@ def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
 
 
 def moments_of(sums: Tensor) -> Moments:
-    """Returns the moments of tokens from their sums; see `sums_of`."""
+    """Returns the moments of tokens from the result of `sums_of`."""
     width = sums.shape[-1] // 2
     first, squares, number = sums.split([width, width, 1], dim=-1)
     mean = first / number.clamp(min=1)
@@ -70,32 +72,34 @@ def moments_of(sums: Tensor) -> Moments:
 
 
 def momentum_at(progress: float) -> float:
-    """Returns the weight of a step's statistics in the running ones, on a cosine schedule.
+    """Returns the weight of a step's statistics in the running statistics, by a cosine schedule.
 
     Args:
-        progress: Fraction of the run's steps that came before, in [0, 1).
+        progress: Fraction of the run's steps that were done before this step, in [0, 1).
     """
     share = (1 + math.cos(math.pi * progress)) / 2
     return LAST_MOMENTUM + (FIRST_MOMENTUM - LAST_MOMENTUM) * share
 
 
 class RunningStatistics(Float32Buffers):
-    """Normalises by running statistics from before the step's update (UNIC).
+    """Normalises tokens by running statistics of the steps before (UNIC).
 
-    Prefix tokens (CLS) and patches have statistics of their own. In the first step tokens stay
-    nearly unchanged, since the mean is 0 and the deviation 1.
+    Prefix tokens (CLS) and patches have separate statistics. In the first step tokens stay nearly
+    unchanged, since the mean is 0 and the deviation 1.
 
     Args:
-        width: Channels of the tokens, C.
+        width: Number of channels of the tokens, C.
 
     Attributes:
-        num_prefix_tokens: Tokens of an image before its patches; the target sets it.
-        moments: Moments of the present step, if tokens are normalised by them.
-        noted: Sums over the tokens that this rank has seen in the step, (K,), or None.
+        mean, deviation: (2, C), the running statistics of prefix tokens and of patches.
+        num_prefix_tokens: Number of tokens of an image before its patches, which the target sets.
+        moments: Moments of the present step, or None if tokens are not normalised by them.
+        noted: Sums over the tokens that this rank has seen in the step, flat as `sums_of` returns
+            them; None before the first tokens.
     """
 
     of_step: ClassVar[bool] = False
-    """Whether tokens are normalised in training by the statistics of their own step."""
+    """Whether training normalises the tokens of a step by the statistics of the same step."""
     _EPS: ClassVar[float] = 1e-6
 
     mean: Tensor
@@ -110,10 +114,10 @@ class RunningStatistics(Float32Buffers):
         self.noted: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the tokens (B, N, C) in float32 (float64 stays), normalised.
+        """Returns the normalised tokens (B, N, C), in float64 if they were float64, else float32.
 
         Args:
-            tokens: (B, N, C), any floating-point dtype.
+            tokens: (B, N, C), of any floating-point dtype.
         """
         if self.training and torch.is_grad_enabled() and not self.of_step:
             sums = self.sums_of(tokens)
@@ -128,49 +132,64 @@ class RunningStatistics(Float32Buffers):
         return (tokens - mean.to(tokens)[rows]) / divisor[rows]
 
     def sums_of(self, tokens: Tensor) -> Tensor:
-        """Returns the sums of the tokens (B, N, C), flat: see `sums_of`."""
+        """Returns the sums over tokens (B, N, C) as the function `sums_of`, flattened to (K,)."""
         return sums_of(tokens, self.num_prefix_tokens).flatten()
 
     def moments_of(self, sums: Tensor) -> Moments:
-        """Returns the moments from flat sums."""
+        """Returns the moments from the flat sums (K,) of the method `sums_of`."""
         return moments_of(sums.view(2, -1))
 
     @property
     def divisor(self) -> Tensor:
-        """Divisor of tokens outside of a step, (2, C): for prefix tokens and for patches."""
+        """What divides tokens outside of a step: (2, C), for prefix tokens and for patches."""
         return self._divisor(self.deviation)
 
     def undo(self) -> Undo:
-        """Returns the inverse of the normalisation, by the running statistics."""
+        """Returns the inverse of the normalisation by the running statistics."""
         return Undo(self.mean, self.divisor, None)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns this Module by its name in checkpoints: running.LABEL."""
+        """Returns this Module by its name in checkpoints, running.LABEL.
+
+        Args:
+            label: The target's label; "" for a single teacher's map, which is named running.map.
+        """
         return {f"running.{label or MAP}": self}
 
     def part(self, target: Any) -> Part:
-        """Returns the part that updates the statistics, for the target that it normalises."""
+        """Returns the part of a step that updates these statistics.
+
+        Args:
+            target: The target whose teacher's tokens are normalised.
+        """
         return FollowsStep(target, self) if self.of_step else FollowsForwards(self)
 
     @torch.no_grad()
     def move(self, step: Moments, momentum: float) -> None:
-        """Updates the running statistics by a step's moments."""
+        """Moves the running statistics towards a step's moments.
+
+        Args:
+            step: The moments.
+            momentum: Weight of the step in the new statistics, in [0, 1].
+        """
         weight = momentum * step.present.to(self.mean)
         self.mean.lerp_(step.mean.to(self.mean), weight)
         self.deviation.lerp_(self._deviation(step).to(self.deviation), weight)
 
     def _deviation(self, step: Moments) -> Tensor:
+        """Returns the deviations of a step, (2, C), which the running deviations follow."""
         return step.variance.sqrt() + self._EPS
 
     def _divisor(self, deviation: Tensor) -> Tensor:
+        """Returns what divides tokens of the given deviations, (2, C)."""
         return deviation + self._EPS
 
 
 class StepStatistics(RunningStatistics):
-    """Normalises in training by the statistics of the step, in evaluation by running ones (DUNE).
+    """Normalises tokens by the step's statistics, or in evaluation by running statistics (DUNE).
 
-    A standard deviation below 0.001 counts as 0.001. A step's statistics cover all its images, so
-    that a step needs two passes.
+    A standard deviation below 0.001 counts as 0.001. The statistics of a step are over all its
+    images, so that a step needs two passes.
     """
 
     of_step = True
@@ -184,7 +203,7 @@ class StepStatistics(RunningStatistics):
 
 
 class FollowsForwards(Part):
-    """Updates running statistics by the tokens of a step's forwards."""
+    """Updates running statistics from the tokens that the forwards of a step have normalised."""
 
     of_step = False
 
@@ -192,36 +211,36 @@ class FollowsForwards(Part):
         self._running, self._momentum = running, 0.0
 
     def before_step(self, progress: float) -> None:
-        """Drops the sums of a trial."""
+        """Sets the momentum, and drops sums from outside of a step, such as those of a trial."""
         self._momentum, self._running.noted = momentum_at(progress), None
 
     def noted(self) -> Tensor | None:
-        """Returns the sums over the tokens that this rank has seen in the step, (K,), or None."""
+        """Returns the sums over this rank's tokens of the step, (K,); None if there were none."""
         return self._running.noted
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Updates the statistics by the sums over the ranks."""
+        """Updates the statistics from the sums over all ranks' tokens, (K,)."""
         if noted is not None:
             self._running.move(self._running.moments_of(noted), self._momentum)
         self._running.noted = None
 
 
 class FollowsStep(Part):
-    """Statistics that normalise a step's tokens and then update the running statistics."""
+    """Normalises a step's tokens by the step's statistics, which then update running statistics."""
 
     def __init__(self, target: Any, running: RunningStatistics) -> None:
         self._target, self._running, self._momentum = target, running, 0.0
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the sums over the teacher's tokens, (K,)."""
+        """Returns the sums over the teacher's tokens of a micro-batch, (K,)."""
         return self._running.sums_of(self._target.tokens_of(task, **prepared))
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Takes the step's statistics."""
+        """Computes the step's statistics from the sums over all micro-batches of all ranks."""
         self._running.moments = self._running.moments_of(totals)
 
     def before_step(self, progress: float) -> None:
-        """Drops the statistics of the step before, or of a trial."""
+        """Sets the momentum, and drops the statistics of the last step or of a trial."""
         self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:

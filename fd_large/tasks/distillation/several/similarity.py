@@ -1,8 +1,8 @@
-"""Losses on similarities of a summary to other images' summaries, or of patches to each other.
+"""Losses on the similarities of a summary to other summaries, or of an image's patches.
 
-Each loss is the Kullback-Leibler divergence between two softmaxes of cosines, which pulls the
-student's distribution towards the teacher's. Source: distillation in lightly-train, version 1
-(against a queue) and version 3 (between the tokens of an image too).
+Each loss is the Kullback-Leibler divergence of the student's softmax over cosines from the
+teacher's. Source: the distillation of lightly-train. Its version 1 compares summaries with a queue,
+and its version 3 also the tokens of an image with each other.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ QUEUE = 8192
 
 
 class SummaryQueue(Float32Buffers):
-    """The newest summaries of a teacher, in the order of the positions of the steps' images.
+    """Queue of a teacher's summaries of the newest images, the same on all ranks.
 
-    lightly-train has a queue on each rank, so that its loss depends on the number of ranks; here
-    a single queue holds global batches. It is updated once with each accepted step and is part of
-    a checkpoint.
+    The summaries of a step are in the order of the images in the global batch. The queue is updated
+    once with each accepted step and is part of a checkpoint. lightly-train has another queue on
+    each rank, so that its loss depends on the number of ranks.
 
     Args:
-        width: Channels of a summary, C.
+        width: Number of channels of a summary, C.
 
     Attributes:
-        rows: (Q, C), summaries of unit L2 norm; zeros in unused rows.
+        rows: (Q, C), summaries of unit L2 norm, newest first; unused rows are zeros.
     """
 
     rows: Tensor
@@ -49,20 +49,30 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """The rows; in a training step its own summaries come first, as in lightly-train."""
+        """The summaries that losses read, (Q, C).
+
+        A training step's own summaries come first, as in lightly-train. Without gradients, or
+        outside of a step, these are `rows`.
+        """
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
     def begin(self, micro_batches: int) -> None:
-        """Begins the passes of a step with this number of micro batches on each rank."""
+        """Begins a step that has the given number of micro-batches on each rank."""
         self._of_step, self._placed, self._micro_batches = None, 0, micro_batches
 
     def placed(self, summaries: Tensor) -> Tensor:
-        """Returns the global batch, flat, with summaries (B, C) at their places, zeros elsewhere.
+        """Returns the summaries of a micro-batch at their positions in the global batch.
 
-        The sum over the micro batches of all ranks gives the step's summaries, float64. A rank's
-        micro batches have consecutive positions, and the calls come in their order. Summaries
-        that would fall out of the queue at once are left out.
+        The k-th call since `begin` takes the rank's k-th micro-batch, and the micro-batches of a
+        rank are consecutive in the global batch. The sum of the results over the micro-batches of
+        all ranks gives the summaries of the whole step. Only the first Q images of the global batch
+        are kept, as the queue has no room for more.
+
+        Args:
+            summaries: (B, C), of any norm.
+
+        Returns: flat (rows * C,) float64, the global batch with zeros at all other images.
         """
         size = len(summaries)
         number = distributed.rank() * self._micro_batches + self._placed
@@ -73,16 +83,16 @@ class SummaryQueue(Float32Buffers):
         return batch[:QUEUE].flatten()
 
     def take(self, batch: Tensor) -> None:
-        """Puts a step's summaries first in the queue that the losses of this step read.
+        """Puts a step's summaries first in the queue that the losses of the step read.
 
         Args:
-            batch: The summaries, flat as `placed` returns them.
+            batch: The step's summaries, the sum of the results of `placed`.
         """
         self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
 
     @torch.no_grad()
     def move(self) -> None:
-        """Keeps the step's summaries in the queue."""
+        """Stores the queue that begins with the step's summaries in `rows`."""
         assert self._of_step is not None
         self.rows.copy_(self._of_step)
         self._of_step = None
@@ -95,19 +105,19 @@ class QueueOfStep(Part):
         self._target, self._queue = target, queue
 
     def begin(self, micro_batches: int) -> None:
-        """Begins the passes of a step with this number of micro batches on each rank."""
+        """Begins a step that has the given number of micro-batches on each rank."""
         self._queue.begin(micro_batches)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the teacher's summaries at their places in the global batch, flat."""
+        """Returns the teacher's summaries of a micro-batch; see `SummaryQueue.placed`."""
         return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Puts the step's summaries first in the queue that the losses of this step read."""
+        """Puts the step's summaries first in the queue that the losses of the step read."""
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Keeps the step's summaries in the queue."""
+        """Stores the step's summaries in the queue."""
         self._queue.move()
 
 
@@ -122,13 +132,15 @@ def queue_divergence(
     queue: Tensor,
     temperature: float = Loss.temperature,
 ) -> Tensor:
-    """Returns each image's divergence between similarities to the summaries of a queue, (B,).
+    """Returns the divergence of student from teacher for each image, (B,).
+
+    The distributions are the softmaxes of an image's similarities to the summaries of a queue.
 
     Args:
         student: (B, C), of unit L2 norm.
         teacher: (B, C), of unit L2 norm; takes no gradient.
-        queue: (Q, C), rows of unit L2 norm, or of zeros, which count in the softmax too.
-        temperature: Divisor of cosines.
+        queue: (Q, C), summaries of unit L2 norm; rows of zeros count in the softmax too.
+        temperature: Number by which cosines are divided.
     """
     return _divergence(student @ queue.T, teacher @ queue.T, temperature)
 
@@ -136,36 +148,43 @@ def queue_divergence(
 def relation_divergence(
     student: Tensor, teacher: Tensor, temperature: float = Loss.temperature
 ) -> Tensor:
-    """Returns each image's divergence between similarities of its tokens, (B,).
+    """Returns the divergence of student from teacher for each image, (B,), a mean over its tokens.
 
-    It is a mean over tokens; each token is compared with all tokens of its image, itself
-    included. The widths of student and teacher may differ.
+    The distributions are the softmaxes of a token's similarities to all tokens of its image, the
+    token itself included. The widths of student and teacher may differ.
 
     Args:
         student: (B, N, Cs), of unit L2 norm.
         teacher: (B, N, Ct), of unit L2 norm; takes no gradient.
-        temperature: Divisor of cosines.
+        temperature: Number by which cosines are divided.
     """
     return _divergence(student @ student.mT, teacher @ teacher.mT, temperature).mean(-1)
 
 
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
-    """Returns a queue (Q, C) with the summaries (B, C) of a batch in front, newest first.
+    """Returns a queue (Q, C) after the summaries (B, C) of a batch were added at its front.
 
-    The oldest fall out; of a batch larger than the queue, the first summaries stay.
+    The last rows fall out. If B is larger than Q, the first Q summaries of the batch stay.
     """
     return torch.cat([summaries, queue])[: len(queue)]
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Returns KL(teacher || student) of softmaxes over the last dimension of cosines."""
+    """Returns KL(teacher || student), where the softmax is over the last dimension of cosines.
+
+    Args:
+        student, teacher: (..., K), cosines; the teacher takes no gradient.
+        temperature: Number by which cosines are divided.
+
+    Returns: (...).
+    """
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
 class Relation(Loss):
-    """Divergence between student's and teacher's similarities of an image's patches.
+    """Loss on similarities of an image's patches: the divergence of the student from the teacher.
 
     Memory grows with the square of the number of patches.
     """
@@ -174,7 +193,7 @@ class Relation(Loss):
     reads_beta, reads_temperature = False, True
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Refuses a summary."""
+        """Raises ConfigError if the target is a summary, which has no patches."""
         field = field_of(teacher, "loss", kind)
         if kind == SUMMARY:
             raise ConfigError(
@@ -183,22 +202,26 @@ class Relation(Loss):
             )
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
+        """Returns the mean of the divergence over images, a scalar.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens.
+            target: (B, N, Ct), the teacher's tokens.
+        """
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the divergence of each image, (B,)."""
+        """Returns the divergence of each image, (B,); see `relation_divergence`."""
         student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
         return relation_divergence(student, teacher, self.temperature)
 
 
 class QueueDivergence(Loss):
-    """Divergence between student's and teacher's similarities to other images' summaries.
-
-    It works on summaries only.
+    """Loss on a summary's similarities to the summaries of a queue, by `queue_divergence`.
 
     Attributes:
-        queue: The other images' summaries; None in a trial, which uses the summaries of its batch.
+        queue: The teacher's newest summaries; None in a trial, which compares the summaries of a
+            batch with each other.
     """
 
     label = "queue loss"
@@ -207,7 +230,10 @@ class QueueDivergence(Loss):
     queue: SummaryQueue | None = None
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Makes the queue for the teacher's summaries."""
+        """Makes the queue for the teacher's summaries.
+
+        Raises: ConfigError: if the target is not a summary, or if summaries are normalised.
+        """
         if kind != SUMMARY:
             raise ConfigError(
                 f"{field_of(teacher, 'loss')}: a queue takes summaries; got queue for a map, "
@@ -223,21 +249,26 @@ class QueueDivergence(Loss):
         self.queue = SummaryQueue(width)
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
+        """Returns the mean of the divergence over images, a scalar.
+
+        Args:
+            projected: (B, 1, Ct), the student's summaries.
+            target: (B, 1, Ct), the teacher's summaries.
+        """
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the divergence of each image, (B,)."""
+        """Returns the divergence of each image, (B,); see `queue_divergence`."""
         student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
         rows = teacher if self.queue is None else self.queue.now.to(teacher)
         return queue_divergence(student, teacher, rows, self.temperature)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns the queue by its name in checkpoints."""
+        """Returns the queue by its name in checkpoints, queues.LABEL."""
         assert self.queue is not None
         return {f"queues.{label}": self.queue}
 
     def part(self, target: Any) -> Part:
-        """Returns the part that updates the queue, for this loss's target."""
+        """Returns the part of a step that adds the target's summaries to the queue."""
         assert self.queue is not None
         return QueueOfStep(target, self.queue)

@@ -1,12 +1,12 @@
 """The choice of each image's teachers, over the images of a whole step.
 
-The loss of a step is the mean over all pairs of image and teacher that are kept. Published code
-takes that mean on each rank by itself, so that a pair weighs more on a rank that keeps few, and the
-loss changes with the number of ranks. Here the number of kept pairs is known for the whole step
-before the student runs. Dropping keeps the worst teacher of an image, that with the largest loss,
-and tosses a coin for each other teacher; the k-th coin belongs to the k-th of the others, in the
-teachers' order. So the number of kept teachers does not depend on the losses, and the distribution
-is the published one, with an independent coin for each teacher but the worst.
+The loss of a step is the mean over all kept pairs of image and teacher. Published code computes the
+mean on each rank, so that a pair has more weight on a rank that keeps few pairs, and the loss
+changes with the number of ranks. Here the number of kept pairs is known for the whole step before
+the student runs. The rule "drop" keeps an image's worst teacher, which has the largest loss, and
+each other teacher by an independent random number: the k-th number is for the k-th of the other
+teachers, in the teachers' order. So the number of kept teachers does not depend on the losses, and
+the distribution is the published one.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
 """
@@ -33,21 +33,21 @@ from fd_large.tasks.distillation.section import NamedTeacher, Weighting
 from fd_large.tasks.distillation.task import Comparison, Drawn, Maps, Sum, Target
 
 DATASETS = ".datasets"
-"""Key of the numbers of the images' datasets, (B,) int64, in a batch's targets; no teacher may have
+"""Key in a batch's targets for the number of each image's dataset, (B,) int64. No teacher may have
 this name."""
 
 
 class Weighted(Part):
-    """The join (task.py) in which each image learns from some of the teachers.
+    """Combination of losses (`join` in task.py) in which some teachers count for each image.
 
-    The loss is the mean over the kept pairs of image and teacher of a step, in which each image
-    has the weight that the sight gives it (`shares`).
+    The loss is the mean over a step's kept pairs of image and teacher, in which an image has the
+    weight that `shares` of the task's `sight` gives it.
 
     Args:
         weighting: The rule, and the probability of dropping a teacher.
         targets: The teachers' targets.
-        teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
-            teaches the images of a dataset.
+        teaches: For the rule own_data, whether a teacher teaches the images of a dataset, as a
+            table (teachers in the order of their names, datasets); empty for other rules.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Weighted(Part):
         self._micro_batches = 1
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the table of each dataset's teachers, which moves to the device with the task."""
+        """Returns the Module that holds `teaches`, so that it moves to the device with the task."""
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns itself, since the number of kept pairs is summed over a whole step."""
+        """Returns this component, since the number of kept pairs is summed over a whole step."""
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the coins for the teachers that are not the worst, (teachers - 1, B) bool."""
+        """Returns {"coins": result of `coins`} for the rule "drop", and nothing for other rules."""
         if self._weighting.rule != "drop":
             return {}
         return {
@@ -85,7 +85,7 @@ class Weighted(Part):
         }
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns a micro batch's share of the loss in training."""
+        """Returns a micro-batch's share of the training loss, a scalar; see `weighted_loss`."""
         of_teachers: dict[str, Tensor] = {}
         for comparison in comparisons:
             target = comparison.target
@@ -98,18 +98,18 @@ class Weighted(Part):
         return weighted_loss(table * shares, kept_pairs, number, parts=self._micro_batches)
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation: the mean of the teachers' weighted losses."""
+        """Returns the loss of an evaluation, the mean over teachers of their weighted losses."""
         return Sum().combined(targets, losses) / len(self._names)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the number of kept pairs, (1,)."""
+        """Returns the number of kept pairs of a micro-batch, with the images' weights, (1,)."""
         shares = task.sight.shares(prepared["drawn"], prepared["pixels"])
         zeros = prepared["pixels"].new_zeros(len(self._names), len(shares))
         kept_pairs = self._kept(zeros, prepared["maps"], prepared["drawn"])
         return (kept_pairs * shares).sum().double().reshape(1)
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Takes the number of kept pairs of the step."""
+        """Stores the step's number of kept pairs and of micro-batches on all ranks."""
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
@@ -117,9 +117,15 @@ class Weighted(Part):
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns a mask of each image's teachers, (teachers, B) bool.
+        """Returns whether each teacher is kept for each image, (teachers, B) bool.
 
-        Without draws or datasets, as where a step is counted on shapes, all are kept.
+        All teachers are kept if the coins or the datasets that the rule needs are missing, as when
+        operations are counted by shapes.
+
+        Args:
+            losses: (teachers, B), which the rule "drop" compares.
+            maps: The batch's targets, with the images' datasets for the rule own_data.
+            drawn: The result of `draws`.
         """
         if self._weighting.rule == "own_data" and DATASETS in maps:
             return kept_of_own_data(maps[DATASETS], self._teaches.rows)
@@ -129,7 +135,7 @@ class Weighted(Part):
 
 
 class _Teaches(nn.Module):
-    """Table of the teachers of each dataset; a Module without an entry in checkpoints."""
+    """Module whose buffer `rows` is the table `teaches` of `Weighted`; checkpoints leave it out."""
 
     rows: Tensor
 
@@ -146,12 +152,12 @@ class _Teaches(nn.Module):
 def coins(
     seed: int, epoch: int, positions: ArrayLike, *, teachers: int, drop_probability: float
 ) -> Tensor:
-    """Returns whether each teacher besides the worst is kept, (teachers - 1, B) bool, on the CPU.
+    """Draws whether each teacher except an image's worst is kept, (T - 1, B) bool, on the CPU.
 
     Args:
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        positions: (B,), in the epoch's order.
+        positions: (B,), positions of the images in the epoch's order.
         teachers: Number of teachers, T.
         drop_probability: Probability of dropping each teacher, in [0, 1].
     """
@@ -160,12 +166,12 @@ def coins(
 
 
 def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
-    """Returns a mask of the worst and the kept teachers of each image, (T, B) bool.
+    """Returns whether each teacher is kept for each image, (T, B) bool; the worst always is.
 
     Args:
-        losses: (T, B), the loss of each image by each teacher. Of equal losses the first counts
-            as the worst.
-        coins: (T - 1, B) bool, whether each of the others is kept.
+        losses: (T, B), the loss of each image by each teacher. If losses are equal, the first of
+            their teachers counts as the worst.
+        coins: (T - 1, B) bool, whether each of the other teachers is kept, in their order.
     """
     worst = losses.detach().argmax(0, keepdim=True)
     numbers = torch.arange(len(losses), device=losses.device)[:, None]
@@ -174,7 +180,7 @@ def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
 
 
 def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
-    """Returns a mask of the teachers of each image's dataset, (T, B) bool.
+    """Returns whether each teacher teaches the dataset of each image, (T, B) bool.
 
     Args:
         datasets: (B,) int64, the number of each image's dataset.
@@ -188,20 +194,21 @@ def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: 
 
     Args:
         losses: (T, B), the loss of each image by each teacher.
-        kept_pairs: (T, B) bool.
-        number: Number of kept pairs of the whole step, a scalar; at 0 the loss is 0.
-        parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
+        kept_pairs: (T, B) bool, whether a teacher is kept for an image.
+        number: Number of kept pairs in the whole step, a scalar; at 0 the loss is 0.
+        parts: Number of the step's micro-batches on all ranks; the engine averages their losses
+            and gradients.
     """
     # Not by a product, since a loss that is left out may be infinite.
     return parts * losses.where(kept_pairs, 0).sum() / number.to(losses).clamp(min=1)
 
 
 def with_datasets(batches: Iterator[Batch], samples: ImageSource) -> Iterator[Batch]:
-    """Yields micro batches with the number of each image's dataset among their targets.
+    """Yields micro-batches whose targets also hold the number of each image's dataset.
 
     Args:
-        batches: The micro batches.
-        samples: A balanced sum of datasets.
+        batches: The micro-batches.
+        samples: The images, a `Balanced` mixture of datasets.
     """
     datasets_of = cast(Balanced, samples).datasets_of
     for batch in batches:
@@ -214,14 +221,15 @@ def with_datasets(batches: Iterator[Batch], samples: ImageSource) -> Iterator[Ba
 def teaches(
     weighting: Weighting, teachers: Mapping[str, NamedTeacher], data: Data
 ) -> list[list[bool]]:
-    """Returns, for each teacher in the order of names, whether it teaches each of the datasets.
+    """Returns which datasets each teacher teaches under the rule own_data.
 
     Args:
         weighting, teachers, data: Sections of the recipe.
 
-    Returns: an empty list if every teacher teaches all images.
-    Raises: ConfigError or DataError: if a dataset has no teacher or does not exist, or a mixed
-        image would belong to two datasets.
+    Returns: for each teacher in the order of names, a list of whether the teacher teaches each
+        dataset of `data.root`; an empty list for the other rules.
+    Raises: ConfigError or DataError: if a dataset has no teacher or does not exist, or if images
+        are mixed (`data.image_mixup`), as a mixed image would belong to two datasets.
     """
     if weighting.rule != "own_data":
         return []
