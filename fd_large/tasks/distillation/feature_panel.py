@@ -1,7 +1,7 @@
-"""The feature panel, which shows maps of a few held-out images before and after training.
+"""The feature panel, which shows the maps of a few held-out images before and after training.
 
-Its arrays are written during the run as pictures/features_before.npz and features_after.npz, so
-that the report needs neither the models nor torch.
+The run writes its arrays as pictures/features_before.npz and pictures/features_after.npz, so that
+the report needs neither the models nor torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fd_large.tasks.distillation.task import Distillation
 
 PANEL_IMAGES = 4
 PANEL_CANDIDATES = 16
-"""Number of views of which the panel shows the most varied ones; a view may show blank sky."""
+"""Number of views from which `PANEL_IMAGES` are chosen, as a view may show nothing but sky."""
 
 
 class FeaturePanel(Hook):
     """Writes the feature panel, on rank 0."""
 
     def on_start(self, setting: Setting) -> None:
-        """Remembers the run's setting."""
+        """Stores the run's setting, which has the run's folder."""
         self._setting = setting
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
@@ -44,9 +44,7 @@ class FeaturePanel(Hook):
 
         Args:
             index: Finished steps.
-            panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, normalised; student of
-                the same shape and type, projected; with several teachers, teacher_NAME and
-                student_NAME for each. Only rank 0's panel is used.
+            panel: The result of `feature_panel` as arrays; only rank 0's panel is used.
         """
         if distributed.is_main() and self._setting.owned():
             name = f"features_{'after' if index else 'before'}.npz"
@@ -54,7 +52,13 @@ class FeaturePanel(Hook):
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
-    """Writes a panel atomically, with the number of steps as `update`."""
+    """Writes a panel as an .npz file, atomically; its entry `update` is the number of steps.
+
+    Args:
+        path: The file.
+        index: Number of finished steps.
+        panel: The result of `feature_panel` as arrays.
+    """
     images, maps = panel["images"], {n: m for n, m in panel.items() if n != "images"}
     assert images.dtype == numpy.uint8
     assert images.shape[-1] == 3
@@ -80,13 +84,13 @@ def feature_panel(
 
     Args:
         task: The task, in evaluation mode.
-        forward: Runs the task (its engine).
+        forward: Runs the task's forward, through its engine.
         images: (n, 3, S, S) uint8, on the device.
         given_maps: See `Distillation.learnt`.
 
-    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
-        (n, h, w, C), projected, float32; with several teachers, teacher_NAME and student_NAME for
-        each. All tensors are in host memory.
+    Returns: tensors in host memory, by name: "images" is (n, S, S, 3) uint8. "teacher" is the
+        teacher's normalised map and "student" the student's projected map, (n, h, w, C) float32
+        each. In a run with several teachers the maps of each are teacher_NAME and student_NAME.
     """
     student_tokens: dict[str, Tensor] = {}
     shown = [target for target in task.targets if target.kind == MAP]
@@ -125,14 +129,14 @@ def feature_panel(
 
 
 def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
-    """Returns the sorted indices of the panel's views: the most varied ones, not blank sky.
+    """Returns the sorted indices of the `PANEL_IMAGES` views whose pixels vary most.
 
-    The choice depends only on pixels and names, so that a resumed run shows the same views. An
-    image is shown a second time only after every other image was shown once.
+    The choice depends only on pixels and names, so that a resumed run shows the same views. Two
+    views of the same image are chosen only if there are too few images.
 
     Args:
         views: (3, S, S) uint8 each.
-        names: Name of the image that each view is cut from.
+        names: Name of the image from which each view is cut.
     """
     spread = torch.stack([view.float().flatten(1).var(1).sum() for view in views])
     turns, taken = {}, Counter[str]()

@@ -1,4 +1,4 @@
-"""Held-out loss of a run, on fixed views that are split over the ranks, whatever their number."""
+"""Held-out loss of a run, on fixed views that are the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ log = logging.getLogger(__name__)
 class Crops:
     """The evaluation views of a dataset, by index.
 
+    Each view is a random crop of the next image, in an order that is drawn from the seed and begins
+    again after the last image.
+
     Attributes:
         source: The images.
-        views: Number of views, each of the next image in an order drawn from the seed, which begins
-            again after the last image. `len` is at least the number that the panel shows.
+        views: Number of views to evaluate; `len` is at least `PANEL_IMAGES`.
         settings: Settings of the views; colours are not changed.
-        seed: Seed of the crops.
-        skip_bad: Whether to replace an unusable image by the next one, `TRIES` times at most.
+        seed: Seed of the order and of the crops.
+        skip_bad: Whether an unusable image is replaced by the next image, in at most `TRIES` tries.
     """
 
     source: ImageSource
@@ -67,9 +69,10 @@ class Crops:
         return max(self.views, PANEL_IMAGES)
 
     def __call__(self, view: int) -> Tensor:
-        """Returns a view, (3, S, S) uint8.
+        """Returns the view with an index, (3, S, S) uint8.
 
-        Raises: DataError: for an image that cannot be used, if it is not replaced (`skip_bad`).
+        Raises: DataError: if the image cannot be used and `skip_bad` is False, or if no image in
+            `TRIES` tries can be used.
         """
         draws = uniforms(self.seed, EVALUATION_EPOCH, [view], "view", NUM_DRAWS)[0].tolist()
         tries = TRIES if self.skip_bad else 1
@@ -83,26 +86,27 @@ class Crops:
         raise AssertionError("one try at least")
 
     def name_of(self, view: int) -> str:
-        """Returns the name of the image that a view shows."""
+        """Returns the name of the image from which a view is cut, if no image was replaced."""
         return self.source[self._image(view)]
 
     def _image(self, view: int) -> int:
+        """Returns the index in `source` of the image from which a view is cut."""
         # Spread over the dataset, which may list its classes one after the other.
         place = view % min(len(self), len(self.source))
         return int(samples_at(self.source, self.seed, EVALUATION_EPOCH, np.array([place]))[0])
 
 
 class HeldOutViews:
-    """The views of one dataset, cut once and kept as uint8 in host memory.
+    """A rank's evaluation views of a dataset, cropped once and held as uint8 in host memory.
 
     Args:
         name: Prefix of the metrics.
-        crops: Crops the views.
-        micro_batch_size: Views per forward.
+        crops: The views of the dataset.
+        micro_batch_size: Number of views per forward.
         stored: Loader of the stored maps of these views (`StoredMaps`); None if the teachers
             compute the maps.
 
-    Raises: DataError: for an image that cannot be used, unless it is to be skipped.
+    Raises: DataError: if an image cannot be used; see `Crops`.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class HeldOutViews:
         world = distributed.world_size()
         own_views = range(distributed.rank(), crops.views, world)
         self._count = len(own_views)
-        # Under ZeRO-3 every rank must run as many forwards as the one with most views.
+        # Under ZeRO-3 every rank must run as many forwards as the rank with most views.
         self._rounds = math.ceil(math.ceil(crops.views / world) / micro_batch_size)
         self._numbers: Sequence[int] = own_views or (0,)
         self._images = torch.stack([crops(view) for view in self._numbers])
@@ -129,7 +133,9 @@ class HeldOutViews:
         self._panel = torch.stack([candidates[view] for view in self._panel_numbers])
 
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Returns the mean loss and the task's metrics over all views, the same on every rank.
+        """Returns the means of the loss and of the task's metrics over all views, by name.
+
+        All ranks call it, and the result is the same on all ranks.
 
         Args:
             engine: The engine of the task that is measured.
@@ -151,9 +157,13 @@ class HeldOutViews:
         return dict(zip(names, means.tolist(), strict=True))
 
     def best_constant(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Returns the loss of the constant-prediction baseline on these views.
+        """Returns the loss of the constant-prediction baseline on these views, by name.
 
-        With several targets, each target's loss is included by its label.
+        The result also has the baseline's loss on each target with a label. All ranks call it.
+
+        Args:
+            engine: The engine of the task.
+            between: Called before each batch on every rank; may raise to stop.
         """
 
         def batches() -> Iterator[tuple[dict[str, Any], int]]:
@@ -173,11 +183,13 @@ class HeldOutViews:
         return {f"{self.name}_{key}": loss for key, loss in baselines.items()}
 
     def tokens(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
-        """Yields the tokens of a target, (B, N, C) float32, and their weight, 0 for padding.
+        """Yields a target's normalised teacher tokens (B, N, C) float32 and their weight, by batch.
+
+        The weight is 1, or 0 for a batch that only keeps the number of forwards equal on all ranks.
 
         Args:
             engine: The engine of the task.
-            number: The target's place in `Distillation.targets`.
+            number: The target's index in `Distillation.targets`.
         """
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
@@ -185,7 +197,7 @@ class HeldOutViews:
                 yield references(engine.task, **prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Returns the maps of a few fixed views; see `feature_panel`."""
+        """Returns the maps of a few fixed views, as arrays by name; see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             shown = self._batch(self._panel, self._panel_numbers)
@@ -193,6 +205,11 @@ class HeldOutViews:
         return {name: value.numpy() for name, value in maps.items()}
 
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """Yields (arguments of the task's forward, weight, number of views) for each batch.
+
+        All ranks yield the same number of batches; a rank without views left repeats its first view
+        with weight 0 instead of 1.
+        """
         words = f"{self.name.replace('_', ' ')} views"
         for number in activity.counted(range(self._rounds), words, "batches"):
             start = number * self._micro
@@ -205,7 +222,12 @@ class HeldOutViews:
             yield prepared, weight, len(images)
 
     def _batch(self, images: Tensor, numbers: Sequence[int]) -> Batch:
-        """Returns the views of some indices on the device, with their stored maps if any."""
+        """Returns a batch on the device, whose targets are the stored maps of the views, if any.
+
+        Args:
+            images: (B, 3, S, S) uint8, the views.
+            numbers: Their B indices in `Crops`.
+        """
         maps = None
         if self._stored is not None:
             maps = default_collate(
@@ -224,17 +246,17 @@ def held_out_losses(
     micro_batch_size: int,
     stored: Callable[[str, Crops], Any],
 ) -> Evaluation:
-    """Returns the evaluation of the losses on all sets of views; a collective.
+    """Makes the evaluation that measures the losses on all sets of views; all ranks call it.
 
-    The last evaluation also measures the constant-prediction baseline. The feature panel, before
-    the first step and after the last, shows views of the first set.
+    The last evaluation also measures the constant-prediction baseline. The evaluations before the
+    first step and after the last also return the feature panel, which shows views of the first set.
 
     Args:
-        crops: The views of each set, by the prefix of its metrics.
+        crops: The views of each set, by the prefix of the set's metrics.
         engine: The engine of the task that is measured.
         every: Number of steps between two evaluations.
-        micro_batch_size: Views per forward.
-        stored: Returns the loader of a set's stored maps; see `HeldOutViews`.
+        micro_batch_size: Number of views per forward.
+        stored: Returns the loader of a set's stored maps, or None; see `HeldOutViews`.
     """
     sets = distributed.together(
         lambda: [
@@ -261,18 +283,20 @@ def constant_prediction_losses(
     batches: Callable[[], Iterator[tuple[Prepared, int]]],
     summed: Callable[[Tensor], Tensor],
 ) -> list[float]:
-    """Computes for each target the loss of the best constant prediction, a vector of C numbers.
+    """Returns for each target the loss of the best prediction that is the same for all tokens.
 
-    This is the constant-prediction baseline: a student that learnt only the mean of its targets
-    has about these losses. If a loss has slope and curvature (`Loss.newton`), Newton steps lead
-    from the mean towards the minimum.
+    A constant prediction is a vector of the target's C channels. These losses are the
+    constant-prediction baseline: a student that learnt only the mean of its targets has about these
+    losses. If a loss has slope and curvature (`Loss.newton`), Newton steps lead from the mean
+    towards the minimum.
 
     Args:
         task: The task with the targets, in evaluation mode.
-        batches: Called once per pass; yields (prepared, weight), with weight 0 for padding.
+        batches: Called once per pass over the views; yields (result of the task's `prepare`,
+            weight), where padding has weight 0.
         summed: Sums a tensor over the ranks.
 
-    Returns: the loss without its weight, for each of `task.targets`.
+    Returns: the unweighted loss of each of `task.targets`.
     """
     searches = [_Search(target.loss) for target in task.targets]
     # Pass 0 gives the means; each later pass gives the losses of the present constants and the
@@ -289,13 +313,13 @@ def constant_prediction_losses(
 
 
 class _Search:
-    """Search for the best constant prediction of a target, one step per pass over the views.
+    """Search for the best constant prediction of a target, by a step after each pass over views.
 
     Args:
         loss: The target's loss.
 
     Attributes:
-        least: The least loss so far.
+        least: The smallest loss so far.
         done: Whether the search has ended.
     """
 
@@ -307,7 +331,7 @@ class _Search:
         self._last, self.least, self.done = float("nan"), float("inf"), False
 
     def add(self, tokens: Tensor, weight: int) -> None:
-        """Adds the tokens (B, N, C) float32 of a batch to a pass; weight 0 marks padding."""
+        """Adds a batch's tokens (B, N, C) float32 to the sums of a pass; padding has weight 0."""
         if self.done:
             return
         if self._constant is None:
@@ -325,7 +349,13 @@ class _Search:
         self._totals = part if self._totals is None else self._totals + part
 
     def step(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Ends a pass: moves the constant unless the search has converged; a collective."""
+        """Ends a pass, and moves the constant unless the search has converged.
+
+        All ranks call it.
+
+        Args:
+            summed: Sums a tensor over the ranks.
+        """
         if self.done:
             return
         assert self._totals is not None

@@ -1,12 +1,12 @@
-"""The losses between projected student tokens and the normalised tokens of the teacher.
+"""The losses between the student's projected tokens and the teacher's normalised tokens.
 
 To add a loss, add a line in `LOSSES`, or write a file and name it by `objective.loss
 module:FILE.py:NAME`. A loss is a function of (projected, target), both (B, N, C) float32, that
 returns the mean over all tokens or images as a scalar, or it is a subclass of `Loss`. A recipe can
 also name a weighted sum of built-in losses, such as "0.9 cosine + 0.1 smooth_l1".
 
-The loss of a micro batch is the mean over its images, and an image's loss depends on that image
-alone, so that neither ranks nor micro batches change a step.
+The loss of a micro-batch is the mean over its images, and the loss of an image depends on this
+image alone, so that the numbers of ranks and of micro-batches do not change a step.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SMALLEST = 1e-6  # For divisions, far below any difference that matters in unit
 
 
 class Loss:
-    """A loss, with per-image values for evaluations and a label for plots.
+    """Base class of losses, which have a value for each image and a label for plots.
 
     Args:
-        beta: `objective.beta`, for a loss that uses it.
+        beta: `objective.beta`; a loss with `reads_beta` False ignores it.
 
     Attributes:
         label: Label in logs and plots.
         reads_beta, reads_temperature: Whether the loss uses the number; a recipe that sets an
             unused number is refused.
         temperature: `objective.temperature`, which `make_loss` sets after construction.
-        of_tokens: Whether it is a mean over the losses of single tokens (`per_token`).
-        in_sums: Whether it may stand in a sum of losses by weight.
+        of_tokens: Whether the loss is a mean over the losses of single tokens (`per_token`).
+        in_sums: Whether a weighted sum of losses may have the loss as a term.
     """
 
     label = "loss"
@@ -56,68 +56,68 @@ class Loss:
         self.beta = beta
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Called once, when the target is constructed, with facts about its tokens.
+        """Prepares the loss for its target, and is called once; by default it does nothing.
 
         Args:
             teacher: The teacher's name, or "" for a single teacher.
             kind: "map" or "summary".
-            width: Channels of the tokens.
+            width: Number of channels of the target's tokens.
             normaliser: Name of the normaliser of the teacher's tokens.
 
-        Raises: ConfigError: if the loss does not work on such tokens.
+        Raises: ConfigError: if the loss does not work on this kind of target or normaliser.
         """
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, a scalar.
 
         Args:
-            projected: (B, N, C) float32, student tokens after the head.
-            target: (B, N, C) float32, teacher tokens after the normaliser; takes no gradient.
+            projected: (B, N, C) float32, the student's tokens after the head.
+            target: (B, N, C) float32, the teacher's tokens after the normaliser; takes no gradient.
         """
         raise NotImplementedError
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each image, (B,), whose mean is the loss.
+        """Returns the loss of each image, (B,); their mean is the result of `__call__`.
 
-        Args: As `__call__`.
+        Args: As for `__call__`.
         """
         pairs = zip(projected.split(1), target.split(1), strict=True)
         return torch.stack([self(ours, theirs) for ours, theirs in pairs])
 
     def per_token(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each token, (B, N), of a loss that is `of_tokens`.
+        """Returns the loss of each token, (B, N); called only if `of_tokens` is True.
 
-        Args: As `__call__`.
+        Args: As for `__call__`.
         """
         tokens = (each.flatten(0, 1)[:, None] for each in (projected, target))
         return self.per_image(*tokens).view(projected.shape[:2])
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns slope and curvature of the loss in a constant prediction, each (C,), or None.
+        """Returns slope and curvature for a Newton step of a constant prediction, (C,) each.
 
-        Both are summed over the images. A step of slope / curvature must not overshoot the
-        minimum; a curvature of 0 keeps a channel fixed. If a loss returns None, the
-        constant-prediction baseline predicts the mean of the targets.
+        Slope and curvature are summed over the images. A step of slope / curvature must not
+        overshoot the minimum, and a channel with curvature 0 is not moved. If a loss returns None,
+        the constant-prediction baseline predicts the mean of the targets.
 
         Args:
-            constant: (C,) float32, predicted for every token.
+            constant: (C,) float32, the prediction for every token.
             target: (B, N, C) float32.
         """
         return None
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor | None:
-        """Returns the loss against whitened tokens by one fused kernel, or None without one.
+        """Returns the loss, computed with whitening by a fused kernel; None without such a kernel.
 
         Args:
-            projected: (B, N, C), any float dtype.
-            tokens: (B, N, C), the teacher's tokens, not whitened.
-            eps: Constant added to the variance of a token.
+            projected: (B, N, C), of any floating-point dtype.
+            tokens: (B, N, C), the teacher's tokens before whitening.
+            eps: Constant that whitening adds to the variance of a token.
         """
         return None
 
 
 class SmoothL1(Loss):
-    """The smooth L1 loss, quadratic below `beta` and linear above; the mean over all channels.
+    """The mean over tokens and channels of smooth L1, quadratic below `beta` and linear above.
 
     Source: Wei et al., arXiv 2205.14141.
     """
@@ -136,8 +136,8 @@ class SmoothL1(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
-        The second derivative is not used, since it is 0 for differences larger than `beta`: if
-        most are, a Newton step would lead far beyond the minimum.
+        The second derivative is not used, since it is 0 for differences above `beta`. If most
+        differences were above `beta`, a Newton step would lead far beyond the minimum.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta
@@ -146,7 +146,7 @@ class SmoothL1(Loss):
         return slope.sum(0) * scale, curvature.sum(0) * scale
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor:
-        """Returns the loss by the fused kernel, or by its plain twin."""
+        """Returns the loss by the fused kernel, or in plain torch where the kernel cannot run."""
         return whitened_loss(projected, tokens, beta=self.beta, eps=eps)
 
 
@@ -165,7 +165,7 @@ class MeanSquaredError(Loss):
         return F.mse_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns first and second derivative, summed over the images."""
+        """Returns the first and the second derivative, summed over the images."""
         slope = 2 / constant.numel() * (constant - target).mean(-2).sum(0)
         return slope, torch.full_like(constant, 2 / constant.numel() * len(target))
 
@@ -187,7 +187,7 @@ class L1(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
-        Steps are those of iteratively reweighted least squares and lead towards the median.
+        The steps are those of iteratively reweighted least squares, and lead towards the median.
         """
         difference = (constant - target).flatten(0, -2)
         scale = len(target) / target.numel()
@@ -196,7 +196,7 @@ class L1(Loss):
 
 
 class Cosine(Loss):
-    """One minus the cosine of the two tokens at a place; the mean over tokens."""
+    """One minus the mean over tokens of the cosine between a student's and a teacher's token."""
 
     label = "cosine loss"
     reads_beta, of_tokens = False, True
@@ -206,20 +206,20 @@ class Cosine(Loss):
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens of each image."""
+        """Returns the mean over the tokens of each image, (B,)."""
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns slope and curvature, by which a single step reaches the best direction."""
+        """Returns a slope and curvature for which a single step reaches the best direction."""
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
         return _towards(constant, directions)
 
 
 class CosineOfMap(Loss):
-    """One minus the cosine of two maps, each taken as one long vector; the mean over images.
+    """One minus the mean over images of the cosine between two maps, each as a single vector.
 
-    Tokens of larger norm count more, unlike in `Cosine`. Source: Shang et al. (Theia), arXiv
-    2407.20179, and Lu et al. (SAK), arXiv 2410.14633, in their code.
+    Unlike in `Cosine`, tokens of larger norm have more weight. Source: the code of Shang et al.
+    (Theia), arXiv 2407.20179, and of Lu et al. (SAK), arXiv 2410.14633.
     """
 
     label = "map cosine loss"
@@ -234,14 +234,14 @@ class CosineOfMap(Loss):
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns slope and curvature, by which a single step reaches the best direction."""
+        """Returns a slope and curvature for which a single step reaches the best direction."""
         units = F.normalize(target.flatten(1), dim=-1).view_as(target)
         directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
         return _towards(constant, directions)
 
 
 class WeightedSum(Loss):
-    """A sum of losses by weight.
+    """A weighted sum of losses.
 
     Args:
         terms: (weight, loss) of each term.
@@ -257,27 +257,28 @@ class WeightedSum(Loss):
         self.of_tokens = all(loss.of_tokens for _, loss in terms)
 
     def begin(self, teacher: str, kind: str, **names: Any) -> None:
-        """Calls `begin` of each term."""
+        """Calls `begin` of each loss in the sum."""
         for _, loss in self.terms:
             loss.begin(teacher, kind, **names)
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the sum of the means."""
+        """Returns the weighted sum of the losses, a scalar."""
         losses = [weight * loss(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the sum for each image."""
+        """Returns the weighted sum of the losses of each image, (B,)."""
         losses = [weight * loss.per_image(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum(0)
 
     def _terms(self) -> tuple[tuple[float, Loss], ...]:
+        """Returns `terms`, after passing on the number of prefix tokens to each loss."""
         for _, loss in self.terms:
             loss.num_prefix_tokens = self.num_prefix_tokens
         return self.terms
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sums of slopes and of curvatures."""
+        """Returns the weighted sums of slopes and of curvatures, without losses that have none."""
         slope, curvature = torch.zeros_like(constant), torch.zeros_like(constant)
         for weight, loss in self.terms:
             if (part := loss.newton(constant, target)) is not None:
@@ -286,15 +287,15 @@ class WeightedSum(Loss):
 
 
 class ClsAndPatches(Loss):
-    """Weighted cosine loss and smooth L1, averaged over two parts: the CLS token and the patches.
+    """Mean of the same loss on the CLS token and on the patches, a sum of `Cosine` and `SmoothL1`.
 
-    A CLS token counts as much as all patches together; registers are left out. Source:
+    The CLS token has as much weight as all patches together, and registers are left out. Source:
     Sariyildiz et al. (UNIC), arXiv 2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
 
     Args:
         beta: See `Loss`.
-        cosine: Weight of the cosine loss.
-        smooth_l1: Weight of smooth L1.
+        cosine: Weight of `Cosine`.
+        smooth_l1: Weight of `SmoothL1`.
     """
 
     label = "CLS and patch loss"
@@ -304,7 +305,7 @@ class ClsAndPatches(Loss):
         self._loss = WeightedSum([(cosine, Cosine()), (smooth_l1, SmoothL1(beta))])
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
+        """Returns the mean over images, a scalar."""
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
@@ -313,7 +314,7 @@ class ClsAndPatches(Loss):
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the means of slopes and of curvatures."""
+        """Returns the means over CLS token and patches of the slopes and of the curvatures."""
         derivatives = [
             torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)
         ]
@@ -321,6 +322,7 @@ class ClsAndPatches(Loss):
         return slope, curvature
 
     def _kinds(self, tokens: Tensor) -> list[Tensor]:
+        """Splits tokens (B, N, C) into CLS tokens, if there are any, and patches."""
         patches = tokens[:, self.num_prefix_tokens :]
         return [tokens[:, :1], patches] if self.num_prefix_tokens else [patches]
 
@@ -333,7 +335,7 @@ LOSSES: dict[str, Any] = {
     "cosine_of_map": CosineOfMap,
     "cls_and_patches": ClsAndPatches,
 }
-"""Built-in losses: functions, or subclasses of `Loss`."""
+"""The built-in losses by name, each a function or a subclass of `Loss`."""
 
 
 def make_loss(
@@ -373,10 +375,14 @@ def make_loss(
 
 
 def check_loss(loss: Loss, name: str) -> None:
-    """Calls a loss on a few tokens and takes its gradient.
+    """Checks a loss by its value and its gradient on a few tokens.
 
-    Raises: ConfigError: if the call fails, its result is not a finite scalar, or that of a plain
-        function is not the mean over the images.
+    Args:
+        loss: The loss.
+        name: The loss's name in the recipe, for messages.
+
+    Raises: ConfigError: if the call fails, if the value or the gradient is not finite, or if a
+        plain function does not return the mean over the images.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
@@ -410,7 +416,11 @@ def check_loss(loss: Loss, name: str) -> None:
 
 
 class FunctionLoss(Loss):
-    """A loss made from a plain function."""
+    """A loss that a plain function computes.
+
+    Args:
+        function: Maps (projected, target), as in `Loss.__call__`, to a scalar.
+    """
 
     reads_beta = False
 
@@ -429,10 +439,14 @@ class FunctionLoss(Loss):
 
 
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns slope and curvature of minus the cosine between a constant and a sum of unit vectors.
+    """Returns a slope and curvature, (C,) each, to minimise minus the cosine to unit vectors.
 
-    They belong to a parabola whose minimum has the direction of the sum and the norm of the
-    constant, whatever the constant's direction.
+    The parabola that they describe has its minimum at the vector with the norm of the constant and
+    the direction of the unit vectors' sum.
+
+    Args:
+        constant: (C,), the present prediction.
+        directions: (C,), the sum of the unit vectors.
     """
     length, most = constant.norm().clamp(min=_SMALLEST), directions.norm()
     slope = (most * constant / length - directions) / length

@@ -1,9 +1,9 @@
-"""Normalisers of a teacher's tokens, applied before the student learns them.
+"""Normalisers of a teacher's tokens, which make the targets that the student learns.
 
-To add a normaliser, add a line in `NORMALISERS` or write a file and name it by
-`objective.normaliser module:FILE.py:NAME`. A normaliser is a function from tokens (..., C) to
-float32 of the same shape. It is given the tokens of a micro batch, and must treat each token by
-itself. Two built-in normalisers read statistics of the teacher's channels from a file
+To add a normaliser, add a line in `NORMALISERS`, or write a file and name it by
+`objective.normaliser module:FILE.py:NAME`. A normaliser is a function from the tokens (..., C) of a
+micro-batch to float32 tokens of the same shape; the result for a token must not depend on other
+tokens. Two built-in normalisers read statistics of the teacher's channels from a file
 (target_statistics.py). An invertible normaliser has a method `undo`, which returns an `Undo`.
 """
 
@@ -26,33 +26,34 @@ from fd_large.tasks.distillation.target_statistics import TargetStatistics
 WHERE = "objective.normaliser"
 NONE = "none"
 WHITENING = "whitening"
-"""The default, which a fused kernel may compute together with the loss."""
+"""The default normaliser, which a fused kernel may compute together with the loss."""
 
 Normaliser = Callable[[Tensor], Tensor]
 _TRIAL_WIDTH = 8
 
 
 def none(tokens: Tensor) -> Tensor:
-    """Returns the tokens unchanged, in float32 (float64 stays)."""
+    """Returns the tokens unchanged, in float64 if they were float64, else in float32."""
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def unbiased_whitening(tokens: Tensor) -> Tensor:
-    """Gives each token mean 0 and variance 1 by the unbiased variance, as dBOT and MAE do."""
+    """Normalises each token (..., C) to mean 0 and unbiased variance 1, as dBOT and MAE do."""
     variance, mean = torch.var_mean(none(tokens), dim=-1, keepdim=True)
     return (none(tokens) - mean) / (variance + 1e-6).sqrt()
 
 
 class Affine:
-    """Subtracts a mean from tokens, then scales or rotates them by a constant.
+    """Normaliser that subtracts a mean from tokens, then scales or rotates their channels.
 
     Args:
-        mean: (C,).
-        factor: (C,), a factor of each channel; or (C, C), whose rows give the new channels.
+        mean: (C,), the mean of each channel.
+        factor: (C,), a factor for each channel; or a matrix (C, C), each row of which computes an
+            output channel.
 
     Attributes:
-        width: C.
-        constants: See the arguments.
+        width: Number of channels, C.
+        constants: The pair (mean, factor).
     """
 
     def __init__(self, mean: Tensor, factor: Tensor) -> None:
@@ -60,7 +61,7 @@ class Affine:
         self._constants = {(mean.device, mean.dtype): self.constants}
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Returns the normalised tokens (..., C) in float32 (float64 stays)."""
+        """Returns normalised tokens (..., C), in float64 if they were float64, else in float32."""
         tokens = none(tokens)
         key = (tokens.device, tokens.dtype)
         if key not in self._constants:
@@ -71,7 +72,7 @@ class Affine:
         return centred * factor if factor.ndim == 1 else centred @ factor.T
 
     def undo(self) -> Undo:
-        """Returns the inverse."""
+        """Returns the inverse, which maps normalised tokens to the teacher's tokens."""
         mean, factor = (constant.double() for constant in self.constants)
         both = mean.expand(2, -1)
         if factor.ndim == 1:
@@ -80,7 +81,7 @@ class Affine:
 
 
 def standardise(statistics: TargetStatistics) -> Affine:
-    """Gives every channel mean 0 and variance 1.
+    """Returns the normaliser that gives every channel mean 0 and variance 1.
 
     A standard deviation below 0.001 counts as 0.001, as in DUNE (arXiv 2503.14405).
     """
@@ -88,9 +89,9 @@ def standardise(statistics: TargetStatistics) -> Affine:
 
 
 def phi_s(statistics: TargetStatistics) -> Affine:
-    """Rotates the channels, and scales all by one number, so that each has a variance of 1.
+    """Returns the normaliser that rotates the channels so that all have variance 1.
 
-    See `phi_s_matrix`.
+    All channels are scaled by the same number; see `phi_s_matrix`.
     """
     return Affine(statistics.mean, statistics.phi_s)
 
@@ -100,21 +101,24 @@ NORMALISERS: dict[str, Any] = {
     "unbiased_whitening": unbiased_whitening,
     NONE: none,
 }
-"""The built-in normalisers that need no file."""
+"""The built-in normalisers that need no file, by name."""
 BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "standardise": standardise,
     "phi_s": phi_s,
 }
-"""The built-in normalisers that are made from a file of statistics."""
+"""The constructors of the built-in normalisers that need a file of statistics, by name."""
 
 
 class Undo(nn.Module):
-    """The inverse of a normaliser, from normalised tokens to the teacher's own.
+    """The inverse of a normaliser, which maps normalised tokens to the teacher's tokens.
+
+    The first row of `mean` and of `scale` is for prefix tokens, the second for patches.
 
     Args:
-        mean: (2, C), of prefix tokens and of patches.
-        scale: (2, C), which multiplies each channel; None if channels are rotated.
-        rotation: (C, C), whose rows give the teacher's channels; None if channels are only scaled.
+        mean: (2, C), which is added last.
+        scale: (2, C), which multiplies the channels; None if channels are rotated.
+        rotation: (C, C), each row of which computes a channel of the teacher; None if channels are
+            only scaled.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor | None, rotation: Tensor | None) -> None:
@@ -124,11 +128,11 @@ class Undo(nn.Module):
         self.register_buffer("rotation", None if rotation is None else rotation.float())
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-        """Returns the teacher's tokens (B, N, C) float32 from normalised tokens.
+        """Returns the teacher's tokens, (B, N, C) float32.
 
         Args:
-            tokens: (B, N, C).
-            num_prefix_tokens: Tokens of an image before its patches.
+            tokens: (B, N, C), normalised.
+            num_prefix_tokens: Number of tokens of an image before its patches.
         """
         rows = (torch.arange(tokens.shape[1], device=tokens.device) >= num_prefix_tokens).long()
         if self.rotation is not None:
@@ -150,10 +154,10 @@ def make_normaliser(
         name: A name in `NORMALISERS`, `BY_STATISTICS` or `running`, or the user's own
             `module:FILE.py:NAME` (fd_large/doors.py).
         eps: `objective.whitening_eps`, for whitening.
-        statistics: `objective.target_statistics`, a file.
-        width: Channels of the teacher's tokens, for a name in `running`.
-        running: Normalisers whose statistics training updates, by name; each is constructed from
-            the number of channels.
+        statistics: `objective.target_statistics`, the path of a file.
+        width: Number of channels of the teacher's tokens, for a name in `running`.
+        running: Constructors of the normalisers whose statistics training updates, by name; each
+            takes the number of channels.
 
     Raises: ConfigError: if the normaliser or its file does not exist.
     """
@@ -167,9 +171,14 @@ def make_normaliser(
 
 
 def check_normaliser(normaliser: Normaliser, name: str) -> None:
-    """Calls a normaliser on a few tokens.
+    """Checks a normaliser by a call on a few tokens.
 
-    Raises: ConfigError: if that fails, changes the shape, or mixes tokens.
+    Args:
+        normaliser: The normaliser.
+        name: The normaliser's name in the recipe, for messages.
+
+    Raises: ConfigError: if the call fails, if the result is not float32 of the same shape, or if
+        the result for a token depends on other tokens.
     """
     width = getattr(normaliser, "width", _TRIAL_WIDTH)
     tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
-"""Targets of a recipe, each a teacher's map or summary on a common grid with the student's.
+"""Targets of a recipe; each compares a teacher's map or summary with the student's.
 
-They extend the small `Target` of task.py by names, kinds, prefix tokens and grids.
+`NamedTarget` extends `Target` of task.py by names, kinds, prefix tokens and grids.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from fd_large.tasks.distillation.task import Distillation, Maps, Seen, Target
 
 
 class NamedTarget(Target):
-    """A head on the student's tokens, and the loss between them and a teacher's map or summary.
+    """A head on the student's map, and the loss between its output and a teacher's map or summary.
 
-    Loss and normaliser may have a state that training updates: `state(label)` returns it by its
-    name in checkpoints, and `part(target)` returns the part of a step that updates it.
+    A loss or normaliser may have a state that training updates. Its method `state(label)` then
+    returns the Modules of the state by their names in checkpoints, and its method `part(target)`
+    returns the part of a step that updates the state.
 
     Args:
-        head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
-        teacher, weight: As `Target`.
-        normalise: From tokens (..., teacher_width) to the same in float32.
+        head: A Module from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+        teacher, weight: As in `Target`.
+        normalise: Maps tokens (..., teacher_width) to normalised tokens of the same shape in
+            float32.
         loss: The loss.
         kind: "map" or "summary".
-        fused_eps: Constant added to a token's variance, if a kernel may fuse whitening and loss;
-            else None.
-        interpolation: Interpolation between different grids (alignment.py); "none" refuses
+        fused_eps: Constant that whitening adds to a token's variance, if a kernel may fuse
+            whitening and loss; else None.
+        interpolation: How maps of different grids are resized (alignment.py); "none" refuses
             different grids.
-        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
-        projection: (teacher_width, channels of the teacher's map), by which the teacher's summary
-            becomes its embedding; None: the summary itself is learnt.
+        with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
+        projection: (teacher_width, channels of the teacher's map), the matrix from the teacher's
+            summary to its embedding; None to learn the summary without a projection.
 
     Attributes:
         reads_blocks: Whether the head reads the maps of the student's blocks.
@@ -77,30 +79,30 @@ class NamedTarget(Target):
 
     @property
     def stateful(self) -> list[Any]:
-        """The normaliser and the loss, if they have a state."""
+        """Those of the normaliser and the loss that have a state."""
         return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns head and state by their names in checkpoints."""
+        """Returns the head, and the state of loss and normaliser, by their names in checkpoints."""
         modules = {self.path: self.head}
         for each in self.stateful:
             modules |= each.state(self.label)
         return modules
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns the parts that update the state."""
+        """Returns the parts of a step that update the state of loss and normaliser."""
         return tuple(each.part(self) for each in self.stateful)
 
     def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the tokens to compare, (B, N, Ct), of student (after the head) and teacher.
+        """Returns the student's tokens after the head, and the teacher's tokens, (B, N, Ct) each.
 
-        N is 1 for a summary.
+        The tokens are on a common grid, and N is 1 for a summary.
 
         Args:
             student_maps: The student's maps, in the data type of the head.
-            teacher: The teacher's map, any floating-point dtype.
+            teacher: The teacher's map, of any floating-point dtype.
 
-        Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
+        Raises: ShapeError: if the grids differ and the interpolation is "none".
         """
         if self.kind == SUMMARY:
             teacher = as_map(self._summary_of(teacher))
@@ -116,13 +118,11 @@ class NamedTarget(Target):
         return student.tokens, teacher.tokens
 
     def tokens_of(self, task: Distillation, *, pixels: Tensor, maps: Maps, **_: Any) -> Tensor:
-        """Returns the teacher's tokens that `compared` would return; the student is not run.
-
-        Their shape is (B, N, Ct).
+        """Returns the teacher's tokens as `compared` does, (B, N, Ct), without running the student.
 
         Args:
-            task: The task, for the grid and prefix tokens of its student.
-            pixels: (B, 3, H, W), the student's pixels.
+            task: The task, whose student gives the grid and the number of prefix tokens.
+            pixels: (B, 3, H, W), the student's pixels, of which only the size is used.
             maps: The teachers' maps by name.
         """
         student = task.student
@@ -130,12 +130,12 @@ class NamedTarget(Target):
         return self.teacher_tokens(outline, maps[self.teacher])
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's tokens that `compared` would return, (B, N, Ct).
+        """Returns the teacher's tokens as `compared` does, (B, N, Ct).
 
         Args:
-            student: A map with the grid and number of prefix tokens of the student's map; its
+            student: A map with the grid and the number of prefix tokens of the student's map; its
                 tokens are not read.
-            teacher: The teacher's map, any floating-point dtype.
+            teacher: The teacher's map, of any floating-point dtype.
         """
         if self.kind == SUMMARY:
             self._note_prefix(0)
@@ -145,7 +145,7 @@ class NamedTarget(Target):
         return self._aligned(FeatureMap(tokens, grid, prefix), teacher)[1].tokens
 
     def _aligned(self, student: FeatureMap, teacher: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
-        """Returns the head's map and the teacher's on a common grid."""
+        """Returns the head's output and the teacher's map, both on a common grid."""
         student, teacher = align(
             student, teacher, interpolation=self._interpolation, with_prefix=self._with_prefix
         )
@@ -153,34 +153,44 @@ class NamedTarget(Target):
         return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's summary (B, 1, Ct), or its embedding, in float32."""
+        """Returns the teacher's summary, (B, 1, Ct), or its float32 embedding if that is learnt."""
         summaries = summary(teacher)
         return summaries if self._projection is None else summaries.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
-        """Tells loss and normaliser the number of prefix tokens among the compared tokens."""
+        """Sets the number of prefix tokens among the compared tokens on the loss and normaliser."""
         for each in (self.loss, *self.stateful):
             each.num_prefix_tokens = number
 
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
-        """Returns grid and prefix tokens of the head's output, from those of the student's map."""
+        """Returns the grid and the number of prefix tokens of the head's output.
+
+        Args:
+            grid: Rows and columns of the student's map.
+            num_prefix_tokens: Number of prefix tokens of the student's map.
+        """
         if isinstance(self.head, MapHead):
             return self.head.grid_from(grid), self.head.num_prefix_tokens
         return grid, num_prefix_tokens
 
     def places(self, student: Grid, teacher: Grid) -> Grid:
-        """Returns the common grid for comparing maps, from the grids of student and teacher.
+        """Returns the rows and columns of the grid on which maps are compared.
 
-        Raises: ShapeError: if they differ after the head, and are not to be interpolated.
+        Args:
+            student: Rows and columns of the student's map, before the head.
+            teacher: Rows and columns of the teacher's map.
+
+        Raises: ShapeError: if the head's output and the teacher's map have different grids and the
+            interpolation is "none".
         """
         return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss without its weight, a float32 scalar; by a fused kernel if there is one.
+        """Returns the unweighted loss, a float32 scalar, by a fused kernel if there is one.
 
         Args:
             projected: (B, N, Ct), the student's tokens after the head.
-            tokens: (B, N, Ct), the teacher's tokens, any floating-point dtype.
+            tokens: (B, N, Ct), the teacher's tokens, of any floating-point dtype.
         """
         if self._eps is not None:
             fused = self.loss.fused(projected, tokens, self._eps)
@@ -189,9 +199,9 @@ class NamedTarget(Target):
         return super().value(projected, tokens)
 
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss of each image without its weight, (B,) float32; its mean is `value`.
+        """Returns the unweighted loss of each image, (B,) float32, whose mean is `value`.
 
-        Args: As `value`.
+        Args: As for `value`.
         """
         normalised = self.normalise(tokens.detach())
         return self.loss.per_image(projected.to(normalised.dtype), normalised)
@@ -206,15 +216,15 @@ def guess(
     with_prefix: bool,
     num_prefix_tokens: int,
 ) -> FeatureMap:
-    """Returns a head's output for a student's map.
+    """Returns a head's output for a student's map, a prediction of the teacher's map.
 
     Args:
-        head: From tokens to tokens, or a `MapHead`.
+        head: A Module from tokens to tokens, or a `MapHead`.
         student: The student's map, in the data type of the head.
-        blocks: The maps after its blocks, where the head reads them.
-        kind: "map", or "summary" for a map with a single place.
-        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
-        num_prefix_tokens: Tokens before the patches of the teacher's map.
+        blocks: The maps after the student's blocks; empty if the head does not read them.
+        kind: "map", or "summary" to run the head on summaries, as maps of a single patch.
+        with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
+        num_prefix_tokens: Number of tokens before the patches of the teacher's map.
     """
     if kind == SUMMARY:
         student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
@@ -228,15 +238,15 @@ def guess(
 
 
 def reads_blocks(head: nn.Module) -> bool:
-    """Returns whether a head reads the maps of the student's blocks."""
+    """Whether a head reads the maps after the student's blocks instead of the last map."""
     return isinstance(head, MapHead) and head.reads_blocks
 
 
 def summary(feature_map: FeatureMap) -> Tensor:
-    """Returns the summary of each image, (B, 1, C), which is its class token if there is one.
+    """Returns the summary of each image, (B, 1, C).
 
-    The class token is `feature_map.summary` or the map's first prefix token. Without either, the
-    summary is the mean of all tokens.
+    The summary is the class token, which is `feature_map.summary` or else the first prefix token.
+    For a map without a class token it is the mean of all tokens.
     """
     if feature_map.summary is not None:
         return feature_map.summary
@@ -246,7 +256,7 @@ def summary(feature_map: FeatureMap) -> Tensor:
 
 
 def as_map(summaries: Tensor) -> FeatureMap:
-    """Returns summaries (B, 1, C) as maps with a single place, for heads that read maps."""
+    """Returns summaries (B, 1, C) as maps of a single patch, for heads that read maps."""
     return FeatureMap(summaries, (1, 1), 0)
 
 

@@ -1,8 +1,8 @@
-"""Means, deviations and a rotation of a teacher's channels, measured once and kept in a file.
+"""Means, deviations and a rotation of a teacher's channels, measured once and stored in a file.
 
-The tokens are those of a run's targets, from random crops, on the student's grid. Only sums of
-tokens and of their products are held in memory, in float64, so that ranks and micro batches change
-the statistics as little as they change the teacher's own map.
+The statistics are over the tokens of a run's target, which come from random crops and are on the
+student's grid. Memory holds only sums of tokens and of their products, in float64. So the numbers
+of ranks and of micro-batches change the statistics as little as they change the teacher's map.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class TargetStatistics(NamedTuple):
     Attributes:
         mean: (C,) float64.
         deviation: (C,) float64, the square roots of the unbiased variances.
-        phi_s: (C, C) float64: see `phi_s_matrix`.
-        facts: Facts that decide the tokens; a run that uses the file must have the same.
-        digest: Hash of the file; empty before it is written.
+        phi_s: (C, C) float64, the result of `phi_s_matrix`.
+        facts: Settings that decide the tokens, by name; a run that uses the file must have the
+            same.
+        digest: Hash of the file; "" for statistics that were not read from a file.
     """
 
     mean: Tensor
@@ -50,10 +51,12 @@ class TargetStatistics(NamedTuple):
 def moments(
     targets: Iterable[tuple[Tensor, int]], summed: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Returns mean (C,) and unbiased covariance (C, C) of tokens, float64; a collective.
+    """Returns the mean (C,) and the unbiased covariance (C, C) of tokens, float64.
+
+    All ranks call it.
 
     Args:
-        targets: (tokens (B, N, C), weight), with weight 0 for padding.
+        targets: This rank's batches, each (tokens (B, N, C), weight), where padding has weight 0.
         summed: Sums a tensor over the ranks.
     """
     sums: Tensor | None = None
@@ -69,7 +72,7 @@ def moments(
 
 
 def statistics_of(mean: Tensor, covariance: Tensor, facts: Mapping[str, Any]) -> TargetStatistics:
-    """Returns the statistics from mean and covariance."""
+    """Returns the statistics for a mean (C,) and a covariance (C, C) of a teacher's channels."""
     deviation = covariance.diagonal().clamp(min=0).sqrt()
     return TargetStatistics(mean, deviation, phi_s_matrix(covariance), facts)
 
@@ -106,14 +109,14 @@ def read(path: str) -> TargetStatistics:
 
 
 def require_same(stored: Mapping[str, Any], run_facts: Mapping[str, Any], path: str) -> None:
-    """Refuses statistics of other tokens than those of the run.
+    """Checks that statistics were measured on tokens of the run's target.
 
     Args:
         stored: The facts in the file.
         run_facts: The run's facts.
         path: The file.
 
-    Raises: ConfigError: naming the differences.
+    Raises: ConfigError: if facts differ; it names the differences.
     """
     other = [name for name in run_facts if stored.get(name) != run_facts[name]]
     if other:
@@ -128,17 +131,17 @@ def require_same(stored: Mapping[str, Any], run_facts: Mapping[str, Any], path: 
 
 
 def phi_s_matrix(covariance: Tensor) -> Tensor:
-    """Returns the rotation after which every channel of a teacher has the same variance: PHI-S.
+    """Returns the matrix of PHI-S, a scaled rotation after which each channel has variance 1.
 
-    It is a H U^T, where U are the eigenvectors of the covariance, H is a Hadamard matrix over the
-    square root of its size, and 1 / a^2 is the mean eigenvalue. One number scales all directions,
-    so that uninformative directions are not amplified; whitening with the covariance amplifies
-    them. Source: Ranzinger et al., arXiv 2410.01680.
+    The matrix is a H U^T, where the columns of U are the eigenvectors of the covariance, H is a
+    Hadamard matrix divided by the square root of its size, and 1 / a^2 is the mean eigenvalue. All
+    directions are scaled by the same number, so that uninformative directions are not amplified, as
+    whitening with the covariance would do. Source: Ranzinger et al., arXiv 2410.01680.
 
     Args:
         covariance: (C, C).
 
-    Returns: (C, C) float64, which is applied to tokens less their mean.
+    Returns: (C, C) float64, to be multiplied with tokens from which the mean was subtracted.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     scale = values.clamp(min=0).mean().rsqrt()
@@ -146,10 +149,10 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 
 
 def orthogonal(size: int) -> Tensor:
-    """Returns a Hadamard matrix over the square root of its size, (size, size) float64.
+    """Returns a Hadamard matrix divided by the square root of its size, (size, size) float64.
 
-    If `hadamard` has no matrix of this size, it is a fixed random orthogonal matrix; channels
-    then have only about the same variance.
+    If `hadamard` has no matrix of this size, the result is a fixed random orthogonal matrix, with
+    which the variances of the channels are only about the same.
     """
     signs = hadamard(size)
     if signs is not None:
@@ -161,10 +164,11 @@ def orthogonal(size: int) -> Tensor:
 
 
 def hadamard(size: int) -> np.ndarray | None:
-    """Returns a Hadamard matrix of signs, (size, size) int8, or None if none is known here.
+    """Returns a Hadamard matrix, (size, size) int8, or None if this code cannot construct one.
 
-    It is the Kronecker product of the largest possible Sylvester matrix and a Paley matrix. The
-    signs are those of NVIDIA's code for RADIO, so that targets are comparable.
+    The matrix is a Sylvester matrix if the size is a power of two. Otherwise it is the Kronecker
+    product of the largest possible Sylvester matrix and a Paley matrix. The signs are the same as
+    in NVIDIA's code for RADIO, so that targets are comparable.
     """
     two_power = size & -size
     if two_power == size:
@@ -181,6 +185,7 @@ def hadamard(size: int) -> np.ndarray | None:
 
 
 def _sylvester(size: int) -> np.ndarray:
+    """Returns Sylvester's Hadamard matrix for a power of two, (size, size) int8."""
     signs = np.ones((1, 1), np.int8)
     while len(signs) < size:
         signs = np.kron(np.array([[1, 1], [1, -1]], np.int8), signs)
@@ -188,6 +193,7 @@ def _sylvester(size: int) -> np.ndarray:
 
 
 def _paley_1(prime: int) -> np.ndarray:
+    """Returns Paley's first Hadamard matrix, of side prime + 1, for a prime of 4 k + 3."""
     signs = np.eye(prime + 1, dtype=np.int8)
     signs[0, 1:], signs[1:, 0] = 1, -1
     signs[1:, 1:] += _residues(prime)
@@ -195,6 +201,7 @@ def _paley_1(prime: int) -> np.ndarray:
 
 
 def _paley_2(prime: int) -> np.ndarray:
+    """Returns Paley's second Hadamard matrix, of side 2 * (prime + 1), for a prime of 4 k + 1."""
     inner = np.zeros((prime + 1, prime + 1), np.int8)
     inner[0, 1:] = inner[1:, 0] = 1
     inner[1:, 1:] = _residues(prime)
@@ -203,7 +210,10 @@ def _paley_2(prime: int) -> np.ndarray:
 
 
 def _residues(prime: int) -> np.ndarray:
-    """Returns 1 where row - column is a square modulo the prime, 0 where it is 0, else -1."""
+    """Returns the matrix of quadratic residues modulo a prime, (prime, prime) int8.
+
+    An element is 0 on the diagonal, 1 if row - column is a square modulo the prime, and else -1.
+    """
     signs = np.full(prime, -1, np.int8)
     signs[np.arange(1, prime) ** 2 % prime] = 1
     signs[0] = 0

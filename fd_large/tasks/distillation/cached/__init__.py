@@ -1,1 +1,1 @@
-"""Stores a teacher's maps in a cache on disk, and reads them in place of running the teacher."""
+"""Stores teachers' maps in a cache on disk, and reads the maps instead of running the teachers."""

@@ -2,8 +2,8 @@
 
 The job uses this folder through `RunCaches`, and the task through `FromStored` (read.py).
 
-CACHE/held_out is a separate cache of the same format with two sets of views, so that it can be
-written later, and another choice of evaluation data leaves the training maps valid.
+The held-out views have a separate cache of the same format, in the subfolder held_out. So it can be
+written later, and the training maps stay valid if other evaluation data is chosen.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 # Folder, in a cache, of the maps of held-out views.
 FOLDER = "held_out"
 EARLY = "epochs_from_stored_maps"
-"""Name, in manifests and summary.json, of the epochs of `RunCaches.early`."""
+"""Key of the result of `RunCaches.early` in manifests and summary.json."""
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,18 @@ log = logging.getLogger(__name__)
 class RunCaches:
     """The caches on disk that a run reads, or fills with its teachers' maps.
 
-    The run reads the caches named by the teachers' sources, and opens each on first use.
+    The run reads the caches that are the sources of its teachers, and opens each on first use.
 
     Args:
         entries: The recipe's entry of each teacher, by name.
-        section: The recipe's section of views and of the folder for stored maps.
+        section: The recipe's section `task.distillation`, with the views and the folder for maps.
         settings: Settings of the views.
-        micro_batch_size: Images of a micro batch, from the recipe.
+        micro_batch_size: Number of images of a micro-batch, from the recipe.
 
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
-        stores: Whether the run stores maps; with several teachers, each teacher's maps go into a
-            folder of its name.
+        stores: Whether the run stores maps; the maps of each of several teachers go into a
+            subfolder with the teacher's name.
         recorders: Recorders around the teachers whose maps are stored, by name.
     """
 
@@ -115,25 +115,31 @@ class RunCaches:
         }
 
     def teachers(self) -> dict[str, CachedTeacher]:
-        """Returns the cached teachers, by name."""
+        """Returns a `CachedTeacher` for each cache that is read, by the teacher's name."""
         return {n: CachedTeacher(cache, where=source_flag(n)) for n, cache in self.readers.items()}
 
     def source_of(self, name: str) -> str:
-        """Returns a teacher's source; for stored maps, the source of the teacher that made them."""
+        """Returns the source of a teacher's weights.
+
+        For a teacher that is read from a cache, it is the source of the teacher that made the maps.
+        """
         if name in self.readers:
             return self.readers[name].header.teacher["source"]
         return self._entries[name].source
 
-    # --- views that come again ---
+    # --- recurring views ---
 
     @property
     def fixed(self) -> FixedViews | None:
-        """The source of recurring views, or None if every epoch draws new views."""
+        """The generator of the recurring views, or None if every epoch draws new views."""
         views = self._section
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns the section; if it states no number of views, number and seed are the cache's."""
+        """Returns the section, with number and seed of the views from the cache that is read.
+
+        The section is returned unchanged if it states a number of views, or if no cache is read.
+        """
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts
@@ -141,7 +147,7 @@ class RunCaches:
         return replace(section, **fields)
 
     def facts(self, samples: ImageSource) -> dict[str, Any]:
-        """Returns the `view_facts` of the run."""
+        """Returns the `view_facts` of the run, whose views must recur."""
         assert self.fixed is not None
         return view_facts(self._settings, self.fixed, samples)
 
@@ -159,13 +165,14 @@ class RunCaches:
     def checks(
         self, data: Data, gives_summary: Callable[[str], bool]
     ) -> Iterator[Callable[[], None]]:
-        """Yields checks that refuse incomplete caches and settings that are incompatible with them.
+        """Yields functions that raise an error for an incomplete cache or a conflicting setting.
 
-        All ranks must call every check.
+        All ranks must call every function.
 
         Args:
-            data: The recipe's section of images.
-            gives_summary: Whether a teacher's model gives a summary besides its map.
+            data: The recipe's section `data`.
+            gives_summary: Whether the model of the teacher with a given name returns a summary
+                besides its map.
         """
         for name in self.folders:
             yield partial(self.check, name)
@@ -179,10 +186,14 @@ class RunCaches:
                 yield partial(check_stored_summary, name, entry, gives_summary)
 
     def check(self, name: str) -> None:
-        """Refuses an incomplete cache; all ranks call it.
+        """Raises an error if a cache is incomplete, or if the run also stores maps.
+
+        All ranks call it.
 
         Args:
-            name: The teacher's name.
+            name: The name of the teacher whose maps the cache holds.
+
+        Raises: ConfigError: if the run also stores maps; CacheError: if the cache is incomplete.
         """
         where, folder = source_flag(name), self.folders[name]
         require(
@@ -195,12 +206,16 @@ class RunCaches:
         meeting.once(f"cache {folder}", lambda: self.readers[name].check_whole(where=where))
 
     def require_views(self, samples: ImageSource) -> None:
-        """Refuses caches of other views than those of the run."""
+        """Raises CacheError if a cache holds the maps of other views than the run's.
+
+        Args:
+            samples: The training images of the run.
+        """
         for name, reader in self.readers.items():
             require_same_views(reader.header, self.facts(samples), where=source_flag(name))
 
     def open_held_out(self, crops: Mapping[str, Crops]) -> None:
-        """Opens the maps of the held-out views.
+        """Opens the caches of the maps of held-out views.
 
         Args:
             crops: The crops of each set of views, by the set's name.
@@ -216,7 +231,11 @@ class RunCaches:
     # --- in training ---
 
     def record(self, teachers: Mapping[str, PlacedTeacher]) -> None:
-        """Puts a recorder around each teacher if the recipe names a folder for their maps."""
+        """Makes a `Recorder` for each teacher if the recipe names a folder for maps.
+
+        Args:
+            teachers: The teachers by name.
+        """
         if self.stores:
             where = "task.distillation.cache"
             self.recorders = {n: Recorder(teacher, where=where) for n, teacher in teachers.items()}
@@ -224,15 +243,16 @@ class RunCaches:
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
     ) -> StoredMaps | ToRecord | None:
-        """Returns a reader of the stored maps of an epoch's view, or tells where to store them.
+        """Returns what the loader adds to the images of an epoch; all ranks call it.
 
-        The epoch stores maps (`ToRecord`) if its view comes for the first time and some of the
-        view's maps are missing. A run that neither reads nor stores maps gets None. A collective.
+        The result is a `ToRecord`, so that the epoch stores maps, if the epoch's view comes for the
+        first time and some of the view's maps are missing. Otherwise it is a `StoredMaps`, which
+        reads the view's maps. It is None if the run neither reads nor stores maps.
 
         Args:
-            epoch: Number of the epoch.
+            epoch: Number of the epoch, counted from 0.
             samples: The images.
-            options: See `write_cache`.
+            options: Further arguments of `write_cache`, for maps that are still missing.
         """
         if self.fixed is None or not (self.folders or self.recorders):
             return None
@@ -261,7 +281,11 @@ class RunCaches:
         return StoredMaps(self._filled, set_of(view), samples.__getitem__)
 
     def _tell(self, epoch: int) -> None:
-        """Logs that an epoch learns from maps stored by another run or an earlier start."""
+        """Logs that an epoch learns from maps that were stored before the epoch began.
+
+        Args:
+            epoch: Number of the epoch, counted from 1.
+        """
         precision = self._section.precision
         exact = not num_scales(precision)
         log.log(
@@ -276,11 +300,22 @@ class RunCaches:
         )
 
     def held_out(self, name: str, crops: Crops) -> StoredMaps | None:
-        """Returns the loader of a held-out set's maps, or None if the teachers compute them."""
+        """Returns the reader of the stored maps of a held-out set, or None if there is no cache.
+
+        Args:
+            name: The set's name.
+            crops: The set's views.
+        """
         return StoredMaps(self._held_out, name, crops.name_of) if self._held_out else None
 
     def blank_maps(self, size: int) -> dict[str, tuple[Tensor, ...]] | None:
-        """Returns zero maps of `size` images by the teacher's name, or None without a cache."""
+        """Returns zeros shaped like the stored maps of a batch, by the teacher's name.
+
+        The result is None if no cache is read.
+
+        Args:
+            size: Number of images.
+        """
         if not self.folders:
             return None
         return {
@@ -289,20 +324,20 @@ class RunCaches:
         }
 
     def early(self) -> dict[str, list[int]]:
-        """Returns the epochs, counted from 1, that learn from maps stored before the epoch began.
+        """Returns {`EARLY`: epochs} if the run stores maps, else an empty dictionary.
 
-        A run that fills the cache itself learns the same epochs from its teacher. The list grows
-        during the run.
+        The epochs, counted from 1, are those that learnt from stored maps although a run that fills
+        the cache itself would have run its teachers. The list grows during the run.
         """
         return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Restores the epochs of `early` from a checkpoint's manifest."""
+        """Restores the epochs that `early` returns from a checkpoint's manifest."""
         self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:
-    """Returns the facts that decide the held-out views, by the recipe's field or a description.
+    """Returns the facts that decide the held-out views, by a recipe's field or a description.
 
     Args:
         crops: The crops of each set of views, by the set's name.
@@ -328,7 +363,7 @@ def held_out_writer(
     *,
     precision: str,
 ) -> CacheWriter:
-    """Returns the writer of a teacher's maps of held-out views; a collective.
+    """Returns the writer of a cache for a teacher's maps of held-out views; all ranks call it.
 
     Args:
         folder: The cache of the teacher's maps of training views.
@@ -344,19 +379,26 @@ def held_out_writer(
 def held_out_views(
     crops: Mapping[str, Crops], settings: ViewSettings, batch_size: int
 ) -> ViewsToStore:
-    """Returns the loader of held-out views for writing a cache."""
+    """Returns the loader of held-out views for writing a cache.
+
+    Args:
+        crops: The crops of each set of views, by the set's name.
+        settings: Settings of the views.
+        batch_size: Number of images of a forward.
+    """
     return ViewsToStore(partial(_cut, crops), settings.image_size, batch_size)
 
 
 def _cut(crops: Mapping[str, Crops], name: str, view: int) -> Tensor:
+    """Returns the view with an index in a set of held-out views, (3, S, S) uint8."""
     return crops[name](view)
 
 
 def _held_out_reader(folder: Path, training: Header, facts: Mapping[str, Any]) -> CacheReader:
-    """Returns the reader of the held-out views' maps.
+    """Returns the reader of the maps of held-out views.
 
     Args:
-        folder: The cache of the training views.
+        folder: Folder of the cache of training views.
         training: Header of the cache of training views.
         facts: The `held_out_facts` of the run.
 

@@ -1,23 +1,23 @@
-"""The files of cached targets: a header, and shards of records of one size.
+"""The files of a cache of teachers' maps: a header, and shards of records of equal size.
 
-FOLDER/cache.json describes the contents. FOLDER/SET-SHARD.safetensors holds the records of a set
-from SHARD times `records_per_shard` on, one record per image; a set is one view of all images. The
-tensors of a shard have a row for each record:
+FOLDER/cache.json describes the contents. A record is the stored map of an image, and a set has a
+record for each image, all for the same view. FOLDER/SET-SHARD.safetensors holds the records of a
+set from number SHARD * `records_per_shard` on. The tensors of a shard have a row for each record:
 
     values (R, N, C)    the tokens, in a type of `PRECISIONS`
     scales (R, N, 2)    shift and factor of each token; (R, N, 0) under fp32
     thumbnails (R, 64)  uint8, the view in grey, 8 x 8, to compare with the view of training
     checks (R,)         int64, the record's state and CRC-32 (`check_of`); 0: not written yet
 
-The bytes before the first tensor follow from cache.json, so a reader compares them and parses
-nothing. A shard that is being written ends in .part; any process may write any record of it, once.
-Files are written and read by the system's own calls (checkpoint/tensor_file.py says why).
+The bytes before the first tensor follow from cache.json, so that a reader only compares them. The
+name of a shard ends in .part until it is complete; each record is written once, by any process.
+Files are written and read by system calls (checkpoint/tensor_file.py says why).
 
-In all precisions but fp32 a shift is subtracted from each token, and the difference is divided by
-a factor; each token has a shift and a factor of its own, in float32. So no channel is too large
-for the format, small and large tokens keep the same relative precision, and no statistics of the
-dataset are needed. Under fp16 and fp8 (E4M3) shift and factor are the token's mean and standard
-deviation, as in whitening; under int8 they are the middle and a 254th of its range.
+In all precisions but fp32 each token is encoded by a float32 shift, which is subtracted, and a
+float32 factor, which divides the difference. So no channel is too large for the format, small and
+large tokens have the same relative precision, and no statistics of the dataset are needed. Under
+fp16 and fp8 (E4M3) shift and factor are the token's mean and standard deviation, as in whitening.
+Under int8 they are the middle of the token's range and a 254th of the range.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ THUMBNAIL = SIDE**2
 SHARD_BYTES = 1 << 28
 _MOST_OPEN = 128
 MAP, UNUSABLE = 1, 2
-"""States of a record; 0 stands for a record that is not written yet."""
+"""States of a written record: it holds a map, or its image could not be used. 0: not written."""
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -66,7 +66,7 @@ class Stored(NamedTuple):
     """Encoded tokens as stored in a cache.
 
     Attributes:
-        values: (..., N, C), of the precision's type.
+        values: (..., N, C), of the precision's type in `PRECISIONS`.
         scales: (..., N, 2) float32, shift and factor of each token; (..., N, 0) under fp32.
     """
 
@@ -75,7 +75,7 @@ class Stored(NamedTuple):
 
 
 def num_scales(precision: str) -> int:
-    """Returns the number of scales stored beside each token."""
+    """Returns the number of scales that a precision stores for each token."""
     return 0 if precision == "fp32" else 2
 
 
@@ -106,7 +106,7 @@ def encode(tokens: Tensor, precision: str) -> Stored:
 
 
 def decode(stored: Stored, dtype: torch.dtype) -> Tensor:
-    """Returns decoded tokens, (..., N, C), in the teacher's data type."""
+    """Returns decoded tokens, (..., N, C), in the given data type."""
     values, scales = stored
     if not scales.shape[-1]:
         return values.to(dtype)
@@ -115,7 +115,7 @@ def decode(stored: Stored, dtype: torch.dtype) -> Tensor:
 
 
 class Record(NamedTuple):
-    """The stored map and thumbnail of one view of an image.
+    """The stored map and thumbnail of a view of an image.
 
     Attributes:
         map: Tokens of the map, (N, C), in host memory.
@@ -127,14 +127,14 @@ class Record(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Name, range and size of a shard's file.
+    """Name, records and size of a shard's file.
 
     Attributes:
         name: Name of the file.
-        first: Number of the first record.
+        first: Index in the set of the shard's first record.
         count: Number of records.
         header: The bytes before the first tensor.
-        places: Place of each tensor in the file.
+        places: Range of bytes of each tensor in the file, by the tensor's name.
         size: Size of the file in bytes.
     """
 
@@ -151,17 +151,17 @@ class Header:
     """Description of a cache's contents, stored as cache.json.
 
     Attributes:
-        facts: Facts that decide the maps (teacher, images, views), by the field or file that
-            states them. A run that reads the cache must have the same facts.
-        teacher: The teacher's section of the recipe that wrote the cache.
-        precision: Precision of the stored maps: a name in `PRECISIONS`.
-        tokens: Tokens of a map, N.
-        width: Channels of the map, C.
-        grid: Rows and columns of the map's patches.
-        prefix_tokens: Tokens before the patches.
-        dtype: Data type of the teacher's map: float32 or bfloat16.
+        facts: Facts on teacher, images and views that decide the maps, by a recipe's field or a
+            description. A run that reads the cache must have the same facts.
+        teacher: The section `teacher` of the recipe that wrote the cache.
+        precision: Precision of the stored maps, a name in `PRECISIONS`.
+        tokens: Number of tokens of a map, N.
+        width: Number of channels of a map, C.
+        grid: Rows and columns of a map's patches.
+        prefix_tokens: Number of tokens before the patches.
+        dtype: Data type of the teacher's map, float32 or bfloat16.
         sets: Number of records in each set, by the set's name.
-        records_per_shard: Records of a shard; the last shard of a set may have fewer.
+        records_per_shard: Number of records of a shard; the last shard of a set may have fewer.
     """
 
     facts: Mapping[str, Any]
@@ -183,17 +183,21 @@ class Header:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a record."""
+        """Size of a record in bytes, over all tensors of a shard."""
         rows = self.rows(1).values()
         return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in rows)
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shards."""
+        """Size of all shards of the cache, in bytes."""
         return sum(self.layout(*shard).size for shard in self.shards())
 
     def rows(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Returns data type and shape of the tensors of a shard with this number of records."""
+        """Returns the data type and shape of each tensor of a shard, by the tensor's name.
+
+        Args:
+            count: Number of records in the shard.
+        """
         scales = num_scales(self.precision)
         return {
             "values": (PRECISIONS[self.precision], (count, self.tokens, self.width)),
@@ -203,12 +207,17 @@ class Header:
         }
 
     def shards(self) -> Iterator[tuple[str, int]]:
-        """Yields (set, number) of all shards."""
+        """Yields (set's name, number of the shard in the set) for all shards."""
         for name, count in self.sets.items():
             yield from ((name, number) for number in range(-(-count // self.records_per_shard)))
 
     def layout(self, name: str, number: int) -> Layout:
-        """Returns the layout of a shard's file."""
+        """Returns the layout of the file of a shard.
+
+        Args:
+            name: Name of the set.
+            number: Number of the shard in the set.
+        """
         first = number * self.records_per_shard
         count = min(self.records_per_shard, self.sets[name] - first)
         header, places = header_of(
@@ -218,7 +227,7 @@ class Header:
         return Layout(f"{name}-{number:05d}.safetensors", first, count, header, places, size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the contents of cache.json."""
+        """Returns the contents of cache.json, from which `read` makes the header."""
         return {"kind": KIND, "digest": self.digest, **asdict(self)}
 
     @classmethod
@@ -226,10 +235,10 @@ class Header:
         """Reads the header of a cache.
 
         Args:
-            folder: The cache.
-            where: The field that names it, for messages.
+            folder: Folder of the cache.
+            where: The recipe's field that names the folder, for messages.
 
-        Raises: CacheError: if it is missing or damaged.
+        Raises: CacheError: if the header is missing or damaged.
         """
         path = folder / HEADER
         remedy = "Name a folder that fd-large cache has written, or write it again."
@@ -250,12 +259,22 @@ class Header:
 
 
 def records_per_shard(record_bytes: int) -> int:
-    """Returns the number of records of a shard of about `SHARD_BYTES`."""
+    """Returns the number of records that fill a shard of about `SHARD_BYTES`, at least 1.
+
+    Args:
+        record_bytes: Size of a record.
+    """
     return max(1, SHARD_BYTES // record_bytes)
 
 
 class ShardFile:
-    """An open shard."""
+    """An open file of a shard.
+
+    Args:
+        path: Path of the file.
+        layout: Layout of the shard.
+        flags: Flags of `os.open`.
+    """
 
     def __init__(self, path: Path, layout: Layout, flags: int) -> None:
         self.path, self.layout = path, layout
@@ -266,16 +285,28 @@ class ShardFile:
         os.close(self.descriptor)
 
     def begin(self) -> None:
-        """Writes the header, which is the same in all processes, and sets the file's final size."""
+        """Writes the header, and sets the file's final size; several processes may do so."""
         self._move(self._write, memoryview(self.layout.header), 0)
         os.ftruncate(self.descriptor, self.layout.size)
 
     def fill(self, array: NDArray, name: str, row: int) -> None:
-        """Reads a tensor's rows into an array, starting at a row."""
+        """Reads rows of a tensor into an array.
+
+        Args:
+            array: The array, which decides the number of bytes.
+            name: The tensor's name.
+            row: The first row.
+        """
         self._move(self._read, *self._place(array, name, row))
 
     def put(self, array: NDArray, name: str, row: int) -> None:
-        """Writes rows of a tensor, starting at a row."""
+        """Writes an array into rows of a tensor.
+
+        Args:
+            array: The array, which decides the number of bytes.
+            name: The tensor's name.
+            row: The first row.
+        """
         self._move(self._write, *self._place(array, name, row))
 
     def _read(self, view: memoryview, at: int) -> int:
@@ -285,12 +316,22 @@ class ShardFile:
         return os.pwrite(self.descriptor, view, at)
 
     def _place(self, array: NDArray, name: str, row: int) -> tuple[memoryview, int]:
+        """Returns an array's bytes, and the position in the file of a tensor's row."""
         place = self.layout.places[name]
         at = place.start + row * ((place.stop - place.start) // self.layout.count)
         return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
 
     def _move(self, call: Callable[[memoryview, int], int], view: memoryview, at: int) -> None:
-        """Repeats a system call that reads or writes until all bytes are moved."""
+        """Repeats a system call, which reads or writes, until all bytes of a buffer are done.
+
+        Args:
+            call: Reads or writes a buffer at a position in the file, and returns how many bytes
+                were done.
+            view: The buffer.
+            at: Position in the file.
+
+        Raises: OSError: if the file ends early.
+        """
         while len(view):
             count = retried(partial(call, view, at), self.path)
             if count == 0:
@@ -299,7 +340,12 @@ class ShardFile:
 
 
 class ShardFiles:
-    """Open shards of a folder; if too many are open, the least recently used one is closed."""
+    """The open shards of a cache. Above `_MOST_OPEN`, the least recently used shard is closed.
+
+    Args:
+        folder: Folder of the cache.
+        header: Header of the cache.
+    """
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder, self.header = folder, header
@@ -314,6 +360,7 @@ class ShardFiles:
             self._open.popitem()[1].close()
 
     def _file(self, name: str, number: int) -> ShardFile:
+        """Returns a shard by its set and number, and opens the shard if necessary."""
         key = name, number
         if key not in self._open:
             if len(self._open) >= _MOST_OPEN:
@@ -323,15 +370,20 @@ class ShardFiles:
         return self._open[key]
 
     def _opened(self, name: str, number: int) -> ShardFile:
+        """Opens a shard by its set and number."""
         raise NotImplementedError
 
     def _place(self, name: str, record: int) -> tuple[ShardFile, int]:
-        """Returns the open shard of a record, and the record's row in it."""
+        """Returns the open shard of a record, and the record's row in the shard."""
         number, row = divmod(record, self.header.records_per_shard)
         return self._file(name, number), row
 
     def _empty(self, rows: int) -> dict[str, NDArray]:
-        """Returns empty byte arrays of `rows` rows for all tensors of a record except `checks`."""
+        """Returns uninitialised byte arrays for the tensors of a shard except `checks`, by name.
+
+        Args:
+            rows: Number of records.
+        """
         return {
             tensor: np.empty((rows, int(np.prod(shape[1:])) * dtype.itemsize), np.uint8)
             for tensor, (dtype, shape) in self.header.rows(1).items()
@@ -340,7 +392,13 @@ class ShardFiles:
 
 
 def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str:
-    """Returns the differences between two mappings in words: "NAME is A there and B here, ..."."""
+    """Returns the differences between two mappings in words, such as "NAME A there and B here".
+
+    Args:
+        stored: The mapping whose values are called "there".
+        expected: The mapping whose values are called "here".
+        prefix: Words before each name.
+    """
     phrases = []
     for name in {**expected, **stored}:
         there, here = stored.get(name), expected.get(name)
@@ -352,9 +410,15 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
 
 
 def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:
-    """Returns a record's check, with its state in the upper and a CRC-32 in the lower 32 bits.
+    """Returns the check of a record, with its state in the upper and a CRC-32 in the lower 32 bits.
 
-    The CRC-32 covers the record's set, number and bytes.
+    The CRC-32 is over the name of the set, the number of the record and its bytes.
+
+    Args:
+        name: Name of the record's set.
+        record: Number of the record in the set.
+        rows: The record's bytes in each tensor except `checks`.
+        state: `MAP` or `UNUSABLE`.
     """
     value = zlib.crc32(f"{name} {record}".encode())
     for array in rows.values():
@@ -363,7 +427,14 @@ def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) ->
 
 
 def damaged(path: Path, got: str, expected: str, record: int | None = None) -> CacheError:
-    """Returns the error for a damaged shard."""
+    """Returns the error for a damaged shard, which only this rank may have met.
+
+    Args:
+        path: The shard.
+        got: What was read.
+        expected: What was expected.
+        record: Number of the damaged record; None for the whole shard.
+    """
     of = "" if record is None else f" record {record}:"
     error = CacheError(
         f"{path}:{of} damaged; got {got}, expected {expected}. Remove this file and give the "

@@ -1,7 +1,7 @@
-"""Readers of a cache: records with verified checksums, and a cached teacher's maps.
+"""Reads the records of a cache, verifies their checksums, and replaces teachers by cached maps.
 
-Beside each map lies a thumbnail of the teacher's view. A run compares the thumbnail with its own
-view, and so finds an image that was replaced under its old name, or a view that is cut
+A record holds a map and a thumbnail of the teacher's view. A run compares the thumbnail with its
+own view. So it finds an image that was replaced under its old name, or a view that is cropped
 differently, before it learns from the map.
 """
 
@@ -45,20 +45,20 @@ TOLERANCE = 2
 
 
 class CacheReader(ShardFiles):
-    """Reads records and verifies their checksums. It can be pickled.
+    """Reads the records of a cache and verifies their checksums; it can be pickled.
 
     Args:
-        folder: The cache.
-        header: Its header.
+        folder: Folder of the cache.
+        header: Header of the cache.
     """
 
     def check_whole(self, *, where: str) -> None:
-        """Checks the names and sizes of all shards.
+        """Checks that all shards are there and have the right sizes.
 
         Args:
-            where: The field that names the cache, for messages.
+            where: The recipe's field that names the cache, for messages.
 
-        Raises: CacheError: if a shard is missing, or was cut.
+        Raises: CacheError: if a shard is missing, or has another size.
         """
         sizes = {
             entry.name: entry.stat().st_size
@@ -80,7 +80,11 @@ class CacheReader(ShardFiles):
     def read(self, name: str, record: int) -> Record | None:
         """Returns a record, or None if its image could not be used when the cache was written.
 
-        Raises: CacheError: if the file is damaged, with its name and the record.
+        Args:
+            name: Name of the set.
+            record: Number of the record in the set.
+
+        Raises: CacheError: if the file is damaged; it names the file and the record.
         """
         file, row = self._place(name, record)
         rows = self._empty(1)
@@ -124,12 +128,12 @@ class CacheReader(ShardFiles):
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Adds to each view in a batch its stored maps; a `Beside` of the loader.
+    """Reads the stored maps of each view for a batch's targets; implements the loader's `Beside`.
 
     Attributes:
         readers: Readers of the caches, by the teacher's name.
         name: Name of the set of views.
-        name_of: Returns the name of the image of a record.
+        name_of: Returns the name of an image from its index.
     """
 
     readers: Mapping[str, CacheReader]
@@ -137,7 +141,14 @@ class StoredMaps:
     name_of: Callable[[int], str]
 
     def of(self, index: int, view: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns the stored map of an image by the teacher's name: see `CachedTeacher.of_stored`.
+        """Returns the stored maps of an image's view, by the teacher's name.
+
+        Each map is a pair of values (N, bytes of C values) uint8 and scales (N, 2) float32, which
+        `CachedTeacher.of_stored` decodes.
+
+        Args:
+            index: Index of the image.
+            view: (3, S, S) uint8, the run's view, which must look like the thumbnail.
 
         Raises:
             DataError: if the image could not be used when the cache was written.
@@ -166,26 +177,26 @@ class StoredMaps:
         return maps
 
     def blank(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns zeros in the shapes of stored maps."""
+        """Returns zeros shaped like the result of `of`, for a position without a usable image."""
         return {name: blank(reader) for name, reader in self.readers.items()}
 
 
 def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns zeros in the shape of a stored map, for a place without a usable image."""
+    """Returns zeros shaped like a stored map, as values uint8 and scales float32."""
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
 
 
 class CachedTeacher:
-    """A teacher whose maps come from a cache.
+    """A teacher whose maps are read from a cache.
 
     Args:
-        reader: The cache.
-        where: The field that names it, for messages.
+        reader: Reader of the cache.
+        where: The recipe's field that names the cache, for messages.
 
     Attributes:
-        reader: As given.
+        reader: Reader of the cache.
         width: Number of channels of the map.
         fingerprint: Hash of the weights of the teacher that made the maps.
     """
@@ -196,15 +207,15 @@ class CachedTeacher:
         self.fingerprint: str = reader.header.facts["teacher_hash"]
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns rows and columns of the map, whatever the side of the student's images."""
+        """Returns the rows and columns of the stored maps, for any side of the student's images."""
         return self.reader.header.grid
 
     def of_stored(self, images: Tensor, stored: Sequence[Tensor]) -> FeatureMap:
-        """Returns the stored map of a batch.
+        """Returns the decoded map of a batch.
 
         Args:
             images: (B, 3, S, S) uint8, not used here.
-            stored: Values (B, N, bytes of C values) uint8, and scales (B, N, 2), of the loader.
+            stored: Values (B, N, bytes of C values) uint8, and scales (B, N, 2), from the loader.
         """
         header, (values, scales) = self.reader.header, stored
         encoded = Stored(values.view(PRECISIONS[header.precision]), scales)
@@ -212,10 +223,7 @@ class CachedTeacher:
         return FeatureMap(tokens, header.grid, header.prefix_tokens)
 
     def __call__(self, images: Tensor) -> NoReturn:
-        """Raises an error, since there is no model to run on other images.
-
-        Raises: ConfigError: always.
-        """
+        """Raises ConfigError in all cases, since there is no model to run on images."""
         raise ConfigError(
             f"{self._where}: cached targets cover training views only; got {len(images)} other "
             "images, expected none. Name the teacher itself, whose maps were stored: "
@@ -224,13 +232,14 @@ class CachedTeacher:
 
 
 class FromStored:
-    """Wraps the teachers (task.py) to turn what the loader adds to a batch into teachers' maps.
+    """Wraps the component `teachers` (task.py): turns what a batch stores into teachers' maps.
 
-    A `CachedTeacher` decodes the stored map; a `Recorder` does the same, or computes the map from
-    the images and stores it.
+    The loader gives a batch stored maps, or the numbers of records in which to store maps. A
+    `CachedTeacher` decodes a stored map. A `Recorder` does so too, or computes the map from the
+    images and stores it.
 
     Args:
-        teachers: The wrapped seam of teachers.
+        teachers: The wrapped component.
     """
 
     def __init__(self, teachers: Any) -> None:
@@ -247,9 +256,14 @@ class FromStored:
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
-    """Returns a teacher's entry, completed from its cache by the model that made the maps.
+    """Returns the entry of a cached teacher with the model and settings that made its maps.
 
-    Raises: CacheError: if there is no cache, or the recipe asks for maps of another kind.
+    Args:
+        entry: The teacher's entry, whose source is a cache.
+        where: The flag of the source, for messages.
+
+    Raises: CacheError: if there is no cache, or if the recipe sets one of these fields to another
+        value.
     """
     header = Header.read(Path(cached_folder(entry.source)), where=where)
     made_by = from_plain(Teacher, dict(header.teacher), "teacher.")
@@ -276,9 +290,14 @@ def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
 
 
 def require_same_views(header: Header, views: Mapping[str, Any], *, where: str) -> None:
-    """Refuses a cache of other views than those of a run.
+    """Checks that a cache holds the maps of a run's views.
 
-    Raises: CacheError: naming the differences.
+    Args:
+        header: Header of the cache.
+        views: The facts on the run's views, by name.
+        where: The recipe's field that names the cache, for messages.
+
+    Raises: CacheError: if facts differ; it names the differences.
     """
     stored = {name: header.facts[name] for name in views}
     if other := differences(stored, views):

@@ -1,8 +1,8 @@
 """Stores a teacher's maps during the first epochs of a run, and reads them afterwards.
 
-In the first epochs each rank writes the maps of its own micro-batches. Maps that are still missing
-(of images beyond the last whole batch) or incomplete (after a crash) are written before a view
-comes for the second time.
+In the first epochs each rank writes the maps of its own micro-batches. Some maps may then be
+missing (of images beyond the last full batch) or incomplete (after a crash). They are written
+before an epoch uses the view for the second time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class ToRecord:
-    """Adds to each view in a batch the place of its record in the cache; a `Beside` of the loader.
+    """Adds to a batch's targets the records in which its maps are stored.
+
+    It implements the loader's `Beside`.
 
     Args:
-        names: The teachers' names.
+        names: Names of the teachers whose maps are stored.
         view: Number of the view.
     """
 
@@ -36,7 +38,12 @@ class ToRecord:
         self._names, self._view = names, view
 
     def of(self, index: int, view: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Returns the place of the record, by the teacher's name."""
+        """Returns the view, the record and the thumbnail of an image, by the teacher's name.
+
+        Args:
+            index: Index of the image, which is also the number of its record.
+            view: (3, S, S) uint8, the view.
+        """
         place = {
             "view": torch.tensor(self._view),
             "record": torch.tensor(index),
@@ -45,16 +52,16 @@ class ToRecord:
         return dict.fromkeys(self._names, place)
 
     def blank(self) -> dict[str, dict[str, Tensor]]:
-        """Returns a marker for a view that is not stored."""
+        """Returns the result of `of` for a position without a usable image, with record -1."""
         return self.of(-1, torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
 class Recorder:
-    """A teacher that stores its maps of training views, and later reads them instead of computing.
+    """A teacher that stores its maps of training views, and later reads them instead of running.
 
     Args:
         teacher: The teacher.
-        where: The field that names the folder, for messages.
+        where: The recipe's field that names the folder, for messages.
 
     Attributes:
         module, width: The teacher's model, and the channels of its map.
@@ -69,14 +76,16 @@ class Recorder:
     def begin(
         self, folder: Path, entry: NamedTeacher, facts: Mapping[str, Any], *, precision: str
     ) -> CacheReader:
-        """Prepares the folder; a collective.
+        """Prepares a folder for the maps; all ranks call it.
 
         Args:
-            folder: Folder for the maps.
-            entry, facts, precision: See `header_of`.
+            folder: The folder.
+            entry: The teacher's entry in the recipe.
+            facts: The `view_facts` of the run.
+            precision: Precision of the stored maps.
 
         Returns: the reader of the folder's maps.
-        Raises: CacheError: if the folder has other contents, or its disk is too small.
+        Raises: CacheError: if the folder has other contents, or if its disk is too small.
         """
         header = header_of(self._teacher, entry, facts, precision=precision)
         self.writer, reader = CacheWriter(folder, header), CacheReader(folder, header)
@@ -85,15 +94,16 @@ class Recorder:
         return reader
 
     def __call__(self, images: Tensor) -> FeatureMap:
-        """Returns the teacher's map of any images, without storing it."""
+        """Returns the teacher's map of uint8 images (B, 3, H, W), without storing the map."""
         return self._teacher(images)
 
     def of_stored(self, images: Tensor, stored: Any) -> FeatureMap:
-        """Returns the stored map of a batch, or computes and stores it.
+        """Returns the map of a batch, which is decoded, or computed and then stored.
 
         Args:
             images: (B, 3, S, S) uint8.
-            stored: The entries that `StoredMaps` or `ToRecord` added to the images.
+            stored: What the loader added for this teacher: a stored map (`StoredMaps`), or the
+                records in which to store the map (`ToRecord`).
         """
         if not isinstance(stored, Mapping):
             return self._stored.of_stored(images, stored)
@@ -110,16 +120,16 @@ class Recorder:
         return map_
 
     def is_whole(self, view: int) -> bool:
-        """Returns whether all maps of a view are stored, the same on every rank."""
+        """Whether all maps of a view are stored; all ranks call it and return the same."""
         assert self.writer is not None
         return distributed.broadcast_object(not self.writer.unfinished(set_of(view)))
 
     def complete(self, view: int, views: ViewsToStore, **options: Any) -> None:
-        """Writes the missing maps of a view; a collective.
+        """Writes the missing maps of a view; all ranks call it.
 
         Args:
             view: Number of the view.
-            views: Loads the views.
+            views: Loader of the views.
             options: Further arguments of `write_cache`.
         """
         assert self.writer is not None

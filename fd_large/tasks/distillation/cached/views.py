@@ -1,4 +1,4 @@
-"""Views for writing a cache."""
+"""Loads the views whose maps are written to a cache."""
 
 from __future__ import annotations
 
@@ -21,32 +21,38 @@ from fd_large.tasks.distillation.cached.files import SIDE
 from fd_large.tasks.distillation.section import MAP, NamedTeacher, field_of
 
 BATCH_SIZE = 32
-"""Images of a forward where the recipe leaves the micro-batch to a trial step."""
+"""Number of images of a teacher's forward if the recipe's micro-batch size is "auto"."""
 
 
 def set_of(view: int) -> str:
-    """Returns the name of the set of records of a view number."""
+    """Returns the name of the set of records that stores the maps of a training view.
+
+    Args:
+        view: Number of the view.
+    """
     return f"view_{view}"
 
 
 def _view_of(name: str) -> int:
+    """Returns the number of the view of a set; the inverse of `set_of`."""
     return int(name.removeprefix("view_"))
 
 
 def thumbnail(view: Tensor) -> Tensor:
-    """Returns the thumbnail of a view (3, S, S) uint8: its 8 x 8 means in grey.
+    """Returns the thumbnail of a view, (64,) uint8: the means of 8 x 8 regions in grey.
 
-    Returns: (64,) uint8.
+    Args:
+        view: (3, S, S) uint8.
     """
     return F.adaptive_avg_pool2d(view.float().mean(0, keepdim=True), SIDE).round().byte().flatten()
 
 
 class Place(NamedTuple):
-    """Records of one set that a single forward computes.
+    """The records of a set whose maps a single forward computes.
 
     Attributes:
-        name: Name of the set of views.
-        records: Indices of the images; if empty, the rank still takes part in the forward.
+        name: Name of the set.
+        records: Numbers of the records; if empty, the rank still runs the forward.
     """
 
     name: str
@@ -54,12 +60,13 @@ class Place(NamedTuple):
 
 
 class ToStore(NamedTuple):
-    """The views of a place.
+    """The views of the records of a `Place`.
 
     Attributes:
-        images: (batch_size, 3, S, S) uint8; black where there is no usable image.
+        images: (batch_size, 3, S, S) uint8; black if a record's image cannot be used, and after the
+            last record.
         thumbnails: (batch_size, 64) uint8.
-        bad: For each record, the problem of its image; empty for usable images.
+        bad: For each record, why its image cannot be used; "" for a usable image.
     """
 
     images: Tensor
@@ -70,7 +77,14 @@ class ToStore(NamedTuple):
 def training_view(
     source: ImageSource, settings: ViewSettings, fixed: FixedViews, name: str, index: int
 ) -> Tensor:
-    """Returns the view of image `index` in the set `name`, (3, S, S) uint8.
+    """Returns a recurring view of an image, (3, S, S) uint8.
+
+    Args:
+        source: The images.
+        settings: Settings of the views.
+        fixed: Generator of the recurring views.
+        name: Name of the set of records, which gives the number of the view (`set_of`).
+        index: Index of the image.
 
     Raises: DataError: if the image cannot be used.
     """
@@ -79,13 +93,15 @@ def training_view(
 
 @dataclass(frozen=True)
 class ViewsToStore(Dataset):
-    """Loads views in batches of a fixed size, so that the last batch is computed like the others.
+    """Dataset of the views for each forward, in batches that all have the same size.
+
+    The last batch is filled up with black images, so that its maps are computed like all others.
 
     Attributes:
-        cut: Makes the view of a set and a record, (3, image_size, image_size) uint8; DataError if
-            its image cannot be used.
+        cut: Makes the view (3, image_size, image_size) uint8 of a record from the name of its set
+            and its number; raises DataError if the image cannot be used.
         image_size: Side of a view, in pixels.
-        batch_size: Images of a forward.
+        batch_size: Number of images of a forward.
     """
 
     cut: Callable[[str, int], Tensor]
@@ -93,7 +109,7 @@ class ViewsToStore(Dataset):
     batch_size: int
 
     def __getitem__(self, place: Place) -> ToStore:
-        """Loads the views of a place."""
+        """Loads the views of the records of a `Place`."""
         images = torch.zeros(self.batch_size, 3, *[self.image_size] * 2, dtype=torch.uint8)
         bad = []
         with suppress_stderr():
@@ -107,11 +123,11 @@ class ViewsToStore(Dataset):
 
 
 def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
-    """Returns the facts that decide the views of a dataset, by the recipe's field or a description.
+    """Returns the facts that decide the views of a dataset, by a recipe's field or a description.
 
     Args:
         settings: Settings of the views.
-        fixed: The source of recurring views.
+        fixed: Generator of the recurring views.
         samples: The images.
     """
     return {
@@ -128,12 +144,21 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
 
 
 def batch_size(micro_batch_size: int | Literal["auto"]) -> int:
-    """Returns the batch size of a teacher's forward: the recipe's micro batch, or a default."""
+    """Returns the batch size of a teacher's forward when maps are written.
+
+    Args:
+        micro_batch_size: The recipe's micro-batch size, which is used unless it is "auto".
+    """
     return BATCH_SIZE if micro_batch_size == AUTO else micro_batch_size
 
 
 def check_fixed_views(views: int, *, image_mixup: bool) -> None:
-    """Refuses mixed images together with recurring views, since mixtures do not recur."""
+    """Raises ConfigError if images are mixed while views recur, since mixtures do not recur.
+
+    Args:
+        views: Number of recurring views of each image.
+        image_mixup: Whether images are mixed.
+    """
     require(
         not image_mixup,
         "data.image_mixup: views that come again are not mixed, nor are stored maps",
@@ -146,12 +171,15 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
 def check_stored_summary(
     name: str, entry: NamedTeacher, gives_summary: Callable[[str], bool]
 ) -> None:
-    """Refuses stored maps if the student learns a summary that the teacher's map lacks.
+    """Raises ConfigError if maps are stored while the student learns a summary that maps lack.
+
+    Such a summary is an embedding, or a summary that the model returns besides its map.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry in the recipe.
-        gives_summary: Whether the teacher's model returns a summary besides its map.
+        gives_summary: Whether the model of the teacher with a given name returns a summary
+            besides its map.
     """
     require(
         not (entry.embedding_width or gives_summary(name)),

@@ -1,7 +1,8 @@
-"""Writes a teacher's maps of a dataset's views; any number of ranks share the shards.
+"""Writes a teacher's maps of a dataset's views to a cache, on any number of ranks.
 
-A rank takes whole shards and writes their missing records. With a sharded teacher every forward
-is a collective, so all ranks run as many forwards as the busiest rank.
+Each shard is written by a single rank, which writes the records that are still missing. With a
+sharded teacher every forward is a collective, so that all ranks run as many forwards as the rank
+with most records.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "s
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
-    """Returns the facts that decide the map of a view, one for each of `TEACHER_FACTS`."""
+    """Returns what decides the map of a view besides the view, by the names of `TEACHER_FACTS`."""
     values = (
         teacher.fingerprint,
         entry.layer,
@@ -60,7 +61,12 @@ def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]
 
 
 def header_for(sample: FeatureMap, precision: str) -> Header:
-    """Returns the header of a cache for maps shaped like a sample (1, N, C), without images yet."""
+    """Returns the header of a cache for maps of a given shape, with no facts and no sets yet.
+
+    Args:
+        sample: A map whose tokens are (1, N, C).
+        precision: Precision of the stored maps.
+    """
     header = Header(
         facts={},
         teacher={},
@@ -84,14 +90,15 @@ def header_of(
     precision: str,
     sets: Mapping[str, int] | None = None,
 ) -> Header:
-    """Returns the header of a cache of a teacher's maps; a collective.
+    """Returns the header of a cache of a teacher's maps; all ranks call it.
 
     Args:
-        teacher: The teacher; it is shown a grey image.
+        teacher: The teacher, which runs on a grey image to find the shape of its map.
         entry: The teacher's entry in the recipe.
-        views: The facts of the views.
+        views: The facts on the views, by name.
         precision: Precision of the stored maps.
-        sets: Number of records in each set, or None for the training views of these `view_facts`.
+        sets: Number of records in each set, by name; None if `views` are the `view_facts` of
+            training views, with a set for each view.
     """
     if sets is None:
         sets = {set_of(view): views["images"] for view in range(views["task.distillation.views"])}
@@ -106,15 +113,20 @@ def header_of(
 
 
 class CacheWriter(ShardFiles):
-    """Writes records, in any order and from any number of processes; see `prepare`.
+    """Writes the records of a cache, in any order and from any number of processes.
+
+    A process must call `prepare` before any process writes.
 
     Args:
-        folder: The cache.
-        header: Description of the contents.
+        folder: Folder of the cache.
+        header: Header of the cache.
     """
 
     def prepare(self, *, where: str) -> None:
-        """Makes or reopens the folder with its header; one process calls it before any writes.
+        """Makes the folder with its header, or checks the header of an existing folder.
+
+        Args:
+            where: The argument that names the folder, for messages.
 
         Raises: CacheError: if the folder holds another cache, or cannot be written.
         """
@@ -136,7 +148,11 @@ class CacheWriter(ShardFiles):
             )
 
     def unfinished(self, only: str = "") -> list[tuple[str, int]]:
-        """Returns (set, number) of the incomplete shards, of one set or of all."""
+        """Returns (set, number) of each incomplete shard.
+
+        Args:
+            only: Name of the set whose shards are returned; "" for all sets.
+        """
         return [
             (name, number)
             for name, number in self.header.shards()
@@ -145,7 +161,7 @@ class CacheWriter(ShardFiles):
         ]
 
     def bytes_left(self) -> int:
-        """Returns the number of bytes that are still to be written."""
+        """Returns how many bytes of the incomplete shards are not on disk yet."""
         left = 0
         for shard in self.unfinished():
             layout = self.header.layout(*shard)
@@ -155,9 +171,13 @@ class CacheWriter(ShardFiles):
         return left
 
     def unwritten(self, name: str, number: int) -> Sequence[int]:
-        """Returns the records of a shard that are missing or incomplete.
+        """Returns the numbers of a shard's records that are missing or incomplete.
 
         Records whose image could not be used are included, so that the image is tried again.
+
+        Args:
+            name: Name of the set.
+            number: Number of the shard in the set.
         """
         layout = self.header.layout(name, number)
         numbers = range(layout.first, layout.first + layout.count)
@@ -177,7 +197,12 @@ class CacheWriter(ShardFiles):
         return missing
 
     def write(self, name: str, record: int, content: Record | None) -> None:
-        """Writes a record; None marks an image that cannot be used.
+        """Writes a record.
+
+        Args:
+            name: Name of the set.
+            record: Number of the record in the set.
+            content: The map and thumbnail; None if the image cannot be used.
 
         Raises: CacheError: if the record cannot be written.
         """
@@ -202,7 +227,10 @@ class CacheWriter(ShardFiles):
             raise _not_written(self.folder, error) from error
 
     def finish(self, name: str, number: int) -> None:
-        """Flushes a complete shard to disk and gives it its final name."""
+        """Flushes a complete shard to disk, and gives its file the final name.
+
+        Raises: CacheError: if the file cannot be written.
+        """
         layout = self.header.layout(name, number)
         try:
             file = self._file(name, number)
@@ -215,6 +243,7 @@ class CacheWriter(ShardFiles):
             raise _not_written(self.folder, error) from error
 
     def _part(self, layout: Layout) -> Path:
+        """Returns the path of a shard's file before it is complete."""
         return self.folder / f"{layout.name}.part"
 
     def _opened(self, name: str, number: int) -> ShardFile:
@@ -226,13 +255,16 @@ class CacheWriter(ShardFiles):
 
 @dataclass
 class _Shares:
-    """A rank's places, one for each forward; a rank with less work ends with empty places.
+    """The records of a rank's shards, divided into a `Place` for each forward.
+
+    All ranks have the same number of places; those of a rank with fewer records are empty at the
+    end.
 
     Attributes:
-        writer: Writes the records.
-        batch_size: Records of a place.
-        shards: (set, number) of this rank's shards, and the records that they still need.
-        rounds: Number of places, the largest of all ranks' counts.
+        writer: Writer of the records.
+        batch_size: Largest number of records of a place.
+        shards: For each shard of this rank, its set, its number, and the missing records.
+        rounds: Number of places of each rank.
     """
 
     writer: CacheWriter
@@ -267,22 +299,22 @@ def write_cache(
     only: str = "",
     between: Callable[[], None] = lambda: None,
 ) -> int:
-    """Writes the missing maps; a collective.
+    """Writes the maps that a cache lacks; all ranks call it.
 
     Args:
-        writer: Writes the records; its folder is prepared by rank 0 here.
-        teacher: Gives the map of images on the device.
-        views: Loads the views.
+        writer: Writer of the cache, whose folder rank 0 prepares here.
+        teacher: Returns the map of uint8 images on the device.
+        views: Loader of the views.
         workers: Number of loading processes of each rank.
         max_bad_fraction: Fraction of images that may be unusable.
         where: The argument that names the folder, for messages.
-        only: The set to write; empty for all sets.
-        between: Called before each batch on every rank; may raise to stop. Written records stay,
-            and the next call continues from them.
+        only: Name of the set to write; "" for all sets.
+        between: Called before each batch on every rank; may raise to stop. Records that were
+            written stay, and the next call writes the others.
 
-    Returns: the records that this start wrote, over all ranks.
-    Raises: CacheError: if the folder has other contents, or the disk is too small; DataError: if
-        too many images cannot be used.
+    Returns: the number of records that this call wrote, over all ranks.
+    Raises: CacheError: if the folder has other contents, or if the disk is too small; DataError:
+        if too many images cannot be used.
     """
     unfinished = prepared(writer, where=where, only=only)
     own_shards = unfinished[distributed.rank() :: distributed.world_size()]
@@ -317,13 +349,13 @@ def write_cache(
 
 
 def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[str, int]]:
-    """Prepares a folder; a collective.
+    """Prepares the folder of a cache on rank 0; all ranks call it.
 
     Args:
         writer, where, only: See `write_cache`.
 
-    Returns: (set, number) of the shards that are not whole yet, the same on every rank.
-    Raises: CacheError: if the folder has other contents, or its disk is too small.
+    Returns: (set, number) of each incomplete shard, the same on every rank.
+    Raises: CacheError: if the folder has other contents, or if its disk is too small.
     """
 
     def prepare() -> list[tuple[str, int]]:
@@ -343,10 +375,15 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
 def _finish(
     writer: CacheWriter, left: dict[tuple[str, int], int], bad: BadImages, max_bad_fraction: float
 ) -> None:
-    """Finishes the shards without missing records.
+    """Finishes the shards that have no missing records, and removes them from `left`.
 
-    Raises: DataError: if too many of this rank's images could not be used, before their shards
-        become final.
+    Args:
+        writer: Writer of the shards.
+        left: Number of missing records of each of this rank's shards, by (set, number).
+        bad: This rank's unusable images.
+        max_bad_fraction: Fraction of images that may be unusable.
+
+    Raises: DataError: if too many images cannot be used; their shards then stay unfinished.
     """
     for shard in [shard for shard, count in left.items() if not count]:
         if past_limit(bad.count, max_bad_fraction):
@@ -358,7 +395,10 @@ def _finish(
 
 
 def _other_maps(stored: Header, expected: Header) -> str:
-    """Returns the differences between two headers, without derived fields."""
+    """Returns the differences between two headers in words, for the message of `prepare`.
+
+    Only the first of these that differ are named: facts, sections of the teachers, other fields.
+    """
     words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
     facts, sections, all_ = [], [], []
     for header in (stored, expected):
@@ -370,6 +410,7 @@ def _other_maps(stored: Header, expected: Header) -> str:
 
 
 def _not_written(folder: Path, error: OSError) -> CacheError:
+    """Returns the error for a record or shard that this rank could not write."""
     refused = CacheError(
         f"{folder}: cannot be written; got {error}, expected room for the cache. Written maps "
         "stay: repeat the command when there is room."

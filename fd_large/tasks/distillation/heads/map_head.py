@@ -1,4 +1,4 @@
-"""The contract of heads that read a student's map with its grid, or the maps of its blocks."""
+"""The interface of heads that read a student's map with its grid, or the maps after its blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ WHERE = "objective.head"
 
 
 class MapShapes(NamedTuple):
-    """Grids and prefix tokens for which a head is made, besides the two widths.
+    """What the constructor of a `MapHead` is told about student and teacher, besides the widths.
 
     Attributes:
         student_grid: Rows and columns of the student's map.
         teacher_grid: Rows and columns of the teacher's map.
-        num_prefix_tokens: Tokens before the patches of the student's map, the first being CLS.
-        num_blocks: Blocks of the student.
+        num_prefix_tokens: Number of tokens before the patches of the student's map; the first is
+            CLS.
+        num_blocks: Number of the student's blocks.
     """
 
     student_grid: Grid
@@ -36,16 +37,18 @@ class MapShapes(NamedTuple):
 
 
 class MapHead(nn.Module):
-    """A head constructed from (width, teacher_width, maps) that returns a map on its own grid.
+    """A head that reads whole maps, and whose output may have another grid than the student's map.
+
+    Subclasses are constructed from (width, teacher_width, maps), where `maps` is a `MapShapes`.
 
     Args:
-        grid: Rows and columns of its output.
-        num_prefix_tokens: Tokens before the patches in its output.
+        grid: Rows and columns of the output.
+        num_prefix_tokens: Number of tokens before the patches in the output.
 
     Attributes:
         grid, num_prefix_tokens: See the arguments.
-        reads_blocks: Whether `forward` takes a tuple of the maps after each block of the student,
-            without a norm, instead of its last map.
+        reads_blocks: Whether `forward` takes the maps after each block of the student, before any
+            norm, as a tuple; if False, it takes the student's last map.
     """
 
     reads_blocks: ClassVar[bool] = False
@@ -55,7 +58,7 @@ class MapHead(nn.Module):
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns the grid of the output: `grid`, unless the head takes maps of any grid.
+        """Returns the rows and columns of the output; a head that accepts any grid overrides this.
 
         Args:
             student: Rows and columns of the student's map.
@@ -66,29 +69,30 @@ class MapHead(nn.Module):
         """Returns a map of `teacher_width` channels.
 
         Args:
-            student: The student's map, or the maps after its blocks.
+            student: The student's last map; or, if `reads_blocks`, a tuple of the maps after its
+                blocks.
         """
         raise NotImplementedError
 
 
 def patches_of(map_: FeatureMap) -> Tensor:
-    """Returns the tokens (B, H * W, C) of a map without the prefix."""
+    """Returns the tokens of a map without its prefix tokens, (B, H * W, C)."""
     return map_.tokens[:, map_.num_prefix_tokens :]
 
 
 def with_blocks(
     student: nn.Module, run: Callable[[], FeatureMap]
 ) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
-    """Returns a student's map and the maps after its blocks.
+    """Runs a student, and returns its last map and the maps after its blocks.
 
-    Forward hooks on the blocks collect the maps, also from checkpointed, compiled and sharded
-    blocks.
+    Forward hooks on the blocks collect the maps. They also work with activation checkpointing,
+    compiled blocks and sharded blocks.
 
     Args:
-        student: A backbone whose blocks all give tokens (B, N, C) of one shape.
-        run: Runs its forward.
+        student: A backbone whose blocks all return tokens (B, N, C) of the same shape.
+        run: Runs the student's forward.
 
-    Raises: ConfigError: if the blocks' maps are not of one shape.
+    Raises: ConfigError: if the blocks' outputs differ in shape.
     """
     heard: list[Any] = []
     with ExitStack() as hooks:
@@ -109,7 +113,7 @@ def with_blocks(
 
 
 class HeardBlocks:
-    """Wraps a sight (task.py) to collect the maps after the student's blocks too."""
+    """Wraps the component `sight` (task.py) to also collect the maps after the student's blocks."""
 
     def __init__(self, sight: Any) -> None:
         self._sight = sight
@@ -124,7 +128,7 @@ class HeardBlocks:
         keep: Tensor | None,
         drawn: Mapping[str, Tensor],
     ) -> Seen:
-        """Runs the student."""
+        """Runs the student, and returns its last map with the maps after its blocks."""
         run = partial(self._sight.see, student, pixels, keep, drawn)
         last, blocks = with_blocks(student, lambda: run().map)
         end = blocks[-1]._replace(tokens=BesideLoss.apply(blocks[-1].tokens, last.tokens))
@@ -132,27 +136,28 @@ class HeardBlocks:
 
 
 class BesideLoss(torch.autograd.Function):
-    """Passes on a tensor unchanged, while its backward also sends zeros to an unrelated tensor.
+    """Identity on a tensor, whose backward also gives another tensor a gradient of zeros.
 
-    If heads read only blocks, the student's last map is in no loss. ZeRO-3's hooks need its
-    gradient to gather the student's direct parameters (class token, positions).
+    If the heads read only the blocks' maps, no loss depends on the student's last map. But ZeRO-3's
+    hooks need a gradient of the last map, to all-gather the parameters that the student owns
+    directly (class token, positions).
     """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, beside: Tensor) -> Tensor:
-        """Returns the tensor.
+        """Returns a copy of the tensor.
 
         Args:
             ctx: Keeps `beside` for the backward.
-            tensor: Any tensor that a loss depends on.
-            beside: Any tensor.
+            tensor: A tensor that a loss depends on.
+            beside: The tensor whose gradient is zeros.
         """
         ctx.save_for_backward(beside)
         return tensor.clone()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the tensor's own gradient, and zeros."""
+        """Returns the output's gradient for `tensor`, and zeros for `beside`."""
         (beside,) = ctx.saved_tensors
         return slopes[0], torch.zeros_like(beside)
 
@@ -160,16 +165,17 @@ class BesideLoss(torch.autograd.Function):
 def check_map_head(
     head: MapHead, name: str, student: FeatureMap, blocks: Sequence[FeatureMap], out_width: int
 ) -> None:
-    """Runs a head that was built on the meta device.
+    """Runs a head on the meta device, and checks the shape of its output.
 
     Args:
-        head: The head.
-        name: Its name in the recipe.
+        head: The head, built on the meta device.
+        name: The head's name in the recipe.
         student: The student's map, on the meta device.
-        blocks: The maps after its blocks, if the head reads them.
-        out_width: Channels that the head's output must have.
+        blocks: The maps after the student's blocks; read only by a head that `reads_blocks`.
+        out_width: Number of channels that the output must have.
 
-    Raises: ConfigError: if the head fails, or its output differs from its declared shape.
+    Raises: ConfigError: if the head fails, or if the output's shape is not the shape that the
+        head's `grid_from` and `num_prefix_tokens` declare.
     """
     rows, columns = head.grid_from(student.grid)
     expected = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)
@@ -187,6 +193,6 @@ def check_map_head(
 
 
 def grids_named(maps: MapShapes) -> str:
-    """Returns the two grids in words."""
+    """Returns the grids of student and teacher in words, such as "14x14 and 16x16"."""
     grids = (maps.student_grid, maps.teacher_grid)
     return " and ".join(f"{rows}x{columns}" for rows, columns in grids)

@@ -26,21 +26,21 @@ from fd_large.tasks.distillation.heads.token_heads import MLP
 
 
 class Ladder(MapHead):
-    """Sums the outputs of one MLP per block for the patches, and of others for the CLS token.
+    """Sum over the student's blocks of an MLP on each block's map.
 
-    Registers are left out. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088; sizes as in its
-    code.
+    Each block has an MLP for the patches and another for the CLS token. Registers are left out.
+    Source: Sariyildiz et al. (UNIC), arXiv 2408.05088; sizes as in its code.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Grids of both maps, and the number of blocks.
+        maps: Grids of student and teacher, prefix tokens, and the number of blocks.
         hidden: Hidden channels of the MLPs; None for the student's channels (768 in UNIC).
         last_hidden: Hidden channels of the last block's MLP; None for four times the student's
             channels (3072 in UNIC).
-        blocks: Numbers of the blocks that are read, counted from 0; None: all.
-        pre_norm: Whether a norm stands before each MLP.
-        mid_norm: Whether a norm stands before the GELU.
+        blocks: Numbers of the blocks that are read, counted from 0; None for all blocks.
+        pre_norm: Whether each MLP begins with a layer norm.
+        mid_norm: Whether each MLP has a layer norm before its GELU.
     """
 
     reads_blocks = True
@@ -77,11 +77,11 @@ class Ladder(MapHead):
         self.patch = rungs()
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns the student's grid."""
+        """Returns the student's grid, which is also the grid of the output."""
         return student
 
     def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
-        """Returns the CLS token, if the student has one, and the patches.
+        """Returns a map with the CLS token, if the student has one, and the patches.
 
         Args:
             student: The maps after the student's blocks.
@@ -93,6 +93,12 @@ class Ladder(MapHead):
         return FeatureMap(tokens, student[0].grid, self.num_prefix_tokens)
 
     def _sum(self, rungs: nn.ModuleDict, tokens: list[Tensor]) -> Tensor:
+        """Returns the sum of the MLPs' outputs, (B, N, teacher_width).
+
+        Args:
+            rungs: MLPs by the number of their block.
+            tokens: (B, N, width) of each block of the student.
+        """
         total = rungs[str(self.numbers[0])](tokens[self.numbers[0]])
         for number in self.numbers[1:]:
             total = total + rungs[str(number)](tokens[number])
@@ -100,6 +106,7 @@ class Ladder(MapHead):
 
 
 def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool) -> nn.Sequential:
+    """Returns two linear layers with GELU between them, and the layer norms that are wanted."""
     layers: list[nn.Module] = [nn.LayerNorm(width)] if pre_norm else []
     layers.append(Linear(width, hidden, draw=NORMAL))
     layers += [nn.LayerNorm(hidden)] if mid_norm else []
@@ -108,26 +115,27 @@ def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool
 
 
 class Convolutional(MapHead):
-    """Two convolutions with norms and ReLU, and a last layer.
+    """Two convolutions with norms and ReLU, and a last layer, between two square grids.
 
-    Each norm is over a whole map, with a factor for each channel and place, so that the head,
-    though not the student, is made for one pair of grids. Source: Shang et al. (Theia), arXiv
-    2407.20179, whose translators are made for grids of 14, 16 and 64 a side; here the same layers
-    take any grids in those proportions.
+    Each norm is a layer norm over a whole map, with a factor for each channel and position. So the
+    head fits a single pair of grids, while the student accepts other grids too. Source: Shang et
+    al. (Theia), arXiv 2407.20179, whose translators are made for sides of 14, 16 and 64; here the
+    same layers take all grids of the same proportions.
 
-    The two convolutions keep the grid, or make it four times as fine or as coarse; before them, a
-    transposed convolution adds a border if the teacher's grid needs it. A single convolution
-    halves the grid.
+    The two convolutions keep the side of the grid, or make it four times as large or as small.
+    Before them, a transposed convolution adds a border if the teacher's grid needs it. A side is
+    halved by a single convolution.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Grids of both maps, both square.
-        hidden: Hidden channels; None means as many as the convolutions' input.
-        adapted: Channels of a first norm and linear layer; 0 for none.
-        last_side: Side of the last convolution's kernel; 1 is a linear layer.
+        maps: Grids of student and teacher, both square.
+        hidden: Hidden channels; None for as many as the convolutions' input has.
+        adapted: Output channels of a layer norm and linear layer before the convolutions; 0 to
+            leave these out.
+        last_side: Side of the last convolution's kernel; 1 for a linear layer.
 
-    Raises: ConfigError: if the grids have other proportions.
+    Raises: ConfigError: if a grid is not square, or if the proportion of the grids is another.
     """
 
     def __init__(
@@ -169,7 +177,7 @@ class Convolutional(MapHead):
         )
 
     def forward(self, student: FeatureMap) -> FeatureMap:
-        """Returns patches on the teacher's grid.
+        """Returns a map of patches on the teacher's grid.
 
         Args:
             student: The student's map; its prefix tokens are left out.
@@ -194,7 +202,16 @@ def _tokens(map_: Tensor) -> Tensor:
 def _convolutions(
     side: int, out_side: int, width: int, hidden: int
 ) -> tuple[list[int], list[nn.Module]]:
-    """Returns the side of each layer's map, and the convolutions, from one grid to another."""
+    """Makes the convolutions that lead from one square grid to another.
+
+    Args:
+        side: Side of the input's grid.
+        out_side: Side of the output's grid: `side`, 4 * side, side / 2 or side / 4.
+        width: Channels of the input.
+        hidden: Channels of the output of each convolution.
+
+    Returns: the side of the grid after each convolution, and the convolutions.
+    """
     if out_side == 4 * side:
         return [2 * side - 1, out_side], [
             nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1),
@@ -211,15 +228,16 @@ def _convolutions(
 class ResizedMLP(MapHead):
     """A norm and a linear layer, nearest-neighbour resizing to the teacher's grid, and a ReLU MLP.
 
-    Source: Shang et al. (Theia), arXiv 2407.20179, the translator `mlp`, whose first two layers
-    serve all teachers; here each teacher has its own.
+    Source: the translator `mlp` of Shang et al. (Theia), arXiv 2407.20179. There all teachers share
+    the first norm and linear layer; here each teacher has its own.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Grids of both maps.
-        hidden: Channels of the first linear layer; the MLP has twice as many.
-        layers: Linear layers of the MLP, at least one.
+        maps: Grids of student and teacher.
+        hidden: Output channels of the first linear layer; the hidden layers of the MLP have twice
+            as many.
+        layers: Number of linear layers of the MLP, at least one.
     """
 
     def __init__(
@@ -240,7 +258,7 @@ class ResizedMLP(MapHead):
         self.mlp = nn.Sequential(*inner, nn.Linear(channels[-1], teacher_width))
 
     def forward(self, student: FeatureMap) -> FeatureMap:
-        """Returns patches on the teacher's grid.
+        """Returns a map of patches on the teacher's grid.
 
         Args:
             student: The student's map; its prefix tokens are left out.
@@ -253,14 +271,14 @@ class ResizedMLP(MapHead):
 
 
 class UpsamplingMLP(MapHead):
-    """An `MLP` that predicts u x u places of the teacher's map from each place of the student's.
+    """An `MLP` that predicts u x u patches of the teacher's map from each patch of the student's.
 
     Source: the option `fd_upsample_factor` of RADIO's heads (arXiv 2312.06709, in its code).
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Grids of both maps; the teacher's has u times the rows and columns.
+        maps: Grids of student and teacher; the teacher's has u times as many rows and columns.
         hidden: See `MLP`.
         inner: See `MLP`.
         pre_norm: See `MLP`.
@@ -295,11 +313,11 @@ class UpsamplingMLP(MapHead):
         )
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns a grid u times as fine as that of the student."""
+        """Returns a grid with u times the rows and columns of the student's grid."""
         return self.factor * student[0], self.factor * student[1]
 
     def forward(self, student: FeatureMap) -> FeatureMap:
-        """Returns patches on the finer grid.
+        """Returns a map of patches with u times the rows and columns of the student's map.
 
         Args:
             student: The student's map; its prefix tokens are left out.

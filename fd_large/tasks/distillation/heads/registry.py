@@ -1,8 +1,9 @@
 """The table of heads.
 
-A new head needs a line in `HEADS`, or a file of the user's own (`objective.head
-module:FILE.py:NAME`). It is a function or Module class of (width, teacher_width) that returns a
-Module from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+To add a head, add a line in `HEADS`, or write a file and name it by `objective.head
+module:FILE.py:NAME`. A head is made by a function or Module class that takes (width, teacher_width)
+and returns a Module from tokens (B, N, width) to (B, N, teacher_width), or by a subclass of
+`MapHead`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ HEADS: dict[str, Make] = {
     "resized_mlp": ResizedMLP,
     "upsampling_mlp": UpsamplingMLP,
 }
-"""The built-in heads."""
+"""The constructors of the built-in heads by name."""
 
 
 def make(
@@ -53,7 +54,8 @@ def make(
         name: A name in `HEADS`, or the user's own `module:FILE.py:NAME` (fd_large/doors.py).
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Returns the grids of student and teacher, for a head that reads maps.
+        maps: Returns the shapes of student and teacher for a `MapHead`; None for a target without
+            maps.
 
     Raises: ConfigError: if the head does not exist or does not fit.
     """
@@ -63,6 +65,6 @@ def make(
 
 
 def reads_maps(make: Make) -> bool:
-    """Returns whether a constructor of heads makes `MapHead`s."""
+    """Whether a constructor of heads is a subclass of `MapHead`, or a partial of a subclass."""
     constructor = make.func if isinstance(make, partial) else make
     return isinstance(constructor, type) and issubclass(constructor, MapHead)

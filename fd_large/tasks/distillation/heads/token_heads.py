@@ -15,12 +15,15 @@ from fd_large.tasks.distillation.heads.map_head import WHERE
 
 
 def linear(width: int, teacher_width: int) -> nn.Module:
-    """Returns the paper's 1x1 convolution, with torch's default initialisation, as published."""
+    """Returns the paper's head, a 1x1 convolution as a linear layer.
+
+    It has torch's default initialisation, as published.
+    """
     return nn.Linear(width, teacher_width)
 
 
 class MLP(nn.Module):
-    """A linear layer, residual layers, and a norm, GELU and linear layer at the end.
+    """A linear layer, then residual layers, and a norm, GELU and linear layer at the end.
 
     Source: the second version of RADIO's heads (Ranzinger et al., arXiv 2312.06709, in its code).
 
@@ -29,7 +32,7 @@ class MLP(nn.Module):
         teacher_width: Channels of the teacher's tokens.
         hidden: Hidden channels; None for twice the student's channels, a choice of this package.
         inner: Number of residual layers.
-        pre_norm: Whether a norm and GELU come first.
+        pre_norm: Whether a norm and GELU come before the first linear layer.
     """
 
     def __init__(
@@ -68,16 +71,16 @@ def mlp_relu(
     inner: int = 0,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Module:
-    """Linear layers with a norm and ReLU between them.
+    """Returns linear layers with a norm and an activation, ReLU by default, between them.
 
-    Source: the first version of RADIO's heads; with GELU, the head of the second version of
+    Source: the first version of RADIO's heads. With GELU, it is the head of version 2 of the
     distillation in lightly-train.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
         hidden: Hidden channels; None for twice the student's channels.
-        inner: Number of layers between the first and the last.
+        inner: Number of linear layers between the first and the last.
         activation: Constructor of the activation after each norm.
     """
     hidden = hidden or 2 * width
@@ -90,9 +93,17 @@ def mlp_relu(
 def attention_mlp(
     width: int, teacher_width: int, *, hidden: int | None = None, pre_norm: bool = False
 ) -> nn.Module:
-    """Two transformer blocks of 16 heads, and an `MLP`; the third kind of RADIO's heads.
+    """Returns two transformer blocks with 16 attention heads, and an `MLP`.
 
-    Raises: ConfigError: if the width does not divide into the heads.
+    Source: the third kind of RADIO's heads.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's tokens.
+        hidden: See `MLP`.
+        pre_norm: See `MLP`.
+
+    Raises: ConfigError: if the width is not a multiple of 16.
     """
     blocks = [_block(width, heads=16, layer_scale=1e-5) for _ in range(2)]
     return nn.Sequential(*blocks, MLP(width, teacher_width, hidden=hidden, pre_norm=pre_norm))
@@ -101,17 +112,17 @@ def attention_mlp(
 def block(
     width: int, teacher_width: int, *, heads: int | None = None, blocks: int = 1
 ) -> nn.Module:
-    """Transformer blocks and a linear layer, on CLS token and patches together.
+    """Returns transformer blocks and a linear layer, which run on CLS token and patches together.
 
     Source: Sariyildiz et al. (DUNE), arXiv 2503.14405.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        heads: Attention heads; None means one for every 64 channels.
+        heads: Number of attention heads; None for one for every 64 channels.
         blocks: Number of blocks.
 
-    Raises: ConfigError: if the width does not divide into the heads.
+    Raises: ConfigError: if the width is not a multiple of the number of attention heads.
     """
     make = partial(
         _block,
@@ -125,10 +136,21 @@ def block(
 
 
 def _normed(width: int, out_width: int) -> nn.Sequential:
+    """Returns a layer norm, GELU and a linear layer."""
     return nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out_width))
 
 
 def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> nn.Module:
+    """Returns a transformer block of timm.
+
+    Args:
+        width: Channels of the tokens.
+        heads: Number of attention heads.
+        layer_scale: Initial value of the layer scale.
+        options: Further arguments of timm's `Block`.
+
+    Raises: ConfigError: if the width is not a multiple of the number of attention heads.
+    """
     if width % heads:
         raise ConfigError(
             f"{WHERE}: attention does not fit the student; got a width of {width}, expected a "

@@ -1,2 +1,1 @@
-"""Methods for several teachers: the choice of each image's teachers, normalisers, losses, mosaics.
-"""
+"""Methods for several teachers: choice of each image's teachers, normalisers, losses, mosaics."""
