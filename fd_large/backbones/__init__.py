@@ -7,15 +7,18 @@ the package as a `Family`. `registry.py` lists the families, and so does
 `recipes/architectures.py`, without torch: a new family is its folder and a line in each.
 
 Every backbone is a Module with
-    forward(images, keep) -> FeatureMap, drop path driven by the rows of `keep`;
+    forward(images, keep) -> FeatureMap, where `keep` says which branches drop path keeps;
     grid(height, width), the rows and columns of the map of an image;
-    width, stride, num_prefix_tokens, of that map; drop_path_rates, one a row of `keep`;
-    blocks(), in order of execution; layer_id(name) and last_layer, for learning rates by depth;
-    outside_blocks(), modules of blocks that are called outside of the blocks' forwards;
-    no_weight_decay() and no_weight_decay_keywords();
-and, if it has stages, stages(images, keep), which returns a map of each stage, with stage_widths
-and stage_strides. A model used only as a teacher needs no methods for training.
+    width, stride and num_prefix_tokens of the map;
+    drop_path_rates, the drop rate of each row of `keep`;
+    blocks(), in order of execution;
+    layer_id(name) and last_layer, for layer-wise learning rates;
+    outside_blocks(), modules inside blocks that the blocks' own forwards do not call;
+    no_weight_decay() and no_weight_decay_keywords(), names and substrings of names of parameters;
+and, if it has stages, stages(images, keep), which returns the map of each stage, stage_widths and
+stage_strides. A model used only as a teacher needs no methods for training.
 
-Nothing here knows tasks or calls torch.distributed itself: batch norms and downloads use
-`fd_large.ranks`. `weights/` opens weights files; only libraries read or write files of their own.
+No code here knows tasks or calls torch.distributed itself: batch norms and downloads use
+`fd_large.ranks`. `weights/` opens weights files, except those that a library (timm, transformers,
+open_clip) reads or writes itself.
 """

@@ -1,7 +1,7 @@
-"""Computes a layer's attention maps from queries, keys and bias; fused kernels never store them.
+"""Attention maps of a layer, computed from its queries and keys; fused kernels never store maps.
 
-The attention modules of this project have a method `attention_maps` with the arguments of
-`forward`, which calls `attention_maps` here.
+Every attention module of this project has a method `attention_maps`, which takes the arguments of
+the module's `forward` and calls the function `attention_maps` of this file.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def attention_maps(
     table: Tensor | None,
     shift: int = 0,
 ) -> Tensor:
-    """Computes the maps of a layer.
+    """Computes the attention maps of a layer, softmax(scale q k^T + position bias), in each window.
 
     Args:
-        projected: (B, N, 3C), the bias of the queries added; tokens in the order of the image,
-            prefix tokens first.
-        positions: Positions of the windows' tokens.
+        projected: (B, N, 3C), queries, keys and values of each token, with the queries' bias
+            already added; prefix tokens come first, then the patches row by row.
+        positions: Positions in the image of the tokens of each window.
         num_heads: Number of heads, h.
         scale: Factor of the logits: a number, or (h, 1, 1).
-        cosine: Whether queries and keys are normalised.
-        table: Position bias by offset, or None.
+        cosine: Whether queries and keys are normalised to unit length.
+        table: Position bias of each offset and head, (R, h), or None.
         shift: Shift of the windows, in tokens.
 
-    Returns: (B, nW, h, T, T) float32.
+    Returns: the maps, (B, nW, h, T, T) float32, for nW windows of T tokens.
     """
     q, k, _ = rearrange(
         _in_windows(projected, positions).float(),
@@ -59,15 +59,16 @@ def attention_maps(
 
 
 def with_query_bias(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """Adds the bias of the queries to (B, N, 3C).
+    """Adds the queries' bias (C,), unless it is None, to projected tokens (B, N, 3C).
 
-    A bias of the keys adds the same to all logits of a query, so that no map depends on it.
+    The keys' bias is left out: it adds the same number to all logits of a query, so that the
+    attention map does not depend on it.
     """
     return projected if bias is None else projected + F.pad(bias, (0, 2 * len(bias)))
 
 
 def _in_windows(projected: Tensor, positions: TokenPositions) -> Tensor:
-    """Gathers the tokens (B, N, C) of each window: (B, nW, T, C), padding as 0."""
+    """Gathers tokens (B, N, C) by window into (B, nW, T, C); padding tokens are zeros."""
     index = positions.index.to(projected.device)
     if len(index) == 1 and bool(positions.whole[0]):
         return projected[:, None]

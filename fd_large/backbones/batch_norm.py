@@ -1,13 +1,14 @@
 """Batch normalisation over groups of neighbouring images of the global batch.
 
-In training each channel is normalised by the mean and variance of a group of images, whatever the
-ranks and micro batches that they lie on. The sums over the positions of each image's map are taken
-first, in float32, and added over the images of a group in float64, so that the distribution over
-ranks changes only float64 rounding. Running statistics are updated once in each accepted step, by
-the mean over its groups, with unbiased variances.
+In training each channel is normalised by the mean and variance over a group of images, whichever
+ranks and micro-batches hold these images. Sums over the positions of an image's map are taken
+first, in float32, and added over the images of a group in float64, so that the number of ranks
+changes only float64 rounding. Running statistics are updated once in each accepted step, by the
+mean over its groups, with unbiased variances.
 
-The statistics of a step are recorded in backward, which runs once for each forward however often
-this forward is recomputed, and never for an evaluation, a trial or the first of two passes.
+A norm records the statistics of a step in its backward. Backward runs once for each forward, even
+if the forward is recomputed, and it does not run for an evaluation, a trial, or a first forward
+whose gradients come from a second. If no input needs a gradient, a training forward records them.
 
 Source: Ioffe and Szegedy, arXiv 1502.03167.
 """
@@ -35,15 +36,15 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 class Groups:
-    """The images that share statistics, for all norms of a model.
+    """The division of a batch into groups of images, shared by all batch norms of a model.
 
     Args:
-        size: Number of images of a group; 0 uses the running statistics in training too; PASS makes
-            one group of all images of a pass.
+        size: Number of images in a group. 0: no groups, so that training also uses the running
+            statistics. PASS: all images of a pass, on all ranks, are one group.
 
     Attributes:
-        images: Number of images in the present forward, if a model may flatten other dimensions
-            into the first; 0 if the first dimension is that of the images.
+        images: Number of images in the present forward, set for a model that may flatten other
+            dimensions into the first; 0 if the first dimension holds the images alone.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -53,14 +54,14 @@ class Groups:
         self._ranks: Any = None
 
     def lie_in(self, global_batch: int, micro_batch: int) -> None:
-        """Lets groups span several ranks, if a rank has a single micro batch in a step.
+        """Lets groups span several ranks if a micro-batch is not a multiple of the group.
 
-        Otherwise the first group begins with each micro batch, which holds a whole number of groups
-        except in a trial. A collective.
+        This is possible only if a step has a single micro-batch on each rank. In all other cases
+        each micro-batch begins with a new group. A collective.
 
         Args:
-            global_batch: Images of a step on all ranks, a multiple of the group.
-            micro_batch: Images of a rank and pass.
+            global_batch: Images of a step on all ranks, a multiple of the group's size.
+            micro_batch: Images of a rank in one pass.
         """
         whole_share = micro_batch * distributed.world_size() == global_batch
         if self.size <= 0 or micro_batch % self.size == 0 or not whole_share:
@@ -74,13 +75,16 @@ class Groups:
             self._ranks = distributed.neighbours(ranks)
 
     def of(self, images: int, device: torch.device) -> Tensor:
-        """Returns the group of each image in a pass, (B,) int64."""
+        """Returns the index of the group of each image on this rank in a pass, (B,) int64."""
         if self.size == PASS:
             return torch.zeros(images, dtype=torch.int64, device=device)
         return (torch.arange(images, device=device) + self._first) // self.size
 
     def sums(self, of_images: Tensor) -> Tensor:
-        """Sums (B, K) float64 over each group's images, on all ranks that hold any: (groups, K)."""
+        """Sums values (B, K) float64 over the images of each group, and returns (groups, K).
+
+        If groups span ranks, the images of the other ranks are included; then it is a collective.
+        """
         images, before = len(of_images), self._first % self.size
         number = -(-(before + images) // self.size) if self.size != PASS else 1
         if number == 1:
@@ -96,13 +100,13 @@ class Groups:
 
 
 class BatchNorm(Float32Buffers):
-    """A batch norm of maps whose groups are all images of a pass, unless others are set.
+    """Batch norm of maps; by default one group holds all images of a pass on all ranks.
 
-    A step with one pass does not depend on the number of ranks; with several passes, each pass
-    has its own statistics.
+    A step with one pass therefore does not depend on the number of ranks. With several passes, each
+    pass has its own statistics.
 
     Args:
-        width: C.
+        width: Number of channels, C.
     """
 
     eps, momentum = EPS, MOMENTUM
@@ -117,15 +121,15 @@ class BatchNorm(Float32Buffers):
         self.seen: Tensor | None = None  # (2 C + 1,) float64, see `_note`.
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same shape and dtype; in training a collective."""
+        """Normalises (B, C, H, W), keeping shape and dtype; a collective in training."""
         return normalised(self, x)
 
 
 def adopt(net: nn.Module) -> Groups:
-    """Lets a model's batch norms (torch's or timm's) normalise by groups; returns the groups.
+    """Makes a model's batch norms (torch's or timm's) normalise by groups; returns the `Groups`.
 
-    Names and classes stay, and so do the dropout and activation of timm's classes. Until groups
-    are set, the running statistics are used.
+    The modules keep their names and classes, and timm's norms also their dropout and activation.
+    Until `size` of the groups is set, the norms use their running statistics.
     """
     groups = Groups()
     for module in net.modules():
@@ -136,12 +140,12 @@ def adopt(net: nn.Module) -> Groups:
 
 
 def norms_of(net: nn.Module) -> list[Any]:
-    """Returns the norms of a model that have groups."""
+    """Returns the batch norms of a model that normalise by groups (attribute `norm_groups`)."""
     return [module for module in net.modules() if hasattr(module, "norm_groups")]
 
 
 def statistics_of(net: nn.Module) -> dict[str, Tensor]:
-    """Returns the running statistics of the norms that have groups, by name."""
+    """Returns {name in the model: running mean or variance} of the norms with `norm_groups`."""
     return {
         f"{path}.{name}": getattr(module, name)
         for path, module in net.named_modules()
@@ -152,10 +156,13 @@ def statistics_of(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.compiler.disable
 def normalised(norm: Any, x: Tensor) -> Tensor:
-    """Returns x normalised in float32: in training by groups, else by the running statistics.
+    """Applies a batch norm to x in float32, or in float64 for a float64 x; keeps the dtype of x.
+
+    In training it uses the statistics of groups, if their size is not 0; otherwise the running
+    statistics. The dropout and activation of timm's norms follow.
 
     Args:
-        norm: Has weight, bias, running_mean, running_var, eps, norm_groups, seen.
+        norm: Module with weight, bias, running_mean, running_var, eps, norm_groups and seen.
         x: (B, C, ...).
     """
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
@@ -185,9 +192,9 @@ def normalised(norm: Any, x: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance of x's group.
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias by the statistics of groups.
 
-    Of tensors of the size of x only x itself is kept for backward.
+    Of all tensors as large as x, only x itself is saved for backward.
     """
 
     @staticmethod
@@ -247,7 +254,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def _note(ctx: Any) -> None:
-    """Adds each image's group statistics and the number of images to the norm's `seen`."""
+    """Adds to the norm's `seen`, (2C + 1,), the statistics of this rank's images and their number.
+
+    An image counts with the mean (C) and unbiased variance (C) of its group.
+    """
     groups: Groups = ctx.norm.norm_groups
     sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)
     noted = torch.cat([sums, sums.new_full((1,), ctx.images)])
@@ -256,19 +266,22 @@ def _note(ctx: Any) -> None:
 
 
 def _by_image(x: Tensor, images: int) -> Tensor:
-    """Reshapes (B', C, ...) to (B, B' / B, C, positions)."""
+    """Reshapes (B', C, ...) to (B, B' / B, C, positions), where B is the number of images."""
     return x.reshape(images, len(x) // images, x.shape[1], -1)
 
 
 def forget(norms: Sequence[Any]) -> None:
-    """Drops statistics that norms recorded outside of a step, such as in a trial."""
+    """Discards the statistics that norms have recorded, such as those of a trial."""
     for norm in norms:
         norm.seen = None
 
 
 @torch.no_grad()
 def move(norms: Sequence[Any]) -> None:
-    """Updates running statistics by those that the norms recorded, in one collective for all."""
+    """Updates the running statistics of norms by the statistics recorded in a step; a collective.
+
+    Norms without recorded statistics stay unchanged.
+    """
     norms = [norm for norm in norms if norm.seen is not None]
     if not norms:
         return

@@ -1,6 +1,7 @@
-"""Downloads weights by libraries: one rank downloads for all, and the others read the cache.
+"""Downloads of weights by libraries: one rank downloads, and the other ranks read the cache.
 
-A hub refuses hundreds of simultaneous requests, and ranks would write one cache at the same time.
+If all ranks downloaded, the hub would refuse hundreds of simultaneous requests, and ranks would
+write the same cache at the same time.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ _cached: set[str] = set()
 
 
 def downloaded(source: str, get: Callable[[], T]) -> T:
-    """Returns a library's object from its cache, or else from the network.
+    """Returns an object that a library loads from its cache or from the network.
 
-    Within `meeting`, rank 0 loads it first; then the first rank of each node, from the network
-    only if the node has its own cache; then all others, from the cache.
+    In a meeting of all ranks (`ranks.meeting`), rank 0 loads it first. Then the first rank of each
+    node loads it, from the network only if that node's cache lacks it. All other ranks load it
+    from the cache. Outside a meeting each rank loads it by itself.
 
     Args:
         source: The source, as the user gave it.
-        get: Returns the object, from the cache or the network.
+        get: Loads the object, from the cache or the network.
 
     Raises: WeightsError: on all ranks, if `get` raises it on the rank that loads first.
     """
@@ -38,12 +40,16 @@ def downloaded(source: str, get: Callable[[], T]) -> T:
 
 
 def download(source: str, get: Callable[[], object]) -> None:
-    """Fills the cache for a later `downloaded` with the same arguments."""
+    """Fills the library's cache, so that a later `downloaded` of the source needs no network."""
     _first(source, get)
 
 
 def _first(source: str, get: Callable[[], T]) -> list[T]:
-    """Returns this rank's download, if it downloads for others."""
+    """Loads the object on rank 0 and on the first rank of each node.
+
+    Returns a list of the object on a rank that loaded it, and an empty list on all other ranks. The
+    list is also empty if this process has found the source in its cache before.
+    """
     got: list[T] = []
     if source in _cached:
         return got
@@ -68,7 +74,7 @@ def _first(source: str, get: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keeps huggingface_hub, also used by timm and open_clip, from asking its server."""
+    """Sets huggingface_hub, which timm and open_clip use too, to offline mode in the block."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

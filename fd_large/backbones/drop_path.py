@@ -1,7 +1,7 @@
-"""Stochastic depth as an explicit input: a mask of kept residual branches by sample.
+"""Drop path (stochastic depth) by a mask that is an input of the model.
 
-Nothing is drawn here. `keep` comes from the data's counter-based generator, so that ranks,
-accumulation and recomputation cannot change it.
+The mask `keep` says which residual branches of each image are kept. It is not drawn here but by the
+data's counter-based generator, so that ranks, accumulation and recomputation cannot change it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from fd_large.errors import ShapeError
 
 
 def linear_rates(rate: float, num_blocks: int) -> tuple[float, ...]:
-    """Returns one rate per site, two sites a block, rising linearly from 0 to `rate`."""
+    """Returns the drop rate of each residual branch, two per block, (2 * num_blocks) numbers.
+
+    The rates rise linearly from 0 in the first block to `rate` in the last.
+    """
     per_block = np.linspace(0.0, rate, num_blocks)
     return tuple(float(r) for r in np.repeat(per_block, 2))
 
@@ -24,15 +27,15 @@ def linear_rates(rate: float, num_blocks: int) -> tuple[float, ...]:
 def branch_scales(
     keep: Tensor | None, rates: tuple[float, ...], batch_size: int, device: torch.device
 ) -> Tensor | None:
-    """Returns the factor of each branch and sample, kept / (1 - rate): (num_sites, B) float32.
+    """Returns the factor keep / (1 - rate) of each branch and image, (num_branches, B) float32.
 
     Args:
-        keep: (num_sites, B), bool or 0-1; None without drop path, which makes the result None.
-        rates: Drop rate of each site.
+        keep: (num_branches, B), bool or 0-1, or None without drop path; then the result is None.
+        rates: Drop rate of each branch.
         batch_size: B, the number of images.
         device: Device of the images.
 
-    Raises: ShapeError: if keep does not fit sites and batch.
+    Raises: ShapeError: if the shape of `keep` is not (num_branches, B).
     """
     if keep is None:
         return None

@@ -1,4 +1,4 @@
-"""Describes exports of a family's models: names, configuration, features that a library lacks."""
+"""The description of a family's exports: tensor names, configuration, and what libraries lack."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ DECODER = "decoder.0."
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A family's models in the files of one library.
+    """How models of one family are exported to one library; functions take the architecture.
 
     Attributes:
-        names: Origin of the tensors' names, for the model card.
-        rows: Returns the table of its names.
-        copies: Returns the names, in our form, under which one of our tensors is written: a shared
-            position bias may be copied into every block.
-        lacks: Returns the features of a model that the library lacks, given whether images are
-            padded, or "".
-        added: Returns tensors of the library's model that the model here lacks, by the library's
-            names.
-        becomes: Returns the architecture of the model in the file, whose blocks may have copies of
-            a shared position bias.
-        config: Returns config.json for the library's own loader; None for files that only this
-            package loads.
-        preprocessor: Returns the library's preprocessor_config.json, or None.
+        names: Returns the origin of the tensor names, in words, for the model card.
+        rows: Returns the table that translates the library's tensor names.
+        copies: Returns the names, before translation, under which one of our tensors is written.
+            There are several if a shared position bias is copied into every block.
+        lacks: Returns, in words, the features of the model that the library lacks, or "". Its
+            second argument is whether images are padded.
+        added: Returns {the library's name: tensor} of the tensors that the library's model has and
+            ours lacks.
+        becomes: Returns the architecture of the exported model, which differs from ours if blocks
+            get copies of a shared position bias.
+        config: Returns the contents of config.json for the library's loader. None if only this
+            package loads the files.
+        preprocessor: Returns the contents of the library's preprocessor_config.json. None if the
+            library has no such file.
         class_name: Returns the name of the library's class of the model.
-        lacks_place: Returns the parts of a model for which the library's state dict has no tensor,
-            or "".
-        window_rule: The rule by which the library's class cuts windows; empty where it has no rule
-            of its own.
+        lacks_place: Returns, in words, the parts of the model for which the library's state dict
+            has no tensor, or "".
+        window_rule: Rule by which the library's class cuts maps into windows
+            (`backbones.windows`); empty if the class has no such rule.
     """
 
     names: Callable[[Any], str]
@@ -54,7 +55,13 @@ class Export:
     window_rule: str = ""
 
     def outputs(self, name: str, shape: Shape, architecture: Any) -> list[Output]:
-        """Returns the exported tensors made from one of our tensors, by name and shape."""
+        """Returns the exported tensors that are made from one of our tensors.
+
+        Args:
+            name: Our name of the tensor.
+            shape: Its shape.
+            architecture: Our model.
+        """
         rows = self.rows(architecture)
         return [
             output
@@ -67,7 +74,12 @@ Exports = Mapping[str, Export]
 
 
 def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
-    """Returns the common fields of transformers' configurations."""
+    """Returns the fields of transformers' config.json that all families write.
+
+    Args:
+        architecture: The model.
+        class_name: transformers' class of the model.
+    """
     return {
         "architectures": [class_name],
         "model_type": class_name.removesuffix("Model").lower(),
@@ -80,7 +92,12 @@ def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
 
 
 def hugging_face_preprocessor(architecture: Any, statistics: Statistics) -> dict[str, Any]:
-    """Returns the contents of transformers' preprocessor_config.json for a model."""
+    """Returns the contents of transformers' preprocessor_config.json for a model.
+
+    Args:
+        architecture: The model, with the image size of the run.
+        statistics: Mean and standard deviation by which images are normalised.
+    """
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -97,14 +114,14 @@ def hugging_face_preprocessor(architecture: Any, statistics: Statistics) -> dict
 def timm_config(
     architecture: Any, statistics: Statistics, *, entry: str, pool: str, arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns timm's configuration of a model.
+    """Returns the contents of timm's config.json for a model.
 
     Args:
         architecture: The model, with the image size of the run.
-        statistics: Mean and deviation by which images are normalised.
-        entry: timm's model with the most similar arguments, all of which are overridden here.
-        pool: "token" or "avg".
-        arguments: The arguments of timm's model that are particular to the family.
+        statistics: Mean and standard deviation by which images are normalised.
+        entry: Name of timm's most similar model; the configuration overrides all its arguments.
+        pool: timm's `global_pool`, "token" or "avg".
+        arguments: The arguments of timm's model that only this family has.
     """
     size = architecture.image_size
     return {
@@ -125,7 +142,13 @@ def timm_config(
 
 
 def timm_weights(size: int, statistics: Statistics, **others: Any) -> dict[str, Any]:
-    """Returns the entries of timm's configuration on weights and the images that they expect."""
+    """Returns timm's `pretrained_cfg`: the images that the weights expect, and layer names.
+
+    Args:
+        size: Side of the images, in pixels.
+        statistics: Mean and standard deviation by which images are normalised.
+        others: Entries that are added or replaced.
+    """
     return {
         "num_classes": 0,
         "input_size": [3, size, size],

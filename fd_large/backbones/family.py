@@ -28,8 +28,7 @@ class Options:
 
     Attributes:
         drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.
-        size_rule: "pad" pads images whose size does not fit, in Swin models alone; "drop" pads
-            none.
+        size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
         window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models have
             another rule than "masked".
         shift_stages: Whether odd blocks of each stage shift their windows; empty for all.
@@ -37,7 +36,7 @@ class Options:
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of stages, from the first, that hold the attention maps of only a
             few windows at a time; 0 is none.
-        is_trained: Whether it is a student, which has to be deterministic in training.
+        is_trained: Whether the model is a student, which has to be deterministic in training.
         resizes_positions: Whether each forward resizes a ViT's positions to its images; other
             families have no such positions.
         residual_dtype: "compute" keeps the residual stream in the dtype of the weights; "float32"
@@ -58,17 +57,17 @@ class Options:
     initialization: Initialization = "fd"
 
     def of_all(self) -> dict[str, Any]:
-        """Returns the options common to all backbones."""
+        """Returns {name: value} of the options that every backbone's constructor takes."""
         names = ("drop_path_rate", "attention_memory", "residual_dtype", "initialization")
         return {name: getattr(self, name) for name in names}
 
     def of_windows(self) -> dict[str, Any]:
-        """Returns the options that only Swin models have."""
+        """Returns {name: value} of the options that only Swin models' constructors take."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
 class Loaded(NamedTuple):
-    """A module with its weights, and the image statistics that they were trained with."""
+    """A module with its weights, and the image statistics of their training; None if unknown."""
 
     net: nn.Module
     statistics: Statistics | None
@@ -76,23 +75,23 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Sources whose weights come from a library or the user's code: `timm:NAME` instead of a path.
+    """How a family reads sources such as `timm:NAME`, whose weights a library or user code brings.
 
-    Such sources start with the `prefix` of the family's architecture.
+    A source consists of the `prefix` of the family's architecture and a rest. The functions take
+    the rest first; the `str` after it is the field that the user set, for messages.
 
     Attributes:
-        settle: Returns the model that a source names after its prefix, completed by the user's
-            fields of its architecture, and notes for the log.
+        settle: Returns (architecture, notes for the log) of a source; its second argument is the
+            architecture with the fields that the user set.
         load: Returns the whole module with its weights, and its image statistics if known.
-        weightless: Returns the module's weights by its own names, on the meta device; None where a
-            teacher is the module itself and nothing is to be filled.
-        fetch: Downloads the weights to this machine, so that `load` needs no network; None if
+        weightless: Returns {the module's own name: weight on the meta device}. None if the teacher
+            is the module itself, so that its weights are not loaded into another model.
+        fetch: Downloads the weights to this machine, so that `load` needs no network. None if
             there is no download.
-        save: Writes the whole module with its weights as a folder in the library's format, given
-            the user's fields and the folder; returns the licence of the weights. None if there is
-            no download.
-        untrained: Returns the rest of a source without its ending `=random` (`timm:NAME=random`),
-            or None for trained weights.
+        save: Writes the whole module with its weights to a folder in the library's format, and
+            returns the licence of the weights. None if there is no download.
+        untrained: Returns the rest without its ending `=random` (`timm:NAME=random`), or None if
+            the source has trained weights.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
@@ -108,18 +107,21 @@ class Family:
     """A family of backbones.
 
     Attributes:
-        architecture: Its dataclass, with the facts needed before a model is built.
+        architecture: Dataclass of the family's architectures, which is known before a model is
+            built.
         build: Builds a model, with fresh weights from torch's global CPU generator.
-        published: Description of its published files; None if they have no common names.
-        exports: Exports to other libraries, by format.
-        matched: Finds a model's tensors in a file, {name: shape}, for a family whose files have
-            no common names.
-        facts_of: Returns the known facts of published weights for a model without a name.
-        scheme: Sources that bring a model of the family with its weights, or None.
-        of_config: Returns the model of a library's `config.json`, from its contents and the
-            user's fields, or None for another family's; the attribute is None if no such file
-            names a model of the family.
-        resizes: Whether weights of a model are carried over to another image size.
+        published: Description of the family's published files; None if their tensor names have no
+            common form.
+        exports: {export format: description} of the exports to other libraries.
+        matched: Matches a model's tensors with those of a file {name: shape}. It is for a family
+            without `published`; its last argument is the field that the user set, for messages.
+        facts_of: Returns the facts of the published weights of a model that is not a named model,
+            or None if they are unknown.
+        scheme: How sources that bring a model of the family with its weights are read, or None.
+        of_config: Returns the architecture that the contents of a library's `config.json`
+            describe, or None if they describe a model of another family; its last argument is the
+            field that the user set. The attribute is None if the family has no such files.
+        resizes: Returns whether weights of a model can be loaded for another image size.
     """
 
     architecture: type[FamilyArchitecture]

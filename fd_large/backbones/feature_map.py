@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class FeatureMap(NamedTuple):
-    """Tokens of an image, prefix tokens (CLS, distillation) first, patches row-major.
+    """Tokens of B images: first the prefix tokens (CLS, distillation), then patches row by row.
 
     A NamedTuple, because DeepSpeed's ZeRO-3 hooks find the tensors inside tuples and nowhere else:
     a parameter that a module owns directly would miss its gather before backward otherwise.
 
     Attributes:
-        tokens: (B, N, C), N = num_prefix_tokens + H * W.
-        grid: (H, W).
-        num_prefix_tokens: Tokens before the patches.
-        summary: (B, 1, C), the image's class token if the map leaves it out (timm's models), else
-            None.
+        tokens: (B, N, C), where N = num_prefix_tokens + H * W.
+        grid: (H, W), rows and columns of the patches.
+        num_prefix_tokens: Number of tokens before the patches.
+        summary: (B, 1, C), the class token of each image if `tokens` leaves it out (timm's models),
+            else None.
     """
 
     tokens: Tensor

@@ -24,20 +24,21 @@ SizeRule = Literal["drop", "pad"]
 
 
 class HierarchicalBackbone(nn.Module):
-    """A backbone from images to the map of the last stage; subclasses provide the stages.
+    """Base class of backbones that map images to the map of the last stage.
 
-    A subclass calls `_build`, which constructs everything in the order of the published models.
+    A subclass's constructor calls `_build` with a function that makes each stage; `_build` makes
+    all modules in the order of the published models.
 
     Attributes:
-        in_two_dtypes: Whether stages take the residual stream as a pair: in its own dtype, and in
-            the dtype of the matrix products.
+        in_two_dtypes: Whether stages take the residual stream as a pair of tensors: in its own
+            dtype, and in the dtype of the matrix products.
         width: Channels of the map.
         stride: Pixels per token of the map, each way.
         stage_widths: Channels of the map of each stage.
         stage_strides: Pixels per token of the map of each stage.
         stage_windows: Rule by which the maps of each stage are cut into windows.
         num_prefix_tokens: 0, since the map has no prefix tokens.
-        drop_path_rates: One rate per site, attention then MLP of each block in order.
+        drop_path_rates: Drop rate of each residual branch: attention, then MLP, of each block.
     """
 
     num_prefix_tokens = 0
@@ -118,28 +119,28 @@ class HierarchicalBackbone(nn.Module):
         return [block for stage in self.layers for block in stage.blocks]
 
     def outside_blocks(self) -> list[nn.Module]:
-        """Returns the modules of blocks that are called outside of the blocks' forwards."""
+        """Returns the modules inside blocks that the blocks' forwards do not call; here none."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns names of parameters without weight decay."""
+        """Returns the names of parameters that get no weight decay."""
         return frozenset({"absolute_pos_embed"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns substrings of names of parameters without weight decay."""
+        """Returns substrings that mark names of parameters that get no weight decay."""
         return ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 
     @property
     def last_layer(self) -> int:
-        """The deepest layer's id."""
+        """The number of the last layer, see `layer_id`."""
         return sum(self.depths) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, for layer-wise learning rates.
+        """Returns the number of a parameter's layer, for layer-wise learning rates.
 
-        The embedding is 0; block b, counted over all stages, is b + 1, and merging goes with the
-        last block before it; the rest (norm, absolute positions, shared position bias) is the last
-        layer.
+        The patch embedding is layer 0, and block b, counted from 0 over all stages, is layer b + 1.
+        A patch merging has the layer of the block before it. All other parameters (final norm,
+        absolute positions, shared position biases) are in the last layer.
 
         Source: the official fine-tuning code, optimizer.py get_swin_layer.
         """
@@ -154,7 +155,9 @@ class HierarchicalBackbone(nn.Module):
         return sum(self.depths[:stage]) + int(block) + 1
 
     def layers_above(self, name: str) -> int:
-        """Returns the number of layers above a parameter's layer, each merging being a layer.
+        """Returns the number of layers after a parameter's layer.
+
+        Here each patch merging counts as a layer of its own.
 
         Source: models/optimizer.py of SwinTransformer/MIM-Depth-Estimation.
         """
@@ -168,7 +171,7 @@ class HierarchicalBackbone(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size does not fit, under the rule "drop".
+        Raises: ShapeError: if the size does not fit and `size_rule` is "drop".
         """
         problem = self._misfit(height, width)
         if problem:
@@ -185,7 +188,10 @@ class HierarchicalBackbone(nn.Module):
         return -(-height // p), -(-width // p)
 
     def _misfit(self, height: int, width: int) -> str:
-        """Returns the message on the first stage that an image size does not fit, or ""."""
+        """Returns an error message on the first stage that an image size does not fit.
+
+        Returns "" if the size fits all stages.
+        """
         rows, columns = self._patch_grid(height, width)
         if min(rows, columns) < 1:
             return (
@@ -232,13 +238,13 @@ class HierarchicalBackbone(nn.Module):
 
         Args:
             images: (B, 3, H, W), any float dtype.
-            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
             every_stage: Whether to return each stage's map, before merging and without the final
                 norm, instead of the last stage's tokens.
 
-        Returns: tokens (B, N, C) in the dtype of the residual stream, no prefix tokens; or a map
-            (B, H_s, W_s, C_s) of each stage in that dtype.
-        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
+        Returns: tokens (B, N, C) without prefix tokens, or with `every_stage` the map
+            (B, H_s, W_s, C_s) of each stage; in the dtype of the residual stream.
+        Raises: ShapeError: if the image size does not fit, or `keep` has the wrong shape.
         """
         maps = self._stages(images, keep)
         if every_stage:
@@ -270,7 +276,10 @@ class HierarchicalBackbone(nn.Module):
             site += 2 * depth
 
     def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the patch embeddings, (B, H/p, W/p, C)."""
+        """Returns patch embeddings plus absolute positions, (B, H/p, W/p, C).
+
+        If `in_two_dtypes`, returns a pair: in the dtype of the residual stream, and of the weights.
+        """
         compute = self.patch_embed.proj.weight.dtype
         dtype = residual_dtype(self.residual, compute)
         stream = self.patch_embed(images, dtype, compute if self.in_two_dtypes else None)
@@ -292,7 +301,7 @@ class HierarchicalBackbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; the backbone runs `downsample`, which merges patches, after them."""
+    """The blocks of one stage; the backbone calls `downsample`, the patch merging, after them."""
 
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
         super().__init__()
@@ -306,10 +315,13 @@ class Stage(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Gathers 2x2 tokens into the channels of one; an odd map is padded with zeros."""
+    """Concatenates the channels of each 2x2 tokens; odd sides of a map are padded with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4C), order (0,0), (1,0), (0,1), (1,1)."""
+        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4C).
+
+        The (row, column) of the four tokens are in the order (0, 0), (1, 0), (0, 1), (1, 1).
+        """
         bottom, right = x.shape[1] % 2, x.shape[2] % 2
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))

@@ -1,4 +1,4 @@
-"""Export code that both Swin families share."""
+"""Export code that Swin and SwinV2 share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ NAMES = "the names of the Swin-Transformer repository"
 
 
 def lacks(a: WindowedTransformer, pads: bool) -> str:
-    """Returns the features of a model that timm and transformers lack, or ""."""
+    """Returns, in words, a feature of the model that timm and transformers lack, or "" if none.
+
+    Args:
+        a: The model.
+        pads: Whether images are padded (`size_rule` "pad").
+    """
     if pads and not _fits(a):
         return (
             f"size_rule pad, which masks what {a.image_size} px leaves empty, expected an image "
@@ -28,7 +33,14 @@ def lacks(a: WindowedTransformer, pads: bool) -> str:
 def config(
     a: WindowedTransformer, statistics: Statistics, entry: str, **arguments: Any
 ) -> dict[str, Any]:
-    """Returns timm's configuration of a Swin model, with the family's own arguments."""
+    """Returns the contents of timm's config.json for a model of either Swin family.
+
+    Args:
+        a: The model.
+        statistics: Mean and standard deviation by which images are normalised.
+        entry: Name of timm's most similar model.
+        arguments: Arguments of timm's model that only this family has.
+    """
     model_arguments = {
         "depths": list(a.depths),
         "num_heads": list(a.num_heads),
@@ -39,7 +51,13 @@ def config(
 
 
 def hugging_face(a: WindowedTransformer, class_name: str, **values: Any) -> dict[str, Any]:
-    """Returns transformers' configuration of a Swin model, with the family's own values."""
+    """Returns the contents of transformers' config.json for a model of either Swin family.
+
+    Args:
+        a: The model.
+        class_name: transformers' class of the model.
+        values: Fields that are added or replaced.
+    """
     return hugging_face_config(a, class_name) | {
         "embed_dim": a.embed_dim,
         "depths": list(a.depths),
@@ -55,7 +73,7 @@ def hugging_face(a: WindowedTransformer, class_name: str, **values: Any) -> dict
 
 
 def _fits(a: WindowedTransformer) -> bool:
-    """Whether every stage divides into windows and merges without padding."""
+    """Whether no padding is needed for patches, for windows or for patch merging in any stage."""
     side, rest = divmod(a.image_size, a.patch_size)
     for stage in range(len(a.depths)):
         rest += side % min(a.window_size, side) if side else 1

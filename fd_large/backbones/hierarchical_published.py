@@ -1,4 +1,4 @@
-"""Names in published files that both Swin families share."""
+"""Reading of published files that Swin and SwinV2 share: tensor names and architecture fields."""
 
 from __future__ import annotations
 
@@ -93,10 +93,17 @@ AGREE = {"depths": _has_first, "num_heads": _has_first}
 
 
 def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
-    """Keeps only the model's stages, with a neutral final norm if the file has more.
+    """Adapts a file's tensors to a model with only the first stages, such as FD's stage-3 target.
 
-    For FD's stage-3 target the file's last merging and final norm belong to a wider map and are
-    left out; the shorter model's norm has weight 1 and bias 0.
+    The file's later stages, the merging before them and the final norm are left out, since that
+    norm belongs to a wider map. The model's final norm gets weight 1 and bias 0.
+
+    Args:
+        pieces: {our name: rule that makes the tensor} of the file.
+        target: The model; `found.depths` are the file's depths.
+
+    Returns: the rules for the model, and a description of the change for the log, in a list that
+        is empty if nothing changes.
     """
     depths = target.found.depths or ()
     stages = len(target.architecture.depths)
@@ -114,7 +121,11 @@ def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]
 
 
 def recognised(shapes: Shapes) -> dict[str, Any]:
-    """Returns the fields that tensors show in the same way in both families."""
+    """Returns {field: value} of the fields that Swin's and SwinV2's tensors show in the same way.
+
+    Args:
+        shapes: Shapes of the tensors, by our names.
+    """
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     stages = range(count_of(shapes, r"layers\.(\d+)\."))
     return {
@@ -131,13 +142,16 @@ def recognised(shapes: Shapes) -> dict[str, Any]:
 def window_and_size(
     fields: dict[str, Any], windows: list[int], side: int, shapes: Shapes
 ) -> dict[str, Any]:
-    """Returns the window, and the image size for which window and positions were made.
+    """Returns the fields `window_size` (tokens) and `image_size` (pixels) that tensors show.
+
+    The image size is the size for which windows and positions were made. A field that no tensor
+    shows is left out.
 
     Args:
-        fields: See `recognised`.
-        windows: Side of the windows in each stage, in tokens; 0 where nothing shows it.
-        side: Patches along a side of the image; 0 if nothing shows it.
-        shapes: Shapes in our names.
+        fields: Result of `recognised`.
+        windows: Side of the windows in each stage, in tokens; 0 if no tensor shows it.
+        side: Number of patches along a side of the image; 0 if no tensor shows it.
+        shapes: Shapes of the tensors, by our names.
     """
     sizes: dict[str, Any] = {}
     window = max(windows, default=0)
@@ -154,7 +168,10 @@ def window_and_size(
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the common fields from transformers' `config.json`."""
+    """Returns `norm_eps`, `image_size` and `window_size` from transformers' `config.json`.
+
+    Raises: WeightsError: for an unsupported activation; the message begins with `where`.
+    """
     activation_named(config.get("hidden_act"), where, of="hidden_act")
     return {
         "norm_eps": config.get("layer_norm_eps"),
@@ -164,7 +181,7 @@ def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_fields(net: Any) -> dict[str, Any]:
-    """Returns the common fields from a Swin module of timm."""
+    """Returns `norm_eps`, `image_size` and `window_size` of timm's Swin or SwinV2 module."""
     blocks = [stage.blocks[0] for stage in net.layers]
     return {
         "window_size": max(block.window_size[0] for block in blocks),

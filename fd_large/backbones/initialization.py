@@ -1,11 +1,12 @@
 """Schemes of initial weights, and a function that fills a parameter with random values.
 
-Every module fills its own parameters in its own constructor from plain arguments: under
-`deepspeed.zero.Init` a child is already partitioned when its parent's constructor continues, whose
-writes to the child would be lost. Draws come from torch's global CPU generator in float32, whatever
-the device and dtype of the parameter, so that a model built under `zero.Init` or on a GPU has the
-weights of a plain one after the same `torch.manual_seed`. Heads are made of torch's and timm's own
-layers, which draw on their own device, so that `HostDraws` is needed.
+Every module fills its own parameters in its own constructor. Under `deepspeed.zero.Init` a child is
+partitioned as soon as its constructor returns, so that later writes by its parent would be lost.
+
+Values are drawn from torch's global CPU generator in float32, whatever the device and dtype of the
+parameter, so that a model built under `zero.Init` or on a GPU gets the same weights as on the CPU
+after the same `torch.manual_seed`. Heads contain torch's and timm's own layers, which draw on their
+own device; `HostDraws` makes them draw on the CPU.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Draw:
     """A distribution of initial values.
 
     Attributes:
-        kind: normal; uniform within +-1/sqrt(fan in), torch's default; or all the same value.
-        std: Standard deviation of the normal distribution, before the cut.
+        kind: "normal"; "fan_in_uniform", which is uniform within +-1/sqrt(fan in), torch's default;
+            or "constant".
+        std: Standard deviation of the normal distribution, before truncation.
         cut: Largest absolute value of the normal distribution, which is truncated there.
-        divide: Divisor of the drawn values.
+        divide: Divisor of the drawn values, and of the constant.
         value: Value of the constant.
     """
 
@@ -45,7 +47,7 @@ class Draw:
     value: float = 0.0
 
     def divided(self, by: float) -> Draw:
-        """Returns the draw with its values divided."""
+        """Returns the distribution of the values of this one divided by `by`."""
         return replace(self, divide=self.divide * by)
 
 
@@ -58,16 +60,16 @@ CUT_AT_ONE_SIGMA = Draw("normal", cut=0.02)
 
 @dataclass(frozen=True)
 class Scheme:
-    """Initial values of a whole model.
+    """The distributions of a model's initial weights.
 
     Attributes:
-        linear: Weights of linear layers; their biases are 0.
-        convolution: Weight of the patch embedding.
-        convolution_bias: Draw of the convolution's bias.
-        token: Prefix tokens and absolute positions.
-        table: Relative position tables.
-        rescale: Whether the weights that end residual branches shrink with depth.
-        post_norm_weight: Initial weight of norms that end a residual branch (SwinV2).
+        linear: Distribution of the weights of linear layers, whose biases are 0.
+        convolution: Distribution of the weight of the patch embedding.
+        convolution_bias: Distribution of the bias of the patch embedding.
+        token: Distribution of prefix tokens and absolute positions.
+        table: Distribution of relative position tables.
+        rescale: Whether the last weight of each residual branch shrinks with depth.
+        post_norm_weight: Initial weight of the norms that end residual branches (SwinV2).
     """
 
     linear: Draw
@@ -79,7 +81,10 @@ class Scheme:
     post_norm_weight: float
 
     def branch_end(self, divide_squared: float) -> Draw:
-        """Returns the draw of a weight that ends a residual branch."""
+        """Returns the distribution of the last weight of a residual branch.
+
+        If `rescale`, it is `linear` with values divided by sqrt(divide_squared); else `linear`.
+        """
         return self.linear.divided(math.sqrt(divide_squared)) if self.rescale else self.linear
 
 
@@ -90,9 +95,9 @@ NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
 
 
 def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
-    """Returns a family's scheme by name.
+    """Returns the scheme `name` of a family's {name: scheme}.
 
-    Raises: ConfigError: if the scheme does not exist.
+    Raises: ConfigError: if the family has no scheme of that name.
     """
     if name not in schemes:
         raise ConfigError(
@@ -104,12 +109,13 @@ def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
 
 @torch.no_grad()
 def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
-    """Overwrites a parameter with fresh values; does nothing on the meta device.
+    """Overwrites a parameter with newly drawn values; does nothing on the meta device.
 
     Args:
         parameter: Tensor of any shape, float dtype and device.
         draw: Distribution of the values.
-        fan_in: Inputs of the layer, for fan_in_uniform; None: of the weight itself.
+        fan_in: Number of inputs of the layer, for "fan_in_uniform". None takes it from the shape of
+            `parameter`, which is then a weight.
     """
     if parameter.is_meta:
         return
@@ -138,10 +144,10 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
 
 
 class HostDraws(TorchDispatchMode):
-    """Takes all random numbers in the block from the host's generator, whatever their device."""
+    """Context in which torch draws all random numbers with the CPU generator, for any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, on the CPU if it draws random numbers."""
+        """Runs an operation, on the CPU if it draws random numbers, and returns its result."""
         kwargs = kwargs or {}
         requested_device = (
             args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")

@@ -1,4 +1,4 @@
-"""Imports the files of families late, since some libraries take seconds to import."""
+"""Imports a family's files only when they are needed, since some libraries import for seconds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fd_large.imports import for_good, without
 
 
 def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
-    """Returns a stand-in for a function of a family's file, which imports the file when called.
+    """Returns a function that imports a family's file when it is called, and calls its function.
 
     Args:
-        folder: The family's folder, of the same name as its library.
-        file: The file in it, without its ending.
-        function: Name of the function.
-        hides: Packages that the import is to go without.
+        folder: Name of the family's folder, which is also the name of its library.
+        file: Name of the file in the folder, without `.py`.
+        function: Name of the function in the file.
+        hides: Optional packages that are hidden during the import, to save time.
     """
 
     def call(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Layers that the backbones share; each fills its own parameters and never those of a child."""
+"""Layers that the backbones share; each initialises its own parameters, never those of a child."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fd_large.kernels.residual_norm import layer_norm, residual_norm, stream_nor
 
 
 class Linear(nn.Linear):
-    """A linear layer with a stated initial distribution; its bias starts at 0.
+    """Linear layer whose weight is drawn from a given distribution, and whose bias starts at 0.
 
-    Inputs are cast to the dtype of the weight: the residual stream may be wider.
+    Inputs are cast to the dtype of the weight, since the residual stream may be wider.
     """
 
     def __init__(self, in_features: int, out_features: int, *, draw: Draw, bias: bool = True):
@@ -28,25 +28,28 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Draws the weight again and zeroes the bias."""
+        """Draws the weight again and sets the bias to 0."""
         fill(self.weight, self.draw)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out); `bias` (out,) is for a layer without its own."""
+        """Maps (..., in) to (..., out); `bias` (out,), unless None, replaces the layer's bias."""
         bias = self.bias if bias is None else bias
         return F.linear(x.to(self.weight.dtype), self.weight, bias)
 
 
 class BranchEnd(Linear):
-    """The last linear layer of a branch; the following norm may add its bias.
+    """The last linear layer of a residual branch, which may leave its bias to the norm after it.
 
-    With fused kernels that saves the bias's gradient a pass of its own.
+    If the norm's fused kernel adds the bias, the gradient of the bias needs no pass of its own.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Maps (..., in) to (..., out), and returns a bias (out,) still to be added, or None."""
+        """Maps (..., in) to (..., out), and returns the bias (out,) if the norm has to add it.
+
+        The second element is None if the bias is already added.
+        """
         x = x.to(self.weight.dtype)
         if takes_bias(x, self.out_features):
             # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
@@ -55,10 +58,10 @@ class BranchEnd(Linear):
 
 
 class Float32Linear(Linear):
-    """A linear layer computed in float32 whatever the dtype of its weights, autocast or not."""
+    """Linear layer that computes in float32 whatever its weight's dtype, and under autocast too."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out) in float32 (float64 in a float64 run)."""
+        """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = self.bias if bias is None else bias
         # The meta device knows no autocast.
@@ -79,16 +82,16 @@ class LayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the initial weight, and bias 0."""
+        """Sets the weight to its initial value and the bias to 0."""
         nn.init.constant_(self.weight, self.initial_weight)
         nn.init.zeros_(self.bias)
 
     def forward(
         self, x: Tensor, dtype: torch.dtype | None = None, copy: torch.dtype | None = None
     ) -> Any:
-        """Normalises (..., C); the result has `dtype`, by default that of x.
+        """Normalises (..., C); the result has `dtype`, or the dtype of x if that is None.
 
-        With a dtype `copy` it returns a pair: the result, and the same values in that dtype.
+        If `copy` is a dtype, it returns a pair: the result, and the result in the dtype `copy`.
         """
         if copy is None:
             return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
@@ -96,7 +99,10 @@ class LayerNorm(nn.Module):
 
 
 class ResidualNorm(LayerNorm):
-    """The post-norm residual of SwinV2: one module, so that ZeRO-3 gathers the norm's weight."""
+    """LayerNorm of a residual branch and its addition to the residual stream (SwinV2's post-norm).
+
+    They are one module, so that ZeRO-3 gathers the norm's weight.
+    """
 
     def forward(
         self,
@@ -107,7 +113,11 @@ class ResidualNorm(LayerNorm):
     ) -> tuple[Tensor, Tensor]:
         """Returns x + scale * LayerNorm(branch), (B, ..., C), in the dtype of x and in `dtype`.
 
-        The branch is the result of `BranchEnd`.
+        Args:
+            x: (B, ..., C), the residual stream.
+            branch: The pair that `BranchEnd` returns.
+            scale: (B,), drop path's factors; None without drop path.
+            dtype: Dtype of the second result; None is the dtype of x.
         """
         values, rest = branch
         return residual_norm(
@@ -116,7 +126,10 @@ class ResidualNorm(LayerNorm):
 
 
 class AddNorm(LayerNorm):
-    """A pre-norm residual with the norm after it: one module, so that ZeRO-3 gathers the weight."""
+    """Addition of a residual branch to the stream, and the LayerNorm after it (pre-norm blocks).
+
+    They are one module, so that ZeRO-3 gathers the norm's weight.
+    """
 
     def forward(
         self,
@@ -126,12 +139,20 @@ class AddNorm(LayerNorm):
         gamma: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Returns y = x + scale * gamma * branch, (B, ..., C), and LayerNorm(y) in `dtype`."""
+        """Returns y = x + scale * gamma * branch, (B, ..., C), and LayerNorm(y) in `dtype`.
+
+        Args:
+            x: (B, ..., C), the residual stream.
+            branch: (B, ..., C), the result of the residual branch.
+            scale: (B,), drop path's factors; None without drop path.
+            gamma: (C,), the layer scale, or None.
+            dtype: Dtype of the second result.
+        """
         return add_norm(x, branch, self.weight, self.bias, self.eps, scale, gamma, dtype=dtype)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and maps each to a token: convolution, then optionally a norm."""
+    """Maps each patch of an image to a token, by a convolution and optionally a norm."""
 
     def __init__(
         self,
@@ -148,9 +169,9 @@ class PatchEmbed(nn.Module):
         self.norm = None if norm_eps is None else LayerNorm(embed_dim, norm_eps)
 
     def forward(self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None) -> Any:
-        """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`; a remainder of pixels is dropped.
+        """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`, dropping pixels beyond whole patches.
 
-        With a dtype `copy` it returns a pair: the result, and the same values in that dtype.
+        If `copy` is a dtype, it returns a pair: the result, and the result in the dtype `copy`.
         """
         x = self.proj(images).permute(0, 2, 3, 1)
         if self.norm is not None:
@@ -159,7 +180,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchConvolution(nn.Conv2d):
-    """The convolution of the patch embedding, with a stated initial distribution."""
+    """The convolution of the patch embedding, drawn from the distributions of a scheme."""
 
     def __init__(
         self, in_chans: int, embed_dim: int, patch_size: int, *, bias: bool, scheme: Scheme
@@ -189,7 +210,7 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """Linear, activation, linear.
+    """MLP of two linear layers with an activation between them.
 
     Args:
         width: C.
@@ -216,10 +237,14 @@ class Mlp(nn.Module):
         self.fc2 = last(hidden, width, draw=end)
 
     def forward(self, x: Tensor) -> Any:
-        """Maps (..., C) to (..., C)."""
+        """Maps (..., C) to (..., C); if the last layer is a `BranchEnd`, returns its pair."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
 def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the residual stream: the products' dtype, or at least float32."""
+    """Returns the dtype of the residual stream.
+
+    For the choice "compute" it is `compute`, the dtype of the matrix products; for "float32" the
+    wider of `compute` and float32.
+    """
     return compute if choice == "compute" else torch.promote_types(compute, torch.float32)

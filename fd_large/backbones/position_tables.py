@@ -1,13 +1,14 @@
-"""Position embeddings and tables on grids other than that of their training.
+"""Resizes position embeddings and relative position tables to grids other than the trained one.
 
 Absolute positions are resized bicubically. A table of relative positions lacks the offsets of a
 larger grid. Its entries for these offsets are interpolated by a spline on a geometric progression,
 as BEiT and Feature-Distillation do when they fine-tune.
 
-`fit_...` run in every forward of a ViT and are differentiable: a smaller grid uses the inner part
-of the table, whose offsets have the same meaning, so that one table learns from images of all
-sizes, and from windows as from whole images. `resize_...` change a file's weights once. SwinV2
-needs neither: its bias is an MLP on coordinates, which are scaled by the window of pre-training.
+`fit_positions` and `fit_offsets` run in the forwards of a ViT on other grids and are
+differentiable. For a smaller grid `fit_offsets` takes the inner part of the table, whose offsets
+have the same meaning, so that one table learns from images of all sizes. `resize_positions` and
+`resize_table` change a file's weights once. SwinV2 needs none of these functions: its bias is an
+MLP on coordinates, which are scaled by the window of pre-training.
 
 Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et
 al., arXiv 2104.14294 (DINO's scale).
@@ -32,16 +33,20 @@ Grid = tuple[int, int]
 def fit_positions(
     embedding: Tensor, old: Grid, new: Grid, *, margin: float = 0.0, antialias: bool = False
 ) -> Tensor:
-    """Makes absolute positions of patches for another grid, bicubic with corners not aligned.
+    """Resizes the absolute positions of patches to another grid, bicubically.
+
+    Corners are not aligned.
 
     Args:
-        embedding: (1, prefix + H W, C) of the old grid; rows of prefix tokens come first.
-        old: (H, W).
-        new: (H', W').
-        margin: Number added to the new sides in the scale alone (DINO's 0.1).
+        embedding: (1, prefix + H W, C), positions on the old grid; rows of prefix tokens come
+            first.
+        old: (H, W), the old grid.
+        new: (H', W'), the new grid.
+        margin: Number added to the sides of the new grid when the scale factors are computed
+            (DINO's 0.1).
         antialias: Whether the filter is widened for a smaller grid (DINOv2 with registers).
 
-    Returns: (1, H', W', C), float32 at least, without the prefix.
+    Returns: the positions of patches alone, (1, H', W', C), in float32 or wider.
     """
     patches = embedding[:, embedding.shape[1] - old[0] * old[1] :]
     wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
@@ -56,14 +61,14 @@ def fit_positions(
 
 
 def fit_offsets(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Makes a relative position table for another grid; differentiable in the table.
+    """Resizes a relative position table to another grid; differentiable in the table.
 
     Args:
         table: ((2H - 1)(2W - 1), heads) float32 of the old grid, without rows of prefix tokens.
-        old: (H, W).
-        new: (H', W').
+        old: (H, W), the old grid.
+        new: (H', W'), the new grid.
 
-    Returns: ((2H' - 1)(2W' - 1), heads).
+    Returns: the new table, ((2H' - 1)(2W' - 1), heads).
     """
     if old == new:
         return table
@@ -77,7 +82,16 @@ def fit_offsets(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 @lru_cache(maxsize=64)
 def _matrix(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the matrix from offsets along `old` tokens to `new` ones: (2new - 1, 2old - 1)."""
+    """Returns the matrix that resizes a relative position table along one axis.
+
+    Args:
+        old: Number of tokens along the axis of the table.
+        new: Number of tokens along the axis of the result.
+        device: Device of the matrix.
+        dtype: Dtype of the matrix.
+
+    Returns: (2new - 1, 2old - 1).
+    """
     before, after = 2 * old - 1, 2 * new - 1
     matrix = np.eye(before)[old - new : old + new - 1] if new <= old else _stretched(before, after)
     with torch.inference_mode(False):
@@ -93,17 +107,17 @@ def resize_positions(
     antialias: bool = False,
     where: str = "weights",
 ) -> Tensor:
-    """Resizes a position embedding to another square grid.
+    """Resizes a file's position embedding to another square grid.
 
     Args:
-        positions: (1, prefix + n * n, C).
+        positions: (1, prefix + n * n, C), with rows of prefix tokens first.
         prefix: Number of class and distillation tokens, whose rows stay unchanged.
         side: Side of the new grid.
         margin, antialias: See `fit_positions`.
         where: Field that the user set, for the message.
 
-    Returns: (1, prefix + side * side, C), float32 at least.
-    Raises: WeightsError: if the grid of the file is no square.
+    Returns: (1, prefix + side * side, C), in float32 or wider.
+    Raises: WeightsError: if the grid of the file is not square.
     """
     old = square_side(positions.shape[1] - prefix, where=where)
     grid = fit_positions(
@@ -113,20 +127,20 @@ def resize_positions(
 
 
 def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights") -> Tensor:
-    """Resizes a table of relative positions to another square grid.
+    """Resizes a file's table of relative positions to another square grid.
 
-    The old offsets are spread over the range of the new ones by a geometric progression, so that
-    near offsets hardly change and far offsets stretch; a cubic spline through them gives the new
-    entries.
+    The old offsets are spread over the range of the new offsets by a geometric progression, so that
+    near offsets hardly change and far offsets stretch. A cubic spline through the old entries gives
+    the new entries.
 
     Args:
-        table: ((2n - 1)^2 + extra, heads).
-        rows: Number of rows of the result, including extra ones.
-        extra: Number of rows at the end for class tokens, which stay unchanged.
+        table: ((2n - 1)^2 + extra, heads), with the extra rows last.
+        rows: Number of rows of the result, including the extra rows.
+        extra: Number of rows for class tokens, which stay unchanged.
         where: Field that the user set, for the message.
 
-    Returns: (rows, heads), float32 at least.
-    Raises: WeightsError: if the offsets of the file form no square.
+    Returns: (rows, heads), in float32 or wider.
+    Raises: WeightsError: if the old or the new number of offsets is not a square.
     """
     old = square_side(table.shape[0] - extra, where=where)
     new = square_side(rows - extra, where=where)
@@ -138,9 +152,9 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
 
 
 def square_side(cells: int, *, where: str = "weights") -> int:
-    """Returns the side of a square with this number of cells.
+    """Returns the side of a square grid with `cells` cells.
 
-    Raises: WeightsError: if the number is not a square.
+    Raises: WeightsError: if the number is not a square; the message begins with `where`.
     """
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells:
@@ -154,7 +168,14 @@ def square_side(cells: int, *, where: str = "weights") -> int:
 
 @lru_cache(maxsize=16)
 def _stretched(old: int, new: int) -> np.ndarray:
-    """Returns the matrix of a spline through the old offsets: (new, old) float64."""
+    """Returns the matrix (new, old) float64 that stretches values at old offsets to new offsets.
+
+    A spline through the values at the stretched old offsets gives the values at the new offsets.
+
+    Args:
+        old: Odd number of old offsets.
+        new: Odd number of new offsets.
+    """
     at = progression(old, new)
     offsets = np.arange(new, dtype=np.float64) - new // 2
     # Beyond the outermost old offset its value holds.
@@ -162,10 +183,10 @@ def _stretched(old: int, new: int) -> np.ndarray:
 
 
 def progression(old: int, new: int) -> np.ndarray:
-    """Returns the old offsets' positions on the axis of the new ones: (old,) float64.
+    """Returns the positions of the old offsets on the axis of the new offsets, (old,) float64.
 
-    Offset k lies at 1 + q + ... + q^(k-1), with q such that the outermost reaches the new
-    outermost; q is sought by bisection between 1.01 and 1.5 to a millionth, as published.
+    Offset k lies at 1 + q + ... + q^(k-1), with q such that the outermost old offset reaches the
+    outermost new offset. As published, bisection between 1.01 and 1.5 finds q to a millionth.
 
     Args:
         old: Odd number of old offsets, 2n - 1.
@@ -183,10 +204,11 @@ def progression(old: int, new: int) -> np.ndarray:
 
 
 def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Returns the cubic spline through values at knots, as a matrix: (points, knots) float64.
+    """Returns the matrix (points, knots) float64 of a cubic spline.
 
-    The ends are "not a knot": the first two pieces are one cubic, and so are the last two. Up to
-    four values make a single polynomial.
+    It maps values at the knots to the spline's values at the points. The ends are "not a knot":
+    the first two pieces are one cubic, and so are the last two. With up to four knots the spline is
+    a single polynomial.
 
     Args:
         knots: Positions of the knots, in rising order.

@@ -1,4 +1,4 @@
-"""The description of a family's published weights files for `weights/`."""
+"""Classes by which a family describes its published weights files to `weights/`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from fd_large.recipes.architectures import Architecture
 
 @dataclass(frozen=True)
 class Format:
-    """A published layout of names.
+    """A published format: tensor names, and facts of the files that have these names.
 
     Attributes:
         what: The format in words, for messages.
-        marks: Patterns that must all occur in a file's names; the first format of a family with
-            all its marks is taken. The keys above the tensors count as a further name, "in
-            KEY.KEY".
-        rows: The table of its names.
-        facts: Fields that all its files have in common and no name shows.
-        ask: Fields in which its files differ and that no name shows: a configuration beside the
-            file or the user has to state them.
-        statistics: Image statistics that all its files were trained with; None if they differ.
-        trained_with: Publishers of such files with their image statistics, if these differ and
-            the user has to choose; empty if a guess is safe.
-        library: "hf" or "open_clip", whose configuration files may be next to it.
+        marks: Regular expressions that must all be found in a file's tensor names. A family's first
+            format whose marks are all found is taken. The keys of the dicts around the tensors
+            count as one more name, "in KEY.KEY".
+        rows: Table that translates the tensor names.
+        facts: Architecture fields that no tensor shows and that are the same in all files.
+        ask: Architecture fields that no tensor shows and in which files differ. A configuration
+            file next to the weights, or the user, has to state them.
+        statistics: Image statistics that all files were trained with; None if files differ.
+        trained_with: Publishers of such files with their image statistics, in words, if files
+            differ and the user has to choose; empty if a guess is safe.
+        library: "hf" or "open_clip", whose configuration file may lie next to the weights; or "".
         models: Prefix of the names of models published in this format, or "".
-        resize_margin: Number added to the side of the grid in the scale by which its positions are
-            resized.
-        resize_antialias: Whether its positions are resized with a wider filter onto a smaller grid.
-        without: Pattern that must not occur in its names, or "".
-        refusal: Reason that its models cannot be read, or "".
+        resize_margin: `margin` of `position_tables.resize_positions` for the positions.
+        resize_antialias: `antialias` of `position_tables.resize_positions` for the positions.
+        without: Regular expression that must not be found in the tensor names, or "".
+        refusal: Reason why files of this format are refused, or "".
     """
 
     what: str
@@ -54,7 +53,12 @@ class Format:
     refusal: str = ""
 
     def is_it(self, names: Collection[str], wrapping: tuple[str, ...]) -> bool:
-        """Whether names are of this format, given the keys above the tensors."""
+        """Whether a file has this format.
+
+        Args:
+            names: Names of the file's tensors.
+            wrapping: Keys of the nested dicts that hold the tensors, outermost first.
+        """
         lines = "\n".join((f"in {'.'.join(wrapping)}", *names))
         if self.without and re.search(self.without, lines, re.MULTILINE):
             return False
@@ -62,13 +66,13 @@ class Format:
 
 
 class WeightFacts(NamedTuple):
-    """Facts of a published checkpoint besides its tensors.
+    """Facts of published weights besides the tensors.
 
     Attributes:
-        statistics: Normalisation that it was trained with.
-        image_size: Side in pixels of the images that it was trained with.
+        statistics: Image statistics that the weights were trained with.
+        image_size: Side in pixels of the images that the weights were trained with.
         licence: Licence of the weights; empty if unknown.
-        origin: Place of publication.
+        origin: Repository or address where the weights are published.
     """
 
     statistics: Statistics
@@ -97,8 +101,8 @@ class Matched(NamedTuple):
 
     Attributes:
         pieces: {name in the model: rule that makes the tensor}.
-        shapes: Shape of every tensor of the model.
-        notes: Description of changes, for the log.
+        shapes: {name in the model: shape} of every tensor of the model.
+        notes: Descriptions of changes, for the log.
         what: Name of the model for messages.
         remedy: Remedy for tensors that do not fit, for messages.
     """
@@ -111,13 +115,13 @@ class Matched(NamedTuple):
 
 
 class TargetModel(NamedTuple):
-    """The model that a file is to fill, with the file's known facts.
+    """A model into which a file's weights are loaded, and facts of the file.
 
     Attributes:
-        architecture: The model.
-        shapes: Shapes of its tensors.
-        found: Fields shown by the file's own tensors.
-        dropped: Names in the file that are intentionally left out.
+        architecture: The architecture of the model.
+        shapes: {name: shape} of the model's tensors.
+        found: Architecture fields that the file's tensors show.
+        dropped: Names of the file's tensors that are intentionally left out.
     """
 
     architecture: Any
@@ -127,10 +131,10 @@ class TargetModel(NamedTuple):
 
 
 class Settling(NamedTuple):
-    """The known facts from which a model's undecided fields are settled.
+    """What is known of a model when its remaining architecture fields are filled.
 
     Attributes:
-        known: Fields shown by file, format and configuration.
+        known: Fields that the file's tensors, format and configuration show.
         given: Fields that the user set.
         is_named: Whether the user named a model.
     """
@@ -142,29 +146,31 @@ class Settling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The published files of a family.
+    """How the published weights files of a family are read.
 
     Attributes:
-        formats: {name: format}, the particular before the general.
-        beyond: Returns a description of parts in a file that no model of the family has, given
-            shapes in our names, or "".
-        recognise: Returns the fields of the architecture shown by tensors, from shapes in our
-            names and the file; None in other fields. Raises ValueError or IndexError for
+        formats: {name: format}. The first format that fits a file is taken, so special formats come
+            before general ones.
+        beyond: Returns, in words, a part of a file that no model of the family has, or "". Its
+            argument is the shapes of the file's tensors, by our names.
+        recognise: Returns the architecture fields that tensors show, and None in other fields. Its
+            arguments are the shapes by our names, and the file. Raises ValueError or IndexError for
             impossible shapes.
-        configs: {library: reader of its configuration}, of "hf", "timm" (a module of timm) and
-            "open_clip".
-        adapt: Returns the rules for a model that differs from the file's within limits, and a
-            description of the changes.
-        guess: Returns common values of published models of this architecture, for fields that
-            nothing else shows.
-        free: Fields in which a model may differ from its file: tables are resized, coordinates
-            scaled.
+        configs: {library: function that reads its configuration}, for the libraries "hf", "timm"
+            and "open_clip"; timm's configuration is a timm module.
+        adapt: Returns (rules, descriptions of changes) for a model that differs from the file's
+            model within limits.
+        guess: Returns values that are common among published models, for fields that neither the
+            file nor a configuration nor the user gives.
+        free: Fields in which a model may differ from its file, because position tables are resized
+            or coordinates are scaled.
         ours: {field: value} of fields that no weights file determines.
-        agree: {field: whether weights with the first value make a model with the second, given the
-            depths of the file}; other fields have to be equal.
-        complete: Fills dependent fields in place; returns notes for the log.
-        without_shape: Returns values for fields on which no shape depends, so that a file can be
-            compared without them.
+        agree: {field: function that returns whether weights fit}. Its arguments are the file's
+            value, the model's value and the depths of the file. Values of other fields have to be
+            equal.
+        complete: Fills fields that depend on other fields, in place; returns notes for the log.
+        without_shape: Returns arbitrary values for fields on which no shape depends, so that the
+            shapes of a model can be computed before these fields are known.
         facts: {named model: known facts of its weights}.
     """
 

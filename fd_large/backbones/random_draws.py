@@ -1,4 +1,4 @@
-"""Checks that a model's step depends only on images, weights and `keep`."""
+"""Checks that a model's step depends on images, weights and `keep`, not on chance or ranks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fd_large.errors import ConfigError
 
 
 def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = False) -> None:
-    """Refuses dropout and batch normalisation in a model or head of the user's own.
+    """Refuses dropout and unsuitable batch norms in a user's own model or head.
 
     Args:
         net: The trained module.
         name: Its name in the recipe.
         where: Field that the user set, for messages.
-        has_groups: Whether norms of torch and timm will have groups (`batch_norm.adopt`), for which
-            they need running statistics and a momentum.
+        has_groups: Whether batch norms of torch and timm will normalise by groups
+            (`batch_norm.adopt`). They are accepted then if they have running statistics and a
+            momentum; otherwise every batch norm is refused.
 
-    Raises: ConfigError: naming the first such module.
+    Raises: ConfigError: naming the first refused module.
     """
     remedy = "take a norm of single images"
     if has_groups:
@@ -45,10 +46,10 @@ def _is_known(norm: _BatchNorm) -> bool:
 
 
 class Draws(TorchDispatchMode):
-    """Records the names of operators that draw random numbers while active.
+    """Context that records the names of operators that draw random numbers.
 
     Attributes:
-        seen: The names.
+        seen: The names recorded so far.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Recognises architectures from names and shapes of tensors, and from other libraries' terms."""
+"""Derives architecture fields from names and shapes of tensors, and from libraries' own terms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from fd_large.recipes.family import MOST_BLOCKS
 
 
 def count_of(shapes: Shapes, pattern: str) -> int:
-    """Returns the largest number that a pattern finds in names, plus one.
+    """Returns the number of layers that tensor names show.
 
-    Raises: ValueError: if the number of layers is impossible.
+    It is one more than the largest number in the pattern's first group, or 0 if no name matches.
+
+    Raises: ValueError: if it is more than `MOST_BLOCKS`.
     """
     matches = (re.match(pattern, name) for name in shapes)
     count = max((int(match[1]) + 1 for match in matches if match), default=0)
@@ -24,12 +26,25 @@ def count_of(shapes: Shapes, pattern: str) -> int:
 
 
 def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:
-    """Returns the ratio of an MLP's hidden width to its width, from its first layer's weight."""
+    """Returns the ratio of an MLP's hidden width to `width`, or None if there is no such tensor.
+
+    Args:
+        shapes: Shapes of the tensors, by our names.
+        name: Name of the weight of the MLP's first layer.
+        width: Channels of the MLP's input.
+    """
     return shapes[name][0] / width if name in shapes else None
 
 
 def qkv_bias(shapes: Shapes, attention: str) -> str:
-    """Returns which of query, key and value have biases, from the names in an attention."""
+    """Returns the architecture field `qkv_bias` that the tensors of an attention module show.
+
+    Args:
+        shapes: Shapes of the tensors, by our names.
+        attention: Prefix of the names of the module's tensors.
+
+    Returns: "fused", "qkv", "qv" or "none".
+    """
     if f"{attention}qkv.bias" in shapes:
         return "fused"
     if f"{attention}q_bias" in shapes:
@@ -38,13 +53,13 @@ def qkv_bias(shapes: Shapes, attention: str) -> str:
 
 
 def side_of(cells: int) -> int:
-    """Returns the side of a square grid with this number of cells, or 0 if not square."""
+    """Returns the side of a square grid with `cells` cells, or 0 if the number is not a square."""
     side = math.isqrt(max(cells, 0))
     return side if side * side == cells else 0
 
 
 def grid_of(offsets: int) -> int:
-    """Returns the side n of a grid with (2n - 1)^2 offsets, or 0."""
+    """Returns the side n of a square grid with (2n - 1)^2 = `offsets`, or 0 if there is none."""
     return (side_of(offsets) + 1) // 2 if side_of(offsets) % 2 else 0
 
 
@@ -57,14 +72,22 @@ _ACTIVATIONS = {
 
 
 def size_to_compare(known: Architecture) -> dict[str, int]:
-    """Returns an arbitrary image size for a model whose shapes do not depend on it; else {}."""
+    """Returns {"image_size": arbitrary valid size}, so that shapes can be computed without it.
+
+    Returns {} if shapes depend on the image size, or the patch size is unknown.
+    """
     if known.patch_size is None or known.absolute_position:
         return {}
     return {"image_size": known.patch_size * 2 ** len(known.depths or ())}
 
 
 def activation_named(name: str | None, where: str, *, of: str) -> str | None:
-    """Returns our name of a library's activation.
+    """Returns our name of a library's activation, or None for None.
+
+    Args:
+        name: The library's name of the activation.
+        where: Field that the user set, for the message.
+        of: The library's field that has the name, for the message.
 
     Raises: WeightsError: for an unsupported activation.
     """

@@ -29,7 +29,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(architecture: FamilyArchitecture) -> Family:
     """Returns the family of a model.
 
-    Raises: ConfigError: if no family has that name.
+    Raises: ConfigError: if no family has the name `architecture.family`.
     """
     if architecture.family not in FAMILIES:
         raise ConfigError(
@@ -40,7 +40,10 @@ def family_of(architecture: FamilyArchitecture) -> Family:
 
 
 def family_of_source(source: str) -> tuple[Family, str] | None:
-    """Returns the family of a source's prefix and the rest of the source, or None."""
+    """Returns (family, rest) of a source that starts with a family's prefix, such as `timm:`.
+
+    Returns None for other sources, such as paths.
+    """
     for family in FAMILIES.values():
         prefix = family.architecture.prefix
         if family.scheme and source.startswith(prefix):
@@ -49,13 +52,13 @@ def family_of_source(source: str) -> tuple[Family, str] | None:
 
 
 def is_module(source: str) -> bool:
-    """Whether a source names a module with its weights, which is used unchanged."""
+    """Whether a source names a module that brings its weights and is itself the teacher."""
     brought = family_of_source(source)
     return brought is not None and brought[0].scheme.weightless is None
 
 
 def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
-    """Returns the image statistics of a model's published weights; ImageNet's if none are known.
+    """Returns the image statistics of a model's published weights, or ImageNet's if unknown.
 
     Args:
         name: Name of the model in `recipes.architectures`.
@@ -68,7 +71,7 @@ def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
 def own_image_size(name: str, architecture: FamilyArchitecture) -> int:
     """Returns the side in pixels of the images that a model was trained with; 0 if unknown.
 
-    Args: As `statistics_of`.
+    Args: See `statistics_of`.
     """
     stated = getattr(architecture, "image_size", 0)
     if stated:
@@ -93,8 +96,8 @@ def build(
     """Builds a model with fresh weights.
 
     Args:
-        model: A name of the table in `recipes.architectures`, or a whole architecture.
-        overrides: Fields that differ from the named model's; None changes none.
+        model: A model's name in `recipes.architectures`, or a whole architecture.
+        overrides: Values that replace fields of the named model, where they are not None.
         seed: Seed of the initial weights; None draws them from torch's global CPU generator in its
             present state.
         options: See `Options`.
@@ -132,7 +135,7 @@ def _shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
 def parameter_shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
     """Returns {name: shape} of every parameter, in the module's order, without allocating memory.
 
-    Running statistics of batch normalisation follow them: they are weights like any other.
+    The running statistics of batch norms follow the parameters, since they are weights too.
 
     Raises: ConfigError, ShapeError: if the model cannot be built.
     """

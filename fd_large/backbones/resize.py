@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def resize_images(images: Tensor, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
-    """Bilinear resize with corners not aligned, computed in float32 at least.
+    """Resizes images or maps bilinearly, with corners not aligned, in float32 or wider.
 
     Args:
         images: (B, C, H, W), any float dtype.
         size: (rows, columns) of the result.
-        antialias: Widens the filter when shrinking, as torchvision's Resize does today; False is
-            its behaviour at the time of the published teachers.
+        antialias: Whether the filter is widened when images shrink. torchvision's Resize does so
+            today; it did not when the published teachers were trained.
 
-    Returns: (B, C, *size), dtype of the input.
+    Returns: (B, C, *size), in the dtype of the input.
     """
     wide = torch.promote_types(images.dtype, torch.float32)
     return F.interpolate(

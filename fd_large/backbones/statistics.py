@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """Channel mean and standard deviation of images in 0..1, red, green, blue."""
+    """Mean and standard deviation of the red, green and blue channel of pixels in [0, 1]."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -28,6 +28,9 @@ def normalise(images: Tensor, statistics: Statistics) -> Tensor:
 
 @lru_cache
 def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns cached tensors (1, 3, 1, 1), since a copy to a GPU would stop the host each step."""
+    """Returns (mean, standard deviation), each (1, 3, 1, 1), on a device.
+
+    They are cached, since a copy to a GPU in each step would make the CPU wait.
+    """
     mean, std = (torch.tensor(row, device=device).view(1, 3, 1, 1) for row in statistics)
     return mean, std

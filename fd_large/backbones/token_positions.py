@@ -1,4 +1,4 @@
-"""Positions in the image of an attention map's tokens, for whole images and (shifted) windows."""
+"""The positions in the image of an attention map's tokens, for whole images and for windows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PREFIX, PADDING = -2, -1
 
 
 class TokenPositions(NamedTuple):
-    """The geometry of one layer's attention maps.
+    """The positions in the image of the tokens of one layer's attention maps.
 
     Attributes:
-        index: (nW, T) int64, the number of each token in the grid, row by row; PREFIX for class
-            tokens and similar, PADDING outside the image.
+        index: (nW, T) int64, the number of each token of each window in the grid, row by row;
+            PREFIX for prefix tokens, PADDING for tokens outside the image.
         grid: Rows and columns of the layer's tokens.
-        window: Rows and columns of a window; the grid itself where there are no windows.
-        whole: (nW,) bool, True for windows without padding whose tokens are adjacent in the image
+        window: Rows and columns of a window; equal to `grid` if there are no windows.
+        whole: (nW,) bool, True for a window without padding whose tokens are adjacent in the image
             (not joined from opposite edges by the shift).
     """
 
@@ -33,19 +33,19 @@ class TokenPositions(NamedTuple):
     whole: Tensor
 
     def to(self, device: torch.device) -> TokenPositions:
-        """Returns the positions on a device."""
+        """Returns the same positions with tensors on another device."""
         return self._replace(index=self.index.to(device), whole=self.whole.to(device))
 
 
 def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:
-    """Returns the positions of all tokens of an image, prefix tokens first."""
+    """Returns the positions of all tokens of an image, prefix tokens first, without windows."""
     prefix = torch.full((num_prefix_tokens,), PREFIX)
     index = torch.cat([prefix, torch.arange(grid[0] * grid[1])])
     return TokenPositions(index[None], grid, grid, torch.ones(1, dtype=torch.bool))
 
 
 def positions_in(x: Tensor, windows: Windows) -> TokenPositions:
-    """Returns the positions of the tokens of (B, H, W, C) in windows; padding has no position."""
+    """Returns the positions of the tokens of a map (B, H, W, C) that is cut into windows."""
     side, shift = (windows.side,) * 2, (windows.shift,) * 2
     return window_positions((x.shape[1], x.shape[2]), side, shift, pad_first=True)
 
@@ -57,7 +57,9 @@ def window_positions(
     *,
     pad_first: bool,
 ) -> TokenPositions:
-    """Returns the positions in windows, row by row, after a roll by -shift.
+    """Returns the positions of a grid's tokens after a roll by -shift and a cut into windows.
+
+    Windows are numbered row by row, and so are the tokens in a window.
 
     Args:
         grid: Rows and columns of tokens.

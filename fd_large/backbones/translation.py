@@ -1,4 +1,4 @@
-"""Translates tensor names of published files by tables of rows, one table for each format.
+"""Translates tensor names between published files and our models, by one table for each format.
 
 The names alone show which tensors fit or are missing, before any tensor is read.
 """
@@ -23,18 +23,19 @@ _THIRDS = ("q", "k", "v")
 
 
 class Row(NamedTuple):
-    """A line of a table: the names of a published file, our names, and differences of the tensors.
+    """A row of a translation table: names in the file, our names, and the tensor's form.
 
-    In a pattern `#` is a number, `*` any text, and `{a|b}` alternatives, of which the first is
-    written. `+` is the number `#` of the other side plus one.
+    In a pattern, `#` matches a number and `*` any text. `{a|b}` matches one of the alternatives; a
+    name is written with the first. `+` matches the number that `#` matches in the other pattern,
+    plus one.
 
     Attributes:
         theirs: Pattern of names in the file; "-" for a tensor that an export leaves out.
-        ours: Pattern of our names; "-" for a tensor that is intentionally left out.
-        form: Form of the tensor in the file. "q", "k" and "v" are thirds of our rows; "token" is
-            (C) for our (1, 1, C), "batched" (N, C) for (1, N, C), "matrix" a convolution of side
-            1 for (out, in); "unfolded" are merged patches in the order of nn.Unfold. "" is
-            unchanged.
+        ours: Pattern of our names; "-" for a tensor that is left out when a file is read.
+        form: Form of the tensor in the file, or "" if it is the same as in our model. "q", "k" and
+            "v": a third of the rows of our tensor. "token": (C) for our (1, 1, C). "batched":
+            (N, C) for our (1, N, C). "matrix": a convolution with kernels of side 1 for our
+            (out, in). "unfolded": the last axis of merged patches in the order of nn.Unfold.
     """
 
     theirs: str
@@ -46,13 +47,14 @@ Rows = tuple[Row, ...]
 
 
 def table(text: str, *, start: str = "") -> Rows:
-    """Returns the rows of a text: on each line the file's pattern, ours, and optionally the form.
+    """Parses a table; a line has the file's pattern, our pattern and optionally the form.
 
-    A line whose patterns end with a dot is a prefix of the indented lines after it.
+    If the file's pattern ends with a dot, the two patterns of the line are prefixes of the patterns
+    in the indented lines after it.
 
     Args:
         text: The lines.
-        start: Prefix of the file's pattern in every row.
+        start: Prefix that is put before the file's pattern in every row.
     """
     rows, block = [], ("", "")
     for line in text.splitlines():
@@ -68,7 +70,7 @@ def table(text: str, *, start: str = "") -> Rows:
 
 
 def under(start: str, rows: Rows) -> Rows:
-    """Returns rows for a file whose names all have a prefix."""
+    """Returns the rows with the prefix `start` put before every pattern of names in the file."""
     return tuple(
         row if row.theirs == NOWHERE else row._replace(theirs=start + row.theirs) for row in rows
     )
@@ -101,7 +103,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def renamed(name: str, before: str, after: str) -> str | None:
-    """Returns a name of one pattern in the other pattern's form, or None if it does not match."""
+    """Translates a name from the pattern `before` to the pattern `after`.
+
+    Returns None if the name does not match `before`.
+    """
     match = _regex(before).fullmatch(name)
     if match is None:
         return None
@@ -117,9 +122,9 @@ def renamed(name: str, before: str, after: str) -> str | None:
 
 
 def our_name(name: str, rows: Rows) -> tuple[str, str]:
-    """Returns our name and the form of a file's tensor, by the first matching row.
+    """Returns (our name, form) of a file's tensor, by the first row that matches its name.
 
-    A name without a matching row stays unchanged, whether or not the model has such a tensor.
+    If no row matches, the name stays unchanged, whether or not the model has such a tensor.
     """
     for row in rows:
         if (ours := renamed(name, row.theirs, row.ours)) is not None:
@@ -133,7 +138,7 @@ class Output(NamedTuple):
     Attributes:
         name: Name in the file.
         shape: Shape in the file.
-        take: Returns the exported tensor, given our tensor.
+        take: Function that makes the exported tensor from our tensor.
     """
 
     name: str
@@ -142,9 +147,15 @@ class Output(NamedTuple):
 
 
 def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
-    """Returns the file's tensors made from one of ours, by the first matching row.
+    """Returns the exported tensors that are made from one of our tensors.
 
-    Query, key and value have a row each.
+    The first row that matches decides name and form. If it is a row of query, key or value, there
+    is an exported tensor for each of the three that has a row.
+
+    Args:
+        name: Our name of the tensor.
+        shape: Its shape.
+        rows: The table.
     """
     forms: dict[str, str] = {}
     for row in rows:
@@ -162,10 +173,10 @@ def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
 
 @dataclass(frozen=True)
 class Piece:
-    """The rule that makes one tensor of a model.
+    """The rule that makes one tensor of a model from tensors of a file, or as a constant vector.
 
     Attributes:
-        sources: Names of the file's tensors, which are joined along their first axis; none for a
+        sources: Names of the file's tensors, which are joined along their first axis; empty for a
             constant.
         form: See `Row`.
         value: Value of a constant.
@@ -178,7 +189,7 @@ class Piece:
     length: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape, from the sources' shapes."""
+        """Returns the shape of the model's tensor, given the shape of each tensor of the file."""
         if not self.sources:
             return (self.length,)
         shapes = [shape_of(name) for name in self.sources]
@@ -194,7 +205,7 @@ class Piece:
         return joined
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the tensor."""
+        """Returns the model's tensor, made from the tensors of the file."""
         if not self.sources:
             return torch.full((self.length,), self.value)
         parts = [tensors[name] for name in self.sources]
@@ -208,12 +219,13 @@ Pieces = dict[str, Piece]
 
 
 class Translation(NamedTuple):
-    """A file translated to our names.
+    """The result of translating the names of a file's tensors to ours.
 
     Attributes:
         pieces: {our name: rule that makes the tensor}, in the file's order.
         dropped: Names in the file that are intentionally left out.
-        unfit: Names in the file that make no tensor: duplicates, or a query without its key.
+        unfit: Names in the file that cannot be used, because two names have the same translation,
+            or query, key and value are not all there.
     """
 
     pieces: Pieces
@@ -222,7 +234,7 @@ class Translation(NamedTuple):
 
 
 def translated(names: Iterable[str], rows: Rows) -> Translation:
-    """Applies a format's table to the names of a file."""
+    """Translates the names of a file's tensors to ours by the table of its format."""
     pieces: Pieces = {}
     thirds: dict[str, dict[str, str]] = {}
     dropped, unfit = [], []
@@ -256,7 +268,7 @@ def to_unfolded(tensor: Tensor) -> Tensor:
 
 
 def from_unfolded(tensor: Tensor) -> Tensor:
-    """Undoes `to_unfolded`."""
+    """Reorders the last axis of merged patches, 4C, from nn.Unfold's order to ours."""
     return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3)
 
 
@@ -276,14 +288,18 @@ _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
 def expanded(
     pieces: Pieces, shapes: Shapes, shared_name: Callable[[str], str]
 ) -> tuple[Pieces, list[str]]:
-    """Gives every block its own copy of a shared position bias (FD's fine-tuning).
+    """Copies a file's shared position bias to every block of a model with a bias in each block.
+
+    Feature-Distillation's fine-tuning does so. Nothing changes if the file has no shared bias, or
+    the model has no bias in each block.
 
     Args:
-        pieces: The file's rules, by our names.
-        shapes: Shapes of the model that is to be filled.
-        shared_name: Returns the shared tensor's name, from the name of a block's own.
+        pieces: {our name: rule} of the file.
+        shapes: {our name: shape} of the model into which the file is loaded.
+        shared_name: Returns the name of the shared tensor, given the name of a block's tensor.
 
-    Returns: the rules, and a description of the change.
+    Returns: the rules for the model, and a description of the change in a list, which is empty if
+        nothing changes.
     """
     copies = {
         name: pieces[shared_name(name)]
@@ -298,7 +314,7 @@ def expanded(
 
 
 def fresh_norm(width: int) -> Pieces:
-    """Returns a neutral final norm: weight 1, bias 0."""
+    """Returns {our name: rule} of a final norm of `width` channels with weight 1 and bias 0."""
     return {
         "norm.weight": Piece((), value=1.0, length=width),
         "norm.bias": Piece((), value=0.0, length=width),

@@ -9,8 +9,8 @@ take part in attention.
 
 Source of `official`: github.com/SwinTransformer/MIM-Depth-Estimation, swin_transformer_v2.py.
 
-Tables are functions of (window, pretrained window, device), cached, and made outside the factories
-that `deepspeed.zero.Init` patches, so that no bf16 engine rounds a coordinate.
+Coordinate tables are cached by (window, pretrained window, device). They are made by numpy, since
+`deepspeed.zero.Init` patches torch's factories, which would round coordinates to bfloat16.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Windows(NamedTuple):
     Attributes:
         side: Side w of a window in tokens.
         shift: Offset of the windows from the map's corner, in tokens.
-        bottom: Rows of zero tokens below the map that take part in attention.
-        right: Columns of zero tokens at the right.
+        bottom: Number of rows of zero tokens below the map, which take part in attention.
+        right: Number of columns of zero tokens to the right of the map, which take part too.
     """
 
     side: int
@@ -44,11 +44,11 @@ class Windows(NamedTuple):
     right: int = 0
 
     def pad(self, x: Tensor) -> Tensor:
-        """Adds the zero tokens to (B, H, W, C)."""
+        """Pads (B, H, W, C) with the zero tokens, to (B, H + bottom, W + right, C)."""
         return F.pad(x, (0, 0, 0, self.right, 0, self.bottom)) if self._pads else x
 
     def crop(self, x: Tensor) -> Tensor:
-        """Removes the zero tokens from (B, H + bottom, W + right, C)."""
+        """Removes the zero tokens from (B, H + bottom, W + right, C), which gives (B, H, W, C)."""
         height, width = x.shape[1] - self.bottom, x.shape[2] - self.right
         return x[:, :height, :width] if self._pads else x
 
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True)
 class StageWindows:
-    """The windows of a stage's maps.
+    """The rule that cuts the maps of a stage into windows.
 
     Attributes:
         side: Requested side of a window in tokens.
@@ -72,7 +72,13 @@ class StageWindows:
     rule: WindowRule = "masked"
 
     def over(self, height: int, width: int, block: int) -> Windows:
-        """Returns the windows of a block of the stage, counted from 0, over a map of tokens."""
+        """Returns the windows of a block over a map.
+
+        Args:
+            height: Rows of the map, in tokens.
+            width: Columns of the map, in tokens.
+            block: Number of the block in the stage, from 0; only its parity counts.
+        """
         shortest = min(height, width)
         may_shift = self.shifts and (self.rule == "official" or shortest > self.side)
         # The block is asked last: torch.compile then shares a graph where it makes no difference.
@@ -86,13 +92,13 @@ class StageWindows:
 def coordinate_table(window: int, pretrained_window: int, device: torch.device) -> Tensor:
     """Returns SwinV2's log-spaced relative coordinates: ((2w - 1)^2, 2) float32.
 
-    t = 8 d / (w0 - 1), then sign(t) log2(|t| + 1) / log2(8), where w0 is the window of
-    pre-training. A window of one token has the single offset 0, which the published code divides
-    by 0; here it stays 0.
+    An offset of d tokens has the coordinate sign(t) log2(|t| + 1) / log2(8), t = 8 d / (w0 - 1),
+    where w0 is the window of pre-training. A window of one token has the single offset 0, which the
+    published code divides by 0; here it stays 0.
 
     Args:
-        window: w, side in tokens.
-        pretrained_window: w0; 0: the window itself.
+        window: w, the side of the window in tokens.
+        pretrained_window: w0, the side in pre-training; 0 means that it is w.
         device: Device of the result.
     """
     reference = max((pretrained_window or window) - 1, 1)

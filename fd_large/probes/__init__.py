@@ -1,4 +1,4 @@
-"""Frozen features on labelled images: their extraction, k-NN and the linear probe.
+"""Evaluation of frozen features on labelled images: extraction, k-NN and the linear probe.
 
-A model is any function from images to a feature map; nothing here knows tasks, runs or weights.
+A model is any function from images to a feature map; no code here knows tasks, runs or weights.
 """

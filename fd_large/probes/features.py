@@ -1,8 +1,9 @@
 """Pooled features of labelled images, streamed to a file by all ranks.
 
-A row is the mean of an image's patch tokens, its class token, or both, in float32. Images come in
-fixed batches, the same on any number of ranks, so that a row is the same to the bit on any rank.
-Rows go to one file in a shared folder; memory does not grow with the dataset.
+Each image has one row of float32 features: the mean of its patch tokens, its class token, the two
+concatenated, or all its patch tokens concatenated. Images are grouped into the same batches on any
+number of ranks, so that rows are equal to the bit. All ranks write to one file in a shared folder,
+so that memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ MAX_BAD_FRACTION = 0.01
 
 
 class Features(NamedTuple):
-    """Features and labels by image, for one kind of pooling; both arrays are mapped from files.
+    """Features and labels of N images for one kind of pooling, as memory-mapped arrays.
 
     Attributes:
-        rows: (N, C) float32.
-        labels: (N,) int64; `NO_LABEL` where the image could not be used.
+        rows: (N, C) float32, the features.
+        labels: (N,) int64, the labels; `NO_LABEL` for an image that could not be used.
     """
 
     rows: NDArray[np.float32]
     labels: NDArray[np.int64]
 
     def usable(self) -> NDArray[np.int64]:
-        """Returns the indices of the labelled images."""
+        """Returns the indices of the images that have a label, (M,) int64."""
         return np.flatnonzero(self.labels != NO_LABEL)
 
     def percent(self, predicted: NDArray[np.int64]) -> float:
-        """Returns the accuracy over labelled images, in per cent.
+        """Returns the accuracy over the images that have a label, in per cent.
 
         Args:
             predicted: (N,), the predicted class of each image.
@@ -61,11 +62,12 @@ class Features(NamedTuple):
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
-    """Returns the mean of a map's patches, or its class token, (B, C) float32; both are (B, 2C).
+    """Pools the feature maps of B images into one row of float32 features per image.
 
-    For `map` it returns all patches, concatenated.
+    The pooling "mean" returns the mean of the patch tokens, (B, C); "cls" the class token, (B, C);
+    "both" the mean and the class token, (B, 2C); "map" all patch tokens concatenated, (B, N C).
 
-    Raises: ConfigError: if the map has no class token and `pool` asks for it.
+    Raises: ConfigError: if `pool` needs a class token and the map has none.
     """
     if pool in _PARTS:
         return torch.cat([pooled(features, part) for part in _PARTS[pool]], 1)
@@ -97,26 +99,26 @@ def extract(
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> list[Features]:
-    """Extracts the features of the centre crops of all images; a collective.
+    """Extracts the features of the centre crops of all images into files; a collective.
 
     Args:
         model: Function from normalised images to a FeatureMap, in evaluation mode; may be a
             collective.
-        statistics: The normalisation of its images.
+        statistics: Mean and standard deviation by which the images are normalised.
         images: The images and their labels.
-        folder: Folder for rows.npy and labels.npy, which all ranks see.
+        folder: Shared folder of all ranks, for rows.npy and labels.npy.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; the last bits of the result depend on it.
-        pools: Kinds of pooling of one forward: the mean of the patches, the class token, both.
+        pools: Kinds of pooling, see `pooled`; all are computed from the same forwards.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.
         progress: Called after each batch of this rank with the batch's number of images.
         between: Called before each batch on every rank; may raise to stop.
 
-    Returns: the features of each pool.
+    Returns: the features for each kind of pooling, in the order of `pools`.
     Raises: DataError: if more than `max_bad_fraction` of the images cannot be used; ConfigError:
-        if the folder has no room.
+        if the disk of the folder is full, or the map has no class token and a pooling needs it.
     """
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()
@@ -173,7 +175,12 @@ def extract(
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
-    """Reserves the arrays' disk space on rank 0, as a full disk kills processes that map a file."""
+    """Creates the two files on rank 0 and reserves their disk space.
+
+    A process that writes to a mapped file is killed if the disk is full.
+
+    Raises: ConfigError: if the disk has too little space.
+    """
     if not distributed.is_main():
         return
     shapes = ((num_images, width), np.float32), ((num_images,), np.int64)

@@ -1,6 +1,6 @@
-"""Weighted k-NN: an image's class by the votes of the most similar images.
+"""Weighted k-NN: predicts an image's class by the votes of the most similar training images.
 
-A neighbour votes for its class with exp(cosine similarity / temperature).
+A neighbour votes for its own class with weight exp(cosine similarity / temperature).
 
 Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination",
 arXiv 1805.01978, section 3.4; Caron et al. (DINO), arXiv 2104.14294, eval_knn.py.
@@ -24,7 +24,7 @@ QUERY_BLOCK, BANK_BLOCK = 1024, 16_384
 
 
 class Bank:
-    """The features of the training images, which vote, read in blocks.
+    """Features and labels of the training images that vote, read in blocks.
 
     Args:
         features: Features of the training images; images without a label are left out.
@@ -39,22 +39,25 @@ class Bank:
         return len(self._usable)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (rows of unit L2 norm, labels) of each block."""
+        """Yields (features of unit L2 norm (M, C), labels (M,)) of each block of training images.
+
+        The tensors lie on this rank's device.
+        """
         for start in range(0, len(self), BANK_BLOCK):
             numbers = self._usable[start : start + BANK_BLOCK]
             yield _unit(self._features.rows[numbers]), _labels(self._features, numbers)
 
 
 def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
-    """Returns the classes of some images by their neighbours' votes.
+    """Predicts the classes of images by the votes of their nearest training images.
 
     Args:
         rows: Features of the images, (Q, C) float32.
-        bank: The rows that vote.
-        k: Number of neighbours; all rows where there are fewer.
+        bank: The training images, which vote.
+        k: Number of neighbours; if there are fewer training images, all of them vote.
         temperature: A neighbour's vote is exp(cosine similarity / temperature).
 
-    Returns: (Q,) int64; the first of the classes with equal votes.
+    Returns: the predicted classes, (Q,) int64; on a tie, the class with the lowest number.
     """
     queries = _unit(rows)
     best = queries.new_empty(len(rows), 0)
@@ -82,18 +85,19 @@ def classify(
 ) -> NDArray[np.int64]:
     """Returns the predicted class of each test image, on every rank; a collective.
 
-    Blocks of queries are distributed over the ranks; a block does not depend on the rank.
+    Blocks of test images are distributed over the ranks, and each block is computed in the same way
+    on any number of ranks.
 
     Args:
-        train: Features that vote.
-        test: Features that are classified.
+        train: Features of the training images, which vote.
+        test: Features of the test images.
         num_classes: Number of classes, K.
         k: Number of neighbours.
         temperature: See `predict`.
         progress: Called after each block of this rank with the block's number of images.
         between: Called before each block on every rank; may raise to stop.
 
-    Returns: (N,); 0 for an image without a label.
+    Returns: (N,) int64; 0 for a test image without a label.
     """
     bank, usable = Bank(train, num_classes), test.usable()
     predicted = torch.zeros(len(test.labels), dtype=torch.int64)
@@ -111,7 +115,7 @@ def classify(
 
 
 def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:
-    """Returns rows scaled to unit L2 norm, on this rank's device, in float32."""
+    """Returns features (M, C) scaled to unit L2 norm, in float32 on this rank's device."""
     tensor = torch.as_tensor(rows).to(distributed.device())
     return F.normalize(tensor, dim=1)
 

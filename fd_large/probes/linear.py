@@ -1,8 +1,8 @@
 """A linear probe on frozen features: batch norm without affine parameters, then one linear layer.
 
-A layer is trained for each learning rate, in one batched tensor (R, K, C), on the same batches. The
-rate that is best on a held-out tenth of the training images is trained again on all of them, and
-that layer is tested once.
+One layer per learning rate is trained on the same batches, as a batched tensor (R, K, C). With the
+learning rate that is best on a held-out tenth of the training images, a new layer is trained on all
+training images and tested once.
 
 Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as in Feature-Distillation's
 linear evaluation: a BatchNorm1d without affine before the layer, momentum .9, no decay.
@@ -44,11 +44,11 @@ class Probe:
     """Settings of the linear layer's training.
 
     Attributes:
-        rates: Learning rates for batches of 256, all of which are tried.
+        rates: Learning rates to try; each is for batches of 256 and is scaled to the batch size.
         epochs: Passes over the training images.
-        batch_size: Largest number of images a step; it is also at most a quarter of the training
-            images.
-        seed: Seed of the held-out tenth and of the order.
+        batch_size: Largest number of images in a step; a step also has at most a quarter of the
+            training images, but at least 2.
+        seed: Seed of the held-out tenth and of the order of the images.
     """
 
     rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -79,16 +79,18 @@ def evaluate(
     probe: Probe,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
-    """Trains and tests; every rank does the same, and rank 0's result counts.
+    """Trains and tests linear probes, and returns the result of the best; a collective.
+
+    Every rank makes the same computation, and all return the result of rank 0.
 
     Args:
         train: Features of the training images.
         test: Features of the test images.
         num_classes: Number of classes, K.
         probe: Settings of the training.
-        progress: Called after each batch with its number of images; the sum is `work`.
+        progress: Called after each training batch with its number of images; `work` is their sum.
 
-    Raises: DataError: if there are too few training images to hold any out.
+    Raises: DataError: if there are fewer than 10 training images, so that none can be held out.
     """
     usable = train.usable()
     order = usable[epoch_order(len(usable), probe.seed, 0, np.arange(len(usable)))]
@@ -111,7 +113,7 @@ def evaluate(
 
 
 def steps(num_train: int, probe: Probe) -> int:
-    """Returns the number of steps on a number of training images."""
+    """Returns the number of steps, over all epochs, of a probe on `num_train` images."""
     return probe.epochs * (num_train // _batch_of(num_train, probe))
 
 
@@ -141,7 +143,7 @@ def work(num_train: int, probe: Probe) -> int:
 
 
 class _Layers:
-    """A linear layer for each learning rate, after a shared batch norm."""
+    """One linear layer for each of R learning rates, all after the same batch norm."""
 
     def __init__(self, num_rates: int, num_classes: int, width: int) -> None:
         device = distributed.device()
@@ -151,12 +153,17 @@ class _Layers:
         self.variance = torch.ones(width, device=device)
 
     def logits(self, rows: Tensor, *, training: bool) -> Tensor:
-        """Maps features (B, C) to logits (R, B, K)."""
+        """Maps features (B, C) to the logits of all layers, (R, B, K)."""
         normed = F.batch_norm(rows, self.mean, self.variance, training=training, eps=NORM_EPS)
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
     def predict(self, features: Features, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns (R, len(numbers)), each layer's predicted class of each image."""
+        """Returns the class that each layer predicts for some images, (R, len(numbers)) int64.
+
+        Args:
+            features: Features of all images.
+            numbers: Indices of the images to classify.
+        """
         classes = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
         for start in range(0, len(numbers), BLOCK):
             rows, _ = _read(features, numbers[start : start + BLOCK])
@@ -173,7 +180,10 @@ def _fit(
     rates: tuple[float, ...],
     progress: Callable[[int], None],
 ) -> _Layers:
-    """Trains by SGD with momentum, each layer at its rate on a half-cosine schedule."""
+    """Trains one layer per learning rate on the images with the indices `numbers`.
+
+    SGD with momentum; each learning rate falls to 0 by half a cosine, without warm-up.
+    """
     layers = _Layers(len(rates), num_classes, features.rows.shape[1])
     size = _batch_of(len(numbers), probe)
     scale = size / 256

@@ -8,7 +8,8 @@ widths are added. Part of the variation over seeds is also in the bootstrap, whi
 interval slightly too wide, not too narrow. With a single seed only the choice of images is covered,
 and no difference is shown.
 
-The interval does not cover another pre-training: it describes these models, not their kind.
+The interval does not cover the variation between repeated pre-trainings: it compares these two
+models, not the methods that made them.
 
 Sources: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13 (percentiles);
 Welch, "The generalization of Student's problem", 1947.
@@ -32,14 +33,14 @@ _NORMAL = 1.960
 
 
 class Difference(NamedTuple):
-    """The score of a model minus the score of another model.
+    """The score of one model minus the score of another, with its 95% interval.
 
     Attributes:
-        mean: Difference of the mean scores over these images and each model's seeds.
+        mean: Difference of the mean scores over the test images and each model's seeds.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        of_images: The interval over images alone, for these trainings.
-        holds_seeds: Whether low and high also cover other seeds; if not, they are `of_images`.
+        of_images: (low, high) of the interval over the choice of test images alone.
+        holds_seeds: Whether low and high also cover other seeds; if not, they equal `of_images`.
     """
 
     mean: float
@@ -55,14 +56,14 @@ class Difference(NamedTuple):
 
 
 def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Difference:
-    """Compares two models whose score is a mean over test images, in per cent.
+    """Returns the difference of two models' accuracies on the same test images, in per cent.
 
     Args:
-        right: (S, N), whether each seed of the model classified each image correctly.
-        other: (T, N), the other model's values.
-        seed: Seed of the draws.
+        right: (S, N), whether each of the model's S trainings classifies each image correctly.
+        other: (T, N), the same for the T trainings of the other model.
+        seed: Seed of the bootstrap draws.
 
-    Raises: ValueError: if there is no image, or the two arrays are not of the same images.
+    Raises: ValueError: if there are no images, or the two arrays have different numbers of images.
     """
     if not right.shape[1] or right.shape[1] != other.shape[1]:
         raise ValueError(f"not the same images; got {right.shape[1]} and {other.shape[1]}")
@@ -78,13 +79,13 @@ def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Di
 
 
 def difference_of_redrawn(ours: Sequence[Redrawn], others: Sequence[Redrawn]) -> Difference | None:
-    """Compares two models by their scores on the same bootstrap draws of the test images.
+    """Returns the difference of two models' scores, from the same bootstrap draws of test images.
 
     Args:
-        ours: The model's scores, for each seed.
-        others: The other model's scores, for each seed.
+        ours: The scores of the model, one entry for each seed.
+        others: The scores of the other model, one entry for each seed.
 
-    Returns: None if the scores are not of the same images.
+    Returns: the difference, or None if the scores are not of the same images and draws.
     """
     if len({(seed.images, len(seed.draws)) for seed in (*ours, *others)}) > 1:
         return None
@@ -104,7 +105,16 @@ def _with_seeds(
     ours: NDArray[np.float64],
     others: NDArray[np.float64],
 ) -> Difference:
-    """Widens an interval over images by the seeds' variation, if known."""
+    """Returns a difference whose interval over images is widened by the variation over seeds.
+
+    If a model has a single seed, the interval stays unchanged.
+
+    Args:
+        mean: The difference of the mean scores.
+        of_images: (low, high) of the interval over images.
+        ours: The score of each seed of the model.
+        others: The score of each seed of the other model.
+    """
     low, high = of_images
     if min(len(ours), len(others)) < 2:
         return Difference(mean, low, high, of_images, holds_seeds=False)
@@ -115,11 +125,19 @@ def _with_seeds(
 
 
 def _degrees(variances: Sequence[float], counts: Sequence[int]) -> float:
-    """Returns Welch's degrees of freedom of a difference of two means."""
+    """Returns Welch's degrees of freedom of a difference of two means.
+
+    Args:
+        variances: Variance of each mean.
+        counts: Number of values of each mean.
+    """
     of_each = sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True))
     return sum(variances) ** 2 / of_each if of_each else float(sum(counts) - 2)
 
 
 def student_t(degrees: float) -> float:
-    """Returns Student's t for at least 95%: degrees of freedom are truncated, at most 12."""
+    """Returns the bound of the central 95% of Student's t distribution.
+
+    The degrees of freedom are rounded down, to 12 at most and 1 at least.
+    """
     return T95[min(max(int(degrees), 1), len(T95)) - 1]

@@ -1,9 +1,9 @@
 """A model's scores on bootstrap draws of the test images, in a file next to its scores.
 
 mIoU and AP are not means over images. To show how much they depend on the choice of test images,
-they are computed on random draws, with replacement, of as many of the same images. The draws are
-the same for all models that are tested on these images, so that two models are compared draw by
-draw (`paired.difference_of_redrawn`).
+they are also computed on bootstrap draws: each draw takes N of the N test images at random, with
+replacement. All models that are tested on the same images have the same draws, so that two models
+are compared draw by draw (`paired.difference_of_redrawn`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Redrawn(NamedTuple):
     Attributes:
         images: Fingerprint of the test images.
         score: Score on the original images.
-        draws: (D,), the score on each draw of as many images; all models have the same draws.
+        draws: (D,), the score on each of D draws; all models have the same draws.
     """
 
     images: str
@@ -38,7 +38,7 @@ class Redrawn(NamedTuple):
 
 
 def redraws(num_images: int) -> NDArray[np.int64]:
-    """Returns (D, N), the number of times that each of D draws contains each of the N images."""
+    """Returns how many times each of D draws contains each of N images, (D, N) int64."""
     shares = np.full(num_images, 1 / num_images)
     return np.random.default_rng(0).multinomial(num_images, shares, size=_DRAWS)
 
@@ -46,12 +46,15 @@ def redraws(num_images: int) -> NDArray[np.int64]:
 def write(
     folder: Path, images: str, redrawn: Mapping[str, tuple[float, NDArray[np.float64]]]
 ) -> Path:
-    """Writes scores and their values on the draws, by their names in a run's summary.json.
+    """Writes the scores of an evaluation and their values on the draws; returns the file's path.
+
+    A score that is not finite, or not finite on some draw, is left out.
 
     Args:
-        folder: The folder of an evaluation.
+        folder: The folder of the evaluation.
         images: Fingerprint of the test images.
-        redrawn: The score, and its value on each draw in the order of `redraws`.
+        redrawn: {name of the score in the run's summary.json: (score, its values on the draws)},
+            with the draws in the order of `redraws`.
     """
     scores = {
         name: {"score": score, "draws": draws.tolist()}
@@ -63,10 +66,10 @@ def write(
 
 
 def read(folder: Path, name: str) -> Redrawn | None:
-    """Returns a score of an evaluation with its draws, or None if these are missing.
+    """Returns a score of an evaluation with its draws.
 
-    Earlier versions wrote no draws.
-
+    Returns None if the file does not exist, cannot be read, or lacks the score; earlier versions
+    wrote no draws.
 
     Args:
         folder: The folder of the evaluation.

@@ -30,7 +30,11 @@ class CustomArchitecture(FamilyArchitecture):
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model of a class or a function."""
+        """Returns the architecture of the model that a class or function makes.
+
+        Args:
+            rest: The class or function, see the attribute `function`.
+        """
         return cls(function=rest)
 
     @property

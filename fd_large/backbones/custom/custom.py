@@ -10,12 +10,15 @@
     blocks()                              the modules whose activations may be recomputed, in order
 
 A teacher needs neither `drop_path_rates` nor `blocks()`, and brings its weights; its `forward` is
-called with the images alone. Optional are `statistics`, mean and deviation by which its images are
-normalised (a `Statistics`); `layer_id(name)` and `last_layer`, for `optim.layer_decay`;
-`no_weight_decay()`, names of parameters without weight decay; `fewest_places`, the number of
-positions of the smallest map that a batch norm normalises, where that is not the last map; and for
-detection `stages(images, keep)`, four maps (B, H, W, C) of images of any size, with `stage_widths`
-and `stage_strides`.
+called with the images alone. These attributes are optional:
+
+    statistics                            mean and standard deviation by which images are normalised
+    layer_id(name), last_layer            layers of parameters, for `optim.layer_decay`
+    no_weight_decay()                     names of parameters that get no weight decay
+    fewest_places                         number of positions of the smallest map that a batch norm
+                                          normalises, if that is not the last map
+    stages(images, keep)                  for detection, four maps (B, H, W, C) of images of any
+                                          size, with `stage_widths` and `stage_strides`
 
 The class or function is called with whichever of `image_size` and `drop_path_rate` it accepts, more
 than once, also under `torch.device("meta")`, where weights are only shapes.
@@ -82,7 +85,17 @@ def build_custom(
 
 
 def _group_norms(net: Any, image_size: int, where: str) -> None:
-    """Lets batch norms of torch and timm normalise by groups of images, whatever the ranks."""
+    """Makes a model's batch norms, torch's or timm's, normalise by groups of images.
+
+    If the model has such norms, it also gets `fewest_places`, unless it has that attribute.
+
+    Args:
+        net: The model.
+        image_size: Side of the images in pixels; 0 if unknown.
+        where: Field that the user set, for messages.
+
+    Raises: ConfigError: if `grid` of the model fails.
+    """
     groups = batch_norm.adopt(net)
     if not batch_norm.norms_of(net):
         return
@@ -111,7 +124,7 @@ def _group_norms(net: Any, image_size: int, where: str) -> None:
 
 
 def _complete(net: Any) -> None:
-    """Adds a model's missing optional attributes."""
+    """Sets default values for the optional attributes that a model lacks."""
     for name, value in (
         ("drop_path_rates", ()),
         ("no_weight_decay", frozenset),
@@ -132,17 +145,18 @@ def _no_layers(name: str) -> int:
 
 
 def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> None:
-    """Runs a model that was built on the meta device once, and checks its result.
+    """Runs a model on the meta device once, and checks the feature map that it returns.
 
     A forward that fails because meta tensors have no values is accepted.
 
     Args:
-        net: Result of `build_custom`.
+        net: Result of `build_custom` on the meta device.
         image_size: Side of the images, in pixels.
-        is_trained: Whether it is called with `keep`, as a student.
+        is_trained: Whether the model is a student, which is called with `keep`.
         where: Field that the user set, for messages.
 
-    Raises: ConfigError: if the model fails, does not return a map, or draws random numbers.
+    Raises: ConfigError: if the model fails, returns no FeatureMap of the stated shape, or draws
+        random numbers.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     sites = len(net.drop_path_rates)

@@ -30,7 +30,15 @@ def _load(function: str, where: str) -> Loaded:
 
 
 def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors by the module's own names, with the prefix `encoder.` in exports to fd."""
+    """Matches a model's tensors with a file's by name.
+
+    A file exported in the format "fd" has the prefix `encoder.` before the names.
+
+    Args:
+        architecture: The model.
+        file: {name: shape} of the file's tensors.
+        where: Field that the user set, for messages.
+    """
     with torch.device("meta"):
         net = build_custom(architecture, Options(), where=where)
     expected = {
@@ -51,7 +59,7 @@ def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matc
 
 
 def _without_folders(architecture: CustomArchitecture) -> CustomArchitecture:
-    """Returns the architecture with folders removed from its name, for published files."""
+    """Returns the architecture without the folders in the path of its code, for published files."""
     return replace(architecture, function=architecture.function.rpartition("/")[2])
 
 

@@ -10,7 +10,7 @@ from fd_large.recipes.family import WindowedTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class SwinArchitecture(WindowedTransformer):
-    """A Swin model of the first version; its position tables are made for `image_size`."""
+    """A Swin model of the first version, whose position tables are made for `image_size`."""
 
     family: ClassVar[str] = "swin"
     example: ClassVar[str] = "swin_base_esvit"

@@ -20,7 +20,10 @@ def _timm_has_no_place(a: SwinArchitecture) -> str:
 
 
 def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
-    """Returns the features of a model that a dense library's Swin lacks, or ""."""
+    """Returns, in words, a feature of the model that the Swin of mmsegmentation or UPerNet lacks.
+
+    Returns "" if there is none. The argument `pads` is not used.
+    """
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
     if side < a.window_size:
         return f"position tables of fewer than {a.window_size} tokens, expected equal ones"

@@ -57,19 +57,24 @@ FORMATS = {
 
 
 def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
-    """Returns rows and heads of each stage's table; zeros without a table."""
+    """Returns (rows, heads) of the position table of each stage; (0, 0) if there is no table."""
     return [shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0)) for s in range(stages)]
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns the part of a file, in words, that no Swin here has, or ""."""
+    """Returns, in words, a part of the file that no Swin model here has, or "" if there is none."""
     stages = count_of(shapes, r"layers\.(\d+)\.")
     windows = [grid_of(rows) for rows, _ in _tables(shapes, stages)]
     return "" if windows == sorted(windows, reverse=True) else "a larger window in a later stage"
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields shown by tensors: all but eps."""
+    """Returns the architecture fields that a file's tensors show: all except `norm_eps`.
+
+    Args:
+        shapes: Shapes of the file's tensors, by our names.
+        file: The file; not used.
+    """
     fields = names.recognised(shapes)
     tables = _tables(shapes, len(fields["depths"]))
     heads = tuple(heads for _, heads in tables)

@@ -1,12 +1,13 @@
 """Swin Transformer (first version): pre-norm blocks, dot-product attention, position tables.
 
-Parameter names are those of the Swin-Transformer and EsViT repositories. With three stages it is
-FD's stage-3 target: no merging after the last stage, the final norm on its width.
+Parameter names are those of the Swin-Transformer and EsViT repositories. A model of three stages is
+FD's stage-3 target, without merging after the last stage and with a final norm of its width.
 
-timm's Swin computes the same if windows divide every map, but not otherwise: its padding takes
-part in attention, and the size that it was built for decides whether windows shift. Its maps of
-images of 140x100 pixels differ by half of their largest value from those of `window_rule` masked,
-and by a quarter from those of official, so students that pad need this module.
+timm's Swin gives the same result only if windows divide every map. Otherwise timm's padding takes
+part in attention, and the image size for which a timm model is built decides whether its windows
+shift. For images of 140x100 pixels, timm's maps differ by half of their largest value from the maps
+of `window_rule` "masked", and by a quarter from the maps of "official". Students that pad therefore
+need this module.
 
 Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 """
@@ -46,11 +47,11 @@ _SCHEMES = {"fd": OFFICIAL, "official": OFFICIAL, "none": NONE}
 class Swin(HierarchicalBackbone):
     """Swin V1 backbone.
 
-    Fields of `SwinArchitecture` and of `Options` go by the same names; `qkv_bias` says whether
-    query, key and value have a bias.
+    Arguments with the names of fields of `SwinArchitecture` and `Options` have the same meaning,
+    except `qkv_bias`, which says whether query, key and value have a bias.
 
     Args:
-        image_size: Side in pixels of the images for which position tables are made: a stage whose
+        image_size: Side in pixels of the images for which position tables are made. A stage whose
             map is smaller than the window has a table of the map's size.
         in_chans: Channels of the images.
 
@@ -128,7 +129,7 @@ class Swin(HierarchicalBackbone):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), x + mlp(norm2(x))."""
+    """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
     def __init__(
         self,
@@ -160,7 +161,15 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=scheme.linear)
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape; scales (2, B) are drop path's factors."""
+        """Maps (B, H, W, C) to the same shape.
+
+        Args:
+            x: (B, H, W, C), the residual stream.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
+                path.
+
+        Raises: ShapeError: if the map is smaller than the window of the position table.
+        """
         height, width = x.shape[1:3]
         side, windows = self.windows.side, self.windows.over(height, width, self.parity)
         if windows.side != side:
@@ -214,7 +223,10 @@ class WindowAttention(nn.Module):
         return self.proj(windows.crop(out))
 
     def attention_maps(self, x: Tensor, windows: Windows) -> tuple[Tensor, TokenPositions]:
-        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
+        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+
+        Args: See `forward`.
+        """
         padded = windows.pad(x)
         maps = attention_maps(
             self.qkv(padded).flatten(1, 2),
@@ -229,7 +241,7 @@ class WindowAttention(nn.Module):
 
 
 class Downsample(PatchMerging):
-    """Patch merging of Swin V1: norm of the four tokens first, then the reduction."""
+    """Patch merging of Swin V1: a norm of the four joined tokens, then the linear reduction."""
 
     def __init__(self, width: int, norm_eps: float, scheme: Scheme):
         super().__init__()
@@ -243,9 +255,9 @@ class Downsample(PatchMerging):
 
 
 def build(a: SwinArchitecture, options: Options) -> Swin:
-    """Builds a model with fresh weights.
+    """Builds a model with newly drawn weights.
 
-    Raises: ConfigError: if windows are given by stage, since the position tables decide them.
+    Raises: ConfigError: if `stage_windows` is set, since the position tables decide the windows.
     """
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):

@@ -53,7 +53,10 @@ class SwinV2Architecture(WindowedTransformer):
         self._require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of that side; absolute positions stay unchanged."""
+        """Returns the same model for images of `image_size` pixels a side.
+
+        A model with absolute positions is returned unchanged.
+        """
         return self if self.absolute_position else replace(self, image_size=image_size)
 
     def overridden(self, values: dict[str, Any]) -> Self:
@@ -68,10 +71,10 @@ class SwinV2Architecture(WindowedTransformer):
         return replace(self, **values)
 
     def with_window(self, window_size: int) -> Self:
-        """Returns the model with windows of another size, or with the same windows on larger maps.
+        """Returns a trained model with windows of `window_size` tokens.
 
-        The coordinates of its position biases stay scaled by the windows that it was trained with,
-        which are no larger than the maps.
+        The size may be unchanged, for use on larger maps. The coordinates of the position biases
+        stay scaled by the windows of training, each at most as large as its stage's map.
         """
         trained = trained_windows(
             self.pretrained_window_sizes, self.window_size, self.image_size // self.patch_size
@@ -91,12 +94,13 @@ class SwinV2Architecture(WindowedTransformer):
 def trained_windows(
     stated: tuple[int, ...], window_size: int, tokens_a_side: int
 ) -> tuple[int, ...]:
-    """Returns each stage's window for scaling the coordinates of a trained model.
+    """Returns the window by which each stage of a trained model scales its coordinates, in tokens.
 
     Args:
-        stated: The model's `pretrained_window_sizes`; 0 stands for its own training window.
-        window_size: The model's training window; no stage's window is larger than its map.
-        tokens_a_side: Side of the first stage's map.
+        stated: The model's `pretrained_window_sizes`; 0 stands for the window of its training.
+        window_size: The model's window in training. The window of a stage is at most as large as
+            the stage's map.
+        tokens_a_side: Side of the first stage's map, in tokens.
     """
     windows = [min(window_size, tokens_a_side // 2**stage) for stage in range(len(stated))]
     # Within windows of one token there is no distance to scale.

@@ -1,4 +1,4 @@
-"""Published weights of SwinV2, and the scaling of its coordinates for another window."""
+"""Published weights of SwinV2, and the windows by which a file's coordinates are scaled."""
 
 from __future__ import annotations
 
@@ -82,7 +82,14 @@ FORMATS = {
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields shown by tensors: all but eps, and windows if there are no tables."""
+    """Returns the architecture fields that a file's tensors show.
+
+    `norm_eps` is never shown; windows only if the file has tables of coordinates.
+
+    Args:
+        shapes: Shapes of the file's tensors, by our names.
+        file: The file.
+    """
     fields = names.recognised(shapes)
     stages = len(fields["depths"])
     scales = [shapes.get(f"layers.{s}.blocks.0.attn.logit_scale", (0,)) for s in range(stages)]
@@ -101,9 +108,11 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 
 
 def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
-    """Returns windows, windows of pre-training and patches a side, from official files' tables.
+    """Returns what the tables of coordinates and attention masks in official files show.
 
-    Without such tables all these numbers are zeros.
+    Returns: the window of each stage, 0 if no table shows it; the window of pre-training of each
+        stage, or () if a stage has no table; and the number of patches along a side of the image,
+        0 if no mask shows it.
     """
     windows, pretrained, side = [0] * stages, [0] * stages, 0
     for name in file:
@@ -121,14 +130,22 @@ def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...],
 
 
 def _reference(largest: float, window: int) -> int:
-    """Returns w0 of a table whose largest entry is log2(8 (w - 1) / (w0 - 1) + 1) / 3."""
+    """Returns w0, the window of pre-training, from a table of coordinates.
+
+    Args:
+        largest: Largest entry of the table, which is log2(8 (w - 1) / (w0 - 1) + 1) / 3.
+        window: w, the side of the table's window in tokens.
+    """
     if window < 2 or not math.isfinite(largest) or largest <= 0:
         return window
     return round(8 * (window - 1) / (2 ** (3 * largest) - 1)) + 1
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Reads transformers' `config.json`; a window of pre-training of 0 means the window in use."""
+    """Returns the fields that transformers' `config.json` states; None for another model's file.
+
+    In such a file a window of pre-training of 0 means the window of the stage.
+    """
     if config.get("model_type") != "swinv2":
         return None
     fields = names.hugging_face_fields(config, where)
@@ -144,7 +161,10 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Reads a SwinV2 module of timm; a window of pre-training of 0 means the window in use."""
+    """Returns the fields that a SwinV2 module of timm shows, or None for another module.
+
+    In timm a window of pre-training of 0 means the window of the stage.
+    """
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     if not isinstance(net, SwinTransformerV2):
@@ -159,7 +179,7 @@ def _timm(net: Any, where: str) -> Architecture | None:
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of a stage's shared bias, from the name of a block's bias."""
+    """Returns the name of a stage's shared bias tensor, given the name of a block's bias tensor."""
     return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
 
 
@@ -170,11 +190,15 @@ def _adapt(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
 
 
 def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
-    """Fills the image size and the windows of pre-training.
+    """Fills the image size and the windows of pre-training in place; returns notes for the log.
 
-    Without absolute positions no tensor depends on the image size, which is then the size with
-    full windows in every stage. Coordinates are scaled by the file's windows of pre-training,
-    whatever window the model has.
+    Without absolute positions no tensor depends on the image size. If it is not known, it becomes
+    the size with a full window in the last stage. Coordinates are scaled by the file's windows of
+    pre-training, whatever window the model has.
+
+    Args:
+        values: {field: value} of the model, None in undecided fields.
+        settling: What is known of the model.
     """
     window, stages = values["window_size"], len(values["depths"] or ())
     if values["image_size"] is None and not values["absolute_position"]:
@@ -210,7 +234,10 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
 
 
 def _same_norms(fact: int, requested: int, depths: tuple[int, ...]) -> bool:
-    """Whether two intervals give the same extra norms; one beyond the deepest stage gives none."""
+    """Whether two values of `extra_norm_every` give the same extra norms.
+
+    A value of 0, or larger than the number of blocks of every stage, gives none.
+    """
     return (
         all(k > max(depths) for k in (fact or math.inf, requested or math.inf)) or fact == requested
     )

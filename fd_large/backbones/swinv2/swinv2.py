@@ -55,14 +55,14 @@ _SCHEMES = {
 class SwinV2(HierarchicalBackbone):
     """SwinV2 backbone.
 
-    Fields of `SwinV2Architecture` and of `Options` go by the same names; `qkv_bias` says whether
-    query and value have a bias (the key never has).
+    Arguments with the names of fields of `SwinV2Architecture` and `Options` have the same meaning,
+    except `qkv_bias`, which says whether query and value have a bias (the key never has).
 
     Args:
         in_chans: Channels of the images.
-        image_size: Side or (height, width) in pixels of the images that absolute positions are
-            for; None without them.
-        pretrained_window_sizes: As in `SwinV2Architecture`; None takes the present window in every
+        image_size: Side or (height, width) in pixels of the images for which absolute positions are
+            made; may be None if the model has no absolute positions.
+        pretrained_window_sizes: As in `SwinV2Architecture`; None means the present window in every
             stage.
 
     Raises: ConfigError: for values that do not fit each other.
@@ -150,13 +150,13 @@ class SwinV2(HierarchicalBackbone):
         )
 
     def outside_blocks(self) -> list[nn.Module]:
-        """Returns the position MLPs, which a stage calls before its blocks."""
+        """Returns the position-bias MLPs of the blocks, which the stages call before the blocks."""
         tables = (block.attn.cpb_mlp for block in self.blocks())
         return [table for table in tables if table is not None]
 
 
 class SwinV2Stage(Stage):
-    """A stage that computes its blocks' position biases, from separate MLPs or a shared one."""
+    """A stage that computes its blocks' position biases, by an MLP per block or one shared MLP."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class SwinV2Stage(Stage):
     def forward(
         self, stream: tuple[Tensor, Tensor], scales: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Maps a pair of (B, H, W, C) to the same shapes.
+        """Runs the blocks on the residual stream, a pair of (B, H, W, C), and returns such a pair.
 
         Args:
             stream: The residual stream in its own dtype and in the dtype of the weights.
@@ -192,15 +192,15 @@ class SwinV2Stage(Stage):
 
 
 class Block(nn.Module):
-    """x + norm1(attention(x)), x + norm2(mlp(x)), and in some blocks a norm of the sum.
+    """Post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)), then maybe an extra norm.
 
     Args:
         width: C.
         num_heads: h.
         index: Number of the block in its stage, from 0; odd blocks shift their windows.
         windows: Windows of the stage.
-        number: Number of the block in the model, from 1; it sets how much the branch ends are
-            scaled down.
+        number: Number of the block in the model, from 1. The larger it is, the smaller are the
+            initial last weights of the two branches.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
     """
@@ -251,7 +251,7 @@ class Block(nn.Module):
             narrow: The residual stream in the dtype of the weights.
             scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
                 path.
-            position_table: ((2w - 1)^2, h) float32, of the block or its stage.
+            position_table: ((2w - 1)^2, h) float32, the position biases of the block or its stage.
         """
         windows = self.windows.over(*x.shape[1:3], self.parity)
         first, second = (None, None) if scales is None else scales
@@ -295,12 +295,12 @@ class CosineAttention(nn.Module):
     def forward(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps (B, H, W, C) to the same shape, and returns the bias left by `BranchEnd`.
+        """Maps (B, H, W, C) to the same shape, as the pair that `BranchEnd` returns.
 
         Args:
             x: (B, H, W, C).
             windows: Windows over the map, with side w.
-            position_table: ((2w - 1)^2, h) float32.
+            position_table: ((2w - 1)^2, h) float32, the position bias of each offset and head.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
@@ -320,7 +320,10 @@ class CosineAttention(nn.Module):
     def attention_maps(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
+        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+
+        Args: See `forward`.
+        """
         padded = windows.pad(x)
         maps = attention_maps(
             with_query_bias(self.qkv(padded).flatten(1, 2), self.q_bias),
@@ -335,7 +338,7 @@ class CosineAttention(nn.Module):
 
 
 class PositionMlp(nn.Sequential):
-    """Maps log-spaced offsets to position biases; a frozen MLP caches its tables."""
+    """MLP from log-spaced offsets (2) to position biases (h); a frozen MLP caches its results."""
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__(
@@ -346,10 +349,10 @@ class PositionMlp(nn.Sequential):
         self._tables: dict[tuple, Tensor] = {}
 
     def table(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
-        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32.
+        """Returns the position bias of every offset in a window, ((2w - 1)^2, h) float32.
 
         Args:
-            window: Side w in tokens.
+            window: w, the side of the window in tokens.
             pretrained_window: Side of the window in pre-training, by which coordinates are scaled;
                 0 is the window itself.
             device: Device of the result.
@@ -377,12 +380,12 @@ class PositionBias(nn.Module):
         self.cpb_mlp = PositionMlp(num_heads, scheme)
 
     def forward(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
-        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32."""
+        """Returns the position bias of every offset in a window, see `PositionMlp.table`."""
         return self.cpb_mlp.table(window, pretrained_window, device)
 
 
 class Downsample(PatchMerging):
-    """Patch merging of SwinV2: reduction first, then the norm."""
+    """Patch merging of SwinV2: the linear reduction of the four joined tokens, then a norm."""
 
     def __init__(self, width: int, norm_eps: float, scheme: Scheme):
         super().__init__()
@@ -390,12 +393,16 @@ class Downsample(PatchMerging):
         self.norm = LayerNorm(2 * width, norm_eps)
 
     def forward(self, stream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps a pair of (B, H, W, C) to a pair of (B, ceil(H/2), ceil(W/2), 2C)."""
+        """Maps the residual stream, a pair of (B, H, W, C), to (B, ceil(H/2), ceil(W/2), 2C).
+
+        The pair is in the dtype of the residual stream and in the dtype of the weights, and so is
+        the result.
+        """
         x, narrow = stream
         return self.norm(self.reduction(super().forward(narrow)), x.dtype, narrow.dtype)
 
 
 def build(a: SwinV2Architecture, options: Options) -> SwinV2:
-    """Builds a model with fresh weights."""
+    """Builds a model with newly drawn weights."""
     arguments = vars(a) | {"qkv_bias": a.qkv_bias != "none", **options.of_windows()}
     return SwinV2(**arguments, sequential_stages=options.sequential_stages, **options.of_all())

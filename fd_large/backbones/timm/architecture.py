@@ -61,9 +61,9 @@ _DRAWS = "sapiens2"
 
 
 def why_refused(name: str) -> str:
-    """Returns why a model of timm cannot be a student or teacher; "" if no reason is known.
+    """Returns the reason why a timm model cannot be a student or teacher; "" if none is known.
 
-    It serves lists of names. Whether a model is accepted is decided when it is built.
+    Lists of model names show it. Whether a model is accepted is decided when it is built.
     """
     for pattern, reason in _NO_MAP.items():
         if re.match(pattern, name):
@@ -74,7 +74,10 @@ def why_refused(name: str) -> str:
 
 
 def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
-    """Returns the names of arguments that are never passed on to timm."""
+    """Returns the sorted names of the arguments that are refused, and never passed on to timm.
+
+    An argument is refused if it is not in `ARGUMENTS` or its value is not plain.
+    """
     return sorted(
         name
         for name, value in arguments.items()
@@ -83,14 +86,14 @@ def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def with_arguments(name: str, arguments: Mapping[str, Any]) -> str:
-    """Returns the name of a timm model with changed arguments."""
+    """Returns a timm model's name with arguments as JSON after it; without arguments, the name."""
     return name + json.dumps(arguments, sort_keys=True) if arguments else name
 
 
 def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
-    """Returns timm's name of a model, and the arguments after it.
+    """Returns timm's name of a model, and {argument: value} of the JSON after it.
 
-    Raises: ValueError: if the arguments are not JSON.
+    Raises: ValueError: if what follows the name is not JSON.
     """
     name, mark, rest = timm_name.partition("{")
     return name, parse_json(mark + rest) if mark else {}
@@ -121,12 +124,12 @@ class TimmArchitecture(FamilyArchitecture):
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns a timm model up to its last map."""
+        """Returns the architecture of the timm model `rest` up to its last map."""
         return cls(timm_name=rest)
 
     @property
     def kind(self) -> Kind:
-        """The kind of the model by timm's name; most models are convolutional."""
+        """The operation that mixes tokens, guessed from timm's name of the model."""
         if "swin" in self.timm_name:
             return "windows"
         return "attention" if _ATTENTION.search(self.timm_name) else "convolutions"

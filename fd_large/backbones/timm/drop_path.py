@@ -1,8 +1,8 @@
 """Drop path of timm's models, driven by rows of `keep` in place of torch's generator.
 
 Each `DropPath` is replaced by a `Kept`, which has no parameters, so that names stay timm's. The
-block that owns it gets the factors of the present forward as an argument, as this package's own
-blocks do, so that recomputation of the block for backward uses the same factors.
+block that contains a `Kept` gets the factors of the present forward as an argument, as this
+package's own blocks do, so that a recomputation of the block in backward uses the same factors.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from torch import Tensor, nn
 
 
 class Scales:
-    """The drop path scales of a forward, shared by all sites of a model.
+    """The drop-path factors of the present forward, shared by all `Kept` modules of a model.
 
     Attributes:
-        now: The factors of the forward under way, (num_sites, B) float32; None without drop path.
+        now: (num_branches, B) float32, the factors; None without drop path.
     """
 
     now: Tensor | None = None
 
 
 class Kept(nn.Module):
-    """Multiplies a residual branch by its row of the drop-path factors.
+    """Multiplies a residual branch by its drop-path factors, one for each image.
 
     Args:
-        scales: The model's factors.
-        rows: The row of each call in a forward of its block.
-        scales_by_keep: Whether kept branches are divided by the probability of keeping them.
+        scales: The drop-path factors of the model.
+        rows: Rows of the factors that the calls in one forward of the block use, in order.
+        scales_by_keep: Whether kept branches are divided by the probability of keeping them; if
+            not, they stay unchanged.
     """
 
     def __init__(self, scales: Scales, rows: Sequence[int], *, scales_by_keep: bool):
@@ -39,7 +40,10 @@ class Kept(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B', ...) to the same shape; B' is a multiple of B, samples outermost."""
+        """Maps (B', ...) to the same shape, where B' is a multiple of B, the number of images.
+
+        The rows of an image are adjacent.
+        """
         if self.scales.now is None:
             return x
         row = self.scales.now[self.rows[self.calls]]
@@ -52,10 +56,15 @@ class Kept(nn.Module):
 
 
 def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
-    """Passes the model's factors to a block, whose sites begin each forward with their first row.
+    """Makes a block take the model's drop-path factors as an argument of each forward.
 
-    The block gets a subclass of its class, because wrappers for activation checkpointing call the
-    forward of either the module or its class.
+    Each forward starts its `Kept` modules at their first row. The block's class is replaced by a
+    subclass, because activation checkpointing calls the forward of either the module or its class.
+
+    Args:
+        block: The block.
+        scales: The drop-path factors of the model.
+        sites: The `Kept` modules in the block.
     """
     block._kept_sites, block._keep_scales = list(sites), scales
     block.__class__ = _with_scales(type(block))

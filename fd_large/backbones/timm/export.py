@@ -17,7 +17,12 @@ OURS = "net."
 
 
 def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
-    """Returns why timm has no such model (it ends before its last map), or ""."""
+    """Returns, in words, how the model differs from timm's: it ends before the last map; or "".
+
+    Args:
+        architecture: The model.
+        pads: Not used.
+    """
     del pads
     last = strides(architecture.timm_name)[-1]
     if architecture.feature_stride in (0, last):
@@ -26,9 +31,10 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
 
 
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
-    """Returns tensors that only timm's model has, at their initial values.
+    """Returns {timm's name: tensor} of tensors that timm's model has and ours lacks.
 
-    For example a norm of the head, after the map that was trained, or a counter.
+    They have their initial values. Examples are the head's norm, which follows the map, and
+    counters of batch norms.
     """
     name = architecture.timm_name
     arguments = {**size_arguments(name, architecture.image_size), "num_classes": 0}
@@ -41,7 +47,7 @@ def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
 
 
 def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, Any]:
-    """Returns timm's configuration of the model."""
+    """Returns the contents of timm's config.json for the model."""
     name = architecture.timm_name
     known = config_of(name)
     timm_name, arguments = split_arguments(name)
@@ -62,6 +68,6 @@ def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, 
 
 
 def class_name(architecture: TimmArchitecture) -> str:
-    """Returns timm's class of the model."""
+    """Returns the name of timm's class of the model."""
     with torch.device("meta"):
         return type(create(architecture.timm_name)).__name__

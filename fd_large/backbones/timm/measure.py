@@ -1,8 +1,8 @@
 """Measures on the meta device how a timm model can be trained.
 
-A forward and a backward show which drop paths are called in which order, which modules are the
-blocks, and whether anything else draws random numbers. timm does not state these facts, in which
-its models differ.
+A forward and a backward show in which order drop paths are called, which modules are the blocks,
+and whether other modules draw random numbers. Models differ in these facts, and timm does not state
+them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ _ANY_RATE = 0.1
 
 
 class Measured(NamedTuple):
-    """The facts of a model that its training needs.
+    """The measured facts of a timm model that are needed to train it.
 
     Attributes:
-        arguments: Arguments of `timm.create_model`.
-        sites: Path and drop rate of each call of a drop path, in order.
-        owners: Path of the module that gets the factors of each site, by the site's path.
+        arguments: Arguments of `timm.create_model` that make the model.
+        sites: (path, drop rate) of the drop-path module of each call in a forward, in order.
+        owners: {path of a drop-path module: path of the block that gets its factors}.
         blocks: Paths of the modules whose activations can be recomputed, in order.
-        layers: Layer of each parameter, from 0; empty if the model does not say.
-        last_layer: The deepest layer, which belongs to the head.
+        layers: {name of a parameter: number of its layer, from 0}; empty if timm does not define
+            layers of the model.
+        last_layer: Number of the last layer, which is the layer of the head.
         fewest_places: Number of positions of the smallest map that a batch norm normalises; 0
             without batch norms.
     """
@@ -53,13 +54,13 @@ class Measured(NamedTuple):
 
 @lru_cache(maxsize=64)
 def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> Measured:
-    """Builds a model on the meta device and runs it forward and backward once.
+    """Measures a model: builds it on the meta device, and runs it forward and backward once.
 
     Args:
         name: timm's name of the model.
-        stride: Pixels per token of its map; 0 takes its last map.
-        image_size: Side of the images in pixels; 0 is the size that timm has the model for.
-        drop_path_rate: Rate of the last block, in [0, 1).
+        stride: Pixels per token of the model's map; 0 means its last map.
+        image_size: Side of the images in pixels; 0 means the model's default size in timm.
+        drop_path_rate: Drop rate of the last block, in [0, 1).
 
     Raises: ConfigError: if training the model would depend on ranks or on recomputation.
     """
@@ -91,13 +92,13 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
 
 
 class _Seen(NamedTuple):
-    """The facts that one forward on the meta device shows.
+    """The facts that one forward and backward on the meta device show.
 
     Attributes:
-        order: Path and drop rate of each call of a drop path, in order.
-        owner: Path of the module that gets the factors of each site, by the site's path.
-        growing: Paths of modules that are given a list, which may be longer when they are
-            recomputed.
+        order: See `sites` of `Measured`.
+        owner: See `owners` of `Measured`.
+        growing: Paths of modules that take a list as an argument. They cannot be recomputed, since
+            the list may have grown by then.
         fewest_places: See `Measured`.
     """
 
@@ -108,7 +109,17 @@ class _Seen(NamedTuple):
 
 
 def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
-    """Cuts a model on the meta device to its stride and runs it."""
+    """Cuts a model on the meta device after the map of a stride, and runs it once.
+
+    Args:
+        net: The whole model, which is changed.
+        name: timm's name of the model.
+        stride: Pixels per token of the map; 0 means the last map.
+        image_size: Side of the images in pixels; 0 means the model's default size in timm.
+
+    Raises: ConfigError: if the model does not accept the images, or training it would depend on
+        ranks or on recomputation.
+    """
     stage = cut(net, name, stride, image_size)
     still(net)
     side = image_size or sized(name, 0).side
@@ -195,16 +206,16 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
 
 
 def still(net: nn.Module) -> None:
-    """Turns off dropout, a default in the position MLPs of a few timm models."""
+    """Sets all dropout rates to 0; a few timm models have dropout by default in position MLPs."""
     for module in net.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
 
 
 def _layers(net: Any) -> tuple[dict[str, int], bool]:
-    """Returns the layer index of each parameter, and whether there is a classifier with parameters.
+    """Returns {parameter name: number of its layer}, and whether the classifier has parameters.
 
-    The layers are numbered as timm's `param_groups_layer_decay` numbers them.
+    Layers are numbered as by timm's `param_groups_layer_decay`; {} if timm does not define them.
     """
     if not hasattr(net, "group_matcher"):
         return {}, False
@@ -214,7 +225,11 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 
 
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
-    """Returns the layer of a head, even without one, so that the last block's rate decays too."""
+    """Returns the number of the head's layer, 0 if the model has no layers.
+
+    A model without a head gets a number after its last layer, so that the learning rate of the last
+    block decays as in a model with a head.
+    """
     if not layers:
         return 0
     last = max(layers.values())

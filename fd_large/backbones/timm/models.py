@@ -27,15 +27,15 @@ _WHERE = "model"  # A section of a recipe, or what a command was given.
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
-    """Builds a whole timm model by name, without network access.
+    """Builds a whole timm model with random weights, without network access.
 
     Args:
         name: timm's name of the model, with arguments after it (`TimmArchitecture.timm_name`).
-        arguments: Further arguments.
+        arguments: Further arguments, which override the arguments after the name.
 
     Raises:
-        ConfigError: If timm lacks the model, refuses the arguments after its name, or does not
-            return its inner maps.
+        ConfigError: If timm lacks the model, refuses the arguments after its name, or cannot return
+            the maps of the model's stages.
         VersionError: If timm is too old.
     """
     check_name(name)
@@ -60,7 +60,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Skips functions that fill tensors, which dominate construction on the meta device."""
+    """Context that skips filling tensors on the meta device, which would take most of the time."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -81,9 +81,9 @@ _FILLING = {
 
 
 def check_name(name: str) -> None:
-    """Refuses unknown names, and releases of timm that are too old.
+    """Checks that this release of timm has a model and is not too old.
 
-    Raises: ConfigError, VersionError: as `create`.
+    Raises: ConfigError: if timm lacks the model; VersionError: if timm is too old.
     """
     if Version(timm.__version__) < Version(OLDEST):
         raise VersionError(
@@ -99,13 +99,13 @@ def check_name(name: str) -> None:
 
 
 def near_names(name: str) -> str:
-    """Returns in words the timm names that are similar to an unknown one."""
+    """Returns the model names of timm that are similar to an unknown name, in words."""
     near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
     return f"nearest: {', '.join(near)}" if near else "expected one of its names"
 
 
 def config_of(name: str) -> Any:
-    """Returns timm's configuration of a model's trained weights; None for the user's own model."""
+    """Returns timm's `pretrained_cfg` of a model, or None if timm has none (a user's own model)."""
     return timm.get_pretrained_cfg(split_arguments(name)[0])
 
 
@@ -113,8 +113,8 @@ class Size(NamedTuple):
     """The image size of a model.
 
     Attributes:
-        side: Side in pixels.
-        arguments: Arguments of `create` for this size.
+        side: Side of the images in pixels.
+        arguments: Arguments of `create` that make the model for this size.
         is_only: Whether the model takes no other size.
     """
 
@@ -125,9 +125,10 @@ class Size(NamedTuple):
 
 @lru_cache(maxsize=256)
 def sized(name: str, image_size: int) -> Size:
-    """Returns the size of a model made for images of a side in pixels; 0 means its own size.
+    """Returns the image size of a model that is made for images of `image_size` pixels a side.
 
-    A model that cannot be made for another size stays at its own.
+    0 means the model's default size. A model that cannot be made for another size keeps its default
+    size.
     """
     check_name(name)
     config = config_of(name)
@@ -149,13 +150,13 @@ def sized(name: str, image_size: int) -> Size:
 
 
 def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
-    """Returns the arguments that make a model for images of a side, possibly empty."""
+    """Returns the arguments of `create` that make a model for images of a side in pixels."""
     return sized(name, image_size).arguments
 
 
 @cache
 def can_resize(name: str) -> bool:
-    """Whether timm converts a model's weights to another image size."""
+    """Whether timm can convert a model's weights to another image size."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return hasattr(create(name), "set_input_size")
 
@@ -171,16 +172,16 @@ def strides(name: str) -> list[int]:
 
 
 class Layout(NamedTuple):
-    """Place of the map in the tensor that `forward_features` returns.
+    """The layout of the map in the tensor that `forward_features` returns.
 
     Attributes:
         grid: Rows and columns of the map.
-        width: Channels.
+        width: Channels of the map.
         stride: Pixels per token, each way.
-        is_regular: Whether the stride is the last stage's, so that it gives the grid at other
-            sizes too.
+        is_regular: Whether the stride is that of the last stage, so that the stride gives the grid
+            for other image sizes too.
         num_prefix_tokens: Number of tokens before the tokens of the map.
-        is_channels_last: Whether a map that is no sequence has its channels last.
+        is_channels_last: Whether a map with rows and columns as separate axes has channels last.
     """
 
     grid: tuple[int, int]
@@ -196,8 +197,8 @@ class LastMap(NamedTuple):
 
     Attributes:
         side: Side of the image in pixels.
-        layout: Place of the map in the result.
-        unused: Paths of the modules that it does not need.
+        layout: Layout of the map in the result.
+        unused: Paths of the modules that the map does not need.
     """
 
     side: int
@@ -211,9 +212,9 @@ def last_map(name: str, image_size: int) -> LastMap:
 
     Args:
         name: timm's name of the model.
-        image_size: Side of the images in pixels; 0 is the size that timm has the model for.
+        image_size: Side of the images in pixels; 0 means the model's default size in timm.
 
-    Raises: ShapeError: if the model does not take the size; ConfigError: if it returns no map.
+    Raises: ShapeError: if the model does not accept the size; ConfigError: if it returns no map.
     """
     side, arguments, _ = sized(name, image_size)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -232,7 +233,7 @@ def layout_of(net: Any, name: str, side: int, output: Any) -> Layout:
         side: Side of the images in pixels.
         output: Result of `forward_features`.
 
-    Raises: ConfigError: if that is no map.
+    Raises: ConfigError: if the result is not a map of tokens.
     """
     if not isinstance(output, Tensor) or output.dim() not in (3, 4):
         raise _no_map(name, _shape_text(output))
@@ -264,9 +265,16 @@ def layout_of(net: Any, name: str, side: int, output: Any) -> Layout:
 def _watched(
     net: nn.Module, run: Callable[[], Any], name: str, side: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """Returns a run's result, and the paths of modules of which it used no parameter.
+    """Runs a model, and finds the modules whose parameters the run does not use.
 
-    Raises: ShapeError: if the model does not take the images.
+    Args:
+        net: The model.
+        run: Runs the model and returns the result.
+        name: timm's name of the model, for the message.
+        side: Side of the images in pixels, for the message.
+
+    Returns: the result, and the paths of the unused modules.
+    Raises: ShapeError: if the model does not accept the images.
     """
     try:
         with torch.no_grad(), _Used() as used:
@@ -288,10 +296,10 @@ def _watched(
 
 
 class _Used(TorchFunctionMode):
-    """Records the tensor arguments of torch's functions while active.
+    """Context that records which tensors are arguments of torch's functions.
 
     Attributes:
-        seen: Ids of these tensors.
+        seen: Python ids of the tensors.
     """
 
     def __init__(self) -> None:
@@ -326,11 +334,11 @@ def _shape_text(output: Any) -> str:
 
 
 class Stage(NamedTuple):
-    """The chosen map of a model.
+    """The map of a model that is used.
 
     Attributes:
         index: Index of the map among the model's maps.
-        width: Channels.
+        width: Channels of the map.
         stride: Pixels per token, each way.
         last: If it is the last map, its layout in the result of `forward_features`; else None.
     """
@@ -341,7 +349,10 @@ class Stage(NamedTuple):
     last: LastMap | None
 
     def grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Returns rows and columns of the map, or None if the image does not divide into tokens."""
+        """Returns (rows, columns) of the map of an image of (height, width) pixels.
+
+        Returns None if the image does not divide into tokens.
+        """
         if self.last and height == width == self.last.side:
             return self.last.layout.grid  # Which some models round up.
         if height % self.stride or width % self.stride:
@@ -350,9 +361,16 @@ class Stage(NamedTuple):
 
 
 def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
-    """Removes the modules after a model's deepest map of a stride; 0 means its last map.
+    """Removes a model's modules after its deepest map of a stride, and returns that map.
 
-    Raises: ConfigError: if it has no map of that stride; ShapeError: if it does not take the size.
+    Args:
+        net: The whole model, which is changed.
+        name: timm's name of the model.
+        stride: Pixels per token of the map; 0 means the last map.
+        image_size: Side of the images in pixels; 0 means the model's default size in timm.
+
+    Raises: ConfigError: if the model has no map of that stride; ShapeError: if it does not accept
+        the image size.
     """
     stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
     known = sorted({reduction for reduction, _ in stages})
@@ -387,14 +405,14 @@ def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
 
 
 def class_token_and_map_of(net: Any, stage: Stage, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the class token (B, 1, C) and the map, for a model with a class token."""
+    """Returns (class token (B, 1, C), map (B, h * w, C)) of images; the model has a class token."""
     assert stage.last is not None
     tokens = net.forward_features(images)
     return tokens[:, :1], tokens[:, stage.last.layout.num_prefix_tokens :]
 
 
 def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
-    """Returns the raw maps (B, C, h, w) of some stages, before any final norm."""
+    """Returns the raw maps (B, C, h, w) of the stages with these indices, before a final norm."""
     return net.forward_intermediates(
         images, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
     )
@@ -402,7 +420,13 @@ def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]
 
 @lru_cache(maxsize=64)
 def unused_by_stages(name: str, stride: int, indices: tuple[int, ...]) -> tuple[str, ...]:
-    """Returns the paths of modules that only the last map needs, not the maps of some stages."""
+    """Returns the paths of modules in a cut model that the maps of some stages do not use.
+
+    Args:
+        name: timm's name of the model.
+        stride: Pixels per token of the map after which the model is cut; 0 means the last map.
+        indices: Indices of the stages.
+    """
     side = sized(name, 0).side
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         net: Any = create(name).eval()

@@ -1,6 +1,6 @@
 """Reads weights for a timm model, by timm's names or by the order of another port's tensors.
 
-Running statistics of batch normalisation are read as well: they are weights, although buffers.
+Running statistics of batch norms are read as well: they count as weights, although buffers.
 """
 
 from __future__ import annotations
@@ -50,10 +50,15 @@ _NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
 
 
 def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors of a `TimmBackbone` in a file.
+    """Matches the tensors of a `TimmBackbone` with those of a file.
 
-    Tensors beyond the stride are left out. Positions of another image size are resized by timm's
-    own rule.
+    Tensors of modules after the map are left out. Positions for another image size are resized by
+    timm's own rule.
+
+    Args:
+        architecture: The model.
+        file: {name: shape} of the file's tensors.
+        where: Field that the user set, for messages.
 
     Raises: WeightsError: if the file's tensors match the model's neither by name nor by order.
     """
@@ -94,12 +99,13 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
 
 @dataclass(frozen=True)
 class _Resized(Piece):
-    """A tensor of positions resized by timm to another image size.
+    """Rule that makes a tensor of positions by timm's resizing to another image size.
 
     Attributes:
         name: Name of the tensor in our model.
         new_shape: Shape of the tensor in our model.
-        resize: Returns all weights of the model at its size, from the weights of a file.
+        resize: Returns {our name: tensor} of all weights at the model's image size, given the
+            weights of the file.
     """
 
     name: str = ""
@@ -107,16 +113,18 @@ class _Resized(Piece):
     resize: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape at the new size."""
+        """Returns the shape at the model's image size."""
         return self.new_shape
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the tensor at the new size."""
+        """Returns the tensor at the model's image size, given the file's tensors."""
         return self.resize(tensors)[self.name]
 
 
 class _Resize:
-    """Loads a whole file into a model of another image size by timm's code, in host memory, once.
+    """Resizes all weights of a file to a model's image size, by timm's code in CPU memory.
+
+    The first call does the work, and later calls return its result.
 
     Args:
         architecture: The model.
@@ -128,7 +136,7 @@ class _Resize:
         self._resized: dict[str, Tensor] | None = None
 
     def __call__(self, file: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns all weights by our names."""
+        """Returns {our name: tensor} of all resized weights, given the file's tensors."""
         if self._resized is None:
             name, size = self._architecture.timm_name, self._architecture.image_size
             state = {ours: file[theirs].float() for ours, theirs in self._names.items()}
@@ -148,7 +156,7 @@ class _Resize:
 
 
 def weightless(name: str, where: str) -> dict[str, Tensor]:
-    """Returns the weights of a whole model on the meta device, by timm's names.
+    """Returns {timm's name: weight on the meta device} of a whole model.
 
     Raises: WeightsError: if timm has the model, but no weights for it.
     """
@@ -157,12 +165,17 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
 
 
 def settle(name: str, architecture: Architecture, where: str) -> tuple[Architecture, list[str]]:
-    """Returns the architecture of `timm:NAME` with its stride, and notes on what was chosen.
+    """Returns (architecture with a stride, notes for the log) of a source `timm:NAME`.
 
-    If no stride is given, the model's last map is used.
+    If the user gave no stride, the stride is that of the model's last map.
 
-    Raises: ConfigError: if timm lacks the model, or the model returns no map; ShapeError: if it
-        does not take the image size.
+    Args:
+        name: NAME of the source.
+        architecture: The fields that the user set.
+        where: Not used.
+
+    Raises: ConfigError: if timm lacks the model, or the model returns no map; ShapeError: if the
+        model does not accept the image size.
     """
     stride, notes = architecture.feature_stride, []
     known = strides(name)
@@ -181,9 +194,12 @@ _HARMLESS = ("drop_path_rate", "drop_rate", "num_classes", "strict_img_size")
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the model in the config.json of a timm folder, or None for other folders.
+    """Returns the architecture that the config.json of a timm folder describes.
 
-    Raises: WeightsError: if this release of timm does not have it, or not with its arguments.
+    Returns None if the file is not timm's.
+
+    Raises: WeightsError: if this release of timm lacks the model, or the images are not square;
+        ConfigError: if timm refuses the arguments of the model.
     """
     name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(name, str):
@@ -213,13 +229,13 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
 
 
 def resizes(architecture: TimmArchitecture) -> bool:
-    """Whether a model's weights fit other image sizes, directly or by timm's conversion."""
+    """Whether a model's weights can be used at other image sizes, unchanged or resized by timm."""
     name = architecture.timm_name
     return can_resize(name) or not sized(name, 0).is_only
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
-    """Returns the facts that timm states of its weights for a model."""
+    """Returns the facts of timm's own weights for a model."""
     config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"
@@ -237,28 +253,29 @@ def _refuse_untrained(name: str, where: str) -> None:
 
 
 def load(name: str, where: str) -> Loaded:
-    """Returns a model with timm's weights, from its cache or the network.
+    """Returns a whole model with timm's weights, from timm's cache or the network.
 
-    Raises: WeightsError: if timm has no weights for the model, or they cannot be downloaded;
-        ConfigError: if the model does not exist.
+    Raises: WeightsError: if timm has no weights for the model, lacks the model, or cannot download
+        the weights; the message begins with `where`.
     """
     _refuse_untrained(name, where)
     return downloaded(_source(name), partial(_load, name, where))
 
 
 def fetch(name: str, where: str) -> None:
-    """Downloads timm's weights of a model into its cache, on one rank for all.
+    """Downloads timm's weights of a model into timm's cache, on one rank of each cache.
 
-    Raises: WeightsError, ConfigError: as `load`.
+    Raises: WeightsError: see `load`.
     """
     _refuse_untrained(name, where)
     download(_source(name), partial(_load, name, where))
 
 
 def save(name: str, where: str, folder: Path) -> str:
-    """Writes a model with timm's weights in timm's format; returns their licence.
+    """Writes a model with timm's weights to a folder in timm's format.
 
-    Raises: WeightsError, ConfigError: as `load`.
+    Returns: the licence of the weights, or "" if timm states none.
+    Raises: WeightsError: see `load`.
     """
     net = load(name, where).net
     save_for_hf(net, str(folder), safe_serialization=True)
@@ -283,17 +300,17 @@ def _load(name: str, where: str) -> Loaded:
 
 
 def in_timm_names(shapes: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
-    """Returns timm's name of each tensor in a file, {timm's name: the file's name}.
+    """Returns {timm's name: the file's name} of the tensors in a file.
 
-    A port of the same model to other names has equally many tensors, in the same order with the
-    same shapes, and no name in common.
+    If no name in the file is a name in timm, the file is taken for a port of the model to other
+    names, whose tensors have to be equal in number, order and shape.
 
     Args:
         shapes: Names and shapes of a file's tensors, in order.
         expected: timm's names and shapes of the whole model's tensors, in order.
         where: Field that the user set, for the message.
 
-    Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
+    Raises: WeightsError: if a port's tensors differ in number, order or shape.
     """
     if not shapes.keys().isdisjoint(expected):
         return {_layer_scale(name, expected): name for name in shapes}
@@ -316,16 +333,17 @@ def in_timm_names(shapes: Shapes, expected: Shapes, *, where: str = "weights") -
 
 
 def _layer_scale(name: str, expected: Shapes) -> str:
-    """Returns timm's name of a layer scale with DeiT III's own name."""
+    """Translates DeiT III's name of a layer scale to timm's; returns other names unchanged."""
     theirs = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
     return theirs if name not in expected and theirs in expected else name
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
-    """Returns {timm's name: the file's name}, where the file puts a prefix before timm's names.
+    """Returns {name without the file's prefix: name in the file}, for names of a model's tensors.
 
-    Our checkpoints write `net.`, our exports to fd `encoder.`, transformers `timm_model.`, and
-    open_clip `visual.trunk.` in files that hold a text tower too.
+    Known prefixes before timm's names are `net.` in our checkpoints, `encoder.` in our "fd"
+    exports, `timm_model.` in transformers' files, and `visual.trunk.` in open_clip's files, which
+    have other tensors too. A file without a known prefix keeps its names.
     """
     for prefix, beside in (
         ("net.", ()),
@@ -346,7 +364,7 @@ def _weightless(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def _second_names(name: str) -> frozenset[str]:
-    """Returns the names, after the first, of tensors that a state dict lists several times."""
+    """Returns all names but the first of tensors that a model's state dict lists repeatedly."""
     with torch.device("meta"):
         net = create(name)
     first = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
@@ -359,9 +377,9 @@ def _statistics(name: str) -> Statistics:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and running statistics, each once, without integer buffers.
+    """Returns {name: tensor} of a model's parameters and floating-point buffers, each tensor once.
 
-    A module shared by several blocks has several names in a state dict, but one in the model.
+    A module shared by several blocks has several names in a state dict; the first is kept.
     """
     names = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
     state = net.state_dict().items()

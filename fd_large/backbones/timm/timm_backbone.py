@@ -49,31 +49,32 @@ FINEST_STAGE = 4
 
 
 class TimmBackbone(nn.Module):
-    """A timm model up to the last stage of a stride.
+    """A timm model up to its deepest map of a stride.
 
-    Parameters and buffers have timm's names, after `net.`. It cannot be built under `zero.Init`,
-    because timm's constructors write to their children's parameters, which are already split. It
-    is built whole and split afterwards. Its batch norms normalise by groups (`batch_norm.py`).
+    Parameters and buffers have timm's names after the prefix `net.`. The model cannot be built
+    under `zero.Init`, because timm's constructors write to their children's parameters, which
+    `zero.Init` has already partitioned. It is built whole and partitioned afterwards. Its batch
+    norms normalise by groups (`batch_norm.py`).
 
     Args:
         name: timm's name of the model.
-        stride: Pixels per token of the map; 0 is the model's last map.
-        image_size: Side in pixels of the images that positions and windows are made for; 0 is the
-            size that timm has the model for. Models without positions and windows take any size.
-        drop_path_rate: Drop path of the last block; the others' follow timm's rule for the model.
-        is_trained: Whether it is a student; a frozen model has neither blocks nor layers.
+        stride: Pixels per token of the map; 0 means the model's last map.
+        image_size: Side in pixels of the images for which positions and windows are made; 0 means
+            the model's default size in timm. Models without positions and windows take any size.
+        drop_path_rate: Drop rate of the last block; timm's rule gives the rates of other blocks.
+        is_trained: Whether the model is a student; a frozen model has neither blocks nor layers.
 
     Attributes:
         width: Channels of the map.
         stride: Pixels per token.
-        num_prefix_tokens: 0; class tokens are left out of the map. A frozen model returns the
-            first of them as its summary.
-        gives_summary: Whether the model returns a summary.
-        stage_strides: Pixels per position of each map of `stages`, finest first.
-        stage_widths: Channels of each stage.
-        drop_path_rates: Rate of each call of a drop path, in order.
-        fewest_places: Number of positions of the smallest map that a batch norm of a student
-            normalises.
+        num_prefix_tokens: 0, since class tokens are left out of the map.
+        gives_summary: Whether the model returns its class token as `summary` of the feature map; a
+            frozen model with a class token does.
+        stage_strides: Pixels per token of each map of `stages`, finest first.
+        stage_widths: Channels of each map of `stages`.
+        drop_path_rates: Drop rate of each call of a drop path in a forward, in order.
+        fewest_places: Number of positions of the smallest map that a batch norm normalises, for a
+            student; 0 for a frozen model.
 
     Raises: ConfigError: if timm lacks the model, the model lacks a map of that stride, or it
         cannot be trained.
@@ -124,7 +125,10 @@ class TimmBackbone(nn.Module):
         self.drop_path_rates = self._keep_rows() if self._measured else ()
 
     def _keep_rows(self) -> tuple[float, ...]:
-        """Replaces each drop path by `Kept`; returns the rate of each row."""
+        """Replaces each drop path by a `Kept` module.
+
+        Returns: the drop rate of each row of `keep`.
+        """
         assert self._measured is not None
         rows, owned = defaultdict(list), defaultdict(list)
         for row, (path, _) in enumerate(self._measured.sites):
@@ -142,18 +146,21 @@ class TimmBackbone(nn.Module):
         return tuple(rate for _, rate in self._measured.sites)
 
     def blocks(self) -> list[nn.Module]:
-        """Returns the blocks whose activations can be recomputed; none for a frozen model."""
+        """Returns the blocks whose activations can be recomputed; a frozen model has none."""
         if self._measured is None:
             return []
         return [self.net.get_submodule(path) for path in self._measured.blocks]
 
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
-        """Returns a function that finds the token positions of an attention module, for diagnosis.
+        """Returns a function that finds the positions of an attention module's tokens.
+
+        Diagnosis uses it to place attention maps in the image.
 
         Args:
             grid: Rows and columns of the map.
 
-        Returns: (name of the module, its number of tokens) -> their positions; None: not known.
+        Returns: a function (name of the module, its number of tokens) -> positions of the tokens,
+            or None if the positions are not known.
         """
         modules = dict(self.named_modules())
         num_prefix_tokens = getattr(self.net, "num_prefix_tokens", 0)
@@ -174,16 +181,16 @@ class TimmBackbone(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """The layer that a head of the whole model would have."""
+        """The number of the layer that the head of the whole model has or would have."""
         return self._measured.last_layer if self._measured else 0
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, by timm's `param_groups_layer_decay`.
+        """Returns the number of a parameter's layer, by timm's `param_groups_layer_decay`.
 
-        The final norm belongs to the last block, whereas this package's own families count it as
-        the last layer.
+        timm counts the final norm to the last block, whereas this package's own families count it
+        to the last layer.
 
-        Raises: ConfigError: if timm does not say which layers the model has.
+        Raises: ConfigError: if timm does not define the model's layers.
         """
         layers = self._measured.layers if self._measured else {}
         if not layers:
@@ -202,13 +209,13 @@ class TimmBackbone(nn.Module):
         )
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns no keywords."""
+        """Returns an empty tuple, since `no_weight_decay` has all names."""
         return ()
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts the buffers that are added to or multiplied with weights (masks, biases, tables).
+        """Casts the buffers that are combined with weights (masks, biases, tables) to `dtype`.
 
-        Running statistics and rotary positions stay float32, as they are used in float32.
+        Running statistics and rotary positions stay float32, since they are used in float32.
         """
         for module in self.net.modules():
             if hasattr(module, "attention_bias_cache"):
@@ -253,11 +260,11 @@ class TimmBackbone(nn.Module):
 
         Args:
             images: (B, 3, H, W), any float dtype.
-            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
 
         Returns: tokens (B, N, C) in the dtype of the weights, without prefix tokens, and the
             summary if `gives_summary`.
-        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
+        Raises: ShapeError: if the image size does not fit, or `keep` has the wrong shape.
         """
         grid = self._grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
@@ -276,9 +283,12 @@ class TimmBackbone(nn.Module):
         return FeatureMap(tokens, grid, 0, summary)
 
     def check_stages(self) -> None:
-        """Refuses a model whose stages form no pyramid, need a fixed image size, or precede a norm.
+        """Checks that the model's stages can be used as a feature pyramid.
 
-        Raises: ConfigError: naming the obstacle.
+        Each stride has to be twice the stride before, images may have any size, and no module may
+        be left that the stages do not use.
+
+        Raises: ConfigError: if they cannot; it names the reason.
         """
         finest, *coarser = self.stage_strides
         if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:
@@ -298,10 +308,11 @@ class TimmBackbone(nn.Module):
         """Maps normalised images to the raw map of each stage.
 
         Args:
-            images: (B, 3, H, W) of any size; padded right and bottom to the coarsest stride.
+            images: (B, 3, H, W) of any size. They are padded with zeros at the right and bottom to
+                multiples of the coarsest stride.
             keep: See `forward`.
 
-        Returns: (B, h, w, C) for each of `stage_strides`.
+        Returns: a map (B, h, w, C) for each of `stage_strides`.
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))

@@ -31,7 +31,7 @@ class TransformersArchitecture(FamilyArchitecture):
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model of transformers' default configuration of a type."""
+        """Returns the architecture of the `model_type` `rest` with transformers' default values."""
         return cls(transformers_type=rest)
 
     @property

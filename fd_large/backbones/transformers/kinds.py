@@ -1,8 +1,8 @@
 """The supported models of transformers, a fixed table, and checks of their configurations.
 
-A model is built only by transformers' own class of its type: code in a repository is never run. Of
-a configuration only the fields of that type are taken, and only plain values: nothing in them names
-a file, a download or a kernel.
+A model is built only by transformers' own class of its type; code in a model's repository is never
+run. From a configuration only the type's own fields with plain values are taken, so that no value
+names a file, a download or a kernel.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Kind:
     Attributes:
         config: transformers' class of its configuration.
         model: transformers' class of the model.
-        nested: Key of the vision model's configuration, where the type is a model of images and
-            texts.
+        nested: Key of this model's part of the configuration, if the type is a model of images and
+            texts; else "".
         without: Fields of the configuration that leave out modules after the map.
-        arguments: Arguments of the model that leave out such modules.
-        norm_of_mean: Attribute of the norm after the mean of the map, or "".
+        arguments: Arguments of the class `model` that leave out modules after the map.
+        norm_of_mean: Attribute of the norm that follows the mean of the map, or "".
         asks_to_resize: Whether positions are resized only if an argument of `forward` asks for it.
-        class_tokens: Tokens of the map before registers and patches.
+        class_tokens: Number of tokens of the map before registers and patches.
         statistics: Image statistics that most published models were trained with.
     """
 
@@ -89,7 +89,7 @@ TEXT_KINDS = {
 def kind_of(name: str, where: str) -> Kind:
     """Returns the kind of a `model_type`.
 
-    Raises: WeightsError: if models of this type cannot be teachers.
+    Raises: WeightsError: if models of this type are not supported as teachers.
     """
     if name not in KINDS:
         raise WeightsError(
@@ -101,7 +101,7 @@ def kind_of(name: str, where: str) -> Kind:
 
 
 def library(where: str) -> Any:
-    """Returns the imported transformers package.
+    """Imports transformers and returns the package.
 
     Raises:
         WeightsError: If transformers is not installed.
@@ -124,20 +124,23 @@ def library(where: str) -> Any:
 
 
 def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns the model's fields in a configuration as JSON, and the names of its other fields.
+    """Returns the fields in a configuration that define the model, and names of unknown fields.
 
     Args:
         model_type: The `model_type` of the configuration.
         config: Contents of config.json.
         where: Field that the user set, for messages.
 
-    Raises: WeightsError: for values that no published model has.
+    Returns: the known fields of the type's configuration as JSON, and the sorted names of other
+        fields, except those that do not change the model.
+    Raises: WeightsError: if models of the type are not supported, or for values that no published
+        model has.
     """
     return fields_of_kind(kind_of(model_type, where), config, where)
 
 
 def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns the result of `fields_of` for a known kind."""
+    """Returns the result of `fields_of`, given the kind instead of the `model_type`."""
     from inspect import signature
 
     package = library(where)

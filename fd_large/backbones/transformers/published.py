@@ -1,7 +1,7 @@
-"""Reads folders of transformers: the configuration, and tensors matched with the model's.
+"""Reads a folder of transformers: its configuration, and its tensors by the model's names.
 
-transformers renames tensors between releases, so names of file and module are compared in a
-common form.
+transformers renames tensors between releases, so the names in a file and in the module are
+translated to a common form before they are compared.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ _DROPPED = (
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the model of transformers' config.json, or None for another library's.
+    """Returns the architecture that transformers' config.json describes.
+
+    Returns None if `model_type` is not a supported type of transformers. Logs a warning about
+    fields that this release of transformers does not know.
 
     Raises: WeightsError: for a configuration that no published model has, or if transformers is not
         installed.
@@ -84,7 +87,13 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
 
 
 def matched(architecture: TransformersArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors of a model in a file, by their names."""
+    """Matches the tensors of a model with those of a file, by their names in the common form.
+
+    Args:
+        architecture: The model.
+        file: {name: shape} of the file's tensors.
+        where: Field that the user set, for messages.
+    """
     expected = _shapes(architecture)
     ours = {_common(name.removeprefix("net.")): name for name in expected}
     dropped = (*_DROPPED, *_norm_of_mean(architecture, where))
@@ -112,26 +121,29 @@ def matched(architecture: TransformersArchitecture, file: Shapes, where: str) ->
 
 @dataclass(frozen=True)
 class _Half(Piece):
-    """The first or the second half of a tensor's rows.
+    """Rule that takes the first or the second half of the rows of a file's tensor.
 
     Attributes:
-        number: 0 or 1.
+        number: 0 for the first half, 1 for the second.
     """
 
     number: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape of the half; for odd rows the whole shape, which never fits."""
+        """Returns the shape of the half.
+
+        For an odd number of rows it returns the shape of the whole tensor, which fits no model.
+        """
         rows, *rest = super().shape(shape_of) or (1,)
         return (rows if rows % 2 else rows // 2, *rest)
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the half."""
+        """Returns the half, given the file's tensors."""
         return tensors[self.sources[0]].chunk(2)[self.number]
 
 
 def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
-    """Returns the facts that most published models of a type have in common."""
+    """Returns the facts that most published models of the architecture's type have in common."""
     statistics = kind_of(architecture.transformers_type, "teacher.model").statistics
     return WeightFacts(statistics, architecture.image_size or 224, "", "transformers")
 

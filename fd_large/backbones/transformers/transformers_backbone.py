@@ -1,8 +1,8 @@
 """A vision model of transformers as a frozen teacher that returns its last hidden state.
 
-The map is transformers' `last_hidden_state`: after the final norm if the model has one, raw for
-ConvNeXt and Hiera, whose norm follows the mean. Class and register tokens are prefix tokens.
-Positions are resized to the images by transformers' own rule.
+The map is transformers' `last_hidden_state`. It follows the final norm if the model has one; for
+ConvNeXt and Hiera, whose norm follows the mean of the map, it is raw. Class and register tokens are
+prefix tokens. Positions are resized to the images by transformers' own rule.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _WHERE = "teacher.architecture.transformers_config"
 
 
 class TransformersBackbone(nn.Module):
-    """A vision model of transformers up to its last hidden state; names begin with `net.`.
+    """A vision model of transformers up to its last hidden state.
+
+    Names of parameters are transformers' own after the prefix `net.`.
 
     Args:
         model_type: The `model_type` of its configuration.
@@ -77,7 +79,10 @@ class TransformersBackbone(nn.Module):
         self.net = net
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts the empty buffers, which are combined with weights; positions stay float32."""
+        """Casts the buffers without elements, which are combined with weights, to `dtype`.
+
+        Other buffers, such as positions, stay float32.
+        """
         for module in self.net.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.numel():
@@ -121,28 +126,30 @@ class TransformersBackbone(nn.Module):
         return FeatureMap(tokens, grid, self.num_prefix_tokens)
 
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
-        """Returns a function that finds the token positions of an attention module, for diagnosis.
+        """Returns a function that finds the positions of an attention module's tokens.
+
+        Diagnosis uses it to place attention maps in the image.
 
         Args:
             grid: Rows and columns of the map.
 
-        Returns: a function of a module's name and its number of tokens; it returns the positions of
-            these tokens, or None if they are not known.
+        Returns: a function (name of the module, its number of tokens) -> positions of the tokens,
+            or None if the positions are not known.
         """
         map_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         known = image_positions(grid, self.num_prefix_tokens)
         return lambda name, num_tokens: known if num_tokens == map_tokens else None
 
     def blocks(self) -> list[nn.Module]:
-        """Returns an empty list, since a teacher is not recomputed."""
+        """Returns an empty list, since activations of a teacher are never recomputed."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns an empty set, since a teacher has no weight decay."""
+        """Returns an empty set, since a teacher is not trained."""
         return frozenset()
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns no keywords, since a teacher has no weight decay."""
+        """Returns an empty tuple, since a teacher is not trained."""
         return ()
 
 
@@ -180,7 +187,7 @@ def _stride(settings: Any) -> int:
 def build(architecture: TransformersArchitecture, options: Options) -> TransformersBackbone:
     """Builds a model with random weights, as transformers initialises them.
 
-    Raises: ConfigError: if it is to be trained.
+    Raises: ConfigError: if the model is a student.
     """
     if options.is_trained:
         raise ConfigError(

@@ -59,7 +59,7 @@ class ViTArchitecture(Transformer):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens of the feature map without a position in the image."""
+        """Number of tokens of the feature map before its patches: class and distillation token."""
         keeps_distillation = self.distillation_token and self.keep_distillation_token
         return int(self.class_token) + int(keeps_distillation)
 
@@ -70,7 +70,7 @@ class ViTArchitecture(Transformer):
         return self.image_size if has_positions else 0
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model with position tables for images of that side."""
+        """Returns the same model with position tables for images of `image_size` pixels a side."""
         return replace(self, image_size=image_size)
 
     def with_own_position_biases(self) -> Self:

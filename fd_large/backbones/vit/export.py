@@ -1,4 +1,4 @@
-"""Exports ViT models to other libraries, in timm as VisionTransformer or Beit; or in FD's names."""
+"""Exports ViT models to other libraries, such as timm's VisionTransformer, or in FD's names."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def is_beit(a: ViTArchitecture) -> bool:
-    """Whether other libraries call the ViT a BEiT: it has relative positions or a q and v bias."""
+    """Whether other libraries call the ViT a BEiT.
+
+    It is True if the model has relative positions, or biases of query and value alone.
+    """
     return a.relative_position != "none" or a.qkv_bias == "qv"
 
 
 def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
-    """Returns a shared table's names in every block, as in timm's beit_* models."""
+    """Returns the names under which a tensor is exported if every block has its own table.
+
+    The shared table has a name in every block, as in timm's beit_* models; any other tensor keeps
+    its only name.
+    """
     if name != _SHARED_TABLE:
         return [name]
     return [f"blocks.{i}.attn.relative_position_bias_table" for i in range(a.depths[0])]
@@ -152,7 +159,10 @@ def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
 
 
 def _mmseg_added(a: ViTArchitecture) -> Mapping[str, Tensor]:
-    """Returns tables of zeros and factors of one, for a model without them."""
+    """Returns {name: tensor} of tensors that mmsegmentation's model has and ours lacks.
+
+    They change no result: position tables of zeros, and layer scales of one.
+    """
     side = a.image_size // a.patch_size
     added = {}
     for i in range(a.depths[0]):

@@ -348,7 +348,14 @@ _HF_TYPES = (
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields shown by tensors: all but activation, eps, and heads without a table."""
+    """Returns the architecture fields that a file's tensors show.
+
+    `activation` and `norm_eps` are never shown; the number of heads only by a position table.
+
+    Args:
+        shapes: Shapes of the file's tensors, by our names.
+        file: The file; not used.
+    """
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     tokens = [name in shapes for name in ("cls_token", "dist_token")]
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
@@ -398,7 +405,7 @@ _BEYOND = (
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns the part of a file, in words, that no ViT here has, or ""."""
+    """Returns, in words, a part of the file that no ViT model here has, or "" if there is none."""
     for pattern, label in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
             return label
@@ -432,7 +439,10 @@ def _guess(architecture: Architecture) -> Architecture:
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Reads a `config.json` of transformers."""
+    """Returns the fields that transformers' `config.json` states; None for another model's file.
+
+    Raises: WeightsError: for an unsupported activation.
+    """
     if config.get("model_type") not in _HF_TYPES:
         return None
     config = config.get("vision_config", config)
@@ -446,7 +456,10 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _open_clip(config: dict[str, Any], where: str) -> Architecture:
-    """Reads a model configuration of open_clip."""
+    """Returns the fields that a model configuration of open_clip states.
+
+    Raises: WeightsError: if the configuration has options of layers that are not supported.
+    """
     vision = config.get("vision_cfg", {})
     options = [name for name in ("act_kwargs", "norm_kwargs") if vision.get(name)]
     if options:
@@ -465,7 +478,10 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Reads a ViT or BEiT module of timm; None if it computes something else than ours."""
+    """Returns the fields that a ViT or BEiT module of timm shows.
+
+    Returns None if the module computes something else than our ViT.
+    """
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models import beit, vision_transformer
     from timm.models.deit import VisionTransformerDistilled
@@ -514,7 +530,7 @@ _OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of the shared bias, from the name of a block's bias."""
+    """Returns the name of the shared bias table, given the name of a block's table."""
     return re.sub(r"^blocks\.\d+\.attn\.(?=relative_position)", "rel_pos_bias.", name)
 
 

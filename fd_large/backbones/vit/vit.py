@@ -56,23 +56,23 @@ _SCHEMES = {
 class ViT(nn.Module):
     """Vision transformer backbone.
 
-    Fields of `ViTArchitecture` and `Options` have the same names here; a ViT has one stage, of
-    `depth` blocks with `num_heads` heads.
+    Arguments with the names of fields of `ViTArchitecture` and `Options` have the same meaning. A
+    ViT has one stage, of `depth` blocks with `num_heads` heads.
 
     Args:
-        image_size: Side or (height, width) in pixels of the images that positions are made for.
+        image_size: Side or (height, width) in pixels of the images for which positions are made.
         in_chans: Channels of the images.
-        resizes_positions: Whether each forward resizes positions to images of another size
-            (position_tables.py); otherwise such images are refused.
+        resizes_positions: Whether a forward resizes the positions to images of another size
+            (position_tables.py); otherwise images of another size are refused.
 
     Attributes:
         width: Channels of the map.
         stride: Pixels per token, each way.
-        attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
-        encodes_some: Whether it can encode a subset of the patches (`places` of `forward`).
+        attends_in_windows: Whether the blocks can attend within windows (`Block.forward`).
+        encodes_some: Whether the model can encode a subset of the patches (`places` of `forward`).
         num_prefix_tokens: Number of CLS and distillation tokens of the map, which has no registers.
-        depths: Number of blocks, as a tuple for the only stage.
-        drop_path_rates: One rate per site, attention then MLP of each block in order.
+        depths: (number of blocks,), a tuple for the only stage.
+        drop_path_rates: Drop rate of each residual branch: attention, then MLP, of each block.
 
     Raises: ConfigError: for values that do not fit each other.
     """
@@ -173,26 +173,28 @@ class ViT(nn.Module):
         self.norm = LayerNorm(embed_dim, norm_eps)
 
     def outside_blocks(self) -> list[nn.Module]:
-        """Returns the modules of blocks that are called outside of the blocks' forwards."""
+        """Returns the modules inside blocks that the blocks' forwards do not call; here none."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns names of parameters without weight decay."""
+        """Returns the names of parameters that get no weight decay."""
         return frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns no keywords, since position tables have weight decay, as published."""
+        """Returns an empty tuple: as published, position tables have weight decay."""
         return ()
 
     @property
     def last_layer(self) -> int:
-        """The deepest layer's id."""
+        """The number of the last layer, see `layer_id`."""
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, for layer-wise learning rates.
+        """Returns the number of a parameter's layer, for layer-wise learning rates.
 
-        The embedding is 0, block b is b + 1, and the rest (norm, shared table) is the last layer.
+        Patch embedding, prefix tokens, registers and absolute positions are layer 0. Block b,
+        counted from 0, is layer b + 1. All other parameters (norms outside the blocks, shared
+        table) are in the last layer.
 
         Source: the official fine-tuning code, optimizer.py get_vit_layer.
         """
@@ -205,7 +207,8 @@ class ViT(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is no multiple of the patch, or not that of the positions.
+        Raises: ShapeError: if the size is not a multiple of the patch, or the positions are made
+            for another size and cannot be resized.
         """
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
@@ -227,17 +230,17 @@ class ViT(nn.Module):
     def forward(
         self, images: Tensor, keep: Tensor | None = None, places: Tensor | None = None
     ) -> FeatureMap:
-        """Maps normalised images to tokens after the final norm, CLS included, without registers.
+        """Maps normalised images to prefix and patch tokens after the final norm.
 
         Args:
             images: (B, 3, H, W), any float dtype.
-            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
-            places: (B, V) int64, the patches of each image that are encoded, numbered row by row;
-                the others are dropped after positions are added. None encodes all.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
+            places: (B, V) int64, numbers, row by row, of the patches of each image that are
+                encoded. Other patches are dropped after positions are added. None encodes all.
 
-        Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream; with
-            `places` V for N, in their order.
-        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
+        Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream, without
+            registers. With `places`, there are V patch tokens instead of N, in the order given.
+        Raises: ShapeError: if the image size does not fit, or `keep` has the wrong shape.
         """
         if images.dim() != 4:
             raise ShapeError(
@@ -254,10 +257,10 @@ class ViT(nn.Module):
     def after_blocks(
         self, images: Tensor, keep: Tensor | None = None, places: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """Yields the residual stream after each block, without a norm.
+        """Yields the residual stream after each block, before the final norm.
 
         Args: See `forward`.
-        Yields: (B, prefix tokens + N, C): CLS and distillation token, registers, patches.
+        Yields: (B, P + N, C): P tokens (CLS, distillation token, registers), then the patches.
         """
         grid = self.grid(*images.shape[-2:])
         x, scales, table = self._before_blocks(images, keep, grid)
@@ -270,7 +273,11 @@ class ViT(nn.Module):
     def _before_blocks(
         self, images: Tensor, keep: Tensor | None, grid: Grid
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns tokens, scales of the branches, and the shared table of position biases."""
+        """Returns the inputs of the blocks.
+
+        Returns: tokens (B, P + N, C); drop path's factors (num_branches, B), or None; and the
+            shared table of position biases (R, h), or None.
+        """
         batch_size = images.shape[0]
         scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
         dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
@@ -291,7 +298,10 @@ class ViT(nn.Module):
         return x, scales, None if self.rel_pos_bias is None else self._offsets(grid)
 
     def _positions(self, grid: Grid) -> Tensor:
-        """Returns the absolute positions of prefix tokens and patches, (1, prefix + N, C)."""
+        """Returns the absolute positions for a grid of patches, (1, prefix + N, C).
+
+        The rows of prefix tokens, if the positions have any, come first.
+        """
         if grid == self.image_grid:
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.image_grid[0] * self.image_grid[1]
@@ -299,7 +309,10 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :prefix].to(patches.dtype), patches], dim=1)
 
     def _offsets(self, grid: Grid) -> Tensor:
-        """Returns the shared table of relative positions, with the prefix tokens' rows last."""
+        """Returns the shared table of relative positions for a grid of patches, (R, h) float32.
+
+        The rows of prefix tokens come last.
+        """
         table = self.rel_pos_bias()
         if grid == self.image_grid:
             return table
@@ -309,10 +322,9 @@ class ViT(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """A list of blocks that can be called like the method `blocks()` of other backbones.
+    """The list of a ViT's blocks, which can be called like the method `blocks()` of backbones.
 
-    The published parameter names take the attribute `blocks`; calling the list returns the blocks
-    as that method does.
+    The published parameter names require that the attribute `blocks` is the list itself.
     """
 
     def __call__(self) -> list[nn.Module]:
@@ -321,14 +333,14 @@ class Blocks(nn.ModuleList):
 
 
 class Block(nn.Module):
-    """x + gamma_1 * attention(norm1(x)), x + gamma_2 * mlp(norm2(x)).
+    """Pre-norm block: x + gamma_1 * attention(norm1(x)), then x + gamma_2 * mlp(norm2(x)).
 
     Args:
         width: C.
         num_heads: h.
-        number: Number of the block in the model, from 1; it sets how much the branch ends are
-            scaled down.
-        table_rows: Rows of the block's own position table; 0 is no table.
+        number: Number of the block in the model, from 1. The larger it is, the smaller are the
+            initial last weights of the two branches.
+        table_rows: Rows of the block's own position table; 0 means no table.
     """
 
     def __init__(
@@ -382,11 +394,11 @@ class Block(nn.Module):
             x: (B, N, C), the residual stream.
             scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
                 path.
-            table: (R, h) float32, the shared position table, or its biases of each image, (B, h,
-                N, N); None for the block's own table or no table.
+            table: The shared position table, (R, h) float32, or the position biases of each image,
+                (B, h, N, N); None if the block has its own table or there is no table.
             grid: Rows and columns of the patches.
-            window: Side of the windows within which patches see each other, in tokens, without
-                prefix tokens; 0: every token sees all.
+            window: Side in tokens of the windows within which patches attend, without prefix
+                tokens; 0 means that every token attends to all tokens.
         """
         compute = self.attn.qkv.weight.dtype
         branch = self.attn(self.norm1(x, compute), table, grid, window)
@@ -396,7 +408,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Dot-product attention over all tokens of an image, or within windows."""
+    """Dot-product attention among all tokens of an image, or within windows."""
 
     def __init__(
         self,
@@ -430,8 +442,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Maps (B, N, C) to the same shape.
 
-        The argument `table` has the form that `image_attention` takes, or with `window` the form
-        that `window_attention` takes; or it holds the biases of each image, (B, h, N, N).
+        Args:
+            x: (B, N, C), the tokens.
+            table: Position table as `image_attention` takes it, or, if `window` is not 0, as
+                `window_attention` takes it; or the position biases of each image, (B, h, N, N).
+                Not used if the block has its own table.
+            grid: Rows and columns of the patches.
+            window: See `Block.forward`.
         """
         projected = added = None
         if self.k_bias is not None:
@@ -463,7 +480,10 @@ class Attention(nn.Module):
     def attention_maps(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
+        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+
+        Args: See `forward`.
+        """
         if self.relative_position_bias_table is not None:
             table = self.relative_position_bias_table
         if window:
@@ -484,15 +504,16 @@ class Attention(nn.Module):
 def _at(
     places: Tensor, x: Tensor, table: Tensor | None, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns prefix tokens and some patches' tokens, and the position biases between them.
+    """Selects some patches of each image, and looks up the position biases between the tokens.
 
     Args:
-        places: (B, V) int64, numbers of the patches.
-        x: (B, P + N, C), tokens of the whole image.
-        table: (R, h) float32, or None.
+        places: (B, V) int64, numbers of the patches to select.
+        x: (B, P + N, C), P prefix tokens and registers, then all patches.
+        table: (R, h) float32, the shared position table, or None.
         grid: Rows and columns of the patches.
 
-    Returns: (B, P + V, C), and (B, h, P + V, P + V) or None.
+    Returns: the P tokens and the selected patches, (B, P + V, C); and the position biases,
+        (B, h, P + V, P + V), or None without a table.
     """
     prefix = x.shape[1] - grid[0] * grid[1]
     first = torch.arange(prefix, device=x.device).expand(len(x), -1)
@@ -524,7 +545,7 @@ def _float32(table: Tensor) -> Tensor:
 
 
 def build(a: ViTArchitecture, options: Options) -> ViT:
-    """Builds a model with fresh weights."""
+    """Builds a model with newly drawn weights."""
     arguments = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
     arguments["resizes_positions"] = options.resizes_positions
     return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **arguments, **options.of_all())
