@@ -1,5 +1,5 @@
-"""Writes, verifies and reshards the state of a run on disk, and reads it as full tensors.
+"""Writes and verifies checkpoints, and reads them as full tensors or as shards for any rank count.
 
-This package does not know DeepSpeed's tensors: the engine passes named shards with their layout,
-and takes slices back.
+This package does not know DeepSpeed's tensors. The engine passes named shards with their layout,
+and reads slices of named tensors.
 """

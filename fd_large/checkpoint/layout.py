@@ -1,8 +1,8 @@
 """Computes which rank's file holds which elements of a tensor, from numbers in the manifest.
 
-A run's state is stored as its ranks held it, one file a rank; a reader on any other number of ranks
-computes from the layout which files hold the elements that it needs, so that no index grows with
-the number of ranks.
+The state of a run is stored as its ranks held it, with one file for each rank. A reader on any
+other number of ranks computes from the layout which files hold the elements that it needs, so that
+no index grows with the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,42 +22,46 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class EachTensor:
-    """ZeRO-3 (and stage 0): each tensor is cut into equal shards, short or empty at its end.
+    """Layout of ZeRO-3 (and stage 0), in which each tensor is cut into a shard for each rank.
+
+    The shards of a tensor are of equal size, except that the last shards may be shorter or empty.
 
     Attributes:
-        sizes: Elements of each tensor by name.
-        ranks: Number of shards.
+        sizes: Number of elements of each tensor, by name.
+        ranks: Number of ranks.
     """
 
     sizes: dict[str, int]
     ranks: int
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; empty if start == stop."""
+        """Returns the elements of a tensor that a rank holds; start == stop if it holds none."""
         size = self.sizes[name]
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
 
     def holders(self, name: str, span: Span) -> Iterator[int]:
-        """Yields the ranks that hold any elements of a span, in order."""
+        """Yields the ranks that hold any elements of a tensor's span, in ascending order."""
         each = -(-self.sizes[name] // self.ranks)
         if span.start < span.stop:
             yield from range(span.start // each, (span.stop - 1) // each + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the layout as JSON-safe values."""
+        """Returns the layout as a dict of JSON types, for `from_dict`."""
         return {"kind": "each", "ranks": self.ranks, "sizes": self.sizes}
 
 
 @dataclass(frozen=True)
 class FlatGroups:
-    """ZeRO-1 and 2: the tensors of a parameter group lie end to end, and the concatenation is cut.
+    """Layout of ZeRO-1 and 2, in which each parameter group is cut into a shard for each rank.
+
+    The flattened tensors of a group are concatenated, padded at the end, and cut into shards of
+    equal size.
 
     Attributes:
-        groups: (name, elements) of the tensors of each group, in order.
-        shares: Number of elements of a rank's shard of each group's concatenation, which is padded
-            at its end.
-        ranks: Number of shards.
+        groups: For each parameter group (name, number of elements) of its tensors, in order.
+        shares: For each parameter group the number of elements in a rank's shard.
+        ranks: Number of ranks.
     """
 
     groups: tuple[tuple[tuple[str, int], ...], ...]
@@ -78,7 +82,7 @@ class FlatGroups:
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; empty if start == stop."""
+        """Returns the elements of a tensor that a rank holds; start == stop if it holds none."""
         group, begin, size = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         start = max(rank * share, begin) - begin
@@ -86,7 +90,7 @@ class FlatGroups:
         return Span(start, stop) if start < stop else Span(0, 0)
 
     def holders(self, name: str, span: Span) -> Iterator[int]:
-        """Yields the ranks that hold any elements of a span, in order."""
+        """Yields the ranks that hold any elements of a tensor's span, in ascending order."""
         group, begin, _ = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         if span.start < span.stop:
@@ -94,7 +98,7 @@ class FlatGroups:
             yield from range(first // share, last // share + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the layout as JSON-safe values."""
+        """Returns the layout as a dict of JSON types, for `from_dict`."""
         groups = [[list(item) for item in group] for group in self.groups]
         return {
             "kind": "flat",
@@ -108,7 +112,7 @@ Layout = EachTensor | FlatGroups
 
 
 def from_dict(values: dict[str, Any]) -> Layout:
-    """Returns the layout from the result of `to_dict`."""
+    """Returns the layout whose `to_dict` returned these values."""
     if values["kind"] == "each":
         return EachTensor(values["sizes"], values["ranks"])
     groups = tuple(tuple((name, size) for name, size in group) for group in values["groups"])

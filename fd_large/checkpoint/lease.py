@@ -1,11 +1,15 @@
-"""Lets one start own a run's folder: claimed before torch is imported, kept by a heartbeat.
+"""Gives one start of a run at a time the right to write the run's folder.
 
-RUN/owner.json names the owner; its modification time is the heartbeat, compared with a file
-written next to it. A heartbeat ahead of that time, or long before it, may come from another
-clock: then only a change seen while watching the file counts. Nothing here needs torch, or locks
-that a network file system may lack: a claim is a hard link, which exactly one process can make. A
-process that replaces or removes the owner.json of a start S must first make owner.S.next, so that
-two processes that both find S dead cannot undo each other's claim.
+A start is one launch of a run. It claims the folder before torch is imported, and shows by a
+heartbeat that it is alive. RUN/owner.json names the owner, and the modification time of this file
+is the heartbeat, which is compared with the time of a file written next to it. A heartbeat ahead of
+that time, or long before it, may come from another clock; then only a change of the file while it
+is watched counts as a sign of life.
+
+Nothing here needs torch, or file locks, which a network file system may lack. A claim is a hard
+link, which exactly one process can make. A process that replaces or removes the owner.json of a
+start S must first make owner.S.next, so that two processes that both find S dead cannot undo each
+other's claim.
 """
 
 from __future__ import annotations
@@ -33,39 +37,42 @@ log = logging.getLogger(__name__)
 
 OWNER = "owner.json"
 BEAT_SECONDS = 10.0
-"""Seconds between two signs of life of an owner."""
+"""Seconds between two heartbeats of an owner."""
 STALE_SECONDS = 120.0
-"""Seconds without a sign of life after which an owner counts as dead, if no other sign decides."""
+"""Seconds without a heartbeat after which an owner counts as dead, unless its process can be seen
+or Slurm says that its job is suspended."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
-"""Seconds for which a silent owner is watched before it counts as dead: after a stall of the file
-system all heartbeats are old."""
+"""Seconds for which an owner without a recent heartbeat is watched before it counts as dead, since
+all heartbeats are old after a stall of the file system."""
 # Files that a folder may hold before its run has written recipe.json: a start that was killed
 # earlier leaves them, and so do scripts that log there.
 _LEFT_BEFORE = ("owner.*", f"*{RECIPE}*", "stop", "*.log", "*.out", "*.err")
 LEAVING_SECONDS = 900.0
-"""How long a new start waits for an owner that saves and leaves."""
+"""Seconds for which a new start waits for an owner that is saving and ending."""
 _MOST_BYTES = 1 << 16
-"""Size that no owner.json reaches."""
+"""Number of bytes that are read of an owner.json, which is smaller."""
 
 
 class OwnedError(ConfigError):
-    """Another start owns the folder."""
+    """Error for a run folder that another start owns."""
 
 
 class Lease:
     """A start's right to write the folder of a run.
 
-    Rank 0 gets it from `claim`, which keeps it alive; the other ranks make a passive lease with
-    rank 0's id.
+    Rank 0 gets its lease from `claim`, which also starts the thread of the heartbeat. The other
+    ranks make a lease with rank 0's start ID, which has no heartbeat.
 
     Args:
         folder: The run's folder.
-        start: Id of the start.
+        start: ID of the start.
 
     Attributes:
-        root: The owned folder: the run's, or the folder of several students that contains it.
-        taken_over: Reason that the previous owner counted as dead; empty without one.
-        entered: Whether this start may write the run's files there; the engine sets it.
+        root: The owned folder, which is the run's folder, or the folder of several students'
+            runs in which it lies.
+        taken_over: Message why the previous owner counted as dead; empty if there was no previous
+            owner.
+        entered: Whether this start may write the run's files in the folder; the engine sets it.
     """
 
     def __init__(self, folder: Path, start: str) -> None:
@@ -77,7 +84,10 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def owned(self) -> bool:
-        """Returns whether no other start has taken the folder, as far as owner.json can be read."""
+        """Whether owner.json still names this start; also True if owner.json cannot be read.
+
+        The result is False if owner.json is missing.
+        """
         try:
             return _read(self.root / OWNER)[0].start == self.start
         except FileNotFoundError:
@@ -86,31 +96,34 @@ class Lease:
             return True
 
     def inside(self, folder: Path) -> Lease:
-        """Returns the right to write a run's folder inside the owned folder, kept by this lease."""
+        """Returns a lease for a run's folder inside the owned folder, kept alive by this lease."""
         inner = Lease(folder, self.start)
         inner.root = self.root
         return inner
 
     def must_own(self) -> None:
-        """Raises OSError, as a failed write does, if another start has taken the folder."""
+        """Raises OSError, as a failed write does, if this start no longer owns the folder."""
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
     def will_leave(self) -> None:
-        """Tells a following start to wait while this one saves and ends. Safe in a signal handler.
+        """Tells a following start to wait while this start saves and ends.
 
-        Only rank 0's lease does something.
+        Only rank 0's lease does this; the leases of other ranks do nothing. The method may be
+        called in a signal handler.
         """
         if self._thread is not None:
             self._messages.put("leaving")
 
     def start_anew(self) -> Path | None:
-        """Replaces a folder with files by an empty one of this owner; rank 0 calls it.
+        """Moves a folder with files aside, and makes an empty folder with the same owner.
 
-        Returns: where the old folder is now; None where there was nothing to keep.
+        Only rank 0 calls this method.
+
+        Returns: the new path of the old folder, or None if the folder had no files to keep.
         Raises:
-            OwnedError: If another start made the folder in that moment.
-            ConfigError: If the folder is not a run's, or contains this process's current folder.
+            OwnedError: if another start made the folder at the same moment.
+            ConfigError: if the folder is not a run's, or contains this process's current folder.
         """
         if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
             return None
@@ -148,7 +161,11 @@ class Lease:
         return old
 
     def release(self) -> None:
-        """Gives up the folder, and removes it if this start made it and it is empty."""
+        """Ends the heartbeat and removes owner.json.
+
+        Then the folder and its parents are removed, as far as this start made them and they are
+        empty. If the file system hangs, nothing is removed.
+        """
         if self._thread is None:
             return
         self._messages.put("released")
@@ -212,19 +229,19 @@ def claim(
     say: Callable[[str], None] = log.warning,
     on_lost: Callable[[str], None] | None = None,
 ) -> Lease:
-    """Makes this process the owner of a run's folder; only rank 0 calls it.
+    """Makes this process the owner of a run's folder; only rank 0 calls this function.
 
-    A dead owner is replaced; an owner that is saving and leaving is awaited.
+    A dead owner is replaced. If the owner is saving and ending, this function waits for its end.
 
     Args:
-        folder: The run's folder; made if need be.
-        say: Called with a line for the user when there is something to wait for.
-        on_lost: Called in another thread, with the reason, if another start takes the folder over;
-            by default the process ends with code 3.
+        folder: The run's folder, which is made if missing.
+        say: Function that is called with a line for the user before a longer wait.
+        on_lost: Function that is called in another thread, with the reason, if another start takes
+            the folder over or owner.json is gone. By default the process ends with exit code 3.
 
     Raises:
-        OwnedError: Another start is alive, or may be.
-        ConfigError: The folder cannot be made or written.
+        OwnedError: if another start owns the folder, and is alive or may be alive.
+        ConfigError: if the folder cannot be made or written.
     """
     this_process = replace(Owner.here(), folder=str(folder.resolve()))
     lease = Lease(folder, this_process.start)
@@ -248,7 +265,7 @@ def claim(
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Lease]:
-    """Owns a folder for the length of a `with`."""
+    """Claims a run's folder for the duration of a `with` block, and yields the lease."""
     lease = claim(folder)
     try:
         yield lease
@@ -257,13 +274,13 @@ def claimed(folder: Path) -> Iterator[Lease]:
 
 
 def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
-    """Returns an owner that is or may be alive, or None; writes nothing.
+    """Returns the owner of a folder if it is alive or may be alive, else None; writes nothing.
 
     Args:
         folder: The run's folder.
-        watch_seconds: Seconds for which an owner whose process cannot be seen from here is watched
-            before it counts as dead, if its last sign of life is more than STALE_SECONDS from the
-            present by this machine's clock.
+        watch_seconds: Seconds for which an owner is watched before it counts as dead. An owner is
+            watched if this process cannot see the owner's process, and its last heartbeat is more
+            than STALE_SECONDS from the present by this machine's clock.
     """
     try:
         owner, beat = _read(folder / OWNER)
@@ -285,7 +302,17 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
 
 
 def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], None]) -> str:
-    """Makes `aside` the owner.json; returns why the previous owner counted as dead."""
+    """Makes the file `aside` the owner.json of a folder, when there is no living owner.
+
+    Args:
+        folder: The run's folder.
+        this_process: This process as an owner.
+        aside: File in the folder with this process's owner record.
+        say: Function that is called with a line for the user before a longer wait.
+
+    Returns: why the previous owner counted as dead, or "" if there was no owner.
+    Raises: OwnedError: if the owner is alive or may be alive.
+    """
     begin = time.monotonic()
     waits, warned, slurm = False, False, Slurm()
     sign: tuple[str, float] | None = None
@@ -341,11 +368,13 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
 
 
 def _refuse_overlap(folder: Path, start: str) -> None:
-    """Refuses a run of one student while the run of all students trains, and the other way round.
+    """Checks that no overlapping run has a living owner.
 
-    Each start claims its own folder first, so that at least one of two sees the other.
+    The run of several students and a run of one of its students overlap. Each start claims its own
+    folder first, so that of two starts at least one sees the other's claim.
 
-    Raises: OwnedError: after giving the folder back.
+    Raises: OwnedError: if an overlapping run has a living owner; this start's owner.json is removed
+        first.
     """
     others = [folder.parents[1]] if folder.parent.name == STUDENTS else []
     for other in (*others, *folder.glob(f"{STUDENTS}/*")):
@@ -358,7 +387,15 @@ def _refuse_overlap(folder: Path, start: str) -> None:
 
 
 def _age(aside: Path, beat: float) -> float:
-    """Returns the seconds since a heartbeat by the files' clock; negative if it is ahead."""
+    """Returns the seconds from a heartbeat to now, where now is the time of a file just touched.
+
+    Args:
+        aside: A file in the run's folder, which is touched so that the clock of the file system
+            gives the present time.
+        beat: Time of the heartbeat, in seconds since the epoch.
+
+    Returns: the seconds, which are negative if the heartbeat is ahead of the present.
+    """
     os.utime(aside)
     return aside.stat().st_mtime - beat
 
@@ -384,7 +421,10 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
 
 
 def _is_copy(folder: Path, owner: Owner) -> bool:
-    """Whether an owner still owns another folder, of which `folder` is a copy; False if unknown."""
+    """Whether a folder is a copy of another folder that still has the same owner.
+
+    The result is also False if the owner's own folder is not known or cannot be read.
+    """
     if not owner.folder or Path(owner.folder) == folder.resolve():
         return False
     theirs = Path(owner.folder) / OWNER
@@ -396,7 +436,11 @@ def _is_copy(folder: Path, owner: Owner) -> bool:
 
 
 def _foreign(folder: Path) -> str:
-    """Returns the name of a file that no start writes before its recipe.json, or ""."""
+    """Returns the name of a file that shows that a folder without recipe.json is not a run's.
+
+    The result is "" if all files may come from a start that was killed before it wrote its
+    recipe.json.
+    """
     for path in sorted(folder.iterdir()):
         if path.name == LOGS and path.is_dir():
             if inside := _foreign(path):
@@ -418,20 +462,27 @@ def _next(folder: Path, start: str) -> Path:
 
 
 def _read(path: Path) -> tuple[Owner, float]:
-    """Returns an owner and its last heartbeat; opening the file makes NFS ask its server."""
+    """Reads an owner.json, by opening it, which makes NFS ask its server for the present state.
+
+    Returns: the owner, and the time of its last heartbeat in seconds since the epoch.
+    """
     with _opened(path) as file:
         return Owner.parse(file.read(_MOST_BYTES)), os.fstat(file.fileno()).st_mtime
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens an owner.json without waiting, since in a foreign folder it may be a pipe."""
+    """Opens an owner.json without blocking, since a named pipe may have this name."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
-    """Returns the owner, then its successor, and so on; seldom more than one.
+    """Returns the owner of a folder and the starts that are about to replace it.
 
-    Raises: ConfigError: if the files lead in a circle, as no start leaves them.
+    The next element after start S is the owner in owner.S.next. Seldom there is more than one.
+
+    Returns: for each start in order, its owner record and the time of the file; empty if the folder
+        has no owner.
+    Raises: ConfigError: if a start occurs twice, as it does in no files that a start wrote.
     """
     chain: list[tuple[Owner, float]] = []
     path = folder / OWNER
@@ -449,7 +500,16 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
 
 def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
-    """Replaces a dead owner; returns False if another start was quicker."""
+    """Replaces the owner.json of a dead owner by this start's.
+
+    Args:
+        folder: The run's folder.
+        before: IDs of the starts in the chain when its last owner was judged dead.
+        start: ID of this start.
+        aside: File in the folder with this start's owner record.
+
+    Returns: True, or False if another start was quicker.
+    """
     key = _next(folder, before[-1])
     if not _link(aside, key):
         return False
@@ -466,7 +526,7 @@ def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
 
 
 def _remove(folder: Path, start: str) -> None:
-    """Removes the owner.json of an ending start, unless another start takes it over."""
+    """Removes the owner.json of an ending start, unless another start has begun to replace it."""
     key = _next(folder, start)
     aside = folder / f"owner.{start}.json"
     _write(aside, json.dumps(asdict(replace(Owner.here(), start=f"{start}-end"))))
@@ -483,7 +543,10 @@ def _remove(folder: Path, start: str) -> None:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Makes a hard link unless its name exists; returns whether it was made."""
+    """Makes `target` a hard link to `source`, or a new copy if there are no hard links.
+
+    Returns: True, or False if `target` already exists.
+    """
     try:
         os.link(source, target)
         return True
@@ -513,7 +576,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder; returns all folders that it made, innermost first."""
+    """Makes a folder and its missing parents; returns the new folders, innermost first."""
     new_folders = []
     for path in (folder, *folder.parents):
         if path.exists():
@@ -524,7 +587,11 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes old files of starts that were killed while claiming; a rival's files are younger."""
+    """Removes files of starts that were killed while claiming the folder.
+
+    Only files older than twice `LEAVING_SECONDS` are removed, so that the files of a start which is
+    claiming the folder now stay.
+    """
     now = time.time()
     for path in folder.glob("owner.*.*"):
         with suppress(OSError):

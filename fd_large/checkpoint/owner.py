@@ -1,4 +1,4 @@
-"""The owner of a run's folder, and checks whether the owner is alive; imports no torch."""
+"""The record of a run folder's owner, and checks whether the owner is alive; imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fd_large.ranks import processes
 from fd_large.ranks.launch import ask_slurm
 
 SLURM_SECONDS = 30.0
-"""How long Slurm may take to answer, and how long its answer is believed."""
+"""Seconds that Slurm may take to answer, and for which an answer is reused."""
 # Slurm's states of a job that it has suspended, which is silent now and goes on later.
 ASLEEP = {"SUSPENDED", "STOPPED"}
 # Slurm's states of a job that runs or may still have processes.
@@ -28,20 +28,20 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A start of a run, stored in owner.json.
+    """A start (launch) of a run, as the owner of the run's folder; stored in owner.json.
 
     Attributes:
-        start: Id of the start.
+        start: ID of the start.
         host: Name of rank 0's machine.
-        boot: Id of that machine's boot; empty where the system has none.
-        pid_namespace: Namespace in which `pid` counts; containers may have their own.
-        pid: Rank 0's process.
-        pid_started: Time at which that process started, in ticks since the boot.
-        cluster: Name of the Slurm cluster, empty outside.
-        job: Number of the Slurm job, empty outside.
+        boot: ID of the machine's boot; empty if the system has no such ID.
+        pid_namespace: PID namespace in which `pid` is valid; containers may have their own.
+        pid: Process ID of rank 0.
+        pid_started: Time at which rank 0's process started, in ticks since the boot.
+        cluster: Name of the Slurm cluster; empty outside of Slurm.
+        job: Number of the Slurm job; empty outside of Slurm.
         restarts: Number of restarts of the Slurm job.
         since: Time at which the start began, by rank 0's clock.
-        folder: Whole path of the folder that it owns; empty where an earlier version wrote it.
+        folder: Absolute path of the owned folder; empty if an earlier version wrote the record.
     """
 
     start: str
@@ -58,7 +58,7 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        """Returns this process as the owner of a new start."""
+        """Returns the record of a new start whose rank 0 is this process, without `folder`."""
         return cls(
             start=uuid4().hex,
             host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -74,9 +74,10 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Owner:
-        """Returns an owner from its file; an unknown owner if values are invalid.
+        """Parses the contents of an owner.json; returns an unknown owner if they are invalid.
 
-        Anybody may have written the file, and the id of a start becomes a part of file names.
+        Values are checked, since anybody may have written the file, and the ID of a start becomes a
+        part of file names.
         """
         with suppress(ValueError):
             record = parse_json(text)
@@ -93,17 +94,21 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """Whether the owner's process number is valid here: same boot, same namespace."""
+        """Whether the owner's process ID is valid here, that is, in the same boot and namespace."""
         here = processes.kernel(), processes.namespace()
         return bool(self.boot) and (self.boot, self.pid_namespace) == here
 
     @property
     def is_seen(self) -> bool:
-        """Whether this process can tell if the owner's process has ended."""
+        """Whether this process can see if the owner's process has ended."""
         return self.is_near and processes.started(self.pid) != processes.HIDDEN
 
     def why_dead(self, this_process: Owner) -> str:
-        """Returns why the owner cannot be alive as far as this process knows, or ""."""
+        """Returns why the owner is dead, as far as this process can see, or "" if it may be alive.
+
+        Args:
+            this_process: The record of this process.
+        """
         same_job = self.job and (self.cluster, self.job) == (this_process.cluster, this_process.job)
         if same_job and self.restarts < this_process.restarts:
             return f"Slurm has restarted job {self.job} since"
@@ -116,7 +121,7 @@ class Owner:
 
 
 def _may_be(name: str, value: Any) -> bool:
-    """Returns whether a value in a file is valid for an owner."""
+    """Whether a value read from a file is valid for the attribute `name` of an `Owner`."""
     if name in ("pid", "pid_started", "restarts"):
         # Of type int: True is one by inheritance. The kernel takes no larger number for a process.
         return type(value) is int and 0 <= value < (2**31 if name == "pid" else 2**63)
@@ -127,23 +132,25 @@ def _may_be(name: str, value: Any) -> bool:
 
 
 class Slurm:
-    """Slurm's answers about other owners' jobs.
+    """Asks Slurm about the jobs of other owners.
 
-    Slurm is asked seldom: a start that waits must not keep the controller busy.
+    An answer is reused for `SLURM_SECONDS`, so that a waiting start does not keep Slurm's
+    controller busy.
     """
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[float, str]] = {}
 
     def state(self, owner: Owner, this_process: Owner) -> str:
-        """Returns Slurm's state of an owner's job, or "".
-
-        The result is "" if Slurm cannot know the job, gives no answer, or knows no more than this
-        process can see itself (an owner on the same machine, or of the same job).
+        """Returns the state of an owner's job in Slurm's words, such as "RUNNING".
 
         Args:
             owner: The owner.
-            this_process: This process.
+            this_process: The record of this process.
+
+        Returns: the state; "unknown" if Slurm no longer knows the job; or "" if the owner has no
+            job on this cluster, Slurm gives no answer, or the owner is on this machine or of this
+            job, so that this process can see as much as Slurm knows.
         """
         known = owner.job and owner.cluster == this_process.cluster
         if not known or owner.is_near or owner.job == this_process.job:
@@ -155,7 +162,12 @@ class Slurm:
         return state
 
     def why_dead(self, owner: Owner, this_process: Owner) -> str:
-        """Returns why an owner cannot be alive as far as Slurm knows, or ""."""
+        """Returns why an owner is dead, according to Slurm, or "" if the owner may be alive.
+
+        Args:
+            owner: The owner.
+            this_process: The record of this process.
+        """
         state = self.state(owner, this_process)
         if state == _UNKNOWN:
             return f"Slurm no longer knows job {owner.job}"

@@ -1,4 +1,4 @@
-"""Reads a stored state on any number of ranks: only the slices that this rank needs."""
+"""Reads from a checkpoint the slices of tensors that a rank needs, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ from fd_large.ranks import distributed
 TRIES = 4
 SECONDS_BETWEEN_TRIES = 1.0
 DESCRIPTORS_LEFT = 256
-"""Descriptors that a process has for all else beside the files of a checkpoint."""
+"""Number of file descriptors that are left free for other uses than files of a checkpoint."""
 
 T = TypeVar("T")
 
 
 class Reader:
-    """Reads slices of a complete checkpoint. Each of its files is opened once and stays open.
+    """Reads slices of tensors of a complete checkpoint.
+
+    A file stays open after its first use, as far as the limit of open files allows.
 
     Args:
         stored: The checkpoint.
-        kinds: Kinds of tensors that were checked against the receipts; None: all.
+        kinds: Kinds of tensors that were checked against the receipts and may be read; None for
+            all kinds.
 
     Attributes:
         path: The checkpoint's folder.
-        manifest: Content of its manifest.json.
-        layout: Layout of the state in the files.
+        manifest: Contents of the checkpoint's manifest.json.
+        layout: Layout of the tensors in the files of the ranks.
     """
 
     def __init__(self, stored: store.Stored, kinds: Collection[str] | None = None) -> None:
@@ -55,14 +58,16 @@ class Reader:
         """Returns elements [start, stop) of a flattened tensor, (stop - start,) float32.
 
         Args:
-            kind: master, ema, or one of the optimiser's moments (exp_avg, exp_avg_sq).
-            name: The stored tensor.
-            start: First element.
-            stop: Element after the last.
+            kind: "master" for master weights, "ema" for averaged weights, or a moment of the
+                optimiser ("exp_avg", "exp_avg_sq").
+            name: Name of the tensor.
+            start: Index of the first element.
+            stop: Index after the last element.
 
         Raises:
-            FileNotFoundError: If a file no longer exists.
-            StorageError, CheckpointError: If a file cannot be read.
+            FileNotFoundError: if a file no longer exists.
+            StorageError: if the file system does not answer.
+            CheckpointError: if a file cannot be read for another reason.
         """
         assert self._kinds is None or kind in self._kinds, f"{self.path}: {kind} was not checked"
         values = torch.empty(max(0, stop - start))
@@ -102,9 +107,10 @@ class Reader:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs an action on rank 0 and returns its result on all ranks; a collective.
+    """Runs an action on rank 0, and returns the result on all ranks; all ranks must call it.
 
-    Raises: FDError: on all ranks, if the action raises; an OSError becomes an FDError.
+    Raises: FDError: on all ranks, if the action raises an FDError or an OSError; an OSError becomes
+        a CheckpointError.
     """
 
     def told() -> T:
@@ -120,16 +126,18 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
-    """Returns the newest sound checkpoint, and the damage of newer ones; a collective.
+    """Finds the newest checkpoint without damage, and sets newer checkpoints aside.
 
-    Each file is checked by one rank. A checkpoint is skipped and set aside only if rank 0 finds
-    the same damage, since a read error of one rank is not damage.
+    All ranks must call this function. Each file is checked by one rank. A checkpoint counts as
+    damaged only if rank 0 also finds the damage, since a read error of one rank is not damage.
 
     Args:
         folder: The run's folder.
-        at_most: Largest allowed step of the checkpoint; None allows any.
+        at_most: Largest allowed step of the checkpoint; None for no limit.
 
-    Raises: StorageError, CheckpointError: on all ranks, if the newest cannot be read for now.
+    Returns: a reader of the checkpoint, or None if there is none without damage; a message about
+        the damage of each newer checkpoint.
+    Raises: StorageError, CheckpointError: on all ranks, if a checkpoint cannot be read for now.
     """
     complaints: list[str] = []
     # Rank 0 lists and reads manifests for all: another node's view of a shared disk may be old.
@@ -156,9 +164,14 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
 
 
 def _problem(path: Path, files: int) -> str:
-    """Returns the damage of a checkpoint that rank 0 also sees, or "".
+    """Checks a checkpoint's files, a part of them on each rank; all ranks must call it.
 
-    Raises: StorageError: if a rank reads other bytes than rank 0.
+    Args:
+        path: The checkpoint's folder.
+        files: Number of files of tensors in the checkpoint.
+
+    Returns: a message about the damage if rank 0 finds it too, or "" for a sound checkpoint.
+    Raises: StorageError: on all ranks, if a rank finds damage in a file that rank 0 finds sound.
     """
     world, rank = distributed.world_size(), distributed.rank()
 
@@ -184,7 +197,10 @@ def _problem(path: Path, files: int) -> str:
 
 
 def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
-    """Returns `store.damage` after retries, since another node's files take time to appear."""
+    """Calls `store.damage`, and repeats the check up to `TRIES` times while it finds damage.
+
+    On a network file system, the files of another node may take time to appear.
+    """
     for _ in range(TRIES - 1):
         if store.damage(path, rank, kinds) is None:
             return None

@@ -1,10 +1,11 @@
 """Lists, verifies, commits and removes the checkpoints in a run's folder.
 
-checkpoints/best is a link to the checkpoint of the best evaluation, if kept.
-checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
-that file, written by its rank) for every rank, and manifest.json. The folder is written as
-step_NNNNNNNN.START.part, where START is the id of the run's start, and renamed when all its files
-are flushed: a folder without `.part` is complete. Nothing here needs torch.
+checkpoints/step_NNNNNNNN/ is the checkpoint of a step. It has manifest.json, and for every rank
+rank_RRRRR.safetensors (the rank's tensors) and its receipt rank_RRRRR.json (size and checksums of
+the tensors' file). The folder is written as step_NNNNNNNN.START.part, where START is the ID of the
+run's start (launch). It is renamed when all its files are flushed, so that a folder without `.part`
+is complete. checkpoints/best is a link to the checkpoint of the best evaluation, if the run keeps
+it. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"
 OLD = ".old"
-"""Suffix of a checkpoint that is being replaced by one of the same step."""
+"""Suffix of a checkpoint that is being replaced by a new checkpoint of the same step."""
 CHUNK = 1 << 24
 BEST = "best"
-"""A link to the checkpoint of the best evaluation."""
+"""Name of the link to the checkpoint of the best evaluation."""
 MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage"}
 DAMAGED = "damaged_"
 
@@ -40,66 +41,84 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stored:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: The checkpoint's folder.
+        manifest: Contents of manifest.json, without its own checksum.
+    """
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def update(self) -> int:
-        """Number of finished steps."""
+        """Number of steps that the run had finished."""
         return self.manifest["update"]
 
     @property
     def bytes(self) -> int:
-        """Size on disk, in bytes."""
+        """Total size of the checkpoint's files, in bytes."""
         return sum(path.stat().st_size for path in self.path.iterdir())
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Returns the folder of a run's checkpoints."""
+    """Returns the folder of the checkpoints of the run in `folder`."""
     return folder / CHECKPOINTS
 
 
 def name_of(update: int) -> str:
-    """Returns the name of the folder of a step."""
+    """Returns the folder name of the checkpoint after `update` steps."""
     return f"step_{update:08d}"
 
 
 def part_of(folder: Path, update: int, lease: Lease | None) -> Path:
-    """Returns the temporary folder of a checkpoint; each start of a run has its own."""
+    """Returns the temporary folder in which a checkpoint is written.
+
+    Args:
+        folder: The run's folder.
+        update: Number of finished steps.
+        lease: The start's right to write the folder, whose start ID becomes a part of the name;
+            None if no other process can write the folder.
+    """
     start = f".{lease.start}" if lease else ""
     return checkpoints_of(folder) / f"{name_of(update)}{start}{PART}"
 
 
 def file_of(rank: int) -> str:
-    """Returns the name of the file of a rank's tensors."""
+    """Returns the name of the file with a rank's tensors."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def receipt_of(rank: int) -> str:
-    """Returns the name of the file of a rank's size and checksum."""
+    """Returns the name of a rank's receipt, the file with size and checksums of its tensors."""
     return f"rank_{rank:05d}.json"
 
 
 def complete(folder: Path) -> list[Stored]:
-    """Returns the complete checkpoints of a run with a sound manifest, oldest first."""
+    """Returns the complete checkpoints of a run whose manifest is undamaged, oldest first."""
     read = ((path, manifest_of(path)) for path in renamed(folder))
     return [Stored(path, manifest) for path, manifest in read if manifest is not None]
 
 
 def renamed(folder: Path) -> list[Path]:
-    """Returns the complete folders, oldest first, without a look at their files."""
+    """Returns the folders of a run's complete checkpoints, oldest first.
+
+    Only names decide whether a folder is complete; no file in the folders is read.
+    """
     paths = map(checkpoints_of(folder).joinpath, _listed(checkpoints_of(folder)))
     return sorted(p for p in paths if p.match("step_*") and p.suffix not in (PART, OLD))
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """Returns a checkpoint's manifest, or None if it is missing or damaged.
+    """Returns the manifest of a checkpoint, without its checksum.
 
-    A temporary folder (`.part`) has the manifest of its future checkpoint.
+    Args:
+        path: Folder of the checkpoint, the link to the best checkpoint, or a temporary folder
+            (`.part`).
 
-    Raises: StorageError, CheckpointError: if it is there and cannot be read.
+    Returns: the manifest, or None if manifest.json is missing, damaged, or of another step.
+    Raises: StorageError, CheckpointError: if manifest.json exists and cannot be read.
     """
     text = _read(path / "manifest.json", _text)
     try:
@@ -120,7 +139,7 @@ def _crc_of(manifest: dict[str, Any]) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Returns the CRC-32 of a file, eight hexadecimal digits: finds flipped bytes at disk speed."""
+    """Returns the CRC-32 of a file as eight hexadecimal digits."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -129,14 +148,15 @@ def checksum(path: Path) -> str:
 
 
 def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
-    """Returns the damage of a rank's part of a checkpoint, or None.
+    """Checks a rank's file of tensors in a checkpoint against the rank's receipt.
 
     Args:
-        path: The checkpoint.
-        rank: The rank that wrote the part.
-        kinds: Kinds of tensors whose bytes are checked; None checks the whole file, as receipts
-            without checksums by kind require.
+        path: The checkpoint's folder.
+        rank: The rank that wrote the files.
+        kinds: Kinds of tensors whose bytes are checked; None to check the whole file. The whole
+            file is also checked if the receipt has no checksums by kind.
 
+    Returns: a message about the damage, or None if there is none.
     Raises: StorageError, CheckpointError: if a file exists but cannot be read, which is no damage.
     """
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
@@ -164,7 +184,16 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
 
 
 def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str, str]]:
-    """Returns a file's size, and the requested checksums if the size is right."""
+    """Returns the size of a file of tensors, and checksums of parts of it.
+
+    Args:
+        file: The file.
+        size: The expected size in bytes.
+        parts: "file" for the checksum of the whole file alone; else "header" and kinds of tensors.
+
+    Returns: the size in bytes; the checksum of each part that could be computed, which is empty if
+        the size is not as expected or the file has no valid header.
+    """
     status = file.stat()
     num_bytes = status.st_size
     if num_bytes != size or not stat.S_ISREG(status.st_mode):
@@ -186,23 +215,24 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
 
 
 def _text(file: Path) -> bytes:
-    """Returns the bytes of a JSON file within a limit, without waiting for a pipe.
+    """Returns the first `JSON_BYTES` bytes of a file, and does not block on a named pipe.
 
-    The file's kind is not asked for: a request for each file of each rank would keep a server busy.
+    The kind of the file is not looked up, since another request for each file of each rank would
+    keep a file server busy.
     """
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as text:
         return text.read(JSON_BYTES) or b""
 
 
 def _listed(folder: Path) -> list[str]:
-    """Returns the names in a folder; empty if it is missing."""
+    """Returns the names in a folder, or an empty list if the folder is missing."""
     return _read(folder, os.listdir) or []
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
     """Returns the result of an action on a file, or None if the file is missing.
 
-    Raises: StorageError, CheckpointError: if it is there and cannot be read.
+    Raises: StorageError, CheckpointError: if the file exists and cannot be read.
     """
     try:
         return retried(lambda: action(file), file)
@@ -216,13 +246,27 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
 
 
 def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
-    """Checks every rank's part, or some kinds of tensors in it; returns the damage."""
+    """Checks the files of all ranks in a checkpoint.
+
+    Args:
+        stored: The checkpoint.
+        kinds: Kinds of tensors whose bytes are checked; None to check the whole files.
+
+    Returns: a message for each damaged file.
+    """
     problems = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
     return [problem for problem in problems if problem]
 
 
 def set_aside(folder: Path, names: list[str]) -> None:
-    """Renames damaged checkpoints: they stay for inspection but do not count; rank 0 calls it."""
+    """Renames damaged checkpoints, which stay for inspection but no longer count as checkpoints.
+
+    Only rank 0 calls this function.
+
+    Args:
+        folder: The run's folder.
+        names: Folder names of the checkpoints.
+    """
     for name in names:
         path = checkpoints_of(folder) / name
         aside = path.with_name(DAMAGED + name)
@@ -236,19 +280,21 @@ def _rename_if_there(path: Path, aside: Path) -> None:
 
 
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
-    """Completes a fully written `.part` folder, in one atomic step; rank 0 calls it.
+    """Writes the manifest of a checkpoint, and completes the checkpoint by an atomic rename.
 
-    A start that has lost the run commits nothing: it asks its lease, and if it asked too early,
-    the rename fails, because the new owner's `sweep` has removed the folder.
+    Only rank 0 calls this function, when all ranks have written their files. A start that no longer
+    owns the run commits nothing. If the lease is lost only after it was checked, the rename fails,
+    because the new owner's `sweep` has removed the temporary folder.
 
     Args:
-        part: The folder.
+        part: The temporary folder (`.part`) of the checkpoint.
         manifest: Contents of manifest.json, without its own checksum.
-        lease: The right to write the run's folder; None if no other process can write it.
+        lease: The start's right to write the run's folder; None if no other process can write the
+            folder.
 
-    Returns: the folder without `.part`.
-    Raises: OSError, StorageError: if a rank's file is not there, the disk is full or does not
-        answer, or the run has a new owner.
+    Returns: the folder of the complete checkpoint.
+    Raises: OSError, StorageError: if a rank's file is missing, the disk is full or does not answer,
+        or the run has a new owner.
     """
     if lease:
         manifest = {**manifest, "start": lease.start}
@@ -292,12 +338,15 @@ def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
 
 
 def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> None:
-    """Changes entries of a complete checkpoint's manifest atomically; rank 0 calls it.
+    """Adds or replaces entries of a complete checkpoint's manifest, in an atomic step.
+
+    Only rank 0 calls this function.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint's folder.
         entries: The new entries.
-        lease: The right to write the run's folder; None if no other process can write it.
+        lease: The start's right to write the run's folder; None if no other process can write the
+            folder.
 
     Raises: OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or
         the run has a new owner.
@@ -313,13 +362,21 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
 
 
 def best_of(folder: Path) -> Path | None:
-    """Returns the checkpoint of the run's best evaluation, or None."""
+    """Returns the folder of the checkpoint of a run's best evaluation, or None if none is kept."""
     link = checkpoints_of(folder) / BEST
     return link.resolve() if link.is_symlink() and kind_of(link) else None
 
 
 def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
-    """Points `best` at the checkpoint of a step; rank 0 calls it.
+    """Makes the link `best` point to the checkpoint after `update` steps.
+
+    Only rank 0 calls this function. If the checkpoint does not exist, the link stays as it was.
+
+    Args:
+        folder: The run's folder.
+        update: Number of finished steps of the checkpoint.
+        lease: The start's right to write the run's folder; None if no other process can write the
+            folder.
 
     Returns: whether the checkpoint exists.
     Raises: OSError, StorageError: if the link cannot be made, or the run has a new owner.
@@ -343,17 +400,18 @@ def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
 def prune(
     folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
 ) -> list[Path]:
-    """Removes all checkpoints but the last `keep_last`, every `keep_every`-th step's and the best.
+    """Removes old checkpoints of a run, but not the checkpoint of the best evaluation.
 
-    Rank 0 calls it.
+    Only rank 0 calls this function.
 
     Args:
         folder: The run's folder.
-        keep_last: Newest checkpoints that stay, at least one.
-        keep_every: Interval in steps of checkpoints that are kept too; 0 for none.
-        lease: As in `commit`; a start that lost it removes nothing.
+        keep_last: Number of newest checkpoints to keep, at least one.
+        keep_every: Checkpoints whose step is a multiple of this number are also kept; 0 for none.
+        lease: The start's right to write the run's folder; a start that no longer owns the folder
+            removes nothing. None if no other process can write the folder.
 
-    Returns: the folders that were removed.
+    Returns: the removed folders.
     """
     removed = []
     stored, best = complete(folder), best_of(folder)
@@ -370,7 +428,10 @@ def prune(
 
 
 def _remove(path: Path) -> None:
-    """Renames a folder before removing it, since a half-removed folder must not look complete."""
+    """Removes a checkpoint's folder after renaming it.
+
+    A folder that is removed only in part must not have the name of a complete checkpoint.
+    """
     aside = path.with_name(f"removed_{path.name.removesuffix(PART)}{PART}")
     remove(aside)
     path.rename(aside)
@@ -378,7 +439,10 @@ def _remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes half-written files of a killed run; called before any rank writes."""
+    """Removes the temporary folders of a killed start, and finishes its interrupted `commit`.
+
+    It must be called before any rank writes a checkpoint.
+    """
     names = [checkpoints_of(folder) / name for name in _listed(checkpoints_of(folder))]
     for path in names:
         if path.suffix == OLD:
@@ -395,9 +459,13 @@ def sweep(folder: Path) -> None:
 
 
 def _finish_replacing(old: Path) -> None:
-    """Finishes a `commit` whose run was killed between its two renames.
+    """Finishes a `commit` that replaced a checkpoint and was killed between its two renames.
 
-    The new checkpoint counts if it is complete; else the old one is restored.
+    If the new checkpoint is complete, it gets its final name and the old checkpoint is removed.
+    Otherwise the old checkpoint gets its name back.
+
+    Args:
+        old: Folder of the old checkpoint, with the suffix `OLD`.
     """
     final = old.with_suffix("")
     if not kind_of(final):
@@ -414,13 +482,13 @@ def _is_whole(part: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder as far as possible; the next start's `sweep` tries again."""
+    """Removes a folder and ignores errors; the `sweep` of the next start removes what is left."""
     with suppress(OSError):  # Even `ignore_errors` lets some through.
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:
-    """Flushes a folder: renames and new names in it survive a crash of the machine."""
+    """Flushes a folder to disk, so that renames and new files in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

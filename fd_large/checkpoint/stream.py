@@ -1,4 +1,7 @@
-"""Reads a stored checkpoint as full tensors, one at a time, without process group or engine."""
+"""Reads the weights in a checkpoint as full tensors, one tensor at a time.
+
+Neither a process group nor an engine is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,24 @@ Shape = tuple[int, ...]
 
 
 def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens the weights of a run's newest checkpoint and checks their bytes.
+    """Opens a run's newest checkpoint, and checks the bytes of the weights in it.
 
-    A damaged checkpoint is not silently replaced by an older one, whose weights differ: training
-    resumes from the older one (`read.newest_sound`), but to export it the user must name it.
+    If this checkpoint is damaged, no older checkpoint is used in its place, since its weights
+    differ: the user must name the older checkpoint. (Training resumes from the older checkpoint by
+    itself; see `read.newest_sound`.)
 
-    Only the tensors of `outcome` are checked and can be read. With several ranks, rank 0 checks
-    for all; since a running run may write a newer checkpoint, the others must open rank 0's by
-    its own path. Read-only, as the run may be another user's. Not a collective.
+    Only the kind of weights that `outcome` returns is checked and can be read. Nothing is written,
+    as the run may be another user's. The function is not a collective. With several ranks, only
+    rank 0 checks bytes, and other ranks must be given the path of rank 0's checkpoint, since a
+    training run may write a newer checkpoint in between (`newest_of_main`).
 
     Args:
-        folder: The run's folder, or one of its checkpoints.
-        where: The field or argument that named it, for messages.
+        folder: The run's folder, or the folder of one of its checkpoints.
+        where: Name of the configuration field or argument with this folder, for messages.
 
     Raises:
-        CheckpointError: If there is no checkpoint, or it is damaged.
-        StorageError: If it cannot be read for now.
+        CheckpointError: if there is no checkpoint, or the newest checkpoint is damaged.
+        StorageError: if the checkpoint cannot be read for now.
     """
     manifest = store.manifest_of(folder)
     damaged: list[str] = []
@@ -64,7 +69,7 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
 
 
 def newest_of_main(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens the checkpoint that rank 0 finds by `newest`, on all ranks; a collective."""
+    """Opens the checkpoint that rank 0 finds by `newest` on all ranks; all ranks must call it."""
     path = on_main(lambda: newest(folder, where=where).path)
     return newest(path, where=where)
 
@@ -89,7 +94,10 @@ def _problem_of(path: Path, ranks: int, kind: str, stamps: tuple) -> str | None:
 
 
 def outcome(reader: Reader) -> str:
-    """Returns the kind of weights that a run is trained for: `ema` if it keeps an average."""
+    """Returns the kind of weights that are the result of a run.
+
+    It is "ema" if the run keeps a moving average of the weights, else "master".
+    """
     return _outcome(reader.manifest)
 
 
@@ -98,9 +106,16 @@ def _outcome(manifest: Mapping[str, Any]) -> str:
 
 
 def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Tensor:
-    """Returns one tensor, float32 of the given shape, by its stored name.
+    """Reads a full tensor of a checkpoint, as float32.
 
-    Raises: CheckpointError: if the file no longer exists, as a run that trains prunes checkpoints.
+    Args:
+        reader: The checkpoint.
+        name: Name of the tensor in the checkpoint.
+        shape: Shape of the tensor.
+        kind: Kind of weights, "master" or "ema".
+
+    Raises: CheckpointError: if a file no longer exists because a training run has pruned the
+        checkpoint, or cannot be read.
     """
     try:
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)
@@ -112,9 +127,15 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
 
 
 def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> None:
-    """Compares names and sizes of the stored tensors under a prefix with those of a model.
+    """Checks that the tensors in a checkpoint have the names and sizes of a model's tensors.
 
-    Raises: CheckpointError: if they differ.
+    Args:
+        reader: The checkpoint.
+        shapes: Shapes of the model's tensors, by name.
+        prefix: Beginning of the tensors' names in the checkpoint, which the model's names lack;
+            tensors with other names are ignored.
+
+    Raises: CheckpointError: if names or sizes differ.
     """
     sizes = reader.layout.sizes
     stored = {n.removeprefix(prefix): s for n, s in sizes.items() if n.startswith(prefix)}

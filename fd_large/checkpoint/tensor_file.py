@@ -1,8 +1,9 @@
-"""Files of tensors in the safetensors format, written and read by plain system calls.
+"""Writes and reads files of tensors in the safetensors format, by plain system calls.
 
-The safetensors library is not enough, because a checkpoint needs the errno of a failed call (the
-library raises an error with a text alone, and a read error of a mapped file is a signal that ends
-the process), reads of a few bytes from many files, and checksums of parts during the write.
+The safetensors library is not enough for checkpoints. Its errors have only a text instead of the
+errno of a failed call, and a read error in a memory-mapped file is a signal that ends the process.
+Checkpoints also need reads of a few bytes from many files, and checksums of parts of a file that
+are computed during the write.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fd_large.weights.read import DTYPES
 
 CHUNK = 1 << 24
 TENSORS_A_CALL = 512
-"""Number of tensors that one system call writes; the system allows 1024."""
+"""Largest number of tensors that one system call writes; the system allows 1024."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Place of a tensor in its file.
+    """Data type and position of a tensor in a file.
 
     Attributes:
         dtype: Data type of the tensor.
-        start: Offset of its first byte in the file.
-        stop: Offset after its last byte.
+        start: Offset of the tensor's first byte in the file.
+        stop: Offset after the tensor's last byte.
     """
 
     dtype: torch.dtype
@@ -43,13 +44,13 @@ class Place(NamedTuple):
 
 
 class Checksums(NamedTuple):
-    """CRC-32 of a file and of its parts, stored in a receipt: eight hexadecimal digits each.
+    """CRC-32 checksums of a file of tensors, each as eight hexadecimal digits.
 
     Attributes:
         file: Checksum of the whole file.
         header: Checksum of the bytes before the first tensor.
-        kinds: Checksum of the concatenated tensors of each kind; the kind is the part of a name
-            before its first dot.
+        kinds: Checksum of the concatenated tensors of each kind, by kind. The kind of a tensor is
+            the part of its name before the first dot.
     """
 
     file: str
@@ -61,11 +62,14 @@ def header_of(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, Place]]:
-    """Returns the bytes before the first tensor of a file, and the tensors' places, in order.
+    """Returns the header of a file of tensors, and the position of each tensor.
 
     Args:
-        tensors: Data type and shape by name.
-        metadata: Further texts of the header, by name.
+        tensors: Data type and shape of each tensor, by name.
+        metadata: Further texts for the header, by name.
+
+    Returns: the bytes before the first tensor; the position of each tensor, by name, in the order
+        of the tensors in the file.
     """
     # As the library does: the widest first, so that each lies on a multiple of its own width.
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -86,13 +90,16 @@ def header_of(
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
-    """Writes and flushes a file with the mode that the user's umask gives.
+    """Writes tensors to a file and flushes the file to disk.
+
+    The mode of a new file follows the user's umask.
 
     Args:
-        path: The file.
-        tensors: Contiguous, in host memory, by name.
+        path: The file, which is overwritten if it exists.
+        tensors: Contiguous tensors in host memory, by name.
 
-    Raises: OSError: if it cannot be written; the file is then incomplete.
+    Returns: the checksums of the written bytes.
+    Raises: OSError: if the file cannot be written; it is then incomplete.
     """
     header, places = header_of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     order = list(places)
@@ -116,14 +123,21 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
 
 
 class TensorFile:
-    """An open file of tensors. Its descriptor stays open until `close`.
+    """An open file of tensors, whose file descriptor stays open until `close`.
 
     Args:
         path: The file.
-        headers: Parsed tables by header bytes, extended here: the files of a run's ranks have
-            nearly equal headers, and thousands of parsed tables would fill memory.
+        headers: Cache of parsed headers by their bytes, to which the file's header is added. Ranks
+            with equal headers then share a parsed header, since thousands would fill memory.
 
-    Raises: OSError: if it cannot be read; ValueError: if it is not such a file.
+    Attributes:
+        path: The file.
+        header: The bytes before the first tensor.
+        places: Data type and position of each tensor, by name.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the file is not in the safetensors format.
     """
 
     def __init__(self, path: Path, headers: dict[bytes, dict[str, Place]] | None = None) -> None:
@@ -143,7 +157,7 @@ class TensorFile:
             raise
 
     def close(self) -> None:
-        """Closes the descriptor; a second time does nothing."""
+        """Closes the file; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -153,7 +167,15 @@ class TensorFile:
             self.close()
 
     def read_into(self, out: Tensor, name: str, start: int) -> None:
-        """Fills a flat float32 tensor with elements of a stored one, from `start` on."""
+        """Fills a tensor with consecutive elements of a tensor in the file.
+
+        Args:
+            out: (num_elements,) float32, which is filled.
+            name: Name of the tensor in the file.
+            start: Index of the first element to read, in the flattened tensor.
+
+        Raises: OSError: if the file cannot be read or ends early.
+        """
         dtype, begin, _ = self.places[name]
         values = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
         view = values.view(torch.uint8).numpy().data
@@ -162,7 +184,10 @@ class TensorFile:
             out.copy_(values)
 
     def checksum(self, kinds: Collection[str]) -> Checksums:
-        """Returns the checksums of the header and of some kinds, without the whole file's."""
+        """Returns checksums of the header and of some kinds of tensors.
+
+        The checksum `file` is left empty, and kinds without a tensor in the file have none.
+        """
         sums = {}
         for kind in kinds:
             places = [place[1:] for name, place in self.places.items() if _kind(name) == kind]
@@ -195,7 +220,7 @@ class TensorFile:
 
 
 def _write_all(descriptor: int, views: list[memoryview]) -> None:
-    """Writes all bytes of the views, and empties the list."""
+    """Writes all bytes of the views to a file descriptor, and empties the list of views."""
     while views:
         written = os.writev(descriptor, views)
         while views and written >= len(views[0]):
@@ -205,7 +230,7 @@ def _write_all(descriptor: int, views: list[memoryview]) -> None:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns spans of a file in order, with adjacent spans joined."""
+    """Sorts spans [start, stop) of a file, and joins spans that adjoin."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if joined and joined[-1][1] == start:

@@ -1,12 +1,14 @@
 """Writes a checkpoint while training goes on, by a thread, from a copy in host memory.
 
-The host memory, 12 bytes for each parameter of the rank's shard and 4 more for an average, is kept
-from save to save. State that lies in files on a disk, because there is no memory for it, is written
-from where it lies while training stands still; the checkpoint is the same to the byte.
+The host memory for the copy is kept from save to save. It takes 12 bytes for each parameter of the
+rank's shard, and 4 more if the run keeps a moving average. State that lies in files on a disk,
+because there is no memory for it, is not copied; it is written from the disk while training
+pauses. The checkpoint is then the same to the byte.
 
-Every rank writes one safetensors file of its shards, so that a run on 1,000 ranks writes 1,000
-files of tensors and 1,000 receipts, and each rank writes only its own. All ranks agree in the
-loop's one small all-reduce that all have finished; then rank 0 commits by a rename.
+Every rank writes one safetensors file of its own shards and one receipt, so that a run on 1,000
+ranks writes 1,000 files of tensors and 1,000 receipts. In the small all-reduce that the training
+loop makes anyway, the ranks learn that all of them have finished. Then rank 0 commits the
+checkpoint by a rename.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """This rank's shard of one tensor of the state.
+    """This rank's shard of a tensor of the state.
 
     Attributes:
-        key: KIND.NAME; KIND is master, ema, or a moment of the optimiser, such as exp_avg.
-        values: (elements,) float32, a view of the live state.
+        key: KIND.NAME, where KIND is "master", "ema", or a moment of the optimiser such as
+            "exp_avg", and NAME is the name of the parameter.
+        values: (num_elements,) float32, a view of the live state.
     """
 
     key: str
@@ -46,13 +49,17 @@ class Piece(NamedTuple):
 
 
 def in_words(keys: Sequence[str]) -> str:
-    """Returns the names of pieces in words, as "master of student.norm.weight, and 3 more"."""
+    """Describes the shards with these keys, as in "master of student.norm.weight, and 3 more,".
+
+    Args:
+        keys: Keys of the shards, at least one, in the form KIND.NAME.
+    """
     kind, _, name = keys[0].partition(".")
     return f"{kind} of {name}" + (f", and {len(keys) - 1} more," if len(keys) > 1 else "")
 
 
 ALIGNMENT = 64
-"""Each tensor's copy begins at a multiple of so many bytes, so that it can be of any type."""
+"""Alignment in bytes of each tensor in the copy, so that the tensor can be of any data type."""
 
 
 class Saver:
@@ -60,15 +67,18 @@ class Saver:
 
     Args:
         folder: The run's folder.
-        keep_last: Newest complete checkpoints that stay.
-        keep_every: Interval in steps; checkpoints at its multiples stay as well. 0 keeps none.
-        lease: This start's right to write the folder; None if no other process can write it.
-        copies: Whether the state is copied, so that training continues; otherwise it is written
-            in place without further memory, and must not change until `wait` has returned.
+        keep_last: Number of newest complete checkpoints to keep.
+        keep_every: Checkpoints whose step is a multiple of this number are also kept; 0 for none.
+        lease: The start's right to write the folder; None if no other process can write the folder.
+        copies: Whether the state is copied, so that training can continue during the write. If
+            False, the state is written without a copy, and must not change until `wait` has
+            returned.
 
     Attributes:
-        begun: Whether a checkpoint is under way.
-        not_finite: Keys of this rank's pieces that kept the last checkpoint from being written.
+        begun: Whether a checkpoint was begun and not yet finished.
+        not_finite: Keys of this rank's shards with NaN or infinity, because of which the last
+            checkpoint was not written.
+        ended: Time at which this rank finished or failed to write its file, by time.monotonic.
     """
 
     def __init__(
@@ -91,16 +101,16 @@ class Saver:
         self._part = Path()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.ended = 0.0
-        """Time at which this rank had written its file, by time.monotonic."""
+        """Time at which this rank finished or failed to write its file, by time.monotonic."""
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still writing."""
+        """Whether this rank is still writing its file."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank failed to write its file."""
+        """Whether this rank did not write its file because of an error or a state with NaN."""
         return self._problem is not None
 
     def begin(
@@ -111,15 +121,16 @@ class Saver:
         not_finite: Sequence[str] = (),
         prunes: bool = True,
     ) -> None:
-        """Copies the state to host memory and starts to write it; blocks only for the copy.
+        """Copies the state to host memory, and starts a thread that writes the copy.
 
-        A state that is not finite is not written, and this rank counts as failed.
+        The method returns after the copy. If the state is not finite, nothing is written, and this
+        rank counts as failed.
 
         Args:
-            manifest: The content of manifest.json, without its own checksum.
+            manifest: Contents of manifest.json, without its own checksum.
             pieces: This rank's shards.
-            not_finite: Keys of the pieces that hold NaN or infinity.
-            prunes: Whether old checkpoints are deleted when this one is complete.
+            not_finite: Keys of this rank's shards that have NaN or infinity.
+            prunes: Whether old checkpoints are removed when this checkpoint is complete.
         """
         assert not self.begun
         self.close()
@@ -152,20 +163,20 @@ class Saver:
         return copies
 
     def wait(self) -> None:
-        """Blocks until this rank has written."""
+        """Blocks until this rank no longer writes its file."""
         if self._thread is not None:
             self._thread.join()
 
     def finish(self, *, failed_anywhere: bool, broken_anywhere: bool = False) -> bool:
-        """Commits the checkpoint, or discards it if a rank failed.
+        """Commits the checkpoint, or discards it if any rank failed to write its file.
 
-        All ranks call it, once none of them is still writing.
+        All ranks must call this method, when no rank is writing any more.
 
         Args:
-            failed_anywhere: Whether a rank failed, for whatever reason.
-            broken_anywhere: Whether a rank failed because its state is not finite.
+            failed_anywhere: Whether any rank failed, for whatever reason.
+            broken_anywhere: Whether any rank failed because its state is not finite.
 
-        Returns: whether the checkpoint is complete now.
+        Returns: whether the checkpoint is complete, the same on all ranks.
         """
         self.wait()
         self._thread, self.begun = None, False
@@ -197,7 +208,7 @@ class Saver:
         return written
 
     def close(self) -> None:
-        """Waits until old checkpoints are removed."""
+        """Blocks until the thread that removes old checkpoints has ended."""
         if self._pruner is not None:
             self._pruner.join()
             self._pruner = None
