@@ -1,1 +1,1 @@
-"""Segmentation: the class of every pixel, from a student's features."""
+"""Semantic segmentation, which predicts the class of every pixel from a student's features."""

@@ -1,4 +1,4 @@
-"""The job of segmentation, which trains on images with a class for each pixel and tests mIoU."""
+"""The segmentation job, which trains on images with a class for each pixel and measures mIoU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEAD_INIT = "task.segmentation.head_init"
 
 
 class SegmentationJob(DenseJob):
-    """Trains a student on the pixels of `data.root`'s train split, and tests on a val split."""
+    """Trains a student on the labels of `data.root`'s train split, and tests it on a val split."""
 
     metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
@@ -35,7 +35,7 @@ class SegmentationJob(DenseJob):
     truth = torch.int16
 
     def open_split(self, root: str, split: str, where: str) -> SegmentationSet:
-        """Opens the images of a split and their labels."""
+        """Opens the images of a split with their labels."""
         section = self.section
         return open_segmentation(
             root,
@@ -48,13 +48,13 @@ class SegmentationJob(DenseJob):
         )
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images and their labels, and takes the names of the classes."""
+        """Opens the training images with their labels; sets `classes` (names and colours)."""
         images, section = super().open_samples(), self.section
         self.classes = classes_of(self.run.data.root, section.num_classes, section.classes)
         return images
 
     def training_views(self) -> TrainingViews:
-        """Returns the recipe's views of training images."""
+        """Returns the random crops of training images that the recipe sets."""
         section = self.section
         return TrainingViews(
             self.run.data.image_size,
@@ -78,14 +78,16 @@ class SegmentationJob(DenseJob):
         )
 
     def sources(self) -> Mapping[str, str]:
-        """Returns the sources of the student and of the heads."""
+        """Returns the sources of the weights of student and heads, by the recipe's fields."""
         head_source = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
         return {**super().sources(), **head_source}
 
     def initial_weights(self) -> InitialWeights:
-        """Returns the weights of the student, and of heads and neck if the recipe names a source.
+        """Returns the weights of the student, and those of heads and neck from `head_init`.
 
-        The source of heads and neck is `task.segmentation.head_init`.
+        If `task.segmentation.head_init` is empty, heads and neck start from random weights.
+
+        Raises: WeightsError: if weights do not fit the student, the heads or the neck.
         """
         source, student = self.section.head_init, super().initial_weights()
         if not source:
@@ -96,11 +98,11 @@ class SegmentationJob(DenseJob):
         return {**student, **heads}
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns the model under test, with its views of an image."""
+        """Returns the model under test, with the test settings of the recipe."""
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
-        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
+        """Returns an error message if the recipe tests whole images, or "" if it tests windows."""
         if self.section.test_mode != "whole":
             return ""
         return (
@@ -117,19 +119,19 @@ class SegmentationJob(DenseJob):
     def keep(
         self, outcome: Outcome, some: Any, images: SegmentationSet, folder: Path
     ) -> list[Path]:
-        """Writes scores.json, and draws images and the confusion matrix."""
+        """Writes scores.json, and if `some` is given draws images and the confusion matrix."""
         return keep(outcome, some, images, self.classes, folder)
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns names and colours of the classes."""
+        """Returns the manifest's entry "classes", with the names and colours of the classes."""
         classes = self.classes
         return {"classes": {"names": list(classes.names), "colors": [*map(list, classes.colors)]}}
 
 
 def test_views(run: Run) -> TestViews:
-    """Returns the recipe's views of test images.
+    """Returns the sizes at which the recipe tests an image, whole or by windows.
 
-    Raises: ConfigError: if the windows would leave gaps between them.
+    Raises: ConfigError: if there would be gaps between the windows.
     """
     section, side = run.task.segmentation, run.data.image_size
     short, long = section.test_size if any(section.test_size) else (side, LONG_SIDE * side)

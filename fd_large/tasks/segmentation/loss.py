@@ -1,4 +1,4 @@
-"""The loss of segmentation: cross-entropy at every pixel that is not ignored."""
+"""The segmentation loss, the cross-entropy at every pixel that is not ignored."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor
 from fd_large.ranks import distributed
 
 IGNORED = -1
-"""Label of pixels that are neither learnt nor scored."""
+"""Label of pixels that neither the loss nor the scores count."""
 
 Pixels = Literal["all", "labelled"]
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, *, over: Pixels = "all") -> Tensor:
-    """Returns the cross-entropy of logits resized to the labels.
+    """Returns the cross-entropy of the labels, after bilinear resizing of the logits to their size.
 
     Args:
-        logits: (B, K, h, w), any float dtype; sums run in float32.
+        logits: (B, K, h, w), any float dtype; computed in float32 or float64.
         labels: (B, H, W), any integer dtype, `IGNORED` or a class.
         over: Divisor of the sum. "all": the number of pixels, including ignored ones, as in the
-            published runs (mmsegmentation's default). "labelled": the number of labelled pixels
-            of this pass on all ranks, by a collective.
+            published runs (mmsegmentation's default). "labelled": the mean number per rank of
+            labelled pixels in this micro-batch, found by a collective; averaging over the ranks
+            then gives the mean over all labelled pixels.
 
-    Returns: scalar float32, 0 where no pixel is labelled.
+    Returns: a scalar, float32 or float64; 0 if no pixel is labelled.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)

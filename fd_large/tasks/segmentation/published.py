@@ -1,7 +1,7 @@
-"""Segmentation models with heads, to and from the names of mmsegmentation and transformers.
+"""Translates segmentation heads to and from the names of mmsegmentation and transformers.
 
-The heads compute the same functions; only names differ. The names of a backbone are in its
-family's files (`backbones/FAMILY/export.py` and `published.py`).
+The heads compute the same functions here and there; only the names of tensors differ. The names of
+a backbone's tensors are in its family's files (`backbones/FAMILY/export.py` and `published.py`).
 
 Sources: mmsegmentation 1.2 (UPerHead, FCNHead, Feature2Pyramid), Swin's and BEiT's own segmentation
 code (norms and pyramid under the backbone's name), transformers 5 (UperNetForSemanticSegmentation).
@@ -26,7 +26,13 @@ CLASSIFIER = "head.classifier.convolution.weight"
 
 
 def _layout(norm: str, classifier: str, maps: str) -> Rows:
-    """Returns the table of a library's names, from its names of norms and of the last layer."""
+    """Returns the table that translates a library's names of the heads' tensors to ours.
+
+    Args:
+        norm: The library's name of the norm after a convolution.
+        classifier: The library's name of a head's last layer.
+        maps: Further lines of the table, for the neck.
+    """
     return table(f"""
 decode_head.psp_modules.#.1.conv.*          head.pools.#.convolution.*
 decode_head.psp_modules.#.1.{norm}.*        head.pools.#.norm.*
@@ -72,7 +78,7 @@ HEADS = (
 
 
 class Heads(NamedTuple):
-    """The heads of a run, as described in the libraries' configurations.
+    """A run's heads and test, as the configuration files of the libraries describe them.
 
     Attributes:
         widths: Channels of the four maps.
@@ -80,10 +86,11 @@ class Heads(NamedTuple):
         names: Names of the classes.
         auxiliary_width: Channels of the auxiliary head; 0 for none.
         auxiliary_weight: Weight of the auxiliary head's loss.
-        scales: Factors by which a plain ViT's maps are rescaled; empty for a model with stages.
-        blocks: Numbers of the ViT's blocks that give the maps, counted from 0.
-        window: Side of the windows of the test, in pixels; 0 for whole images.
-        window_stride: Pixels from one window to the next.
+        scales: Factors by which a ViT's maps are rescaled; empty for a model with stages.
+        blocks: Numbers of the ViT's blocks that provide the maps, counted from 0; empty for a model
+            with stages.
+        window: Side of the test's windows, in pixels; 0 for whole images.
+        window_stride: Distance from window to window, in pixels.
     """
 
     widths: tuple[int, ...]
@@ -98,14 +105,15 @@ class Heads(NamedTuple):
 
 
 def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
-    """Returns the export of a student with its heads to a library's files.
+    """Returns the export of a student together with its heads.
 
     Args:
-        backbone: Export of the student alone.
-        to: A name of the table `LAYOUTS`.
-        heads: The heads.
+        backbone: The export of the student alone.
+        to: The format, a name in the table `LAYOUTS`.
+        heads: The heads and the test.
 
-    Raises: ConfigError: if the library lacks these heads.
+    Raises: ConfigError: if the library's model cannot take its maps from the same blocks, or cannot
+        rescale them in the same way.
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(
@@ -214,7 +222,7 @@ def _mmsegmentation(
 
 
 def _test(heads: Heads) -> dict[str, Any]:
-    """Returns mmsegmentation's settings for tests of the model."""
+    """Returns mmsegmentation's `test_cfg`, by which it tests whole images or windows."""
     if not heads.window:
         return {"mode": "whole"}
     size, stride = ([side, side] for side in (heads.window, heads.window_stride))
@@ -222,15 +230,17 @@ def _test(heads: Heads) -> dict[str, Any]:
 
 
 def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> dict[str, Fitted]:
-    """Finds the heads of a run in the file of a whole segmentation model; reads headers only.
+    """Finds the weights of heads and neck in the file of a whole segmentation model.
+
+    Only the file's header is read at first; iterating over a module's weights reads them.
 
     Args:
-        file: The tensors.
+        file: The tensors of the file.
         expected: Shapes of heads and neck, by our names.
         label: Name of the file for messages.
-        where: The field that the user set.
+        where: The field that the user set, for messages.
 
-    Returns: the weights of each module of the task, which are read when they are iterated.
+    Returns: the weights of each module of the task besides the student, by the module's name.
     Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
     pieces = translated(file, HEADS).pieces

@@ -1,4 +1,4 @@
-"""The section of segmentation, and the facts that need no torch."""
+"""The recipe's section `task.segmentation`, and the description of the task; needs no torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fd_large.tasks.dense.section import (
 # Labels are int16.
 MOST_CLASSES = 2**15
 ON_LAST_MAP = {"linear"}
-"""Heads that take the student's last map alone, after its final norm."""
+"""Names of heads that take only the student's last map, after the student's final norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """The class of each pixel: a head on the student's features; data.image_size is the crop."""
+    """Settings of segmentation: the head on the student, its training and its test."""
 
     # Number of classes. ADE20K has 150.
     num_classes: int = 150
@@ -110,7 +110,7 @@ METRICS = {
     "val/mAcc": "mAcc (%)",
     "val/aAcc": "aAcc (%)",
 }
-"""Labels of the metrics; see `TrainingJob.metrics`."""
+"""The label of each metric in logs and reports, as in `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="segmentation",

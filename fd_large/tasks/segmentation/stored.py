@@ -1,4 +1,4 @@
-"""Exports the segmentation of a stored run, scores it, or draws it on the user's images."""
+"""Exports or scores the model of a stored segmentation run, or applies it to users' images."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
-# Classes that are named in the line of an image.
+# Number of classes that are named in the line of text about an image.
 NAMED = 3
 
 
 class StoredSegmentation(StoredDense):
-    """A run of segmentation, exported with its heads if the library's files have them."""
+    """A stored segmentation run, which commands can export, score, and use on images."""
 
     job: SegmentationJob
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns the export of the student, with its heads if the library's files have them."""
+        """Returns the export of the student, with its heads if the format of `to` has heads.
+
+        Raises: ConfigError: if the library lacks this model or these heads.
+        """
         if not LIBRARIES[to].heads:
             return super().exported_into(architecture, to)
         section, student = self.job.section, self.run.student
@@ -75,11 +78,11 @@ class StoredSegmentation(StoredDense):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the shapes of heads and neck, if the library's files have them."""
+        """Returns the shapes of heads and neck by name; {} if the format has no heads."""
         return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on the classes and on exported heads."""
+        """Returns the model card's title, introduction and tag for a segmentation model."""
         name = without_folders(self.run.data.root)
         intro = (
             "An image backbone that was trained to name the class of each pixel; the heads are "
@@ -95,12 +98,12 @@ class StoredSegmentation(StoredDense):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the val split of `eval.root` or `data.root`."""
+        """Scores the model on the test images, with the class names of the checkpoint."""
         self.job.classes = _classes(reader)
         return super().score(reader, folder)
 
     def tables(self, outcome: Outcome, images: SegmentationSet) -> Sequence[Any]:
-        """Returns the tables of the means and of the classes."""
+        """Returns two tables: mIoU, mAcc and aAcc, and the scores of each class."""
         return [
             numbers_table(outcome.scores, len(images)),
             classes_table(outcome.scores, self.job.classes.names),
@@ -109,7 +112,7 @@ class StoredSegmentation(StoredDense):
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws the class of each pixel with a legend, and writes label files."""
+        """Draws the predicted classes over each image, and writes them to a label file (PNG)."""
         model, classes = Model(self.task(reader).predict, test_views(self.run)), _classes(reader)
 
         def see(image: Tensor, stem: str) -> Seen:

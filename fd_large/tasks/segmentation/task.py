@@ -1,7 +1,7 @@
-"""The task of segmentation: a head for the class of each pixel on a student's maps, and its loss.
+"""The segmentation task: a head on a student's maps predicts the class of each pixel.
 
-A Swin model has a map for each stage; for a ViT, the maps of four blocks are rescaled. A small
-auxiliary head on the third map adds a second loss in training.
+A Swin model provides a map for each stage. For a ViT, the maps of four blocks are rescaled. In
+training, a small auxiliary head on the third map adds a second loss.
 
 Sources: the published segmentation of Swin (arXiv 2103.14030) and BEiT (arXiv 2106.08254).
 """
@@ -41,24 +41,24 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "uper": UperHead,
     "linear": lambda widths, width, num_classes: LinearHead(widths[-1], num_classes),
 }
-"""Heads from maps to logits, by their names in a recipe (`task.segmentation.head`), constructed
-from (channels of the maps, channels of the head, number of classes). A head's attribute `width` is
-the number of channels before its last layer, which dropout acts on."""
+"""Built-in heads, by their names in a recipe (`task.segmentation.head`). Each is constructed from
+(channels of the maps, channels of the head, number of classes), and returns logits for the maps.
+Its attribute `width` is the number of channels before its last layer, which dropout acts on."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 
 
 class Segmentation(DenseTask):
-    """A head for the class of each pixel on a distilled student.
+    """A distilled student with a head that predicts the class of each pixel.
 
     Args:
-        student: A backbone; it loses its final norm.
+        student: A backbone. Its final norm is removed, unless the head is linear.
         num_classes: K.
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
-        auxiliary_weight: Weight of the second head's loss; 0 for no second head.
+        auxiliary_weight: Weight of the auxiliary head's loss; 0 for no auxiliary head.
         over: Divisor of the losses (`pixel_loss`).
         frozen: Whether the student is frozen.
-        seed: Seed of the dropped channels, besides epoch and position.
+        seed: Seed of channel dropout, which also depends on epoch and position.
         statistics: The student's normalisation.
 
     Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
@@ -98,7 +98,7 @@ class Segmentation(DenseTask):
         self.auxiliary_weight, self.over, self.seed = auxiliary_weight, over, seed
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the labels, and the channels that dropout keeps."""
+        """Returns the arguments of `forward`: normalised pixels, labels and kept channels."""
         count = self.head.width + (self.auxiliary.width if self.auxiliary else 0)
         draws = uniforms(self.seed, targets.epoch, targets.positions, "dropout", count)
         return {
@@ -120,12 +120,12 @@ class Segmentation(DenseTask):
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
-            keep: (num_sites, B) bool, or None.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
             labels: (B, H, W), classes or `IGNORED`.
-            channels: (B, channels of head and auxiliary head) bool, the kept channels; None for
-                all.
+            channels: (B, width of the head + width of the auxiliary head) bool, the channels that
+                dropout keeps before the classifiers; None keeps all.
 
-        Returns: without labels (B, K, H, W) float32.
+        Returns: with labels (loss, {name: term}), scalars; without labels (B, K, H, W) float32.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self._maps(pixels, keep)
@@ -144,7 +144,7 @@ class Segmentation(DenseTask):
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
-        """Returns the neck's maps; without a neck the last map, (B, C, h, w), in a list."""
+        """Returns the student's maps for the neck; without a neck, [last map (B, C, h, w)]."""
         if self.on_last_map:
             return [normed_last_map(self.student, pixels, keep)]
         if has_stages(self.student):
@@ -153,10 +153,11 @@ class Segmentation(DenseTask):
         return maps_of_blocks(self.student, pixels, keep, taken)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """Returns the parameters exempt from weight decay, besides vectors.
+        """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        A ViT has none: its class token and positions are decayed, as in the published runs, whose
-        code looks for their names without the prefix and so does not find them.
+        One-dimensional parameters are always exempt. For a ViT no others are. Its class token and
+        position embedding are decayed as in the published runs, whose code meant to exempt them,
+        but looks for their names without the prefix of the backbone.
         """
         if has_stages(self.student):
             return super().no_weight_decay()

@@ -1,1 +1,1 @@
-"""Images with a class for each pixel: datasets, training views, batches."""
+"""Images with a class for each pixel: datasets, labels, and views for training and tests."""

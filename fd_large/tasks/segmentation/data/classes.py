@@ -1,4 +1,4 @@
-"""Names of a dataset's classes, and their colours in plots; torch is not imported."""
+"""Names of a dataset's classes, and the colours of classes in plots; torch is not imported."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ class Classes(NamedTuple):
 def classes_of(root: str, count: int, file: str) -> Classes:
     """Returns names and colours of a dataset's classes.
 
+    Without a file, the names are those of ADE20K or Cityscapes if the folder holds this dataset and
+    K is its number of classes; else they are "class 0", "class 1" and so on.
+
     Args:
         root: Folder of the dataset.
-        count: K.
-        file: A JSON file of names (`task.segmentation.classes`); "" for the dataset's own names.
+        count: K, the number of classes.
+        file: A JSON file with names and optional colours (`task.segmentation.classes`), or "".
 
-    Raises: ConfigError: if the file does not name the classes.
+    Raises: ConfigError: if the file is invalid, or does not have a name for each class.
     """
     if file:
         return _classes_in(file, count)
@@ -55,7 +58,10 @@ def classes_of(root: str, count: int, file: str) -> Classes:
 
 
 def _ade20k_names(path: Path) -> tuple[str, ...]:
-    """Returns the first synonym in the last column of each line below the headings."""
+    """Reads the names of ADE20K's classes from its objectInfo150.txt.
+
+    A name is the first synonym in the last column of a line; the first line is skipped.
+    """
     lines = read_bytes(path).decode(errors="replace").splitlines()[1:]
     return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
 
@@ -87,9 +93,10 @@ def _classes_in(file: str, count: int) -> Classes:
 
 
 def colors_of(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns a colour for each class; adjacent classes get dissimilar colours.
+    """Returns an RGB colour, in 0..255, for each of `count` classes.
 
-    Hues are a golden section of the circle apart, with three levels of saturation and brightness.
+    Consecutive classes get dissimilar colours. Their hues differ by a golden section of the circle,
+    and saturation and brightness cycle through three levels.
     """
     colors = []
     for number in range(count):

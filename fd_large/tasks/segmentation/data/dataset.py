@@ -1,4 +1,4 @@
-"""Images with label files of the same stem: ADE20K, Cityscapes, COCO-Stuff, and plain folders."""
+"""Datasets of images and label files: ADE20K, Cityscapes, COCO-Stuff, and plain folders."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 class SegmentationSet(PairedImages):
-    """The images of a split; `s.truth(i)` are the classes of an image's pixels.
+    """The images of a split with their label files; `s.truth(i)` returns the labels of image i.
 
     Args:
         pairs: The images and their label files.
         num_classes: K.
         ignore_value: See `class_labels`.
         reduce_zero_label: See `class_labels`.
-        max_pixels: Larger images are refused.
+        max_pixels: Images and label files with more pixels are refused.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class SegmentationSet(PairedImages):
         self._ignore_value, self._reduce_zero_label = ignore_value, reduce_zero_label
 
     def truth(self, index: int) -> NDArray[np.int16]:
-        """Reads the classes of the pixels of image `index`, (H, W); ignored pixels are `IGNORED`.
+        """Reads the labels of image `index`, (H, W): the class of each pixel, or `IGNORED`.
 
-        Raises: DataError: if the file cannot be read, or has invalid labels.
+        Raises: DataError: if the label file cannot be read, or has invalid labels.
         """
         path = self.truth_file(index)
         return class_labels(
@@ -89,16 +89,16 @@ def open_segmentation(
     max_pixels: int = MAX_PIXELS,
     where: str = "data.root",
 ) -> SegmentationSet:
-    """Opens a split of a dataset in a folder, and reads some of its label files.
+    """Opens a split of a dataset, and checks some of its label files by reading them.
 
     Args:
-        root: The folder: ADE20K's, Cityscapes', COCO-Stuff's, or one with images/SPLIT and
-            labels/SPLIT, or SPLIT/images and SPLIT/labels.
+        root: The dataset's folder, in the layout of ADE20K, Cityscapes or COCO-Stuff, or with the
+            folders images/SPLIT and labels/SPLIT, or SPLIT/images and SPLIT/labels.
         split: "train" or "val".
         num_classes: K.
         ignore_value: See `class_labels`.
         reduce_zero_label: See `class_labels`.
-        max_pixels: Larger images are refused.
+        max_pixels: Images and label files with more pixels are refused.
         where: The field that names the folder, for messages.
 
     Raises: DataError: if there is no such split, an image has no label file, or one of the files

@@ -1,4 +1,4 @@
-"""Turns the numbers in a label file into labels, which count the classes from 0."""
+"""Converts the numbers in a label file to labels, in which classes are counted from 0."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def class_labels(
     Args:
         numbers: (H, W), the numbers in the label file.
         num_classes: K.
-        ignore_value: The number of pixels that are neither learnt nor scored.
-        reduce_zero_label: Whether 0 is ignored as well and class k has the number k + 1, as in
-            ADE20K.
+        ignore_value: The number that marks ignored pixels.
+        reduce_zero_label: Whether 0 also marks ignored pixels, and class k has the number k + 1,
+            as in ADE20K; else class k has the number k.
         where: The file, for messages.
 
-    Returns: (H, W), classes from 0, or `IGNORED`.
+    Returns: (H, W) int16, a class in 0..K - 1 or `IGNORED` for each pixel.
     Raises: DataError: if a number belongs to no class and is not ignored.
     """
     first = int(reduce_zero_label)

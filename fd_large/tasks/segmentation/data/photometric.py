@@ -1,4 +1,4 @@
-"""Random brightness, contrast, saturation and hue of a training image.
+"""Random changes of brightness, contrast, saturation and hue of a training image.
 
 Source: Liu et al., arXiv 1512.02325 (SSD); order and ranges are those of mmsegmentation's
 PhotoMetricDistortion.
@@ -13,18 +13,21 @@ from numpy.typing import NDArray
 
 from fd_large.tasks.dense.color import linear, to_hsv, to_rgb
 
-NUM_DRAWS = 9  # whether and how strong for each of four changes, and when contrast changes
+NUM_DRAWS = 9  # four changes: whether each is made and how strongly; and when contrast changes
 BRIGHTNESS, FACTORS, HUES = 32.0, (0.5, 1.5), 18
 
 
 def distort(image: NDArray[np.uint8], draws: Sequence[float]) -> NDArray[np.uint8]:
-    """Distorts colours by four changes, each with probability 1/2.
+    """Changes brightness, contrast, saturation and hue of an image, each with probability 1/2.
+
+    The contrast changes before saturation and hue or after them, with probability 1/2 each. After
+    every change, values are clipped to 0..255 and rounded down.
 
     Args:
         image: (H, W, 3) uint8, red, green and blue.
-        draws: `NUM_DRAWS` numbers in [0, 1).
+        draws: `NUM_DRAWS` uniform random numbers in [0, 1).
 
-    Returns: the same shape; after every change values are cut to 0..255 and rounded down.
+    Returns: (H, W, 3) uint8, the changed image.
     """
     brighter, shift, first, contrasts, contrast, saturates, saturation, turns, hue = draws
     if brighter < 0.5:

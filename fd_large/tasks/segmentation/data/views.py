@@ -1,4 +1,4 @@
-"""Views of an image: a random crop in training, the whole image at several sizes in tests."""
+"""Views of an image: random crops in training, and the whole image at several sizes in tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fd_large.tasks.dense.windows import Window, num_forwards, windows
 from fd_large.tasks.segmentation.data import photometric
 from fd_large.tasks.segmentation.loss import IGNORED
 
-# Number of crops that are drawn at most, while one class fills them; the last one is always used.
+# Largest number of crops that are drawn while a single class fills them; the last is always used.
 CROPS = 11
 NUM_DRAWS = 2 + 2 * CROPS  # scale, flip, and top and left of each crop
 FLIP_PROBABILITY = 0.5
@@ -32,10 +32,12 @@ class TrainingViews(NamedTuple):
     Source: the published segmentation runs of Swin, BEiT and MAE on ADE20K.
 
     Attributes:
-        image_size: Side of the crop, in pixels; views may be smaller.
-        scale_range: Smallest and largest scale; at 1 the shorter side equals the crop's.
-        cat_max_ratio: Largest share of one class in a crop.
-        photometric: Whether colours are changed.
+        image_size: Side of the square crop, in pixels; views of small images are smaller.
+        scale_range: Smallest and largest scale. At scale 1 the shorter side of the resized image
+            equals `image_size`, unless the longer side would exceed `LONG_SIDE` times that.
+        cat_max_ratio: Another crop is drawn, up to `CROPS` in all, if a class has at least this
+            share of the labelled pixels. 1 accepts every crop.
+        photometric: Whether colours are changed (`photometric.distort`).
     """
 
     image_size: int
@@ -45,11 +47,11 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.int16:
-        """Returns the label of pixels outside a view."""
+        """The label of padding, outside the view."""
         return np.int16(IGNORED)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Draws the random numbers of the view at each position."""
+        """Returns the random numbers for the view at each position, as `view` takes them."""
         crops = uniforms(seed, epoch, positions, "jitter", NUM_DRAWS).tolist()
         colors = uniforms(seed, epoch, positions, "color", photometric.NUM_DRAWS).tolist()
         return list(zip(crops, colors, strict=True))
@@ -57,12 +59,13 @@ class TrainingViews(NamedTuple):
     def view(
         self, image: Tensor, labels: NDArray[np.int16], drawn: Drawn
     ) -> tuple[Tensor, NDArray[np.int16]]:
-        """Returns a random crop of an image and of its labels.
+        """Returns a random crop of an image, (3, h, w) uint8, and of its labels, (h, w).
 
         Args:
             image: (3, H, W) uint8.
             labels: (H, W).
-            drawn: `NUM_DRAWS` numbers in [0, 1), and `photometric.NUM_DRAWS`.
+            drawn: An item of `draws`: `NUM_DRAWS` uniform random numbers for the crop, and
+                `photometric.NUM_DRAWS` for the colours.
         """
         (draw_scale, draw_flip, *corners), colors = drawn
         low, high = self.scale_range
@@ -87,7 +90,7 @@ class TrainingViews(NamedTuple):
 
 
 def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
-    """Whether labels have several classes, none with a share of `largest` or more."""
+    """Whether labels (h, w) have at least two classes, each with a share of less than `largest`."""
     counts = np.bincount(labels[labels != IGNORED])
     return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest
 
@@ -100,8 +103,8 @@ class TestViews(NamedTuple):
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
         flip: Whether each view is also seen mirrored.
-        crop: Side of a window; 0 for whole images.
-        stride: Distance from window to window.
+        crop: Side of a window, in pixels; 0 for whole images.
+        stride: Distance from window to window, in pixels.
     """
 
     # No test of pytest's.
@@ -115,9 +118,10 @@ class TestViews(NamedTuple):
     stride: int = 0
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns the view of an image for each scale.
+        """Returns the view of an image of this size for each scale, without mirrored views.
 
-        With windows, the shorter side is at least a window's, and the longer side is not limited.
+        In a test by windows, the shorter side of a view is at least `crop`, and the longer side has
+        no upper limit.
         """
         views = []
         for scale in self.scales:
@@ -128,7 +132,7 @@ class TestViews(NamedTuple):
         return views
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image, with `at_once` windows in each."""
+        """Returns the number of forwards for an image, with up to `at_once` windows in each."""
         of_scales = (
             num_forwards(self.windows(*view.size), at_once) if self.crop else 1
             for view in self.views(height, width)
@@ -136,5 +140,5 @@ class TestViews(NamedTuple):
         return sum(of_scales) * (2 if self.flip else 1)
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """Returns the windows of a view of this size."""
+        """Returns the windows by which a view of this size is tested."""
         return windows((height, width), (self.crop,) * 2, (self.stride,) * 2)

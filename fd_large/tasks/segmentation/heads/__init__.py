@@ -1,1 +1,1 @@
-"""Heads that predict classes from maps: UPerNet, a convolutional head, a linear head."""
+"""Heads that predict the class of each pixel from maps: UPerNet, convolutional and linear."""

@@ -1,4 +1,4 @@
-"""The last layer of every head, which drops channels and predicts a class for each place."""
+"""The last layer of every segmentation head: channel dropout and a 1x1 convolution to logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DRAW = Draw("normal", std=0.01)
 
 
 class Classifier(nn.Module):
-    """A 1x1 convolution to the logits of K classes, after channel dropout.
+    """Channel dropout, followed by a 1x1 convolution to the logits of K classes.
 
     Args:
         width: Channels of the map, C.
@@ -25,11 +25,11 @@ class Classifier(nn.Module):
         self.convolution = Convolution(width, num_classes, 1, draw=_DRAW)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Maps (B, C, H, W) to (B, K, H, W).
+        """Maps a map (B, C, H, W) to logits (B, K, H, W).
 
         Args:
             x: The map.
-            keep: (B, C) bool, the channels of each image that stay; None: all.
+            keep: (B, C) bool, the channels of each image that dropout keeps; None keeps all.
         """
         if keep is not None:
             x = x * (keep.to(x.dtype) / (1 - DROPOUT))[:, :, None, None]

@@ -1,4 +1,4 @@
-"""The auxiliary head, a convolution and a classifier on one map, for a second loss.
+"""The auxiliary head, a convolution and a classifier on a single map, for an additional loss.
 
 Source: Long et al., arXiv 1411.4038; as in mmsegmentation's FCNHead with one convolution.
 """
@@ -13,7 +13,7 @@ from fd_large.tasks.segmentation.heads.classifier import Classifier
 
 
 class FcnHead(nn.Module):
-    """A 3x3 convolution with its norm, and a classifier.
+    """Head of a 3x3 convolution with batch norm and ReLU, and a classifier.
 
     Args:
         in_width: Channels of the map.
@@ -28,5 +28,11 @@ class FcnHead(nn.Module):
         self.classifier = Classifier(width, num_classes)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Maps (B, C, H, W) to logits (B, K, H, W); keep as in `Classifier`."""
+        """Maps a map (B, in_width, H, W) to logits (B, K, H, W).
+
+        Args:
+            x: The map.
+            keep: (B, width) bool, the channels that dropout keeps before the classifier; None keeps
+                all.
+        """
         return self.classifier(self.convolution(x), keep)

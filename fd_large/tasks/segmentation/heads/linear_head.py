@@ -14,7 +14,7 @@ from fd_large.tasks.segmentation.heads.classifier import Classifier
 
 
 class LinearHead(nn.Module):
-    """Batch norm and a classifier on the last map.
+    """Head of batch norm and a classifier on the last map.
 
     Args:
         width: Channels of the last map.
@@ -28,5 +28,10 @@ class LinearHead(nn.Module):
         self.classifier = Classifier(self.width, num_classes)
 
     def forward(self, maps: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Maps (B, C_s, H_s, W_s) of each stage to logits (B, K, H, W) of the last map's size."""
+        """Returns logits (B, K, H, W) from the last of the maps, (B, width, H, W).
+
+        Args:
+            maps: The student's maps, of which only the last is used.
+            keep: (B, width) bool, the channels that dropout keeps; None keeps all.
+        """
         return self.classifier(self.norm(maps[-1]), keep)

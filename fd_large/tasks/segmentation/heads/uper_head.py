@@ -1,7 +1,7 @@
-"""UPerNet's head: pyramid pooling of the last map, a top-down pyramid, and their fusion.
+"""UPerNet's head: pyramid pooling of the last map, a top-down pyramid, and fusion of its levels.
 
-Source: Xiao et al., arXiv 1807.10221; Zhao et al., arXiv 1612.01105 (pyramid pooling); details are
-those of mmsegmentation's UPerHead, with which a test compares the outputs.
+Source: Xiao et al., arXiv 1807.10221; Zhao et al., arXiv 1612.01105 (pyramid pooling). Details
+follow mmsegmentation's UPerHead, with which a test compares the outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class UperHead(nn.Module):
         widths: Channels of the maps, finest first.
         width: Channels of the head.
         num_classes: K.
-        pools: Sides of the grids that the last map is pooled to.
+        pools: Sides of the square grids to which the last map is pooled.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class UperHead(nn.Module):
         self.classifier = Classifier(width, num_classes)
 
     def forward(self, maps: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Maps (B, C_s, H_s, W_s) of each stage to the logits (B, K, H_0, W_0).
+        """Returns logits (B, K, H_0, W_0) of the size of the finest map.
 
         Args:
-            maps: The maps, finest first.
-            keep: (B, width) bool, the channels that the classifier sees; None: all.
+            maps: The map (B, C_s, H_s, W_s) of each stage s, finest first.
+            keep: (B, width) bool, the channels that dropout keeps before the classifier; None keeps
+                all.
         """
         *fine, last = maps
         pooled = [last]

@@ -1,1 +1,1 @@
-"""Tests of segmentation: sliding windows, several scales, areas, scores, pictures."""
+"""The segmentation test: predictions by windows and at several scales, scores, tables and plots."""

@@ -1,7 +1,7 @@
-"""Scores of segmentation from counts of pixels: aAcc, mAcc, mIoU, and scores by class.
+"""Segmentation scores from the confusion matrix: aAcc, mAcc, mIoU, and scores of each class.
 
-All scores come from one table of counts, whose sums over images and ranks are exact in int64, so
-that they do not depend on the number of ranks. (mmsegmentation sums in float32.)
+The confusion matrix is summed over images and ranks in int64, which is exact, so that the scores do
+not depend on the number of ranks. (mmsegmentation sums in float32.)
 
 Source: mmsegmentation, iou_metric.py; a test compares the scores.
 """
@@ -19,14 +19,14 @@ from fd_large.tasks.segmentation.loss import IGNORED
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts the labelled pixels by label and prediction.
+    """Returns the confusion matrix of the labelled pixels.
 
     Args:
-        predicted: (..., H, W), any integer dtype, classes.
-        labels: The same shape, classes or `IGNORED`.
+        predicted: (..., H, W), any integer dtype, predicted classes.
+        labels: Of the same shape, true classes or `IGNORED`.
         num_classes: K.
 
-    Returns: (K, K) int64: row the label, column the prediction.
+    Returns: (K, K) int64; entry (i, j) is the number of pixels with label i and prediction j.
     """
     counted = labels != IGNORED
     pairs = labels[counted].long() * num_classes + predicted[counted].long()
@@ -37,12 +37,14 @@ class Scores(NamedTuple):
     """Scores over a whole dataset, in per cent.
 
     Attributes:
-        a_acc: Share of the labelled pixels that are right.
-        m_acc: Mean, over the labelled classes, of the share of a class's pixels that is right.
-        m_iou: Mean intersection over union of the classes that are labelled or predicted.
-        iou: (K,), NaN for classes that are neither labelled nor predicted.
-        acc: (K,), NaN for classes that are not labelled.
-        counts: (K, K) int64, from `confusion`.
+        a_acc: Accuracy over all labelled pixels.
+        m_acc: Mean of `acc` over the classes that occur in the labels.
+        m_iou: Mean of `iou` over the classes that occur in labels or predictions.
+        iou: (K,), intersection over union of each class; NaN for a class that occurs in neither
+            labels nor predictions.
+        acc: (K,), accuracy over the pixels with each label; NaN for a class that occurs in no
+            label.
+        counts: (K, K) int64, the confusion matrix, in pixels.
     """
 
     a_acc: float
@@ -53,15 +55,15 @@ class Scores(NamedTuple):
     counts: NDArray[np.int64]
 
     def numbers(self) -> dict[str, float]:
-        """Returns the three means by their names in the literature."""
+        """Returns mIoU, mAcc and aAcc by name."""
         return {"mIoU": self.m_iou, "mAcc": self.m_acc, "aAcc": self.a_acc}
 
 
 def scores_of(counts: NDArray[np.int64]) -> Scores:
-    """Computes the scores of a table of counts.
+    """Computes all scores from the confusion matrix of a dataset.
 
     Args:
-        counts: (K, K) int64, from `confusion`, summed over the dataset.
+        counts: (K, K) int64, the sum of `confusion` over the images.
     """
     right, labelled, predicted = np.diagonal(counts), counts.sum(1), counts.sum(0)
     iou = _shares(right, labelled + predicted - right)
@@ -79,18 +81,18 @@ def scores_of(counts: NDArray[np.int64]) -> Scores:
 def m_iou(
     right: NDArray[np.int64], labelled: NDArray[np.int64], predicted: NDArray[np.int64]
 ) -> float:
-    """Returns the mIoU, in per cent, from numbers of pixels of each class, (K,) each.
+    """Returns the mIoU in per cent, from three counts of pixels for each class.
 
     Args:
-        right: Number of pixels of the class by both label and prediction.
-        labelled: Number of pixels of the class by label.
-        predicted: Number of pixels of the class by prediction.
+        right: (K,), the number of pixels with this class as label and as prediction.
+        labelled: (K,), the number of pixels with this class as label.
+        predicted: (K,), the number of labelled pixels with this class as prediction.
     """
     return _mean(_shares(right, labelled + predicted - right))
 
 
 def _shares(some: NDArray[np.int64], all_: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns the shares of totals in per cent, NaN where the total is 0."""
+    """Returns 100 * some / all_ for each entry, NaN where `all_` is 0."""
     return np.divide(100.0 * some, all_, out=np.full(len(some), np.nan), where=all_ > 0)
 
 

@@ -1,4 +1,4 @@
-"""The test of a segmentation, which counts the pixels of all images on all ranks in one table."""
+"""The segmentation test: ranks share the images, and sum their confusion matrices."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized
 
 
 class Outcome(NamedTuple):
-    """The scores that all ranks have after a test.
+    """The result of a test on N images, the same on all ranks.
 
     Attributes:
         scores: The scores of the whole dataset.
-        errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
-            image without labelled pixels, or that could not be read.
-        unread: Number of unreadable images, which are left out.
-        areas: (N, 3, K) int64, for each image the number of pixels of a class by both label and
-            prediction, by label, and by prediction.
+        errors: (N,) float64, the share of wrong pixels among each image's labelled pixels, in 0..1;
+            NaN for an image that has no labelled pixels or could not be read.
+        unread: Number of unreadable images, which are not scored.
+        areas: (N, 3, K) int64, for each image and class the number of labelled pixels that have the
+            class as both label and prediction, as label, and as prediction.
     """
 
     scores: Scores
@@ -55,9 +55,9 @@ class Model(NamedTuple):
     """The model under test.
 
     Attributes:
-        logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w); in
-            evaluation mode, called by all ranks if it is sharded.
-        views: Sizes at which an image is seen.
+        logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w), in
+            evaluation mode. If the model is sharded, all ranks must call it equally often.
+        views: The sizes at which an image is tested, whole or by windows, and mirrored or not.
         at_once: Number of windows in a forward.
     """
 
@@ -67,10 +67,10 @@ class Model(NamedTuple):
 
     @torch.no_grad()
     def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Predicts the class of each pixel of an image: (H, W) int64, on the device.
+        """Predicts the class of each pixel of an image, (H, W) int64, on the device.
 
         Args:
-            views: (3, h, w) uint8, the image at each scale.
+            views: The image resized to each scale, (3, h, w) uint8.
             size: Height and width of the result.
         """
         logits = self._logits(views)
@@ -80,7 +80,11 @@ class Model(NamedTuple):
         return averaged(logits, size)[0].argmax(0)
 
     def idle(self) -> None:
-        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
+        """Runs a forward on a black image.
+
+        Under ZeRO-3 all ranks must run the same number of forwards. A rank calls this method as
+        often as its image needs fewer forwards than the images of other ranks.
+        """
         forward_of_nothing(self.logits, self.views.crop or self.views.short_side)
 
     def _logits(self, views: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -103,12 +107,12 @@ def evaluate(
     workers: int,
     between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Tests on all images; a collective.
+    """Tests a model on all images; a collective.
 
     Args:
         model: The model under test.
         images: The test images and their labels.
-        workers: Processes that load.
+        workers: Number of loading processes; 0 loads in this process.
         between: Called before each image on every rank; may raise to end the test.
     """
     device, count = distributed.device(), images.num_classes
@@ -138,16 +142,17 @@ def keep(
     classes: Classes,
     folder: Path,
 ) -> list[Path]:
-    """Writes scores.json and draws images and the confusion matrix; on rank 0 alone.
+    """Writes scores.json and the bootstrap scores, and draws plots; called on rank 0 only.
 
     Args:
         outcome: Result of the test.
-        some: The images that are drawn, by `predict_some`; None: nothing is drawn.
+        some: The images to draw, from `predict_some`. If None, no plots are drawn, not even that
+            of the confusion matrix.
         images: The test images and their labels.
-        classes: Names and colours.
-        folder: A folder, made if it is missing.
+        classes: Names and colours of the classes.
+        folder: The folder to write to, which is created if it is missing.
 
-    Returns: the plots that were drawn.
+    Returns: the paths of the plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, classes))

@@ -1,4 +1,4 @@
-"""Plots of segmentation: an image with its classes, rows of test images, the confusion matrix.
+"""Plots of segmentation: predictions over an image, rows of test images, the confusion matrix.
 
 Torch is not imported.
 """
@@ -31,13 +31,13 @@ TALLEST = 1.4
 
 
 class Row(NamedTuple):
-    """A row of a test's plot: an image with labels, prediction and score.
+    """A row of a plot: a test image with its labels, its prediction and its score.
 
     Attributes:
         image: (H, W, 3) uint8.
-        labels: (H, W), the classes; below 0: ignored.
-        predicted: (H, W), the classes that the model predicts.
-        name: The image's name.
+        labels: (H, W), the class of each pixel; negative for ignored pixels.
+        predicted: (H, W), the predicted class of each pixel.
+        name: The image's file name.
         found: Share of correct pixels, as text.
     """
 
@@ -51,7 +51,13 @@ class Row(NamedTuple):
 def painted(
     image: NDArray[np.uint8], classes: NDArray[np.integer], of: Classes
 ) -> NDArray[np.uint8]:
-    """Overlays an image with the colours of classes; ignored pixels stay unchanged."""
+    """Returns an image (H, W, 3) uint8 that is overlaid with the colours of its pixels' classes.
+
+    Args:
+        image: (H, W, 3) uint8.
+        classes: (H, W), the class of each pixel. Pixels with a negative class stay unchanged.
+        of: Colours of the classes.
+    """
     colors = np.array(of.colors, dtype=np.float32)[np.maximum(classes, 0)]
     shown = image.astype(np.float32)
     inside = classes >= 0
@@ -63,9 +69,15 @@ def painted(
 def draw_prediction(
     image: NDArray[np.uint8], predicted: NDArray[np.integer], of: Classes, path: Path
 ) -> list[tuple[str, float]]:
-    """Draws an image with the classes of its pixels and a legend beside it, as a PNG.
+    """Writes a PNG of an image that is overlaid with the predicted classes, with a legend.
 
-    Returns: the classes and their share of the pixels, largest first.
+    Args:
+        image: (H, W, 3) uint8.
+        predicted: (H, W), the predicted class of each pixel.
+        of: Names and colours of the classes.
+        path: File to write.
+
+    Returns: (name, share of the pixels in 0..1) of each predicted class, largest share first.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +98,7 @@ def draw_prediction(
 
 @own_look
 def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
-    """Draws one row per image, with image, labels, prediction and wrong pixels, as a PNG."""
+    """Writes a PNG with a row for each image: the image, labels, prediction, and wrong pixels."""
     from matplotlib.figure import Figure
 
     # A row is as high as its image, in columns of this width.
@@ -132,12 +144,12 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
 
 @own_look
 def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
-    """Draws the confusion matrix, as shares of each label's pixels, as a PNG.
+    """Writes a PNG of the confusion matrix, in per cent of the pixels with each label.
 
-    With many classes, only those with most wrong pixels are shown.
+    Of more than `CONFUSED` classes, only those with most wrong pixels are shown.
 
     Args:
-        counts: (K, K), row the label, column the prediction.
+        counts: (K, K), the number of pixels by label (row) and prediction (column).
         of: Names of the classes.
         path: File to write.
     """
@@ -187,7 +199,7 @@ def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
 
 
 def _shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
-    """Returns the classes that occur and their shares, largest first."""
+    """Returns (class, share of the classified pixels) of each class, largest share first."""
     numbers, counts = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [(int(numbers[i]), float(counts[i] / counts.sum())) for i in order]

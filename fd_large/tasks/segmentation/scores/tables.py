@@ -1,4 +1,4 @@
-"""The scores of segmentation as tables for the terminal; no torch."""
+"""Tables of segmentation scores for the terminal; torch is not imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def numbers_table(scores: Scores, num_images: int) -> Table:
-    """Returns a table of the three means, in per cent."""
+    """Returns a table of mIoU, mAcc and aAcc, in per cent."""
     from rich.table import Table
 
     table = Table(title=f"{num_images:,} images", title_justify="left")
@@ -31,7 +31,10 @@ def numbers_table(scores: Scores, num_images: int) -> Table:
 
 
 def classes_table(scores: Scores, names: tuple[str, ...]) -> Table:
-    """Returns a table of IoU and accuracy, in per cent, of labelled or predicted classes."""
+    """Returns a table of IoU, accuracy (both in per cent) and labelled pixels of each class.
+
+    Classes that occur in neither labels nor predictions are left out.
+    """
     from rich.table import Table
 
     table = Table(title="The classes that occur", title_justify="left")

@@ -1,4 +1,4 @@
-"""Merges the logits of an image's views at several sizes and mirrored.
+"""Test-time augmentation: merges the logits of an image's resized and mirrored views.
 
 Source: mmsegmentation, seg_tta.py; a test compares the results.
 """
@@ -18,10 +18,10 @@ def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Ten
     """Averages the class probabilities of several views of one image.
 
     Args:
-        views: Logits (B, K, h, w) of each view, and whether it was mirrored.
+        views: For each view its logits (B, K, h, w), and whether the view is mirrored.
         size: Height and width of the result.
 
-    Returns: (B, K, H, W), probabilities.
+    Returns: (B, K, H, W), mean probabilities of the K classes.
     """
     total: Tensor | None = None
     count = 0
@@ -34,5 +34,5 @@ def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Ten
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes logits (B, K, h, w) to (B, K, H, W), bilinear."""
+    """Resizes logits (B, K, h, w) bilinearly to (B, K, *size)."""
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
