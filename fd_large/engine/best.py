@@ -49,7 +49,10 @@ class Best:
     def of_folder(
         cls, folder: Path, finished: int, *, metric: str, lower_is_better: bool, patience: int
     ) -> Best:
-        """Returns the comparison of a run's evaluations up to `finished` steps; a collective."""
+        """Reads a run's evaluations up to `finished` steps from its folder; all ranks must call it.
+
+        The other arguments are those of the class.
+        """
         values: dict[int, float] = {}
         if distributed.is_main():
             rows = rows_before(folder / EVALUATIONS, finished + 1)
@@ -59,13 +62,15 @@ class Best:
         return cls(metric, lower_is_better=lower_is_better, patience=patience, values=values)
 
     def note(self, step: int, metrics: Mapping[str, float], *, all_made: bool) -> bool:
-        """Takes the numbers of an evaluation; returns whether it is the best so far. A collective.
+        """Records the numbers of an evaluation; returns whether this evaluation is the best so far.
+
+        All ranks must call this method; the numbers of rank 0 count.
 
         Args:
             step: Number of finished steps.
-            metrics: The numbers.
-            all_made: Whether `metrics` has the numbers of all the run's evaluations, so that a
-                metric that it lacks is never measured.
+            metrics: The numbers, by name.
+            all_made: Whether `metrics` has the numbers of all the run's evaluations, so that the
+                run never measures a metric that `metrics` lacks.
 
         Raises: ConfigError: on all ranks, if the run does not measure the metric.
         """
@@ -87,13 +92,16 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Step of the best evaluation (the earliest of equal ones); None without a finite value."""
+        """Step of the best evaluation, or None if no value is finite.
+
+        Of evaluations with equal values, the earliest counts.
+        """
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 
     @property
     def exhausted(self) -> bool:
-        """Whether none of the last `patience` evaluations improved on the best."""
+        """Whether at least `patience` evaluations came after the best one; False for patience 0."""
         since = sum(step > (self.step or 0) for step in self._values)
         return bool(self._patience) and since >= self._patience
 

@@ -1,9 +1,9 @@
 """Wraps a student's blocks in activation checkpointing, and compiles them by torch.compile.
 
-Checkpointing mode `every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with
-recomputed attention, and saves no random state, since drop-path masks are inputs. `offload` is
-fairscale's wrapper, which moves the inputs of checkpointed blocks to the host; torch's
-`save_on_cpu` cannot, because a non-reentrant checkpoint holds its inputs outside of it.
+Mode `every` uses torch's non-reentrant checkpoint, which is exact under ZeRO-3 and may contain
+recomputed attention. Random state is not saved, since drop-path masks are inputs. Mode `offload`
+uses fairscale's wrapper, which moves the inputs of checkpointed blocks to host memory. torch's
+`save_on_cpu` cannot move the inputs of a non-reentrant checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
     Args:
         blocks: The blocks, in execution order.
-        mode: "off"; "every": a wrapped block keeps only its input until backward; "offload": it
-            keeps this input in host memory.
-        every: 1 wraps every block, k each k-th (those of index k-1, 2k-1, ...).
+        mode: "off" wraps no block. With "every", a wrapped block keeps only its input until
+            backward; with "offload", it keeps this input in host memory.
+        every: Distance between wrapped blocks: k wraps the blocks of index k-1, 2k-1, ...
 
     Returns: the number of blocks wrapped.
     Raises: ConfigError: if the mode is unknown or fairscale is missing.
@@ -50,7 +50,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compiles the blocks' forward in place, before anything wraps it; parameter names stay.
+    """Compiles the blocks' forward in place; parameter names stay.
+
+    Call this function before `checkpoint_blocks` or other code wraps the blocks.
 
     Blocks with the same computation on the same shapes share a compiled graph. Under ZeRO-3 the
     hooks that fetch a module's parameters break the graph, and the parts between the hooks are
@@ -72,7 +74,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a block's forward that first tells the watchdog that the run makes progress.
+    """Returns a block's forward that records a sign of life for the watchdog before each call.
 
     A block's first call compiles for up to a minute, and the watchdog would take the compilation
     of dozens of blocks for a hang.

@@ -1,4 +1,4 @@
-"""Builds a whole task from a run's checkpoint, or opens its student as a source of weights."""
+"""Builds a task from a run's checkpoint, or opens a checkpoint's student as a source of weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> AnyTask:
-    """Builds a task with the weights of a checkpoint, whole, in float32, in host memory.
+    """Builds a task with the weights of a checkpoint, unsharded, in float32 and in host memory.
 
-    Needs neither a process group nor an engine.
+    This function needs neither a process group nor an engine.
 
     Args:
         make: Constructs the task.
@@ -44,7 +44,9 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
 
 
 def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
-    """Fills a task with the weights of a checkpoint; tensors on the meta device are only compared.
+    """Copies the weights of a checkpoint into a task.
+
+    Of tensors on the meta device, only names and shapes are compared with the checkpoint.
 
     Args:
         task: The task, not sharded, with its tensors in host memory or on the meta device.
@@ -68,7 +70,7 @@ def sources_of(
     guesses: bool = False,
     settled: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Sources:
-    """Returns sources of weights that include the folders of runs.
+    """Returns sources of weights that can also open the student in a run's folder.
 
     Args:
         job_of: Makes the job of a stored recipe, which describes the stored student.
@@ -80,11 +82,11 @@ def sources_of(
 
 
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
-    """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
+    """Opens the student of a run's newest checkpoint, or of the checkpoint at a path.
 
     Rank 0 alone checks the checkpoint's bytes. This is not a collective: if the run is still
     training, ranks may find different checkpoints. So the result names the checkpoint that was
-    opened, and the choice of rank 0 counts.
+    opened, and all ranks must then open the checkpoint of rank 0.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.
@@ -92,7 +94,8 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
         job_of: Makes the job of the stored recipe.
 
     Returns: the student; None if the path is neither a run nor a checkpoint.
-    Raises: CheckpointError: if no checkpoint is sound, or it is of another model than its recipe.
+    Raises: CheckpointError: if the run has no checkpoint, the checkpoint is damaged, or the recipe
+        in its manifest cannot be read.
     """
     is_checkpoint = store.manifest_of(path) is not None
     if not is_checkpoint and kind_of(store.checkpoints_of(path)) != "folder":
@@ -120,19 +123,19 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 
 
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
-    """Returns the tensors of a stored student by its own names, each read on access.
+    """Returns the tensors of a stored student by their names in the student, each read on access.
 
-    Names and sizes are compared with the checkpoint's at the first access. A user's own file that
-    has changed since the checkpoint is logged.
+    At the first access, names and shapes are compared with those in the checkpoint. If the user's
+    own file has changed since the checkpoint, a warning is logged.
     """
     warn_of_changed_code(reader, student.architecture)
     return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
 
 
 def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
-    """Returns SHA-256 of the user's own file that made a run's model, or "" for other models.
+    """Returns the SHA-256 of the user's own file that made a run's model, or "" for other models.
 
-    Checkpoints of earlier versions have no hash; then the result is the present file's hash.
+    If the checkpoint, of an earlier version, has no hash, the result is the present file's hash.
     """
     code = architecture.code
     recorded = _recorded_code(reader).get(code)
@@ -155,14 +158,14 @@ def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> No
 
 
 class _Tensors(Tensors):
-    """Weights of a student, each read from the ranks' files on access.
+    """Weights of a student, each read from the checkpoint's files on access.
 
     Args:
         reader: The checkpoint.
         shapes: Returns the shape of each tensor by name. Called on first access only, since it
             may import the user's own code.
         absent: {name: fill value} of the tensors that the task left out of its student, so that
-            the checkpoint lacks them; names that the student does not have are ignored.
+            the checkpoint lacks them. Names that the student does not have are ignored.
     """
 
     def __init__(
@@ -199,5 +202,5 @@ class _Tensors(Tensors):
         return self._table[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns float32, the type of every master."""
+        """Returns float32, the data type of all master weights."""
         return torch.float32

@@ -34,8 +34,8 @@ class Checkpoints:
     Args:
         folder: The run's folder.
         engine: The engine whose state is saved and restored.
-        runtime: The recipe's section: how often to save, how many checkpoints to keep, how many
-            failed saves end the run.
+        runtime: The recipe's section, with the interval of saves, the number of checkpoints to
+            keep, and the number of failed saves that ends the run.
         global_batch_size: Images per step, over all ranks.
         facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
         check_stored: Raises CheckpointError for a manifest that belongs to another training.
@@ -43,13 +43,13 @@ class Checkpoints:
 
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
-        evaluated: Whether the evaluation due at the restored checkpoint was made.
+        evaluated: Whether the evaluation due at the step of the restored checkpoint was made.
         decided_steps: Number of steps to which an earlier version's time limit set the length of
-            the restored run; later checkpoints record it again. None if there was no such limit, or
-            if the recipe's length has changed since.
-        bad_images: Images of this start and of earlier ones that could not be used, over all ranks,
-            as of the restored checkpoint; the trainer counts on.
-        stored_recipe: The recipe of the restored checkpoint; empty where there is none.
+            the restored run; later checkpoints record this number again. None if there was no such
+            limit, or if the recipe's length has changed since.
+        bad_images: Numbers of unusable and of tried images in all starts of the run, over all
+            ranks. Set from the restored checkpoint; the trainer adds to them.
+        stored_recipe: The recipe of the restored checkpoint; empty if none was restored.
     """
 
     def __init__(
@@ -93,11 +93,14 @@ class Checkpoints:
         return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
-        """Removes half-written checkpoints of a killed run; never called while the run trains."""
+        """Removes half-written checkpoints of a killed run; not to be called while a run trains."""
         on_main(lambda: store.sweep(self._folder))
 
     def log_disk_use(self, total_steps: int) -> None:
-        """Logs the size of a checkpoint and of all that will be kept, and the free disk space."""
+        """Logs the size of a checkpoint, of all checkpoints kept at a time, and of the free disk.
+
+        Warns if the checkpoints do not fit.
+        """
         each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
         most = runtime.keep_last + 1
@@ -119,40 +122,49 @@ class Checkpoints:
             log.debug("%s", text)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Returns whether the recipe saves after this number of steps."""
+        """Returns whether the recipe asks for a checkpoint after this number of steps."""
         return step % (self._runtime.save_every or steps_per_epoch) == 0
 
     @property
     def flags(self) -> list[bool]:
         """Three flags of this rank for the loop's all-reduce.
 
-        They tell whether the rank is still writing a checkpoint, whether it failed to, and whether
-        it failed because its state is not finite. The last flag stays set until a state is
-        restored or the next save begins.
+        The flags say whether the rank is still writing a checkpoint, whether writing has failed,
+        and whether it has failed because the rank's state is not finite. The last flag stays set
+        until a state is restored or the next save begins.
         """
         return [self._saver.busy, self._saver.failed, bool(self._saver.not_finite)]
 
     def after_update(
         self, *, busy_anywhere: bool, failed_anywhere: bool, broken_anywhere: bool = False
     ) -> float | None:
-        """Commits a checkpoint once all ranks have written it; returns the seconds it took."""
+        """Commits the checkpoint that is being written, if no rank is still writing.
+
+        Args:
+            busy_anywhere, failed_anywhere, broken_anywhere: `flags`, each true if it is true on any
+                rank.
+
+        Returns: the seconds that the save took; None if no checkpoint was committed.
+        """
         if self._saver.begun and not busy_anywhere:
             return self._finish(failed_anywhere, broken_anywhere)
         return None
 
     def save(self, step: int, *, evaluated: bool = True, prunes: bool = True) -> float | None:
-        """Starts to write the state as of a step; all ranks call it.
+        """Starts to write the state after a step; all ranks must call this method.
 
         State that is offloaded to a disk is written completely before training goes on. If the
-        state of any rank is not finite, no checkpoint results.
+        state of any rank is not finite, no checkpoint is made. A step that has been saved is not
+        saved again.
 
         Args:
             step: Number of finished steps.
             evaluated: Whether the evaluation that is due after this step, if any, was made.
             prunes: Whether old checkpoints are deleted when this one is complete.
 
-        Returns: the seconds that this save or an earlier one took, if training waited for it and
-            it succeeded; else None.
+        Returns: the seconds that the previous save took, if this call had to wait for it, or, with
+            state on a disk, the seconds that this save took. None if this call waited for no save,
+            or the save failed.
         """
         if self._saved == step:
             return None
@@ -186,7 +198,7 @@ class Checkpoints:
         return waited
 
     def mark_evaluated(self) -> None:
-        """Records in the checkpoint of the present step that its evaluation is done."""
+        """Records in the newest checkpoint that the evaluation due at its step has been made."""
         # A checkpoint that is still being written gets its manifest at the end.
         self._manifest["evaluated"] = True
         if distributed.is_main() and not self._saver.begun and self._saved is not None:
@@ -197,7 +209,7 @@ class Checkpoints:
                 log.warning("%s: a resume from it evaluates again: %s", path, error)
 
     def mark_best(self, step: int) -> None:
-        """Points `checkpoints/best` at the checkpoint of a step, once it is complete."""
+        """Points `checkpoints/best` at the checkpoint of a step, now or when it is complete."""
         self._best = step
         if not self._saver.begun:
             self._link_best()
@@ -212,7 +224,10 @@ class Checkpoints:
             log.warning("%s/%s was not written: %s", self._folder, store.BEST, error)
 
     def settle(self) -> bool:
-        """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
+        """Waits on all ranks for a save that has begun, and closes the saver.
+
+        Returns: whether the last save succeeded; True if there was none.
+        """
         self._wait()
         self._saver.close()
         return self._written
@@ -227,11 +242,11 @@ class Checkpoints:
             return self._finish(worst > 0, worst > 1)
 
     def resume(self) -> int:
-        """Restores the newest sound checkpoint; returns its step, or 0 without a checkpoint.
+        """Restores the newest sound checkpoint; returns its step, or 0 if the run has none.
 
         Raises:
             CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints
-                is sound, or the newest belongs to another model or training.
+                is sound, or the newest sound checkpoint belongs to another model or training.
             NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
         """
         place = store.checkpoints_of(self._folder)
@@ -256,9 +271,9 @@ class Checkpoints:
         return step or 0
 
     def roll_back(self, at_most: int) -> int | None:
-        """Restores the newest sound checkpoint that is no later than a step.
+        """Restores the newest sound checkpoint whose step is at most `at_most`.
 
-        Returns: its step, or None if no checkpoint is that old.
+        Returns: the step of the checkpoint, or None if there is no such checkpoint.
         """
         self.settle()
         return self._restore_newest(at_most)[0]
@@ -266,12 +281,12 @@ class Checkpoints:
     def _restore_newest(
         self, at_most: int | None = None
     ) -> tuple[int | None, list[str], list[str]]:
-        """Restores the newest checkpoint that is sound and finite; a collective.
+        """Restores the newest checkpoint that is undamaged and finite; all ranks must call it.
 
-        Newer ones that are not finite are set aside, as damaged ones are.
+        Newer checkpoints that are damaged or not finite are set aside.
 
-        Returns: its step, or None without one; complaints about newer checkpoints that are
-            damaged, and about newer ones with numbers that are not finite.
+        Returns: the step of the restored checkpoint, or None if there is none; complaints about
+            damaged newer checkpoints; complaints about newer checkpoints that are not finite.
         """
         damaged: list[str] = []
         broken: dict[str, str] = {}
@@ -298,7 +313,7 @@ class Checkpoints:
         """Restores a checkpoint.
 
         Raises:
-            CheckpointError: If it belongs to another model or training.
+            CheckpointError: If the checkpoint belongs to another model or training.
             NotFiniteError: On all ranks, if a rank read a value that is not finite.
         """
         self._check_fits(reader)

@@ -1,7 +1,8 @@
-"""Exports a run's checkpoint in DeepSpeed's own format, for tools that read it, and imports one.
+"""Exports a run's checkpoint in DeepSpeed's format, for other tools, and imports such a checkpoint.
 
 Export and import build the run as training does, and let DeepSpeed (0.19.8) write or read the
-files. DeepSpeed's files fit one number of ranks only, unlike the run's own checkpoints.
+files. Unlike the run's own checkpoints, DeepSpeed's files can be read only by as many ranks as
+wrote them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _IN_CHECKPOINTS = (
 )
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
-"""Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
+"""Keys of DeepSpeed's client state: number of finished steps, number of steps not skipped."""
 
 
 def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config: str) -> int:
@@ -59,7 +60,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """Lets every torch.load in the block read data only; DeepSpeed would let files run code."""
+    """Makes every torch.load in the block refuse files that run code, as DeepSpeed does not."""
     allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
@@ -72,17 +73,17 @@ def _without_code() -> Iterator[None]:
 
 
 def _culprit(error: UnpicklingError) -> str:
-    """Returns the refused name from torch's message."""
+    """Returns the name of the class that torch.load refused, from the error's message."""
     return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "something of another kind"
 
 
 def import_checkpoint(
     source: str, run_dir: str, job_of: JobOf, *, deepspeed_config: str, lease: Lease
 ) -> int:
-    """Reads a DeepSpeed checkpoint of the same model and stores it as the run's newest.
+    """Reads a DeepSpeed checkpoint of a run's model, and stores it as the run's newest checkpoint.
 
     Args:
-        source: The folder that `save_checkpoint` was given, with `latest` in it.
+        source: The folder that DeepSpeed's `save_checkpoint` wrote, with the file `latest`.
         run_dir: A folder with the run's recipe.json.
         job_of: Makes the job of that recipe.
         deepspeed_config: Path of the DeepSpeed JSON that the source was trained with. Its ZeRO
@@ -90,8 +91,8 @@ def import_checkpoint(
         lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
-    Raises: CheckpointError: if DeepSpeed cannot read the source, or only by running code from its
-        files; if the run's checkpoint cannot be written.
+    Raises: CheckpointError: if DeepSpeed cannot read the source, if reading would run code from
+        its files, or if the run's checkpoint cannot be written.
     """
     opened = open_stored(
         run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint", lease=lease

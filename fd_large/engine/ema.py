@@ -51,7 +51,11 @@ class Ema:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Lets the task compute with the average inside the block; all ranks enter it together."""
+        """Lets the task compute with the average in the block; all ranks must enter it together.
+
+        Weights and average are exchanged, and exchanged back at the end of the block and after
+        `Interrupted`, but not after other errors.
+        """
         self._exchange()
         try:
             yield

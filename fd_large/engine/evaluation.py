@@ -28,7 +28,8 @@ T = TypeVar("T")
 class Pending(Protocol):
     """Metrics of an evaluation that rank 0 still computes, in a separate process.
 
-    Their inputs are kept on disk, so that a later start of the run can finish the work.
+    The inputs of the metrics are kept on disk, so that a later start of the run can finish the
+    work.
     """
 
     @property
@@ -36,7 +37,7 @@ class Pending(Protocol):
         """Whether the work is over; False on all ranks but rank 0."""
 
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
-        """Waits for the metrics and returns them by name; a collective.
+        """Waits for the metrics and returns them by name; all ranks must call this method.
 
         Args:
             meanwhile: Called repeatedly while waiting, on all ranks; may raise to leave.
@@ -45,7 +46,7 @@ class Pending(Protocol):
         """
 
     def forget(self) -> None:
-        """Deletes the stored inputs; called once the metrics are recorded."""
+        """Deletes the stored inputs; called when the metrics have been recorded."""
 
     def give_up(self) -> None:
         """Stops the work and leaves it to a later start."""
@@ -55,15 +56,15 @@ class Evaluation(NamedTuple):
     """A measurement that a task makes during training.
 
     Attributes:
-        measure: Called with the number of finished steps, whether it is the last evaluation, and a
-            function to call between batches; returns numbers by name, and a panel where one is
-            due. All ranks call it alike, with the task in training mode. In a run that keeps an
-            average of the weights, the task computes with this average. Training need not wait for
-            numbers that are `Pending`.
+        measure: Function of the number of finished steps, whether this is the last evaluation, and
+            a function to call between batches. Returns numbers by name, or `Pending` if training
+            need not wait for the numbers, and a panel or None. All ranks call it, with the task in
+            training mode. In a run that keeps an average of the weights, the task has the average
+            instead of the weights.
         every: Steps between two calls; 0 evaluates only before the first step and after the last.
-        left: Called once by a resumed run, with its number of finished steps and whether the
-            evaluation due at that step is repeated; returns the step of an earlier start's
-            evaluation and its pending metrics, or None if there are none. A collective.
+        left: Function that a resumed run calls once, on all ranks, with its number of finished
+            steps and whether the evaluation due at that step is repeated. Returns the step of an
+            earlier start's evaluation and its pending metrics, or None if none are pending.
     """
 
     measure: Callable[
@@ -78,10 +79,10 @@ class Evaluation(NamedTuple):
 
 
 def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T | None:
-    """Waits on all ranks for work of rank 0; a collective.
+    """Waits on all ranks until work of rank 0 is done; all ranks must call this function.
 
-    No rank waits for long in one collective, since it would then be taken for hung and could not be
-    stopped.
+    No rank waits for long in a single collective: the watchdog would take the rank for hung, and
+    the rank could not be stopped.
 
     Args:
         work: Future of the work that rank 0 waits for; None on other ranks.
@@ -98,11 +99,11 @@ def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T 
 
 
 class Interrupted(Exception):
-    """Raised on all ranks alike to leave an evaluation."""
+    """Raised on all ranks together to leave an evaluation before its end."""
 
 
 class evaluating:
-    """Puts the task into evaluation mode without gradients, and back into training mode."""
+    """Context manager: evaluation mode without gradients in the block, training mode after it."""
 
     def __init__(self, engine: Engine) -> None:
         self._task, self._no_grad = engine.task, torch.no_grad()
@@ -122,16 +123,16 @@ def in_float32(
 ) -> Iterator[Callable[[Tensor, Any], Any]]:
     """Yields the task's forward in evaluation mode and float32, as a function of (images, targets).
 
-    Where the engine computes in bfloat16 at stages 0 to 2, the function calls a float32 copy of the
-    task with the masters' values, which takes 4 bytes a parameter within the block. ZeRO-3 computes
-    in the precision in which it trains, since a rank's memory may not hold the whole model. Making
-    the copy is a collective, and so is each call under ZeRO-3.
+    If the engine computes in bfloat16 at stages 0 to 2, the function calls a float32 copy of the
+    task with the values of the master weights. The copy takes 4 bytes a parameter within the block.
+    Under ZeRO-3 the function computes in the precision of training instead, since a rank's memory
+    may not hold the whole model. Making the copy is a collective, and so is each call under ZeRO-3.
 
     Args:
         engine: The engine.
-        make_task: Constructs its task.
+        make_task: Constructs the engine's task.
 
-    Raises: OutOfMemory: if the copy or a test does not fit.
+    Raises: OutOfMemory: if the copy or the forward of a batch does not fit into memory.
     """
     with evaluating(engine):
         task, forward = engine.task, engine.deepspeed

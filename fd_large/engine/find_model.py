@@ -32,7 +32,7 @@ _STUDENT, _SCRATCH = "student", "scratch"
 
 
 def _where(source: str) -> str:
-    """Returns the name that messages use for a model without a flag."""
+    """Returns the name that messages use for a model that the user named without a flag."""
     return f"model {source}"
 
 
@@ -43,14 +43,14 @@ class NamedModel:
     Attributes:
         label: A short name, for tables and plots.
         source: Source that the user named.
-        section: Model and weights, settled.
-        image_size: Side of the images that it was trained with, in pixels.
-        trained_by: Job of the run whose student this is, or None if it is not a run's student.
-        seed: Seed of the run that it belongs to; decides random weights.
-        weights: The sources that have opened its weights.
-        checkpoint: The checkpoint whose recipe was read, and from which the weights must come
-            too, since a run that still trains writes newer ones. None if the model is not from a
-            run.
+        section: The settled section with the model and its weights.
+        image_size: Side of the model's images, in pixels.
+        trained_by: Job of the run whose student this model is, or None for other models.
+        seed: Seed of the model's run, which decides random weights.
+        weights: The sources that have opened the model's weights.
+        checkpoint: The checkpoint of the student. Recipe and weights must come from the same
+            checkpoint, and a run that still trains writes newer ones. None for models other than a
+            run's trained student.
     """
 
     label: str
@@ -64,12 +64,12 @@ class NamedModel:
 
     @property
     def architecture(self) -> FamilyArchitecture:
-        """The model's architecture, every field set."""
+        """The model's architecture, with every field set."""
         return resolve(self.section.model, self.section.architecture)
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint, or the folder of the weights file; None if there is neither."""
+        """The folder of the checkpoint or of the weights file; None if there is neither."""
         if self.checkpoint or self.section.source == RANDOM:
             return self.checkpoint
         return self.weights.resolve(self.section.source).folder
@@ -77,7 +77,7 @@ class NamedModel:
     def build(self) -> tuple[nn.Module, Statistics]:
         """Builds the model with its weights, in float32 on this process's device.
 
-        Returns: the backbone, and the statistics by which its images are normalised.
+        Returns: the backbone, and the statistics with which its images are normalised.
         """
         weights = frozen_weights(self.section, self.weights, where=_where(self.source))
         # The weights do not show how the model treats image sizes that its windows do not divide.
@@ -91,20 +91,17 @@ class NamedModel:
 
 
 def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel:
-    """Finds a model by the user's name for it; reads headers only.
+    """Finds the model that a user names; reads only headers of weight files.
 
     Args:
-        source: One of
-            the folder of a run or of one of its checkpoints: its student, with the average of its
-            weights where the run keeps one;
-            RUN#NAME: a model that the run uses and does not train (RUN#teacher);
-            RUN#scratch: the run's student with random weights;
-            weights, as `teacher.source` takes them;
-            MODEL=SOURCE, for weights that do not show their model: MODEL is a name of the table of
-            models or timm:NAME, SOURCE is weights or `random`.
+        source: The folder of a run or of a checkpoint, for the run's student (with the average of
+            its weights if the run keeps one); RUN#NAME, for a model that the run uses and does not
+            train (RUN#teacher); RUN#scratch, for the run's student with random weights; weights, as
+            `teacher.source` takes them; or MODEL=SOURCE, for weights that do not show their model.
+            MODEL is a name in the table of models or timm:NAME, SOURCE is weights or `random`.
         job_of: Makes the job of a stored recipe.
-        image_size: Side of the model's images, in pixels, to which tables of positions are resized;
-            0: the side with which the model was trained.
+        image_size: Side of the model's images, in pixels, to which tables of positions are resized.
+            0 stands for the side with which the model was trained.
 
     Raises: FDError: if there is no such model.
     """
@@ -158,8 +155,8 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
     """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
 
-    Args: As `find_model`.
-    Raises: FDError: as `find_model`; if two sources name the same model.
+    Args: As in `find_model`.
+    Raises: FDError: if a model is not found, or if two sources are the same.
     """
     return with_own_labels(
         [find_model(source, job_of, image_size=image_size) for source in sources]
@@ -167,7 +164,9 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
 
 
 def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
-    """Gives models distinct labels, also distinct as folder names.
+    """Returns the models with labels that are distinct, also as folder names (`slug`).
+
+    If the models' own labels are not distinct, all labels are replaced by the models' sources.
 
     Raises: ConfigError: if two models have the same source.
     """
@@ -181,13 +180,16 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
 
 
 def slug(label: str) -> str:
-    """Returns a label as the name of a folder."""
+    """Turns a label into a name that a folder can have."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
     return name if name.strip(".") else "model"  # Dots alone lead out of the folder.
 
 
 def _checkpoint_of(path: Path) -> Reader | None:
-    """Returns a run's newest checkpoint or the checkpoint at this path; None if it is neither."""
+    """Opens the checkpoint at a path, or the newest checkpoint of the run at the path.
+
+    Returns None if the path is neither a run nor a checkpoint.
+    """
     if store.manifest_of(path) is None and kind_of(store.checkpoints_of(path)) != "folder":
         return None
     return stream.newest(path, where=str(path))
@@ -221,12 +223,18 @@ def _label(named: str, weights: str) -> str:
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
-    """Returns the side of a model's input: its own side if its positions cannot be resized."""
+    """Returns the side of the images that a model's backbone gets, in pixels.
+
+    It is the model's own side if images of `image_size` are resized for the model.
+    """
     with torch.device("meta"):
         model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()
     return model.image_size or image_size
 
 
 def _sized(whole: FamilyArchitecture, overrides: Architecture, image_size: int) -> Architecture:
-    """Sets the image size of a model that resizes its positions."""
+    """Returns `overrides` with the image size if the model can resize its position tables.
+
+    For other models, returns `overrides` unchanged.
+    """
     return replace(overrides, image_size=image_size) if whole.resizes_positions else overrides

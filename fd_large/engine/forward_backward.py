@@ -17,12 +17,12 @@ from fd_large.ranks import distributed
 
 
 def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
-    """Runs a task's `prepare` on a micro batch, without gradient, and returns its result.
+    """Runs a task's `prepare` on a micro batch without gradient; returns the `forward` arguments.
 
     Args:
         task: The trained Module, outside of its engine.
         batch: The micro batch, on any device.
-        seed: Seed of the drop path.
+        seed: Seed of the drop path and of the task's random draws.
     """
     batch = batch.to(distributed.device())
     keep = None
@@ -35,7 +35,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Adds the frozen models' outputs to the targets of a micro batch on the device."""
+    """Returns a micro batch, already on the device, with the frozen models' outputs as targets."""
     with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
@@ -53,15 +53,15 @@ def arguments_of_step(
     """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
 
     A step in one pass takes and prepares each micro batch on demand. A step in two passes first
-    takes and prepares all of them, then makes one small collective on all ranks. The task's sums
-    are added in the order of the micro batches and then over the ranks, in float64: sums of
-    integers are exact, other sums vary with the number of ranks and micro batches by rounding.
+    takes and prepares all micro batches, then makes one small collective on all ranks: it adds the
+    task's sums in the order of the micro batches and then over the ranks, in float64. Sums of
+    integers are exact; other sums vary with the number of ranks and micro batches by rounding.
 
     Args:
         task: The trained Module, outside of its engine.
         forward: Calls the task's `forward`, through its engine if it has one.
         batches: This rank's micro batches of the step, on any device.
-        seed: Seed of the drop path.
+        seed: See `prepared`.
         count: Number of the micro batches.
     """
     if not task.two_passes(count):

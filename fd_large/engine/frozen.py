@@ -34,9 +34,9 @@ class Frozen(nn.Module):
         net: The backbone: normalised images -> FeatureMap after its final norm.
         statistics: The normalisation that the backbone was trained with.
         image_size: Side to which the normalised images are resized (bilinear, antialiased) before
-            the backbone; 0 leaves them as they are.
-        sides: {side of the images: side to which they are resized}; it takes precedence over
-            `image_size`.
+            the backbone; 0 leaves the images as they are.
+        sides: {side of the images: side to which they are resized}. For the sides that it lists, it
+            takes precedence over `image_size`.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Frozen(nn.Module):
         return self.net.grid(side, side)
 
     def side(self, image_size: int) -> int:
-        """Returns the side at which the backbone sees images of a given side."""
+        """Returns the side to which images of side `image_size` are resized for the backbone."""
         return self.sides.get(image_size, self.image_size) or image_size
 
     def train(self, mode: bool = True) -> Frozen:
-        """Stays in evaluation mode, whatever the parent's mode."""
+        """Keeps the Module in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> FeatureMap:
@@ -96,15 +96,14 @@ def frozen_maker(
     before_norm: bool = False,
     **options: Any,
 ) -> Callable[[], Frozen]:
-    """Returns a constructor of a settled section's model, with random weights.
+    """Returns a function that constructs the model of a settled section, with random weights.
 
     Args:
         section: The settled section.
         image_size: Side of the images that the model will be given, in pixels.
-        own_image_size: Side to which the images are resized for the model; 0 keeps their size, or
-            uses the only side that the model's table of positions allows.
-        sides: {side of the images: side to which they are resized}, where they have several sides;
-            it takes precedence over `own_image_size`.
+        own_image_size: Side to which the images are resized for the model. With 0 they keep their
+            size, unless the model's table of positions allows only one side.
+        sides: See `Frozen`; for training with images of several sides.
         residual_dtype: See `Options`.
         before_norm: Whether the map is taken before the final norm instead of after it.
         options: Other `Options`.
@@ -141,15 +140,15 @@ def frozen_maker(
 
 
 def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fitted | None:
-    """Finds the weights of a settled section's model; reads only headers of files.
+    """Finds the weights for the model of a settled section; reads only headers of files.
 
     Args:
         section: The settled section.
         sources: The sources that open the weights.
         where: The flag of the source, for messages.
 
-    Returns: The tensors of the model, complete as far as the headers show; None if the weights
-        are random or come with the module.
+    Returns: The tensors of the model, complete as far as the headers show; None if the weights are
+        random or the user's own Module brings them.
     Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
     """
     source = section.source
@@ -176,7 +175,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
 def built_from(
     weights: Fitted, make: Callable[[], Frozen], *, dtype: torch.dtype, where: str
 ) -> Frozen | None:
-    """Builds a whole model on this rank's device without any memory beyond its weights.
+    """Builds an unsharded model on this rank's device without any memory beyond its weights.
 
     Parameters take no memory until the file's tensors replace them, one by one, in the requested
     type. On a CPU, tensors that the file has in this type stay mapped: pages of the file, which
@@ -185,13 +184,13 @@ def built_from(
     the file has changed since.
 
     Args:
-        weights: The tensors of its backbone, on every rank.
+        weights: The tensors of the backbone, on every rank.
         make: Constructs the model with random weights.
-        dtype: Data type of its parameters.
+        dtype: Data type of the model's parameters.
         where: The flag of the source, for messages.
 
-    Returns: the model; None if the weights do not suffice to build it, because the user allows
-        some to be missing or because buffers are computed from parameters.
+    Returns: the model; None if the weights do not suffice to build the model, because the user
+        allows some to be missing or because buffers are computed from parameters.
     Raises: WeightsError: if the weights do not fit, on all ranks.
     """
     if weights.may_be_missing:
@@ -234,7 +233,7 @@ def built_from(
 class _WithoutMemory:
     """Replaces parameters, as they are registered, by tensors that take no memory.
 
-    Parameters without elements stay: they need no weights.
+    Parameters without elements are kept, because they need no weights.
     """
 
     def __init__(self) -> None:

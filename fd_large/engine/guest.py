@@ -1,7 +1,7 @@
 """Lets a run use a process that already does other work: a notebook, a script, a server.
 
-`guest()` lets a block use the process as a rank of its own, and puts everything back that a run
-takes: process group, signals, logs, environment, limits, settings of torch.
+`guest()` lets a block use the process as the single rank of a run. After the block it restores what
+a run changes: process group, signal handlers, loggers, environment, limits, settings of torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fd_large.runtime import terminal
 
 
 def cuda_devices() -> list[int]:
-    """Returns the GPU whose random state a block may change, if one is in use."""
+    """Returns [index of the current GPU], whose random state a block may change, or [] without."""
     import torch
 
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -33,9 +33,9 @@ def cuda_devices() -> list[int]:
 
 @contextmanager
 def guest() -> Iterator[None]:
-    """Lets the block use this process as a rank of its own, and puts everything back after it.
+    """Lets the block use this process as the single rank of a run, and undoes all changes after it.
 
-    Raises: LaunchError: if the process is one of several ranks, or has a process group already.
+    Raises: LaunchError: if the process is one of several ranks or already has a process group.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise LaunchError(
@@ -88,7 +88,7 @@ def guest() -> Iterator[None]:
 
 
 def _logging() -> list[Any]:
-    """Returns calls that restore the present state of Python's loggers."""
+    """Returns functions that restore the present state of the root and DeepSpeed's loggers."""
 
     def restoring(logger: logging.Logger) -> Any:
         handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
@@ -110,7 +110,7 @@ def _logging() -> list[Any]:
 
 
 def _signal_handlers() -> list[Any]:
-    """Returns calls that restore the signal handlers; empty outside the main thread."""
+    """Returns functions that restore the present signal handlers; none outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -26,13 +26,13 @@ def make_head(
 
     Args:
         name: A built-in name, or the place of the user's own head in a form of fd_large/doors.py.
-        arguments: Positional arguments of its constructor: input and output channels.
-        built_in: The task's own heads.
+        arguments: Positional arguments of the head's constructor: input and output channels.
+        built_in: Constructors of the task's own heads, by name.
         where: The field that the user set, for messages.
-        settings: Keyword arguments of its constructor.
+        settings: Keyword arguments of the head's constructor.
 
-    Raises: ConfigError: if there is no such head, its constructor returns no Module, or the user's
-        own head makes a step depend on rank or micro batch.
+    Raises: ConfigError: if there is no such head, its constructor fails or returns no Module, or
+        the user's own head makes a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
     if name in built_in:
@@ -56,13 +56,13 @@ def make_head(
 def check_head(
     head: nn.Module, name: str, shape: tuple[int, ...], out_width: int, *, where: str
 ) -> None:
-    """Runs a head built on the meta device on an input of a given shape.
+    """Checks the output shape of a head by running the head on the meta device.
 
     Args:
-        head: The head.
-        name: Its name in the recipe.
+        head: The head, built on the meta device.
+        name: Name of the head in the recipe.
         shape: Shape of the input.
-        out_width: Channels that its output must have.
+        out_width: Number of channels that the output must have.
         where: The field that the user set, for messages.
 
     Raises: ConfigError: if the head fails, returns another shape, or draws random numbers.

@@ -1,7 +1,7 @@
 """Gathers evidence of a skipped step: images, each layer's largest output, non-finite state.
 
-The step is run forward once more on the unchanged weights, on every rank alike, so that an ordinary
-step pays nothing for the record.
+After a skipped step, all ranks run the step's forward once more, on the unchanged weights. So an
+ordinary step pays nothing for the record.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fd_large.runtime.hooks import Evidence
 def evidence_of(
     engine: Engine, batches: Sequence[Batch], losses: Sequence[float], seed: int
 ) -> Evidence:
-    """Gathers the evidence of a refused step; all ranks call it, with their own micro batches.
+    """Gathers the evidence of a skipped step; all ranks must call this function.
 
     Args:
-        engine: The engine, after the refused step.
-        batches: This rank's micro batches, as the loader gave them.
-        losses: Losses of the micro batches.
+        engine: The engine, after the skipped step.
+        batches: This rank's micro batches of the step, as the loader yielded them.
+        losses: Losses of these micro batches.
         seed: Seed of the drop path.
     """
     with layer_maxima(engine.task) as maxima, torch.no_grad():
@@ -55,8 +55,8 @@ def evidence_of(
 def layer_maxima(task: Task) -> Iterator[dict[str, Tensor]]:
     """Records the largest magnitude of each layer's output inside the block.
 
-    A layer is a module with parameters of its own. The yielded dictionary grows in execution order:
-    layer -> float32 scalar on the device.
+    A layer is a module with parameters of its own. Yields a dictionary from the layer's name to a
+    float32 scalar on the device, which the block's forward passes fill in execution order.
     """
     maxima: dict[str, Tensor] = {}
 

@@ -47,7 +47,7 @@ class StoredStudent(NamedTuple):
         architecture: The student's architecture, with the image size of its tables.
         absent: {name: fill value} of the tensors that the task left out of its student, so that the
             checkpoint lacks them.
-        statistics: The normalisation that it was trained with.
+        statistics: The normalisation that the student was trained with.
     """
 
     architecture: FamilyArchitecture
@@ -60,8 +60,8 @@ class FrozenPart(NamedTuple):
 
     Attributes:
         section: The recipe's section that describes it.
-        image_size: Side to which the run's images are resized for the model, in pixels; 0: as
-            `own_image_size` of `frozen_maker`.
+        image_size: Side to which the run's images are resized for the model, in pixels. 0 has the
+            same meaning as for `own_image_size` of `frozen_maker`.
     """
 
     section: FrozenModel
@@ -83,18 +83,18 @@ class TensorSizes(NamedTuple):
 class TrainingJob:
     """A task's part in a training run; the engine constructs another job for the settled recipe.
 
-    The engine calls `settle`, then `open_samples` and `check`, which raise the user's mistakes
-    without a collective and without a model in memory, then `build`, and then `make_task` any
-    number of times.
+    The engine calls `settle`; then `open_samples` and `check`, which raise errors for the user's
+    mistakes, without a collective and without a model in memory; then `build`; and then
+    `make_task` any number of times.
 
     Args:
         run: The recipe.
 
     Attributes:
         run: The recipe.
-        weights: The sources that open the recipe's weights, each once.
-        between_batches: Called on all ranks between the batches of work that a task does before an
-            epoch, such as storing a teacher's maps; it may raise to end this work.
+        weights: The sources that open the weights that the recipe names, each file once.
+        between_batches: Function that a task calls on all ranks between the batches of its work
+            before an epoch, such as storing a teacher's maps; it may raise to end this work.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -103,9 +103,9 @@ class TrainingJob:
     but not shown. SET/best_constant is the constant-prediction baseline of SET/loss; "loss" is the
     training loss."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
-    """The METRICs for which lower is better; for the others higher is."""
+    """The METRICs for which lower is better; for all others, higher is better."""
     memory_remedy: ClassVar[str] = ""
-    """A flag that saves memory if the task's models do not fit; empty: there is none."""
+    """A flag that saves memory if the task's models do not fit; "" if there is none."""
     learns_from_images_alone: ClassVar[bool] = False
     """Whether a step can be replayed from its images alone, without targets. `diagnose` assumes
     that the student of a task that needs targets has learnt labels."""
@@ -121,9 +121,9 @@ class TrainingJob:
         self.between_batches: Callable[[], None] = lambda: None
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from its weights: models, windows, statistics.
+        """Returns the recipe with its models, windows and statistics completed from the weights.
 
-        Reads headers only. Settling a settled recipe changes nothing.
+        Only headers of files are read. Settling a settled recipe changes nothing.
 
         Args:
             sources: Opens the weights.
@@ -135,7 +135,7 @@ class TrainingJob:
     def open_samples(self) -> ImageSource:
         """Opens the training samples: the images of `data.root`, unless the task needs others.
 
-        Raises: DataError or ConfigError: if they cannot be used.
+        Raises: DataError or ConfigError: if the samples cannot be used.
         """
         data = self.run.data
         if data.val_fraction:
@@ -143,9 +143,9 @@ class TrainingJob:
         return open_images(data.root)
 
     def check(self) -> None:
-        """Refuses ignored fields; checks the task's other inputs, such as headers of weights.
+        """Checks the recipe's fields and the task's other inputs, such as headers of weights.
 
-        Raises: FDError: for the user's mistake.
+        Raises: FDError: if an ignored field is set, or an input does not fit the recipe.
         """
         several = {name: type(entry)() for name, entry in self.run.teachers.items()}
         usual = flat(Run(name=self.run.name, student=self.run.student, teachers=several))
@@ -172,16 +172,16 @@ class TrainingJob:
         return {"student.init": self.run.student.init}
 
     def tensor_sizes(self) -> TensorSizes:
-        """Returns the sizes of the tensors that ZeRO-3 may shard, without allocating them."""
+        """Returns the element counts of the tensors that ZeRO-3 may shard; allocates no tensor."""
         with torch.device("meta"):
             return TensorSizes(sizes_of(self.make_task()), ())
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns the facts that decide a step's memory, besides the student's fields, by name."""
+        """Returns what decides a step's memory besides the student's fields, by name."""
         return {}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Builds the models that the task uses and does not train; a collective.
+        """Builds the models that the task uses and does not train; all ranks must call this method.
 
         Args:
             bfloat16: Whether the student computes in bfloat16.
@@ -202,14 +202,14 @@ class TrainingJob:
         raise NotImplementedError
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task and the frozen models that it uses, on the meta device, for counting.
+        """Constructs the task, and the frozen models that it uses, on the meta device, for counts.
 
-        Needs no `build`, no weights and no samples.
+        `build`, weights and samples are not needed.
         """
         return self.make_task(), ()
 
     def initial_weights(self) -> InitialWeights:
-        """Returns the weights of the modules of the task that do not start at random.
+        """Returns the weights of those modules of the task that do not start at random.
 
         Raises: WeightsError: if `student.init` does not fit the student.
         """
@@ -222,9 +222,9 @@ class TrainingJob:
         return {} if tensors is None else {"student": tensors}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields a rank's micro batches from a step of an epoch to the epoch's end.
+        """Yields the micro batches of a rank and an epoch that `portion` selects.
 
-        By default one random view of each image, without targets.
+        By default a batch has one random view of each image, and no targets.
         """
         run = self.run
         return iter(
@@ -238,7 +238,7 @@ class TrainingJob:
         )
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns the loader of an epoch's views."""
+        """Returns the dataset that makes the batches of views of an epoch."""
         run = self.run
         return ViewBatches(
             samples,
@@ -263,26 +263,32 @@ class TrainingJob:
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` images as large as training may see; grey images by default."""
+        """Makes a batch of `size` images of the largest side in training; grey by default."""
         side, positions = max(self.run.data.sides), torch.arange(size)
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)
 
     def images_together(self) -> int:
-        """Returns the number of images that divides each loaded batch, whatever its micro batch."""
+        """Returns the number of images that the task uses together, such as those of a mosaic.
+
+        Micro batches should be multiples of this number.
+        """
         return 1
 
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        It is 0 if the task trains no batch norm; then any size of micro batch is valid.
+        It is 0 if the task trains no batch norm, and then any micro batch size is valid.
         """
         return self.run.norm_batch()
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluations before, during and after training; a collective."""
+        """Returns the evaluations to make before, during and after training.
+
+        All ranks must call this method.
+        """
         return ()
 
     def hooks(self) -> Sequence[Hook]:
@@ -290,7 +296,7 @@ class TrainingJob:
         return ()
 
     def summary(self) -> Mapping[str, Any]:
-        """Returns the first entries of summary.json."""
+        """Returns the entries of summary.json that describe the recipe and its models."""
         frozen = {
             name: {"model": part.section.model, "source": part.section.source}
             for name, part in self.frozen_models().items()
@@ -315,9 +321,10 @@ class TrainingJob:
         """Refuses a checkpoint that belongs to another training.
 
         Args:
-            manifest: The checkpoint's manifest, which contains the `facts` of its job.
+            manifest: The checkpoint's manifest, which contains the `facts` of the job that wrote
+                the checkpoint.
 
-        Raises: CheckpointError: naming what differs.
+        Raises: CheckpointError: if the trainings differ; the message names what differs.
         """
 
     def stored_student(self) -> StoredStudent:

@@ -69,12 +69,12 @@ class TrainingPlan(NamedTuple):
 
 @dataclass
 class _Passed:
-    """Results of the forwards and backwards of a step.
+    """Results of the forward and backward passes of a step.
 
     Attributes:
         batches: This rank's micro batches.
         losses: Losses of the micro batches, on the device.
-        waited: Seconds that this rank waited for the images.
+        waited: Seconds that this rank waited for the micro batches.
     """
 
     batches: list[Batch] = field(default_factory=list)
@@ -83,7 +83,7 @@ class _Passed:
 
 
 class _Agreed(NamedTuple):
-    """The facts that all ranks share before the optimiser steps.
+    """Facts about a step that are the same on all ranks before the optimiser steps.
 
     Attributes:
         update: The step's numbers, for the hooks.
@@ -91,8 +91,8 @@ class _Agreed(NamedTuple):
         save: Whether any rank wishes to save.
         busy: Whether any rank is still writing a checkpoint.
         failed: Whether any rank failed to write a checkpoint.
-        broken: Whether any rank failed to write one because its state is not finite.
-        scored: Whether rank 0 has worked out the numbers of an evaluation.
+        broken: Whether any rank failed to write a checkpoint because its state is not finite.
+        scored: Whether rank 0 has finished the metrics of a pending evaluation.
         verdict: The hooks' decision about the step.
     """
 
@@ -116,18 +116,18 @@ class Trainer:
         setting: Facts that the hooks get before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: Measurements before, during and after training.
-        layer_rates: Steps each layer at its own learning rate; None if all have the same.
+        layer_rates: Steps each layer at its own learning rate; None if all layers have the same.
         ema: Moving average of the weights, or None.
-        best: Keeps the checkpoint of the best evaluation, and may end the run early; None does
-            neither.
-        begun: List to which each hook is appended once its `on_start` has returned; the caller
+        best: Finds the best evaluation, whose checkpoint is then kept, and may end the run early.
+            With None, the run keeps no best checkpoint and never ends early.
+        begun: List to which each hook is appended after its `on_start` has returned; the caller
             tells these hooks of an error that ends the run.
 
     Attributes:
         engine: The task in its engine.
         setting: Facts that the hooks get before the first step.
-        best: Keeps the checkpoint of the best evaluation; None keeps none.
-        stopped_early: Whether patience was exhausted before the last step.
+        best: See the arguments.
+        stopped_early: Whether the run ended before its last step because patience was exhausted.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Trainer:
 
     @property
     def status(self) -> str:
-        """The reason why the run ends (`done` after its last step); empty while it trains."""
+        """Status with which the run ends (`done` after its last step), or "" while it trains."""
         return self._status or (DONE if self._finished >= self._total else "")
 
     @property
@@ -179,7 +179,10 @@ class Trainer:
         return self.engine.task
 
     def begin(self) -> None:
-        """Tells the hooks of the start, and makes the evaluation that is due before a step."""
+        """Starts the hooks, and makes the evaluation that is due before the next step, if any.
+
+        An evaluation is due before the first step, or if an earlier start did not finish it.
+        """
         with activity.work("opening logs and trackers"):
             for hook in self._hooks:
                 hook.on_start(self.setting)
@@ -210,7 +213,11 @@ class Trainer:
             self._save(evaluated=True)
 
     def end(self) -> str:
-        """Ends a run with a status; returns `done`, `preempted`, `not saved` or a hook's status."""
+        """Waits for the checkpoint and for pending metrics, ends the hooks, and returns the status.
+
+        A preempted run does not wait for pending metrics. The status is `done`, `preempted`,
+        `not saved`, or that of the hook that ended the run.
+        """
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
         # A preempted run does not wait for pending numbers; the next start takes them up.
@@ -233,7 +240,12 @@ class Trainer:
         return self._plan.schedule.total
 
     def take_step(self, micro_batches: Batches, epoch: int) -> None:
-        """Takes one step, then runs hooks, roll-back, evaluation and checkpoint."""
+        """Takes one step, then calls the hooks, and rolls back, saves and evaluates if due.
+
+        Args:
+            micro_batches: Yields the step's micro batches.
+            epoch: Number of the epoch.
+        """
         passed = self._forward_backward(micro_batches)
         agreed = self._step_agreed(passed, epoch, micro_batches.students)
         update, verdict = agreed.update, agreed.verdict
@@ -302,12 +314,12 @@ class Trainer:
         return passed
 
     def _step_agreed(self, passed: _Passed, epoch: int, students: int) -> _Agreed:
-        """Lets the ranks agree, then steps the optimiser unless the step is refused.
+        """Lets the ranks agree on the step, then steps the optimiser unless the step is skipped.
 
         Args:
-            passed: The forwards and backwards of the step.
+            passed: Results of the forward and backward passes.
             epoch: Number of the epoch.
-            students: Students that take the step together.
+            students: Number of students that take the step together.
         """
         engine, schedule, size = self.engine, self._plan.schedule, len(passed.batches[-1].positions)
         learning_rate = schedule.at_step(self._finished)
@@ -346,8 +358,11 @@ class Trainer:
         """Lets the ranks decide on a step by one collective, whose result the host reads once.
 
         Args:
-            norm: Norm of the gradients before clipping; None at stage 0, whose optimiser computes
-                it.
+            losses: Losses of this rank's micro batches.
+            epoch: Number of the epoch.
+            learning_rate: Learning rate of the step.
+            norm: Norm of the gradients before clipping; None at stage 0, where the optimiser has
+                computed the norm.
         """
         wishes = [hook.wish() for hook in self._hooks]
         own_flags = [
@@ -373,7 +388,10 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores a checkpoint from no later than a step; without one the run ends."""
+        """Restores the newest sound checkpoint of at most `at_most` steps; returns whether it did.
+
+        If there is no such checkpoint, the run ends.
+        """
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
             if distributed.is_main():
@@ -424,12 +442,14 @@ class Trainer:
             self._save(evaluated=False)
 
     def _count_bad(self) -> BadCount:
-        """Returns how many images could not be used since the run began, over all ranks."""
+        """Returns how many images were unusable and tried since the run began, over all ranks."""
         counts = distributed.sum_tensor(torch.tensor(self._bad_images.count)).tolist()
         return BadCount(*map(sum, zip(counts, self._bad_before, strict=True)))
 
     def _after_evaluation(self, *, saved: bool) -> None:
-        """Keeps the checkpoint of the best evaluation; ends the run once patience is exhausted.
+        """Keeps this step's checkpoint if its evaluation is the best so far.
+
+        If patience is exhausted, the run ends.
 
         Args:
             saved: Whether a checkpoint of this step is stored or being written.
@@ -477,7 +497,7 @@ class Trainer:
 
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
-        """Runs the evaluations that are due; returns whether they were completed."""
+        """Makes the evaluations that are due; returns False if a wish to stop interrupted them."""
         due = [item for item in self._evaluations if item.due(self._finished, last)]
         if not due:
             return True
@@ -515,10 +535,10 @@ class Trainer:
         return True
 
     def _take_numbers(self, meanwhile: Callable[[], None]) -> None:
-        """Waits for an earlier evaluation that rank 0 still computes, and reports its metrics.
+        """Waits for a pending evaluation, if any, and passes its metrics to the hooks.
 
         Args:
-            meanwhile: Called while it waits; it may raise to leave.
+            meanwhile: Called repeatedly while this rank waits; may raise to leave.
         """
         if self._pending is None:
             return
@@ -539,9 +559,11 @@ class Trainer:
         self._pending = None
 
     def between_batches(self) -> None:
-        """Called on all ranks between batches of work that is not a training step.
+        """Calls the hooks' `beat`, and asks all ranks whether a hook wishes to stop.
 
-        Raises: Interrupted: if a hook wishes to stop.
+        All ranks must call this method between the batches of work that is not a training step.
+
+        Raises: Interrupted: if a hook of any rank wishes to stop.
         """
         self._beat()
         if self._stop_wished():

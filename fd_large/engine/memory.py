@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class OutOfMemory(FDError):
-    """A step or models do not fit into memory; the message names what to set instead."""
+    """Raised if a step or models do not fit into memory; the message names a setting to change."""
 
     rank_local = True
 
@@ -39,12 +39,12 @@ class GpuMemory:
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        """Returns the most that was reserved since `reset`."""
+        """Returns the largest number of bytes that was reserved at a time since `reset`."""
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved()
 
     def capacity(self) -> int:
-        """Returns the bytes that this process could reserve: free memory plus its own."""
+        """Returns the bytes that this process could reserve: free and already reserved memory."""
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
 
@@ -62,21 +62,24 @@ class HostMemory:
         return _proc_bytes("self/status", "VmHWM")
 
     def capacity(self) -> int:
-        """Returns this rank's share of the host's free memory, plus its own memory."""
+        """Returns this rank's share of the host's available memory, plus its resident memory."""
         available = _proc_bytes("meminfo", "MemAvailable")
         resident = _proc_bytes("self/status", "VmRSS")
         return available // max(1, distributed.local_world_size()) + resident
 
 
 def free_bytes() -> int:
-    """Returns the bytes that are free, on the GPU or in the machine."""
+    """Returns the free bytes of the current GPU, or of host memory if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return _proc_bytes("meminfo", "MemAvailable")
 
 
 def memory_setting() -> dict[str, Any]:
-    """Returns the device of rank 0, and the least memory of any rank, in bytes; a collective."""
+    """Returns {"device": name, "memory_bytes": the least memory of any rank's device}.
+
+    All ranks must call this function; each gets the name of its own device.
+    """
     device = distributed.device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -87,7 +90,7 @@ def memory_setting() -> dict[str, Any]:
 
 
 def _proc_bytes(file: str, key: str) -> int:
-    """Returns the bytes of an entry of a file in /proc."""
+    """Returns an entry of a file in /proc, in bytes."""
     path = Path("/proc", file)
     for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
@@ -97,7 +100,7 @@ def _proc_bytes(file: str, key: str) -> int:
 
 @contextmanager
 def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> Iterator[None]:
-    """Turns an allocator's error while models are built into one sentence.
+    """Turns an out-of-memory error in the block, which builds models, into an `OutOfMemory`.
 
     Args:
         remedy: A flag that saves memory besides ZeRO, or "".
@@ -118,7 +121,7 @@ def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> 
 
 @contextmanager
 def out_of_memory_named(size: int) -> Iterator[None]:
-    """Turns an allocator's error inside the block into one sentence with the next value to try.
+    """Turns an out-of-memory error in the block into an `OutOfMemory` that names what to try next.
 
     Args:
         size: The micro batch size that was tried.
@@ -148,7 +151,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system: building a model leaves holes in the heap."""
+    """Returns freed heap memory to the system; building a model leaves holes in the heap."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(ctypes.c_size_t(0))
 
@@ -157,8 +160,8 @@ def give_back() -> None:
 def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Keeps tensors in host memory out of processes that are forked in the block.
 
-    A forked process shares its parent's pages: each page that the parent writes afterwards is in
-    memory twice. A child that reads one of these tensors is ended by a signal.
+    A forked process shares its parent's pages, and each page that the parent writes afterwards is
+    in memory twice. A child that reads one of these tensors is ended by a signal.
 
     Args:
         tensors: Tensors that the children do not need.
@@ -178,7 +181,7 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Returns (address, bytes) of the whole pages of tensors' storages in host memory."""
+    """Returns (address, bytes) of the full pages inside each tensor's storage in host memory."""
     spans = {}
     for tensor in tensors:
         if tensor.device.type == "cpu":

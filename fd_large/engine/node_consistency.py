@@ -51,7 +51,7 @@ class Fact(NamedTuple):
 
 
 _NodeFacts = tuple[str, Mapping[str, Fact]]
-"""A rank's node, and its facts by name."""
+"""Name of a rank's node, and the rank's facts by name."""
 
 
 def check(
@@ -60,7 +60,7 @@ def check(
     weights: Sources,
     code: Mapping[str, str] | None = None,
 ) -> None:
-    """Compares all nodes; a collective.
+    """Compares code, packages, images and weights of all nodes; all ranks must call this function.
 
     Args:
         samples: The training images.
@@ -68,8 +68,8 @@ def check(
         weights: Locates the files of these sources.
         code: Hashes of the user's own files, by the names in the recipe.
 
-    Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from the
-        majority.
+    Raises: LaunchError, DataError or WeightsError: if nodes differ from the majority; the message
+        names these nodes.
     """
     facts = distributed.together(lambda: _facts(samples, sources, weights))
     for source, digest in (code or {}).items():
@@ -96,7 +96,7 @@ def software() -> dict[str, Fact]:
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
-    """Returns this rank's GPU, CUDA, NCCL and driver, on which the choice of kernels depends."""
+    """Returns this rank's GPU, CUDA, NCCL and driver as facts; kernels are chosen by them."""
     same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
     if device.type != "cuda":
         return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}
@@ -123,9 +123,10 @@ def compare(ranks: Sequence[_NodeFacts]) -> None:
     """Compares the facts of nodes; the majority's value counts as right.
 
     Args:
-        ranks: The facts of every rank, in order. A fact that a rank lacks is not compared for it.
+        ranks: The node and facts of every rank, in rank order. A rank may lack some facts, which
+            are then compared between the other ranks only.
 
-    Raises: FDError: for the first difference that is an error, naming the other differences too.
+    Raises: FDError: for the first difference that is an error; the message names the others too.
     """
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     odd = {name: difference for name in names if (difference := _odd(ranks, name))}
@@ -156,9 +157,10 @@ def code_hash() -> str:
 
 
 def weights_digest(source: str, weights: Sources) -> str:
-    """Returns the size and a hash of samples of a source's files; "" for random or library models.
+    """Returns the size of a source's files and a hash of samples of their bytes, in words.
 
-    Two trainings of one model differ everywhere, so 4 MB of a file suffice.
+    Returns "" if the source has no file, as random weights and models of libraries do. 4 MB of a
+    file suffice, because two trainings of one model differ in all weights.
 
     Args:
         source: As the recipe names it.
@@ -237,7 +239,11 @@ def _driver() -> str | None:
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
-    """Returns the nodes that differ, the first one's value, a majority's node, and its value."""
+    """Compares one fact of all ranks; returns None if the ranks agree.
+
+    Returns: the nodes that differ from the majority, the value of the first of these nodes, a node
+        of the majority, and the majority's value.
+    """
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Among equally frequent values the one of the lowest rank comes first.
     right, _ = Counter(value for _, value in values).most_common(1)[0]

@@ -1,9 +1,9 @@
 """Opens a run: settles and checks its recipe, prepares its folder, builds its models and engine.
 
 A run passes through four stages, each a function of one run: `settle`, `check`, `enter`, `build`.
-`open_together` leads the runs of several students through each stage together. It handles what
-they share (mistakes, images, frozen models, the start of DeepSpeed, the probe of a micro batch)
-between two stages. The caller has claimed the run's folder before the first stage.
+`open_together` leads the runs of several students through each stage together. Between two stages
+it handles what the runs share: mistakes, images, frozen models, the start of DeepSpeed and the
+probe of a micro batch. The caller must have claimed the run's folder before the first stage.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Checked(NamedTuple):
     Attributes:
         job: The job of the settled recipe.
         samples: The training images, which all students share.
-        numbers: Numbers that recipe, ranks and model give to DeepSpeed.
-        config: The filled DeepSpeed JSON; its micro batch is 1 until a probe has found it.
+        numbers: Numbers from recipe, ranks and model that fill the DeepSpeed JSON.
+        config: The filled DeepSpeed JSON; if a probe is to find the micro batch, it is 1 until
+            then.
     """
 
     job: TrainingJob
@@ -79,19 +80,19 @@ class Checked(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A run with everything built.
+    """A run whose models and engine are built.
 
     Attributes:
         run: The settled recipe.
         folder: The run's folder.
-        job: The recipe's job, its frozen models built.
+        job: The recipe's job, with its frozen models built.
         samples: The training images.
         engine: The task in its engine.
-        checkpoints: Saves and restores its state.
+        checkpoints: Saves and restores the engine's state.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
         ema: Moving average of the weights, or None.
-        finished: Number of finished steps of the restored checkpoint; 0 without one.
+        finished: Number of finished steps of the restored checkpoint; 0 if none was restored.
     """
 
     run: Run
@@ -122,13 +123,13 @@ def open_together(
         runs: The recipes.
         job_of: Makes the job of the recipes' task.
         deepspeed_config: Path of the DeepSpeed JSON.
-        leases: This start's right to write each run's folder; None: nothing is written to it.
+        leases: This start's right to write each run's folder; None if nothing is to be written.
         whole: The recipe of all students and the right to write the folder that contains their
             folders, or None for a single run.
-        fresh: Whether to start over; the old run's files are moved aside.
+        fresh: Whether to start over; if so, the old run's files are moved aside.
         resumes: Whether the newest checkpoints are restored.
 
-    Raises: FDError: for the user's mistakes, before models are built where that is possible.
+    Raises: FDError: for the user's mistakes, if possible before models are built.
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
@@ -173,8 +174,8 @@ def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} from the stored recipes of those runs that have begun.
 
     The sources are those of the frozen models and of the students' initial weights. Earlier
-    versions guessed statistics that a recipe now has to state; runs that began with guessed ones
-    keep these.
+    versions guessed statistics that a recipe now has to state; a run that began with guessed
+    statistics keeps them.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -188,12 +189,12 @@ def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
 def _settle_each(
     runs: Sequence[Run], job_of: JobOf, weights: Sources, *others: Callable[[], Any]
 ) -> list[TrainingJob]:
-    """Returns the jobs of the settled recipes; a collective.
+    """Settles the recipes and returns their jobs; all ranks must call this function.
 
     Args:
         runs, job_of: See `open_together`.
         weights: The sources that open the recipes' weights.
-        others: Checks whose mistakes are reported together with those of weights.
+        others: Further checks, whose errors are reported together with those of the weights.
     """
     with activity.work("reading images and weights"):
         settled = meeting.meet(
@@ -210,8 +211,8 @@ def _settle_each(
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
     """Returns the recipe with the fields that its weights decide: models, windows, statistics.
 
-    Raises: FDError: if weights do not fit the recipe, or for a mistake that `others` find; the
-        message names all of them.
+    Raises: FDError: if weights do not fit the recipe. The message then also names the mistakes
+        that `others` and opening the samples find.
     """
     try:
         return job.settle(weights)
@@ -231,7 +232,7 @@ def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any
 def _check_each(
     jobs: Sequence[TrainingJob], load_config: Callable[[], dict[str, Any]], launch: Launch
 ) -> list[Checked]:
-    """Finds the mistakes of all runs, and differences between nodes; a collective.
+    """Checks all runs and compares the nodes; all ranks must call this function.
 
     Args:
         jobs: Jobs of the runs.
@@ -262,14 +263,15 @@ def check(
     open_samples: Callable[[], ImageSource],
     launch: Launch,
 ) -> Checked:
-    """Finds the user's mistakes, without a collective and without a model in memory.
+    """Checks a run for the user's mistakes, without a collective and without a model in memory.
 
     Args:
         job: The job of a settled recipe.
-        load_config, open_samples: Read the DeepSpeed JSON and the training images.
+        load_config: Reads the DeepSpeed JSON.
+        open_samples: Opens the training images.
         launch: The ranks.
 
-    Raises: FDError: naming all mistakes that can be found at once.
+    Raises: FDError: for the user's mistakes; the message names all that can be found at once.
     """
     run = job.run
     config, samples, *_ = check_all(
@@ -294,7 +296,7 @@ def check(
 
 
 def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
-    """Returns the numbers that recipe, ranks and model give to DeepSpeed."""
+    """Returns the numbers from recipe, ranks and model that fill the DeepSpeed JSON."""
     run, size = job.run, job.run.batch.micro_batch_size
     sizes, is_probed = job.tensor_sizes(), size == "auto"
     size = 1 if size == "auto" else size
@@ -313,7 +315,7 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
 
 
 def _disk_bytes(checked: Checked) -> int:
-    """Returns the bytes that a rank keeps on its disk for offload."""
+    """Returns the bytes that a rank with offload to a disk keeps on it."""
     optim, numbers = checked.job.run.optim, checked.numbers
     place = Placement(
         stage=3,
@@ -330,13 +332,16 @@ def _disk_bytes(checked: Checked) -> int:
 
 
 def _fetch_weights(job: TrainingJob) -> None:
-    """Downloads weights that a library would fetch as it reads them; called in `meeting.meet`."""
+    """Downloads the weights that a library would otherwise download when it reads them.
+
+    Must be called inside `meeting.meet`.
+    """
     for where, source in job.sources().items():
         job.weights.resolve(source, where=f"--{where}").fetch()
 
 
 def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
-    """Compares code, images and weights of all nodes; a collective."""
+    """Compares code, images and weights of all nodes; all ranks must call this function."""
     for job in jobs:
         node_consistency.check(samples, job.sources(), job.weights, job.run.code())
 
@@ -345,7 +350,9 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 
 
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
-    """Writes the settled recipe into the run's folder, which this start may write from here on.
+    """Writes the settled recipe into the run's folder and marks the lease as entered.
+
+    If `fresh`, the files of an earlier run are moved aside first.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -364,7 +371,7 @@ def _start_deepspeed() -> None:
 
 
 def _build_models(checked: Sequence[Checked]) -> None:
-    """Builds the frozen models that the students share."""
+    """Checks the kernels, and builds the frozen models, which all students share."""
     for run in checked:
         check_kernels(run.job, bfloat16=run.numbers.bfloat16)
     first, *others = (run.job for run in checked)
@@ -388,7 +395,7 @@ def _build_models(checked: Sequence[Checked]) -> None:
 
 
 def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
-    """Builds the frozen models of a task; a collective."""
+    """Builds the frozen models of a task; all ranks must call this function."""
     with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
         job.build(
             bfloat16=numbers.bfloat16,
@@ -400,12 +407,12 @@ def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshol
 def _with_probed_micro_batch(
     checked: Sequence[Checked], folder: Path, *, keep: bool
 ) -> list[Checked]:
-    """Returns the runs with the micro batch stored in the folder, or found by a probe.
+    """Returns the runs with a micro batch size, read from the folder or found by a probe.
 
     Args:
-        checked: The runs, their frozen models built.
+        checked: The runs, with their frozen models built.
         folder: The folder of the whole run, which contains all students' folders.
-        keep: Whether the probe's result is stored in the folder.
+        keep: Whether to store the probe's result in the folder.
     """
     share = checked[0].numbers.accumulation
     setting, *others = map(_memory_of, checked)
@@ -427,7 +434,7 @@ def _with_probed_micro_batch(
 
 
 def _memory_of(checked: Checked) -> dict[str, Any]:
-    """Returns the facts that decide the memory of a step."""
+    """Returns the facts about a run that decide a step's memory, by name."""
     run, config = checked.job.run, checked.config
     return {
         "world_size": distributed.world_size(),
@@ -444,7 +451,10 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
 
 
 def _probed(checked: Sequence[Checked], share: int) -> int:
-    """Returns the micro batch that a probe finds on temporary engines."""
+    """Returns the micro batch size that a probe finds with temporary engines.
+
+    `share` is the number of images of a rank in a step.
+    """
     first, engines, averages = checked[0].job, [], []
     for checked_run in checked:
         # Every step of the probe is a whole step, moments included.
@@ -467,11 +477,11 @@ def _probed(checked: Sequence[Checked], share: int) -> int:
 
 
 def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
-    """Builds the engine with its initial weights, and its checkpoints.
+    """Builds a run's engine with its initial weights, and the object that saves its checkpoints.
 
     Args:
-        checked: The run, its frozen models built.
-        lease: This start's right to write the run's folder; None: nothing is written to it.
+        checked: The run, with its frozen models built.
+        lease: This start's right to write the run's folder; None if nothing is to be written.
         launch: The ranks.
     """
     job, run = checked.job, checked.job.run
@@ -554,12 +564,15 @@ def engine_of(
 
 
 def _average_of(engine: Engine, run: Run) -> Ema | None:
-    """Returns the moving average of an engine's weights, if the recipe has one."""
+    """Makes the moving average of an engine's weights; returns None if the recipe sets no decay."""
     return Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
 
 
 def resume(opened: Opened) -> Opened:
-    """Restores the newest sound checkpoint, if any, into a run that `build` made."""
+    """Restores the newest sound checkpoint, if any, into a run that `build` made.
+
+    Returns: the run, with `finished` set.
+    """
     opened.checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         finished = opened.checkpoints.resume()
@@ -600,10 +613,10 @@ def open_stored(
 
 
 def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
-    """Checks a recipe and builds the models that it does not train; a collective.
+    """Checks a recipe and builds the models that its run uses and does not train.
 
-    The frozen models are sharded and compute as in the run itself. Neither student nor engine is
-    built.
+    All ranks must call this function. The frozen models are sharded and compute as in the run
+    itself. Neither student nor engine is built.
 
     Args:
         run: The recipe.

@@ -5,8 +5,9 @@ for the gathers of its parameters: on a separate stream, the teacher computes in
 kernels and their order within a stream are the same, and so are the results, to the bit.
 
 The streams meet in two places. New work waits for everything queued before on the current stream,
-so that its inputs are ready. The stream that first reads a result waits for it. Each stream tells
-the allocator which memory of the other it reads, since that could be reused too early otherwise.
+so that the inputs of the work are ready. The stream that first reads a result waits for the work.
+Memory that one stream allocates and the other reads is recorded with the allocator, which could
+otherwise reuse the memory too early.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def beside(
     """Returns the result of `compute`, which on a GPU may still be running on another stream.
 
     Args:
-        compute: Returns tensors, or tuples of these, by name; makes no collective.
-        inputs: The tensors that `compute` reads, except tensors that live as long as the run; in
-            tuples, lists or dicts.
-        device: Device of the computation; except on GPUs, `compute` has finished on return.
+        compute: Returns tensors, or tuples of tensors, by name; makes no collective.
+        inputs: Tuple, list or dict of the tensors that `compute` reads, without tensors that live
+            as long as the run.
+        device: Device of the computation. If it is not a GPU, `compute` has finished on return.
     """
     if not _has_streams(device):
         return compute()
@@ -56,7 +57,7 @@ def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
 
 
 class _Awaited(Mapping[str, T]):
-    """Results of another stream; the first stream that reads one waits for it."""
+    """Results of work on another stream; the stream that first reads one waits for the work."""
 
     def __init__(
         self, results: Mapping[str, T], stream: torch.cuda.Stream, device: torch.device

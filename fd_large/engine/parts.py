@@ -1,9 +1,10 @@
 """Parts of a step: components of a task that need sums over all images of a step.
 
 Parts are, for example, a queue of summaries, the statistics of a batch, or the number of images or
-tokens that count. Each is a function of the global batch, however ranks and micro batches divide
-it. A task lists its parts (`Task.parts`), and the engine adds up their numbers, by one all-reduce
-before the step's first backward for those that are `of_step`, and at most one after the step.
+tokens that count. Each part is a function of the global batch, however ranks and micro batches
+divide the batch. A task lists its parts (`Task.parts`), and the engine adds up their numbers: by
+one all-reduce before the step's first backward for parts that are `of_step`, and by at most one
+all-reduce after the step.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from torch import Tensor
 
 
 class Part:
-    """A component that needs sums over a whole step; all ranks call it alike.
+    """A component that needs sums over a whole step; all ranks make the same calls of its methods.
 
     A part that only follows training (`noted`, `after_step`) needs no second pass.
     """
 
     of_step: ClassVar[bool] = True
-    """Whether it needs its sums before the first backward of a step."""
+    """Whether the part needs its sums before the first backward of a step."""
 
     def begin(self, micro_batches: int) -> None:
-        """Called before the first `sums` of a step of this number of micro batches per rank."""
+        """Called before the first `sums` of a step; each rank has `micro_batches` micro batches."""
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
         """Returns a micro batch's share of the sums over the step, (K,) float64.
 
         Args:
-            task: The task; its student is not run.
+            task: The task; the student must not be run.
             prepared: Result of the task's `prepare` on the micro batch.
         """
         raise NotImplementedError
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Takes the sums over all micro batches of all ranks; once for each micro batch.
+        """Takes the sums over all micro batches of all ranks; called once for each micro batch.
 
         Args:
-            totals: (K,) float64.
-            micro_batches: Number of micro batches, on all ranks.
+            totals: (K,) float64, the sums.
+            micro_batches: Number of micro batches in the step, over all ranks.
         """
 
     def before_step(self, progress: float) -> None:
@@ -50,8 +51,8 @@ class Part:
         """
 
     def noted(self) -> Tensor | None:
-        """Returns the numbers that this rank's forwards noted, to be summed over ranks, or None."""
+        """Returns what this rank's forward passes noted, to be summed over the ranks, or None."""
         return None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Called after each accepted step, with the sums over the ranks."""
+        """Called after each step that was not skipped, with the sum of `noted` over the ranks."""

@@ -18,8 +18,8 @@ class Predictions(NamedTuple):
     """Predicted and true classes of the test images, in the dataset's order.
 
     Attributes:
-        predicted: (N,) int64, the class that each image is given.
-        labels: (N,) int64, the true class; -1 if the image could not be used.
+        predicted: (N,) int64, the predicted class of each image.
+        labels: (N,) int64, the true class of each image; -1 if the image could not be used.
     """
 
     predicted: NDArray[np.int64]
@@ -31,7 +31,10 @@ class Predictions(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Predictions | None:
-        """Returns the predictions in a run's folder, or None if it has none (earlier versions)."""
+        """Returns the predictions in a run's folder, or None if there are none that can be read.
+
+        Runs of earlier versions have none.
+        """
         try:
             with np.load(folder / FILE) as file:
                 return cls(file["predicted"], file["labels"])

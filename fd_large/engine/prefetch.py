@@ -14,7 +14,7 @@ class Batches(Protocol):
     """Micro batches of a run, in order.
 
     Attributes:
-        students: Number of students that take them.
+        students: Number of students that take the micro batches.
     """
 
     students: int
@@ -23,7 +23,10 @@ class Batches(Protocol):
         """Returns (batch as the loader gave it, batch to compute with)."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the last batch, with the frozen models' outputs that all students learn from."""
+        """Returns the last micro batch with the outputs of the frozen models added, if shared.
+
+        `batch` is that micro batch on the device.
+        """
 
     def stage(self) -> None:
         """Starts to copy the next micro batch to the device, if a copy is needed."""
@@ -36,7 +39,7 @@ class Prefetch:
     separate stream. On other devices `stage` does nothing.
 
     Args:
-        batches: The micro batches, in pinned memory where the device is a GPU.
+        batches: The micro batches, in pinned memory if the device is a GPU.
         device: The device that computes.
     """
 
@@ -52,7 +55,7 @@ class Prefetch:
         return batch
 
     def stage(self) -> None:
-        """Starts the next copy; called once the present micro batch is queued on the device."""
+        """Starts to copy the next micro batch; called when the device has its present work."""
         if self._stream is None or self._staged is not None:
             return
         batch = next(self._batches, None)
@@ -81,13 +84,13 @@ class Prefetch:
 class StepForSeveral:
     """The micro batches of one step, which several students take one after another.
 
-    For the first student each micro batch is read and completed by the frozen models' outputs;
-    the other students get the same tensors. All micro batches of the step stay on the device
-    until it ends.
+    For the first student each micro batch is read, and the frozen models' outputs are added; the
+    other students get the same tensors. All micro batches of the step stay on the device until the
+    step ends.
 
     Args:
         source: The run's micro batches.
-        complete: Adds the frozen models' outputs to a micro batch; called once for each.
+        complete: Adds the frozen models' outputs to a micro batch; called once per micro batch.
         students: Number of students.
     """
 
@@ -113,7 +116,7 @@ class StepForSeveral:
         return self._taken[self._next - 1]
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the last batch with the frozen models' outputs, computed once for all."""
+        """Returns the last micro batch with the frozen models' outputs, computed only once."""
         if self._done < self._next:
             self._taken[self._done] = self._taken[self._done][0], self._complete(batch)
             self._done += 1

@@ -1,8 +1,8 @@
 """Repeats a step that the guard refused, in one process on one device, by plain torch.
 
 The weights come from a checkpoint of any number of ranks and any ZeRO stage, and the images from
-the incident's files; the drop path is drawn again from seed, epoch and positions. So the losses are
-the recorded ones if the checkpoint holds the weights that the step ran on.
+the incident's files; the drop path is drawn again from seed, epoch and positions. So the replayed
+losses equal the recorded losses if the checkpoint holds the weights that the step ran on.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class MicroBatch(NamedTuple):
     """One micro batch of a refused step.
 
     Attributes:
-        rank: The rank that computed it; 0 if it joins the micro batches of all ranks.
-        batch: Its uint8 images as on that rank, with their positions in the epoch's order.
+        rank: The rank that computed the micro batch; 0 for the joined micro batches of all ranks.
+        batch: The uint8 images as on that rank, with their positions in the epoch's order.
         names: The images' names.
-        recorded: Its loss in the run.
+        recorded: Loss of the micro batch in the run.
     """
 
     rank: int
@@ -69,7 +69,7 @@ class Replayed(NamedTuple):
         losses: The replayed loss of each micro batch.
         grad_norm: L2 norm of the gradient of the micro batches' mean loss.
         other_training: Why the checkpoint belongs to another training
-            (`TrainingJob.check_stored`); empty if it does not.
+            (`TrainingJob.check_stored`), or "" if it belongs to this training.
     """
 
     folder: Path
@@ -83,16 +83,17 @@ class Replayed(NamedTuple):
 
 
 def replay(path: Path, job_of: JobOf) -> Replayed:
-    """Runs a refused step forward and backward again, and returns it beside the recorded values.
+    """Runs a refused step forward and backward again; returns the recorded and replayed values.
 
     Args:
-        path: incident.json where the run wrote it, or the folder that holds it.
+        path: incident.json inside the run's folder, or the folder of incident.json.
         job_of: Makes the job of the run's recipe.
 
     Raises:
-        ConfigError: If there is no incident, or it is damaged, outside of its run, or without
-            images, or if its task learns from more than images.
-        CheckpointError: If no checkpoint of the run is sound, or it is not of the recipe's model.
+        ConfigError: If the incident does not exist, is damaged, is outside of its run's folder or
+            has no images, or if the task learns from more than images.
+        CheckpointError: If no checkpoint of the run is sound, or the checkpoint is not of the
+            recipe's model.
         WeightsError: If a weights file that the task needs is gone.
     """
     file = path / INCIDENT if kind_of(path) == "folder" else path
@@ -120,7 +121,10 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
-    """Returns an incident and the micro batches whose images were kept."""
+    """Reads incident.json and the images beside it.
+
+    Returns: the incident's content, and the micro batches whose images were kept.
+    """
     if kind_of(file) != "file":
         raise ConfigError(
             f"replay: {file}: incident not found; got no such file, expected RUN/{INCIDENTS}/"
@@ -159,7 +163,7 @@ def _require_numbers(incident: dict[str, Any]) -> None:
 
 
 def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
-    """Returns the micro batches of one rank from the file of its images."""
+    """Returns the micro batches of one rank, whose images are in the file `images`."""
     stored, size = load_file(images), incident["micro_batch_size"]
     rank = int(images.stem.removeprefix("rank_"))
     recorded = incident["ranks"][rank]
@@ -181,7 +185,10 @@ def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
 
 
 def _weights(folder: Path, step: int) -> Reader:
-    """Returns the newest sound checkpoint from before the step, else the oldest from after it."""
+    """Opens the newest sound checkpoint of at most `step` steps, or else the oldest later one.
+
+    Raises: CheckpointError: if no checkpoint is sound.
+    """
     stored = store.complete(folder)
     before = [item for item in stored if item.update <= step]
     complaint = "none"
@@ -234,11 +241,11 @@ def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
 def _with_whole_groups(
     task: Task, group: int, micro_batches: list[MicroBatch], *, ranks: int, file: Path
 ) -> list[MicroBatch]:
-    """Joins the micro batches into one if images with shared statistics lay on several ranks.
+    """Returns the micro batches, joined into one if batch norm groups lay on several ranks.
 
     Args:
         task: The task, whose batch norms get their groups here.
-        group: Images of a group of batch norms.
+        group: Number of images that share statistics of batch norms.
         micro_batches: The kept micro batches, in the order of the ranks.
         ranks: The number of ranks of the run.
         file: The incident, for messages.
@@ -264,7 +271,10 @@ def _with_whole_groups(
 
 
 def _step(task: Task, batches: list[Batch], seed: int) -> tuple[list[float], float]:
-    """Returns the loss of each micro batch, and the norm of the gradient of their mean."""
+    """Runs all micro batches forward and backward.
+
+    Returns: the loss of each micro batch, and the L2 norm of the mean loss's gradient.
+    """
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
     losses: list[Tensor] = []

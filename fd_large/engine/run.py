@@ -62,19 +62,20 @@ def train(
     profile: int = 0,
     hooks: Sequence[Hook] = (),
 ) -> int:
-    """Trains a recipe to its end, with hooks, watchdog and signal handlers; returns the exit code.
+    """Trains a run to its end, with hooks, watchdog and signal handlers; returns the exit code.
 
     Args:
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
         lease: This start's right to write the run's folder.
-        fresh: Whether to start over instead of resuming; the old run's files are moved aside.
-        profile: Number of steps to trace by torch's profiler, after the first three; 0 turns it
-            off.
+        fresh: Whether to start over instead of resuming; if so, the old run's files are moved
+            aside.
+        profile: Number of steps to trace by torch's profiler, after the first three steps; 0 traces
+            none.
         hooks: Further hooks besides the recipe's; each student's run calls them.
 
-    Raises: FDError: for the user's mistakes, before training where that is possible.
+    Raises: FDError: for the user's mistakes, if possible before training.
     """
     runs = run.each_student()
     leases = [
@@ -103,7 +104,10 @@ def train(
 
 @contextmanager
 def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
-    """Catches signals and watches for hangs, once the ranks have met."""
+    """Meets the other ranks, then catches signals and watches for hangs in the block.
+
+    Yields the hooks that do this, joined, for the runs of all students.
+    """
     with activity.work("meeting the other ranks"):
         launch = distributed.start()
     preemption = preemption_of(run, lease, launch.launcher)
@@ -165,11 +169,11 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
 def _trainer_of(
     opened: Opened, lease: Lease, hooks: Sequence[Hook], begun: list[Hook]
 ) -> Trainer | None:
-    """Returns the trainer of an opened run from its present step, or None if it is finished.
+    """Makes the trainer of an opened run, from its present step; None if the run is finished.
 
     Args:
         opened: The run.
-        lease: This start's right to write its folder.
+        lease: This start's right to write the run's folder.
         hooks: Hooks that watch the run.
         begun: See `Trainer`.
     """
@@ -213,7 +217,10 @@ def _trainer_of(
 
 
 def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
-    """Returns whether a run is finished, and logs its state."""
+    """Returns whether a run is finished, and logs that it is finished or resumed.
+
+    Raises: CheckpointError: if the folder says that the run is finished but has no checkpoint.
+    """
     folder, finished = opened.folder, opened.finished
     done = distributed.broadcast_object(status_of(folder) == DONE)
     if done and not finished:
@@ -231,7 +238,7 @@ def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
 
 
 def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
-    """Returns the learning rate schedule of a run with this number of steps."""
+    """Returns the learning rate schedule of a run of `total` steps."""
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     warmup = int(run.optim.warmup_epochs * steps_per_epoch)
     if total <= warmup:
@@ -247,7 +254,7 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
 
 
 def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
-    """Returns the facts of a run that its hooks get before the first step."""
+    """Returns the facts that a run's hooks get before the first step."""
     run, job = opened.run, opened.job
     size, accumulation = opened.micro_batch_size, opened.accumulation
     return Setting(
@@ -289,7 +296,7 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Logs the consequences if the run's length differs from that in its checkpoint."""
+    """Warns if the run's length differs from that in the recipe of its checkpoint (`stored`)."""
     with suppress(FDError):
         changed = {
             name: values
@@ -315,7 +322,10 @@ def _log_other_length(
 def _step_flops(
     job: TrainingJob, micro_batch_size: int, micro_batches: int
 ) -> dict[int, StepFlops]:
-    """Counts a step's FLOPs on rank 0, the only rank that reports them; see `Setting.flops`."""
+    """Counts a step's FLOPs on rank 0, by the side of the images; see `Setting.flops`.
+
+    On other ranks, which do not report them, the result is empty.
+    """
     if not distributed.is_main():
         return {}
     with activity.work("counting a step's FLOPs"):
@@ -339,7 +349,7 @@ def hooks_of(
 
     Args:
         job: The job, after its `build`.
-        profile: Steps to trace; 0 turns it off.
+        profile: Number of steps to trace; 0 traces none.
         more: Further hooks besides those of recipe and task.
         student: Name of the student among several, or "" for a single student.
     """
@@ -357,7 +367,7 @@ def hooks_of(
 
 
 def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
-    """Returns the handler of signals, active from now on, or None if the recipe turns it off.
+    """Installs and returns the handler of signals, or returns None if the recipe turns it off.
 
     Only the main thread of a process can catch signals; in another thread the result is None.
     """
@@ -376,7 +386,7 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
 
 
 def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
-    """Returns the recipe's watchdog, or None if it is off or must not end the process."""
+    """Makes the watchdog; returns None if the recipe turns it off or the process is a guest's."""
     if not run.runtime.watchdog_seconds or distributed.is_guest():
         return None
     return Watchdog(
@@ -389,7 +399,7 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
 
 @contextmanager
 def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
-    """Records an error that ends the block, or the loss of a rank, in the folders of runs.
+    """Records in the runs' folders why the runs end: an error in the block, or the loss of a rank.
 
     Args:
         runs: For each run, this start's right to write its folder, and the hooks whose `on_start`
@@ -411,7 +421,9 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
 
 
 def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
-    """Ends runs by an error, recorded in their folders; no collective, as ranks may be gone.
+    """Tells other ranks and hooks of an error that ends runs, and records it in the runs' folders.
+
+    This function makes no collective, since ranks may be gone.
 
     Args:
         error: The error that ends the runs.
@@ -437,7 +449,10 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 
 
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
-    """Writes how a run ended; unless `first`, only if no rank of this start has written it yet."""
+    """Writes the status with which a run ended, and the reason, into its folder.
+
+    With `first` False, nothing is written if a rank of this start has written a status before.
+    """
     known = summary_of(lease.folder).get("start") == lease.start
     # Before this start has entered the folder, it may hold another run.
     if lease.entered and lease.owned() and (first or not known):

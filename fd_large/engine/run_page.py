@@ -14,13 +14,13 @@ from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, Setting, Tracker
 SHARE = 0.01
 """Largest fraction of the run's time that its page may take."""
 FIRST_SECONDS = 5.0
-"""Assumed cost of a page before the first was written."""
+"""Assumed seconds that writing a page takes, until the first page has been written."""
 
 
 class RunPage(Tracker):
-    """Writes the page after evaluations, and when the run stops before its end.
+    """Tracker that writes the page after evaluations, and when the run stops before its end.
 
-    A finished run writes its whole report by other code; a run that fails writes no page, so that
+    The full report of a finished run is written elsewhere. A run that fails writes no page, so that
     nothing delays its end.
 
     Args:
@@ -31,12 +31,12 @@ class RunPage(Tracker):
         self._clock = clock
 
     def on_start(self, setting: Setting) -> None:
-        """Writes nothing yet."""
+        """Stores the facts of the run; writes nothing yet."""
         self._setting = setting
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the page if the last one took less than its share of the time since then."""
+        """Writes the page if writing it last took less than `SHARE` of the time since then."""
         if self._cost < SHARE * (self._clock() - self._last):
             begin = self._clock()
             self._write(running=True)
@@ -44,7 +44,7 @@ class RunPage(Tracker):
             self._cost = self._last - begin
 
     def on_end(self, status: str) -> None:
-        """Writes the page of a run that was stopped."""
+        """Writes the page if the run was stopped, but not if it has finished or failed."""
         if status not in (DONE, FAILED, INTERRUPTED):
             self._write(running=False)
 

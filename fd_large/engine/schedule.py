@@ -1,7 +1,7 @@
 """Computes the learning rate of a step: warm-up, then cosine, polynomial or step decay.
 
-Steps are the optimiser's, so that neither the number of ranks nor accumulation changes a learning
-rate.
+Steps are those of the optimiser, so that neither the number of ranks nor accumulation changes a
+learning rate.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Schedule:
         raise NotImplementedError
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer whose peak is scaled."""
+        """Returns the learning rate of a step for a layer whose peak is multiplied by `scale`."""
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """Returns the warm-up's factor of the learning rate, as in mmcv 1.x."""
+        """Returns the factor of a learning rate in warm-up, as in mmcv 1.x; 1 after warm-up."""
         if step >= self.warmup:
             return 1.0
         start = self.warmup_start / self.peak if self.peak else 1.0
@@ -47,10 +47,10 @@ class Schedule:
 
 
 class CosineSchedule(Schedule):
-    """Linear warm-up, then half a cosine, as timm's scheduler."""
+    """Linear warm-up, then half a cosine, as in timm's scheduler."""
 
     def value(self, t: int) -> float:
-        """Returns L(t)."""
+        """Returns the learning rate L(t) at position t of the schedule."""
         if t < self.warmup:
             return self.warmup_start + t * (self.peak - self.warmup_start) / self.warmup
         if t >= self.total:
@@ -67,7 +67,10 @@ class CosineSchedule(Schedule):
         return self.value(max(step - 1, 0))
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer with a scaled peak and unscaled ends."""
+        """Returns the learning rate of a layer.
+
+        The peak is multiplied by `scale`; the start of the warm-up and the minimum are not.
+        """
         return replace(self, peak=self.peak * scale).at_step(step)
 
 
@@ -78,8 +81,8 @@ class PolynomialSchedule(Schedule):
     Attributes:
         power: The exponent; 1 is a straight line, as in every recipe. Other exponents are for
             comparisons with published schedules.
-        after_warmup: Whether the decay begins when the warm-up ends, as in mmengine; else it begins
-            at once and the warm-up is multiplied into it, as in mmcv 1.x.
+        after_warmup: True if the decay begins when the warm-up ends, as in mmengine. False if the
+            decay begins at once and is multiplied by the warm-up's factor, as in mmcv 1.x.
     """
 
     power: float = 1.0
@@ -127,13 +130,13 @@ class RiseAndFall(Schedule):
         return self.peak + (self.minimum - self.peak) * fallen
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer, scaled throughout."""
+        """Returns the learning rate of a layer: the unscaled learning rate times `scale`."""
         return scale * self.at_step(step)
 
 
 @dataclass(frozen=True)
 class StepSchedule(Schedule):
-    """The peak, divided by ten at each drop, with a linear warm-up multiplied into it.
+    """The peak, divided by ten at each drop and multiplied by the factor of a linear warm-up.
 
     Attributes:
         drops: Fractions of the run after which the learning rate falls, in rising order.

@@ -28,12 +28,12 @@ OWN_FIELDS = (
     "checkpoint_every",
     "norm_batch",
 )
-"""Fields of the section student that a user sets for named models, which decide the others."""
+"""Fields of the section student that a user may set with a named model, which decides the rest."""
 FEWEST_VALUES = 16
 """Least number of values from which a batch norm takes statistics."""
 FINAL_NORM = {"norm.weight": 1.0, "norm.bias": 0.0}
-"""Parameters of a ViT's final norm, which a task may leave out, and the fill values with which a
-whole model then has them."""
+"""Parameters of a ViT's final norm, which a task may leave out of its student, and the values that
+fill them when the model is opened with its final norm."""
 
 
 def make_student(
@@ -47,7 +47,7 @@ def make_student(
 
     Args:
         student: The recipe's section.
-        image_size: Side in pixels of the images for which a table of positions is made; 0: the
+        image_size: Side of the images for which position tables are made, in pixels; 0 for the
             side that the architecture states.
         sequential_stages, resizes_positions: See `backbones.family.Options`.
 
@@ -75,9 +75,9 @@ def make_student(
 
 
 def check_layers(student: nn.Module) -> None:
-    """Refuses a student that does not say to which layers its parameters belong.
+    """Checks that a student says to which layers its parameters belong, as layer decay needs.
 
-    Raises: ConfigError: with the remedy for `optim.layer_decay`.
+    Raises: ConfigError: if it does not; the message names a remedy for `optim.layer_decay`.
     """
     student.layer_id(next(name for name, _ in student.named_parameters()))
 
@@ -85,7 +85,7 @@ def check_layers(student: nn.Module) -> None:
 def has_layers(student: Student, *, image_size: int) -> bool:
     """Returns whether a student can be trained with `optim.layer_decay`.
 
-    A model that cannot be built has none.
+    The result is False for a model that cannot be built.
 
     Args:
         student: The recipe's section.
@@ -102,17 +102,19 @@ def has_layers(student: Student, *, image_size: int) -> bool:
 def check_norm_batch(
     student: Student, group: int, batch: Batch, *, image_size: int, world_size: int
 ) -> int:
-    """Refuses group sizes of batch norms that do not divide the batch.
+    """Checks that the group size of a student's batch norms fits the batch sizes.
 
     Args:
-        student: The section of a settled recipe; without batch norms every size is accepted.
+        student: The section of a settled recipe. For a model without batch norms, every size is
+            accepted.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         batch: The recipe's section `batch`.
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
 
-    Returns: the images of a group; 0 if the student has no batch norms or they have no groups.
-    Raises: ConfigError: naming the nearest valid numbers.
+    Returns: the number of images of a group; 0 if the student has no batch norms, or its batch
+        norms have no groups.
+    Raises: ConfigError: if the sizes do not fit; the message names the nearest valid numbers.
     """
     if not group or not resolve(student.model, student.architecture).has_batch_norms:
         return 0
@@ -154,14 +156,14 @@ def check_norm_batch(
 
 
 def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: int = 0) -> None:
-    """Lets the student's batch norms normalise by groups of images; a collective.
+    """Lets the student's batch norms normalise by groups of images; all ranks must call it.
 
     Args:
         task: The task, whose student may have no batch norm. Batch norms of a user's own model keep
             their groups.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
-        global_batch: Images of a step; 0: groups begin with each micro batch.
-        micro_batch: Images of a rank and pass.
+        global_batch: Images of a step over all ranks. With 0, each micro batch begins a group.
+        micro_batch: Images of a micro batch.
     """
     for groups in {norm.norm_groups for norm in task.student_norms()}:
         if groups.size != batch_norm.PASS:
@@ -172,15 +174,15 @@ def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: i
 def student_weights(
     student: Student, sources: Sources, *, image_size: int = 0, without: Collection[str] = ()
 ) -> Iterable[tuple[str, Tensor]] | None:
-    """Finds the weights of `student.init`; reads headers only.
+    """Finds the weights of `student.init`; reads only headers of files.
 
     Args:
         student: The section of a settled recipe.
         sources: The sources that open the weights.
-        image_size: See `make_student`; tables of positions are resized to it.
+        image_size: See `make_student`; position tables are resized to this size.
         without: Names of tensors that the task does not use.
 
-    Returns: (name, full tensor) of the student; None for random weights.
+    Returns: pairs (name, unsharded tensor) for the student; None for random weights.
     Raises: WeightsError: if the file does not fit the student.
     """
     if not student.init:
@@ -228,13 +230,13 @@ def as_student(
 
 
 def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
-    """Refuses fields of a student that a named model decides.
+    """Checks that the user set no field of a student that a named model decides.
 
     Args:
         fields: Fields that the user set.
         allowed: Fields that a user may set.
 
-    Raises: ConfigError: a line for each.
+    Raises: ConfigError: if a field is not allowed; the message has a line for each such field.
     """
     if mistakes := [name for name in fields if name not in allowed]:
         raise ConfigError(
@@ -250,7 +252,7 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
 def attention_memory(mode: str) -> str:
     """Resolves `student.attention_memory`: "auto" is "recompute" on GPUs and "keep" on CPUs.
 
-    Raises: ConfigError: for "keep" on a GPU.
+    Raises: ConfigError: if the mode is "keep" on a GPU.
     """
     planned = choose.stood_for()
     on_gpu = planned.on_gpu if planned else distributed.device().type == "cuda"

@@ -1,8 +1,8 @@
 """Trains several students in lockstep: each batch is read and passes the frozen models once.
 
-Each student has its own engine, hooks and checkpoints, and computes the same numbers as alone: a
-run with a single student takes the same path. A student that is behind, after a resume from an
-older checkpoint, trains until it has caught up while the others wait.
+Each student has its own engine, hooks and checkpoints, and computes the same numbers as if it were
+trained alone. A run with a single student uses the same code. A student that is behind after a
+resume from an older checkpoint trains until it has caught up, while the others wait.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
 class HooksOfAll(Hook):
-    """Hooks of the process, joined as one hook that each student's run calls.
+    """Joins the hooks of the process into one hook, which each student's run calls.
 
-    The hooks begin and end once. They are told of each step once, by the first student that takes
-    it, so that they see the duration of a step of all students.
+    The joined hooks begin and end once. They are told of each step once, by the first student that
+    takes the step, so that the time between two calls is that of a step of all students.
 
     Args:
-        hooks: The hooks; they give no verdict on a step.
+        hooks: The hooks to join; verdicts of theirs are ignored.
     """
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks, self._last = hooks, -1
 
     def begin(self, settings: Sequence[Setting], folder: Path) -> None:
-        """Tells the hooks of the start.
+        """Calls the hooks' `on_start` with facts about the runs of all students.
 
         Args:
             settings: The facts of each student's run.
@@ -53,7 +53,7 @@ class HooksOfAll(Hook):
             hook.on_start(whole)
 
     def end(self, status: str) -> None:
-        """Tells the hooks that all students have ended."""
+        """Calls the hooks' `on_end` when the runs of all students have ended."""
         for hook in self._hooks:
             hook.on_end(status)
 
@@ -63,7 +63,7 @@ class HooksOfAll(Hook):
         return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
 
     def after_update(self, update: Update) -> None:
-        """Passes on the first student's update of each step."""
+        """Passes the update of the first student that takes a step on to each hook."""
         if update.index > self._last:
             self._last = update.index
             for hook in self._hooks:
@@ -95,15 +95,16 @@ class HooksOfAll(Hook):
 def train_together(
     trainers: Sequence[Trainer], batches: Callable[[int, int], Iterator[Batch]]
 ) -> list[str]:
-    """Trains each student from its present step to its end; returns their statuses.
+    """Trains each student from its present step to its end; returns the students' statuses.
 
-    They share seed, images and batch sizes. If one stops because the process has to end, all stop
-    after the same step.
+    The students share seed, images and batch sizes. If a student stops because the process has to
+    end, all students stop after the same step.
 
     Args:
-        trainers: One for each student.
-        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end. A call
-            may take long, and may raise Interrupted on all ranks.
+        trainers: A trainer for each student.
+        batches: Function of an epoch and the index of a step in the epoch. Returns this rank's
+            micro batches from that step to the epoch's end. A call may take long, and may raise
+            Interrupted on all ranks.
     """
     try:
         for trainer in trainers:
@@ -120,7 +121,7 @@ def train_together(
 def _train_epoch(
     trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
 ) -> None:
-    """Trains from a step to the end of its epoch, or until no student needs it."""
+    """Trains from step `finished` to the end of its epoch, or until no student is at this step."""
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:

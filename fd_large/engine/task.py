@@ -1,6 +1,6 @@
 """The task that the engine trains: a Module that maps a batch to a loss and named metrics.
 
-All tasks have this interface, so that the engine knows nothing of teachers, heads or targets.
+All tasks have this interface, so that the engine needs to know no teachers, heads or targets.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Task(nn.Module):
     def learnt(self, images: Tensor, targets: Any) -> Any:
         """Returns the targets with the frozen models' outputs added, without gradient.
 
-        The result depends on no student, and students that train together share it; given these
-        targets, `prepare` runs no frozen model. A task without frozen models returns the targets
-        unchanged.
+        The result depends on no student, and students that train together share it. With the
+        returned targets, `prepare` runs no frozen model. A task without frozen models returns the
+        targets unchanged.
 
         Args:
             images: See `prepare`.
@@ -52,18 +52,18 @@ class Task(nn.Module):
         return targets
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Mapping[str, Tensor]:
-        """Returns random numbers of each image, besides those of view and drop path, by name.
+        """Returns the random numbers that the task needs for each image, by name.
 
-        They are a function of the arguments alone, so that ranks, micro batches, a resume and a
-        replay do not change them. A result that is not empty is passed to `prepare` as the keyword
-        `draws`.
+        Random numbers of views and drop path are not among them. The numbers are a function of the
+        arguments alone, so that ranks, micro batches, a resume and a replay do not change them. A
+        result that is not empty is passed to `prepare` as the keyword argument `draws`.
 
         Args:
             seed: The run's seed.
             epoch: Epoch, counted from 0.
-            positions: (B,) int64, places in the epoch's order, on the CPU.
+            positions: (B,) int64, positions in the epoch's order, on the CPU.
 
-        Returns: (..., B) each, on the CPU.
+        Returns: tensors (..., B) on the CPU, by name.
         """
         return {}
 
@@ -75,7 +75,7 @@ class Task(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8, on the device.
-            targets: The targets from the task's loader, on the device; None if it has none.
+            targets: The targets from the task's loader, on the device; None if there are none.
             keep: (num_sites, B) bool, or None for no drop path.
 
         Returns: the keyword arguments of `forward`.
@@ -89,10 +89,10 @@ class Task(nn.Module):
     def two_passes(self, micro_batches: int) -> bool:
         """Returns whether a step needs sums over all of its images before its first backward.
 
-        The engine then prepares all micro batches of the step and holds them, adds up `sums` over
-        them and over the ranks, and gives each micro batch the totals (`with_totals`). Numbers of
-        ranks and of micro batches then change a step by no more than the rounding of float64 sums.
-        By default a step needs them if one of `parts` does, and the sums are those of the parts.
+        If it does, the engine prepares and holds all micro batches of the step, adds up `sums` over
+        the micro batches and the ranks, and gives the totals to each micro batch (`with_totals`).
+        The numbers of ranks and micro batches then change a step by no more than the rounding of
+        float64 sums. By default a step needs sums if one of `parts` does.
 
         Args:
             micro_batches: Number of micro batches of a rank in the step.
@@ -104,7 +104,7 @@ class Task(nn.Module):
         return [part for part in self.parts if part.of_step]
 
     def begin_sums(self, micro_batches: int) -> None:
-        """Is called before the first `sums` of a step in two passes, on all ranks.
+        """Called on all ranks before the first `sums` of a step in two passes.
 
         Args:
             micro_batches: Number of micro batches of a rank in the step.
@@ -128,21 +128,22 @@ class Task(nn.Module):
     def with_totals(
         self, prepared: dict[str, Any], totals: Tensor, *, parts: int
     ) -> dict[str, Any]:
-        """Returns the keyword arguments of `forward` once the sums over the step are known.
+        """Returns the keyword arguments of `forward`, when the sums over the step are known.
 
         Args:
-            prepared: Result of `prepare`.
+            prepared: Result of `prepare` for a micro batch.
             totals: (K,) float64, the sum of `sums` over the micro batches of all ranks; the same
                 on all ranks.
-            parts: Number of these micro batches. The engine averages their losses and gradients,
-                so that a loss that is a sum over the step is multiplied by this number.
+            parts: Number of micro batches of all ranks in the step. The engine averages their
+                losses and gradients, so that a loss that is a sum over the step has to be
+                multiplied by this number.
         """
         for part, total in zip(self._parts_of_step, totals.split(self._sizes), strict=True):
             part.take(total, parts)
         return prepared
 
     def before_step(self, progress: float) -> None:
-        """Is called before the first forward of a step, on all ranks.
+        """Called on all ranks before the first forward of a step.
 
         Args:
             progress: Fraction of the run's steps that came before this one, in [0, 1).
@@ -152,10 +153,10 @@ class Task(nn.Module):
             part.before_step(progress)
 
     def after_step(self) -> None:
-        """Is called after a step that was taken, not after one that the guard refused.
+        """Called after each step that was not skipped.
 
-        A task with running statistics updates them here, so that they come from the same steps as
-        its weights, once a step whatever the number of micro batches.
+        A task with running statistics updates them here, once a step whatever the number of micro
+        batches, so that the statistics come from the same steps as the weights.
         """
         batch_norm.move(self.norms)
         notes = [part.noted() for part in self.parts]
@@ -169,7 +170,7 @@ class Task(nn.Module):
 
     @cached_property
     def norms(self) -> list[Any]:
-        """Returns the task's batch norms, whose running statistics are updated once a step."""
+        """The task's batch norms, whose running statistics are updated once a step."""
         return batch_norm.norms_of(self)
 
     def student_norms(self) -> list[Any]:
@@ -177,10 +178,10 @@ class Task(nn.Module):
         return batch_norm.norms_of(self.student)
 
     def shapes_only(self, batch: Batch) -> Tensor:
-        """Runs the part of a step that shapes alone decide, for counting on the meta device.
+        """Runs the work of a step that depends on shapes alone, for counts on the meta device.
 
-        By default it runs all of `prepare` and `forward`. A task whose work depends on the
-        content of its images overrides it with the largest possible work.
+        By default this is all of `prepare` and `forward`. A task whose work depends on the content
+        of images overrides this method with the largest possible work.
 
         Args:
             batch: A micro batch on the meta device.
@@ -197,14 +198,17 @@ class Task(nn.Module):
         return self(**prepared)[0]
 
     def keep_all(self, images: Tensor) -> Tensor | None:
-        """Returns a drop path that keeps every branch, (num_sites, B) bool; None without sites."""
+        """Returns drop-path masks that keep every branch, (num_sites, B) bool of True.
+
+        Returns None if the student has no drop path.
+        """
         if not any(self.drop_path_rates):
             return None
         size = (len(self.drop_path_rates), len(images))
         return torch.ones(size, dtype=torch.bool, device=images.device)
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the models whose layers the record of an incident lists, by prefix of names."""
+        """Returns the models whose layers an incident's record lists, by prefix of layer names."""
         return {"": self}
 
     def layer_scale(self, name: str, decay: float) -> float:
@@ -225,7 +229,8 @@ class Task(nn.Module):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        The names are the student's; one-dimensional parameters (norms, biases) are always exempt.
+        By default the student decides them. One-dimensional parameters (norms, biases) are always
+        exempt and need not be named.
         """
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
         return names, tuple(self.student.no_weight_decay_keywords())

@@ -1,7 +1,8 @@
-"""Computes vectors of class names by a CLIP's text tower, for zero-shot classification.
+"""Embeds class names by a CLIP's text tower, for zero-shot classification.
 
-A class is the mean of its prompts' embeddings, each normalised to an L2 norm of 1; an image belongs
-to the class whose vector has the largest cosine with the image's embedding.
+The vector of a class is the mean of its prompts' embeddings, which are normalised to an L2 norm of
+1 before. An image belongs to the class whose vector has the largest cosine with the image's
+embedding.
 
 Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 """
@@ -43,9 +44,9 @@ class Classes(NamedTuple):
 
 
 def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
-    """Refuses a string instead of a list of names, and prompts without a placeholder for the name.
+    """Checks that class names are a list, and that prompts are a list and have a placeholder.
 
-    Raises: ConfigError: saying which.
+    Raises: ConfigError: if names or prompts are a single string or empty, or a prompt lacks {}.
     """
     if isinstance(class_names, str) or not class_names:
         raise ConfigError(
@@ -67,7 +68,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
         source: A folder of transformers' CLIP with its tokenizer, or of open_clip; hf:REPO; or
             open_clip:ARCH/TAG.
         class_names: The names of the classes, K.
-        prompts: Texts that have {} where the name goes.
+        prompts: Texts that have {} in the place of the class name.
 
     Raises: ConfigError, WeightsError: if the text tower is missing or cannot be read.
     """
@@ -86,7 +87,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
     """Returns the probability of each class for each image, (B, K) float32.
 
     Args:
-        embeddings: (B, C) in the texts' embedding space, of any norm.
+        embeddings: (B, C), image embeddings in the embedding space of the texts, of any norm.
         classes: The classes.
 
     Raises: ConfigError: if the embeddings of images and texts differ in width.
@@ -141,10 +142,10 @@ _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 
 
 def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Builds a folder's text tower from open_clip's class and tensors read without running code.
+    """Builds a folder's text tower from open_clip's class and the folder's tensors.
 
-    The configuration may give sizes and flags but no names, since a named model or tokenizer of
-    the Hub would be downloaded and built from its own files.
+    No code of the folder is run. The configuration may give sizes and flags but no names, since a
+    named model or tokenizer would be downloaded from the Hub and built from its own files.
     """
     config = read_json(folder / _SIDECAR, where=_WHERE)["model_cfg"]
     text, cleaned = dict(config["text_cfg"]), {}
@@ -221,10 +222,10 @@ def _fetched(repository: str) -> Path:
 
 
 def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensors) -> Any:
-    """Builds the tower in float32 from transformers' class and tensors read without running code.
+    """Builds a text tower in float32 from transformers' class and a folder's tensors.
 
-    Only sizes and flags of the configuration are used, since other entries may name a kernel or
-    code.
+    No code of the folder is run. Only sizes and flags of the configuration are used, since other
+    entries may name a kernel or code.
     """
     kind = TEXT_KINDS[name]
     # Early files repeat the tower's fields there, and transformers lets these win.
@@ -264,12 +265,15 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
 
 def _plain_name(key: str) -> str:
-    """Returns a tensor's name without the outer modules, which differ between releases."""
+    """Returns a tensor's name without `text_model.`, which some releases put before it."""
     return key.replace("text_model.", "")
 
 
 def _tokenizer(package: Any, folder: Path) -> Any:
-    """Returns the folder's tokenizer, if its class is one of the published models'."""
+    """Returns the folder's tokenizer.
+
+    Raises: ValueError: if the folder names a class that is not in `_TOKENIZERS`.
+    """
     file = folder / "tokenizer_config.json"
     config = read_json(file, where=_WHERE) if kind_of(file, where=_WHERE) else {}
     stated = config.get("tokenizer_class") if isinstance(config, dict) else config

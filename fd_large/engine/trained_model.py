@@ -24,13 +24,13 @@ _SUMMARY = "_summary"
 
 
 class TrainedModel(nn.Module):
-    """A backbone that takes raw images and normalises them itself.
+    """A trained backbone that takes raw images and normalises them itself.
 
     Args:
         backbone: Normalised images (B, 3, H, W) -> FeatureMap.
-        statistics: The normalisation of its images.
-        image_size: Side of the images that it was trained with, in pixels.
-        source: Source of its weights.
+        statistics: The normalisation of the backbone's images.
+        image_size: Side of the images that the backbone was trained with, in pixels.
+        source: Source of the weights.
         heads: Reads the heads that predict teachers' maps, by name; see `StoredRun.heads`.
 
     Attributes:
@@ -55,15 +55,16 @@ class TrainedModel(nn.Module):
         self._statistics = statistics
 
     def preprocess(self, image: str | Path | Image | Tensor | Any) -> Tensor:
-        """Returns the middle of an image as evaluations see it, (3, image_size, image_size) uint8.
+        """Returns the central crop of an image, (3, image_size, image_size) uint8.
 
-        The short side is resized to 256/224 of `image_size`, bicubic.
+        As in evaluations, the short side is first resized to 256/224 of `image_size` (bicubic).
 
         Args:
-            image: A file; an image of Pillow; or uint8 pixels, a tensor (3, H, W) or an array
+            image: A path; an image of Pillow; or uint8 pixels, as a tensor (3, H, W) or an array
                 (H, W, 3).
 
-        Raises: DataError: if the file is no image; ShapeError: if the pixels are of another form.
+        Raises: DataError: if the file is no image; ShapeError: if the pixels have another shape or
+            data type.
         """
         if isinstance(image, (str, os.PathLike)):
             path = Path(image)
@@ -85,7 +86,7 @@ class TrainedModel(nn.Module):
         """Returns the map of patch tokens, (B, C, H, W).
 
         Args:
-            images: (B, 3, S, S), uint8 as `preprocess` gives them, or float in 0..1.
+            images: (B, 3, S, S), uint8 as from `preprocess`, or float in 0..1.
         """
         tokens, grid, prefix, _ = self.backbone(self._normalised(images))
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
@@ -104,8 +105,8 @@ class TrainedModel(nn.Module):
             name: The teacher's name; "teacher" for a run with one teacher; NAME_summary for a
                 summary, a map (B, C, 1, 1) of a single position.
             images: As in `forward`.
-            in_teacher_units: Whether the prediction is in the teacher's own units; else it is in
-                the units of the target's normaliser.
+            in_teacher_units: True for a prediction in the units of the teacher's map; False for
+                the units of the normalised target.
 
         Raises: ConfigError: if the model has no such head, or the normaliser cannot be undone.
         """
@@ -122,7 +123,7 @@ class TrainedModel(nn.Module):
             images: As in `teacher_map`.
             in_teacher_units: As in `teacher_map`.
 
-        Raises: ConfigError: as `teacher_map`.
+        Raises: ConfigError: as in `teacher_map`.
         """
         return self._guess(f"{name}{_SUMMARY}", images, in_teacher_units).tokens.flatten(1)
 
@@ -149,10 +150,10 @@ class TrainedModel(nn.Module):
             text: The CLIP whose text tower is used: a folder of transformers with a tokenizer, or
                 of open_clip; hf:REPO; or open_clip:ARCH/TAG.
             teacher: The name of that CLIP among the run's teachers.
-            prompts: Texts that have {} where the name of a class goes; a class is the mean of their
-                embeddings.
+            prompts: Texts that have {} in the place of a class name; the vector of a class is the
+                mean of the texts' embeddings.
 
-        Raises: ConfigError: as `teacher_map`, or if the embeddings of the text tower and of the
+        Raises: ConfigError: as in `teacher_map`, or if the embeddings of the text tower and of the
             teacher differ in width; WeightsError: if the text tower cannot be fetched or read.
         """
         check_prompts(class_names, prompts)
