@@ -1,1 +1,1 @@
-"""Depth of every pixel from a student's features: heads, a scale-invariant loss, and tests."""
+"""Depth estimation, which predicts the depth of every pixel from a student's features."""

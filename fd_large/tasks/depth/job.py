@@ -1,4 +1,4 @@
-"""The job of depth, which trains on images with a depth for each pixel and tests RMSE."""
+"""The depth job, which trains on images with a depth for each pixel and measures RMSE."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fd_large.tasks.depth.scores.metrics import crop_of
 from fd_large.tasks.depth.section import KIND, METRICS, ON_LAST_MAP
 from fd_large.tasks.depth.task import Depth
 
-# Leaves pixels between 0 and 1.
+# With these statistics, normalisation leaves pixels between 0 and 1.
 AS_THEY_ARE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 class DepthJob(DenseJob):
-    """Trains a student on the depths of `data.root`'s train split, and tests on a val split."""
+    """Trains a student on the depths of `data.root`'s train split, and tests it on a val split."""
 
     metrics: ClassVar = METRICS
     lower_is_better = KIND.lower_is_better
@@ -31,7 +31,7 @@ class DepthJob(DenseJob):
     on_last_map = ON_LAST_MAP
 
     def open_split(self, root: str, split: str, where: str) -> DepthSet:
-        """Opens the images of a split and their depth files."""
+        """Opens the images of a split with their depth files."""
         section = self.section
         return open_depth(
             root,
@@ -46,7 +46,7 @@ class DepthJob(DenseJob):
         )
 
     def training_views(self) -> TrainingViews:
-        """Returns the recipe's views of training images."""
+        """Returns the random crops of training images that the recipe sets."""
         section = self.section
         return TrainingViews(
             image_size=self.run.data.image_size,
@@ -58,7 +58,10 @@ class DepthJob(DenseJob):
         )
 
     def test_images(self) -> DepthSet:
-        """Opens the test images, and checks that `task.depth.test_crop` fits some of them."""
+        """Opens the test images, and checks on some of them that `task.depth.test_crop` fits.
+
+        Raises: DataError or ConfigError: if the images cannot be used, or the crop does not fit.
+        """
         images, section = super().test_images(), self.section
         for truth in images.some_truths():
             sides = section.bottom_crop if any(section.bottom_crop) else truth.shape
@@ -81,13 +84,13 @@ class DepthJob(DenseJob):
         )
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns the model under test, with its views of an image."""
+        """Returns the model under test, with the test settings of the recipe."""
         section = self.section
         views = TestViews(self.run.data.image_size, section.test_windows, section.test_flip)
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
-        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
+        """Returns an error message if the recipe tests whole images, or "" if it tests windows."""
         if self.section.test_windows:
             return ""
         return (
@@ -108,11 +111,11 @@ class DepthJob(DenseJob):
         )
 
     def keep(self, outcome: Outcome, some: Any, images: DepthSet, folder: Path) -> list[Path]:
-        """Writes scores.json, and draws images with depth and error."""
+        """Writes scores.json, and if `some` is given draws its images with depth and error."""
         return keep(outcome, some, images, folder)
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student as other dense tasks do, with its training's normalisation."""
+        """Describes the student as `DenseJob` does, but with the normalisation of this training."""
         return super().stored_student()._replace(statistics=self._statistics())
 
     def _statistics(self) -> Statistics:

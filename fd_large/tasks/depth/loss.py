@@ -1,4 +1,4 @@
-"""The loss of depth: the scale-invariant difference of logarithms."""
+"""The depth loss, the scale-invariant error of the logarithms of depths."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ Over = Literal["batch", "image"]
 
 
 class Whole(NamedTuple):
-    """The sums of a whole step, known before its second pass.
+    """The sums over a whole step, which a first pass computes for the loss of the second.
 
     Attributes:
-        sums: (3,) float64, `silog_sums` over all images of the step.
-        parts: Number of micro batches on all ranks, whose gradients the engine averages.
+        sums: (3,) float64, the sum of `silog_sums` over all images of the step.
+        parts: Number of micro-batches of all ranks in the step, whose gradients the engine
+            averages.
     """
 
     sums: Tensor
@@ -25,14 +26,17 @@ class Whole(NamedTuple):
 
 
 def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
-    """Returns number, sum and sum of squares of each image's differences d, (3, B) float64.
+    """Returns sums over the pixels of each image that have a known depth.
 
-    The sums are in float64, because the mean of squares and the squared mean nearly cancel. The
-    differences d are defined in `silog_loss`.
+    The sums are in float64, because the mean of squares and the squared mean nearly cancel.
 
     Args:
-        log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
-        depths: (B, H, W), metres; 0 where the depth is unknown.
+        log_depths: (B, H, W), natural logarithms of the predicted depths in metres, float32 or
+            float64.
+        depths: (B, H, W), true depths in metres; 0 where the depth is unknown.
+
+    Returns: (3, B) float64. The rows are the number of pixels, the sum of the differences d of
+        `silog_loss`, and the sum of d^2.
     """
     known = depths > 0
     difference = depths.where(known, 1).to(log_depths).log() - log_depths
@@ -55,21 +59,25 @@ def silog_loss(
     factor: float = 1.0,
     whole: Whole | None = None,
 ) -> Tensor:
-    """Returns sqrt(mean d^2 - mean_share x (mean d)^2), d = log true depth - log predicted depth.
+    """Returns factor x sqrt(mean d^2 - mean_share x (mean d)^2).
+
+    d is the logarithm of the true depth minus the logarithm of the predicted depth, at each pixel
+    with a known depth.
 
     Args:
-        log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
-        depths: (B, H, W), metres; 0 where the depth is unknown.
-        over: Pixels of the means and the root. batch: all pixels with a depth in a step's images,
-            as in MIM-Depth. image: the pixels of one image; the loss is the mean over images, as
-            in mmsegmentation.
-        mean_share: Share of the squared mean that is taken away, in [0, 1].
+        log_depths: (B, H, W), natural logarithms of the predicted depths in metres, float32 or
+            float64.
+        depths: (B, H, W), true depths in metres; 0 where the depth is unknown.
+        over: Pixels over which the means are taken. "batch": all pixels of a step's images, as in
+            MIM-Depth. "image": the pixels of one image; the loss is then averaged over the images,
+            as in mmsegmentation.
+        mean_share: Share of the squared mean that is subtracted, in [0, 1].
         factor: Factor of the loss.
-        whole: The sums over a step of several micro batches, for `batch`. None: this micro batch,
-            on all ranks, is the step; a collective.
+        whole: For "batch", the sums over a step of several micro-batches. If None, the step is this
+            micro-batch on all ranks, whose sums are added up by a collective.
 
-    Returns: a scalar of the dtype of `log_depths`, the same on all ranks for `batch`; images, or
-        batches, without a depth have the loss 0.
+    Returns: a scalar in the dtype of `log_depths`. For "batch" it is the same on all ranks. The
+        loss of an image or a batch without a known depth is 0.
     Source: Eigen et al., arXiv 1406.2283; utils/criterion.py of
         SwinTransformer/MIM-Depth-Estimation; `SiLogLoss` of mmsegmentation 1.2.
     """
@@ -91,7 +99,16 @@ def silog_loss(
 
 
 def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> Tensor:
-    """Returns the root from sums over pixels; 0, with no gradient, unless its square is above 0."""
+    """Returns sqrt(mean d^2 - mean_share x (mean d)^2) from sums over pixels.
+
+    Where the radicand is not above 0, the result and its gradient are 0.
+
+    Args:
+        count: Number of pixels.
+        total: Sum of d.
+        squares: Sum of d^2.
+        mean_share: As for `silog_loss`.
+    """
     mean = total / count.clamp(min=1)
     inside = squares / count.clamp(min=1) - mean_share * mean.square()
     return inside.where(inside > 0, 1).sqrt().where(inside > 0, 0)

@@ -1,4 +1,4 @@
-"""The recipe's section of depth estimation, and the facts of this task that need no torch."""
+"""The recipe's section `task.depth`, and the description of the task; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import IGNORED_FIELDS, check_head
 
 ON_LAST_MAP = {"linear"}
-"""Heads that take the student's last map after its final norm; others replace that norm."""
+"""Names of heads before which the student keeps its final norm; before others it is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """The depth of each pixel: a head on the student's last map; data.image_size is the crop."""
+    """Settings of depth estimation: the head on the student, its training and its test."""
 
     # Text file with a line for each training image: its path and that of its depth file, below
     # data.root. Empty: the images and depth files of the folder itself (docs/depth.md).
@@ -120,7 +120,7 @@ METRICS = {
     "val/abs_rel": "relative error",
     "val/d1": "share within a factor of 1.25",
 }
-"""Labels of the metrics; see `TrainingJob.metrics`."""
+"""The label of each metric in logs and reports, as in `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="depth",

@@ -1,4 +1,4 @@
-"""Scores the depth of a stored run, or draws it for the user's images."""
+"""Scores the model of a stored depth run, or applies it to the user's images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredDepth(StoredDense):
-    """A run that estimates depth."""
+    """A stored depth run, which commands can score, and use on images."""
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on the depth."""
+        """Returns the model card's title, introduction and tag for a backbone trained on depth."""
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),
@@ -38,13 +38,13 @@ class StoredDepth(StoredDense):
         )
 
     def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
-        """Returns the table of the nine scores."""
+        """Returns a list of one item, the table of the nine scores."""
         return [numbers_table(outcome)]
 
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws the depth of each pixel beside the image, and writes .npy files."""
+        """Draws the predicted depths beside each image, and writes them (metres) to .npy files."""
         model = self.job.model_to_test(self.task(reader).predict, 1)
 
         def see(image: Tensor, stem: str) -> Seen:

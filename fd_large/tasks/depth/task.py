@@ -1,6 +1,6 @@
-"""The task of depth: a head for the depth of each pixel on a student's last map, and its loss.
+"""The depth task: a head on a student's last map predicts the depth of each pixel.
 
-A new norm before the head replaces the student's final norm, except before a linear head.
+The student's final norm is replaced by a new norm before the head, unless the head is linear.
 
 Source: Xie et al., arXiv 2205.13543, and its code, SwinTransformer/MIM-Depth-Estimation.
 """
@@ -38,22 +38,23 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "mim": MimHead,
     "linear": lambda in_width, width, stride: LinearHead(in_width),
 }
-"""Heads from a map to depths, by their names in a recipe (`task.depth.head`), constructed from
-(channels of the map, channels of the head, pixels per place of the map). A head maps (B, C, h, w)
-to the depth before its sigmoid, (B, 1, H, W) of any size."""
+"""Built-in heads, by their names in a recipe (`task.depth.head`). Each is constructed from
+(channels of the map, channels of the head, stride of the map in pixels), and returns logits
+(B, 1, H, W), of any size, for a map (B, C, h, w). A depth is the sigmoid of a logit, times the
+largest depth."""
 
 
 class Depth(DenseTask):
-    """A head for the depth of each pixel on a distilled student.
+    """A distilled student with a head that predicts the depth of each pixel.
 
     Args:
-        student: A backbone; it loses its final norm unless the head is linear.
+        student: A backbone. Its final norm is removed, unless the head is linear.
         max_depth: Largest depth that the head can predict, in metres.
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
-        over: See `silog_loss`.
-        mean_share: See `silog_loss`.
-        factor: See `silog_loss`.
+        over: As for `silog_loss`.
+        mean_share: As for `silog_loss`.
+        factor: As for `silog_loss`.
         frozen: Whether the student is frozen.
         statistics: The student's normalisation.
 
@@ -90,22 +91,36 @@ class Depth(DenseTask):
         self.over, self.mean_share, self.factor = over, mean_share, factor
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels and the depths."""
+        """Returns the arguments of `forward`: normalised pixels and true depths."""
         pixels = normalised(images, targets.sizes, self.statistics)
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
     def two_passes(self, micro_batches: int) -> bool:
-        """Whether a root over the images of several micro batches needs their sums beforehand."""
+        """Whether the loss needs sums over all images of a step before its first backward.
+
+        It does if the loss is one root over the whole step, and the step has several micro-batches.
+        """
         return self.over == "batch" and micro_batches > 1
 
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
-        """Returns number, sum and sum of squares of the differences, by a separate forward."""
+        """Returns `silog_sums` over a micro-batch's images, (3,) float64, by a separate forward.
+
+        Args:
+            forward: Calls this task's `forward`, through its engine if there is one.
+            prepared: Result of `prepare`.
+        """
         return forward(**prepared, for_sums=True)
 
     def with_totals(
         self, prepared: dict[str, Any], totals: Tensor, *, parts: int
     ) -> dict[str, Any]:
-        """Returns the arguments of `forward`, with the step's sums."""
+        """Returns the arguments of `forward` with the sums over the step added.
+
+        Args:
+            prepared: Result of `prepare`.
+            totals: (3,) float64, the sum of `sums` over the micro-batches of all ranks.
+            parts: Number of these micro-batches.
+        """
         return {**prepared, "whole": Whole(totals, parts)}
 
     def forward(
@@ -117,16 +132,18 @@ class Depth(DenseTask):
         whole: Whole | None = None,
         for_sums: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-        """Returns the loss and no terms, or the predicted depths if no depths are given.
+        """Returns the loss, or the predicted depths if no true depths are given.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
-            keep: (num_sites, B) bool, or None.
-            depths: (B, H, W) metres; 0 where the depth is unknown.
-            whole: See `silog_loss`.
-            for_sums: Whether `silog_sums` over the images, (3,), is returned in place of the loss.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+            depths: (B, H, W), the true depths in metres; 0 where the depth is unknown.
+            whole: As for `silog_loss`.
+            for_sums: Whether the sum of `silog_sums` over the images, (3,), is returned in place of
+                the loss.
 
-        Returns: without depths (B, H, W) float32, metres.
+        Returns: with depths (loss, {}), a scalar and no further metrics; without depths the
+            prediction (B, H, W) float32, in metres.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             last = self._map(pixels, keep)
@@ -161,9 +178,13 @@ class Depth(DenseTask):
         return last.permute(0, 3, 1, 2)
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate.
+        """Returns the factor of a parameter's learning rate under layer-wise decay.
 
         In a Swin model each patch merging counts as a layer, as in the published runs.
+
+        Args:
+            name: The parameter's name in this Module.
+            decay: Factor from one layer to the layer below it.
         """
         inside = name.removeprefix("student.")
         if self.frozen or inside == name or not hasattr(self.student, "layers_above"):

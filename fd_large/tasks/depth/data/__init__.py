@@ -1,1 +1,1 @@
-"""Images with a depth for each pixel: datasets, training views."""
+"""Images with a depth for each pixel: datasets, and views for training and tests."""

@@ -1,4 +1,4 @@
-"""Images with 16-bit depth files: NYUv2 and KITTI, which lists name, and plain folders."""
+"""Datasets of images and 16-bit depth files: NYUv2 and KITTI (by lists), and plain folders."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ FILE = "a depth file, one number of 16 bits a pixel"
 
 
 class DepthSet(PairedImages):
-    """The images of a split; `s.truth(i)` are the depths of an image's pixels.
+    """The images of a split with their depth files; `s.truth(i)` returns the depths of image i.
 
     Args:
         pairs: The images and their depth files.
-        scale: Number of a depth file's units in a metre.
-        valid_range: Depths above the second number or not above the first are unknown; (0, 0)
-            keeps all depths.
-        bottom_crop: Height and width of the used part of an image, which is at its bottom and
-            horizontally centred; (0, 0) means the whole image.
-        max_pixels: Larger images are refused.
+        scale: Units of a depth file per metre.
+        valid_range: Two depths in metres. Depths above the second, or not above the first, are
+            treated as unknown. (0, 0) keeps all depths.
+        bottom_crop: Height and width of the part of an image that is used, at the bottom of the
+            image and horizontally centred. (0, 0) uses the whole image.
+        max_pixels: Images and depth files with more pixels are refused.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class DepthSet(PairedImages):
         self._scale, self._bottom_crop, self._valid_range = scale, bottom_crop, valid_range
 
     def truth(self, index: int) -> NDArray[np.float32]:
-        """Reads the depths of the pixels of image `index`, (H, W) in metres, 0: unknown.
+        """Reads the depths of the whole image `index`, (H, W) in metres; 0 where unknown.
 
-        Raises: DataError: if the file cannot be read, or is no file of depths.
+        Raises: DataError: if the depth file cannot be read, or has another image mode.
         """
         numbers = read_numbers(self.truth_file(index), MODES, FILE, max_pixels=self.max_pixels)
         depths = numbers.astype(np.float32) / np.float32(self._scale)
@@ -64,9 +64,14 @@ class DepthSet(PairedImages):
         return depths
 
     def check_range(self, limits: tuple[float, float], where: str) -> None:
-        """Reads some of the depth files, and refuses depths that seem to be in other units.
+        """Reads some of the depth files, and checks that their depths are in the expected unit.
 
-        Raises: DataError: if a file cannot be used, or the median depth is not within the limits.
+        Args:
+            limits: Lower and upper limit of the median depth, in metres.
+            where: The field that names the dataset, for messages.
+
+        Raises: DataError: if a file cannot be used, or if the median of the known depths is not
+            strictly between the limits.
         """
         known = np.concatenate([truth[truth > 0] for truth in self.some_truths()])
         low, high = limits
@@ -85,10 +90,10 @@ class DepthSet(PairedImages):
             )
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[np.float32]]:
-        """Reads the used part of image `index`, (3, H, W) uint8, and its depths, (H, W).
+        """Reads image `index`, (3, H, W) uint8, and its depths, (H, W), after the bottom crop.
 
-        Raises: DataError: if a file cannot be read, their sizes differ, or the image is smaller
-            than the used part.
+        Raises: DataError: if a file cannot be read, if image and depth file differ in size, or if
+            the image is smaller than the bottom crop.
         """
         image, depths = super().sample(index)
         rows, columns = self._bottom_crop
@@ -118,20 +123,20 @@ def open_depth(
     max_pixels: int = MAX_PIXELS,
     where: str = "data.root",
 ) -> DepthSet:
-    """Opens a split of a dataset in a folder, and reads some of its depth files.
+    """Opens a split of a dataset, and checks some of its depth files by reading them.
 
     Args:
-        root: The folder: that of NYUv2 or KITTI, whose images are named by lists, or a folder with
-            images/SPLIT and depths/SPLIT, with SPLIT/images and SPLIT/depths, or with JPEGs and
-            PNGs of the same stems in SPLIT.
+        root: The dataset's folder. Without a list it must have the folders images/SPLIT and
+            depths/SPLIT, or SPLIT/images and SPLIT/depths, or a folder SPLIT of JPEG images and
+            PNG depth files with the same stems.
         split: "train" or "val".
-        list_file: A list of images and depth files (`lists.py`); empty: a list in `root`
-            (`DEFAULT_NAMES`), if there is one.
-        depth_scale: Number of the depth files' units in a metre.
-        valid_range: See `DepthSet`.
-        limits: Limits of the median depth, in metres.
-        bottom_crop: See `DepthSet`.
-        max_pixels: Larger images are refused.
+        list_file: A list of images and depth files (`lists.py`), as for NYUv2 and KITTI. If empty,
+            a list in `root` is used (`DEFAULT_NAMES`), if there is one.
+        depth_scale: Units of a depth file per metre.
+        valid_range: As for `DepthSet`.
+        limits: Lower and upper limit of the median depth, in metres.
+        bottom_crop: As for `DepthSet`.
+        max_pixels: Images and depth files with more pixels are refused.
         where: The field that names the folder, for messages.
 
     Raises: DataError: if there is no such split, an image has no depth file, or one of the files

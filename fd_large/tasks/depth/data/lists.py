@@ -1,6 +1,6 @@
-"""Lists of images and depth files, in the format of the published NYUv2 and KITTI runs.
+"""Reads lists of images and depth files, in the format of the published NYUv2 and KITTI runs.
 
-A line holds the path of an image and that of its depth file, and optional further columns:
+A line has the path of an image, the path of its depth file, and optional further columns, as in
 "/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth
 file is "None", as in KITTI's test list, are left out.
 """
@@ -24,17 +24,23 @@ from fd_large.tasks.dense.pairs import Pairs
 log = logging.getLogger(__name__)
 
 DEFAULT_NAMES = {"train": ("train_list.txt",), "val": ("test_list.txt", "val_list.txt")}
-"""Names of the lists that are looked for in the dataset's folder."""
+"""For each split the file names of lists that are looked for in the dataset's folder, in order."""
 FOLDERS = ("", "sync", "official_splits/test", "raw_data", "data_depth_annotated")
-"""Folders below the dataset's folder from which the paths of a list may start: those of NYUv2 as
-prepared by BTS and by GLPDepth, and of KITTI as prepared by both."""
+"""Folders, relative to the dataset's folder, to which the paths in a list may be relative. They are
+the folders of NYUv2 and KITTI as prepared by BTS and by GLPDepth."""
 NO_DEPTH = "None"
-# Number of missing files that a message names.
+# Largest number of missing files that a message names.
 NAMED = 3
 
 
 class _Paths(Sequence[str]):
-    """Paths of the images of a listing, or of their depth files."""
+    """The paths of the images in a listing, or of their depth files, as a sequence.
+
+    Args:
+        listing: A listing whose names are two paths, separated by a newline.
+        root: Folder of the dataset, to which the paths are relative.
+        part: 0 for images, 1 for depth files.
+    """
 
     def __init__(self, listing: Listing, root: str, part: int) -> None:
         self._listing, self._root, self._part = listing, root, part
@@ -54,7 +60,7 @@ class _Paths(Sequence[str]):
 
 
 def default_list(root: str, split: str) -> str:
-    """Returns the path of a split's list in the folder of the dataset, or "" without a list."""
+    """Returns the path of a split's list in the dataset's folder, or "" if there is no list."""
     for name in DEFAULT_NAMES[split]:
         if kind_of(path := os.path.join(root, name)) == "file":
             return path
@@ -62,15 +68,15 @@ def default_list(root: str, split: str) -> str:
 
 
 def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
-    """Returns the images of a list and their depth files, all of which must exist.
+    """Returns the paths of the images and depth files in a list, and checks that they exist.
 
     Args:
-        path: The list.
+        path: Path of the list.
         root: Folder of the dataset.
         where: The field that names the list, for messages.
-        of_root: The field that names the folder, for messages.
+        of_root: The field that names the dataset's folder, for messages.
 
-    Raises: DataError: if the list cannot be used, or files that it names are missing.
+    Raises: DataError: if the list cannot be used, or if a file in it is missing.
     """
     if kind_of(path, where=where, of=DataError) != "file":
         raise DataError(
@@ -97,7 +103,14 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
 
 
 def _lines(path: str, where: str) -> list[tuple[str, str]]:
-    """Returns the paths of images and depth files in a list, without images that have no depth."""
+    """Returns (path of the image, path of the depth file) for each line of a list.
+
+    Lines whose depth file is "None" are left out, and counted in the log. The paths have no leading
+    slash.
+
+    Raises: DataError: if the list cannot be read, has an invalid line, or has no image with a depth
+        file.
+    """
     pairs, without = [], 0
     text = read_bytes(path, where=where, of=DataError).decode(errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
@@ -124,14 +137,25 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Returns the path below the dataset's folder of a name in a list, or "" if it has none."""
+    """Returns a list's path without a leading slash and ".."; "" if it is invalid or empty."""
     return "/".join(next(paths_below(name), ()))
 
 
 def _found(
     pairs: list[tuple[str, str]], path: str, root: str, of_root: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields the paths of images and depth files below the root; each folder is listed once."""
+    """Yields pairs of paths, now relative to the root, after checking that all files exist.
+
+    Each folder is listed once, in place of a request for each file.
+
+    Args:
+        pairs: Result of `_lines`.
+        path: Path of the list, for messages.
+        root: Folder of the dataset.
+        of_root: The field that names the dataset's folder, for messages.
+
+    Raises: DataError: if a file is missing.
+    """
     starts = [_start(root, names) for names in zip(*pairs, strict=True)]
     inside: dict[str, frozenset[str]] = {}
     missing = []
@@ -158,7 +182,14 @@ def _found(
 
 
 def _start(root: str, names: Sequence[str]) -> str:
-    """Returns the folder below the root from which a list's paths start."""
+    """Returns the folder in `FOLDERS` to which a list's paths are relative.
+
+    It is the first that contains the folder of the first path, or "", the root, if there is none.
+
+    Args:
+        root: Folder of the dataset.
+        names: Paths in the list, either those of images or those of depth files.
+    """
     for folder in FOLDERS:
         if kind_of(os.path.join(root, folder, os.path.dirname(names[0]))) == "folder":
             return folder

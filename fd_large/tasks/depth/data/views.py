@@ -1,7 +1,7 @@
-"""Views of an image: a random square in training, squares or the whole image in tests.
+"""Views of an image: a random square crop in training, squares or the whole image in tests.
 
-Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), whose
-changes of colour are albumentations'; and the test of MIM-Depth, with which tests compare results.
+Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), with
+the colour changes of albumentations, and the test of MIM-Depth. Tests compare the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.tasks.dense.windows import Window, num_forwards
 FLIP_PROBABILITY = 0.5
 # CutDepth: the largest width of a strip, as a share of the columns from its left edge on.
 WIDEST_STRIP = 0.75
-# Each of the three changes of colour is made with this probability.
+# Probability of each of the three changes of colour.
 COLOR_PROBABILITY = 0.5
 BRIGHTNESS, CONTRAST, GAMMAS = 0.2, 0.2, (0.8, 1.2)
 # Largest shifts: of hue, in 180 steps of the circle, and of saturation and value, in 0..255.
@@ -33,12 +33,13 @@ StripBytes = Literal["scaled", "wrapped"]
 
 
 class Drawn(NamedTuple):
-    """The random numbers of a training view, each in [0, 1).
+    """The random numbers that determine a training view, each in [0, 1).
 
     Attributes:
-        place: Flip, top and left.
-        strip: Start and width of the strip that shows the depth, or None.
-        colors: Random numbers for `changed_colors`.
+        place: Three numbers, for the flip, and for top and left of the crop.
+        strip: Two numbers, for start and width of the strip that shows the depth; None for no
+            strip.
+        colors: Nine numbers for `changed_colors`.
     """
 
     place: tuple[float, float, float]
@@ -50,14 +51,15 @@ class TrainingViews(NamedTuple):
     """Random resizing, cropping, mirroring and colour changes of training images.
 
     Attributes:
-        image_size: Side of the square crop, in pixels; the shorter side of images is resized to it.
-        colors: Whether colours are changed.
+        image_size: Side of the square crop, in pixels. An image is first resized so that its
+            shorter side has this length.
+        colors: Whether colours are changed (`changed_colors`).
         cut_depth: Share of the images in which a strip of columns shows the depth (CutDepth).
-        cut_depth_bytes: Content of the strip. scaled: the depth, 255 at `max_depth`. wrapped: the
-            numbers of the depth file modulo 256, as published; the images with a strip are then at
-            regular positions of the epoch.
+        cut_depth_bytes: Pixel values of the strip. "scaled": the depth, with 255 at `max_depth` and
+            beyond. "wrapped": the numbers of the depth file modulo 256, as in the published code;
+            the images with a strip are then at regular positions of the epoch.
         max_depth: Largest depth of the head, in metres.
-        depth_scale: Number of the depth files' units in a metre.
+        depth_scale: Units of a depth file per metre.
     """
 
     image_size: int
@@ -69,11 +71,11 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.float32:
-        """The value that marks pixels of unknown depth."""
+        """The value of pixels whose depth is unknown."""
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Draws the random numbers of the view at each position."""
+        """Returns the random numbers for the view at each position."""
         places = uniforms(seed, epoch, positions, "jitter", 6)
         if self.cut_depth_bytes == "wrapped" and self.cut_depth:
             cut = positions % round(1 / self.cut_depth) == 0
@@ -94,7 +96,7 @@ class TrainingViews(NamedTuple):
 
         Args:
             image: (3, H, W) uint8.
-            depths: (H, W), in metres, 0: unknown.
+            depths: (H, W), in metres; 0 where the depth is unknown.
             drawn: An item of `draws`.
         """
         if drawn.strip is not None:
@@ -116,7 +118,13 @@ class TrainingViews(NamedTuple):
     def _with_strip(
         self, image: Tensor, depths: NDArray[np.float32], draws: tuple[float, float]
     ) -> Tensor:
-        """Replaces a strip of the image, from top to bottom, by the depth."""
+        """Returns a copy of an image (3, H, W) in which a strip of columns shows the depth (H, W).
+
+        Args:
+            image: (3, H, W) uint8.
+            depths: (H, W), in metres.
+            draws: Two numbers in [0, 1), for start and width of the strip.
+        """
         start, width = draws
         columns = image.shape[-1]
         first = int(start * columns)
@@ -132,14 +140,17 @@ class TrainingViews(NamedTuple):
 
 
 def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArray[np.uint8]:
-    """Makes three changes: of brightness and contrast, of gamma, of hue, saturation and value.
+    """Changes an image's brightness and contrast, its gamma, and its hue, saturation and value.
 
-    Each change is made with probability 1/2. Values are clipped to 0..255 and rounded down.
+    Each of these three changes is made with probability 1/2. Values are clipped to 0..255 and
+    rounded down.
 
     Args:
         image: (H, W, 3) uint8, red, green and blue.
-        draws: Nine numbers in [0, 1), which decide whether each change is made, and its strength.
+        draws: Nine random numbers in [0, 1), which decide whether each change is made, and its
+            strength.
 
+    Returns: (H, W, 3) uint8, the changed image.
     Source: RandomBrightnessContrast, RandomGamma and HueSaturationValue of albumentations 1.1.
     """
     is_linear, brightness, contrast, has_gamma, gamma, is_shifted, *shifts = draws
@@ -164,12 +175,14 @@ def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArra
 
 
 class TestViews(NamedTuple):
-    """Views of test images: their size, whether whole or in squares, and whether mirrored too.
+    """The size at which an image is tested, whole or by squares.
 
     Attributes:
-        image_size: Length of the shorter side, in pixels, to which images are resized.
-        windows: The number of squares along the longer side; 0 for whole images.
-        flip: Whether each view is also seen mirrored.
+        image_size: Length of the shorter side to which an image is resized, in pixels; also the
+            side of the squares.
+        windows: Number of squares along the longer side; 0 for whole images.
+        flip: Whether the model is also given each square or image mirrored, and the depths are
+            averaged.
     """
 
     # No test of pytest's.
@@ -180,14 +193,14 @@ class TestViews(NamedTuple):
     flip: bool = False
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns a list with the only view of an image of this size."""
+        """Returns a list of one item, the view of an image of this size."""
         return [resized_view(height, width, short_side=self.image_size, long_side=UNLIMITED)]
 
     def squares(self, height: int, width: int) -> list[Window]:
-        """Returns the squares of a view of this size, at equal distances, as published.
+        """Returns up to `windows` squares of a view of this size, at equal distances, as published.
 
-        The distance is a whole number of pixels, so that the last pixels, or some pixels between
-        the squares, may be in no square.
+        The distance is rounded down to whole pixels, so that the last pixels of the longer side may
+        be in no square. Pixels between squares may be in none either, if there are few squares.
         """
         side, longer = min(height, width), max(height, width)
         step = (longer - side) // max(self.windows - 1, 1)
@@ -195,7 +208,7 @@ class TestViews(NamedTuple):
         return [_square(start, side, height <= width) for start in starts]
 
     def rest(self, height: int, width: int) -> list[Window]:
-        """Returns further squares that cover the pixels outside all `squares`."""
+        """Returns squares that cover the pixels outside the `squares` of a view of this size."""
         side, longer = min(height, width), max(height, width)
         covered, rest = np.zeros(longer, bool), []
         for square in self.squares(height, width):
@@ -208,7 +221,7 @@ class TestViews(NamedTuple):
         return rest
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image, with `at_once` squares in each."""
+        """Returns the number of forwards for an image, with up to `at_once` squares in each."""
         forwards = 1
         if self.windows:
             (view,) = self.views(height, width)

@@ -1,1 +1,1 @@
-"""Heads that predict depth from a map: MIM-Depth's decoder, and a linear layer."""
+"""Heads that predict the depth of each pixel from a map: MIM-Depth's decoder, and a linear head."""

@@ -1,7 +1,7 @@
 """The linear head, which tests how much depth a map contains without further layers.
 
-Source: Oquab et al., arXiv 2304.07193 (DINOv2), which classifies the depth into 256 bins; here
-the head predicts a single number at each place.
+Source: Oquab et al., arXiv 2304.07193 (DINOv2). DINOv2 classifies the depth into 256 bins; here the
+head predicts a single number at each position of the map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DRAW = Draw("normal", std=0.01)
 
 
 class LinearHead(nn.Module):
-    """Batch norm and a 1x1 convolution.
+    """Head of batch norm and a 1x1 convolution.
 
     Args:
         width: Channels of the map.
@@ -29,5 +29,5 @@ class LinearHead(nn.Module):
         self.convolution = Convolution(width, 1, 1, draw=_DRAW)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, h, w) to (B, 1, h, w), a depth before its sigmoid."""
+        """Maps a map (B, width, h, w) to logits of the depth, (B, 1, h, w)."""
         return self.convolution(self.norm(x))

@@ -1,9 +1,10 @@
-"""MIM-Depth's decoder: transposed convolutions on the last map, and convolutions at full size.
+"""MIM-Depth's decoder: transposed convolutions on the last map, then convolutions at image size.
 
 Source: Xie et al., arXiv 2205.13543, and models/model.py of SwinTransformer/MIM-Depth-Estimation
 (after GLPDepth, arXiv 2201.07436), with which a test compares the outputs. The decoder is published
-for Swin models of stride 32. How it was used on a ViT for the distilled models' scores is not
-public; here interpolation doubles a map of stride 16 once, and a map of stride 32 twice.
+for Swin models of stride 32. How it was used on a ViT for the scores of the distilled models is not
+public. Here, after the transposed convolutions, interpolation doubles a map of stride 16 once, and
+a map of stride 32 twice.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _DRAW = Draw("normal", std=0.001)
 
 
 class MimHead(nn.Module):
-    """The decoder and the last layers of the published depth runs of SwinV2.
+    """The head of the published depth runs of SwinV2: MIM-Depth's decoder and the layers after it.
 
     Args:
         in_width: Channels of the map.
         width: Channels after the transposed convolutions.
-        stride: Pixels per place of the map.
-        filters: Channels of each transposed convolution.
+        stride: Stride of the map, in pixels.
+        filters: Output channels of each transposed convolution.
         kernels: Side of the kernel of each transposed convolution: 2, 3 or 4.
     """
 
@@ -60,10 +61,10 @@ class MimHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, h, w) to (B, 1, H, W), the depth before its sigmoid.
+        """Maps a map (B, in_width, h, w) to logits of the depth, (B, 1, H, W).
 
-        H and W are those of the image if the stride is a power of two of at least 8, else close to
-        them.
+        H and W are the height and width of the image if the stride is a power of two of at least 8;
+        otherwise they are close to these.
         """
         x = self.convolution(self.deconvolutions(x))
         for _ in range(self.doublings):

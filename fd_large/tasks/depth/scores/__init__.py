@@ -1,1 +1,1 @@
-"""The test of depth: views, scores, pictures and tables."""
+"""The depth test: predictions of test images, scores, tables and plots."""

@@ -1,4 +1,4 @@
-"""The test of depth, which gives each image nine scores; the ranks share the images."""
+"""The depth test: ranks share the images, and compute nine scores for each image."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from fd_large.tasks.depth.scores.pictures import Row, draw_rows
 
 
 class Outcome(NamedTuple):
-    """The scores that all ranks have after a test.
+    """The result of a test on N images, the same on all ranks.
 
     Attributes:
         scores: The scores of each image and of the dataset.
-        scored: The rule for the scored pixels of an image.
-        unread: Number of unreadable images, which are left out.
+        scored: The rule by which pixels of an image are scored.
+        unread: Number of unreadable images, which are not scored.
     """
 
     scores: Scores
@@ -54,12 +54,12 @@ class Outcome(NamedTuple):
 
     @property
     def errors(self) -> NDArray[np.float64]:
-        """The root mean square error of each image, (N,) in metres; NaN for unscored ones."""
+        """The root mean square error of each image in metres, (N,); NaN for images not scored."""
         return self.scores.of_images[:, NAMES.index("rmse")]
 
     @property
     def without_depth(self) -> int:
-        """Number of readable images without a scored depth, which are left out."""
+        """Number of readable images that have no pixel to score, and are therefore not scored."""
         return int((~self.scores.scored).sum()) - self.unread
 
 
@@ -67,9 +67,9 @@ class Model(NamedTuple):
     """The model under test.
 
     Attributes:
-        depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres; in
-            evaluation mode, called by all ranks if it is sharded.
-        views: Views of an image.
+        depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres, in
+            evaluation mode. If the model is sharded, all ranks must call it equally often.
+        views: The size at which an image is tested, whole or by windows, and mirrored or not.
         at_once: Number of windows in a forward.
     """
 
@@ -79,10 +79,10 @@ class Model(NamedTuple):
 
     @torch.no_grad()
     def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Predicts the depths of an image: (H, W) float32 in metres, on the device.
+        """Predicts the depth of each pixel of an image, (H, W) float32 in metres, on the device.
 
         Args:
-            views: The view of the image, (3, h, w) uint8, in a list.
+            views: A list of one item, the resized image, (3, h, w) uint8.
             size: Height and width of the result.
         """
         (image,) = views
@@ -92,7 +92,11 @@ class Model(NamedTuple):
         return depths[0]
 
     def of_view(self, pixels: Tensor) -> Tensor:
-        """Predicts the depths of a view (1, 3, h, w): (1, h, w)."""
+        """Predicts the depths of a resized image (1, 3, h, w), (1, h, w) in metres.
+
+        In a test by windows, pixels outside the published squares get the mean of further squares
+        that cover them.
+        """
         if not self.views.windows:
             return self._flipped_too(pixels)
         size = (pixels.shape[-2], pixels.shape[-1])
@@ -106,12 +110,16 @@ class Model(NamedTuple):
         return depths
 
     def of_squares(self, pixels: Tensor) -> Tensor:
-        """Predicts (1, h, w) in the published squares alone; other pixels are NaN."""
+        """Predicts depths (1, h, w) only inside the published squares; other pixels are NaN."""
         places = self.views.squares(pixels.shape[-2], pixels.shape[-1])
         return mean_of_windows(pixels, self._flipped_too, places, at_once=self.at_once)
 
     def idle(self) -> None:
-        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
+        """Runs a forward on a black image.
+
+        Under ZeRO-3 all ranks must run the same number of forwards. A rank calls this method as
+        often as its image needs fewer forwards than the images of other ranks.
+        """
         forward_of_nothing(self.depths, self.views.image_size)
 
     def _flipped_too(self, pixels: Tensor) -> Tensor:
@@ -128,14 +136,14 @@ def evaluate(
     workers: int,
     between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Tests on all images; a collective.
+    """Tests a model on all images; a collective.
 
     Args:
         model: The model under test.
         images: The test images and their depths.
-        limits: Limits in metres; only true depths strictly between them are scored.
-        crop: Part of the image that is scored.
-        workers: Processes that load.
+        limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
+        crop: Part of an image that is scored.
+        workers: Number of loading processes; 0 loads in this process.
         between: Called before each image on every rank; may raise to end the test.
     """
     device, scored = distributed.device(), Scored(limits, crop)
@@ -161,15 +169,15 @@ def evaluate(
 
 
 def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: Path) -> list[Path]:
-    """Writes scores.json and draws images; on rank 0 alone.
+    """Writes scores.json and the bootstrap scores, and draws images; called on rank 0 only.
 
     Args:
         outcome: Result of the test.
-        some: The images that are drawn, by `predict_some`; None: nothing is drawn.
+        some: The images to draw, from `predict_some`; None draws nothing.
         images: The test images and their depths.
-        folder: A folder, made if it is missing.
+        folder: The folder to write to, which is created if it is missing.
 
-    Returns: the plots that were drawn.
+    Returns: the paths of the plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, images))

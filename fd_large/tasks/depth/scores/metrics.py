@@ -1,7 +1,7 @@
-"""The nine scores of depth, image by image; scores of a dataset are means over its images.
+"""Nine depth scores of each image; the scores of a dataset are means over its images.
 
-They are computed in float64 on the host, each image by one rank, and averaged in the images' order,
-so that they do not depend on the number of ranks.
+The scores of an image are computed in float64 on the host of one rank, and averaged in the order of
+the images, so that the means do not depend on the number of ranks.
 
 Source: MIM-Depth-Estimation (metrics.py, as in GLPDepth and BTS); a test compares the scores.
 """
@@ -31,10 +31,10 @@ KITTI = {
 
 
 class Scored(NamedTuple):
-    """The rule for the scored pixels of an image.
+    """The rule by which pixels of an image are scored.
 
     Attributes:
-        limits: Limits in metres; only true depths strictly between them are scored.
+        limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
         crop: Part of the image that is scored.
     """
 
@@ -42,10 +42,10 @@ class Scored(NamedTuple):
     crop: Crop = "none"
 
     def pixels(self, truth: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Returns a mask of the scored pixels of an image with these depths, (H, W).
+        """Returns a mask (H, W) of the pixels of an image that are scored.
 
         Args:
-            truth: (H, W) in metres, 0: unknown.
+            truth: (H, W), true depths in metres; 0 where the depth is unknown.
         """
         return scored_pixels(truth, self.limits, crop_of(self.crop, *truth.shape))
 
@@ -53,7 +53,13 @@ class Scored(NamedTuple):
 def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
-    """Returns a mask of pixels in some rows and columns with a depth strictly between limits."""
+    """Returns a mask (H, W) of the pixels of a part of an image with a depth between limits.
+
+    Args:
+        truth: (H, W), true depths in metres; 0 where the depth is unknown.
+        limits: Two depths in metres, which are excluded.
+        part: Rows and columns of the part.
+    """
     # Compared in the precision of the depths, in which 1 mm in a file is not above 0.001 m.
     low, high = (truth.dtype.type(limit) for limit in limits)
     inside = np.zeros(truth.shape, bool)
@@ -62,9 +68,9 @@ def scored_pixels(
 
 
 def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
-    """Returns the rows and columns of an image inside a crop.
+    """Returns the rows and the columns of an image that are inside a named crop.
 
-    Raises: ConfigError: if the crop is defined for another image size.
+    Raises: ConfigError: if the crop is defined for images of another size.
     """
     if name == "none":
         return slice(None), slice(None)
@@ -86,9 +92,14 @@ def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
 def finite_depths(
     predicted: NDArray[np.floating[Any]], limits: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Returns predicted depths, with infinite ones set to the upper limit, and NaN to the lower.
+    """Returns predicted depths as float64 without infinities and NaN.
 
-    Other depths are not clamped, as published.
+    Positive and negative infinity become the upper limit, and NaN becomes the lower limit. Finite
+    depths are not clamped, as in the published code.
+
+    Args:
+        predicted: Predicted depths in metres.
+        limits: Lower and upper limit in metres.
     """
     low, high = limits
     return np.nan_to_num(predicted.astype(np.float64), nan=low, posinf=high, neginf=high)
@@ -97,11 +108,11 @@ def finite_depths(
 def image_scores(
     predicted: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]]
 ) -> NDArray[np.float64]:
-    """Returns the nine scores of an image, in the order of `NAMES`.
+    """Returns the nine scores of an image, (9,) float64, in the order of `NAMES`.
 
     Args:
-        predicted: (n,), predicted depths of the scored pixels, in metres; at least one.
-        truth: (n,), true depths of the same pixels.
+        predicted: (n,), predicted depths of the scored pixels in metres; n is at least 1.
+        truth: (n,), true depths of the same pixels, in metres.
     """
     p, t = predicted.astype(np.float64), truth.astype(np.float64)
     difference = p - t
@@ -124,10 +135,10 @@ def image_scores(
 
 
 class Scores(NamedTuple):
-    """The scores of a dataset.
+    """The scores of a dataset's N images.
 
     Attributes:
-        of_images: (N, 9) float64, in the order of `NAMES`; NaN for images that are not scored.
+        of_images: (N, 9) float64, scores in the order of `NAMES`; NaN for images not scored.
         pixels: (N,) int64, the number of scored pixels of each image.
     """
 
@@ -136,11 +147,11 @@ class Scores(NamedTuple):
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """Returns a mask of the images with a scored pixel, (N,)."""
+        """A mask (N,) of the images that are scored because they have at least one scored pixel."""
         return self.pixels > 0
 
     def numbers(self) -> dict[str, float]:
-        """Returns the mean of each score over the scored images, by name; NaN without any."""
+        """Returns the mean of each score over the scored images, by name; NaN if none is scored."""
         rows = self.of_images[self.scored]
         means = rows.mean(0) if len(rows) else np.full(len(NAMES), np.nan)
         return dict(zip(NAMES, means.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Plots of depth: an image with its depth and a colour bar, and rows of test images with the error.
+"""Plots of depth: an image beside its predicted depth, and rows of test images with the error.
 
 Torch is not imported.
 """
@@ -32,14 +32,14 @@ IMAGE, BAR, BAR_ITSELF = 1.0, 0.2, 0.18
 
 
 class Row(NamedTuple):
-    """A row of a test's plot: an image with truth, prediction and scores.
+    """A row of a plot: a test image with its true and predicted depths and its scores.
 
     Attributes:
         image: (H, W, 3) uint8.
-        truth: (H, W), the depths in metres, 0: unknown.
-        predicted: (H, W), the model's depths.
+        truth: (H, W), true depths in metres; 0 where the depth is unknown.
+        predicted: (H, W), predicted depths in metres.
         scored: (H, W), whether each pixel is scored.
-        name: The image's name.
+        name: The image's file name.
         found: Scores of the image, as text.
     """
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 @own_look
 def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], path: Path) -> None:
-    """Draws an image and its depth side by side, with a colour bar, as a PNG.
+    """Writes a PNG of an image and its depth side by side, with a colour bar.
 
     Args:
         image: (H, W, 3) uint8.
@@ -78,10 +78,10 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draws one row per image, with image, true and predicted depth, and error, as a PNG.
+    """Writes a PNG with a row for each image: the image, true depth, predicted depth, and error.
 
-    True and predicted depths of an image share a range of colours. The error is drawn at scored
-    pixels.
+    True and predicted depths of an image have the same colour scale. The error is drawn only at
+    scored pixels.
     """
     from matplotlib.figure import Figure
 
@@ -130,7 +130,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def _range(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """Returns the range of a colour bar."""
+    """Returns the ends of a colour scale: the `PERCENTILES` of the finite values."""
     known = values[np.isfinite(values)]
     low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 1.0)
     return (float(low), float(high)) if low < high else (float(low), float(low) + 1e-3)

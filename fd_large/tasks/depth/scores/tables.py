@@ -1,4 +1,4 @@
-"""The scores of depth as a table for the terminal; no torch."""
+"""A table of depth scores for the terminal; torch is not imported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = {
 
 
 def numbers_table(outcome: Outcome) -> Table:
-    """Returns a table of the nine scores, with the number of images and the scored part."""
+    """Returns a table of the nine scores, with the number of images and the crop in its title."""
     from rich.table import Table
 
     crop, left_out = outcome.scored.crop, outcome.without_depth + outcome.unread
