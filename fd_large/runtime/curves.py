@@ -1,7 +1,8 @@
-"""Base classes of trackers with curves: names of curves, and calls in a thread for networks.
+"""Base classes of trackers that draw curves, on disk or in a service on the network.
 
-Points are drawn at the number of finished steps, as on the progress bar: a training row at its own
-step + 1, and an evaluation at the number of steps before it.
+The x coordinate of a point is the number of finished steps, as on the progress bar. So the point of
+a training step is at the step's index + 1, and the point of an evaluation is at the number of steps
+before it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ TAGS = {
     "memory_bytes": "memory/rank_0_peak_bytes",
 }
 SECONDS_TO_FINISH = 30.0
-"""Seconds for which the end of a run waits for points that are not sent yet."""
+"""Seconds for which a run waits at its end until all points are sent."""
 
 _keeping = threading.Lock()
 
 
 class Curves(Tracker):
-    """Turns every metric of a run into a curve; a subclass sends or writes them."""
+    """Base class of trackers that turn each metric of a run into a curve.
+
+    A subclass defines `add`, which sends or writes the points.
+    """
 
     def on_start(self, setting: Setting) -> None:
-        """Records the sets of metrics, and the evaluation that a resumed run may repeat."""
+        """Reads the groups of metrics, and the evaluation that a resumed run may repeat."""
         self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
         # The last evaluation before a resume may be made again.
         self._seam = first = setting.first_update
@@ -53,12 +57,15 @@ class Curves(Tracker):
                 self._at_seam |= row.keys()
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Adds a point for each row."""
+        """Adds a point to the curves of training for each row of metrics.jsonl."""
         for row in rows:
             self.add({tag: row[k] for k, tag in TAGS.items() if k in row}, row["update"] + 1)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Adds a point for each metric, under SET/METRIC."""
+        """Adds a point for each metric of an evaluation, to the curve GROUP/METRIC.
+
+        Metrics that were recorded before a resume are left out.
+        """
         values = {}
         for name, value in metrics.items():
             if not (index == self._seam and name in self._at_seam):
@@ -68,19 +75,25 @@ class Curves(Tracker):
             self.add(values, index)
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of the given curves."""
+        """Adds a point to each of some curves.
+
+        Args:
+            values: Value of the point, by name of the curve.
+            step: Number of finished steps, the x coordinate of the points.
+        """
         raise NotImplementedError
 
 
 class RemoteCurves(Curves):
-    """Curves in a service that may be slow or unreachable.
+    """Base class of trackers for a service on the network, which may be slow or unreachable.
 
-    A separate thread makes the calls, in order, so that training never waits. After the first
-    failed call there is one warning, and further calls are skipped. The id of the service's run
-    is kept in RUN/trackers.json, so that a resumed run continues in it.
+    A separate thread calls the service, in order, so that training never waits. The first failed
+    call is logged as a warning, and further calls are skipped. The ID of the run in the service is
+    kept in RUN/trackers.json, so that a resumed run continues the same run there.
 
     Attributes:
-        name: Name in the recipe, and also of this package's extra and of the library's module.
+        name: Name of the tracker in the recipe, of fd_large's extra in `pip install`, and of the
+            library's module.
         package: Name of the library for `pip install`.
     """
 
@@ -97,7 +110,7 @@ class RemoteCurves(Curves):
             )
 
     def on_start(self, setting: Setting) -> None:
-        """Begins or continues the service's run."""
+        """Starts the thread, which begins or continues the run in the service."""
         super().on_start(setting)
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._failed = False
@@ -107,11 +120,11 @@ class RemoteCurves(Curves):
         self._calls.put(("begin", (setting, _recipe(setting), _ids(setting).get(self.name))))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of the given curves."""
+        """Queues a point for each of the given curves, which the thread sends."""
         self._calls.put(("send", (values, step)))
 
     def on_end(self, status: str) -> None:
-        """Sends the remaining points, within a time limit."""
+        """Waits until the thread has sent the remaining points, at most `SECONDS_TO_FINISH`."""
         self._calls.put(("finish", (status,)))
         self._calls.put(None)
         self._thread.join(SECONDS_TO_FINISH)
@@ -122,25 +135,27 @@ class RemoteCurves(Curves):
             )
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the service's run and keeps its id by `keep`; the thread calls it.
+        """Opens the run in the service, and stores the run's ID by `keep`.
+
+        The thread calls this method.
 
         Args:
-            setting: The run.
-            recipe: Content of recipe.json, without secrets.
-            known: Id of the service's run to continue, or None for a new run.
+            setting: The facts of this run.
+            recipe: Contents of recipe.json, without secrets.
+            known: ID of the run in the service to continue, or None for a new run.
         """
         raise NotImplementedError
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of the given curves."""
+        """Sends points of some curves to the service; the arguments are those of `add`."""
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
-        """Closes the service's run with the status of this one."""
+        """Closes the run in the service, with the status of this run."""
         raise NotImplementedError
 
     def keep(self, setting: Setting, id: str) -> None:
-        """Stores the id of the service's run in the run's folder."""
+        """Stores the ID of the run in the service in RUN/trackers.json."""
         setting.must_own()
         with _keeping:
             write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})
@@ -159,7 +174,10 @@ class RemoteCurves(Curves):
 
 
 def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
-    """Returns the name of the run in a service: `runtime.name`, else the folder's name."""
+    """Returns the name for the run in a service.
+
+    It is the recipe's `runtime.name` if set, else the name of the run's folder.
+    """
     return recipe["runtime"].get("name") or setting.folder.resolve().name
 
 

@@ -1,4 +1,4 @@
-"""A folder's disk: its type, free space, and writing speed."""
+"""Checks the disk of a folder: the type of its file system, its free space and writing speed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OVER_A_NETWORK = frozenset(
 
 
 def file_system(path: Path) -> str:
-    """Returns the type of the file system that holds a path; "?" if unknown."""
+    """Returns the type of the file system that contains a path, such as "ext4"; "?" if unknown."""
     import psutil
 
     real = path.resolve()
@@ -37,8 +37,11 @@ def file_system(path: Path) -> str:
 
 
 def write_speed(folder: Path) -> float:
-    """Writes up to 256 MB and returns bytes a second, flushed to the disk.
+    """Measures the speed of writing to a folder, by a temporary file.
 
+    At most 256 MiB are written, in at most about 2 s, and flushed to the disk.
+
+    Returns: bytes per second.
     Raises: OSError: if the folder cannot be written.
     """
     block = os.urandom(8 << 20)  # Zeros would be compressed.
@@ -52,13 +55,15 @@ def write_speed(folder: Path) -> float:
 
 
 def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
-    """Checks whether a folder can hold a run's state; returns (got, expected) if not.
+    """Checks whether a folder can hold the optimiser state of this node's ranks.
 
     Args:
-        folder: `engine.nvme_path`.
-        needed: Bytes of all ranks of this node.
+        folder: Value of `engine.nvme_path`.
+        needed: Size of the state of all ranks on this node, in bytes.
 
-    Raises: ConfigError: if no file can be made there.
+    Returns: None if the folder can hold the state; otherwise two texts for an error message, which
+        say what the folder is and what is expected instead.
+    Raises: ConfigError: if no file can be made in the folder.
     """
     path = Path(folder)
     if kind_of(path) != "folder":
@@ -77,14 +82,22 @@ def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
 
 
 def check_state_folder(folder: str, needed: int) -> None:
-    """Raises ConfigError if a folder cannot hold a run's state; see `unfit_for_state`."""
+    """Raises ConfigError if a folder cannot hold the optimiser state of this node's ranks.
+
+    The arguments are those of `unfit_for_state`.
+    """
     if unfit := unfit_for_state(folder, needed):
         raise _unfit(folder, *unfit)
 
 
 @contextmanager
 def refused(folder: str, size: int) -> Iterator[None]:
-    """Turns an OSError of a block that writes `size` bytes in the folder into a ConfigError."""
+    """Turns an OSError raised in the block into a ConfigError about the folder of the state.
+
+    Args:
+        folder: The folder in which the block writes.
+        size: Number of bytes that the block writes, for the message.
+    """
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Progress of a command's work: a bar on a terminal, else a line at least every 30 s.
+"""Shows the progress of a command: a bar on a terminal, else a line at least every 30 s.
 
-A thread reads `activity` a few times a second and draws, except during training, whose own bar
-(`progress.py`) uses the terminal.
+A thread reads `activity` twice a second and draws the bar. During training nothing is drawn here,
+since training's own bar (`progress.py`) uses the terminal.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 25.0
-"""Less than 30 s, together with the delays of a look, a write and a busy machine."""
+"""Seconds without a line after which a line is written. With the delays of the thread and of a busy
+machine, less than 30 s pass between two lines."""
 SECONDS_UNTIL_BAR = 2.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextmanager
 def shown(description: str) -> Iterator[None]:
-    """Shows the progress of the block's work, under a description of the whole."""
+    """Shows the progress of the work in the block; `description` names the work as a whole."""
     # rich is not imported for a block that ends at once.
     live = terminal.out().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     look: Bar | Lines = Bar() if live else Lines(say)
@@ -62,10 +63,10 @@ def say(text: str) -> None:
 
 
 class Lines:
-    """Logs the present work if nothing else was logged for a while.
+    """Writes a line about the current work when the user saw no line for a while.
 
     Args:
-        say: Writes a line to the user.
+        say: Function that writes a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -73,7 +74,12 @@ class Lines:
         self._said = float("-inf")
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Reads the present work, and writes a line if none was shown for a while."""
+        """Writes a line about the work if no line was shown for `SECONDS_BETWEEN_LINES`.
+
+        Args:
+            works: The current work, from the outermost to the innermost.
+            now: The time, by time.monotonic.
+        """
         if not works:
             return
         since = max(self._said, terminal.last_said(), works[0].began)
@@ -82,17 +88,22 @@ class Lines:
             self._say(describe(works[1:] or works, now))
 
     def close(self) -> None:
-        """Does nothing, since log lines stay."""
+        """Does nothing, since written lines stay."""
 
 
 class Bar:
-    """A progress bar for work that takes longer than two seconds, cleared at its end."""
+    """Draws a progress bar for work that takes longer than `SECONDS_UNTIL_BAR`."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Reads the present work and updates the display."""
+        """Draws the progress of the work, or removes the bar while training's bar is drawn.
+
+        Args:
+            works: The current work, from the outermost to the innermost.
+            now: The time, by time.monotonic.
+        """
         if not works or terminal.is_claimed():
             self.close()
             return
@@ -112,7 +123,7 @@ class Bar:
         )
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Removes the bar from the terminal."""
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.stop()

@@ -1,12 +1,14 @@
 """Refuses steps with an abnormal loss or gradient norm, and rolls a run back after several.
 
-A run with a non-finite state is rolled back at once, since no later step could be accepted or
-saved. If no step is accepted after a roll-back, the next roll-back goes further back.
+A run with a non-finite state (weights or moments) is rolled back at once, since no later step could
+be accepted or saved. If no step is accepted after a roll-back, the next roll-back goes
+further back.
 
-Abnormal means NaN, infinite, or far above the last accepted steps, in units of their spread. The
-spread is the median distance from the median, so that a spike does not enlarge it; it has a lower
-limit for flat curves. The guard's state follows from RUN/metrics.jsonl and RUN/incidents alone,
-so a resumed run decides like an uninterrupted one.
+A number is abnormal if it is NaN or infinite, or lies above the median of the last accepted steps
+by more than a multiple of their spread. The spread is the median distance from the median, so that
+a spike does not enlarge it, and it has a lower limit for flat curves. The guard's state follows
+from RUN/metrics.jsonl and RUN/incidents alone, so that a resumed run decides like an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -37,32 +39,34 @@ from fd_large.runtime.run_folder import rows_before, written_or_logged
 log = logging.getLogger(__name__)
 
 WINDOW = 100
-"""Number of accepted steps over which the running median and spread are taken."""
+"""Number of the last accepted steps over which median and spread are taken."""
 KNOWN = 20
-"""Number of accepted steps after which a finite number can be abnormal."""
+"""Number of accepted steps from which on a finite number can be abnormal."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
-"""Least spread of the loss, as a fraction of its median, and of the norm, in natural logarithms."""
+"""Lower limits of the spread: of the loss as a fraction of its median, and of the natural logarithm
+of the gradient norm."""
 NAMED = 5
 """Largest number of non-finite tensors that an incident names for each rank."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
-"""Numbers of the newest incidents that keep images, and of ranks whose images each one has."""
+"""Number of the newest incidents whose images are kept, and the largest number of ranks whose
+images an incident has."""
 MAD_TO_DEVIATION = 1.4826  # Exact for a normal distribution.
 
 Values = tuple[int, float, float]
-"""Update, loss, gradient norm."""
+"""Index, loss and gradient norm of a step."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An abnormal number of a step.
+    """An abnormal loss or gradient norm of a step.
 
     Attributes:
-        what: `loss` or `gradient norm`.
-        value: The step's loss or gradient norm.
-        median: Median of the accepted steps before it, or None.
-        limit: Largest normal value; None while too few accepted steps are known.
-        spread: Spread of the accepted steps, for the norm in natural logarithms; None if `median`
-            is None.
+        what: "loss" or "gradient norm".
+        value: The loss or gradient norm of the step.
+        median: Median of the same number over the last accepted steps; None without such steps.
+        limit: Largest normal value; None while there are fewer than `KNOWN` accepted steps.
+        spread: Spread of the loss, or of the natural logarithm of the gradient norm, over the last
+            accepted steps; None if `median` is None.
     """
 
     what: str
@@ -72,7 +76,7 @@ class Finding:
     spread: float | None
 
     def in_words(self) -> str:
-        """Returns a clause, such as "its loss is nan"."""
+        """Returns a clause for messages, such as "its loss is nan"."""
         if not math.isfinite(self.value):
             usual = "" if self.median is None else f" (median so far {self.median:.4g})"
             return f"its {self.what} is {self.value:g}{usual}"
@@ -83,12 +87,12 @@ class Finding:
 
 
 def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
-    """Returns the abnormal numbers of a step, given the accepted steps before it.
+    """Returns the abnormal numbers of a step, at most its loss and its gradient norm.
 
     Args:
-        update: The step to judge, by its loss and its gradient norm.
-        accepted: The last `WINDOW` accepted steps before it, oldest first.
-        spread: Number of spreads above the median up to which a value is normal.
+        update: The step to judge.
+        accepted: The last `WINDOW` accepted steps before this step, oldest first.
+        spread: Largest normal distance above the median, in units of the spread.
     """
     known = list(accepted)
     judgements = (
@@ -101,7 +105,16 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
 def _off(
     name: str, value: float, known: list[float], allowed: float, *, factors: bool = False
 ) -> Finding | None:
-    """Returns a finding for an abnormal number; with `factors`, its logarithm is judged."""
+    """Returns a finding if a number is abnormal, else None.
+
+    Args:
+        name: "loss" or "gradient norm".
+        value: The number to judge.
+        known: The same number in the last accepted steps.
+        allowed: Largest normal distance above the median, in units of the spread.
+        factors: Whether median and spread are taken of logarithms, for numbers that vary by
+            factors.
+    """
     middle = spread = limit = None
     if known:
         values = [math.log(max(each, 1e-30)) for each in known] if factors else known
@@ -118,15 +131,15 @@ def _off(
 
 @dataclass
 class _Past:
-    """The guard's memory of earlier steps.
+    """What the guard knows about earlier steps.
 
     Attributes:
-        accepted: The last accepted steps that the present weights descend from.
-        refused: The refused steps since the last accepted one.
-        roll_backs: {step after which the run was rolled back, from 0: finished steps of the state
-            that was restored}.
-        restored: Finished steps of the state that the last roll-back restored; None if a step was
-            accepted since.
+        accepted: The last accepted steps from which the current weights resulted.
+        refused: Indices of the refused steps since the last accepted step or roll-back.
+        roll_backs: For each index (from 0) of a step after which the run was rolled back, the
+            number of finished steps of the restored state.
+        restored: Number of finished steps of the state that the last roll-back restored; None if
+            there was no roll-back or a step was accepted since.
     """
 
     accepted: deque[Values]
@@ -136,7 +149,7 @@ class _Past:
 
     @property
     def at_most(self) -> int:
-        """Latest step to which a roll-back may return."""
+        """Largest number of finished steps of a state that a roll-back may restore."""
         if self.restored is None:
             return self.refused[0]
         # The state of the last roll-back did not help. Nor does a copy of it, such as the
@@ -157,11 +170,11 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """Returns the guard's memory after the steps of `rows`.
+    """Returns what the guard knows after the steps in some rows of metrics.jsonl.
 
     Args:
-        rows: Rows of metrics.jsonl.
-        roll_backs: See `roll_backs_of`.
+        rows: The rows, in order.
+        roll_backs: Result of `roll_backs_of` for the run's incidents.
     """
     past = _Past(deque(), [], {})
     for row in rows:
@@ -177,20 +190,20 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 
 
 class Guard(Hook):
-    """Skips bad steps, rolls back after several in a row, and ends a run that does not recover.
+    """Skips abnormal steps, rolls back after several in a row, and ends a run that stays abnormal.
 
-    Each skipped step gets a folder in RUN/incidents: the abnormal numbers, their ranks, and the
-    images.
+    Each skipped step gets a folder in RUN/incidents with the abnormal numbers, the ranks that
+    caused them, and the images of these ranks.
 
     Args:
-        limits: Limits for abnormal steps, and their allowed number.
+        limits: The guard's settings in the recipe.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
 
     def on_start(self, setting: Setting) -> None:
-        """Restores the guard's memory of the run before a resume."""
+        """Reads what the guard knows of the steps before a resume, from the run's folder."""
         self._setting = setting
         self._incidents = setting.folder / INCIDENTS
         self._findings: list[Finding] = []
@@ -207,7 +220,7 @@ class Guard(Hook):
         return Verdict(skip=bool(self._findings))
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Writes the incident and logs the abnormal numbers."""
+        """Writes the step's folder in RUN/incidents, and logs the abnormal numbers."""
         mine: dict[str, Any] = {
             "rank": distributed.rank(),
             "host": distributed.node_name(),
@@ -267,7 +280,11 @@ class Guard(Hook):
         log.warning("%s", _in_words(self._incident, self._findings, folder))
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Counts refusals, and requests a roll-back after too many in a row, or the run's end."""
+        """Counts refused steps, and decides whether the run is rolled back or ends.
+
+        Returns: a roll-back after too many refused steps in a row or with a non-finite state; the
+            end of the run if no roll-back is left; otherwise None.
+        """
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
         past, limits = self._past, self._limits
         broken = update.skipped and bool(self._broken)
@@ -296,7 +313,7 @@ class Guard(Hook):
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Forgets the abandoned steps, and records the roll-back for a resume."""
+        """Forgets the steps that were undone, and records the roll-back in the step's incident."""
         roll_backs = {**self._past.roll_backs, update.index: restored}
         refused = len(self._past.refused)
         folder = of_step(self._incidents, update.index + 1)
@@ -321,7 +338,10 @@ class Guard(Hook):
         self._past.roll_backs, self._past.restored = roll_backs, restored
 
     def _read(self, updates: int) -> _Past:
-        """Returns the memory after the first `updates` steps of the run, the same on every rank."""
+        """Returns what the guard knows after the first `updates` steps, the same on every rank.
+
+        Rank 0 reads it from the run's folder; all ranks must call this method.
+        """
         past: _Past | None = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / METRICS, updates)
@@ -330,20 +350,26 @@ class Guard(Hook):
 
 
 def culprits_of(losses: list[list[float]]) -> list[int]:
-    """Returns the ranks with a non-finite loss, or else the rank with the largest loss."""
+    """Returns the ranks with a non-finite loss; if there are none, the rank with the largest loss.
+
+    Args:
+        losses: For each rank the losses of its micro-batches.
+    """
     bad = [rank for rank, values in enumerate(losses) if not all(map(math.isfinite, values))]
     return bad or [max(range(len(losses)), key=lambda rank: max(losses[rank], default=-math.inf))]
 
 
 def images_of(rank: int) -> str:
-    """Returns the name of the file of a rank's images."""
+    """Returns the name of the file in an incident's folder with a rank's images."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def _stored(evidence: Evidence) -> dict[str, Tensor]:
-    """Returns a rank's images as one tensor, with smaller micro batches padded with black.
+    """Returns the tensors that are stored of a rank's images in a skipped step.
 
-    `sizes` has the height and width of each micro batch, (micro batches, 2).
+    Returns: `images`, (B, 3, H, W) uint8, where smaller micro-batches are padded with black at the
+        right and below; `positions`, (B,); and `sizes`, (num_micro_batches, 2), the height and
+        width of each micro-batch.
     """
     sizes = torch.tensor([images.shape[-2:] for images in evidence.images])
     height, width = sizes.amax(0).tolist()
@@ -377,12 +403,17 @@ def _index(folder: Path) -> int:
 
 
 def _folders(incidents: Path) -> list[Path]:
-    """Returns the complete incidents, oldest first."""
+    """Returns the folders of the complete incidents, oldest first."""
     return sorted(p for p in incidents.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit())
 
 
 def _set_aside(incidents: Path, first_update: int) -> None:
-    """Renames incidents of steps that will run again, since they may not recur."""
+    """Renames the incidents of steps that a resumed run repeats, since they may not recur.
+
+    Args:
+        incidents: The folder RUN/incidents.
+        first_update: Index of the first step that the run repeats.
+    """
     for folder in _folders(incidents):
         if _index(folder) >= first_update:
             with written_or_logged(folder):
@@ -392,7 +423,11 @@ def _set_aside(incidents: Path, first_update: int) -> None:
 
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
-    """Returns {step of a roll-back (from 0): step of the restored state}."""
+    """Reads the roll-backs of a run from the folder RUN/incidents.
+
+    Returns: for each index (from 0) of a step after which the run was rolled back, the number of
+        finished steps of the restored state.
+    """
     roll_backs = {}
     for folder in _folders(incidents):
         try:

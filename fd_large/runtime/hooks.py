@@ -1,9 +1,9 @@
-"""Hooks: observers of a run, and their requests.
+"""Hooks, which observe a run and request actions, and trackers, which only show its numbers.
 
-A hook never stops, saves or skips by itself. A single rank's reason (such as a signal) is a Wish,
-on which the ranks agree in the loop; a reason known to all ranks (such as a non-finite loss) is a
-Verdict, the same on each of them. The loop carries out both, so that all ranks act in the same
-step. A tracker only shows numbers: see `Tracker`.
+A hook never stops, saves or skips by itself; the training loop carries out its requests, so that
+all ranks act in the same step. A request for a reason that only one rank may have (such as a
+signal) is a `Wish`, on which the ranks agree in the loop. A request for a reason that all ranks
+have (such as a non-finite loss) is a `Verdict`, which is the same on every rank.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from fd_large.plan.counts import StepFlops
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
 GUARD = "guard"
 FAILED, INTERRUPTED = "failed", "interrupted"
-"""Values of `status` in summary.json for how a run ended. A task's own hooks may add others."""
+"""Values of `status` in summary.json, which say how a run ended. Hooks of a task may add others."""
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl, for a step: update (its number from 0), epoch, loss, grad_norm,
-learning_rate, and skipped, which is true if the weights stayed as they were. A run at several image
-sizes also has image_size, the side of the step's images. All rows of an interval have the same
-images_per_second (of all ranks, in steps alone), data_wait (fraction of the time for which rank 0
-waited for images) and memory_bytes (the peak of rank 0 so far). They have tflops_per_gpu if the
-FLOPs of the models can be counted, and also mfu and hardware_utilisation if the card's peak is
-known (plan/utilisation.py; the values of several students add up)."""
+"""A line of metrics.jsonl, with the numbers of a step. It has update (the step's index from 0),
+epoch, loss, grad_norm and learning_rate. It has skipped, which is true, if the weights stayed as
+they were, and in a run at several image sizes image_size, the side of the step's images in pixels.
+
+All rows of an interval of `log_every` steps have the same images_per_second (of all ranks, without
+evaluations and checkpoints), data_wait (fraction of the time for which rank 0 waited for images)
+and memory_bytes (rank 0's peak so far). They also have tflops_per_gpu if the FLOPs of the models
+can be counted, and mfu and hardware_utilisation if the GPU's peak is known (plan/utilisation.py;
+the values of several students add up)."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A rank's request after the present step; the request of any rank is carried out.
+    """A rank's request for an action after the current step; one rank's request suffices.
 
     Attributes:
-        stop: Save, and end as `preempted`.
-        save: Write a checkpoint after the step.
+        stop: Whether to save a checkpoint and end the run with status "preempted".
+        save: Whether to save a checkpoint.
     """
 
     stop: bool = False
@@ -51,13 +53,13 @@ NOTHING = Wish()
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision about a step; the same on every rank.
+    """A hook's decision about a step, the same on every rank.
 
     Attributes:
-        skip: Leave weights and moments as they were.
-        roll_back: Largest step of the checkpoint to restore, after which training continues with
-            the next data; None for no roll-back.
-        stop: Status under which to end without saving, or "".
+        skip: Whether to skip the step, so that weights and moments stay as they were.
+        roll_back: Largest allowed step of the checkpoint to restore; training then continues with
+            the next data. None for no roll-back.
+        stop: Status with which the run ends without saving, or "" if it does not end.
     """
 
     skip: bool = False
@@ -66,7 +68,11 @@ class Verdict:
 
     @classmethod
     def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
-        """Joins verdicts: it skips if any skips; the earliest roll-back and the first end count."""
+        """Combines the verdicts of several hooks.
+
+        The result skips if any verdict does, has the smallest `roll_back` of all, and the first
+        `stop` that is not "". None is ignored.
+        """
         present = [verdict for verdict in verdicts if verdict is not None]
         back = [v.roll_back for v in present if v.roll_back is not None]
         stop = next((v.stop for v in present if v.stop), "")
@@ -80,23 +86,24 @@ class Setting:
     Attributes:
         folder: The run's folder.
         facts: First entries of summary.json (`TrainingJob.summary`).
-        first_update: Number of steps before this start.
-        total_updates: Steps of the whole run.
-        global_batch_size: Images a step, over all ranks.
-        micro_batch_size: Images per rank and forward.
-        accumulation: Micro batches per step.
+        first_update: Number of steps that were finished before this start.
+        total_updates: Number of steps of the whole run.
+        global_batch_size: Number of images in a step, over all ranks.
+        micro_batch_size: Number of images in a micro-batch of one rank.
+        accumulation: Number of micro-batches of a rank in a step.
         world_size: Number of ranks.
         log_every: Number of steps after which metrics are written and shown.
-        flops: FLOPs of a micro batch on one rank, by image side if the run has several, else
-            under 0; empty if they cannot be counted.
-        image_sizes: Image sides of a run with several, else empty.
-        checkpoint_bytes: Size of a whole checkpoint, over all ranks.
-        start: Id of this start of the run.
-        owned: Returns whether this start still owns the folder.
-        metrics: Labels of the evaluations' metrics (`TrainingJob.metrics`).
-        evaluated: Function from the metrics of the first evaluation, and the newest value of every
-            metric, to their entries of summary.json (`TrainingJob.evaluated`).
-        name_of: Function from a sample's place in the listing to its path or name.
+        flops: FLOPs of a micro-batch on one rank, by side of the images. In a run with a single
+            image size the key is 0. Empty if FLOPs cannot be counted.
+        image_sizes: Sides of the images in pixels in a run with several image sizes, else empty.
+        checkpoint_bytes: Size of a whole checkpoint in bytes, over all ranks.
+        start: ID of this start of the run.
+        owned: Function that returns whether this start still owns the folder.
+        metrics: Labels of the evaluations' metrics, by name (`TrainingJob.metrics`).
+        evaluated: Function that takes the metrics of the first evaluation and the newest value of
+            every metric, and returns entries for summary.json (`TrainingJob.evaluated`).
+        name_of: Function that takes the index of a sample in the dataset, and returns the path or
+            name of the sample.
     """
 
     folder: Path
@@ -120,7 +127,7 @@ class Setting:
     name_of: Callable[[int], str] = str
 
     def must_own(self) -> None:
-        """Raises OSError, as a failed write does, if another start has taken over the folder."""
+        """Raises OSError, as a failed write does, if this start no longer owns the folder."""
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
@@ -130,15 +137,15 @@ class Update:
     """The numbers of a step, the same on every rank.
 
     Attributes:
-        index: Number of the step, from 0.
-        epoch: Number of the epoch, from 0.
-        loss: Mean over ranks and micro batches.
-        grad_norm: Global L2 norm before clipping.
+        index: Index of the step, from 0.
+        epoch: Index of the epoch, from 0.
+        loss: Mean loss over ranks and micro-batches.
+        grad_norm: Global L2 norm of the gradient before clipping.
         learning_rate: The learning rate of this step.
-        skipped: Whether weights and moments stayed as they were.
-        data_seconds: Seconds that this rank waited for its images; differs between ranks.
-        students: Number of students that take the step together, on one pass of the frozen models.
-        image_size: Side of the step's images in pixels if the run has several, else 0.
+        skipped: Whether the step was skipped, so that weights and moments stayed as they were.
+        data_seconds: Seconds for which this rank waited for images, which differ between ranks.
+        students: Number of students that train in this step on the same outputs of the teachers.
+        image_size: Side of the step's images in pixels in a run with several image sizes, else 0.
     """
 
     index: int
@@ -154,18 +161,18 @@ class Update:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The input of a skipped step, and its effect on the models.
+    """This rank's images of a skipped step, and what the models computed from them.
 
     Attributes:
-        images: (b, 3, H, W) uint8, this rank's images of the step in order, micro batch by micro
-            batch; each may have a size of its own.
-        positions: (B,) int64, their places in the epoch's order.
-        indices: (B,) int64, their places in the listing.
-        losses: Loss of each of this rank's micro batches.
-        maxima: Layer -> largest magnitude of its output on the unchanged weights, in execution
-            order, over all ranks; infinite for non-finite outputs.
-        not_finite: KIND.NAME of the tensors of this rank's state that hold NaN or infinity; KIND is
-            master, ema, or a moment of the optimiser, such as exp_avg.
+        images: (b, 3, H, W) uint8, the images of each of this rank's micro-batches in order;
+            different micro-batches may have different sizes.
+        positions: (B,) int64, positions of all these images in the epoch's order.
+        indices: (B,) int64, indices of all these images in the dataset.
+        losses: Loss of each of this rank's micro-batches.
+        maxima: Largest magnitude of each layer's output with the unchanged weights, over all ranks,
+            by name of the layer in execution order; infinite for a non-finite output.
+        not_finite: KIND.NAME of each tensor of this rank's state that has NaN or infinity, where
+            KIND is "master", "ema", or a moment of the optimiser such as "exp_avg".
     """
 
     images: list[Tensor]
@@ -177,84 +184,109 @@ class Evidence:
 
 
 class Hook:
-    """Observes a run; every method runs on every rank, so collectives are allowed in all.
+    """Base class of observers of a run, whose methods do nothing.
 
-    A verdict must be the same on every rank; None has no objection.
+    Every method is called on every rank, so that collectives are allowed, except in `on_failure`. A
+    returned verdict must be the same on every rank; None requests nothing.
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Called before the first step."""
+        """Called before the first step, with the facts of the run."""
 
     def beat(self) -> None:
-        """Called with every micro batch, in training and in evaluation, as a sign of life."""
+        """Called for every micro-batch of training and evaluation, to show that the run goes on."""
 
     def wish(self) -> Wish:
-        """Returns this rank's wish; asked before each optimiser step, and in evaluations."""
+        """Returns this rank's request; called before each optimiser step, and in evaluations."""
         return NOTHING
 
     def on_stop(self) -> None:
-        """Called on all ranks before the run saves and stops by a rank's wish."""
+        """Called before the run saves a checkpoint and stops because of a rank's wish."""
 
     def judge(self, update: Update) -> Verdict | None:
-        """Called before the weights change, with loss and gradient norm of the step."""
+        """Called before the weights change, with the loss and gradient norm of the step.
+
+        Returns: a verdict, or None to accept the step.
+        """
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Called after a skipped step."""
+        """Called after a step was skipped, with its images and their effect on the models."""
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Called after a roll-back to the state of `restored` steps."""
+        """Called after a roll-back that followed step `update`.
+
+        Args:
+            update: The last step before the roll-back.
+            restored: Number of finished steps of the restored state.
+        """
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Called after each step, when it can no longer be skipped."""
+        """Called after each step, also a skipped step.
+
+        Returns: a verdict, whose `skip` is ignored, or None to go on.
+        """
 
     def on_save(self, index: int) -> Verdict | None:
-        """Called before a checkpoint of `index` steps, to write files that a resume needs.
+        """Called before a checkpoint after `index` steps, to write files that a resume needs.
 
-        `stop` ends the run without this checkpoint.
+        Returns: a verdict whose `stop` ends the run without this checkpoint, or None to go on.
         """
 
     def on_saved(self, seconds: float) -> None:
-        """Called when a checkpoint is complete, with the seconds since its beginning."""
+        """Called when a checkpoint is complete, with the seconds that it took."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Called after an evaluation at step `index`, with the same metrics on every rank."""
+        """Called with the metrics of the evaluation after `index` steps, the same on every rank."""
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Called with maps of a few held-out images, before the first step and after the last.
+        """Called with feature maps of a few held-out images, before the first step and at the end.
 
-        images (n, S, S, 3) uint8; teacher, whitened, and student, projected, (n, h, w, C) float32.
+        Args:
+            index: Number of finished steps.
+            panel: `images`, (n, S, S, 3) uint8; `teacher`, the whitened maps of the teacher,
+                (n, h, w, C) float32; `student`, the projected maps of the student, (n, h, w, C)
+                float32.
         """
 
     def on_end(self, status: str) -> None:
-        """Called after the last step, with `done` or the reason of an early end."""
+        """Called after the last step, with the status "done" or that of an early end."""
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Called instead of `on_end` after an error; no collective, since ranks may be gone.
+        """Called instead of `on_end` after an error.
+
+        Collectives are not allowed here, since other ranks may be gone.
 
         Args:
-            status: `failed` or `interrupted`.
+            status: "failed" or "interrupted".
             reason: The error in a sentence.
         """
 
 
 class Tracker:
-    """Shows the numbers of a run (a progress bar, TensorBoard); exists on rank 0 only.
+    """Base class of what shows the numbers of a run, such as a progress bar or TensorBoard.
 
-    The Meter calls it, with rows and evaluations after they are in the run's own files; nothing
-    that a tracker does changes a run, and no collective is allowed in it.
+    A tracker exists on rank 0 only, and is called by the Meter. Rows and evaluations are already in
+    the run's own files when a tracker gets them. A tracker cannot change the run, and must not call
+    collectives.
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Called before the first step."""
+        """Called before the first step, with the facts of the run."""
 
     def on_step(self, update: Update) -> None:
-        """Called after each step, before the rows that end with it."""
+        """Called after each step, before `on_rows` gets the step's row."""
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Called after an interval of `log_every` steps, shorter before a save or the end."""
+        """Called with the rows of an interval of `log_every` steps, in order.
+
+        The interval may be shorter before a checkpoint or the end of the run.
+        """
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Called with the metrics of an evaluation at step `index`, by their names on disk."""
+        """Called with the metrics of the evaluation after `index` steps, by name.
+
+        The names are those in evaluations.jsonl.
+        """
 
     def on_end(self, status: str) -> None:
-        """Called after the last step."""
+        """Called at the end of the run, with its status."""

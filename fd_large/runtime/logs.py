@@ -1,6 +1,6 @@
-"""Handlers of log records, which go to a file for each rank, and some of them to the terminal.
+"""Sends log records to a file for each rank, and some of them to the terminal.
 
-The terminal shows rank 0's records of this package, without details, and errors alone of libraries
+The terminal shows rank 0's records of this package from level INFO on, and only errors of libraries
 and of other ranks.
 """
 
@@ -15,22 +15,24 @@ from fd_large.recipes.file_names import LOGS
 from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
-"""The `extra` of a record that goes to the file only; the terminal shows it in another form."""
+"""Value of `extra` for a record that goes only to the file, since the user sees its content in
+another form or does not need it."""
 WHOLE_LINES = {"whole_lines": True}
-"""The `extra` of a record with a command, whose line stays unbroken so that it can be copied."""
+"""Value of `extra` for a record with a command, whose line is not wrapped so that users can copy
+the command."""
 
 _early: list[logging.LogRecord] = []
 
 
 class _Formatter(logging.Formatter):
-    """Formats records, and tracebacks in them, without the secrets of URLs."""
+    """Formats records and their tracebacks, with the secrets in URLs masked."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
 
 
 class _Terminal(logging.Handler):
-    """Shows fd_large's records, and errors of libraries, on the progress bar's console."""
+    """Handler that prints fd_large's records and libraries' errors on the bar's console."""
 
     def __init__(self, rank: int) -> None:
         # Warnings are the same on all ranks; an error may be one rank's own.
@@ -56,14 +58,18 @@ class _Terminal(logging.Handler):
 
 
 class _Keep(logging.Handler):
-    """Keeps the records until the run's folder is known."""
+    """Handler that keeps records in memory until the run's folder for the log file is known."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _early.append(record)
 
 
 def start(rank: int) -> None:
-    """Shows rank 0's records on the terminal and keeps all records for the file of `set_up`."""
+    """Starts to show records on the terminal, and to keep all records for the file of `set_up`.
+
+    Args:
+        rank: This rank; of ranks other than 0, only errors are shown.
+    """
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     # Details go to the file; the terminal leaves them out.
@@ -77,9 +83,9 @@ def start(rank: int) -> None:
 
 
 def set_up(folder: Path) -> None:
-    """Sends all records to logs/rank_N.log, and fd_large's own to the terminal on rank 0.
+    """Sends the kept records and all later ones to logs/rank_N.log in a run's folder.
 
-    After `terminal.take`, printed output goes into the file too.
+    After `terminal.take`, output to stdout and stderr goes into this file too.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Keep) for handler in root.handlers):

@@ -1,6 +1,6 @@
-"""The metrics of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
+"""Writes the metrics of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
 
-Trackers (progress bar, TensorBoard) are handed the rows once they are written.
+Trackers (progress bar, TensorBoard) get the rows after they are written.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 
 
 class Meter(Hook):
-    """Writes metrics.jsonl (a row a step), evaluations.jsonl and summary.json on rank 0.
+    """Writes metrics.jsonl (a row for each step), evaluations.jsonl and summary.json on rank 0.
 
-    After a resume, too, each step and each evaluation has one row in its file, in order.
+    Also after a resume, a file has one row for each step or evaluation, in order.
 
     Args:
-        trackers: Called on rank 0, in this order.
+        trackers: The trackers, which are called on rank 0 in this order.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
-        """Opens the files, and removes rows that the run will write again."""
+        """Removes rows that the run will write again, and starts the clock of the speed."""
         self._setting = setting
         self._pending: list[Update] = []
         self._written = 0
@@ -72,7 +72,7 @@ class Meter(Hook):
         self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
-        """Keeps the step's numbers, and writes them at the end of an interval."""
+        """Records the step's numbers, and at the end of an interval writes the interval's rows."""
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
@@ -89,18 +89,18 @@ class Meter(Hook):
             self._flush()
 
     def on_save(self, index: int) -> None:
-        """Writes all rows before a checkpoint of `index` steps, since a resume needs them."""
+        """Writes all pending rows before a checkpoint, since a resume needs them."""
         self._flush()
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the evaluation, joined with earlier metrics of the same step."""
+        """Adds the metrics to the evaluation after `index` steps, and writes all evaluations."""
         if distributed.is_main():
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
         self._trackers.tell("on_evaluation", index, metrics)
 
     def on_end(self, status: str) -> None:
-        """Writes pending rows and summary.json."""
+        """Writes pending rows and summary.json, with the largest peak memory of all ranks."""
         self._flush()
         peak = int(distributed.max_rank(peak_memory_bytes()))
         if distributed.is_main():
@@ -111,7 +111,10 @@ class Meter(Hook):
         self._trackers.tell("on_end", status)
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Writes this rank's numbers without the other ranks."""
+        """Writes pending rows and summary.json without a collective, with rank 0's peak memory.
+
+        A status and reason that another rank of this start has written already are kept.
+        """
         self._flush()
         if distributed.is_main():
             path = self._setting.folder / SUMMARY
@@ -156,7 +159,10 @@ class Meter(Hook):
         }
 
     def _speed_of_sizes(self) -> dict[str, dict[int, float]]:
-        """Returns images per second by image side, for a run with several sizes."""
+        """Returns the entry of summary.json with images per second by side of the images.
+
+        It is empty in a run with a single image size.
+        """
         if not self._setting.image_sizes:
             return {}
         steps: Counter[int] = Counter()
@@ -167,7 +173,12 @@ class Meter(Hook):
         return {"images_per_second_of_sizes": of_sizes}
 
     def _shares(self, steps: Iterable[tuple[int, int]], seconds: float) -> dict[str, float]:
-        """Returns the utilisation of steps, given by image size and number of students."""
+        """Returns the TFLOP/s and utilisation of some steps (`utilisation.shares`).
+
+        Args:
+            steps: (image size, number of students) of each step.
+            seconds: Duration of all these steps together.
+        """
         flops = self._setting.flops
         counted = [flops[size].shared_by(students) for size, students in steps if size in flops]
         accumulation = self._setting.accumulation
@@ -206,13 +217,16 @@ class Meter(Hook):
         self._trackers.tell("on_rows", rows)
 
     def _note_losses(self, rows: Sequence[Row]) -> None:
-        """Keeps the first and the last loss of accepted steps."""
+        """Records the run's first loss and newest loss, from rows whose step was not skipped."""
         losses = [row["loss"] for row in rows if not row.get("skipped")]
         if losses:
             self._losses = ((self._losses or losses)[0], losses[-1])
 
     def _append(self) -> None:
-        """Writes whole rows or none; on a full disk they wait for the next interval."""
+        """Appends all unwritten rows to metrics.jsonl, or none if a write fails.
+
+        On a full disk, the rows are written at the end of a later interval.
+        """
         size = None
         try:
             self._setting.must_own()
@@ -243,7 +257,11 @@ class Meter(Hook):
 
 
 def peak_memory_bytes() -> int:
-    """Returns this rank's peak memory: of its GPU, or else of the process."""
+    """Returns this rank's peak memory in bytes.
+
+    It is the memory that torch allocated on the rank's GPU, or, without a GPU, the memory of the
+    process.
+    """
     device = distributed.device()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,8 @@
-"""Curves in MLflow: on the server of MLFLOW_TRACKING_URI, or in files next to the run."""
+"""Tracker that sends curves to MLflow.
+
+The curves go to the server of MLFLOW_TRACKING_URI, or, if this variable is not set, to the folder
+`mlruns` next to the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,16 @@ from fd_large.runtime.curves import RemoteCurves, run_name
 from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 STATUS = {DONE: "FINISHED", PREEMPTED: "KILLED"}
-"""MLflow's status of a run, by this package's; for any other status it is FAILED."""
+"""MLflow's status of a run, for statuses of this package; other statuses become FAILED."""
 
 
 class MLflow(RemoteCurves):
-    """A run of the experiment MLFLOW_EXPERIMENT_NAME, or `fd_large`."""
+    """Tracker with a run in MLflow, in the experiment MLFLOW_EXPERIMENT_NAME, else `fd_large`."""
 
     name, package = "mlflow", "mlflow-skinny"
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the run."""
+        """Opens the run in MLflow; a new run gets the recipe's fields as its parameters."""
         # A server that does not answer is given up after a minute, not after many.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -49,7 +53,7 @@ class MLflow(RemoteCurves):
             client.log_batch(self._run, params=settings[start : start + 100])
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of the given curves, without repetitions."""
+        """Sends a point for each of some curves, unless the curve has points up to this step."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -58,7 +62,7 @@ class MLflow(RemoteCurves):
             self._client.log_batch(self._run, metrics=new)
 
     def finish(self, status: str) -> None:
-        """Closes the run."""
+        """Closes the run in MLflow."""
         self._client.set_terminated(self._run, STATUS.get(status, "FAILED"))
 
     def _last(self, curve: str) -> int:

@@ -1,9 +1,10 @@
-"""Pre-emption: after a signal, a stop file or near the job's end, all ranks save and stop.
+"""Makes all ranks save and stop after a signal, when a stop file appears, or near the job's end.
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine away. A terminal sends SIGINT on
 Ctrl-C, and SIGHUP when it is closed. A user may also make a file named `stop` in the run's folder.
-Any rank that notices one of these wishes to stop. The ranks agree on the stop in the collective of
-the next step (or evaluation batch); then the run saves and exits with 75.
+A rank that notices a signal, the file or the end of its job requests a stop. The ranks agree on the
+stop in the collective of the next step (or evaluation batch). Then the run saves a checkpoint and
+exits with code 75.
 """
 
 from __future__ import annotations
@@ -34,26 +35,31 @@ from fd_large.runtime.logs import FILE_ONLY
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
-"""Seconds between two looks for the stop file, so that not every step asks a shared file system."""
+"""Seconds between two look-ups of the stop file, so that not every step burdens a shared file
+system."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
-"""Seconds that the process has for its exit, between the end of the save and the end of the job."""
+"""Seconds that are left for the exit of the process, from the end of the save to the end of the
+job."""
 SAME_PRESS_SECONDS = 1.0
-"""Seconds in which two SIGINT count as one Ctrl-C, since a launcher passes on the terminal's."""
+"""Seconds within which two SIGINT count as one Ctrl-C, since a launcher passes on the SIGINT that a
+rank also gets from the terminal."""
 SECONDS_FOR_LAST_WORDS = 2.0
 SECONDS_BETWEEN_QUESTIONS = 60.0
-"""Seconds between two questions to Slurm for the end of the job, once it seems near."""
+"""Seconds between two requests to Slurm for the end of the job, which are made when the end seems
+near."""
 SECONDS_AFTER_CTRL_C = {"deepspeed": 30.0, "torchrun": 30.0}
-"""Seconds after a Ctrl-C until these launchers kill their ranks (docs/recovery.md)."""
+"""Seconds from a Ctrl-C until a launcher kills its ranks, by launcher (docs/recovery.md)."""
 
 
 _late: list[str] = []
 
 
 def asked_too_late() -> bool:
-    """Returns, once, whether the process's last run was asked to stop when it was already ending.
+    """Whether a run of this process had a reason to stop when it ended, since the last call.
 
-    A command with several runs calls it after each one, and stops if it returns True.
+    A run that is already ending does not stop early for this reason. So a command with several runs
+    calls this function after each run, and stops if the result is True.
     """
     late = bool(_late)
     _late.clear()
@@ -63,17 +69,18 @@ def asked_too_late() -> bool:
 class Preemption(Hook):
     """Requests a stop after a signal, when a stop file appears, or near the job's end.
 
-    Signals are caught from the construction on, so that a signal during the building of models is
-    not lost. A second Ctrl-C ends the process at once with 130, whatever it waits for.
+    Signals are handled from the construction on, so that a signal during the building of models is
+    not lost. A second Ctrl-C ends the process at once with exit code 130, whatever call it is in.
 
     Args:
-        notice_seconds: Seconds between a scheduler's signal and the end of the process.
-        launcher: The launcher of the ranks, which may give them less time after a Ctrl-C.
-        leaving: Called once there is a reason to stop, possibly in the handler of a signal.
-        write_status: Function that records in the run's folder how the run ended.
+        notice_seconds: Seconds from a scheduler's signal to the forced end of the process.
+        launcher: Name of the launcher, which may kill the ranks earlier after a Ctrl-C.
+        leaving: Function that is called when there is a reason to stop, once, and possibly in a
+            signal handler.
+        write_status: Function that records in the run's folder with which status the run ended.
         leave: Function that ends the process with an exit code.
-        ends_process: Whether a second Ctrl-C ends the process; else it raises KeyboardInterrupt,
-            as without this hook.
+        ends_process: Whether a second Ctrl-C ends the process. If False, the second Ctrl-C raises
+            KeyboardInterrupt, as without this hook.
     """
 
     def __init__(
@@ -113,7 +120,7 @@ class Preemption(Hook):
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def on_start(self, setting: Setting) -> None:
-        """Estimates the duration of a save, and logs whether it fits into the notice."""
+        """Estimates the duration of a save, and warns if it exceeds the time after a signal."""
         self._setting = setting
         # One rank of each node looks for the file.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
@@ -145,7 +152,7 @@ class Preemption(Hook):
             )
 
     def wish(self) -> Wish:
-        """Requests a stop if this rank has a reason."""
+        """Requests a stop after a signal, if the stop file exists, or near the job's end."""
         if not self._reason:
             self._reason = self._file_or_end()
         if not self._reason:
@@ -163,22 +170,22 @@ class Preemption(Hook):
         return Wish(stop=True)
 
     def on_stop(self) -> None:
-        """Makes a following start wait, whichever rank has the reason."""
+        """Calls `leaving` on every rank, so that a following start waits for this start's end."""
         self._leave_soon()
 
     def after_update(self, update: Update) -> None:
-        """Measures the duration of a step, since another step is finished before the save."""
+        """Measures the duration of a step, since the current step is finished before a save."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
         self._mark = now
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Leaves the evaluation, which can be interrupted, out of the next step's time."""
+        """Leaves the time of the evaluation, which can be interrupted, out of the next step's."""
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:
-        """Records the duration of a save."""
+        """Records the longest duration of a save, and warns if it exceeds `notice_seconds`."""
         if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
@@ -188,18 +195,21 @@ class Preemption(Hook):
         self._slowest = max(self._slowest, seconds)
 
     def on_end(self, status: str) -> None:
-        """Removes the stop file, so that the next start trains, and restores Ctrl-C."""
+        """Restores the signal handlers, and removes the stop file so that the next start trains."""
         self.close()
         if distributed.is_main():
             with suppress(OSError):
                 (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Restores Ctrl-C."""
+        """Restores the signal handlers."""
         self.close()
 
     def close(self) -> None:
-        """Restores the signal handlers; may be called twice."""
+        """Restores the signal handlers that this hook replaced; a second call does nothing.
+
+        If there was a reason to stop, only the handler of SIGINT is restored.
+        """
         if self._closed:
             return
         self._closed = True
@@ -270,7 +280,13 @@ class Preemption(Hook):
         return ""
 
     def _ask_slurm(self, now: float) -> None:
-        """Reads the job's end from Slurm, since `scontrol update` may have moved it."""
+        """Asks Slurm for the end of the job, which `scontrol update` may have changed.
+
+        Slurm is asked at most every `SECONDS_BETWEEN_QUESTIONS`.
+
+        Args:
+            now: The time, in seconds since the epoch.
+        """
         if now - self._asked_slurm < SECONDS_BETWEEN_QUESTIONS:
             return
         self._asked_slurm = now
@@ -280,7 +296,12 @@ class Preemption(Hook):
             self._job_end = datetime.fromisoformat(answer.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:
-        """Returns the estimated seconds of a checkpoint, from a test file on each node."""
+        """Estimates the duration of a save from the writing of a test file on each node.
+
+        All ranks must call this method.
+
+        Returns: the seconds on the slowest node, or None if a test file cannot be written.
+        """
         share = setting.checkpoint_bytes / setting.world_size * distributed.local_world_size()
         size = int(min(PROBE_BYTES, share))
         distributed.barrier()

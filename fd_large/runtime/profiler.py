@@ -1,9 +1,9 @@
-"""A torch profiler trace of a few steps, for `--profile`.
+"""Records a trace of a few steps with torch's profiler, for `--profile`.
 
-Rank 0 writes it to RUN/profile/, for chrome://tracing, ui.perfetto.dev or TensorBoard's profiler
-plugin. The profiled steps are slower than others and do not count for the run's speed.
-RUN/profile/communication.json has the share of communication in these steps, and the share of
-communication without simultaneous computation, which only a trace can show.
+Rank 0 writes the trace to RUN/profile/, for chrome://tracing, ui.perfetto.dev or TensorBoard's
+profiler plugin. The profiled steps are slower than other steps. RUN/profile/communication.json has
+the fraction of their time with communication, and the fraction with communication but without
+computation, which only a trace can show.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from fd_large.runtime.hooks import Hook, Setting, Update
 log = logging.getLogger(__name__)
 
 UNTRACED, WARM_UP = 2, 1
-"""Numbers of steps that build caches and workers, and of steps in which the profiler starts."""
+"""Number of first steps that are not traced, since they build caches and start workers, and number
+of the following steps in which the profiler starts."""
 
 
 class Profiler(Hook):
-    """Traces a number of steps, after the first three of this start.
+    """Traces a number of steps on rank 0, after the first three steps of this start.
 
     Args:
         steps: Number of traced steps, at least one.
@@ -40,7 +41,7 @@ class Profiler(Hook):
         self._over = False
 
     def on_start(self, setting: Setting) -> None:
-        """Prepares the trace, on rank 0."""
+        """Starts torch's profiler, on rank 0."""
         if not distributed.is_main():
             return
         activities = [ProfilerActivity.CPU]
@@ -70,7 +71,10 @@ class Profiler(Hook):
                 self._stop()
 
     def on_end(self, status: str) -> None:
-        """Writes the trace so far; a run that ends too early has a shorter trace, or none."""
+        """Writes the trace of the steps so far, if the run ends before the last step to trace.
+
+        If no step was traced, a warning is logged.
+        """
         self._stop()
         if distributed.is_main() and not self._over:
             log.warning(
@@ -86,7 +90,13 @@ class Profiler(Hook):
 
 
 def _write(finished: profile, setting: Setting, name: str) -> None:
-    """Writes and logs a trace and its shares of communication; never fails the run."""
+    """Writes a trace and communication.json, and logs their contents; an error is only logged.
+
+    Args:
+        finished: The profiler with the trace.
+        setting: The facts of the run.
+        name: Name of the trace's file.
+    """
     path = setting.folder / "profile" / name
     shares = communication_shares(finished.events())
     try:
@@ -110,15 +120,18 @@ Interval = tuple[float, float]
 
 
 def communication_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Returns the fractions of a trace's time with collectives, and with collectives alone.
+    """Computes in which fraction of a trace's time collectives ran, with or without computation.
 
-    On a GPU kernels are compared, NCCL's with others. On a CPU gloo's collectives, including
-    their waits for other ranks, are compared with operations on other threads.
+    On a GPU, NCCL's kernels count as collectives and other kernels as computation. On a CPU, gloo's
+    collectives, including their waits for other ranks, count as collectives, and operations on
+    other threads as computation.
 
     Args:
         events: The events of torch's profiler.
 
-    Returns: {"seconds", "communication", "communication_alone"}; the shares are 0 to 1.
+    Returns: a dict with `seconds`, the duration of the trace; `communication`, the fraction of this
+        time in which collectives ran; and `communication_alone`, the fraction in which collectives
+        ran and nothing was computed.
     """
     ours = [event for event in events if event.time_range.end > event.time_range.start]
     on_gpu = [event for event in ours if event.device_type == DeviceType.CUDA]
@@ -145,7 +158,7 @@ def _communicates(event: Any) -> bool:
 
 
 def _joined(events: Iterable[Any]) -> list[Interval]:
-    """Returns the union of the events' intervals, in order and disjoint."""
+    """Returns the union of the events' time intervals, as sorted and disjoint intervals."""
     joined: list[Interval] = []
     for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
         if joined and begin <= joined[-1][1]:

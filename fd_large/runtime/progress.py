@@ -1,8 +1,8 @@
-"""The progress of a run: a bar on a terminal, plain log lines elsewhere.
+"""Shows the progress of a run, by a bar on a terminal and by log lines elsewhere.
 
-The numbers are those of the Meter's rows; the bar itself moves with every step. It is drawn from
-the training thread: a drawing thread would compete with the ranks of a CPU run, and its lock would
-be copied into forked loader processes.
+The bar moves with every step, and its numbers are those of the Meter's rows. It is drawn by the
+training thread. A thread for drawing would compete with the ranks of a CPU run, and its lock would
+be copied into forked loading processes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ SECONDS_BETWEEN_DRAWINGS = 0.25
 
 
 class Progress(Tracker):
-    """A bar that moves with each step, or a line in the log for each interval.
+    """Tracker that shows a progress bar, or logs a line for each interval of steps.
 
     Args:
-        student: Name of the student if several train, which have separate lines; "" for one.
+        student: Name of the student, which starts each of its lines, if several students train; ""
+            for a single student.
     """
 
     def __init__(self, student: str = "") -> None:
         self._several, self._whose = bool(student), f"{student}: " if student else ""
 
     def on_start(self, setting: Setting) -> None:
-        """Draws the bar on a terminal, unless several students train."""
+        """Draws the bar if the output is a terminal and only one student trains."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -68,11 +69,14 @@ class Progress(Tracker):
             activity.on_change.append(self._draw)
 
     def on_step(self, update: Update) -> None:
-        """Moves the bar."""
+        """Moves the bar to the number of finished steps."""
         self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Logs the last row; with a bar, the bar shows the row and only the file gets the line."""
+        """Shows the last row in the bar, and logs a line with it.
+
+        If there is a bar, the line goes only to the log file.
+        """
         last = rows[-1]
         per_second = last["images_per_second"]
         self._seconds_per_update = self._images / per_second
@@ -97,9 +101,9 @@ class Progress(Tracker):
         )
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Logs the metrics; with a bar, in lines above it.
+        """Logs the metrics of an evaluation.
 
-        Metrics of a part of the task, such as one of several teachers, have a separate line.
+        Metrics of a part of the task, such as one of several teachers, have a line of their own.
         """
         words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
         shown = [name for name in words if name in metrics] or metrics
@@ -113,7 +117,7 @@ class Progress(Tracker):
             log.info("%s  %s: %s", self._whose, part, _listed(numbers))
 
     def on_end(self, status: str) -> None:
-        """Leaves the last state of the bar and frees the terminal."""
+        """Draws the bar a last time with the run's status, and frees the terminal."""
         if self._bar is not None:
             activity.on_change.remove(self._draw)
             self._draw(status, at_once=True)
@@ -123,9 +127,14 @@ class Progress(Tracker):
         self._work.end()
 
     def _draw(self, status: str = "", *, at_once: bool = False) -> None:
-        """Draws the bar, at most a few times a second.
+        """Draws the bar, if it was not drawn in the last `SECONDS_BETWEEN_DRAWINGS`.
 
-        Work between two steps, such as an evaluation, replaces the numbers.
+        During work between two steps, such as an evaluation, the bar shows this work in place of
+        the numbers.
+
+        Args:
+            status: Status of the run at its end, in place of the time left; "" before the end.
+            at_once: Whether the bar is drawn whenever it was last drawn.
         """
         now, done = time.monotonic(), self._work.done
         part = (self._work, *activity.current())[-1]
@@ -149,13 +158,23 @@ class Progress(Tracker):
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
-    """Splits "held-out loss (clip)" into its two names, if "held-out loss" is shown too."""
+    """Splits the label of a metric into the label of the whole task and the part of the task.
+
+    "held-out loss (clip)" becomes "held-out loss" and "clip" if "held-out loss" is in `all_words`.
+    Any other label stays whole, and its part is "".
+    """
     whole, _, part = words.removesuffix(")").rpartition(" (")
     return (whole, part) if whole in all_words else (words, "")
 
 
 def _listed(numbers: Iterable[tuple[str, float]]) -> str:
-    """Returns metrics as "held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2"."""
+    """Formats metrics as in "held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2".
+
+    The first word of a label is not repeated if the label before begins with the same word.
+
+    Args:
+        numbers: (label, value) of each metric.
+    """
     groups: list[str] = []
     for first, of_group in groupby(numbers, key=lambda item: item[0].split()[0]):
         text = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)
@@ -164,7 +183,10 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
 
 
 def _beside_speed(row: Row) -> str:
-    """Returns utilisation, waiting and memory, as far as known, each after two spaces."""
+    """Formats a row's utilisation, wait for data and memory, each after two spaces.
+
+    Numbers that the row does not have are left out.
+    """
     parts = []
     if row.get("tflops_per_gpu", 0) >= 0.1:  # On a CPU the number is too small to be of use.
         parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s per rank")

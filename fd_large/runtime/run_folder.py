@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, its environment, and the check of a resumed recipe."""
+"""Reads and writes files in a run's folder, and checks that a resume keeps the run's settings."""
 
 from __future__ import annotations
 
@@ -32,14 +32,19 @@ from fd_large.recipes.stored import other_settings
 log = logging.getLogger(__name__)
 
 Changes = Callable[[dict[str, Any]], Mapping[str, tuple[Any, Any]]]
-"""A recipe -> {name of a field: (its value there, its value now)}."""
+"""Function that takes a stored recipe, and returns (stored value, current value) of each field that
+differs from the current recipe, by the field's name."""
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
 
 
 @contextmanager
 def written_or_logged(file: object) -> Iterator[None]:
-    """Wraps the writing of an optional file, so that training continues on a full disk."""
+    """Logs an OSError raised in the block instead of raising it, so that training continues.
+
+    Args:
+        file: The file that the block writes, which training can do without.
+    """
     try:
         yield
     except OSError as error:
@@ -53,17 +58,20 @@ def open_folder(
     *,
     start_anew: Callable[[], Path | None] | None = None,
 ) -> None:
-    """Enters the run's folder; rank 0 writes, the others wait.
+    """Checks that a run may use a folder, makes the folder, and writes recipe.json.
+
+    Rank 0 does the work. All ranks must call this function.
 
     Args:
         folder: The run's folder.
-        recipe: The resolved recipe, as recipe.json holds it.
-        changes: Returns the fields that differ from a stored recipe and that a resume may not
-            change (`Run.changes_since`).
-        start_anew: Function that empties the folder and returns the new place of the old run's
-            folder, if any; None to go on from the contents of the folder.
+        recipe: The resolved recipe, as it is written to recipe.json.
+        changes: Function that takes a stored recipe, and returns the fields that differ and that a
+            resume may not change (`Run.changes_since`).
+        start_anew: Function that moves the folder of an old run aside, and returns its new path or
+            None; None to resume the run in the folder, if there is one.
 
-    Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
+    Raises: ConfigError: on all ranks, if the folder cannot be used or has a run with other
+        settings.
     """
     problem = None
     if distributed.is_main():
@@ -89,16 +97,18 @@ def write_environment(
     metrics: Mapping[str, str],
     lower_is_better: Collection[str],
 ) -> None:
-    """Records the environment and settings of a start, in environment.json and deepspeed.json.
+    """Writes environment.json and deepspeed.json, which describe a start of the run.
 
-    Rank 0 writes; the others return at once.
+    Only rank 0 writes; on other ranks this function does nothing.
 
     Args:
         folder: The run's folder.
-        deepspeed_config: The JSON that DeepSpeed got.
-        launcher: The launcher of the ranks.
-        metrics: Labels of the evaluations' metrics (`TrainingJob.metrics`), for the report.
-        lower_is_better: Metrics for which lower is better (`TrainingJob.lower_is_better`).
+        deepspeed_config: The configuration that DeepSpeed got.
+        launcher: Name of the launcher of the ranks.
+        metrics: Labels of the evaluations' metrics, by name (`TrainingJob.metrics`), for the
+            report.
+        lower_is_better: Names of the metrics of which lower values are better
+            (`TrainingJob.lower_is_better`).
     """
     if not distributed.is_main():
         return
@@ -157,28 +167,30 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether a path is a file or a non-empty folder."""
+    """Whether a path exists and is not an empty folder."""
     kind = kind_of(path, where="--runtime.run_dir")
     return any(path.iterdir()) if kind == "folder" else kind is not None
 
 
 def status_of(folder: Path) -> str | None:
-    """Returns the status in summary.json, or None."""
+    """Returns the status in a run's summary.json, or None if the file has no status."""
     return summary_of(folder).get("status")
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Returns summary.json, or an empty object if it is missing or unreadable."""
+    """Returns the contents of a run's summary.json; empty if the file is missing or damaged."""
     return json_object(folder / SUMMARY)
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:
-    """Sets the status in summary.json and keeps the rest; any rank may call it if others are stuck.
+    """Sets the status in summary.json, and keeps other entries.
+
+    Any rank may call this function, also when other ranks hang. An OSError is only logged.
 
     Args:
         folder: The run's folder, which this start owns.
         status: How the run ended.
-        more: Further entries.
+        more: Further entries to set.
     """
     path = folder / SUMMARY
     with written_or_logged(path):
@@ -188,20 +200,23 @@ def write_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def recorded_code(folder: Path) -> dict[str, str]:
-    """Returns the last recorded hashes of a run's own code files: {"module:...": SHA-256}."""
+    """Returns the hashes of the user's code files that a run used last, from code.json.
+
+    Returns: the SHA-256 of each file, by its "module:..." name; empty if none are recorded.
+    """
     starts = _starts(folder)
     return starts[-1]["files"] if starts else {}
 
 
 def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
-    """Records the hashes of the user's own files in code.json, and logs changed files.
+    """Adds the hashes of the user's code files to code.json if they changed, and warns of changes.
 
-    Rank 0 writes; the others return at once.
+    Only rank 0 writes; on other ranks this function does nothing.
 
     Args:
         folder: The run's folder.
-        files: {"module:...": SHA-256}, of `doors.hashes`.
-        step: Number of finished steps at which these files begin to be used.
+        files: SHA-256 of each file, by its "module:..." name (`doors.hashes`).
+        step: Number of finished steps from which on the run uses these files.
     """
     if not distributed.is_main() or dict(files) == (before := recorded_code(folder)):
         return
@@ -220,9 +235,11 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns entries of code.json: {"update": first step, "files": {"module:...": SHA-256}}.
+    """Returns the entries of code.json, oldest first; damaged entries are left out.
 
-    The record is for information and allows nothing; damaged entries are left out.
+    An entry has "files", the SHA-256 of each of the user's code files by "module:..." name, and
+    "update", the number of finished steps from which on the files are used. The entries are for
+    information alone, and do not permit that a file is run.
     """
     try:
         starts = read_json(folder / CODE, where=CODE, holds=list)
@@ -238,18 +255,20 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Returns the rows of a .jsonl file up to the first one of `update` or later.
+    """Returns the rows of a .jsonl file before the first row whose "update" is `update` or later.
 
-    Damaged lines, such as a torn last one, are left out; an absent file has no rows.
+    Damaged lines, such as an incomplete last line, are left out. A missing file has no rows.
     """
     return [line.row for line in _lines_before(path, update)[0] if line.row is not None]
 
 
 def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Removes the rows of `update` and later from a file, and returns the kept rows.
+    """Cuts a .jsonl file before the first row whose "update" is `update` or later.
 
-    Without damaged lines the kept rows are the file's beginning, so that no copy and no free
-    space is needed. Damaged lines before readable ones cause a warning.
+    Damaged lines are removed too, with a warning if other rows follow. Without damaged lines, the
+    file is only truncated, which needs no free space. A missing file is made.
+
+    Returns: the kept rows.
     """
     before, goes_on = _lines_before(path, update)
     last = max((index for index, line in enumerate(before, 1) if line.row is not None), default=0)
@@ -270,7 +289,10 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
 
 
 def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
-    """Returns the lines before the first row of `update` or later, and whether one exists."""
+    """Reads the lines of a .jsonl file before the first row whose "update" is `update` or later.
+
+    Returns: the lines, also damaged ones; whether there is such a row after them.
+    """
     lines = lines_of(path)
     for index, line in enumerate(lines):
         if line.row is not None and line.row["update"] >= update:
@@ -279,7 +301,7 @@ def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of the packages that a run depends on; None if not installed."""
+    """Returns the version of each package in `PACKAGES`, or None if it is not installed."""
     installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -291,7 +313,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def source_commit() -> str | None:
-    """Returns the commit of the source tree, or None without a checkout."""
+    """Returns the Git commit of this package's source, or None outside of a Git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
-"""The clock of the training steps, which stands still in evaluations and checkpoints.
+"""A clock that measures the time of training steps, and is stopped in evaluations and checkpoints.
 
-The process has a single clock, so that no student's speed includes another's evaluations.
+All students in a process share this clock, so that no student's speed includes the evaluations of
+another student.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ _stood = 0.0
 
 
 def now() -> float:
-    """Returns the seconds since a fixed moment, without those for which the clock stood still."""
+    """Returns the seconds since a fixed moment, without those in which the clock was stopped."""
     return time.perf_counter() - _stood
 
 
 @contextmanager
 def standing() -> Iterator[None]:
-    """Stops the clock during the block; blocks are not nested."""
+    """Stops the clock during the block; such blocks must not be nested."""
     global _stood
     begin = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run: the curves of metrics.jsonl and evaluations.jsonl in RUN/events."""
+"""Tracker that writes the curves of a run as TensorBoard events to RUN/events."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard(Curves):
-    """Writes RUN/events."""
+    """Tracker that writes curves as TensorBoard events; after an error it writes nothing more."""
 
     def on_start(self, setting: Setting) -> None:
-        """Opens a file of events that hides points that the run will write again."""
+        """Opens a file of events; older points that the run will write again are hidden."""
         # A second of imports that only rank 0 needs.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -32,14 +32,19 @@ class TensorBoard(Curves):
         )
 
     def on_end(self, status: str) -> None:
-        """Closes the file."""
+        """Closes the file of events."""
         writer, self._writer = self._writer, None
         if writer is not None:
             with suppress(OSError):
                 writer.close()
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Writes a point for each of the given curves."""
+        """Writes a point for each of some curves.
+
+        Args:
+            values: Value of the point, by name of the curve.
+            step: Number of finished steps, the x coordinate of the points.
+        """
         if self._writer is None:
             return
         try:

@@ -1,9 +1,10 @@
-"""Reserves the terminal for fd_large's lines; other output of a rank goes into its log file.
+"""Reserves the terminal for fd_large's lines, and sends other output of a rank to its log file.
 
-Libraries write to file descriptors 1 and 2 from Python, C++ and child processes. `take` keeps
-private copies of the two, and `hand_over` points the descriptors at the rank's log: the user sees
-only output to the copies. Without `take` (fd_large used as a library) nothing changes.
-No torch, so that the command line can show a mistake at once.
+Libraries write to file descriptors 1 and 2 from Python, C++ and child processes. `take` makes
+private copies of these descriptors, and `hand_over` redirects descriptors 1 and 2 to the rank's
+log. The user then sees only output to the copies. Without `take` (if fd_large is used as a library)
+nothing changes. This module does not import torch, so that the command line can show an error at
+once.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ _handed_over = False
 
 
 before_errors: list[Callable[[], None]] = []
-"""Functions that are called before an error is shown, so that a live progress bar ends its line."""
+"""Functions that are called before an error is shown, in order to stop a live progress bar."""
 
 COLUMNS_FOR_CONTROL = 5
-"""Columns that stay free on the right, since the echo of Ctrl-C would break a live bar's line."""
+"""Number of columns that a live bar leaves free on the right, since the terminal's echo of Ctrl-C
+would otherwise wrap the line."""
 
 drawing = threading.Lock()
-"""The lock of the thread that shows a command's present work, held while it draws."""
+"""Lock that is held by the thread of `display.py` while it draws the progress of a command."""
 # Forks wait for it, as a process that is forked in the middle of a line would inherit the
 # console's locks.
 os.register_at_fork(
@@ -50,17 +52,20 @@ _claimed = False
 
 
 def out() -> TextIO:
-    """Returns the stream that reaches the user: the private copy, or sys.stdout."""
+    """Returns the stream for output to the user: the private copy of stdout, else sys.stdout."""
     return _out or sys.stdout
 
 
 def err() -> TextIO:
-    """Returns the stream for errors that reach the user: the private copy, or sys.stderr."""
+    """Returns the stream for errors to the user: the private copy of stderr, else sys.stderr."""
     return _err or sys.stderr
 
 
 class _Closable(io.FileIO):
-    """A terminal, or a pipe, that may close while a run goes on."""
+    """File that drops output from its first failed write on.
+
+    A terminal or pipe may close while a run goes on.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -73,9 +78,10 @@ class _Closable(io.FileIO):
 
 
 def take() -> None:
-    """Keeps private copies of descriptors 1 and 2 and sends uncaught errors there; once.
+    """Makes private copies of descriptors 1 and 2, and shows uncaught errors on the copy of stderr.
 
-    Where Python's streams are not those descriptors (a notebook, a test runner), nothing is taken.
+    A second call does nothing. Nothing is done either if Python's streams do not use descriptors 1
+    and 2, as in a notebook or a test runner.
     """
     global _out, _err
     try:
@@ -101,7 +107,7 @@ def take() -> None:
 
 
 def mask_uncaught() -> None:
-    """Masks the secrets of URLs in uncaught errors, also of threads."""
+    """Masks the secrets of URLs in tracebacks of uncaught errors, in the main and other threads."""
     sys.excepthook = _show_uncaught
     threading.excepthook = lambda uncaught: _show_uncaught(
         uncaught.exc_type, uncaught.exc_value or uncaught.exc_type(), uncaught.exc_traceback
@@ -109,7 +115,7 @@ def mask_uncaught() -> None:
 
 
 def hand_over(path: Path) -> None:
-    """Points descriptors 1 and 2 at the end of a log file; does nothing without `take`."""
+    """Redirects descriptors 1 and 2 to the end of a log file; does nothing without `take`."""
     global _handed_over
     if _out is None:
         return
@@ -125,7 +131,7 @@ def hand_over(path: Path) -> None:
 
 
 def give_back() -> None:
-    """Undoes `take` and `hand_over`."""
+    """Undoes `take` and `hand_over`; does nothing without `take`."""
     global _out, _err, _handed_over
     if _out is None or _err is None:
         return
@@ -145,7 +151,7 @@ def give_back() -> None:
 
 
 def show_error(text: str) -> None:
-    """Writes an error to the user and to the rank's log, if open."""
+    """Writes an error to the user, and after `hand_over` also to the rank's log."""
     _clear_the_line()
     text = without_secrets(text)
     if _handed_over:
@@ -155,18 +161,18 @@ def show_error(text: str) -> None:
 
 
 def note_said() -> None:
-    """Records that a line was shown to the user now."""
+    """Records the present time as that of the last line shown to the user."""
     global _said
     _said = time.monotonic()
 
 
 def last_said() -> float:
-    """Returns the monotonic time of the last line shown to the user."""
+    """Returns the time (time.monotonic) of the last line shown to the user; -inf before any."""
     return _said
 
 
 def claim(whether: bool) -> None:
-    """Takes the terminal for training's live bar, or frees it."""
+    """Reserves the terminal for training's live bar if `whether` is True, else frees it."""
     global _claimed
     with drawing:
         _claimed = whether
@@ -175,13 +181,13 @@ def claim(whether: bool) -> None:
 
 
 def is_claimed() -> bool:
-    """Whether training's live bar has the terminal."""
+    """Whether the terminal is reserved for training's live bar."""
     return _claimed
 
 
 @cache
 def console() -> Console:
-    """Returns the only rich console on `out`, so that a line never breaks a live progress bar."""
+    """Returns the rich console on `out`, always the same, so that lines do not break a live bar."""
     from rich.console import Console, ConsoleDimensions
 
     class Plain(Console):

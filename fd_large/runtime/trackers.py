@@ -1,4 +1,4 @@
-"""The trackers of a recipe, and calls to them that cannot fail the run."""
+"""Makes the trackers of a recipe, and calls them so that their errors do not end the run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
 }
-"""The built-in trackers. Another one is a class in a file here and a line in this table, or a class
-in a file of the user's own."""
+"""The built-in trackers. To add a tracker, write a class in a file of this folder and add a line to
+this table, or write a class in a file of the user's own."""
 
 log = logging.getLogger(__name__)
 
 
 def trackers_of(names: Sequence[str]) -> list[Tracker]:
-    """Makes the trackers of a recipe, which open nothing before `on_start`.
+    """Makes the trackers of a recipe, which open no file or connection before `on_start`.
 
-    Raises: ConfigError: if a tracker does not exist, or is not a `Tracker`.
+    Args:
+        names: Names of built-in trackers, or of the user's own trackers in the form of doors.py.
+
+    Raises: ConfigError: if there is no tracker of a name, or its class fails or is no `Tracker`.
     """
     trackers = []
     for name in names:
@@ -54,17 +57,22 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
 
 
 class Trackers:
-    """Calls several trackers; a failing tracker is logged and not called again.
+    """Calls several trackers in order, and no longer calls a tracker that raised an error.
 
     Args:
-        trackers: Called in this order.
+        trackers: The trackers.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Calls a method of `Tracker` on each."""
+        """Calls a method of each tracker; an error is logged, and the tracker is removed.
+
+        Args:
+            method: Name of a method of `Tracker`.
+            arguments: Arguments of the method.
+        """
         for tracker in list(self._trackers):
             try:
                 getattr(tracker, method)(*arguments)

@@ -1,4 +1,4 @@
-"""Curves in Weights & Biases: a run of the project WANDB_PROJECT, or `fd_large`."""
+"""Tracker that sends curves to Weights & Biases (W&B)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 
 class WandB(RemoteCurves):
-    """A run in W&B; with WANDB_MODE=offline it is kept in RUN/wandb, for `wandb sync` later."""
+    """Tracker with a run in W&B, in the project WANDB_PROJECT, else `fd_large`.
+
+    With WANDB_MODE=offline, W&B's run is kept in RUN/wandb, and can be sent later by `wandb sync`.
+    """
 
     name, package = "wandb", "wandb"
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the run."""
+        """Opens the run in W&B, with the recipe as its configuration."""
         import wandb
 
         # Evaluations whose step the training rows have not reached: wandb takes steps in order.
@@ -48,11 +51,12 @@ class WandB(RemoteCurves):
         self.keep(setting, self._run.id)
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of the given curves, in the order of steps.
+        """Sends a point for each of some curves, in the order of steps.
 
-        An evaluation of a later step than the newest training row waits for the row of its step.
-        A late evaluation is sent with the newest step, and with its own step as evaluation/of_step.
-        After a resume W&B drops points of steps that its run already has.
+        An evaluation at a later step than the newest training row is kept, and sent with the
+        training row of its step. An evaluation at an earlier step than the newest training row is
+        sent at the newest step, with its own step as evaluation/of_step. After a resume, W&B drops
+        points of steps that W&B's run already has.
         """
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)
@@ -64,7 +68,7 @@ class WandB(RemoteCurves):
         self._step = max(self._step, step)
 
     def finish(self, status: str) -> None:
-        """Closes the run."""
+        """Sends the kept evaluations, and closes the run in W&B."""
         for step, values in sorted(self._early.items()):
             self._run.log(values, step=step)
         self._run.finish(exit_code=0 if status in (DONE, PREEMPTED) else 1)

@@ -1,9 +1,10 @@
-"""Ends a hung run: stacks into the log, exit code 75, without help from other ranks.
+"""Ends a hung rank with exit code 75, after it wrote its stacks to the log, without other ranks.
 
-A collective waits half an hour for a stuck rank, and so do all GPUs. The thread here counts the
-seconds since the training thread's last sign of life. It runs while that thread waits in a
-collective or another call that releases Python's global lock; if a call holds the lock, this
-thread stops too, and the other ranks' watchdogs end the run.
+A collective waits half an hour for a hung rank, while all GPUs are idle. A thread of the watchdog
+counts the seconds since the training thread last showed progress (a beat). The watchdog's thread
+runs while the training thread waits in a collective or another call that releases Python's global
+interpreter lock. If a call holds this lock, the watchdog's thread stops too, and the watchdogs of
+the other ranks end the run.
 """
 
 from __future__ import annotations
@@ -37,27 +38,32 @@ log = logging.getLogger(__name__)
 
 HUNG = "hung"
 STACKS_SIGNAL = signal.SIGUSR2
-"""Signal on which a rank, or one of its loading processes, writes its stacks and goes on."""
+"""Signal after which a rank, or one of its loading processes, writes its stacks and goes on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
 START_FACTOR, LEAST_START_SECONDS, MOST_START_SECONDS = 3.0, 60.0, 1750.0
-"""A rank may stand still for this multiple of the limit, within these bounds in seconds, before its
-first step ends: it builds models, reads a checkpoint and compiles kernels. Collectives give up
-after 1,800 s."""
+"""Until the end of its first step, a rank may go without a beat for the first value times the
+limit, but at least the second value and at most the third value, in seconds. In this time the rank
+builds models, reads a checkpoint and compiles kernels. Collectives time out after 1,800 s."""
 MOST_SECONDS_OF_LINGERING = 30.0
-"""Longest time between the writing of a rank's stacks and its end. The other ranks, which are at
-most a micro batch behind, write their stacks in this time, before their connections close."""
+"""Largest number of seconds from the writing of a rank's stacks to the end of its process. The
+other ranks, which are at most a micro-batch behind, write their stacks in this time, before their
+connections close."""
 MOST_COLLECTIVES = 5
-"""Number of unfinished collectives that the log names."""
+"""Largest number of unfinished collectives that the log names."""
 SECONDS_FOR_LAST_WORDS = 20.0
-"""Time limit of the last messages, since the disk of the log may be what hangs."""
+"""Seconds that the last messages may take, since the disk of the log may be the cause of the
+hang."""
 
 
 class Silence:
-    """Measures the time since a counter last changed.
+    """Measures how long a counter has not changed, without time in which the process was stopped.
 
     Args:
-        interval: Intended seconds between two looks.
+        interval: Intended seconds between two calls of `lasts`.
         now: The time, in seconds.
+
+    Attributes:
+        seconds: Seconds for which the counter had not changed at the last call of `lasts`.
     """
 
     def __init__(self, interval: float, now: float) -> None:
@@ -66,12 +72,12 @@ class Silence:
         self.seconds = 0.0
 
     def lasts(self, now: float, beats: int, limit: float) -> bool:
-        """Reads the counter; returns whether the time is too long.
+        """Whether the counter has not changed for `limit` seconds or longer.
 
         Args:
             now: The time, in seconds.
-            beats: The counter.
-            limit: Seconds that are too long.
+            beats: The current value of the counter.
+            limit: Number of seconds.
         """
         # In a pause that is longer than intended this thread did not run, so the process stood.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
@@ -81,18 +87,19 @@ class Silence:
 
 
 class Watchdog(Hook):
-    """Ends this rank after a number of seconds without a sign of life.
+    """Ends this rank after a number of seconds without a beat.
 
-    Seconds count only while this process runs, not while it is stopped (Ctrl-Z, a machine that
-    sleeps). The clock runs from `start` on, which may be long before the first step.
+    A beat is a call of `beat` or another hook, or a change of `distributed.moves()`. Seconds in
+    which this process is stopped (Ctrl-Z, a machine that sleeps) do not count. The clock runs from
+    the call of `start` on, which may be long before the first step.
 
     Args:
-        seconds: Time for which the rank may stand still.
+        seconds: Number of seconds for which the rank may go without a beat.
         folder: The run's folder.
-        owned: Returns whether this start may write there.
-        start: Id of this start.
-        start_seconds: Time for which it may stand still before its first step ends; None: a
-            multiple of `seconds`.
+        owned: Function that returns whether this start still owns the folder.
+        start: ID of this start.
+        start_seconds: Number of seconds for which the rank may go without a beat until the end of
+            its first step; None for a multiple of `seconds` (`START_FACTOR`).
         leave: Function that ends the process with an exit code.
     """
 
@@ -117,7 +124,7 @@ class Watchdog(Hook):
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts the clock, in the thread that will train."""
+        """Starts the watchdog's thread; must be called in the thread that will train."""
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
         slow_images.watch()
@@ -127,25 +134,25 @@ class Watchdog(Hook):
         self._thread.start()
 
     def on_start(self, setting: Setting) -> None:
-        """Records a sign of life and the present step."""
+        """Records a beat, and the number of finished steps for messages."""
         self.beat()
         self._total = setting.total_updates
         self._where = f"after step {setting.first_update} of {self._total}"
 
     def beat(self, *_: object, **__: object) -> None:
-        """Records a sign of life."""
+        """Records a beat, so that the seconds are counted from zero again."""
         self._beats += 1
 
     on_skip = on_roll_back = on_evaluation = on_save = beat
 
     def after_update(self, update: Update) -> None:
-        """Records a sign of life and the present step."""
+        """Records a beat, and the number of finished steps for messages."""
         self.beat()
         self._stepped = True
         self._where = f"after step {update.index + 1} of {self._total}"
 
     def on_saved(self, seconds: float) -> None:
-        """Records a sign of life; warns of saves that are nearly long enough to count as a hang."""
+        """Records a beat, and warns if the save took more than half of the watchdog's limit."""
         self.beat()
         if seconds > self._limit / 2:
             log.warning(
@@ -156,15 +163,18 @@ class Watchdog(Hook):
             )
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Stops the clock."""
+        """Stops the watchdog."""
         self.stop()
 
     def on_end(self, status: str) -> None:
-        """Stops the clock."""
+        """Stops the watchdog."""
         self.stop()
 
     def stop(self) -> None:
-        """Stops the clock; may be called twice."""
+        """Stops the watchdog's thread, and waits for its end; may be called twice.
+
+        If the watchdog is already ending the process, this method does not wait.
+        """
         self._over.set()
         if self._thread is not None and not self._fired.is_set():
             self._thread.join()
@@ -255,7 +265,13 @@ class Watchdog(Hook):
 
 
 def standpoint(frame: FrameType) -> str:
-    """Returns a thread's innermost call, and the innermost call in this package."""
+    """Describes where the training thread is, for messages.
+
+    The text names the thread's innermost call, and the innermost call in this package.
+
+    Args:
+        frame: The innermost frame of the training thread.
+    """
     package = Path(__file__).parents[1].name
     calls = [
         ("/".join(Path(code.co_filename).parts[-3:]), line, code.co_name)
@@ -270,10 +286,10 @@ def standpoint(frame: FrameType) -> str:
 
 
 def stacks(frames: dict[int, FrameType]) -> str:
-    """Returns the stacks of threads other than the watchdog's, the main one first.
+    """Formats the stacks of all threads except the watchdog's own, with the main thread first.
 
     Args:
-        frames: Result of `sys._current_frames`.
+        frames: The innermost frame of each thread, by thread ID (`sys._current_frames`).
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
