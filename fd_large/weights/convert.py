@@ -1,7 +1,7 @@
-"""Writing a model for other programs: our own folder, or the official or timm's names.
+"""Writes a model's weights in our own format, or with the official or timm's tensor names.
 
-All tensors of the model are in memory at once; the export of a run (export.py) writes them one by
-one.
+All tensors of the model are in memory at once, whereas the export of a run (export.py) writes one
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def write(
     *,
     statistics: Statistics | None = None,
 ) -> Path:
-    """Writes a model's weights; returns the file.
+    """Writes a model's weights in a format; returns the path of the weights file.
 
     Args:
         items: (our name, tensor) of the whole model.
         architecture: The model.
-        to: "fd" is a folder with our names and a complete config.json, "official" a file with the
-            names of the official repositories, "timm" a file with timm's names.
-        out: A new folder for "fd"; a new .safetensors or .pth file for the others.
+        to: "fd" writes a folder with our names and a complete config.json, "official" a file with
+            the names of the official repositories, "timm" a file with timm's names.
+        out: A new folder for "fd"; a new .safetensors or .pth file for "official" and "timm".
         statistics: Image statistics that the weights were trained with; None if unknown.
 
-    Raises: WeightsError: if the format does not exist, or lacks a part of the model; ConfigError:
-        if `out` already exists.
+    Raises: WeightsError: if the format does not exist or cannot hold the model, or the file cannot
+        be written; ConfigError: if `out` already exists.
     """
     out = Path(out)
     if to not in FORMATS:
@@ -97,7 +97,7 @@ def write(
 
 
 def _timm(architecture: FamilyArchitecture) -> Export:
-    """Returns the form of a model in timm's state dict.
+    """Returns how the model is exported to timm.
 
     Raises: WeightsError: if timm has no such model.
     """

@@ -1,7 +1,7 @@
-"""Exact coverage: a file has every tensor of the model, and the model uses all of the file's.
+"""Checks that a file covers a model exactly: each has every tensor of the other.
 
-Otherwise the file is refused. Names and shapes are compared before any tensor is read. Tensors are
-then read one by one, resized if the model has another grid, and checked for NaN and infinity.
+A file that does not is refused. Names and shapes are compared before any tensor is read. Tensors
+are then read one by one, checked for NaN and infinity, and resized if the model has another grid.
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ _TABLE = "relative_position_bias_table"
 
 
 class Fitted:
-    """A model's (name, tensor) pairs from a file that covers the model; iterating reads the file.
+    """The weights of a model from a file that covers the model.
+
+    Iterating reads the file and yields the name and tensor of each of the model's tensors.
 
     Args:
-        pieces: Rule that makes each tensor, by its name in the model.
-        file: Source tensors of the rules.
-        expected: Shape of every tensor of the model.
-        allow: Patterns (*, ?) of names that may be missing or unused.
+        pieces: {name in the model: rule that makes the tensor}.
+        file: Tensors of the file, from which the rules make tensors.
+        expected: {name: shape} of every tensor of the model.
+        allow: Patterns (*, ?) of names that may be missing in the file or in the model.
         label: Name of the file for messages and the log.
         where: Field that the user set, for messages.
-        margin, antialias: See `resize_positions`.
-        notes: Earlier changes to the file's tensors, for the log.
+        margin, antialias: See `position_tables.resize_positions`.
+        notes: Descriptions of changes that the rules make, for the log.
         remedy: Remedy for tensors that do not fit, for messages.
-        resize: Whether position tables may have another grid.
+        resize: Whether position tables may have another grid, and are resized.
 
     Attributes:
         match: Result of comparing file and model.
-        may_be_missing: Names of the model that the file lacks, as the user allowed.
+        may_be_missing: Names of the model's tensors that the file lacks and that the user allowed
+            to be missing.
 
     Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors
         that are not floating-point.
@@ -87,9 +90,9 @@ class Fitted:
         self._refuse_other_types()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Reads and yields pairs (name, tensor of the model's shape).
+        """Reads the file and yields (name in the model, tensor of the model's shape).
 
-        Raises: WeightsError: for a tensor that holds NaN or infinity.
+        Raises: WeightsError: for a tensor that contains NaN or infinity.
         """
         for note in (f"{self._label}: {self.match.summary()}", *self._notes):
             log.info("%s: %s", self._where, note)
@@ -111,16 +114,16 @@ class Fitted:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The data types of the file's tensors that the model takes."""
+        """Names of the dtypes, such as "float32", of the file's tensors that the model uses."""
         sources = (name for piece in self._pieces.values() for name in piece.sources)
         return self._file.dtypes(sources)
 
     def is_file_of(self, dtype: torch.dtype) -> bool:
-        """Returns whether all tensors are in local files with this data type."""
+        """Whether all tensors come from local files and have this dtype."""
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the files of the tensors; empty if a library provides the tensors."""
+        """Returns the paths of the files with the tensors; empty if a library provides them."""
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
@@ -139,17 +142,17 @@ _REMEDY = "Name the model that the file holds, or allow the differences by name.
 
 @dataclass
 class Match:
-    """The fit of a file's tensors to those of a model.
+    """The result of comparing a file's tensors with a model's.
 
     Attributes:
         total: Number of elements in the model's tensors.
-        parameters: Number of elements in the tensors that fit.
-        matched: Names of the tensors that fit, as they are or resized.
-        to_resize: Names of position tables with another grid in the file, which are resized.
-        missing: Names of the model's tensors that the file lacks.
-        left_over: Names of the file's tensors that the model lacks.
+        parameters: Number of elements in the model's tensors that fit.
+        matched: Names of the tensors that fit, unchanged or resized.
+        to_resize: Names of the position tables that have another grid in the file and are resized.
+        missing: Names of the model's tensors that the file lacks, except allowed names.
+        left_over: Names of the file's tensors that the model lacks, except allowed names.
         misfits: Tensors whose shapes differ, as "name (file's shape) for (model's shape)".
-        allowed: Names that the user allowed to be missing or left over, which the lists omit.
+        allowed: Names that are missing or left over with the user's permission.
     """
 
     total: int
@@ -163,11 +166,11 @@ class Match:
 
     @property
     def complaints(self) -> list[str]:
-        """Returns the reasons why a model cannot be filled; empty if there are none."""
+        """The reasons, in words, why the weights do not fit the model; empty if they fit."""
         return _complaints(self.missing, self.left_over, self.misfits)
 
     def summary(self) -> str:
-        """Returns the coverage in words."""
+        """Returns the coverage in words: the share of the model's elements, and the tensors."""
         share = 100 * self.parameters / self.total if self.total else 0.0
         # An incomplete model must not round up to 100 %.
         share = share if self.parameters == self.total else min(share, 99.99)
@@ -178,7 +181,14 @@ class Match:
 def match(
     shapes: Shapes, expected: Shapes, *, allow: tuple[str, ...] = (), resize: bool = True
 ) -> Match:
-    """Compares a file's shapes with a model's, both in our names; see `Fitted`."""
+    """Compares the shapes of a file's tensors with the shapes of a model's tensors.
+
+    Args:
+        shapes: {our name: shape} of the file's tensors.
+        expected: {our name: shape} of the model's tensors.
+        allow: See `Fitted`.
+        resize: See `Fitted`.
+    """
     outcome = Match(sum(map(math.prod, expected.values())))
 
     def sort(name: str, complaint: list[str]) -> None:
@@ -202,7 +212,13 @@ def match(
 
 
 def can_resize(name: str, old: Shape, new: Shape) -> bool:
-    """Whether a tensor is a position table that fits except for its grid."""
+    """Whether a tensor is a position table that only needs to be resized to another grid.
+
+    Args:
+        name: Name of the tensor in the model.
+        old: Shape in the file.
+        new: Shape in the model.
+    """
     last = name.rpartition(".")[2]
     if last in _POSITIONS:
         return len(old) == len(new) == 3 and old[::2] == new[::2]
@@ -219,14 +235,14 @@ def resized(
     antialias: bool = False,
     where: str = "weights",
 ) -> Tensor:
-    """Returns a position table for the grid of a model.
+    """Resizes a file's position table to the grid of a model, and returns it.
 
     Args:
-        name: Name in the model.
-        tensor: Tensor of the file.
-        shape: Shape in the model.
-        expected: Shapes of the model, which show its class tokens.
-        margin, antialias: See `resize_positions`.
+        name: Name of the tensor in the model.
+        tensor: The file's tensor.
+        shape: Shape of the tensor in the model.
+        expected: {name: shape} of the model's tensors, which show whether it has class tokens.
+        margin, antialias: See `position_tables.resize_positions`.
         where: Field that the user set, for messages.
     """
     where = f"{where}: {name}"
@@ -241,9 +257,15 @@ def resized(
 
 
 def check_finite(name: str, tensor: Tensor, label: str, where: str) -> None:
-    """Checks every element, without a second copy of the tensor.
+    """Checks that all elements of a tensor are finite, without copying the tensor.
 
-    Raises: WeightsError: for NaN or infinity.
+    Args:
+        name: Name of the tensor, for the message.
+        tensor: The tensor.
+        label: Name of the file, for the message.
+        where: Field that the user set, for the message.
+
+    Raises: WeightsError: if an element is NaN or infinite.
     """
     if tensor.numel() == 0:
         return
@@ -264,16 +286,16 @@ def covered(
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on one by one and checks that they are exactly the tensors of a model.
+    """Yields the tensors of `items` that fit a model, and checks that they are all of its tensors.
 
     Args:
-        expected: Shape of every parameter of the model.
-        items: (name, tensor) in our names.
+        expected: {name: shape} of every tensor of the model.
+        items: (our name, tensor) pairs.
         where: Field that the user set, for the message.
         may_be_missing: Names that the user allowed to be missing.
 
-    Raises: WeightsError: after the last tensor, naming tensors that are missing, unused,
-        duplicate or of another shape; only fitting tensors are passed on.
+    Raises: WeightsError: after the last tensor, naming tensors that are missing, unused, duplicate
+        or of another shape.
     """
     checked: set[str] = set()
     left_over, misfits, twice = [], [], []

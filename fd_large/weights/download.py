@@ -1,8 +1,9 @@
-"""Files of weights: on paths, in installed packages, and downloaded by libraries.
+"""Finds the file of a source of weights, downloading it if needed.
 
-`locate` finds the file of a source. `fetch` writes a download, with the configuration, image
-statistics and licence of the weights, into a folder that can be copied and used as a source on
-clusters whose nodes have no network.
+`locate` returns a file on a path, in an installed package or in the cache of a library, which
+downloads it. `fetch` writes a download, with the configuration, image statistics and licence of the
+weights, into a folder. The folder can be copied to clusters whose nodes have no network, and used
+as a source there.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ _WHERE = "weights fetch"
 
 
 class Located(NamedTuple):
-    """The file or tensors of a source, with their known facts.
+    """The file or tensors of a source of weights, with what a library says about them.
 
     Attributes:
-        path: A file, or a folder that contains the file.
+        path: The file or a folder that contains it; if a library provides tensors, the source.
         tensors: Tensors that a library provides instead of a file; None if there is a file.
-        library: The library that describes the model; "" for none.
-        config: The library's description of the model.
+        library: The library that describes the model; "" if none does.
+        config: The library's description of the model: open_clip's configuration, or the module of
+            timm or of the user; None without a library.
         statistics: Image statistics that the weights were trained with; None if unknown.
     """
 
@@ -56,9 +58,13 @@ class Located(NamedTuple):
 
 
 def locate(source: str, *, where: str = "weights") -> Located:
-    """Returns the file or folder of a source, downloading it if needed.
+    """Returns the file, folder or tensors of a source, downloading them if needed.
 
-    Raises: WeightsError: if a package is not installed, or the weights cannot be fetched.
+    Args:
+        source: The source; a source without a known prefix is a path, which need not exist.
+        where: Field that the user set, for messages.
+
+    Raises: WeightsError: if a package is not installed, or the weights cannot be downloaded.
     """
     if source.startswith(PACKAGE):
         return Located(file_in_package(source.removeprefix(PACKAGE), where))
@@ -134,7 +140,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         source: `hf:REPO`, `open_clip:ARCH/TAG` or `timm:NAME`.
         out: The folder.
 
-    Returns: the names of its files, and the licence of the weights as their publisher states it.
+    Returns: the names of the folder's files, and the licence of the weights as their publisher
+        states it, or `UNKNOWN`.
     Raises: WeightsError: if the source is of another kind, or cannot be downloaded; ConfigError:
         if `out` exists.
     """
@@ -159,7 +166,10 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 
 
 def _writer(source: str) -> Callable[[Path], str]:
-    """Returns the function that writes a source's files into a folder and returns the licence."""
+    """Returns a function that downloads a source into a folder and returns the licence.
+
+    Raises: WeightsError: if the source cannot be downloaded by its kind.
+    """
     if source.startswith(HUB):
         return partial(_folder_of_hub, source.removeprefix(HUB))
     if source.startswith(OPEN_CLIP):

@@ -1,7 +1,8 @@
-"""Export of a student to a folder: tensors one at a time, config.json, a model card.
+"""Exports a student to a folder with tensors, config.json and a model card.
 
-The header of a safetensors file comes first and needs only shapes, so that no file has to be in
-memory before it is written. Several files have an index, as transformers' sharded checkpoints do.
+Tensors are written one at a time: the header of a safetensors file comes first and needs only
+shapes, so that no file has to be in memory before it is written. If there are several files, an
+index names the file of each tensor, as in transformers' sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fd_large.weights.sidecar import own_config
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"
 HEADS = "heads"
-"""The folder, beside the tensors, of a task's heads, which only this project reads."""
+"""Name of the subfolder with the heads of a task, which only this project reads."""
 _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -42,15 +43,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def export_of(
     architecture: FamilyArchitecture, to: To, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> Export | None:
-    """Returns the form of a model in a library's files, or None for a graph, which needs no form.
+    """Returns how a model is written in a library's format; None if the format is a graph.
 
     Args:
         architecture: The student, with the image size of the export.
         to: One of LIBRARIES.
-        pads: Whether the run pads images that do not fit.
-        window_rule: The run's rule for windows that do not divide the map.
+        pads: Whether the run pads images whose size does not fit.
+        window_rule: The run's rule for maps that windows do not divide.
 
-    Raises: ConfigError: if the library lacks the model, naming libraries that have it.
+    Raises: ConfigError: if the library lacks the model; it names formats that can hold the model.
     """
     if LIBRARIES[to].graph:
         return None
@@ -69,9 +70,9 @@ def export_of(
 def libraries_of(
     architecture: FamilyArchitecture, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> list[To]:
-    """Returns the values of `--to` that can hold this model without task heads.
+    """Returns the values of `--to` whose format can hold a model without a task's heads.
 
-    Args: As `export_of`.
+    Args: See `export_of`.
     """
     return [
         form
@@ -81,7 +82,7 @@ def libraries_of(
 
 
 def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: WindowRule) -> str:
-    """Returns what a library's files lack of a model, or ""."""
+    """Returns, in words, the reason why a library's format cannot hold a model, or ""."""
     exports = family_of(architecture).exports
     if to not in exports:
         return f"a {architecture.family} model, of which it has none"
@@ -92,13 +93,14 @@ def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: Wi
 
 
 def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitecture:
-    """Returns a trained model for images of another size, if its tensors stay the same.
+    """Returns the architecture of a trained model for images of another size.
 
     Args:
-        architecture: The student, with the image size that it was trained at.
-        image_size: Side in pixels; 0 for the size of its training.
+        architecture: The student, with the image size of its training.
+        image_size: Side of the images in pixels; 0 means the size of the training.
 
-    Raises: ConfigError: if its positions are made for a single size.
+    Raises: ConfigError: if the model's tensors would change, since its positions are made for the
+        size of the training.
     """
     if image_size in (0, architecture.image_size):
         return architecture
@@ -127,24 +129,24 @@ def export(
     trained_by: Sequence[Mapping[str, Any]] = (),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> list[Path]:
-    """Writes a new folder; returns the files of tensors.
+    """Writes a student to a new folder; returns the paths of the files with tensors.
 
     The folder appears when it is complete. Only one tensor of `items` is in memory at a time.
 
     Args:
-        items: (name, tensor) in our names and in the order of `shapes`.
-        shapes: Shapes of all tensors.
+        items: (our name, tensor) pairs in the order of `shapes`.
+        shapes: {our name: shape} of all tensors.
         architecture: The student, with the image size of the export.
         into: Result of `export_of`.
         out: The folder, which must not exist yet.
-        statistics: Mean and deviation by which the student's images are normalised.
+        statistics: Mean and standard deviation by which the student's images are normalised.
         shard_size: Largest size of a file in bytes.
         card: Text of the model card.
         code_hash, trained_by: See `own_config`.
         beside: Function that writes further files into the folder before it appears.
 
-    Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that holds
-        NaN or infinity.
+    Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that
+        contains NaN or infinity.
     """
     theirs = [
         (output.name, output.shape)
@@ -176,7 +178,10 @@ def configuration(
     code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Returns config.json, with the entries for the library's own loader and for ours."""
+    """Returns the contents of config.json: entries for the library's loader and for this package.
+
+    Args: See `export`.
+    """
     theirs = into.config(architecture, statistics) if into.config else {}
     return theirs | own_config(
         into.becomes(architecture), statistics, code_hash=code_hash, trained_by=trained_by
@@ -193,9 +198,11 @@ def _renamed(
 
 
 def parse_size(text: str) -> int:
-    """Returns the bytes of "5GB", "300MB", "80KB" or a plain number; units are powers of 1000.
+    """Returns the number of bytes that a text such as "5GB", "300MB", "80KB" or "5000" states.
 
-    Raises: ConfigError: for any other text.
+    Units are powers of 1000.
+
+    Raises: ConfigError: if the text states no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
     size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
@@ -208,9 +215,11 @@ def parse_size(text: str) -> int:
 
 
 def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[str, Shape]]:
-    """Cuts tensors, in their order, into files of at most `shard_size` bytes of float32.
+    """Distributes float32 tensors, in their order, over files of at most `shard_size` bytes.
 
-    A tensor that is larger than that has a file of its own.
+    A tensor that is larger than `shard_size` has a file of its own.
+
+    Returns: {name: shape} of the tensors in each file.
     """
     files: list[dict[str, Shape]] = [{}]
     file_bytes = 0
@@ -227,14 +236,17 @@ def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[s
 def write_shards(
     folder: Path, shapes: list[tuple[str, Shape]], items: Iterable[tuple[str, Tensor]], size: int
 ) -> list[Path]:
-    """Writes tensors as float32, one at a time; returns the files.
+    """Writes tensors as float32 to safetensors files, one tensor at a time.
+
+    A single file has the name `NAME`. Several files have numbered names, and an index is written.
 
     Args:
-        folder: An existing folder. A single file in it is `NAME`; several have numbers and an
-            index.
-        shapes: Names and shapes of all tensors, in the order of `items`.
+        folder: An existing folder.
+        shapes: (name, shape) of all tensors, in the order of `items`.
         items: (name, tensor) pairs.
         size: Largest size of a file in bytes.
+
+    Returns: the paths of the files, without the index.
     """
     files = planned(shapes, size)
     paths = [_path(folder, number, len(files)) for number in range(len(files))]

@@ -1,8 +1,8 @@
-"""A student as a graph that needs no code of its own: ONNX, or a `torch.export` program.
+"""Exports a student as a graph that runs without this package: ONNX or a `torch.export` program.
 
 The graph maps any number of normalised images of a fixed size to tokens. It consists of torch's
-own operations (the references of `kernels/`), without drop path. The whole model is in
-memory, unlike the tensors of `export.py`.
+own operations (the references of `kernels/`), without drop path. The whole model is in memory,
+unlike in `export.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _TOLERANCE = 1e-3
 
 
 def check_packages(to: To) -> None:
-    """Refuses a format whose packages are not installed.
+    """Checks that the packages that a format needs are installed.
 
-    Raises: ConfigError: naming them.
+    Raises: ConfigError: naming the packages that are missing.
     """
     if missing := [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]:
         raise ConfigError(
@@ -62,22 +62,24 @@ def export_graph(
     code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Writes a new folder: the graph, config.json and the model card; returns the graph's files.
+    """Writes the graph, config.json and the model card to a new folder.
 
     The graph's output is compared with the model's before the folder appears.
 
     Args:
-        items: (name, tensor) of the student in our names.
+        items: (our name, tensor) pairs of the student.
         architecture: The student, with the image size of the export.
         to: "onnx" or "program".
         out: The folder, which must not exist yet.
         sizes: The student's rules for sizes that do not fit (`Student.sizes`).
-        statistics: Mean and deviation by which the student's images are normalised.
+        statistics: Mean and standard deviation by which the student's images are normalised.
         card: Text of the model card.
         code_hash, trained_by: See `own_config`.
 
-    Raises: ConfigError: if the model cannot be traced, or `out` exists; WeightsError: for a tensor
-        that holds NaN or infinity; ShapeError: if the image size does not fit.
+    Returns: the paths of the graph's files.
+    Raises: ConfigError: if the model cannot be traced, the graph's output differs from the model's,
+        or `out` exists; WeightsError: for a tensor that contains NaN or infinity; ShapeError: if
+        the image size does not fit.
     """
     with new_folder(out, where="export") as part, choose.references(), torch.no_grad(), _quiet():
         net = build(architecture, initialization="none", **sizes)
@@ -109,7 +111,7 @@ def export_graph(
 
 
 class _Tokens(nn.Module):
-    """A backbone that returns only the tokens of its map."""
+    """A module that runs a backbone and returns only the tokens of the feature map."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -153,7 +155,7 @@ _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
 def _metadata(side: int, feature_map: FeatureMap, statistics: Statistics) -> dict[str, str]:
-    """Returns the graph's description of its input and output, as text."""
+    """Returns {key: text} that describes the graph's input and output, for the graph's file."""
     return {
         "image_size": str(side),
         "image_mean": " ".join(map(str, statistics.mean)),
@@ -201,7 +203,7 @@ def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides internal warnings of torch's exporters."""
+    """Hides all Python warnings in the block, such as those of torch's exporters on internals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""The inspection of a weights file: format, architecture, parameters, and models that match."""
+"""Describes a weights file: its format, architecture, number of parameters, and fit to a model."""
 
 from __future__ import annotations
 
@@ -34,23 +34,26 @@ from fd_large.weights.resolve import ResolvedWeights, Sources, Stored
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of an inspection.
+    """The description of a weights file.
 
     Attributes:
         source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
         architecture: Known fields of the architecture; None in unknown fields.
-        statistics: Image statistics that it was trained with; None if unknown.
-        named: A named model with this architecture, or "".
-        parameters: Number of elements of the model in the file.
-        dtypes: Data types of the tensors.
-        match: The file's fit with its own model or the requested one; None if too little is known.
-        own: Whether this project wrote it.
-        unknown: Fields that neither file nor configuration shows.
-        facts: Licence and origin, where the published weights are known.
-        dropped: Names that are intentionally left out.
-        other_part: The other model in a training file, "student" or "teacher", or "".
+        statistics: Image statistics that the weights were trained with; None if unknown.
+        named: Name of a model with this architecture, or "".
+        parameters: Number of elements in the model's tensors.
+        dtypes: Names of the dtypes of the model's tensors.
+        match: Comparison of the file with the model that it shows, or with the requested model;
+            None if too little is known, or the file is a run or export of a family without
+            published files.
+        own: Whether this project wrote the file.
+        unknown: Architecture fields that neither the file nor a configuration shows.
+        facts: Facts of the published weights of the named model, or None.
+        dropped: Names of tensors that are intentionally left out.
+        other_part: "student" or "teacher", if the file has that model besides the described model;
+            else "".
     """
 
     source: str
@@ -72,14 +75,15 @@ class Inspection:
 def inspect(
     source: str | Path, *, model: str = "auto", sources: Sources | None = None
 ) -> Inspection:
-    """Reads a file's headers and returns its description.
+    """Describes a weights file from its headers, without reading tensors.
 
     Args:
         source: A path, `hf:REPO`, `package:NAME` or `open_clip:ARCH/TAG`.
-        model: A named model to compare with; "auto" is the file's own model.
-        sources: Opens the source; None if it is a file.
+        model: Name of a model with which the file is compared; "auto" is the model that the file
+            shows.
+        sources: Opens the source. None is enough for files, but does not open runs or checkpoints.
 
-    Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
+    Raises: WeightsError: if the source cannot be read or has no known format; ConfigError: for an
         unknown model.
     """
     sources = sources or Sources()
@@ -139,7 +143,14 @@ def _of_library(
     description: str,
     statistics: Statistics | None,
 ) -> Inspection:
-    """Inspects the weights of a library's model, which its configuration or the user names."""
+    """Describes weights whose model is built by a library.
+
+    Args:
+        weights: The weights.
+        architecture: The model, which a configuration or the user names.
+        description: The format in words.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+    """
     fitted = weights.fitted(architecture)
     return Inspection(
         source=weights.source,
@@ -155,7 +166,10 @@ def _of_library(
 
 
 def _of_own(source: str | Path, stored: Stored) -> Inspection:
-    """Inspects a stored model without published names; imports no code."""
+    """Describes a model that this project stored and whose family has no published files.
+
+    It does not import the user's code.
+    """
     is_file = stored.file.path is not None
     dropped = [name for name in stored.sizes if is_file and name.startswith(DECODER)]
     return Inspection(
@@ -174,7 +188,11 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
 
 
 def _merged(weights: PublishedWeights) -> Architecture:
-    """Returns the known architecture, with a configuration's sizes in place of the tensors'."""
+    """Returns the known architecture fields, from the tensors and from what is stated.
+
+    For image and window size, a statement takes precedence over what the tensors show; for other
+    fields, the tensors take precedence.
+    """
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}
     return replace(filled(weights.found, weights.stated), **sizes)
@@ -189,11 +207,13 @@ def _compared(weights: PublishedWeights, architecture: FamilyArchitecture) -> Ma
 
 
 def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArchitecture | None:
-    """Returns the model, or None if fields that affect shapes are unknown.
+    """Returns a complete architecture whose shapes are those of the known fields.
+
+    Returns None if a field that affects shapes is unknown, or no model has these fields.
 
     Args:
         known: The known fields.
-        without_shape: Values for unknown fields that affect no shape.
+        without_shape: {field: value} for unknown fields that affect no shape.
     """
     values = without_shape | set_fields(known)
     try:
@@ -205,7 +225,13 @@ def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArc
 
 
 def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
-    """Returns the name of a model with this architecture, apart from free fields, or ""."""
+    """Returns the name of a named model that agrees with the known fields, or "".
+
+    Args:
+        known: The known fields.
+        prefix: Prefix of the names of the format's models; "" if there are none.
+        free: Fields that are not compared.
+    """
     for name, model in ARCHITECTURES.items():
         if not prefix or not name.startswith(prefix) or model.family != known.family:
             continue
@@ -216,7 +242,7 @@ def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
 
 
 def table(inspection: Inspection) -> Any:
-    """Returns the rich table of an inspection."""
+    """Returns an inspection as a table of the package rich, for the terminal."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""The formats of `export`, by their names in `--to`; no torch."""
+"""The formats that `export --to` can write; no torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ To = Literal["timm", "hf", "fd", "mmseg", "upernet", "onnx", "program"]
 
 
 class Library(NamedTuple):
-    """A library whose format `export` writes.
+    """A format that `export` writes, and the library that loads it.
 
     Attributes:
         package: The library that loads the files, as Hugging Face names it on model cards.
-        holds: Contents of its files, for messages.
-        graph: Name of the file that holds the traced model with its weights; empty if the files
-            hold tensors for a model of the library's own.
-        heads: Whether the files also hold a task's heads; runs without heads cannot be exported.
+        holds: Contents of the files in words, for messages.
+        graph: Name of the file with the traced model and its weights; empty if the files hold
+            tensors for a model of the library.
+        heads: Whether the files also hold a task's heads; then runs without heads cannot be
+            exported.
     """
 
     package: str

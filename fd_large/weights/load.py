@@ -1,4 +1,4 @@
-"""Loading of an exported model, whole, in host memory."""
+"""Loads an exported model into CPU memory."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ def load_model(
 
     Args:
         folder: Folder from `export --to fd`, `timm` or `hf`, or from `weights convert --to fd`.
-        allow_code: Python files or `module:` names of the user's own that make the model.
-        size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
-        window_rule: As in the recipe of the model (`student.window_rule`), like the next two.
-        shift_stages: See `backbones.family.Options`.
-        stage_windows: See there.
+        allow_code: Python files or `module:` names of the user's code that may be run to make the
+            model.
+        size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
+        window_rule: The value of `student.window_rule` in the model's recipe.
+        shift_stages: The value of `student.shift_stages` in the model's recipe.
+        stage_windows: The value of `student.stage_windows` in the model's recipe.
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
-    Raises: WeightsError: if the folder contains no such model.
+    Raises: WeightsError: if the folder is not an export, or its weights do not fit the model.
     """
     where = "load_model"
     for code in allow_code:
@@ -64,11 +65,11 @@ def load_model(
 
 
 def fill(net: nn.Module, items: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies tensors into the parameters and buffers of the same names.
+    """Copies tensors into a module's parameters and buffers of the same names.
 
     Args:
-        net: The whole module, in host memory.
-        items: (name, tensor); other names are ignored.
+        net: The whole module, in CPU memory.
+        items: (name, tensor) pairs; a tensor whose name the module lacks is ignored.
     """
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""The README.md of an exported student: its origin, quality and use.
+"""The model card (README.md) of an exported student: its origin, quality and use.
 
-A task adds its own part (`Learned`). No path of the machine is in the text.
+A task adds its own part (`Learned`). Paths of the machine are left out of the text.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from fd_large.weights.origin import UNKNOWN, Origin, origin_of, without_folders
 from fd_large.weights.push import REPOSITORY
 
 LOSSES = {"loss_start": "training loss, first step", "loss_end": "training loss, last step"}
-"""Numbers of summary.json that every task has, in words."""
+"""{key in summary.json: label} of the numbers that every task has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedStudent:
-    """The entries of a model card about an exported student, besides its recipe.
+    """Facts of an exported student for its model card, besides the recipe.
 
     Attributes:
         architecture: The student, with the image size of the export.
-        statistics: The normalisation that it was trained with.
-        into: Its form in the library's files; None for a graph.
-        to: The library.
-        parameters: Number of its elements.
+        statistics: Image statistics that the student was trained with.
+        into: How the student is written in the library's format; None for a graph.
+        to: The export format.
+        parameters: Number of elements in the student's tensors.
         manifest: The checkpoint's manifest: steps, samples, facts of the job.
-        summary: Content of the run's summary.json; empty where the run has not ended.
+        summary: Contents of the run's summary.json; empty if the run has not ended.
         sharded: Whether the tensors are in several files.
         repository: OWNER/NAME on the Hugging Face Hub, or "" without an upload.
-        licence: Licence by its name on the Hub; "" if unknown.
-        base_model: OWNER/NAME on the Hub of the model that it learned from, if the user gave it.
+        licence: Licence of the student by its name on the Hub; "" if unknown.
+        base_model: OWNER/NAME on the Hub of the model that the student learned from; "" if the
+            user did not give it.
         code_hash, trained_by: See `own_config`.
     """
 
@@ -69,18 +70,18 @@ class ExportedStudent:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """A task's sentences about a student on its card.
+    """The part of a model card that a task writes.
 
     Attributes:
         title: The heading, after the student's name.
         intro: Description of the model in a sentence or two.
         tag: Tag on the Hugging Face Hub.
-        tables: Tables of its own, {heading: {row: text}}.
-        recipe: Rows that it adds to the table of the recipe.
-        data: Rows that it adds to the table of the images.
-        metrics: Entries of summary.json to show, {key: label}.
-        origins: Origins of weights that it learned from, besides the student's own, {owner:
-            origin}.
+        tables: {heading: {row: text}} of additional tables.
+        recipe: {row: text} added to the table of the recipe.
+        data: {row: text} added to the table of the images.
+        metrics: {key in summary.json: label} of the entries to show.
+        origins: {owner of weights: origin} of the weights that the student learned from, besides
+            its own initial weights.
     """
 
     title: str
@@ -94,12 +95,12 @@ class Learned:
 
 
 def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned) -> str:
-    """Returns the text, in Markdown.
+    """Returns the text of a model card, in Markdown.
 
     Args:
-        recipe: Contents of recipe.json.
-        exported: The student, its checkpoint and its files.
-        learned: The task's part.
+        recipe: Contents of the run's recipe.json.
+        exported: Facts of the student, its checkpoint and its files.
+        learned: The task's part of the card.
     """
     architecture, manifest, into = exported.architecture, exported.manifest, exported.into
     recipe = masked(recipe)
@@ -174,7 +175,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
 
 @cache
 def _template() -> Any:
-    """Returns the template next to this file; printed values are escaped unless marked safe."""
+    """Returns the template model_card.md; it escapes printed values unless they are marked safe."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -192,9 +193,10 @@ def _template() -> Any:
 
 
 def allowed_by(code: str) -> str:
-    """Returns the user's own model code as `load_model` allows it, without folders, or "".
+    """Returns the value of `allow_code` of `load_model` that permits a model's code.
 
-    The code is named by its file, or by a `module:` name; installed plugins need no permission.
+    It is the name of the file without folders, or a `module:` name. It is "" if the code needs no
+    permission: an installed plugin, or this package's own code.
     """
     name = without_folders(code) if doors.is_own(code) else ""
     file = name.removeprefix(doors.PREFIX).rpartition(":")[0]
@@ -202,7 +204,7 @@ def allowed_by(code: str) -> str:
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:
-    """Returns unusual rules of sizes as further arguments of `load_model`."""
+    """Returns the size rules that differ from the defaults, as text of `load_model`'s arguments."""
     usual = Student(model="").sizes()
     return "".join(
         f", {name}={json.dumps(value) if isinstance(value, str) else tuple(value)}"
@@ -212,7 +214,7 @@ def _rules(sizes: Mapping[str, Any]) -> str:
 
 
 def map_of(net: nn.Module, side: int) -> str:
-    """Returns the description of a backbone's map, for images of a side in pixels."""
+    """Describes a backbone's map in words, for images of `side` pixels a side."""
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
     after = f", after {prefix} class token{'s' if prefix > 1 else ''}" if prefix else ""
@@ -236,7 +238,7 @@ def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str,
 
 
 def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Returns the length of the whole run, by its recipe or by its time limit."""
+    """Returns the planned length of the run in words, from its recipe or its time limit."""
     if decided := decided_steps(manifest):
         return f"{decided:,}, as many as its time limit allowed"
     most = optim["max_steps"]

@@ -1,7 +1,7 @@
-"""Checks the names of sources of weights before torch or a library of models is imported.
+"""Checks names of sources of weights without importing torch or a library of models.
 
-Only when the source is opened (`download.py`), it is known whether the Hub has the repository, or
-whether timm or open_clip has weights of the name and tag.
+Whether the Hub has a repository, or timm or open_clip has weights of a name and tag, is checked
+later, when the source is opened (`download.py`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _NAMES = re.compile(r"(?:^def |')(\w+)(?=[('])", re.MULTILINE)
 
 
 def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> None:
-    """Refuses an invalid source of weights, as far as possible without torch.
+    """Checks a source of weights, as far as possible without torch.
 
     Args:
-        source: Source in the recipe; a missing path is not refused here.
-        where: The field that the user set, for messages.
-        folders: Further prefixes of a folder's path that the section accepts besides weights.
+        source: Source in the recipe. A path that does not exist is accepted here.
+        where: Field that the user set, for messages.
+        folders: Prefixes that may stand before a folder's path, if the section of the recipe
+            accepts such sources besides weights.
 
-    Raises: WeightsError or ConfigError: naming the field.
+    Raises: WeightsError or ConfigError: if the source is invalid; the message names the field.
     """
     if source.startswith(PACKAGE):
         file_in_package(source.removeprefix(PACKAGE), where)
@@ -63,9 +64,9 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
 
 
 def file_in_package(name: str, where: str) -> Path:
-    """Returns the weights file inside an installed package, without importing it.
+    """Returns the weights file inside an installed package, without importing the package.
 
-    Raises: WeightsError: if it is not installed, or holds no weights file or several.
+    Raises: WeightsError: if the package is not installed, or has no weights file or several.
     """
     # A dotted name would import the packages above it.
     spec = find_spec(name) if name.isidentifier() else None
@@ -91,7 +92,7 @@ def file_in_package(name: str, where: str) -> Path:
 
 
 def no_open_clip(source: str, where: str) -> WeightsError:
-    """Returns the error for a source of open_clip if open_clip is not installed."""
+    """Returns the error for a source `open_clip:...` when open_clip is not installed."""
     return WeightsError(
         f"{where}: open_clip is not installed; got {source}, expected the package that knows it. "
         "pip install 'fd_large[open_clip]', or give the path of a file."
@@ -99,16 +100,16 @@ def no_open_clip(source: str, where: str) -> WeightsError:
 
 
 def require_in_timm(name: str, where: str) -> None:
-    """Refuses a model that timm does not define.
+    """Checks that timm defines a model, without importing timm.
 
-    Once timm is imported, nothing is refused here: timm checks the name itself, and knows models
-    that other code has registered.
+    If timm is already imported or not installed, every name is accepted here: timm checks the name
+    later, and also knows models that other code has registered.
 
     Args:
-        name: NAME of `timm:NAME`, with a tag or arguments.
-        where: The field that the user set, for messages.
+        name: NAME of `timm:NAME`, possibly with a tag or arguments.
+        where: Field that the user set, for messages.
 
-    Raises: WeightsError: with the nearest names.
+    Raises: WeightsError: if timm does not define the model; it names similar models.
     """
     model = split_arguments(name)[0].partition(".")[0]
     names = () if "timm" in sys.modules else _names_in_timm()
@@ -122,7 +123,10 @@ def require_in_timm(name: str, where: str) -> None:
 
 @cache
 def _names_in_timm() -> Collection[str]:
-    """Returns functions and quoted names in timm's files, models included; none without timm."""
+    """Returns the names of functions and the quoted names in timm's files of models.
+
+    All models of timm are among them. The result is empty if timm is not installed.
+    """
     spec = find_spec("timm")
     folders = spec.submodule_search_locations if spec else None
     names: set[str] = set()
@@ -150,7 +154,10 @@ def _require_folder(source: str, where: str) -> None:
 
 
 def _require_tensors(path: Path, where: str) -> None:
-    """Refuses a file that does not begin as weights do: an empty one, text, or an HTML page."""
+    """Checks that a file begins as weights files do, unlike an empty file, text or an HTML page.
+
+    Raises: WeightsError: if it does not, or cannot be read.
+    """
     if path.suffix in _OTHER_FILES:
         return
     try:

@@ -1,7 +1,7 @@
 """The origin of weights: their licence and repository, as far as known.
 
-The origin is found from the name of the source, and not from the resolved weights: the model card
-of a stored run is written where the teacher's weights may be gone, and must not open or fetch them.
+The origin is found from the name of the source, without opening or downloading weights: when the
+model card of a stored run is written, the teacher's weights may no longer exist on the machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 
 
 def is_random(source: str) -> bool:
-    """Whether a source means random weights."""
+    """Whether a source stands for random weights, as "", `random` and `timm:NAME=random` do."""
     if source in ("", RANDOM):
         return True
     brought = family_of_source(source)
@@ -54,8 +54,8 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
     Args:
         source: The source, as a recipe states it.
-        model: Name of its model.
-        architecture: The model that it holds; None if that is not known.
+        model: Name of the weights' model.
+        architecture: Architecture of the weights' model; None if unknown.
     """
     if is_random(source):
         return Origin("random weights, which have none")
@@ -83,20 +83,21 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
 
 def without_folders(source: str) -> str:
-    """Returns a source in a form fit for publication, with only the last part of a path."""
+    """Returns a source for publication: of a path only the last part, other sources unchanged."""
     if doors.is_own(source):
         return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name
 
 
 def file_beside(source: str, name: str) -> Path | None:
-    """Returns a file in the folder of weights, or None if there is none.
+    """Returns the path of a file in the folder of weights, or None if there is no such file.
 
-    For a repository of the Hub it is looked up in the local cache.
+    For `hf:OWNER/NAME` the file is looked up in the local cache of the Hub. Other sources than
+    that and paths have no folder, so that the result is None.
 
     Args:
-        source: A file or folder of weights, or hf:OWNER/NAME; others have no files beside them.
-        name: The file's name.
+        source: The source of the weights.
+        name: Name of the file.
     """
     if source.startswith(HUB):
         return _cached(source.removeprefix(HUB), name)
@@ -108,7 +109,7 @@ def file_beside(source: str, name: str) -> Path | None:
 
 
 def licence_of_card(card: Path | None) -> str:
-    """Returns the licence in the metadata of a model card, or ""."""
+    """Returns the licence in the metadata of a model card, or "" if there is no card or licence."""
     if card is None or kind_of(card) != "file":
         return ""
     try:
@@ -129,7 +130,7 @@ def licence_of_card(card: Path | None) -> str:
 
 
 def _timm_licence(config: Path) -> str:
-    """Returns the licence in a configuration of timm's, or ""."""
+    """Returns the licence that timm's config.json states, or "" if there is no file or licence."""
     if kind_of(config) != "file":
         return ""
     try:

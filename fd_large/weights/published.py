@@ -1,4 +1,4 @@
-"""Weights in a published format: detection, tensors in our names, and their model."""
+"""Weights in a published format: finds the format, and translates tensor names to ours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"backbone\.(norm\d|hidden_states_norms|fpn\d|fpn)\.")
 
 
 class Known(NamedTuple):
-    """A format and the family of its models."""
+    """A published format, and the family of the models that have it."""
 
     family: Family
     format: Format
@@ -41,14 +41,14 @@ FORMATS: dict[str, Known] = {
 
 
 def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str, ...] = ()) -> str:
-    """Returns the format's name.
+    """Returns the name of a file's format, which its tensor names show.
 
     Args:
-        names: Names of a file's tensors.
+        names: Names of the file's tensors.
         where: Field that the user set, for messages.
-        wrapping: Keys of the dictionaries around the tensors, outermost first.
+        wrapping: Keys of the nested dicts that hold the tensors, outermost first.
 
-    Raises: WeightsError: if the format is unknown, or no model here takes it.
+    Raises: WeightsError: if the format is unknown or not supported.
     """
     names = frozenset(names)
     for name, (_, form) in FORMATS.items():
@@ -81,19 +81,19 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """An opened file of a model, in our names, with no tensor read yet.
+    """An opened file of a model, with its tensor names translated to ours; no tensor is read yet.
 
     Attributes:
-        source: The source as the user gave it; for a run's folder the checkpoint that was taken.
-        form: Name of its format.
-        file: Its tensors under their own names.
+        source: The source by which a settled recipe names the weights.
+        form: Name of the format.
+        file: The tensors by their names in the file.
         pieces: {our name: rule that makes the tensor}.
         dropped: Names in the file that are intentionally left out.
         unfit: Names in the file that no rule turns into a tensor of the model.
-        found: Fields of the architecture shown by names and shapes; None in other fields.
-        stated: Statements of the format and of a configuration next to the file.
-        statistics: Image statistics that it was trained with; None if unknown.
-        own: Whether this project wrote it.
+        found: Architecture fields that names and shapes show; None in other fields.
+        stated: Architecture fields that the format or a configuration next to the file states.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+        own: Whether this project wrote the file.
     """
 
     source: str
@@ -109,33 +109,41 @@ class PublishedWeights:
 
     @property
     def family(self) -> Family:
-        """The model's family."""
+        """The family of the model."""
         return FORMATS[self.form].family
 
     @property
     def published(self) -> Published:
-        """Returns the family's description of its files."""
+        """The family's description of its published files."""
         assert self.family.published is not None
         return self.family.published
 
     @property
     def what(self) -> str:
-        """File and format in words."""
+        """The source and the format in words, for messages."""
         ours = "this project, " if self.own else ""
         return f"{self.source} ({ours}{FORMATS[self.form].format.what})"
 
     def shapes(self) -> dict[str, Shape]:
-        """Returns the shapes in our names."""
+        """Returns {our name: shape} of the tensors that the rules make."""
         return {name: piece.shape(self.file.shape) for name, piece in self.pieces.items()}
 
     @property
     def trained_with(self) -> str:
-        """The publishers' image statistics, if none are stated and guessing them would be wrong."""
+        """Publishers and their image statistics in words, if the user has to choose; else "".
+
+        The user has to choose if publishers of the format differ, and the file states no statistics
+        and was not written by this project.
+        """
         guess_does = self.own or self.statistics is not None
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
     def unknown(self, architecture: Architecture) -> tuple[str, ...]:
-        """Returns fields of the format that remain unknown from file, configuration and user."""
+        """Returns the names of the format's fields `ask` that neither file nor user states.
+
+        Args:
+            architecture: The fields that the user set.
+        """
         return tuple(
             name
             for name in FORMATS[self.form].format.ask
@@ -145,11 +153,12 @@ class PublishedWeights:
     def adapted(
         self, architecture: FamilyArchitecture, expected: Shapes
     ) -> tuple[Pieces, list[str]]:
-        """Returns the rules for a model's tensors, and a description of changes to the file.
+        """Returns the rules that make a model's tensors, and descriptions of changes for the log.
 
         Args:
-            architecture: The model, which may differ from the file's where its family allows.
-            expected: Shapes of the tensors of the model.
+            architecture: The model, which may differ from the file's model where the family
+                allows.
+            expected: {our name: shape} of the model's tensors.
         """
         pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
         target = TargetModel(architecture, expected, self.found, self.dropped)
@@ -167,12 +176,12 @@ class PublishedWeights:
         where: str = "weights",
         remedy: str = "",
     ) -> Fitted:
-        """Returns the tensors for a model, checked against its shapes.
+        """Returns the weights for a model, after a check of names and shapes.
 
         Args:
             architecture: The model.
-            without: Names of tensors that are not wanted.
-            allow: Patterns of names that may be missing or unused.
+            without: Names of tensors of the model that are not needed.
+            allow: Patterns of names that may be missing in the file or in the model.
             where: Field that the user set, for messages.
             remedy: Remedy for tensors that do not fit, for messages.
 
@@ -196,7 +205,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Returns names grouped by their first word, with counts."""
+    """Returns a text with the first part of each name, up to a dot, and the number of its names."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -212,17 +221,19 @@ def in_our_names(
     part: str = "",
     ignored: Sequence[str] = (),
 ) -> PublishedWeights:
-    """Finds the format of a file, and its model from tensors and configuration.
+    """Finds the format of a file, translates its tensor names, and finds facts of its model.
 
     Args:
         file: The tensors of one model.
-        source: The source by which a settled recipe names it.
-        stated: Returns the statements on a model, from its family and the format's library.
+        source: The source by which a settled recipe names the weights.
+        stated: Returns what a configuration states, given the family's description of its files and
+            the format's library.
         where: Field that the user set, for messages.
-        part: Part of the file that the tensors are from, or "".
+        part: Part of the file that the tensors are from, as after `#` in a source, or "".
         ignored: Names of the file's other tensors.
 
-    Raises: WeightsError: if it is of no known format, or of no model of its family.
+    Raises: WeightsError: if the format is unknown, or the tensors are not those of a model of the
+        format's family.
     """
     form = detect(file, where=where, wrapping=file.wrapping)
     if form == "open_clip" and part == "teacher":
@@ -271,13 +282,13 @@ def in_our_names(
 
 
 def _model_flag(where: str) -> str:
-    """Returns the flag of the model, next to the flag of the source."""
+    """Returns the flag that names the model, for messages, given the flag of the source."""
     section = where.rpartition(".")[0]
     return f"{section}.model" if section.startswith("--") else "--teacher.model"
 
 
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
-    """Returns the architecture shown by the tensors.
+    """Returns the architecture fields that the shapes of a file's tensors show.
 
     Raises: WeightsError: if a tensor is empty, or has a shape that is impossible in the family.
     """
@@ -303,15 +314,18 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
 
 
 def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
-    """Returns one model of a file of Feature-Distillation, and the names of all other tensors.
+    """Returns the tensors of one part of a file, and the names of the file's other tensors.
+
+    Only the files of Feature-Distillation have a teacher among the student's tensors; in other
+    files all tensors are returned.
 
     Args:
         file: The file's tensors.
-        part: Name of the model, as after # in a source; empty for the student.
-        name: The file.
+        part: Name of the part, as after `#` in a source; "" means the student.
+        name: Name of the file, for messages.
         where: Field that the user set, for messages.
 
-    Raises: WeightsError: if the file lacks this part.
+    Raises: WeightsError: if the file lacks the part.
     """
     taught = {n.removeprefix(_TEACHER): n for n in file if n.startswith(_TEACHER)}
     has_projector = "decoder.0.weight" in file
@@ -329,9 +343,9 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 
 
 def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
-    """Returns the backbone of a whole segmentation model, and the names of all other tensors.
+    """Returns the tensors of the backbone in a segmentation model, and the names of its other ones.
 
-    Any other file is returned unchanged.
+    For a file that is no segmentation model it returns all tensors, and no names.
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []

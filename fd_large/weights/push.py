@@ -16,13 +16,13 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check_push(repository: str) -> None:
-    """Refuses an upload that would fail, before anything is written.
+    """Checks that an upload to a new repository can succeed, before the export writes its files.
 
     Args:
-        repository: OWNER/NAME of a repository that must not exist yet.
+        repository: OWNER/NAME of the repository, which must not exist yet.
 
-    Raises: ConfigError: if the name is invalid or the repository exists; WeightsError: without a
-        valid token or network.
+    Raises: ConfigError: if the name is invalid or the repository exists; WeightsError: if there is
+        no valid token or no network.
     """
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
@@ -38,9 +38,9 @@ def check_push(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Makes a private repository and uploads a folder to it; returns the repository's address.
+    """Creates a private repository and uploads a folder to it; returns the repository's address.
 
-    Raises: ConfigError, WeightsError: see `check_push`; the exported folder stays.
+    Raises: ConfigError, WeightsError: see `check_push`. The folder stays on disk after an error.
     """
     api = _api()
     later = f"{folder} is written: upload it later, hf upload {repository} {folder}"
@@ -69,7 +69,14 @@ def _there(repository: str, remedy: str) -> ConfigError:
 
 @contextmanager
 def _explained(repository: str, remedy: str) -> Iterator[None]:
-    """Turns errors of the Hub's client into one sentence."""
+    """Turns errors of the Hub's client in the block into our errors with a one-sentence message.
+
+    Args:
+        repository: OWNER/NAME of the repository, for messages.
+        remedy: End of each message.
+
+    Raises: ConfigError: if the repository exists; WeightsError: for other errors.
+    """
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:

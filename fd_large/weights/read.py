@@ -1,7 +1,7 @@
-"""Opens weights files without running code from them: safetensors and torch files.
+"""Opens weights files, safetensors and torch files, without running code from them.
 
-Tensors are read on access: safetensors by slices, torch files mapped into memory, so that the
-ranks of a host share one copy in its page cache.
+Tensors are read on access. Torch files are memory-mapped, so that the ranks of a node share one
+copy in the page cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fd_large.weights.unpickle import NAME_LENGTH, RefusedError
 # The models in a file with several, as a source names them after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
 OTHER = {"student": "teacher", "teacher": "student"}
-"""The other part of a training's file, by part."""
+"""{part: other part} of a training file that has a student and a teacher."""
 
 # Hugging Face's and open_clip's names of weights, in the order in which a folder is searched.
 _FOLDER_FILES = (
@@ -65,24 +65,24 @@ DTYPES = {
 
 
 class _Slice(NamedTuple):
-    """A tensor in an open safetensors file, not read yet."""
+    """A tensor in an open safetensors file that is not read yet."""
 
     file: Any
     name: str
 
     def header(self) -> Any:
-        """Returns an object with shape and data type."""
+        """Returns safetensors' object that states the tensor's shape and dtype."""
         return self.file.get_slice(self.name)
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors of one or several files by name, each read on access.
+    """Mapping of names to the tensors of one or several files; a tensor is read on access.
 
     Attributes:
-        path: The file, or the index of several.
-        wrapping: Keys under which the tensors were found, outermost first.
-        other_part: Part of the file with another model of the same kind, "student" or "teacher",
-            or "".
+        path: The file, or the index of several files; None for tensors of a library or checkpoint.
+        wrapping: Keys of the nested dicts that hold the tensors, outermost first.
+        other_part: "student" or "teacher", if the file has that model besides the one of these
+            tensors; else "".
     """
 
     def __init__(
@@ -111,18 +111,18 @@ class Tensors(Mapping[str, Tensor]):
         return tuple(entry.header().get_shape() if isinstance(entry, _Slice) else entry.shape)
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """Returns a tensor's data type without reading it; as text if torch lacks the type."""
+        """Returns a tensor's dtype without reading it; as text if torch lacks the dtype."""
         entry = self._entries[name]
         if isinstance(entry, _Slice):
             return DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
         return entry.dtype
 
     def dtypes(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Returns the types of some of the tensors, in words."""
+        """Returns the names of the dtypes, such as "float32", of some tensors, sorted."""
         return tuple(sorted({str(self.dtype(name)).removeprefix("torch.") for name in names}))
 
     def under(self, names: Mapping[str, str]) -> Tensors:
-        """Returns some of the tensors under other names: {new name: old name}."""
+        """Returns some of the tensors under new names, given {new name: old name}."""
         entries = {new: self._entries[old] for new, old in names.items()}
         return Tensors(entries, self.path, self.wrapping, self.other_part)
 
@@ -134,7 +134,8 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
         path: A configuration of at most 4 MB, or an index (`*.index.json`) of at most 64 MB.
         where: Field that the user set, for messages.
 
-    Raises: WeightsError: if it is larger, no JSON, nested too deeply, or holds NaN or infinity.
+    Raises: WeightsError: if the file is larger, not JSON, nested too deeply, or contains NaN or
+        infinity.
     """
     return files.read_json(
         path,
@@ -148,9 +149,9 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
 
 
 def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]:
-    """Splits `FILE#PART`; the part is "" if not named.
+    """Splits `FILE#PART` into (file, part); the part is "" if the source names none.
 
-    Raises: WeightsError: if the part's name is unknown.
+    Raises: WeightsError: if there is no part of that name.
     """
     name, mark, part = str(source).rpartition("#")
     if not mark or kind_of(source):
@@ -164,17 +165,17 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
 
 
 def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors:
-    """Opens a weights file and returns its tensors, without the dictionaries around them.
+    """Opens a weights file and returns its tensors, without the dicts around them.
 
-    TorchScript archives (OpenAI CLIP's) give their state dict.
+    For a TorchScript archive (OpenAI CLIP's) the tensors are those of its state dict.
 
     Args:
-        path: A file, an index of several files, or a folder that contains either.
+        path: A weights file, an index of several files, or a folder that contains a file or index.
         where: Field that the user set, for messages.
-        part: "student" or "teacher" if the file holds both by name; "" means the teacher, which
-            DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
+        part: "student" or "teacher", if the file has dicts of these two names. "" then means the
+            teacher, which DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
-    Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
+    Raises: WeightsError: if the file is missing, damaged, of another kind, or contains objects that
         only arbitrary code could restore.
     """
     path = file_of(Path(path), where=where)
@@ -195,9 +196,9 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
 
 
 def file_of(path: Path, *, where: str = "weights") -> Path:
-    """Returns the weights file (or index) at a path or inside a folder.
+    """Returns the path of the weights file (or index) at a path or inside the folder at a path.
 
-    Raises: WeightsError: if no such file exists.
+    Raises: WeightsError: if there is no such file.
     """
     kind = kind_of(path, where=where, of=WeightsError)
     if kind == "file" and path.suffix not in _GRAPHS:
@@ -225,7 +226,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Returns an index of weights and its files, or a list with the path itself.
+    """Returns the paths of an index and of all its files; for any other file [path].
 
     Raises: WeightsError: if the index cannot be read.
     """
@@ -238,12 +239,18 @@ def files_of(path: Path) -> list[Path]:
 def unwrap(
     contents: Any, where: str = "weights", part: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns {name: tensor} of a file, and the keys of the dictionaries around it.
+    """Returns {name: tensor} of a torch file, and the keys of the nested dicts around the tensors.
 
-    Descends through `model`, `state_dict` and `student` (or the requested part), then removes the
-    prefixes `module.` and `backbone.` if all names (but those of a head) have them.
+    It descends through the keys `model`, `state_dict` and `student`, and first through `part` if
+    requested. Then it removes the prefixes `module.` and `backbone.` if all names, except those of
+    a head, have them.
 
-    Raises: WeightsError: if there are no tensors, or other values among them.
+    Args:
+        contents: Contents of the file.
+        where: Field that the user set, for messages.
+        part: "student" or "teacher", or "".
+
+    Raises: WeightsError: if there are no tensors, or other values besides dense tensors.
     """
     tensors, wrapping = _unwrapped(contents, where, part)
     return _without_prefixes(tensors, where), wrapping
@@ -281,7 +288,7 @@ def _unwrapped(
 
 
 def _has_both(contents: Any) -> bool:
-    """Whether a file has both a student and its averaged teacher, as in DINO."""
+    """Whether a file's contents are dicts of a student and a teacher, as in DINO's training."""
     if not isinstance(contents, Mapping) or "model" in contents or "state_dict" in contents:
         return False
     return all(isinstance(contents.get(part), Mapping) for part in ("student", "teacher"))
@@ -317,7 +324,10 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
 
 
 def _sharded(path: Path, where: str) -> dict[str, Any]:
-    """Returns all tensors of an index's files."""
+    """Returns {name: tensor} of all files that an index names.
+
+    Raises: WeightsError: if the index is damaged, or a file or tensor is missing.
+    """
     try:
         index = read_json(path, where=where)["weight_map"]
         files = sorted(set(map(str, index.values())))

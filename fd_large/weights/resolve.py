@@ -1,9 +1,9 @@
-"""The only way from a user's source to weights: `Sources.resolve`.
+"""Finds the weights of a user's source; all code does so by `Sources.resolve`.
 
-A source names one of five things: a model that a library or the user's code provides (`timm:NAME`,
+There are five kinds of sources: a model that a library or the user's code provides (`timm:NAME`,
 `module:FILE.py:NAME`); a run, a checkpoint or an export, whose own files describe the model; a
 folder whose configuration names a library's model; tensors in a published format, whose names and
-shapes show the model; or other tensors, for a model that the user names.
+shapes show the model; and other tensors, for a model that the user names.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
 class Stored(NamedTuple):
-    """A model that this project stored: in a run, a checkpoint, or an exported folder.
+    """A model that this project stored in a run, a checkpoint or an exported folder.
 
     Attributes:
-        path: Path that opens this same model again, even if its run has stored later checkpoints.
-        file: Its tensors in our names.
+        path: Path that opens the same model again, even if the run has stored later checkpoints.
+        file: The tensors of the model.
         architecture: The model.
-        statistics: Mean and deviation by which its images are normalised.
-        sizes: Number of elements of each tensor, by the name that it is stored under.
+        statistics: Mean and standard deviation by which the model's images are normalised.
+        sizes: {stored name: number of elements} of each tensor.
     """
 
     path: Path
@@ -58,20 +58,21 @@ class Stored(NamedTuple):
 
 
 StoredReader = Callable[[Path, str], Stored | None]
-"""(path, the field that the user set) -> the model, or None where the path holds none."""
+"""Function of a path and the field that the user set; returns the stored model at the path, or None
+if there is none."""
 
 
 class Sources:
-    """The weights of one start; each source is resolved once.
+    """The weights of all sources in one start of a command; each source is resolved once.
 
     Args:
-        readers: Functions that recognise a stored model at a path, called before the path is read
-            as a file; they contain no collectives.
-        guesses: Whether unknown image statistics are guessed with a warning instead of refused,
-            as no flag could set them.
-        settled: {source: image statistics from an earlier start, empty for a guess}, used if
-            the weights do not state them. If the file of such a source holds a student and a
-            teacher, and the source names neither, the student is taken.
+        readers: Functions that open a stored model at a path. They are called before the path is
+            read as a weights file, and contain no collectives.
+        guesses: Whether unknown image statistics are guessed with a warning, since the command has
+            no flag that could set them; if not, they are refused.
+        settled: {source: image statistics} that an earlier start settled, empty if they were
+            guessed. They are used if the weights do not state any. If the file of such a source
+            has a student and a teacher, and the source names neither, the student is taken.
     """
 
     def __init__(
@@ -87,11 +88,12 @@ class Sources:
         self._stored: dict[Path, Stored | None] = {}
 
     def resolve(self, source: str | Path, *, where: str = "") -> ResolvedWeights:
-        """Returns the weights of a source without reading or downloading yet.
+        """Returns the weights of a source; nothing is read or downloaded yet.
 
         Args:
-            source: See the module; `#student`, `#teacher` or `#projector` after a path is a part.
-            where: Field that the user set, for messages; "" keeps the earlier name.
+            source: See the module. `#student`, `#teacher` or `#projector` after the path of a file
+                names a part of the file.
+            where: Field that the user set, for messages; "" keeps that of an earlier call.
         """
         source = str(source)
         if source not in self._resolved:
@@ -103,7 +105,7 @@ class Sources:
         return self._resolved[source]
 
     def forget(self) -> None:
-        """Releases all files, some of which are in memory; later accesses open them again."""
+        """Releases all opened files and the memory that they hold; `resolve` opens them again."""
         self._resolved.clear()
         self._stored.clear()
 
@@ -116,24 +118,23 @@ class Sources:
 
 
 class ResolvedWeights:
-    """The weights of one source; each fact is found on first access and kept.
+    """The weights of one source; properties are computed on first access and kept.
 
     Every property raises FDError if the source cannot be downloaded or read, or is damaged.
-    Licence and repository come from the source's name instead (origin.py). A teacher's hash is
-    taken from the built model, and nodes compare samples of the file at `path`.
+    Licence and repository are found from the source's name instead (origin.py).
 
     Args:
-        source: As the user wrote it.
+        source: The source as the user wrote it.
         read_stored: Opens runs and checkpoints.
         was_settled: Whether an earlier start settled the source.
 
     Attributes:
-        source: As the user wrote it.
+        source: The source as the user wrote it.
         settled_source: The source by which a settled recipe names the same weights: for a run, the
             checkpoint that was taken; for a file with two models, FILE#PART.
         where: Field that the user set, for messages.
-        brought: The family that provides the model with its weights, and the model's name there;
-            None for sources that are files.
+        brought: (family, name) if a family's library or the user's code provides the model with its
+            weights, as for `timm:NAME`; None for other sources.
     """
 
     def __init__(self, source: str, read_stored: StoredReader, *, was_settled: bool) -> None:
@@ -145,7 +146,10 @@ class ResolvedWeights:
 
     @cached_property
     def stored(self) -> Stored | None:
-        """The model that this project stored, or None for other sources. Imports no code."""
+        """The model that this project stored, or None for other sources.
+
+        The user's code is not imported.
+        """
         path = Path(self.source)
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise WeightsError(
@@ -162,15 +166,20 @@ class ResolvedWeights:
 
     @property
     def unpublished(self) -> Stored | None:
-        """The stored model if its family has no published names, so that tensors cannot show it."""
+        """The stored model if its family has no published formats; None for other sources.
+
+        The tensors of such a model do not show its architecture.
+        """
         stored = self.stored
         return stored if stored and family_of(stored.architecture).published is None else None
 
     @cached_property
     def described(self) -> Described | None:
-        """The library's model in config.json, or None if the names of tensors show the model.
+        """The model of a library that the config.json next to the weights describes.
 
-        Raises: WeightsError: if its configuration names an unsupported model.
+        It is None if there is no such file, or if the tensor names show the model.
+
+        Raises: WeightsError: if the file describes an unsupported model.
         """
         if brings_model(self.source) or self.source.startswith(OPEN_CLIP):
             return None
@@ -181,9 +190,9 @@ class ResolvedWeights:
 
     @cached_property
     def published(self) -> PublishedWeights:
-        """The weights in our names, with the model that they show.
+        """The weights with tensor names translated to ours, and what they show of the model.
 
-        Raises: WeightsError: if they are of no published format.
+        Raises: WeightsError: if the weights have no published format.
         """
         name, part = self._name_and_part
         is_student = part in ("", "student") and not self.brought
@@ -205,7 +214,11 @@ class ResolvedWeights:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """The tensors under their own names; from a file with two models, those of the student."""
+        """The tensors under their own names.
+
+        From a file with a student and a teacher, the student's are taken unless the source names
+        the teacher.
+        """
         if self.brought:
             family, rest = self.brought
             assert family.scheme is not None
@@ -218,7 +231,7 @@ class ResolvedWeights:
 
     @property
     def path(self) -> Path | None:
-        """The file, index or checkpoint; None if a library provides the weights."""
+        """The path of the file, index or checkpoint; None if a library provides the weights."""
         if self.brought:
             return None
         if self.stored:
@@ -227,11 +240,15 @@ class ResolvedWeights:
 
     @property
     def folder(self) -> Path | None:
-        """The file's folder; None if a library provides the weights."""
+        """The folder of the file; None if a library provides the weights."""
         return self.path.parent if self.path else None
 
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
-        """Returns the stated image statistics of a model, or None."""
+        """Returns the image statistics that the weights or their configuration state, or None.
+
+        Args:
+            architecture: The model into which the weights are loaded.
+        """
         if family_of(architecture).matched is None:
             return self.published.statistics
         return self.unpublished.statistics if self.unpublished else None
@@ -244,15 +261,17 @@ class ResolvedWeights:
         allow: tuple[str, ...] = (),
         remedy: str = "",
     ) -> Fitted:
-        """Returns the tensors for a model of any family, checked against its shapes.
+        """Returns the weights for a model of any family, after a check of names and shapes.
 
         Args:
             architecture: The model.
-            without: Names of tensors that are not wanted.
-            allow: Patterns of names that may be missing or unused.
-            remedy: Remedy for tensors that do not fit, for messages.
+            without: Names of tensors of the model that are not needed; only for families with
+                published formats.
+            allow: Patterns of names that may be missing in the file or in the model.
+            remedy: Remedy for tensors that do not fit, for messages of families with published
+                formats.
 
-        Raises: WeightsError: if they do not cover the model.
+        Raises: WeightsError: if the tensors do not cover the model.
         """
         matched = family_of(architecture).matched
         if matched is None:
@@ -280,7 +299,9 @@ class ResolvedWeights:
         )
 
     def fetch(self) -> None:
-        """Downloads a library's weights before their first read; all ranks call it in a `meeting`.
+        """Downloads the weights that a library provides, before they are read.
+
+        All ranks call it, in a meeting (`ranks.meeting`). For other sources it does nothing.
 
         Raises: WeightsError: if the weights cannot be downloaded.
         """
@@ -302,7 +323,7 @@ class ResolvedWeights:
         return Configuration(self._located, folder, self.where)
 
     def _backbone(self) -> tuple[Tensors, list[str]]:
-        """The tensors of one backbone, and the names of all other tensors in the file."""
+        """Returns the tensors of one backbone, and the names of the file's other tensors."""
         if self._located.tensors is not None:
             return self._located.tensors, []
         (name, part), where = self._name_and_part, self.where
@@ -324,14 +345,18 @@ class ResolvedWeights:
         return file, [*others, *heads]
 
     def _file(self, part: str) -> Tensors:
-        """Returns the tensors of one model in the file; "" means the model to be evaluated."""
+        """Returns the tensors of one part of the file.
+
+        Args:
+            part: See `read`; "" means the teacher if the file has a student and a teacher.
+        """
         if part not in self._files:
             name, _ = self._name_and_part
             self._files[part] = read(name, where=self.where, part=part)
         return self._files[part]
 
     def _exported(self) -> Stored | None:
-        """Returns the model of an exported folder, if its config.json describes it completely."""
+        """Returns the model of an exported folder whose config.json describes it; else None."""
         is_folder = kind_of(self._located.path) == "folder"
         stated = self._configuration.own if is_folder else None
         if stated is None or not stated.architecture.family:
@@ -344,7 +369,7 @@ class ResolvedWeights:
 
 
 class _Brought(Tensors):
-    """Tensors of a library's module that is built on first access."""
+    """Tensors of a library's module, which loads its weights when a tensor is first read."""
 
     def __init__(self, scheme: Scheme, rest: str, where: str) -> None:
         assert scheme.weightless is not None
@@ -360,7 +385,14 @@ class _Brought(Tensors):
 
 
 def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
-    """Logs which of a file's two models is taken."""
+    """Logs which of the two models in a file is taken.
+
+    Args:
+        file: The tensors of the file; `other_part` is the model that is not taken.
+        name: Path of the file.
+        taken: "student" or "teacher".
+        where: Field that the user set.
+    """
     log.info(
         "%s: %s holds a student and a teacher: the %s is taken; %s#%s is the other",
         where,
@@ -374,7 +406,7 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
 def other_model(
     source: str, stored: FamilyArchitecture, requested: FamilyArchitecture, where: str
 ) -> WeightsError:
-    """Returns the error for a stored model that differs from the requested one."""
+    """Returns the error for a source whose stored model is not the requested model."""
     return WeightsError(
         f"{where}: {source}: another model; got {name_of(stored)}, expected "
         f"{name_of(requested)}. {remedy_for(stored)}"
@@ -382,5 +414,9 @@ def other_model(
 
 
 def remedy_for(architecture: FamilyArchitecture) -> str:
-    """Returns the remedy for weights of another model than requested."""
+    """Returns the end of an error message: to request the model that the weights have.
+
+    Args:
+        architecture: The model of the weights.
+    """
     return f"Set --student.model {name_of(architecture)}, which it holds."

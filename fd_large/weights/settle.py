@@ -1,7 +1,7 @@
-"""Settling of a recipe's models: sections get the architecture that their weights show.
+"""Settles the models of a recipe: fills each section with the architecture that its weights show.
 
-Names and shapes decide most fields. Others come from the format, a configuration next to the
-file, the named model or the user, and are refused as unknown otherwise.
+Names and shapes of tensors decide most fields. Other fields come from the format, a configuration
+next to the file, the named model or the user. A field that none of these gives is an error.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ _STATED_BESIDE = (
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
     """Returns the section of a frozen model, completed from its weights.
 
-    Weights on the Hub are downloaded, and only headers of files are read. It is called before any
-    model is built; a section that is settled already stays as it is.
+    Weights on the Hub are downloaded; of files only the headers are read. It is called before any
+    model is built. A section that is already settled is returned unchanged, and so is one without
+    weights.
 
     Args:
         section: The section as the user set it.
-        sources: Resolves the weights.
+        sources: Finds the weights.
         where: The flag of the source, for messages.
 
-    Raises: WeightsError: if a file cannot be read, does not contain the named model, or leaves
-        fields unknown; ConfigError: if the described model is impossible.
+    Raises: WeightsError: if a file cannot be read, has weights of another model than the section
+        names, or leaves fields unknown; ConfigError: if no model has the resulting fields.
     """
     if section.source in ("", RANDOM):
         return section
@@ -81,7 +82,14 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
 def _whole(
     section: FrozenModel, model: str, architecture: Architecture, statistics: Statistics | None
 ) -> FrozenModel:
-    """Returns the section of a completely described model."""
+    """Returns the section with a completely described model.
+
+    Args:
+        section: The section; statistics that the user set stay.
+        model: Name of the model or family.
+        architecture: The fields of the architecture.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+    """
     return replace(
         section,
         model=model,
@@ -91,7 +99,16 @@ def _whole(
 
 
 def _brought(section: FrozenModel, family: Family, name: str, where: str) -> FrozenModel:
-    """Returns the section of a model that its source provides, with its own or random weights."""
+    """Returns the section for a source such as `timm:NAME`, which provides the model.
+
+    For `timm:NAME=random` the source becomes `random`.
+
+    Args:
+        section: The section as the user set it.
+        family: The family of the source's prefix.
+        name: The rest of the source after the prefix.
+        where: The flag of the source, for messages.
+    """
     assert family.scheme is not None
     untrained = family.scheme.untrained(name)
     if untrained is not None:
@@ -105,7 +122,12 @@ def _brought(section: FrozenModel, family: Family, name: str, where: str) -> Fro
 
 
 def _of_library(section: FrozenModel, description: Described, where: str) -> FrozenModel:
-    """Returns the section of a library's model, described by its folder.
+    """Returns the section for a folder whose config.json describes a library's model.
+
+    Args:
+        section: The section as the user set it.
+        description: The model that config.json describes.
+        where: The flag of the source, for messages.
 
     Raises: WeightsError: if the user named another model.
     """
@@ -140,17 +162,16 @@ def _of_published(
     sources: Sources,
     where: str,
 ) -> FrozenModel:
-    """Returns the section of a model from the names and shapes of its tensors.
+    """Returns the section for weights in a published format, whose tensors show the model.
 
     Args:
         section: The section as the user set it.
-        named: The named model; None for a family alone, with all fields from the user or a
-            settled run.
-        weights: The tensors.
-        sources: Know which statistics were settled earlier.
+        named: The model that the section names; None if it names none or a family alone.
+        weights: The weights.
+        sources: Holds the image statistics that an earlier start settled.
         where: The flag of the source, for messages.
 
-    Raises: WeightsError: if the tensors are of another model, or leave fields unknown.
+    Raises: WeightsError: if the tensors are those of another model, or leave fields unknown.
     """
     flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else None
     statistics = (
@@ -189,9 +210,11 @@ def _of_published(
 
 
 def settle_student(student: Student, sources: Sources) -> Student:
-    """Returns the student's section with its model reconciled with the weights of `init`.
+    """Returns the student's section, completed from the weights of `init`.
 
-    Raises: WeightsError, ConfigError: as `settle_model`.
+    Without `init` it is returned unchanged.
+
+    Raises: WeightsError, ConfigError: see `settle_model`.
     """
     if not student.init:
         return student
@@ -223,19 +246,20 @@ def reconcile(
     section: str | None,
     trained_with: str = "",
 ) -> FamilyArchitecture:
-    """Returns the architecture of a model that fits the weights.
+    """Returns the architecture that agrees with the weights, the named model and the user's fields.
 
     Args:
-        weights: The opened file.
-        user_fields: Fields that the user set, which take precedence.
-        named: The named model; None to take the file's model.
+        weights: The weights.
+        user_fields: Fields that the user set, which take precedence over the named model's.
+        named: The named model; None takes the model that the weights show.
         name: Name of the named model, for messages.
         where: Field that the user set, for messages.
-        section: Section prefix of the model's flags; "" for flags without a prefix, None without
-            flags.
-        trained_with: Image statistics among which the user has to choose; "" if there is no choice.
+        section: Section of the recipe that is the prefix of the model's flags; "" if the flags have
+            no prefix, None if the command has no such flags.
+        trained_with: Image statistics, in words, among which the user has to choose; "" if the user
+            need not choose.
 
-    Raises: WeightsError: if file and model differ, or a field is unknown.
+    Raises: WeightsError: if the weights are those of another model, or a field is unknown.
     """
     family, published = weights.family.architecture.family, weights.published
     if named is not None and named.family != family:
@@ -279,7 +303,13 @@ def reconcile(
 def _nothing_shows(
     weights: PublishedWeights, fields: list[str], where: str, section: str | None, trained_with: str
 ) -> WeightsError:
-    """Returns the error for weights that leave fields unknown; arguments as of `reconcile`."""
+    """Returns the error for weights that leave fields or image statistics unknown.
+
+    Args:
+        weights: The weights.
+        fields: Names of the unknown fields.
+        where, section, trained_with: See `reconcile`.
+    """
     start, remedy = f"--{section}." if section else "--", "Set"
     if section is None:
         remedy = (
@@ -299,7 +329,7 @@ def _nothing_shows(
 
 
 def _placeholder(field: str) -> str:
-    """Returns the placeholder for a field's value in a flag: "gelu|quick_gelu", "NUMBER"."""
+    """Returns a placeholder for a field's value in a flag, as "gelu|quick_gelu" or "NUMBER"."""
     hint = hints_of(Architecture)[field]
     for part in (hint, *get_args(hint)):
         if get_origin(part) is Literal:
@@ -312,7 +342,10 @@ def _placeholder(field: str) -> str:
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:
-    """Returns a settled section's image statistics; None means those of its named model."""
+    """Returns the image statistics of a settled section.
+
+    None means the statistics of the model that the section names.
+    """
     if not section.statistics:
         return None
     return Statistics(tuple(section.statistics[:3]), tuple(section.statistics[3:]))

@@ -1,4 +1,4 @@
-"""The configuration next to a weights file: transformers', timm's, open_clip's or our own."""
+"""Reads the configuration file next to weights: transformers', timm's, open_clip's or our own."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ OWN = "fd_large"
 
 
 class Stated(NamedTuple):
-    """A configuration's statements about a model.
+    """What a configuration states about a model.
 
     Attributes:
-        architecture: The stated fields of the architecture; the other fields are None.
-        statistics: The stated image statistics, or None.
+        architecture: The stated fields of the architecture; other fields are None.
+        statistics: The stated image statistics; None if the configuration states none.
         own: Whether an export of this project wrote the configuration.
-        code_hash: SHA-256 of the user's own file that made the model, or "".
+        code_hash: SHA-256 of the user's code file that makes the model; "" for other models.
     """
 
     architecture: Architecture
@@ -47,14 +47,14 @@ class Stated(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A model named in a library's configuration, built from the library's own module.
+    """A model that a library's configuration describes and that the library's module computes.
 
     Attributes:
-        architecture: The fields that the configuration sets.
-        statistics: The stated image statistics, or None.
+        architecture: The architecture fields that the configuration states.
+        statistics: The stated image statistics; None if the configuration states none.
         family: The family that builds the model.
-        read_here: Whether a family of this package can also read the tensors by their names, with
-            an added norm of the tokens that the library's module lacks.
+        read_here: Whether one of this package's own models can also be filled from the tensors. It
+            has a final norm of the tokens, which the library's module may lack.
     """
 
     architecture: Architecture
@@ -64,13 +64,13 @@ class Described(NamedTuple):
 
 
 class Configuration:
-    """The configuration next to weights: our own, timm's, transformers', open_clip's, or none.
+    """The configuration file next to weights: our own, timm's, transformers', open_clip's, or none.
 
     Every property raises WeightsError if the file is damaged or describes an unsupported model.
 
     Args:
-        located: The location of the weights, with the library's description of weights from its
-            own list.
+        located: The location of the weights, and the description of weights that a library itself
+            lists.
         folder: The folder of the weights.
         where: Field that the user set, for messages.
     """
@@ -80,7 +80,7 @@ class Configuration:
 
     @cached_property
     def own(self) -> Stated | None:
-        """Returns the statements of our own export, or None for other folders."""
+        """What the config.json of our own export states; None for other folders."""
         record = self._config.get(OWN)
         if not record:
             return None
@@ -106,7 +106,10 @@ class Configuration:
 
     @cached_property
     def model(self) -> Described | None:
-        """The library's model in config.json; None for models read by names of tensors."""
+        """The model of a library that config.json describes.
+
+        It is None if there is no such file, or if the weights are read by their tensor names.
+        """
         config, where = self._config, self._where
         if OWN in config or not self._library:
             return None
@@ -127,13 +130,14 @@ class Configuration:
         )
 
     def stated(self, published: Published, library: str) -> Stated:
-        """Returns the statements on a model whose tensors are in a published format.
+        """Returns what is stated about a model whose weights have a published format.
 
         Args:
-            published: The family's description of its files.
+            published: The family's description of its published files.
             library: Library whose configuration belongs to the format, or "".
 
-        Raises: WeightsError: if the file is damaged, or describes another family's model.
+        Raises: WeightsError: if the configuration is damaged, or describes a model of another
+            family.
         """
         listed = _stated(published, self._located.library, self._located.config, self._where)
         with _plain_errors(self._folder, self._where):
@@ -171,7 +175,7 @@ class Configuration:
 
     @property
     def _library(self) -> str:
-        """The library of this config.json, or ""."""
+        """The library that wrote config.json: "timm", "hf", or "" for others or no file."""
         if isinstance(self._config.get("architecture"), str):
             return "timm"
         return "hf" if isinstance(self._config.get("model_type"), str) else ""
@@ -184,7 +188,7 @@ class Configuration:
 
     @cached_property
     def _reader(self) -> Family | None:
-        """The family that reads config.json's model by the published names of its tensors."""
+        """The family with published formats that can compute config.json's model, or None."""
         read_by = (
             family
             for family in FAMILIES.values()
@@ -195,9 +199,9 @@ class Configuration:
 
     @property
     def _lacks_norm(self) -> bool:
-        """Whether config.json names a model of timm without a norm of its tokens.
+        """Whether config.json describes a timm model without a final norm of its tokens.
 
-        Most of these models normalise the mean of the tokens instead, for the head (`fc_norm`).
+        Most of these models instead have a norm of the tokens' mean, before the head (`fc_norm`).
         """
         if self._library != "timm":
             return False
@@ -230,7 +234,12 @@ class Configuration:
 
 @contextmanager
 def _plain_errors(folder: Path, where: str) -> Iterator[None]:
-    """Turns errors in a configuration into one sentence."""
+    """Turns errors that a damaged configuration causes in the block into a WeightsError.
+
+    Args:
+        folder: The folder of the configuration, for the message.
+        where: Field that the user set, for the message.
+    """
     try:
         yield
     except (
@@ -249,16 +258,18 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
 
 
 def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
-    """Returns a library's statements about a model; None if they describe another family.
+    """Returns the architecture fields that a library's configuration states.
+
+    Returns None if the configuration describes a model of another family.
 
     Args:
-        published: The family's description of its files.
-        library: "timm", with a config.json or a module; "hf"; "open_clip", with a model
-            configuration.
-        config: The configuration.
+        published: The family's description of its published files.
+        library: "timm", "hf", "open_clip", or "" for none.
+        config: The configuration: contents of config.json, for "timm" also a module, for
+            "open_clip" a model configuration.
         where: Field that the user set, for messages.
 
-    Raises: WeightsError: for an unsupported activation.
+    Raises: WeightsError: for an unsupported activation, or if timm cannot make the model.
     """
     if library == "open_clip" and "timm_model_name" in config.get("vision_cfg", {}):
         vision = config["vision_cfg"]
@@ -278,11 +289,13 @@ def own_config(
     code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of our own exports; see `Stated`.
+    """Returns the entry of this package in the config.json of an export, {OWN: record}.
 
     Args:
-        architecture, statistics, code_hash: See `Stated`.
-        trained_by: Records of the runs that led to the weights, nearest first.
+        architecture: The model.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+        code_hash: SHA-256 of the user's code file that makes the model, or "".
+        trained_by: Records of the training runs that led to the weights, the latest first.
     """
     record: dict[str, Any] = {"architecture": architecture.values()}
     if statistics is not None:
@@ -295,7 +308,9 @@ def own_config(
 
 
 def _timm_module(config: dict[str, Any], where: str) -> Any:
-    """Returns a timm configuration's module, without memory, or None if timm lacks the name.
+    """Returns the module that a timm configuration describes, on the meta device.
+
+    Returns None if timm has no model of that name.
 
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
@@ -329,7 +344,7 @@ def _made_by_timm(name: str, arguments: str) -> Any:
 
 
 def _deeper(config: Any) -> str:
-    """Returns an entry with an impossible number of layers, or ""."""
+    """Returns an entry of a configuration with an impossible number of layers, in words, or ""."""
     for name, value in config.items() if isinstance(config, dict) else ():
         several = value if isinstance(value, list) else [value]
         number = sum(abs(v) for v in several if isinstance(v, int))

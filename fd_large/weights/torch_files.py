@@ -1,8 +1,9 @@
-"""Reads torch files within bounds: zip and TorchScript archives, and files older than torch 1.6.
+"""Reads torch files within bounds of memory: zip and TorchScript archives, and legacy files.
 
-TorchScript's code is never compiled: it is searched as text for the names of parameters and
-buffers. torch's own reader inflates without bound and runs TorchScript. Tensors are views of the
-mapped file, so that the ranks of a host share one copy in its page cache.
+Legacy files are those of torch before 1.6. TorchScript's code is never compiled; it is searched as
+text for the names of parameters and buffers. torch's own reader decompresses without bound and runs
+TorchScript. Tensors are views of the memory-mapped file, so that the ranks of a node share one copy
+in the page cache.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load(path: Path) -> Any:
-    """Returns the contents of a torch file: containers, plain values, tensors, passive objects.
+    """Returns the contents of a torch file: containers, plain values, tensors, `Passive` objects.
 
-    A TorchScript archive gives its state dict.
+    For a TorchScript archive it returns the state dict.
 
-    Raises: RefusedError: if it needs a name or a call that is unknown here; another exception
-        (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile and others) if it is
-        damaged or exceeds a bound.
+    Raises: RefusedError: if the pickle imports a name or makes a call that is not known here;
+        another exception (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile and
+        others) if the file is damaged or exceeds a bound.
     """
     if not zipfile.is_zipfile(path):
         return _legacy(path)
@@ -51,7 +52,7 @@ def load(path: Path) -> Any:
 
 
 class _Mapped:
-    """A memory-mapped file that lives as long as a view of it."""
+    """A memory-mapped file, which stays mapped as long as a view of it exists."""
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
@@ -60,7 +61,13 @@ class _Mapped:
         self._copied = 0
 
     def held(self, begin: int, dtype: torch.dtype, numel: int) -> Held:
-        """Returns a storage, the same object for each call."""
+        """Returns a storage in the file; equal arguments give the same object.
+
+        Args:
+            begin: Position of the storage in the file, in bytes.
+            dtype: Data type of the elements.
+            numel: Number of elements.
+        """
         if (begin, dtype, numel) not in self._held:
             self._held[begin, dtype, numel] = self._new(begin, dtype, numel)
         return self._held[begin, dtype, numel]
@@ -79,7 +86,7 @@ class _Mapped:
 
 
 class _Archive:
-    """A zip archive, whose pickles are read within bounds, and whose storages are mapped."""
+    """A torch file that is a zip archive; pickles are read within bounds, storages are mapped."""
 
     def __init__(self, path: Path) -> None:
         self._zip = zipfile.ZipFile(_Bounded(path))
@@ -101,11 +108,14 @@ class _Archive:
         self._zip.close()
 
     def pickle(self) -> BinaryIO:
-        """Returns the pickle of the contents."""
+        """Returns the archive's main pickle, data.pkl, as a file in memory."""
         return io.BytesIO(self.read("data.pkl"))
 
     def read(self, name: str) -> bytes:
-        """Returns a file of the archive, within a bound on all reads together."""
+        """Returns the bytes of a file in the archive.
+
+        Raises: ValueError: if all reads together exceed a bound.
+        """
         info = self._zip.getinfo(self._root + name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("a compression that torch does not use")
@@ -119,7 +129,11 @@ class _Archive:
         return b"".join(parts)
 
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
-        """Returns a storage; a compressed one is refused, since torch writes none."""
+        """Returns the storage with a key.
+
+        Raises: ValueError: if it is compressed or encrypted, which torch never does, or is shorter
+            than `numel` elements.
+        """
         info = self._zip.getinfo(f"{self._root}data/{key}")
         with open(self._zip.filename, "rb") as file:
             file.seek(info.header_offset)
@@ -133,17 +147,24 @@ class _Archive:
 
 
 class _Bounded(io.FileIO):
-    """A file that refuses large reads, which bounds the table of contents that zipfile reads."""
+    """A file that refuses large reads, so that zipfile cannot read a huge table of contents."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Reads at most a few megabytes."""
+        """Returns at most 8 MB.
+
+        Raises: ValueError: if `size` is larger.
+        """
         if size is not None and size > _DIRECTORY_BYTES:
             raise ValueError(f"more than {_DIRECTORY_BYTES >> 20} MB of names in the archive")
         return super().read(_DIRECTORY_BYTES if size is None or size < 0 else size)
 
 
 def _legacy(path: Path) -> Any:
-    """Reads a legacy file: five pickles, then the storages, located once their types are known."""
+    """Returns the contents of a legacy file, which has five pickles and then the storages.
+
+    The pickle of the contents is read twice: first to learn the dtypes and sizes of the storages,
+    which give their positions in the file, then to make the tensors.
+    """
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_PICKLE_BYTES))
     budget = Budget()
@@ -181,7 +202,13 @@ def _nowhere(key: str, dtype: torch.dtype, numel: int) -> Held:
 
 
 def _state_dict(root: Any, archive: _Archive, budget: Budget) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a TorchScript module, by name."""
+    """Returns {name: tensor} of the parameters and buffers of a TorchScript module.
+
+    Args:
+        root: The unpickled module.
+        archive: The archive, whose code lists the parameters and buffers of each class.
+        budget: Bound on the number of modules and attributes.
+    """
     state: dict[str, Tensor] = {}
     listed: dict[str, Mapping[str, frozenset[str]]] = {}
     pending = [("", root)]
@@ -210,9 +237,9 @@ _CLASS = re.compile(
 
 
 def _named_tensors(code: bytes) -> dict[str, frozenset[str]]:
-    """Returns the parameters and buffers listed by each class in TorchScript's code.
+    """Returns {class name: names of its parameters and buffers}, as TorchScript's code lists them.
 
-    Raises: RefusedError: if a class restores itself by code.
+    Raises: RefusedError: if a class has code that restores its objects (`__setstate__`).
     """
     if b"def __setstate__" in code:
         raise RefusedError("__setstate__ of a TorchScript module")

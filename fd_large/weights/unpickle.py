@@ -1,10 +1,10 @@
 """Reads the pickles of torch files as data.
 
 A pickle is a program for a stack machine. This reader is the standard library's machine without
-operations that import, call or hash arbitrary objects. It knows tensors, containers and plain
-values, and turns other settings in published files into passive objects. Operations are checked
-before the first is run, and every step has a bound. torch's own restricted reader is not enough,
-because it hashes arbitrary objects.
+operations that import, call or hash arbitrary objects. It makes tensors, containers and plain
+values; other objects in published files, such as settings, become empty `Passive` objects. All
+operations are checked before the first is run, and every step has a bound. torch's own restricted
+reader is not enough, because it hashes arbitrary objects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 NAME_LENGTH = 500
-"""Characters of the longest name of a tensor, and of any other key."""
+"""Largest number of characters in the name of a tensor, and in any other key of a dict."""
 # 10,000 tensors are 350,000 operations.
 _OPERATIONS, _ENTRIES = 500_000, 100_000
 # torch's kernels do not take more dimensions than these.
@@ -29,11 +29,14 @@ _LARGEST, _DIMENSIONS = 2**63 - 1, 64
 
 
 class RefusedError(ValueError):
-    """A file needs an object that only running code could restore; the message is its name."""
+    """Raised if a file contains an object that only running code could restore.
+
+    The message is the object's name.
+    """
 
 
 class Passive:
-    """An object of unknown kind, kept without its contents."""
+    """Stands for an object that is not restored; it has no contents."""
 
     __slots__ = ()
 
@@ -44,13 +47,13 @@ class Passive:
 # These classes are not tuples, since a pickle can make a tuple itself.
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that a pickle asks to import."""
+    """A name that a pickle asks to import; it is never imported."""
 
     name: str
 
 
 class Module:
-    """A module of a TorchScript archive: the name of its class, and its attributes."""
+    """A module of a TorchScript archive, as the name of its class and {attribute: value}."""
 
     def __init__(self, name: str) -> None:
         self.name, self.attributes = name, {}
@@ -58,9 +61,12 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The mapped bytes of a storage with their data type; None until storages are located.
+    """A storage in a torch file.
 
-    `numel` counts elements of `dtype`.
+    Attributes:
+        bytes: The mapped bytes; None until the position of the storage in the file is known.
+        dtype: Data type of the elements.
+        numel: Number of elements.
     """
 
     bytes: Any
@@ -69,13 +75,19 @@ class Held:
 
 
 class Budget:
-    """A bound on work that a few bytes of a file can cause: copied or repeated entries."""
+    """A bound on the number of entries of dicts and modules that a file makes this reader process.
+
+    A few bytes of a pickle can copy or repeat many entries.
+    """
 
     def __init__(self) -> None:
         self._left = _ENTRIES
 
     def take(self, entries: int) -> None:
-        """Counts entries of a dictionary or module before they are processed."""
+        """Counts entries of a dict or module before they are processed.
+
+        Raises: ValueError: if the bound is exceeded.
+        """
         self._left -= entries
         if self._left < 0:
             raise ValueError(f"more than {_ENTRIES:,} entries: copies or modules without end")
@@ -137,16 +149,16 @@ _PROTOCOL = 5
 
 
 def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: bool = False) -> Any:
-    """Reads the next pickle of a file.
+    """Reads the next pickle of a file and returns its object.
 
     Args:
-        file: In memory, at the pickle; it is read up to its end.
-        storages: Returns the storage of a key, a type and a number of elements.
-        budget: The common bound of the file's pickles.
-        script: Whether classes of TorchScript become `Module`.
+        file: A file in memory, positioned at the start of the pickle; afterwards at its end.
+        storages: Returns a storage, given its key, dtype and number of elements.
+        budget: Bound on entries, shared by all pickles of the torch file.
+        script: Whether objects of TorchScript's classes become a `Module`; else they are refused.
 
-    Raises: RefusedError: if it needs a name or a call that is unknown here; another exception if
-        it is damaged or exceeds a bound.
+    Raises: RefusedError: if the pickle imports a name or makes a call that is not known here;
+        another exception if the pickle is damaged or exceeds a bound.
     """
     begin = file.tell()
     # This finds lengths that go beyond the file, for which the machine would make room.
@@ -165,14 +177,20 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler that is written in Python, as that in C allocates memory for any index."""
+    """The standard library's unpickler in Python, with its unsafe operations replaced.
+
+    The unpickler in C is not used, since it allocates memory for any memo index in a pickle.
+    """
 
     def __init__(self, file: BinaryIO, storages: Storages, budget: Budget, script: bool) -> None:
         super().__init__(file, encoding="latin1")
         self._storages, self._budget, self._script = storages, budget, script
 
     def find_class(self, module: str, name: str) -> _Global:
-        """Returns a known name; imports nothing."""
+        """Returns a `_Global` for a name that is known here; imports nothing.
+
+        Raises: RefusedError: for any other name.
+        """
         name = f"{module}.{name}"
         scripted = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
         if scripted or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
@@ -180,7 +198,7 @@ class _Reader(pickle._Unpickler):
         raise RefusedError(name[:200])
 
     def persistent_load(self, identity: Any) -> Held:
-        """Returns a storage."""
+        """Returns the storage that a persistent id of the pickle describes."""
         return _storage(identity, self._storages)
 
     def _reduce(self) -> None:
@@ -283,9 +301,9 @@ def _set_items(into: Any, items: list[Any]) -> None:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a key can be hashed and compared in bounded time.
+    """Whether a key of a dict can be hashed and compared in bounded time.
 
-    Tuples in tuples, chosen large numbers and long texts are not.
+    False for tuples, large integers and long texts, by which a file could make lookups slow.
     """
     if type(key) is int:
         return -(2**31) < key < 2**31
@@ -308,7 +326,19 @@ def _storage(identity: Any, storages: Storages) -> Held:
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
 ) -> Tensor | Passive:
-    """Returns a view inside a storage, with no more elements than the storage."""
+    """Returns a tensor that is a view of a storage.
+
+    Returns a `Passive` object if the position of the storage in the file is not known yet.
+
+    Args:
+        storage: The `Held` storage.
+        offset: Index of the tensor's first element in the storage.
+        size: Size of the tensor.
+        stride: Stride of the tensor, in elements.
+        dtype: Data type of the tensor; None is that of the storage.
+
+    Raises: ValueError: if the tensor goes beyond the storage or has more elements.
+    """
     if not isinstance(storage, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")
     if not all(map(_is_size, (offset, *size, *stride))):
