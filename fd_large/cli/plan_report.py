@@ -275,7 +275,7 @@ def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
 def _teacher(candidate: Candidate, load: Workload) -> str:
     """Returns the placement of the teachers as text, such as "sharded 1/2".
 
-    The numbers are those of sharded and of all teachers, and appear if a teacher is not sharded.
+    "sharded 1/2" means that one of two teachers is sharded, and the other is whole on every rank.
     """
     count = len(load.teachers)
     part = f" {count - candidate.whole}/{count}" if candidate.whole else ""

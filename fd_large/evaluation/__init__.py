@@ -1,5 +1,5 @@
-"""Protocols that compare models, in one table (`registry.py`) that users can extend.
+"""Protocols that measure and compare models, listed in `registry.py`; users can add their own.
 
-Functions of frozen features are in `probes/`, trainings in `tasks/`; `cli/` parses the command
-line and prints.
+k-NN and linear probes on features are computed in `probes/`, and models are trained in `tasks/`.
+`cli/` parses the command line and prints the results.
 """

@@ -1,4 +1,4 @@
-"""The linear probe of `--protocol cached`, trained in minutes on features of centre crops."""
+"""Linear probe of `--protocol cached`, which trains in minutes on features of centre crops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeFlags(FrozenFlags, Repeated):
-    """Flags of the linear probe on stored features."""
+    """Flags of the linear probe that is trained on stored features."""
 
     # Learning rates of the linear probe per 256 images; all are tried, and a held-out tenth of the
     # training images decides.

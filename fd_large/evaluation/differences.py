@@ -1,4 +1,4 @@
-"""Entries of summary.json for the difference between two models' scores, with its interval."""
+"""Writes the difference between two models' scores, with its interval, for summary.json."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ if TYPE_CHECKING:
 
 
 def as_json(difference: Difference, *, is_random: bool = True) -> dict[str, Any]:
-    """Returns a difference, its interval, and whether it is shown.
+    """Returns the entry of summary.json for a difference.
 
-    A difference is shown if its interval excludes 0. The interval accounts for the choice of test
-    images and, if trainings are random, of seeds; with one seed of these, no difference is shown.
+    The entry has the mean, its interval, and whether the difference is shown, which needs an
+    interval that excludes 0. The interval accounts for the choice of test images and, if the
+    scores depend on a seed, of seeds. If they depend on a seed and there is only one, the
+    difference is not shown.
 
     Args:
         difference: The difference, with the intervals of `probes.paired`.
-        is_random: Whether another seed gives other values.
+        is_random: Whether the scores depend on a seed.
     """
     of_all = difference.holds_seeds or not is_random
     low, high = (difference.low, difference.high) if is_random else difference.of_images

@@ -1,8 +1,8 @@
-"""Features of all images of a dataset, as a table in the order of their names.
+"""Writes the features of all images of a dataset to a table, in the order of the images' names.
 
 All ranks extract the features chunk by chunk into FILE.parts/. A chunk gets its final name when it
-is complete, so that a command that was killed continues after the last complete chunk, on any
-number of ranks. The last step joins the chunks into the table.
+is complete, so that the command, started again after it was killed, continues after the last
+complete chunk, on any number of ranks. At the end the chunks are joined to the table.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from fd_large.ranks import activity, distributed
 log = logging.getLogger(__name__)
 
 CHUNK = 4096
-"""Least number of images in a chunk; it is rounded up to whole batches."""
+"""Number of images in a chunk, which is rounded up to a multiple of the batch size."""
 _SETTINGS, _ROWS, _LABELS = "settings.json", "rows.npy", "labels.npy"
 
 
 class Chunk(NamedTuple):
-    """Features of consecutive images.
+    """Features of consecutive images, without those that could not be decoded.
 
     Attributes:
-        names: Names of the usable images.
-        rows: (N, C) float32, or (N, H, W, C) of maps.
+        names: Names of the N images.
+        rows: Features (N, C), or maps (N, H, W, C), in float32.
     """
 
     names: list[str]
@@ -68,7 +68,7 @@ def embed(
     workers: int,
     max_pixels: int,
 ) -> int:
-    """Writes a table of features; a collective.
+    """Writes a table of features; every rank calls it.
 
     Args:
         model: The model.
@@ -76,14 +76,15 @@ def embed(
         out: The file to write, which must not exist yet; its ending is one of `WRITERS`.
         root: The dataset's root, to which the names in the table are relative.
         feature: "map" for the model's own map, or the name of a head, as in `evaluate --features`.
-        pool: The feature of an image is the mean of its patches, its class token, or its map.
+        pool: "mean" for the mean of an image's patch tokens, "cls" for its class token, or "map".
         batch_size: Images per forward; the last bits of the result depend on it.
-        workers: Loader processes of each rank.
-        max_pixels: Larger images are refused before they are decoded.
+        workers: Number of loader processes of each rank.
+        max_pixels: Largest number of pixels of an image; larger images are not decoded.
 
-    Returns: the number of rows.
-    Raises: FDError: if the feature does not exist, more than one in a hundred images is unusable,
-        or the folder holds chunks that were extracted with other settings.
+    Returns: the number of rows of the table.
+
+    Raises: FDError: if the feature does not exist, if more than one in a hundred images cannot be
+        decoded, or if FILE.parts/ holds chunks that were extracted with other settings.
     """
     (subject,) = subjects([model], [feature])
     folder = out.with_name(f"{out.name}.parts")
@@ -155,7 +156,14 @@ def embed(
 
 
 def _begin(folder: Path, settings: dict[str, object]) -> None:
-    """Makes the folder of the chunks on rank 0, or checks that its chunks have these settings."""
+    """Creates the folder of the chunks on rank 0, and refuses chunks of other settings in it.
+
+    Args:
+        folder: The folder, FILE.parts/.
+        settings: Everything on which the features depend, by name.
+
+    Raises: ConfigError: if the folder has chunks that were extracted with other settings.
+    """
     if not distributed.is_main():
         return
     path = folder / _SETTINGS
@@ -179,7 +187,10 @@ def _is_there(folder: Path) -> bool:
 
 
 def _appear(aside: Path, chunk: Path) -> None:
-    """Gives a chunk its final name on rank 0, once its files are on the disk."""
+    """Flushes a chunk's files to the disk and gives the chunk its final name, on rank 0.
+
+    If the chunk exists already, the temporary folder is removed.
+    """
     if not distributed.is_main():
         return
     for name in (_ROWS, _LABELS):
@@ -192,7 +203,7 @@ def _appear(aside: Path, chunk: Path) -> None:
 
 
 def _shape(subject: Subject, side: int) -> tuple[int, ...]:
-    """Returns the shape (H, W, -1) of a map, which leaves the number of channels open."""
+    """Returns the shape of a subject's map as (rows, columns, -1), for reshaping flat features."""
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device())
     with torch.no_grad():
         return (*subject.forward(normalise(blank, subject.statistics)).grid, -1)
@@ -257,4 +268,4 @@ WRITERS: dict[str, Callable[[Path, Chunks], None]] = {
     ".npz": _write_npz,
     ".parquet": _write_parquet,
 }
-"""The functions that write a table, by the ending of its file."""
+"""Functions that write the chunks to a table, by the suffix of the table's file."""

@@ -1,4 +1,4 @@
-"""Extraction of features into temporary files that all ranks read, for all protocols."""
+"""Extracts features into temporary files that all ranks read, for all protocols."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def join_ranks(request: Request) -> Data:
-    """Starts a command's ranks, in full float32; returns the section `data` of its recipe."""
+    """Starts the process group of `evaluate`, and makes float32 computations exact (no TF32).
+
+    Returns: the section `data` of the request's recipe.
+    """
     from fd_large.kernels.precision import full_float32
     from fd_large.ranks import distributed
     from fd_large.runtime import logs
@@ -33,11 +36,13 @@ def join_ranks(request: Request) -> Data:
 
 @contextmanager
 def working(description: str, images: int) -> Iterator[Callable[[float], None]]:
-    """Shows progress in the block; yields a function that counts this rank's finished images.
+    """Shows a progress bar during the block.
+
+    Yields: a function of the number of images that this rank has finished since the last call.
 
     Args:
         description: Description of the work.
-        images: Number of images of all ranks; an equal share is expected of each.
+        images: Number of images of all ranks, of which each rank has an equal share.
     """
     from fd_large.ranks import activity, distributed
 
@@ -58,13 +63,14 @@ def extracted(
     data: Data,
     pools: Sequence[Pool] = ("mean",),
 ) -> Iterator[list[Features]]:
-    """Yields the features of images, for each pool; a collective.
+    """Yields the features of images for each kind of pooling; every rank calls it.
 
-    The files of the features are removed after the block, so copy what you need later.
+    The arrays are mapped from files that are removed after the block, so that the caller must copy
+    what is needed later.
 
     Args:
         forward, statistics, images, image_size, pools: See `probes.features.extract`.
-        folder: Folder of the files; rank 0 removes it.
+        folder: Folder of the files, which rank 0 removes after the block.
         words: Description of the work, for the progress bar.
         flags: The command's own flags, with `batch_size`.
         data: The section `data` of the recipe.

@@ -1,8 +1,8 @@
 """Protocols that classify the features of frozen models by k-NN, a probe or the user's code.
 
-Such a protocol is a function from the features of a model's training and test images
-(`FrozenFeatures`) to a class for each test image (`Classified`). Images, heads, pooling, seeds,
-the table, the page and the intervals are shared by all protocols.
+Each protocol is a function from the features of a model's training and test images
+(`FrozenFeatures`) to a class for each test image (`Classified`). The rest is shared by all
+protocols: images, heads, pooling, seeds, the table, the page and the intervals.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFlags(Pooled, Batched):
-    """Flags of all protocols that measure features of frozen models."""
+    """Flags that all protocols on features of frozen models have."""
 
     # Features of the student of a distillation run, or of an export of it. own: its map. NAME or
     # NAME.summary: the output of its head for the map or the summary of the teacher NAME (called
@@ -73,15 +73,17 @@ class FrozenFeatures(NamedTuple):
     """Features of all images by one model.
 
     Attributes:
-        train: Features of the training images, rows (N, C) float32 and labels (N,) int64, which are
-            -1 where an image could not be used. Both arrays are mapped from files, and the same
-            on every rank.
-        test: Features of the test images; their labels serve to count correct predictions alone.
+        train: Features of the training images, with rows (N, C) float32 and labels (N,) int64. The
+            label of an image that could not be decoded is -1. Both arrays are mapped from files,
+            and equal on every rank.
+        test: Features of the test images. A classifier must not read their labels, which serve to
+            count correct predictions.
         classes: Names of the classes.
         seed: Seed of the repetition.
         flags: The command's own arguments.
         label: Name of the model.
-        pool: Pooling of the features: "mean" of the patches, "cls" for the class token, or "both".
+        pool: Pooling of the features: "mean" for the mean of the patch tokens, "cls" for the class
+            token, or "both" for their concatenation.
     """
 
     train: Features
@@ -95,7 +97,7 @@ class FrozenFeatures(NamedTuple):
     def working(
         self, description: str, images: int
     ) -> AbstractContextManager[Callable[[float], None]]:
-        """Shows progress in the block; yields a function that counts this rank's finished images.
+        """Shows a progress bar during the block; see `extraction.working`.
 
         Args:
             description: Description of the work.
@@ -105,11 +107,11 @@ class FrozenFeatures(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """A protocol's predictions from the features of a model.
+    """Predictions of a protocol from the features of a model.
 
     Attributes:
-        predicted: (N,) int64, the predicted class of each test image, on every rank.
-        details: Further results, for summary.json.
+        predicted: Index of the predicted class of each test image, (N,) int64, on every rank.
+        details: Further results for summary.json, by name.
     """
 
     predicted: NDArray[np.int64]
@@ -120,7 +122,7 @@ Classify = Callable[[FrozenFeatures], Classified]
 
 
 class _How(NamedTuple):
-    """Those arguments of `of_features` with which `_measure` measures."""
+    """The arguments of `of_features` that `_measure` needs; their meaning is given there."""
 
     classify: Classify
     pools: tuple[Pool, ...]
@@ -138,18 +140,18 @@ def of_features(
     settings: Mapping[str, str] | None = None,
     check: Callable[[int, Any], None] | None = None,
 ) -> Protocol:
-    """Makes a protocol from a function of frozen features.
+    """Returns the protocol of a function that classifies features of frozen models.
 
     Args:
         name, title: See `Protocol`.
-        classify: The function, called once for each model, feature and seed, on all ranks.
-        flags: A dataclass of the flags that it reads: `FrozenFlags`, or a subclass.
-        pools: Kinds of pooling to compare without `--pool`; the class token only for models that
-            have one.
-        settings: The flags that summary.json records, {name in summary.json: the flag's name};
-            None: the flags that `flags` adds to `FrozenFlags`, under their own names.
-        check: Called with the number of training images and the flags, before the hours in which
-            features are extracted.
+        classify: The function, called once for each model, feature, pooling and seed, on all ranks.
+        flags: Dataclass of the flags that `classify` reads: `FrozenFlags` or a subclass.
+        pools: Kinds of pooling to compare if --pool is "auto". "cls" and "both" are left out for
+            models without a class token.
+        settings: The flags that summary.json records, {name in summary.json: name of the flag};
+            None for the flags that `flags` adds to `FrozenFlags`, under their own names.
+        check: Function of the number of training images and the flags, called before features are
+            extracted, which may take hours; None for no check.
     """
     if settings is None:
         common = {flag.name for flag in fields(FrozenFlags)} | {"seeds"}
@@ -164,15 +166,15 @@ def of_features(
 
 
 class Subject(NamedTuple):
-    """A model, or a model with one of its heads, to be measured.
+    """Model whose features are extracted, with one of its heads or without.
 
     Attributes:
         model: The model.
         feature: Name of the head in tables; "" for the model's own map.
         forward: Function from normalised images to a FeatureMap, in evaluation mode.
-        statistics: Normalisation of its images.
-        has_class_token: Whether its map has a class token, or it gives one beside its map.
-        modules: The backbone, and the head if there is one.
+        statistics: Normalisation of the images.
+        has_class_token: Whether the features include a class token, in the map or beside it.
+        modules: The backbone, followed by the head if there is one.
     """
 
     model: NamedModel
@@ -184,7 +186,7 @@ class Subject(NamedTuple):
 
 
 def _measure(how: _How, request: Request) -> Result:
-    """Extracts the features of every model and classifies them with every seed."""
+    """Extracts the features of every requested model, and classifies them with every seed."""
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
@@ -225,10 +227,16 @@ def _measure(how: _How, request: Request) -> Result:
 
 
 def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[Subject]:
-    """Yields the subjects, with one model in memory at a time.
+    """Yields each model with each of the requested features, with one model in memory at a time.
 
-    Raises: ConfigError: if a head is named although no model has heads, or a model with heads lacks
-        it.
+    A model without heads is yielded once, with its own map.
+
+    Args:
+        models: The models.
+        features: As `--features`: "own", or names of heads.
+
+    Raises: ConfigError: if a head is named although no model has heads, or if a model with heads
+        lacks the named head.
     """
     from fd_large.ranks import distributed
 
@@ -255,9 +263,10 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
 def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
     """Returns the requested heads of a model, by their names in `--features`.
 
-    The value None means the model's own map; the result is empty for a model without heads.
+    The value of "own" is None, for the model's own map. The result is empty if the model has no
+    heads, or if only "own" is requested.
 
-    Raises: ConfigError: if it has heads, but lacks a requested one.
+    Raises: ConfigError: if the model has heads, but lacks a requested head.
     """
     from fd_large.tasks.jobs import heads_of
 
@@ -285,7 +294,7 @@ def _rows(
     flags: Any,
     data: Data,
 ) -> Iterator[Row]:
-    """Yields a row for each pooling of a subject; features are stored in temporary files."""
+    """Yields the row of the table for each pooling of a model's features."""
     import numpy as np
 
     out = out_folder(flags.out)
@@ -322,10 +331,9 @@ def _rows(
 
 
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
-    """Calls a protocol's function, which may be the user's own or a plugin's.
-
-    Raises: ConfigError: if the user's function raises, or does not return a class for each test
-        image.
+    """Returns the predictions of a protocol's function, which may be the user's own or a plugin's.
+    Raises: ConfigError: if the user's function raises an exception, or does not return one class
+        for each test image.
     """
     if getattr(classify, "__module__", "").startswith("fd_large."):
         return classify(features)

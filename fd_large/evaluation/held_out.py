@@ -1,8 +1,8 @@
-"""Checks whether compared models were trained on the held-out images by which a sweep chooses.
+"""Finds out whether compared models were trained on the images that a sweep holds out.
 
-A sweep holds images out of its own trials. But a student that was distilled on the same folder
-has seen them, and so has a teacher that an earlier run trained on it. Their accuracy on these
-images is less reliable than that of a model that never saw them. With `--data.root FOLDER/train
+A sweep holds images out of its own trials. But a student that was distilled on the same folder,
+or a teacher that an earlier run trained on the folder, has seen these images. Its accuracy on them
+is less reliable than the accuracy of a model that never saw them. With `--data.root FOLDER/train
 --data.val_fraction 0.1`, distillation holds out the same images as a sweep.
 """
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """Facts about held-out images and the weights of a model.
+    """Trainings behind a model's weights that may have used held-out images.
 
     Attributes:
-        by: Trainings that led to the model, and used some of these images.
-        not_known: Trainings and weights for which no record says whether they used these images.
+        by: Trainings that used some of the held-out images.
+        not_known: Trainings and weights without a record of whether they used these images.
     """
 
     by: tuple[str, ...] = ()
@@ -36,13 +36,13 @@ NOTHING_SEEN = Seen()
 def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
     """Returns which of the trainings that led to a model used held-out images.
 
-    Datasets of runs are compared by their paths. Exports record no paths: their datasets are
-    compared by the listing of the files' names.
+    The datasets of runs on this machine are compared by their paths. An export records no paths,
+    so its datasets are compared by the hash of the images' names.
 
     Args:
         source: The model's weights, as `teacher.source` takes them.
-        images: The folder's images, of which a part is held out.
-        fraction: Fraction of the images that a hash of their names holds out.
+        images: The images of a folder, of which a part is held out.
+        fraction: Fraction of the images that is held out, chosen by a hash of their names.
     """
     # Several trainings may have the same name, since an export records no folders.
     answers = [
@@ -54,7 +54,10 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
 
 
 def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:
-    """Whether a training used held-out images, or None if no record says so."""
+    """Whether a training used held-out images, or None if that is unknown.
+
+    Args: As for `seen_by`.
+    """
     if training.is_here:
         part, roots = Path(images.root).resolve(), filter(None, training.images)
         return any(
@@ -69,9 +72,9 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """Returns a list with the hash of the images that a run with this `val_fraction` trains on.
+    """Returns the hash of the images that a run with this `val_fraction` trains on, in a list.
 
-    The list is empty if the fraction holds out none of the images, or all.
+    The list is empty if the fraction would hold out no image, or all images.
     """
     from fd_large.data.val_fraction import Part, places_of
 

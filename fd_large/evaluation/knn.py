@@ -1,4 +1,4 @@
-"""The protocol `knn`, which labels an image by the most similar training images, untrained."""
+"""Protocol `knn`, which classifies an image by the classes of the most similar training images."""
 
 from __future__ import annotations
 

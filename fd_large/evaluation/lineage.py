@@ -1,4 +1,4 @@
-"""The trainings that led to weights, as far as runs and exports record them.
+"""Finds the trainings that led to weights, as far as runs and exports record them.
 
 A run's recipe names the weights of its teachers and the initial weights of its student. The
 config.json of an export lists the runs that led to it, with the names of their datasets and the
@@ -22,14 +22,14 @@ _MOST, _LONGEST = 50, 200
 
 
 class Training(NamedTuple):
-    """A run that led to weights, or weights without a record of their training.
+    """Run that led to weights, or weights whose training is not recorded.
 
     Attributes:
         place: The run's folder, the export that records the run, or the source of the weights.
-        recipe: Name of its recipe; empty if unknown.
-        images: Its datasets, as the recipe names them; from an export only the last part of paths.
+        recipe: Name of the run's recipe; empty if unknown.
+        images: The run's datasets as in its recipe; from an export only the last part of each path.
         fingerprint: Hash of the images' names in order; empty if unknown.
-        val_fraction: The fraction of the images that a hash of their names kept out of training.
+        val_fraction: Fraction of the images that was held out, chosen by a hash of their names.
         is_here: Whether `place` is a run's folder; then `images` are paths on this machine.
     """
 
@@ -41,7 +41,7 @@ class Training(NamedTuple):
     is_here: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record of the training for an export, without paths and secrets."""
+        """Returns the training's record for an export's config.json, without paths and secrets."""
         from fd_large.weights.origin import without_folders
 
         return {
@@ -57,7 +57,7 @@ class Training(NamedTuple):
 
 
 def trainings_of(source: str) -> list[Training]:
-    """Returns the trainings that led to weights, nearest first; none for random weights.
+    """Returns the trainings that led to weights, the latest first; none for random weights.
 
     Args:
         source: The weights, as `teacher.source` takes them.
@@ -87,7 +87,14 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
 
 
 def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
-    """Yields a run's training, then those behind its student's initial weights and its teachers."""
+    """Yields a run's training, and the trainings behind the weights that the run started from.
+
+    These are the initial weights of the student and the weights of the teachers.
+
+    Args:
+        folder: Folder of the run.
+        met: Sources that were already visited.
+    """
     from fd_large.checkpoint import store
     from fd_large.data.roots import weighted_roots
 
@@ -102,7 +109,7 @@ def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
 
 
 def _weights_of_cache(source: str) -> str:
-    """Returns a source of weights; for a teacher's cached targets, the source of its weights."""
+    """Returns the source of a teacher's weights for its cached targets, or any other unchanged."""
     from fd_large.tasks.distillation.cached.files import Header
     from fd_large.tasks.distillation.section import CACHED
 
@@ -113,7 +120,7 @@ def _weights_of_cache(source: str) -> str:
 
 
 def _told_by(source: str) -> list[Training]:
-    """Returns an export's records of the runs that led to it; [] for weights from elsewhere."""
+    """Returns the trainings that an export records, or [] for weights without such a record."""
     from fd_large.weights.origin import file_beside
     from fd_large.weights.read import read_json
     from fd_large.weights.sidecar import OWN

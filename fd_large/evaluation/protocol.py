@@ -1,4 +1,4 @@
-"""The contract of a protocol: its flags, its measurement of models, and its results."""
+"""Interface of a protocol: its flags, its function that measures models, and its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """Tables and files of a protocol, on rank 0; empty on other ranks.
+    """Results of a protocol; tables and files are empty on other ranks than rank 0.
 
     Attributes:
-        tables: The rich tables that the command prints.
-        files: Written files, and further lines to print.
-        code: The exit code; not 0 where a training ended early.
+        tables: Tables of rich that the command prints.
+        files: Written files, and further lines, which the command prints below the tables.
+        code: The exit code, which is not 0 if a training ended early.
     """
 
     tables: Sequence[Any] = ()
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """The flag of protocols with repetitions over seeds."""
+    """Flag --seeds, for protocols that are repeated with several seeds."""
 
     # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
     seeds: int = 1
@@ -48,7 +48,7 @@ class Repeated:
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """The flag of protocols with a single feature for each image."""
+    """Flag --pool, for protocols that use a single feature vector of each image."""
 
     # Feature of an image of a frozen model: the mean of its patch tokens, its class token, or both
     # side by side in one vector. auto: each that the model has (k-NN: mean and cls).
@@ -57,7 +57,7 @@ class Pooled:
 
 @dataclass(frozen=True, kw_only=True)
 class Batched:
-    """The flag of protocols that run frozen models on images."""
+    """Flag --batch_size, for protocols that run frozen models on images."""
 
     # Images at a time while the model is frozen.
     batch_size: int = 256
@@ -67,14 +67,14 @@ class Batched:
 
 
 class Request(NamedTuple):
-    """The arguments of a measurement, as the user gave them.
+    """Arguments of a measurement, as the user gave them.
 
     Attributes:
         protocol: The protocol.
         flags: The command's own arguments, including all protocols' flags.
-        changes: The recipe's fields that the user gave, {full name: value}.
-        run: A recipe with these fields; None for a command without a recipe.
-        train: Trains a run: (run, deepspeed_config=...) -> exit code.
+        changes: The recipe's fields that the user set, {full name: value}.
+        run: The recipe with these fields; None for a command without a recipe.
+        train: Function that trains a run, (run, deepspeed_config=...) -> exit code.
     """
 
     protocol: Protocol
@@ -84,7 +84,7 @@ class Request(NamedTuple):
     train: Callable[..., int]
 
     def models(self) -> list[NamedModel]:
-        """Finds the models that the user named; reads headers only.
+        """Finds the models that the user named, without reading their weights.
 
         Raises: FDError: if a model is missing or named twice.
         """
@@ -97,18 +97,18 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A way to measure models, a row of the table in `registry.py`.
+    """Way to measure models, which `registry.py` lists.
 
     Attributes:
-        name: As `--task` names it; also in summary.json and in the plot's name.
-        title: Its name in tables and plots.
-        measure: Function from `Request` to tables and files. `frozen.of_features` makes it from a
-            function of frozen features.
-        flags: A dataclass of the flags that it reads, all with defaults; flags that several
+        name: Name in `--task`, in summary.json and in the file name of the plot.
+        title: Name in tables and plots.
+        measure: Function that measures models. `frozen.of_features` makes the whole protocol from
+            a function that classifies features.
+        flags: Dataclass of the flags that the protocol reads, all with defaults. Flags that several
             protocols read are in a common base class.
-        fields: Fields of a recipe that it reads, section.field; None: all.
-        variant: Value of `--protocol` that selects it among protocols of the same name.
-        command: Name of the command that uses it.
+        fields: Full names of the recipe's fields that the protocol reads; None for all.
+        variant: Value of `--protocol` that selects this protocol among those of the same name.
+        command: Name of the command that uses the protocol.
     """
 
     name: str

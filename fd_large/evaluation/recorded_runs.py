@@ -1,7 +1,7 @@
-"""Series of runs by one command, with a record of each run's inputs and result.
+"""Runs that one command trains one after another, with a record of each run in its folder.
 
-Each run has its own folder with a record, written before it trains. So the same command continues
-where it stopped, and a folder with another run is refused.
+The record has the run's inputs and result, and is first written before the run trains. So the same
+command, started again, continues where it stopped, and a folder with a different run is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FREE = frozenset({"data.cache", "data.cache_gb", "data.workers"})
 
 
 def decides(field: str, task: str) -> bool:
-    """Returns whether a field of a recipe may affect a score.
+    """Whether a field of a recipe may affect a score.
 
     Args:
         field: Name of the field, section.field.
@@ -37,11 +37,11 @@ def decides(field: str, task: str) -> bool:
 def unlike(first: Run, run: Run) -> dict[str, tuple[Any, Any]]:
     """Returns the differences between two recipes, {field: (value in `first`, value in `run`)}.
 
-    The model, its normalisation and its weights are left out, since they are compared on purpose;
-    of the student's section only drop path is included.
+    Fields of the model, its normalisation and its weights are left out, since these differ on
+    purpose. In the section `student`, only the drop path rate is included.
 
     Args:
-        first: The other recipe, with which it is compared.
+        first: The recipe with which `run` is compared.
         run: The recipe.
     """
     differences = {
@@ -62,14 +62,16 @@ def _is_of_the_model(field: str) -> bool:
 def train(
     run: Run, deepspeed_config: str, train_run: Callable[..., int]
 ) -> tuple[int, dict[str, Any]]:
-    """Trains a run; returns the exit code and, if finished, its summary.json.
-
-    A finished run returns 75 if it was asked to stop at its end, so that no further run starts.
+    """Trains a run.
 
     Args:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        train_run: Training function: (run, deepspeed_config=...) -> exit code.
+        train_run: Function that trains a run, (run, deepspeed_config=...) -> exit code.
+
+    Returns: the exit code, and the content of summary.json, which is empty if the run is not
+        finished. The code of a finished run is 75 if a signal to stop came too late for it, so
+        that no further run starts.
     """
     from fd_large.engine.zero import start
     from fd_large.ranks import distributed
@@ -90,13 +92,13 @@ def train(
 
 
 class RecordedRun(NamedTuple):
-    """A run with the record in its folder.
+    """Run with a record in its folder.
 
     Attributes:
         file: Name of the record's file in the run's folder.
-        what: Words for the run in messages, such as "a trial".
+        what: Description of the run for messages, such as "a trial".
         run: The recipe.
-        inputs: Inputs outside of the recipe that decide the result: {"weights": a digest}.
+        inputs: Inputs outside of the recipe that affect the result, such as {"weights": digest}.
         known: Further entries of the record.
     """
 
@@ -112,9 +114,10 @@ class RecordedRun(NamedTuple):
         return Path(self.run.run_dir())
 
     def read(self) -> dict[str, Any]:
-        """Returns the record of an earlier start, or an empty one.
+        """Returns the record of an earlier start, or {} if there is none.
 
-        A record of another run is passed over if the folder holds nothing else: no training began.
+        A record of a different run is ignored if it is the folder's only file, since no training
+        began then.
 
         Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
         """
@@ -139,6 +142,10 @@ class RecordedRun(NamedTuple):
         return record
 
     def write(self, **outcome: Any) -> None:
-        """Writes the record with the result, if known; makes the run's folder."""
+        """Writes the record to the run's folder, which is created if it is missing.
+
+        Args:
+            outcome: Entries of the result, such as its status; none before the training.
+        """
         known = {"recipe": self.run.to_dict(), **self.inputs, **self.known}
         write_json(out_folder(self.folder) / self.file, {**known, **outcome})

@@ -1,6 +1,6 @@
-"""The table of protocols; `--task module:FILE.py:NAME` is the user's own.
-
-To add a protocol, add its file and a row here. No torch: the command line reads flags and names.
+"""Table of the protocols, besides those of the user's own (`--task module:FILE.py:NAME`).
+To add a protocol, add its file and an entry here. Nothing here imports torch, since the command
+line reads the flags and names.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ PROTOCOLS: tuple[Protocol, ...] = (
     TRANSFER,
     DIAGNOSIS,
 )
-"""The protocols; without `--protocol`, `--task` selects the first of several of that name."""
+"""All protocols. Without `--protocol`, `--task` selects the first protocol of its name."""
 
 
 def protocol_of(name: str, variant: str = "cached") -> Protocol:
-    """Returns a protocol, which may be the user's own.
+    """Returns the protocol of a name, which may be the user's own.
 
     Args:
         name: As `--task`.
-        variant: Value of `--protocol`, which selects among protocols of that name.
+        variant: As `--protocol`, which selects among protocols of the same name.
 
     Raises: ConfigError: if the protocol does not exist or cannot be imported.
     """

@@ -1,4 +1,4 @@
-"""Results of a protocol: the table, the plot, summary.json, predictions.npz and the page."""
+"""Writes a protocol's results: the table, the plot, summary.json, predictions.npz and the page."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """A row of the table.
+    """Row of the table of results.
 
     Attributes:
         model: The measured model.
         values: The accuracy of each seed, in per cent.
-        details: Further results of each seed.
+        details: Further results of each seed, by name.
         predicted: The predicted class of each test image, (N,), for each seed, on rank 0. Runs of
-            earlier versions kept none, so there may be fewer entries than seeds.
-        labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
-        recipe: Name of the recipe that the model was trained by, if any.
-        unlike_first: Differences of that recipe, as trained, from the recipe of the first row of
-            the same pooling, {field: (the first row's value, this row's)}.
-        sweep: Result of a sweep before the training, if any.
-        feature: Name of its feature in the table, if a model has several rows.
-        pool: Pooling of its feature; rows are compared with the first row of the same pooling.
+            earlier versions stored no predictions, so there may be fewer entries than seeds.
+        labels: The class of each test image, (N,), or `NO_LABEL` for an image that could not be
+            decoded.
+        recipe: Name of the recipe by which the model was trained; "" for a frozen model.
+        unlike_first: Differences between the recipes of the first row of the same pooling and of
+            this row, {field: (the first row's value, this row's value)}.
+        sweep: Result of the sweep before the training, or None without a sweep.
+        feature: Name of the feature in the table, if the model has several rows.
+        pool: Pooling of the feature. A row is compared with the first row of the same pooling.
     """
 
     model: NamedModel
@@ -53,16 +54,22 @@ class Row:
     def add(
         self, value: float, details: Mapping[str, Any], predicted: NDArray[np.int64] | None
     ) -> None:
-        """Adds the result of the next seed."""
+        """Adds the result of the next seed.
+
+        Args:
+            value: The accuracy in per cent.
+            details: Further results, by name.
+            predicted: The predicted class of each test image, (N,), or None if not stored.
+        """
         self.values.append(value)
         self.details.append(dict(details))
         if predicted is not None:
             self.predicted.append(predicted)
 
     def right(self) -> NDArray[np.bool_] | None:
-        """Returns whether each image with a label was classified correctly, (seeds, images) bool.
+        """Returns whether each labelled image was classified correctly, (seeds, images) bool.
 
-        None if labels, or the predictions of a seed, are missing.
+        The result is None if labels, or the predictions of a seed, are missing.
         """
         import numpy as np
 
@@ -78,15 +85,17 @@ _FACTS = {"pictures": "test images"}
 def finish(
     folder: Path, rows: Sequence[Row], title: str, *, is_random: bool = True, **facts: Any
 ) -> Result:
-    """Makes the table, the plot, the page, summary.json and predictions.npz, on rank 0.
+    """Writes the plot, the page, summary.json and predictions.npz, on rank 0.
 
     Args:
         folder: Folder for the files.
-        rows: The rows of the table. Each is compared with the first row of its pooling, and these
-            with the first row of all.
+        rows: The rows of the table. Each row is compared with the first row of its pooling, and
+            the first row of a pooling with the first row of the table.
         title: Title of the table, the plot and the page.
-        is_random: Whether another seed gives other values.
+        is_random: Whether the accuracies depend on the seed.
         facts: Further entries of summary.json, such as task, root and seeds.
+
+    Returns: the tables and the files, on rank 0; an empty result on other ranks.
     """
     from fd_large.ranks import distributed
 
@@ -125,7 +134,7 @@ def finish(
 
 
 def finish_frozen(request: Request, rows: Sequence[Row], **facts: Any) -> Result:
-    """Makes the results of a protocol of frozen models; see `finish`.
+    """Writes the results of a protocol on frozen models; see `finish`.
 
     Args:
         request: The user's request.
@@ -140,7 +149,13 @@ def finish_frozen(request: Request, rows: Sequence[Row], **facts: Any) -> Result
 
 
 def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
-    """Returns a row for summary.json."""
+    """Returns the entry of a row in summary.json, with its difference from another row.
+
+    Args:
+        row: The row.
+        first: The row with which it is compared.
+        is_random: As in `finish`.
+    """
     from fd_large.evaluation.differences import as_json
     from fd_large.probes.paired import difference
 
@@ -163,9 +178,10 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the row with which a row is compared.
+    """Returns the row with which `row` is compared.
 
-    It is the first row of the same pooling. If this is the row itself, it is the first row of all.
+    It is the first row of the same pooling, or the first row of the table if `row` is the first
+    row of its pooling.
     """
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind
@@ -176,7 +192,10 @@ def _label(row: Row) -> str:
 
 
 def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the test images' labels, (N,), and each row's predictions, (seeds, N)."""
+    """Writes an .npz file with the test images' labels, (N,), and predictions.
+
+    The predictions of each row are (seeds, N).
+    """
     import numpy as np
 
     # A prefix, since a model may be labelled "labels".

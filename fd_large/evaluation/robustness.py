@@ -1,9 +1,10 @@
-"""The protocol `robustness`, which tests fine-tuned classifiers on other test sets for ImageNet.
+"""Protocol `robustness`, which tests fine-tuned classifiers on other test sets for ImageNet.
 
-The labels of such a set are mapped to the model's classes. ImageNet-V2 names its folders by class
+The labels of a test set are mapped to the model's classes. ImageNet-V2 names its folders by class
 numbers; -A and -R have 200 of the classes; a class of ObjectNet corresponds to one or more classes
-of ImageNet; and an image of ImageNet's validation set has several ReaL labels, or none. As
-published, a prediction is the best of the classes that occur in the set; with ReaL labels, of all.
+of ImageNet; and an image of ImageNet's validation set has several ReaL labels, or none. The
+predicted class is the one with the largest logit among the classes that occur in the set, or among
+all classes with ReaL labels, as in the publications.
 
 Source: Recht et al. (V2), arXiv 1902.10811; Hendrycks et al., arXiv 1907.07174 (A) and 2006.16241
 (R); Wang et al. (Sketch), arXiv 1905.13549; Barbu et al. (ObjectNet), NeurIPS 2019, scored as in
@@ -51,13 +52,13 @@ class RobustnessFlags(Batched):
 
 
 class LabelSet(NamedTuple):
-    """Images, each with the classes that are correct for it.
+    """Test images with their correct classes.
 
     Attributes:
         images: The images; their own labels are not used.
         right: The correct classes of each image, as ImageNet's class numbers or as names.
-        all_classes: Whether a prediction may be any class of the model; if False, only a class
-            that is correct for some image of the set.
+        all_classes: Whether any class of the model may be predicted. If False, only classes that
+            are correct for some image of the set may be predicted.
     """
 
     images: LabelledImages
@@ -66,7 +67,7 @@ class LabelSet(NamedTuple):
 
 
 def open_set(root: str, labels: str) -> LabelSet:
-    """Opens a set of images by its layout.
+    """Opens a test set, whose kind is recognised by its folders.
 
     Args:
         root: As `data.root`: folders of classes, a folder that holds them below val/ or test/,
@@ -104,7 +105,7 @@ def _real(images: LabelledImages) -> LabelSet:
 
 
 def _objectnet(root: str) -> LabelSet:
-    """Opens the images of ObjectNet whose class corresponds to classes of ImageNet."""
+    """Opens those images of ObjectNet whose class corresponds to classes of ImageNet."""
     import numpy as np
 
     from fd_large.data.labelled import open_labelled
@@ -119,7 +120,13 @@ def _objectnet(root: str) -> LabelSet:
 
 
 def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
-    """Returns {folder of ObjectNet: ImageNet's class numbers} from the files in its download."""
+    """Returns {folder of ObjectNet: ImageNet's class numbers}, from the files of the download.
+
+    Args:
+        mappings: The download's folder `mappings`.
+
+    Raises: DataError: if the files are missing or damaged.
+    """
 
     def table(name: str) -> dict[str, Any]:
         entries: dict[str, Any] = read_json(
@@ -147,7 +154,7 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
 
 
 def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]:
-    """Returns the columns of a model's logits that are correct for each image.
+    """Returns, for each image, the columns of the model's logits that are correct.
 
     Args:
         right: The images with their correct classes.
@@ -172,11 +179,14 @@ def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]
 def best_of(
     logits: NDArray[np.float32], right: Sequence[tuple[int, ...]], *, all_classes: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns labels and predictions, (N,) each; they are equal where a prediction is correct.
+    """Returns the labels and the predictions, (N,) each, which are equal for a correct prediction.
+
+    The label of an image is the first of its correct columns, or -1 if it has none. A prediction
+    of any correct column is returned as the first one.
 
     Args:
-        logits: (N, K).
-        right: The correct columns of each image; the label of an image without any is -1.
+        logits: (N, K), of N images and K classes.
+        right: The correct columns of each image.
         all_classes: Whether columns that are correct for no image may be predicted.
     """
     import numpy as np
@@ -195,7 +205,7 @@ def best_of(
 
 
 def _measure(request: Request) -> Result:
-    """Classifies the images of a set by every model's own classifier."""
+    """Classifies the images of a test set by the classifier of every requested model."""
     import numpy as np
 
     from fd_large.backbones.feature_map import FeatureMap
@@ -243,7 +253,7 @@ def _measure(request: Request) -> Result:
 def _job_of(model: NamedModel) -> Any:
     """Returns the job of the run that fine-tuned a model.
 
-    Raises: ConfigError: if no such run is known.
+    Raises: ConfigError: if the model is not the student of a run that fine-tuned.
     """
     job = model.trained_by
     kind = job.run.task.kind() if job else None

@@ -1,4 +1,4 @@
-"""Protocols of runs scored by their own task, such as detection by COCO's metrics."""
+"""Protocols that score a run by its own task, such as detection by COCO's metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FIELDS = ("data.root", "data.workers", "data.max_pixels")
 
 @dataclass(frozen=True, kw_only=True)
 class _NoFlags:
-    """An empty set of flags, since a run's own settings decide its scores."""
+    """Dataclass without flags, since a run's own settings decide its scores."""
 
 
 def scored_by(kind: TaskKind) -> Protocol:
-    """Returns the protocol of the runs of a task."""
+    """Returns the protocol that scores the runs of a kind of task."""
     return Protocol(
         name=kind.name,
         title=kind.title or kind.name,
@@ -32,7 +32,10 @@ def scored_by(kind: TaskKind) -> Protocol:
 
 
 def _measure(request: Request) -> Result:
-    """Scores one run; all ranks share the work."""
+    """Scores the requested run, with the images divided among all ranks.
+
+    Raises: ConfigError: if several runs are named.
+    """
     models = request.flags.models
     if len(models) > 1:
         raise ConfigError(

@@ -1,16 +1,15 @@
-"""`--sweep`: a search of recipes, learning rates and layer decays on held-out images.
+"""Search over recipes, learning rates and layer decays on held-out images, for `--sweep`.
 
 A small change of the learning rate or the recipe changes a score by more than models differ, and
 the best values depend on the model. So every model is trained on the same grid: by each recipe
 that is published for any of the models, at each learning rate and layer decay of the flags, and
-at the recipe's own. Random weights have no layer decay. A trial trains on nine tenths of the
-training images and is tested on the rest, held out by a hash of the file names
-(data/val_fraction.py). The best setting then trains on all training images, with every seed, and
-only these runs see the test images.
-
-Each trial is a separate run below OUT/sweep. A finished trial leaves its accuracy but no
-checkpoints, so the same command continues where it stopped; a folder with another trial is
-refused. A diverged trial counts as a result.
+at the recipe's own values. Random weights have no layer decay. A trial trains on nine tenths of
+the training images and is tested on the rest, which a hash of the file names chooses
+(data/val_fraction.py). Training with the best setting then uses all training images and every
+seed, and only these runs are tested on the test images.
+Each trial is a separate run below OUT/sweep. A finished trial leaves its score in a record but no
+checkpoints, so that the same command, started again, continues where it stopped. A folder with a
+different trial is refused. A diverged trial is finished, too.
 """
 
 from __future__ import annotations
@@ -76,13 +75,13 @@ class SweepFlags:
 
 
 class Metric(NamedTuple):
-    """The score by which a sweep chooses.
+    """Score by which a sweep chooses the best trial.
 
     Attributes:
-        key: Name in trial.json and summary.json.
-        of: Function from a trial's summary.json to the score on the held-out images, on which a
-            trial is tested.
-        lower_is_better: Whether less is better.
+        key: Name of the score in trial.json and summary.json.
+        of: Function from the content of a trial's summary.json to the score on the held-out images,
+            or None without a score.
+        lower_is_better: Whether a lower score is better.
     """
 
     key: str
@@ -91,14 +90,15 @@ class Metric(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A point of the grid.
+    """Training of one point of the grid.
 
     Attributes:
         rate: Multiple of the learning rate of the trial's recipe.
         decay: The layer decay.
-        recorded: The trial's run; its inputs are `images`, the fingerprint of the training
+        recorded: The trial's run, whose inputs are `images`, the fingerprint of the training
             images, and `weights`, the digest of the initial weights.
-        score: On the held-out images; None: not trained yet, diverged, or without a score.
+        score: Score on the held-out images; None if the trial is not trained yet, diverged, or has
+            no score.
     """
 
     rate: float
@@ -108,18 +108,18 @@ class Trial(NamedTuple):
 
     @property
     def recipe(self) -> str:
-        """Name of its recipe."""
+        """Name of the trial's recipe."""
         return self.recorded.run.name
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The results of a sweep for one model.
+    """Results of a sweep for one model.
 
     Attributes:
         trials: The trials of the grid, ordered by recipe, then by rising rate and rising decay.
-        metric: The score by which it chooses.
-        seen: Facts about the held-out images and the trainings that led to the model.
+        metric: The score by which the best trial is chosen.
+        seen: Trainings behind the model's weights that may have used the held-out images.
     """
 
     trials: tuple[Trial, ...]
@@ -128,7 +128,7 @@ class Sweep:
 
     @property
     def winner(self) -> Trial:
-        """The best trial, the first of equals."""
+        """The trial with the best score, or the first of several with the same score."""
         ended = (trial for trial in self.trials if trial.score is not None)
         best = min if self.metric.lower_is_better else max
         return best(ended, key=lambda trial: trial.score or 0.0)
@@ -137,14 +137,14 @@ class Sweep:
         """Returns the recipe of the best trial, with its rate and its decay.
 
         Args:
-            recipes: Recipes of the sweep.
+            recipes: The recipes of the sweep for this model.
             named: Full names of the fields that the user set.
         """
         (recipe,) = (run for run in recipes if run.name == self.winner.recipe)
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
-        """Returns which of the winner's "rate" and "decay" is at the grid's edge.
+        """Returns which of "rate" and "decay" the best trial has at the edge of the grid.
 
         Beyond the edge there may be a better value.
         """
@@ -159,7 +159,7 @@ class Sweep:
         return [name for name, is_edge in edges.items() if is_edge]
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the winner and the grid, for summary.json."""
+        """Returns the entry of summary.json, with the best trial and all trials."""
         return {
             **self._as_json(self.winner),
             "at_edge": self.at_edge(),
@@ -181,9 +181,12 @@ class Sweep:
 
 
 def check_fields(changes: Mapping[str, Any]) -> None:
-    """Refuses fields of a recipe that the user may not set together with a sweep.
+    """Refuses fields of a recipe that the user may not set together with --sweep.
 
-    Raises: ConfigError: if one of these fields is given.
+    Args:
+        changes: The fields that the user set, {full name: value}.
+
+    Raises: ConfigError: with a line for each of these fields.
     """
     mistakes = {
         "optim.layer_decay": "the sweep decides it; got a value of your own, expected none. Set "
@@ -202,7 +205,7 @@ def check_fields(changes: Mapping[str, Any]) -> None:
 
 
 def settings_of(flags: SweepFlags) -> dict[str, Any]:
-    """Returns the grid, for summary.json."""
+    """Returns the entries of summary.json on the grid and the held-out fraction."""
     grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
     return {**grid, "sweep_held_out": HELD_OUT}
 
@@ -217,16 +220,19 @@ def sweep(
     *,
     column: str = "",
 ) -> tuple[int, list[Sweep]]:
-    """Tries the grid for every model; returns the exit code and each model's results.
+    """Trains the trials of every model's grid that are not finished; every rank calls it.
 
     Args:
         models: The models.
-        recipes: The recipes to try for each model, which all begin from that model's weights.
-        flags: The flags of the grid, the number of seeds and the folder.
-        train: Trains a run; returns the exit code and summary.json.
+        recipes: The recipes to try for each model, which all start from the model's weights.
+        flags: The command's arguments, with the grid, the number of seeds and `out`.
+        train: Function that trains a run, and returns the exit code and the content of its
+            summary.json.
         named: Full names of the fields that the user set.
-        metric: The score by which it chooses.
-        column: Folder of the trials below OUT/sweep.
+        metric: The score by which the best trial is chosen.
+        column: Name of a folder for the trials in OUT/sweep; "" for OUT/sweep itself.
+
+    Returns: the exit code, and the results of each model, or none if the code is not 0.
 
     Raises: FDError: if the images cannot be divided, or all trials of a model diverge.
     """
@@ -285,16 +291,16 @@ def _trials_of(
     weights: str,
     folder: Path,
 ) -> list[Trial]:
-    """Returns the trials of a model: by recipe, then by rate, then by decay.
+    """Returns the trials of a model, ordered by recipe, then by rate, then by decay.
 
     Args:
-        recipes: The recipes, the model's own first. Folders of the other recipes' trials begin with
-            the name of the recipe.
-        flags: The flags of the grid, to which a recipe's own rate and decay are added.
+        recipes: The recipes, with the one that fits the model first. Folders of the other recipes'
+            trials begin with the name of the recipe.
+        flags: The flags of the grid, to which each recipe's own rate and decay are added.
         named: Full names of the fields that the user set.
         images: The training images, of which a tenth is held out.
-        weights: The digest of the weights that the recipe starts from.
-        folder: The folder of the trials' folders.
+        weights: The digest of the initial weights.
+        folder: The parent of the trials' folders.
 
     Raises: ConfigError: if a rate falls below the ends of the recipe's schedule.
     """
@@ -329,8 +335,8 @@ def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -
 
     Args:
         recipe: The recipe.
-        rate: Multiple of its learning rate.
-        decay: Layer decay of the point.
+        rate: Multiple of the recipe's learning rate.
+        decay: The layer decay.
         named: Full names of the fields that the user set.
     """
     peak = {"optim.base_lr": rate * recipe.optim.base_lr}
@@ -343,12 +349,13 @@ def _run_trials(
     train: Callable[[Run], tuple[int, dict[str, Any]]],
     metric: Metric,
 ) -> tuple[int, tuple[Trial, ...]]:
-    """Trains the unfinished trials; returns the exit code and the trials with their scores.
+    """Trains the unfinished trials of a model.
 
     Args:
-        trials: The grid.
+        trials: The trials of the grid.
         train, metric: See `sweep`.
 
+    Returns: the exit code, and the trials with their scores, or none if the code is not 0.
     Raises: ConfigError: if no trial has a score.
     """
     from fd_large.ranks import distributed
@@ -387,16 +394,16 @@ def _run_trials(
 
 
 def _finite(score: float | None) -> float | None:
-    """Returns a score, or None without one, as that of boxes where no image has an object."""
+    """Returns a score, or None if it is missing or NaN, as box AP is on images without objects."""
     return score if score is not None and isfinite(score) else None
 
 
 def _finished(trial: Trial, metric: Metric) -> Trial | None:
-    """Returns a trial with the score of an earlier start, or None if it is not finished.
+    """Returns a trial with the score that an earlier start recorded, or None if it is unfinished.
 
-    A collective.
+    Every rank calls it.
 
-    Raises: ConfigError: if its folder holds a trial of another recipe, or with other inputs.
+    Raises: ConfigError: if the trial's folder holds a trial of another recipe or other inputs.
     """
     from fd_large.ranks import distributed
 
@@ -407,7 +414,13 @@ def _finished(trial: Trial, metric: Metric) -> Trial | None:
 
 
 def _held_out(recipe: Run, part: str, folder: Path) -> Run:
-    """Returns a recipe that trains on nine tenths of the training images and tests on the rest."""
+    """Returns a recipe that trains on nine tenths of the training images and tests on the rest.
+
+    Args:
+        recipe: The recipe.
+        part: Root of the training images.
+        folder: Folder of the run.
+    """
     return replace(
         recipe,
         data=replace(recipe.data, root=part, val_fraction=HELD_OUT),

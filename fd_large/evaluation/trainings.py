@@ -1,4 +1,4 @@
-"""Protocols that train every model with every seed on labels, each training in its own folder."""
+"""Protocols that train every model on labels, with every seed, each in a folder of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(Repeated):
-    """Flags of protocols that train models."""
+    """Flags that all protocols which train models have."""
 
     # Name of the recipe by which all models are trained; empty: the published one that fits the
     # first model. With --sweep, the recipes that fit any of the models are tried.
@@ -38,22 +38,22 @@ class TrainingFlags(Repeated):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptTrainingFlags(SweepFlags, TrainingFlags):
-    """Flags of protocols that train the whole model, with an optional sweep."""
+    """Flags of protocols that train the whole model, including those of --sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTrainingFlags(Pooled, TrainingFlags):
-    """Flags of protocols that train a layer on a frozen model's feature."""
+    """Flags of protocols that train a linear layer on the features of a frozen model."""
 
 
 def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = True) -> Protocol:
-    """Returns the protocol that trains named models by a task.
+    """Returns the protocol that trains the models that the user names by a kind of task.
 
     Args:
-        kind: The task.
+        kind: The kind of task.
         variant: See `Protocol`.
-        trains_all: Whether the whole model is trained, for which `--sweep` may try recipes; if
-            False, only a layer on the frozen model's features.
+        trains_all: Whether the whole model is trained, which allows `--sweep`. If False, only a
+            linear layer on the frozen model's features is trained.
     """
     return Protocol(
         name=kind.name,
@@ -67,9 +67,9 @@ def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = Tr
 
 
 def _measure(kind: TaskKind, request: Request) -> Result:
-    """Trains every model with every seed through the engine.
+    """Trains every requested model with every seed.
 
-    Returns: the exit code of the first failed training, or the results.
+    Returns: the results, or only an exit code if a training ends early.
     """
     from fd_large.engine.find_model import slug
     from fd_large.engine.predictions import Predictions
@@ -133,10 +133,10 @@ def _measure(kind: TaskKind, request: Request) -> Result:
 def _recipes_of(
     models: Sequence[NamedModel], kind: TaskKind, flags: Any, changes: Mapping[str, Any]
 ) -> list[list[Run]]:
-    """Returns the possible recipes of each model, the best fitting first.
+    """Returns the recipes to train for each model, each starting from the model's weights.
 
-    Without a sweep, all models take the first model's recipe; a sweep chooses among all models'
-    recipes.
+    Without --sweep, all models have the one recipe that fits the first model. With --sweep, a model
+    has the recipes that fit any of the models, and its own comes first.
     """
     fitting = [flags.recipe or _fitting(model, kind) for model in models]
     for name in fitting:
@@ -149,7 +149,7 @@ def _recipes_of(
 
 
 def _fitting(model: NamedModel, kind: TaskKind) -> str:
-    """Returns the name of the published recipe for a model."""
+    """Returns the name of the published recipe that fits a model."""
     from fd_large.tasks.jobs import transfer_of
 
     of_run = "" if model.section.source == RANDOM else None  # See Transfer.recipe_for.
@@ -159,19 +159,19 @@ def _fitting(model: NamedModel, kind: TaskKind) -> str:
 
 
 def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
-    """Returns a recipe with changed fields and a named model as its student.
+    """Returns a recipe that starts from a model's weights, with the user's changes.
 
-    Random weights have no layer decay unless one is given: published recipes are for trained
-    weights, and their decay hardly trains lower layers. Neither have models whose layers are not
-    known.
+    Random weights have no layer decay unless the user sets one, because the decay of published
+    recipes is for trained weights and would hardly train the lower layers. A model whose layers are
+    unknown has no layer decay either.
 
     Args:
-        model: Model from which the training starts.
+        model: The model from which the training starts.
         base: The recipe.
-        changes: Changed fields.
+        changes: The fields that the user set, {full name: value}.
 
-    Raises: ConfigError: for a field that does not exist, or that the model decides; for a layer
-        decay of the user's where the model's layers are not known.
+    Raises: ConfigError: for a field that does not exist or that the model decides, or if the user
+        sets a layer decay for a model whose layers are unknown.
     """
     import torch
 
@@ -200,9 +200,14 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
 
 
 def refuse_other_task(flag: str, recipe: Run, task: str) -> None:
-    """Refuses a recipe of another task.
+    """Refuses a recipe whose task is not `task`.
 
-    Raises: ConfigError: naming the flag that chose it.
+    Args:
+        flag: The flag that chose the recipe, for the message.
+        recipe: The recipe.
+        task: Name of the expected task.
+
+    Raises: ConfigError: if the recipe has another task.
     """
     if recipe.task.name != task:
         raise ConfigError(

@@ -1,10 +1,10 @@
-"""The protocol `zeroshot`, which classifies images by class names, without training images.
+"""Protocol `zeroshot`, which classifies images by class names, without training images.
 
-The text tower of a CLIP teacher makes a vector of each class from its name. An image is assigned to
-the class whose vector has the largest cosine similarity to the student's prediction of the CLIP's
-image embedding, or, for the CLIP itself, to this embedding. Only the classes of the test images
-can be predicted, for example the 200 of ImageNet-A or -R. The names of ImageNet's classes and the
-prompts are open_clip's, if it is installed.
+The text tower of a CLIP teacher computes a vector for each class from its name. The predicted class
+of an image is the class whose vector has the largest cosine similarity to the image embedding. A
+student predicts CLIP's image embedding by a head, and CLIP itself computes it. Only the classes of
+the test images can be predicted, for example the 200 classes of ImageNet-A or -R. The names of
+ImageNet's classes and most prompts come from open_clip, which must be installed for them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
     """Returns the name of each class, in the order of the folders.
 
     Args:
-        folders: Names of the class folders, in their order; 10 may come before 2.
-        file: A file of names; if empty, the folders decide.
+        folders: Names of the class folders in their order, in which 10 may come before 2.
+        file: File with the name of a class on each line; if empty, names follow from the folders.
 
     Raises: ConfigError: if a class lacks a name, or if open_clip is missing for ImageNet's
         names.
@@ -79,11 +79,11 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
 
 
 def imagenet_numbers(folders: Sequence[str]) -> list[int] | None:
-    """Returns the ImageNet class indices of folders, or None for other folders.
+    """Returns the ImageNet class indices of folders, or None if a folder is no class of ImageNet.
 
     Args:
-        folders: Names of the folders: synsets, as in ImageNet itself, -A, -R and -Sketch, or
-            numbers, as in ImageNet-V2, whose alphabetical order differs.
+        folders: Names of the folders, which may be synsets, as in ImageNet itself, -A, -R and
+            -Sketch, or all numbers from 0 to 999, as in ImageNet-V2, in any order.
     """
     from timm.data import ImageNetInfo
 
@@ -98,12 +98,12 @@ def imagenet_numbers(folders: Sequence[str]) -> list[int] | None:
 
 
 def prompts_of(name: str) -> tuple[str, ...]:
-    """Returns prompts with {} in place of the class name.
+    """Returns the prompts, in each of which {} stands for the class name.
 
     Args:
         name: As `--prompts`.
 
-    Raises: ConfigError: if there are no valid prompts.
+    Raises: ConfigError: if the name is unknown, the file cannot be read, or open_clip is missing.
     """
     if name == "one":
         return ("a photo of a {}.",)
@@ -122,7 +122,7 @@ def prompts_of(name: str) -> tuple[str, ...]:
 
 
 def _measure(request: Request) -> Result:
-    """Classifies the test images by every model's embeddings in the CLIP's space."""
+    """Classifies the test images by the image embeddings of every requested model."""
     import numpy as np
     import torch
 
@@ -173,7 +173,10 @@ def tested_part(root: str) -> LabelledImages:
 
 
 def _own_projection(model: NamedModel) -> Tensor | None:
-    """Returns a CLIP's projection of its class token into the space of texts, or None."""
+    """Returns the matrix by which a CLIP projects its class token to the image embedding.
+
+    The result is None if the model is the student of a run, or has no such matrix.
+    """
     from fd_large.tasks.distillation.teacher import projection_of
 
     if model.trained_by is not None:
@@ -184,11 +187,16 @@ def _own_projection(model: NamedModel) -> Tensor | None:
 
 
 def _embedding_of(model: NamedModel, clip: str) -> Callable[..., Any]:
-    """Returns a function from a backbone and normalised images to embeddings, as maps of 1 x 1.
+    """Returns the function by which a model computes image embeddings in the space of a CLIP.
 
-    It is a student's head for the embedding of a CLIP, or applies the CLIP's own projection.
+    It takes a backbone and normalised images, and returns a FeatureMap of 1 x 1 tokens. It is the
+    student's head for the CLIP's embedding, or applies the CLIP's own projection.
 
-    Raises: ConfigError: if it has neither.
+    Args:
+        model: The model.
+        clip: Name of the CLIP among the teachers of the model's run.
+
+    Raises: ConfigError: if the model has neither the head nor a projection.
     """
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import heads_of
@@ -223,9 +231,12 @@ def _projected(projection: Tensor, net: Any, pixels: Tensor) -> FeatureMap:
 
 
 def _source(model: NamedModel, clip: str) -> str:
-    """Returns the source of a CLIP's weights, from a run's teacher or from the model itself.
+    """Returns the source of the CLIP's weights, for its text tower.
 
-    Raises: ConfigError: if the source is not recorded.
+    It is the source of the model itself if the model is a CLIP, or that of the teacher named `clip`
+    of the model's run.
+
+    Raises: ConfigError: if the run does not name the source.
     """
     if _own_projection(model) is not None:
         return str(model.section.source)
@@ -252,9 +263,13 @@ def _lines(file: str, flag: str) -> list[str]:
 
 
 def _open_clip(name: str, remedy: str) -> Any:
-    """Returns class names or prompts of open_clip.
+    """Returns an attribute of open_clip, such as its list of ImageNet's class names.
 
-    Raises: ConfigError: if it is not installed.
+    Args:
+        name: Name of the attribute.
+        remedy: What the user can set instead, for the message.
+
+    Raises: ConfigError: if open_clip is not installed.
     """
     try:
         import open_clip

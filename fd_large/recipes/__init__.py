@@ -1,4 +1,3 @@
-"""Recipes: their sections, the table of named models, and the runs of record.
-
-No torch and nothing that computes: `--help` imports this room and must not wait.
+"""Recipes, with their sections, the table of named models and the published runs.
+Nothing here imports torch or takes long to import, since `--help` imports this package.
 """

@@ -1,8 +1,9 @@
-"""Named models, and the section of a recipe that describes a model of any family; no torch.
+"""Table of named models, and the section of a recipe that describes a model. Imports no torch.
 
-A recipe has a flat `Architecture`: the fields of all families, None if unset. It is
-made from the families' own dataclasses (`backbones/NAME/architecture.py`), where each field is
-declared and described. `resolve` turns a name and such a section into the dataclass of its family.
+The section is the dataclass `Architecture`. It has the fields of all families, which are None if
+unset, and is made from the families' own dataclasses (`backbones/NAME/architecture.py`), in which
+each field is declared and described. `resolve` turns a model's name and a section into the
+dataclass of the model's family.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ARCHITECTURES: dict[str, FamilyArchitecture] = {**SWINV2, **SWIN, **VIT, **TIMM}
 
 
 def field_names(family: str) -> tuple[str, ...]:
-    """Returns the fields that models of a family have.
+    """Returns the names of the fields that models of a family have.
 
     Raises: ConfigError: if the family does not exist.
     """
@@ -56,7 +57,7 @@ def field_names(family: str) -> tuple[str, ...]:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """Returns each field's description, from "Attributes:" of a class and of its bases."""
+    """Returns {field: description} from "Attributes:" in a class's and its bases' docstrings."""
     descriptions: dict[str, str] = {}
     for base in cls.__mro__:
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
@@ -67,7 +68,7 @@ def _descriptions(cls: type) -> dict[str, str]:
 
 
 def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
-    """Makes the dataclass with the fields of all families, each None by default."""
+    """Returns the dataclass with the fields of all families, each None by default."""
     types: dict[str, Any] = {"family": Literal[tuple(family.family for family in families)]}
     texts = {"family": "Family of the model, which the name of the model decides."}
     for family in families:
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True)
     class Architecture:
-        """The section for type checkers; its fields are made when the program runs."""
+        """Section of a model, for type checkers; its fields are made when the program runs."""
 
         def __init__(self, **values: Any) -> None: ...
 
@@ -105,9 +106,10 @@ else:
 
 
 def by_name(name: str) -> FamilyArchitecture | None:
-    """Returns the model of a name in the table or with a family's prefix, or None.
+    """Returns the model of a name, or None for an unknown name.
 
-    Whether a library has a model of that name is found when the model is built.
+    A name is known if it is in the table or has a family's prefix. Whether the library of that
+    family has the model is checked when the model is built.
     """
     for family in FAMILIES.values():
         if family.prefix and name.startswith(family.prefix):
@@ -116,7 +118,10 @@ def by_name(name: str) -> FamilyArchitecture | None:
 
 
 def split_model(source: str) -> tuple[str, str]:
-    """Splits MODEL=SOURCE; the model is "" for weights alone. A path may contain "=" too."""
+    """Splits MODEL=SOURCE into the model and the source of weights.
+
+    The model is "" if there is no known model before the first "=", since a path may contain "=".
+    """
     named, sign, weights = source.partition("=")
     if sign and by_name(named):
         return named, weights
@@ -124,7 +129,10 @@ def split_model(source: str) -> tuple[str, str]:
 
 
 def name_of(architecture: FamilyArchitecture) -> str:
-    """Returns a model's name regardless of image size, or its family's name if it has none."""
+    """Returns the name of a model in the table or in its library, or else of its family.
+
+    A model with another image size has the name of the model in the table.
+    """
     for name, model in ARCHITECTURES.items():
         same = name not in FAMILIES and type(model) is type(architecture)
         if same and _values_but_size(model) == _values_but_size(architecture):
@@ -135,8 +143,8 @@ def name_of(architecture: FamilyArchitecture) -> str:
 def full_name(section: Mapping[str, Any]) -> str:
     """Returns the name of the model that a section of recipe.json describes.
 
-    If the model was described by its weights, recipe.json has the family and all fields. The name
-    is then found by these fields in the table, or has the family's prefix (`timm:NAME`).
+    If the model was found from its weights, recipe.json has the family and all fields. The name is
+    then that of the model with these fields in the table, or has the family's prefix (`timm:NAME`).
     """
     model: str = section["model"]
     if model not in FAMILIES:
@@ -146,7 +154,10 @@ def full_name(section: Mapping[str, Any]) -> str:
 
 
 def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
-    """Returns the model of a section of recipe.json, or None if another version wrote it."""
+    """Returns the model that a section of recipe.json describes, or None if it is not valid.
+
+    Another version of the package may have written the section.
+    """
     try:
         architecture = from_plain(Architecture, section.get("architecture", {}), "architecture.")
         return resolve(section["model"], architecture)
@@ -155,17 +166,23 @@ def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
 
 
 def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields in which a section's model differs from the named model of `full_name`.
+    """Returns {field: value} in which a section's model differs from the model of its name.
 
     Args:
-        section: The model's section of recipe.json; see `full_name`.
+        section: The model's section of recipe.json, whose name is that of `full_name`.
     """
     model, named = model_of(section), by_name(full_name(section))
     return set_fields(overrides(model, named)) if model and named else {}
 
 
 def changed_words(section: Mapping[str, Any]) -> str:
-    """Returns changed fields in words, "image_size 448, depths 2 2 6 2", or ""."""
+    """Returns the changed fields of a model as text, such as "image_size 448, depths 2 2 6 2".
+
+    The text is "" if the model is unchanged.
+
+    Args:
+        section: See `changed_fields`.
+    """
     words = {
         name: " ".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in changed_fields(section).items()
@@ -174,7 +191,7 @@ def changed_words(section: Mapping[str, Any]) -> str:
 
 
 def image_side_of(section: Mapping[str, Any], image_size: int) -> int:
-    """Returns the side of a teacher's images in pixels, or 0 if it is not settled.
+    """Returns the side of a teacher's images in pixels, or 0 if the section does not tell.
 
     Args:
         section: The teacher's section; see `changed_fields`.
@@ -192,18 +209,19 @@ def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:
 
 
 def brings_model(source: str) -> bool:
-    """Returns whether a source of weights names their model too, as `timm:NAME`."""
+    """Whether a source of weights also names the model, as `timm:NAME` does."""
     return any(f.prefix and source.startswith(f.prefix) for f in FAMILIES.values())
 
 
 def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitecture:
-    """Returns the named model with the overrides filled in, as its family's dataclass.
+    """Returns a model as the dataclass of its family.
 
-    A family's name is allowed too, if the overrides describe the whole model, and so is a name
-    with a family's prefix, such as `timm:NAME`.
+    Args:
+        name: Name in the table, name with a family's prefix (`timm:NAME`), or name of a family.
+        overrides: Fields with other values than the named model's; for a family, all fields.
 
-    Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
-        other values.
+    Raises: ConfigError: if the name is unknown, or a field does not belong to the family, is
+        missing or has an invalid value.
     """
     values = set_fields(overrides or Architecture())
     if base := by_name(name):
@@ -227,9 +245,12 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
 
 
 def whole(values: dict[str, Any]) -> FamilyArchitecture:
-    """Returns the model described by a family's name and all of its fields.
+    """Returns the model with given values of all fields.
 
-    Raises: ConfigError: if a field is missing, or is of another family, or has an invalid value.
+    Args:
+        values: {field: value}, of which `family` is the family's name.
+
+    Raises: ConfigError: if a field is missing, belongs to another family, or has an invalid value.
     """
     model_fields = dict(values)
     family = model_fields.pop("family")
@@ -247,19 +268,22 @@ def whole(values: dict[str, Any]) -> FamilyArchitecture:
 
 
 def set_fields(section: Architecture) -> dict[str, Any]:
-    """Returns the fields of a section that are set."""
+    """Returns {field: value} of the fields of a section that are not None."""
     return {name: value for name, value in asdict(section).items() if value is not None}
 
 
 def filled(first: Architecture, second: Architecture) -> Architecture:
-    """Returns the first section, with unset fields from the second."""
+    """Returns the first section, in which unset fields have the values of the second section."""
     return Architecture(**set_fields(second) | set_fields(first))
 
 
 def overrides(
     architecture: FamilyArchitecture, named: FamilyArchitecture | None = None
 ) -> Architecture:
-    """Returns a section of the fields that differ from a named model's; all fields without one."""
+    """Returns a section with the fields in which a model differs from a named model.
+
+    Without a named model, it has all fields of the model.
+    """
     values = architecture.values()
     known = {} if named is None else named.values()
     return Architecture(**{k: v for k, v in values.items() if k not in known or v != known[k]})

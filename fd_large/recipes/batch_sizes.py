@@ -1,4 +1,4 @@
-"""Division of a global batch among ranks; without torch, so that a mistake is found early."""
+"""Checks that a global batch divides among ranks, without torch, so that mistakes appear early."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from fd_large.errors import ConfigError
 
 
 def check_division(*, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Refuses a global batch that does not divide into micro batches on all ranks.
+    """Refuses a global batch size that does not divide into micro-batches on all ranks.
 
     Args:
-        global_batch_size: Images a step over all ranks.
-        micro_batch_size: Images a forward pass of one rank.
-        world_size: The number of ranks.
+        global_batch_size: Number of images in a step, over all ranks.
+        micro_batch_size: Number of images in a forward pass of one rank.
+        world_size: Number of ranks.
 
-    Raises: ConfigError: also if a size is not positive; names the nearest sizes that divide.
+    Raises: ConfigError: if a size does not divide, with the nearest sizes that do, or if a size is
+        not positive.
     """
     for key, size in (
         ("global_batch_size", global_batch_size),
@@ -46,7 +47,10 @@ def check_division(*, global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def nearest_divisors(number: int, target: int) -> list[int]:
-    """Returns the divisors of a number that are nearest to a target, from below and from above."""
+    """Returns the divisors of a number that are nearest to a target, below and above it.
+
+    There is only one if the target itself divides the number, or is larger than the number.
+    """
     below = next(size for size in range(min(target, number), 0, -1) if number % size == 0)
     above = next((size for size in range(target, number + 1) if number % size == 0), None)
     return [below] if above is None or above == below else [below, above]

@@ -1,4 +1,4 @@
-"""Numbers of training images in the datasets of record."""
+"""Numbers of training images of the datasets that published recipes use."""
 
 from __future__ import annotations
 

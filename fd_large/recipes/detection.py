@@ -208,7 +208,7 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
 
 
 def _with_heads(run: Run, **detection: Any) -> Run:
-    """A recipe with other heads."""
+    """Returns a detection recipe with other values of fields in its section task.detection."""
     section = replace(run.task.detection, **detection)
     task = replace(run.task, detection=section)  # type: ignore[call-arg]
     return replace(run, task=task)

@@ -23,7 +23,7 @@ from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
 Rates = tuple[float, float, float]
-"""Learning rates per 512 images: peak, start of the warm-up, end."""
+"""Learning rates per 512 images, in the order peak, start of the warm-up, end."""
 
 VIT_RATES = (3e-4, 5e-7, 5e-6)
 SWIN_RATES = (2e-4, 1e-6, 1e-5)
@@ -39,7 +39,17 @@ def distillation(
     min_crop_scale: float = 0.08,
     batch: Batch = Batch(global_batch_size=2048),  # noqa: B008 (frozen)
 ) -> Run:
-    """Returns a run with the settings that all distillations of record share."""
+    """Returns a distillation with the settings that all published distillations share.
+
+    Args:
+        student: The section of the student.
+        teacher: The section of the teacher.
+        rates: Learning rates.
+        epochs: Number of epochs.
+        image_size: Side of the crops in pixels.
+        min_crop_scale: Smallest area of a crop, as a fraction of the image's area.
+        batch: The section of the batch.
+    """
     base_lr, warmup_lr, min_lr = rates
     return Run(
         name=UNNAMED,

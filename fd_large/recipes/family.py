@@ -1,8 +1,8 @@
-"""The description of a backbone family before any model is built; no torch.
+"""Describes a model of a backbone family before the model is built. Imports no torch.
 
 Each family declares its fields once, in a dataclass of `backbones/NAME/architecture.py` that
-derives from `FamilyArchitecture`. The rest of the package reads facts of a family from the class
-attributes and methods here, never from the family's name.
+derives from `FamilyArchitecture`. The rest of the package asks the class attributes and methods
+declared here about a family, and never compares the family's name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fd_large.errors import ConflictError
 from fd_large.recipes.fields import check_types
 
 Kind = Literal["convolutions", "attention", "windows"]
-"""How a model mixes its tokens: by convolutions, attention among all tokens, or within windows."""
+"""Operation that mixes a model's tokens: convolutions, global attention, or window attention."""
 
 MOST_BLOCKS = 1000
-"""Largest number of blocks, more than any model has; a larger one is a mistake or an attack."""
+"""Largest number of blocks that is accepted, which no real model exceeds."""
 _MOST_STAGES = 8
 # Bounds above every value of a published configuration: its number of blocks, and its values.
 _MOST_MADE = 200
@@ -26,11 +26,13 @@ _LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
 
 def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
-    """Returns whether a value from a foreign configuration is plain enough for a model's field.
+    """Whether a value from a foreign configuration is acceptable for a model's field.
 
     Args:
-        value: None, a bool, a number, a short text, or a short list of these is plain.
-        counts_blocks: Whether it is a number of blocks, or a list of them whose sum has a bound.
+        value: The value. Accepted are None, a bool, a bounded number, a short text, and a short
+            list of these.
+        counts_blocks: Whether the value is a number of blocks, or a list of such numbers, which
+            has to be of whole numbers with a bounded sum.
     """
     several = value if isinstance(value, list) else [value]
     if counts_blocks:
@@ -49,38 +51,43 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
-    """A model of one family with every field set; checked when it is made.
-
+    """Model of one family, with a value of every field, which is checked when an object is made.
     A subclass is a frozen dataclass whose docstring describes its fields under "Attributes:". A
-    field of several families has the same type and meaning in all.
+    field that several families have must have the same type and description in all.
     """
 
     family: ClassVar[str]
     """The family's name in recipes and files."""
     example: ClassVar[str]
-    """The named model that stands for the family where a recipe has to name one."""
+    """A named model of the family, for places where a recipe has to name a model."""
     prefix: ClassVar[str] = ""
-    """Start of names that name any model of the family, as `timm:NAME`; empty if there are none."""
+    """Prefix of names for any model of the family, as `timm:`; "" if there are no such names."""
     whole_first: ClassVar[bool] = False
-    """Whether the module is built whole on every rank and split afterwards, because constructors
-    write to the parameters of their children."""
+    """Whether every rank builds the complete module, which is partitioned afterwards.
+
+    Constructors that write to the parameters of their children need this.
+    """
     resizes_positions: ClassVar[bool] = False
-    """Whether position tables are made for the size of the images, and resized when weights are
-    loaded; otherwise they have the size of `image_size`."""
+    """Whether position tables are made for the size of the images, and resized when weights load.
+
+    Otherwise the tables have the size of `image_size`.
+    """
     is_hierarchical: ClassVar[bool] = False
     """Whether the model has several stages, each at half the resolution of the one before."""
     can_pad: ClassVar[bool] = False
-    """Whether image sizes that do not fit can be padded (`student.size_rule`)."""
+    """Whether images whose size does not fit the patches can be padded (`student.size_rule`)."""
     has_stage_windows: ClassVar[bool] = False
-    """Whether the windows of a stage may be of another size (`student.stage_windows`)."""
+    """Whether each stage may have windows of its own size (`student.stage_windows`)."""
     mean_norm: ClassVar[Literal["none", "instead", "also"]] = "also"
-    """How fine-tuning normalises the mean of the tokens. none: the model's final norm is enough.
-    instead: a new norm takes the place of the final norm, which is discarded. also: a new norm
-    follows, whatever the model ends in."""
+    """How fine-tuning normalises the mean of the tokens.
+
+    "none": by the model's final norm only. "instead": by a new norm, which replaces the final norm.
+    "also": by a new norm after the model, which keeps its final norm if it has one.
+    """
     has_batch_norms: ClassVar[bool] = False
     """Whether models of the family may have batch norms (`student.norm_batch`)."""
     has_sequential_stages: ClassVar[bool] = False
-    """Whether the first stages can compute attention for a few windows at a time."""
+    """Whether the first stages can save memory by computing attention for few windows at a time."""
 
     def __post_init__(self) -> None:
         check_types(self, "architecture")
@@ -88,20 +95,20 @@ class FamilyArchitecture:
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model whose name is the family's prefix and `rest`."""
+        """Returns the model whose name is the family's prefix followed by `rest`."""
         raise NotImplementedError
 
     def _check(self) -> None:
-        """Refuses values that are invalid for every model."""
+        """Raises ConfigError if a field has an invalid value; subclasses check their own fields."""
 
     def _require(self, ok: bool, field: str, expected: str, *beside: str) -> None:
-        """Raises ConflictError for a field unless ok.
+        """Raises ConflictError for a field unless `ok`.
 
         Args:
-            ok: Whether its value is valid.
-            field: The field.
-            expected: The expected values.
-            beside: Other fields that decide this.
+            ok: Whether the field's value is valid.
+            field: Name of the field.
+            expected: Description of valid values, for the message.
+            beside: Names of other fields that decide whether the value is valid.
         """
         if not ok:
             raise ConflictError(
@@ -117,12 +124,12 @@ class FamilyArchitecture:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens of the feature map without a place in the image, as a class token."""
+        """Number of tokens without a position in the image, such as a class token."""
         return 0
 
     @property
     def fixed_image_size(self) -> int:
-        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        """Side in pixels if the model takes images of one size only; 0 for any size that fits."""
         return 0
 
     @property
@@ -132,34 +139,40 @@ class FamilyArchitecture:
 
     @property
     def own_name(self) -> str:
-        """The model's name with the family's prefix, or ""."""
+        """The model's name with the family's prefix, or "" if the family has no prefix."""
         return ""
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of another side, in pixels.
+        """Returns the same model for images of another side.
 
-        A model that takes any size is returned unchanged, and so is one whose tensors are made
-        for its own `image_size`, whatever size the images have.
+        The model is returned unchanged if it takes any size, or if its tensors always have the
+        size that follows from its own `image_size`.
+
+        Args:
+            image_size: Side of the images in pixels.
         """
         return self
 
     def overridden(self, values: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
-        Raises: ConfigError: if they do not fit the other fields.
+        Raises: ConfigError: if the values do not fit the other fields.
         """
         return replace(self, **values)
 
     def with_own_position_biases(self) -> Self:
-        """Returns the model with a position bias in every block instead of a shared one."""
+        """Returns the model with a position bias in each block instead of a shared bias.
+
+        A family without shared biases returns the model unchanged.
+        """
         return self
 
     def summary(self) -> dict[str, Any]:
-        """Returns rows of the model card about the shape, {"patch": 16}."""
+        """Returns the shape for the model card, {label: value}, such as {"patch": 16}."""
         return {}
 
     def values(self) -> dict[str, Any]:
-        """Returns the family's name and every field."""
+        """Returns {field: value} of all fields, with the family's name as `family`."""
         return {"family": self.family, **asdict(self)}
 
 
@@ -193,11 +206,11 @@ class Transformer(FamilyArchitecture):
 
     @property
     def width(self) -> int:
-        """Channels of the feature map."""
+        """Number of channels of the feature map."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
     def summary(self) -> dict[str, Any]:
-        """Returns width, depths, heads and patch."""
+        """Returns width, depths, heads and patch size, by their labels."""
         depths, heads = (" ".join(map(str, numbers)) for numbers in (self.depths, self.num_heads))
         return {
             "width, depths, heads": f"{self.embed_dim}, {depths}, {heads}",
@@ -246,20 +259,20 @@ class WindowedTransformer(Transformer):
 
     @property
     def kind(self) -> Kind:
-        """Attention in windows."""
+        """The operation that mixes the model's tokens, which is attention in windows."""
         return "windows"
 
     @property
     def fixed_image_size(self) -> int:
-        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        """Side in pixels if the model takes images of one size only; 0 for any size that fits."""
         return self.image_size if self.absolute_position else 0
 
     def summary(self) -> dict[str, Any]:
-        """Returns the rows of a transformer and the window."""
+        """Returns the entries of any transformer and the window size, by their labels."""
         return {**super().summary(), "window": self.window_size}
 
     def with_window(self, window_size: int) -> Self:
-        """Returns a trained model for windows of another size."""
+        """Returns the same model with windows of another size, to load trained weights into."""
         return replace(self, window_size=window_size)
 
     def _check(self) -> None:

@@ -1,6 +1,6 @@
-"""Fields of the recipe's dataclasses: their types, checks, and conversion to JSON and back.
+"""Checks fields of the recipe's dataclasses, and converts the dataclasses to JSON and back.
 
-A section checks itself when it is made, so that a wrong value gives the same message on the
+A section is checked when an object is made, so that a wrong value gives the same message on the
 command line, in a recipe and in a stored recipe.json.
 """
 
@@ -19,17 +19,18 @@ from fd_large.errors import ConfigError, ConflictError, nearest
 _Section = TypeVar("_Section")
 
 LARGEST_NUMBER = 2**63 - 1
-"""Largest magnitude of a number in a recipe or on a command line; seeds may be as large."""
+"""Largest magnitude of a number in a recipe or on a command line, which a seed may have."""
 
 
 def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any]:
-    """Returns {"student.model": type, ...}: every field of a dataclass, nested ones flattened.
+    """Returns {"student.model": type, ...} for all fields of a dataclass, nested fields with dots.
 
     Args:
         cls: The dataclass.
-        prefix: Start of the names.
-        like: A field's name from the user. The entry of a field of type dict[str, Section] has the
-            name in it (clip in "teachers.clip.model"), or is called NAME if it has none.
+        prefix: Prefix of all names.
+        like: Full name of a field that the user typed, such as "teachers.clip.model". A field of
+            the type dict[str, Section] gets one entry, whose name is taken from it ("clip"), or is
+            NAME if it has none.
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
@@ -46,7 +47,7 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
 
 
 def entry_type(hint: Any) -> Any | None:
-    """Returns the Section of a type dict[str, Section], or None for any other type."""
+    """Returns the dataclass of a type dict[str, dataclass], or None for any other type."""
     if get_origin(hint) is not dict:
         return None
     section = get_args(hint)[1]
@@ -54,21 +55,26 @@ def entry_type(hint: Any) -> Any | None:
 
 
 def override(section: _Section, values: Mapping[str, Any]) -> _Section:
-    """Returns a dataclass with other values of some fields, nested ones included.
+    """Returns a copy of a dataclass with other values of some fields.
 
     Args:
-        section: The dataclass, which is not changed.
-        values: {"optim.base_lr": 1e-4, ...}.
+        section: The dataclass.
+        values: {"optim.base_lr": 1e-4, ...}, with dots for nested fields.
 
     Raises:
-        ConfigError: A field does not exist, or a section refuses its value.
+        ConfigError: If a field does not exist or has an invalid value.
     """
     tree = plain(asdict(section))  # type: ignore[call-overload]
     return from_plain(type(section), nested(values, tree), "")
 
 
 def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; a given tree is filled."""
+    """Returns nested dicts, as {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}.
+
+    Args:
+        values: Values by full name.
+        tree: Nested dicts to which the values are added; None for a new dict.
+    """
     tree = {} if tree is None else tree
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -104,7 +110,7 @@ def describe_type(hint: Any) -> str:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """Returns {field name: evaluated type} of a dataclass."""
+    """Returns {name of the field: evaluated type} for the fields of a dataclass."""
     return _hints_of(cls)
 
 
@@ -115,7 +121,12 @@ def _hints_of(cls: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Returns whether a value is of a field's type. True and False are not numbers here."""
+    """Whether a value has a field's type; True and False are no numbers here.
+
+    Args:
+        value: The value.
+        hint: The type.
+    """
     origin = get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
@@ -138,10 +149,15 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def check_types(section: Any, where: str) -> None:
-    """Raises ConfigError if a value of a section is not of its field's type.
+    """Checks the types of a section's values, and makes paths of the user's own code absolute.
 
-    Paths of the user's own files become absolute, so that a recipe does not depend on the current
-    folder.
+    With absolute paths, a recipe does not depend on the current folder.
+
+    Args:
+        section: The dataclass.
+        where: Name of the section, for messages.
+
+    Raises: ConfigError: if a value does not have its field's type, or a number is too large.
     """
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
@@ -180,15 +196,15 @@ def require(
     *,
     beside: tuple[str, ...] = (),
 ) -> None:
-    """Raises ConfigError("PROBLEM; got GOT, expected EXPECTED. REMEDY.") unless ok.
+    """Raises ConfigError("PROBLEM; got GOT, expected EXPECTED. REMEDY.") unless `ok`.
 
     Args:
         ok: Whether the value is valid.
         problem: The field and the problem, "optim.warmup_epochs: warm-up longer than the run".
         got: The value.
-        expected: The expected values.
-        remedy: How to fix it; "" means another value of the field. Next to other fields it is an
-            alternative, introduced by "or".
+        expected: Description of the valid values.
+        remedy: How to mend the mistake; "" to suggest another value of the field. If `beside` is
+            given, the message suggests to change these fields, and adds the remedy after "or".
         beside: Other fields that decide whether the value is valid.
     """
     if not ok and beside:
@@ -218,12 +234,19 @@ def within(where: str, value: float, interval: str) -> None:
 
 
 def at_least(where: str, value: int, least: int, unit: str) -> None:
-    """Raises ConfigError if the value is below `least`; `unit` names the counted thing."""
+    """Raises ConfigError if a value is below `least`.
+
+    Args:
+        where: The field or the flag, for the message.
+        value: The value.
+        least: Smallest valid value.
+        unit: Unit of the value, for the message, such as "images".
+    """
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 
 def is_name(where: str, text: str) -> None:
-    """Refuses a text that is not a plain folder name, such as a path."""
+    """Raises ConfigError unless a text can be the name of a folder, which a path cannot."""
     is_trimmed = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
     require(
         bool(text) and is_trimmed and not {"/", "\\"} & set(text),
@@ -235,7 +258,10 @@ def is_name(where: str, text: str) -> None:
 
 
 def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
-    """Raises ConfigError unless there are no values, or means and deviations of three channels."""
+    """Raises ConfigError unless values are three means and three positive standard deviations.
+
+    An empty tuple is valid, too.
+    """
     require(
         len(values) in (0, 6) and all(value > 0 for value in values[3:]),
         f"{where}: invalid means and standard deviations of three channels",
@@ -245,14 +271,14 @@ def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns nested dicts with lists in place of tuples, for JSON."""
+    """Returns a value for JSON, with lists in place of tuples inside of nested dicts."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.base_lr": value, ...}: every value of a section, nested ones flattened."""
+    """Returns {"optim.base_lr": value, ...} for all fields of a dataclass, nested with dots."""
     named: dict[str, Any] = {}
     for f in fields(section):
         value = getattr(section, f.name)
@@ -268,7 +294,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.base_lr": value, ...} of a stored recipe."""
+    """Returns {"optim.base_lr": value, ...} for the values in nested dicts, as of recipe.json."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         inside = isinstance(value, dict)
@@ -277,13 +303,19 @@ def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
-    """Returns the dataclass from its `plain(asdict(...))`; absent keys take the defaults.
+    """Returns a dataclass made from nested dicts; absent fields have their defaults.
 
-    A dataclass whose fields depend on the values has a classmethod `class_for(values)`, which
-    returns the subclass with these fields.
+    It is the inverse of `plain(asdict(...))`.
+
+    Args:
+        cls: The dataclass. If its fields depend on the values, it has a classmethod
+            `class_for(values)`, which returns the subclass to use.
+        values: The nested dicts, as read from JSON.
+        prefix: Prefix of the fields' names, for messages.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type.
+        ConfigError: If a name is unknown, a field without a default is absent, or a value is
+            invalid.
     """
     where = prefix.rstrip(".") or "recipe"
     if not isinstance(values, dict):
@@ -317,7 +349,16 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
 
 
 def _entry(cls: type[_Section], values: Any, prefix: str, key: str) -> _Section:
-    """Returns an entry by `from_plain`, with messages that name it PREFIX.NAME."""
+    """Returns an entry of a dict of sections, made by `from_plain`.
+
+    Messages of errors have the entry's own name in place of NAME.
+
+    Args:
+        cls: Class of the section.
+        values: Values of the section's fields.
+        prefix: Name of the dict with a dot, such as "teachers.".
+        key: The entry's name.
+    """
     try:
         return from_plain(cls, values, f"{prefix}{key}.")
     except ConflictError as error:

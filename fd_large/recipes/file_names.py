@@ -1,6 +1,6 @@
-"""The names of files and folders in the folder of a run.
+"""Names of the files and folders in the folder of a run.
 
-They must not change, since earlier runs and users' tools rely on them.
+The names must not change, since earlier runs and users' tools rely on them.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ INCIDENT = "incident.json"
 EVALUATED = "evaluations"
 STEP = "update_"
 STOP_FILE = "stop"
-"""The user makes this file, and the run saves and stops."""
+"""Name of a file that the user creates to make the run save and stop."""
 OVERWRITTEN = (
     *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
     *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),
 )
-"""Files and folders that a run writes after its recipe.json; without one they are not a run's."""
+"""Files and folders that a run writes after recipe.json.
+
+In a folder without recipe.json, they do not belong to a run.
+"""
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it has a recipe, or has lost it and has checkpoints."""
+    """Whether a folder is the folder of a run, which has recipe.json or at least checkpoints."""
     return kind_of(folder / RECIPE) is not None or any((folder / CHECKPOINTS).glob("step_*"))
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuses links in a run's folder through which the run would write or remove other files.
+    """Refuses symbolic links through which a run would write or remove files outside its folder.
 
-    A run's folder that came from elsewhere may have such links. A folder in it may still be a link,
-    for example to a larger disk, unless it leads to the folder of another run.
+    A run's folder that came from elsewhere may contain such links. A subfolder may be a link, for
+    example to a larger disk, unless the link leads to the folder of another run.
 
-    Raises: ConfigError: naming the first link.
+    Args:
+        folder: Folder of the run.
+
+    Raises: ConfigError: with the first refused link, or with a pipe or device in place of a file.
     """
     run_folder = folder.resolve()
     logs = folder / LOGS
@@ -76,5 +82,10 @@ def refuse_links(folder: Path) -> None:
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """Returns the folder of a step, counted from 1, among the incidents or the evaluations."""
+    """Returns the subfolder of a step.
+
+    Args:
+        folder: The run's folder of incidents or of evaluations.
+        step: The step, counted from 1.
+    """
     return folder / f"{STEP}{step:08d}"

@@ -1,7 +1,7 @@
-"""Fields removed from recipes: the version and the remedy of each.
+"""Fields that earlier versions of the package had and that were removed, with their remedies.
 
-A stored recipe is read without them. A user who sets one, by a flag, in a run file or from Python,
-reads the remedy. docs/stability.md shows the table.
+A stored recipe is read without removed fields. A user who sets a removed field, by a flag, in a run
+file or from Python, gets an error with its remedy. docs/stability.md shows the table.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 
 
 class Left(NamedTuple):
-    """A removed field.
+    """Removed field of a recipe.
 
     Attributes:
         version: The first version without the field.
-        idle: The value at which the field had no effect.
+        idle: Value of the field that turned it off.
         remedy: A sentence on what to do instead.
     """
 
@@ -40,14 +40,14 @@ LEFT = {
         "start, and name the copy in --data.root.",
     ),
 }
-"""The removed fields, by their name in a recipe."""
+"""The removed fields by full name, section.field."""
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """Returns why a removed field cannot be set, or None for other fields.
+    """Returns the message for a user who sets a removed field, or None for any other field.
 
     Args:
-        name: The field, as it was typed.
+        name: Full name of the field, as the user typed it.
         value: Value that the user set.
     """
     left = LEFT.get(name)
@@ -60,10 +60,13 @@ def refusal(name: str, value: Any) -> str | None:
 
 
 def without_left(recipe: Any) -> Any:
-    """Returns a stored recipe without removed fields; logs once those that had an effect.
+    """Returns a stored recipe without removed fields.
+
+    Removed fields that had an effect are logged once.
 
     Args:
-        recipe: Recipe of a run or a checkpoint; anything but nested dicts stays unchanged.
+        recipe: Recipe of a run or a checkpoint, as read from JSON. A value that is not nested dicts
+            is returned unchanged.
     """
     active = []
     for name, left in LEFT.items():
@@ -86,11 +89,14 @@ def _log(fields: str) -> None:
 def decided_steps(
     manifest: Mapping[str, Any], first_release: Mapping[str, Any] = MappingProxyType({})
 ) -> int | None:
-    """Returns the length in steps that a time limit (optim.max_seconds) gave a run, or None.
+    """Returns the number of steps to which the removed optim.max_seconds had limited a run.
+
+    The result is None if the run had no time limit, or no limit was decided yet.
 
     Args:
-        manifest: Manifest of a checkpoint; decisions after its step do not count.
-        first_release: The run's time_box.json, where the first release stored the decision.
+        manifest: Manifest of a checkpoint. Decisions after the checkpoint's step do not count.
+        first_release: Content of the run's time_box.json, in which the first release stored the
+            decision.
     """
     decisions = manifest.get("time_box", {}).get("decisions", [])
     lengths = [entry["updates"] for entry in decisions if entry["step"] <= manifest["update"]]
@@ -101,7 +107,12 @@ def decided_steps(
 
 
 def recorded_length(step: int, decided: int | None) -> dict[str, Any]:
-    """Returns the entry of a manifest from which `decided_steps` reads the length again."""
+    """Returns the entry of a checkpoint's manifest that `decided_steps` reads.
+
+    Args:
+        step: Step of the checkpoint.
+        decided: The result of `decided_steps`; for None, the entry is empty.
+    """
     if decided is None:
         return {}
     return {"time_box": {"decisions": [{"step": step, "updates": decided}]}}

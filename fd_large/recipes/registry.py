@@ -1,4 +1,4 @@
-"""The published recipes, by name."""
+"""Table of the published recipes by name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MODULES = (
 
 
 def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
-    """Yields the recipes of a file: its own public functions without arguments."""
+    """Yields the recipes of a module, which are its public functions without parameters."""
     for name, make in vars(module).items():
         is_own = inspect.isfunction(make) and make.__module__ == module.__name__
         if is_own and not name.startswith("_") and not inspect.signature(make).parameters:
@@ -48,7 +48,7 @@ def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
 
 
 def _named(make: Callable[[], Run]) -> Callable[[], Run]:
-    """Wraps a recipe so that its run has the name of its function."""
+    """Returns a recipe's function, whose run has the name of the function."""
 
     @wraps(make)
     def recipe() -> Run:
@@ -66,11 +66,10 @@ FINETUNING_RECIPE = "finetune_clip_vit_base"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The facts of a recipe in the table of recipes, one line each.
-
-    Duration and memory of a GPU are computed by `plan` for the recipe's own settings on A100s (of
-    40 GB where the hardware says so) in nodes of 8 with eight 100 Gb/s network cards, with the
-    DeepSpeed JSON that the docstring names, or zero1.json.
+    """Facts of a recipe for the table of recipes, each of which is a line of its docstring.
+    Duration and memory of a GPU were computed by `plan` for the recipe's own settings on A100s of
+    80 GB (or 40 GB, if the line of the hardware says so), in nodes of 8 with eight 100 Gb/s network
+    cards, and with the DeepSpeed JSON that the docstring names, or else zero1.json.
     """
 
     summary: str
@@ -85,10 +84,10 @@ def get(name: str, *, where: str = "--recipe") -> Run:
 
     Args:
         name: The name.
-        where: Source of the name, for messages.
+        where: Flag or command that gave the name, for messages.
 
     Raises:
-        ConfigError: No recipe has that name; the message gives the nearest ones.
+        ConfigError: If no recipe has the name; the message has the nearest names.
     """
     if name not in RECIPES:
         raise ConfigError(
@@ -99,7 +98,11 @@ def get(name: str, *, where: str = "--recipe") -> Run:
 
 
 def facts(name: str) -> Facts:
-    """Returns the first line of a docstring and the lines that begin with a fact's name."""
+    """Returns the facts in the docstring of a recipe.
+
+    The summary is the first line. Each other fact is the first line that begins with its name, such
+    as "Memory:", or "" if there is none.
+    """
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The lines of a run's metrics.jsonl and evaluations.jsonl, readable or damaged."""
+"""Reads the lines of a run's metrics.jsonl and evaluations.jsonl, some of which may be damaged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _END_BYTES = 1 << 16
 
 
 class Line(NamedTuple):
-    """A line of a .jsonl file.
+    """Line of a .jsonl file.
 
     Attributes:
-        number: Line number, from 1.
+        number: Line number from 1, or -1 if unknown.
         raw: Bytes of the line.
-        row: Parsed contents, or None if damaged.
+        row: The parsed object, or None if the line is damaged.
     """
 
     number: int
@@ -27,19 +27,20 @@ class Line(NamedTuple):
 
 
 def lines_of(path: Path) -> list[Line]:
-    """Returns the lines of a run's .jsonl file; empty if it does not exist.
+    """Returns the lines of a run's .jsonl file; none if the file does not exist.
 
-    A line is damaged if it is not the JSON of an object with a number of steps "update", or has no
-    newline at its end.
+    A line is undamaged if it is a JSON object whose entry "update" is a number of steps, followed
+    by a newline.
     """
     raw = path.read_bytes().splitlines(keepends=True) if kind_of(path) == "file" else []
     return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]
 
 
 def newest_line(path: Path) -> list[Line]:
-    """Returns a list with the last readable line of a .jsonl file, as number -1; empty without one.
+    """Returns a list with the last undamaged line of a .jsonl file, or [] if there is none.
 
-    Only the end of the file is read; a running or killed run may leave a torn line there.
+    Only the last 64 kB of the file are read. The very last line may be incomplete, if the run is
+    running or was killed.
     """
     if kind_of(path) != "file":
         return []
@@ -52,7 +53,7 @@ def newest_line(path: Path) -> list[Line]:
 
 
 def numbers_of(lines: list[Line]) -> str:
-    """Returns line numbers in words: "line 3" or "lines 3, 5"."""
+    """Returns the numbers of lines as text, "line 3" or "lines 3, 5"."""
     numbers = ", ".join(str(line.number) for line in lines)
     return f"line{'s' if len(lines) > 1 else ''} {numbers}"
 

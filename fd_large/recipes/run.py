@@ -1,8 +1,8 @@
-"""The recipe of a run: a name and its sections.
+"""Recipe of a run, which is a name and several sections.
 
-`Run` holds everything that decides a run, except the DeepSpeed JSON's settings (ZeRO stage,
-buckets, offload, hpZ). The command line, `recipe.json` of a run folder and the recipes all make
-this object. Standard library only.
+`Run` holds all settings of a run except those in the DeepSpeed JSON (ZeRO stage, buckets, offload,
+hpZ). The command line, `recipe.json` of a run folder and the published recipes all produce this
+object. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ else:
 
 
 UNNAMED = "unnamed"
-"""Name of a published recipe until the registry names it after its function."""
+"""Name of a published recipe before the registry gives it the name of its function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Task(_TaskSections):
         self.kind()
 
     def kind(self) -> TaskKind | None:
-        """Returns the task's description; None for code that this process may not import.
+        """Returns the task's description, or None if this process may not import the task's code.
 
         Raises: ConfigError: if the task does not exist.
         """
@@ -102,9 +102,11 @@ class Task(_TaskSections):
 
     @classmethod
     def class_for(cls, values: Mapping[str, Any]) -> type[Task]:
-        """Returns this class, with the section of the user's own task if values name one.
+        """Returns the class for the values of the section `task`.
 
-        If this process may not import the code, the section is the stored dict.
+        If they name a task of the user's own, it is a subclass with a field for the section of
+        that task.
+        If this process may not import the code, this field is a plain dict.
         """
         name = values.get("name", Task.name)
         if not isinstance(name, str) or name in TASKS:
@@ -175,7 +177,7 @@ _MAY_CHANGE = {
 # Sections of a run with one teacher; of several, each has these fields in its own entry.
 _OF_ONE_TEACHER = ("teacher", "objective")
 ONLY = ""
-"""The name of a run's only teacher among `Run.taught_by`."""
+"""Key of the teacher in `Run.taught_by`, if a run has only one."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
 # Names that mean something else in RUN#NAME.
@@ -196,9 +198,10 @@ LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
-    """Whether a run may continue to the new length, which has to be larger, as far as is known.
+    """Whether a run's new length is larger than the old, so that the run may continue.
 
-    Numbers of different units (epochs and steps) are compared once the length of an epoch is known.
+    If one length is in epochs and the other in steps, the result is True, since they can be
+    compared only when the number of steps of an epoch is known.
     """
     if bool(before.max_steps) != bool(now.max_steps):
         return True
@@ -259,12 +262,17 @@ class Run:
                     self._refuse_sections_of(kind, read)
 
     def _models(self) -> dict[str, Student | FrozenModel]:
-        """Returns the sections that describe a model, by name."""
+        """Returns the sections that describe a model, by full name, such as "teachers.NAME"."""
         several = _named("teachers", self.teachers) | _named("students", self.students)
         return {"student": self.student, "teacher": self.teacher, **several}
 
     def _with_model(self, where: str, section: Any) -> Run:
-        """Returns the run with another section of a model; see `_models`."""
+        """Returns the run with one section of `_models` replaced.
+
+        Args:
+            where: Full name of the section, a key of `_models`.
+            section: The new section.
+        """
         group, _, name = where.partition(".")
         changed: dict[str, Any] = {group: section}
         if name:
@@ -272,9 +280,10 @@ class Run:
         return replace(self, **changed)
 
     def _check_teachers(self) -> None:
-        """Refuses ambiguous names of teachers, and teachers given in two ways.
+        """Checks the sections about teachers.
 
-        Raises: ConfigError: naming the problem.
+        Raises: ConfigError: if a teacher's name is ambiguous, if both one teacher and several are
+            set, or if weighting is set for one teacher.
         """
         for name in self.teachers:
             if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:
@@ -298,7 +307,14 @@ class Run:
             )
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
-        """Refuses settings of other tasks, which would have no effect."""
+        """Refuses settings that only another task reads, since they would have no effect.
+
+        Args:
+            kind: The other task.
+            read: The task of this run.
+
+        Raises: ConfigError: with the fields that are set.
+        """
         sections = {
             name: getattr(self, name) for name in kind.sections if name not in read.sections
         }
@@ -317,9 +333,9 @@ class Run:
 
     @property
     def frozen_models(self) -> dict[str, FrozenModel]:
-        """The frozen models of the run, by section.
+        """The frozen models of the run by section, as "teacher" or "teachers.NAME".
 
-        If this process may not import the task's code, only models described by the recipe.
+        If this process may not import the task's code, these are the sections that are set.
         """
         kind = self.task.kind()
         sections = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -333,24 +349,29 @@ class Run:
 
     @property
     def frozen_dtype(self) -> str:
-        """The data type of the run's frozen models; float32 if they differ."""
+        """The data type of all frozen models, "float32" if theirs differ, or "auto" without any."""
         dtypes = {getattr(model, "dtype", AUTO) for model in self.frozen_models.values()}
         return dtypes.pop() if len(dtypes) == 1 else "float32" if dtypes else AUTO
 
     def student_architecture(self) -> FamilyArchitecture:
-        """Returns the student's architecture with the overrides filled in."""
+        """Returns the architecture of the student, with the fields that the recipe changes."""
         return resolve(self.student.model, self.student.architecture)
 
     @property
     def taught_by(self) -> dict[str, NamedTeacher]:
-        """The teachers with their objectives, by name; "" names a single teacher.
+        """The teachers with their objectives, by name; a single teacher has the name "".
 
-        A single teacher's sections teacher and objective become an entry like those of several.
+        The sections `teacher` and `objective` of a single teacher are joined to an entry like those
+        of several teachers.
         """
         return self.teachers or {ONLY: NamedTeacher.joined(self.teacher, self.objective)}
 
     def with_taught_by(self, teachers: dict[str, NamedTeacher]) -> Run:
-        """Returns the run with other entries in `taught_by`, under the same names."""
+        """Returns the run with other teachers.
+
+        Args:
+            teachers: The teachers, with the same keys as `taught_by`.
+        """
         if self.teachers:
             return replace(self, teachers=teachers)
         teacher, objective = teachers[ONLY].parted()
@@ -362,19 +383,18 @@ class Run:
         return self.with_taught_by({n: replace(e, placement="replicated") for n, e in entries})
 
     def with_fields(self, values: Mapping[str, Any], *, stay: Collection[str] = ()) -> Run:
-        """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
+        """Returns the run with other values of some fields.
 
-        A model of another family drops the fields of the run's own model, and another task drops
-        the run's fields of its own task. If the run names a teacher's weights, other weights
-        bring their own model. New named teachers replace the run's single teacher. A new named
-        student starts from the run's own student section. Some fields follow others
-        (`Optim.implied`).
+        Some values reset fields of the run: a model of another family those of the run's model,
+        another task those of the run's task, and other weights of a teacher the teacher's model.
+        Named teachers replace the run's single teacher. A new named student starts from the run's
+        section `student`. Some fields follow others (`Optim.implied`).
 
         Args:
-            values: The values by name.
+            values: The values by full name, {"optim.base_lr": 1e-4, ...}.
             stay: Names of fields that do not follow others.
 
-        Raises: ConfigError: as `override`; or if the task cannot be imported.
+        Raises: ConfigError: as `override`, or if the task cannot be imported.
         """
         base = self
         task = values.get("task.name", self.task.name)
@@ -398,10 +418,10 @@ class Run:
         return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields that a resume may not change, but that differ from a stored run's.
+        """Returns the fields that differ from a stored run's and that a resume may not change.
 
         Args:
-            stored: Result of `to_dict`.
+            stored: The stored run, as a result of `to_dict`.
 
         Returns: {"optim.base_lr": (stored value, new value), ...}.
         Raises: ConfigError: as `from_dict`.
@@ -433,7 +453,9 @@ class Run:
         }
 
     def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the part of `changes_since` that is known before weights complete the recipe.
+        """Returns the entries of `changes_since` for fields that weights cannot complete later.
+
+        For a task of the user's own, which may complete any field, the result is empty.
 
         Args: As `changes_since`.
         """
@@ -447,7 +469,10 @@ class Run:
         }
 
     def norm_batch(self) -> int:
-        """Returns the number of images that share a batch norm's statistics; 0 if none do."""
+        """Returns how many images share the statistics of a batch norm in training.
+
+        The number is 0 if the running statistics of the initial weights are used.
+        """
         student, size = self.student, self.batch.global_batch_size
         if student.norm_batch != "auto":
             return min(student.norm_batch, size)
@@ -458,16 +483,16 @@ class Run:
         return min(divisors, key=lambda number: abs(math.log(number / USUAL_NORM_BATCH)))
 
     def code(self) -> dict[str, str]:
-        """Returns {name: SHA-256} of the user's own files in the run."""
+        """Returns {name: SHA-256 of its file} for the user's own code that the run names."""
         students = self.students.values() or [self.student]
         sections: list[Student | FrozenModel] = [*students, *self.frozen_models.values()]
         models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
         return doors.hashes([self.to_dict(), models])
 
     def each_student(self) -> dict[str, Run]:
-        """Returns the run of each student by name; "" names a single student.
+        """Returns a run for each student, by name; a single student has the name "".
 
-        Trained separately, each run would compute the same.
+        Each of these runs, trained separately, would compute the same as the common run.
         """
         if not self.students:
             return {"": self}
@@ -505,12 +530,13 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Returns the run from the result of `to_dict`, without removed fields.
+        """Returns the run from a result of `to_dict`, which may be of an earlier version.
 
-        An absent key takes the field's default.
+        Removed fields are ignored, and absent fields have their defaults.
 
         Raises:
-            ConfigError: A key is unknown or missing, or a value has the wrong type.
+            ConfigError: If a field is unknown, an absent field has no default, or a value is
+                invalid.
         """
         return from_plain(cls, without_left(values), "")
 
@@ -525,12 +551,14 @@ def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
 def _with_other_model(
     section: Student | FrozenModel, where: str, values: Mapping[str, Any]
 ) -> Student | FrozenModel:
-    """Returns a model's section without fields that new values invalidate; see `Run.with_fields`.
+    """Returns a model's section in which fields that new values invalidate are reset.
+
+    These are described in `Run.with_fields`.
 
     Args:
         section: The section.
-        where: Prefix of its fields' names.
-        values: The values by name.
+        where: Full name of the section.
+        values: The new values, by full name.
     """
     if isinstance(section, FrozenModel):
         source = values.get(f"{where}.source", section.source)
@@ -548,12 +576,14 @@ def _with_other_model(
 
 
 def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) -> dict[str, float]:
-    """Returns the schedule ends of students with learning rates of their own, by full name.
+    """Returns learning rates at the schedule's ends for students with a peak rate of their own.
+
+    The ratio of these rates to the peak is that of the section `optim`.
 
     Args:
-        optim: The recipe's section.
+        optim: The recipe's section `optim`.
         values: Values of fields by full name.
-        named: Names of fields that do not follow others.
+        named: Full names of fields that do not follow others.
     """
     ending = ".base_lr"
     peaks = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}
@@ -571,15 +601,17 @@ def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) 
 
 
 def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"teachers.NAME": entry, ...}."""
+    """Returns the entries by full name, as {"teachers.NAME": entry}."""
     return {f"{group}.{name}": entry for name, entry in entries.items()}
 
 
 def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {name: (value, default)} of the fields that sections set, without automatic fields.
+    """Returns {full name: (value, default)} of the fields that differ from their defaults.
+
+    Fields with the value "auto" are left out.
 
     Args:
-        sections: Sections by the prefix of their fields' names.
+        sections: Sections by their full names.
     """
     settings: dict[str, tuple[Any, Any]] = {}
     for name, section in sections.items():
@@ -590,12 +622,12 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _usual(section: Any) -> Any:
-    """Returns the section of defaults; a student's model, which has no default, is empty."""
+    """Returns a section of the same class with all defaults; a student's model is then ""."""
     return type(section)(model="") if isinstance(section, Student) else type(section)()
 
 
 def _unread(read: TaskKind) -> dict[str, Any]:
-    """Returns the default sections that a task does not read, by name."""
+    """Returns default values of the sections that a task does not read, by name."""
     names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
     # The types of several teachers and students are called like a dict, and give an empty one.
     return {name: hints_of(Run)[name]() for name in names}

@@ -1,8 +1,8 @@
-"""Values of a recipe's fields from a YAML or JSON file, or from Python.
+"""Reads values of a recipe's fields from a YAML or JSON file, or from Python.
 
-Both are nested as in `recipe.json`; a name with dots stands for the same ("optim.max_steps: 20").
-Files are data: nothing in them is evaluated, and code of the user's own that they name is imported
-only where the command line allows it.
+The values are nested as in `recipe.json`, or have names with dots ("optim.max_steps: 20"). Nothing
+in a file is evaluated, and the user's own code that a file names is imported only if the command
+line allows it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MOST_NAMES, MOST_BYTES = 10_000, 4 << 20
 
 @dataclass(frozen=True)
 class Given:
-    """Values of fields, each with its place.
+    """Values of a recipe's fields that the user gave, with their lines in a file.
 
     Attributes:
-        values: {"optim.max_steps": 20, ...}
-        path: The file; empty for values from Python.
-        lines: Line of each value in the file, where it is known.
+        values: The values, nested or by full names such as "optim.max_steps".
+        path: The file; "" for values from Python.
+        lines: Line number of each name in the file, if known.
     """
 
     values: Mapping[str, Any]
@@ -46,7 +46,10 @@ class Given:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """Returns a field's place as the beginning of messages, "run.yaml:12: "."""
+        """Returns where a field is set, as the beginning of a message such as "run.yaml:12: ".
+
+        It is "" for values from Python.
+        """
         if not self.path:
             return ""
         inside = (line for key, line in self.lines.items() if key.startswith(f"{name}."))
@@ -55,7 +58,7 @@ class Given:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader with YAML 1.2's scalars: `off` and `no` are text, 1e-4 is a number."""
+    """YAML loader with the scalars of YAML 1.2, where `off` and `no` are text and 1e-4 a number."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -70,9 +73,9 @@ for _tag, _pattern, _first in (
 
 
 def read_run_file(path: str) -> Given:
-    """Reads a YAML or JSON file of fields, nested or with dots.
+    """Reads a YAML or JSON file with fields of a recipe.
 
-    Raises: ConfigError: if the file is missing or has another form.
+    Raises: ConfigError: if the file is missing, is neither YAML nor JSON, or sets a name twice.
     """
     remedy = "Name a YAML or JSON file with fields of a recipe, such as the recipe.json of a run."
     data = read_bytes(os.path.expanduser(path), where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
@@ -116,7 +119,16 @@ def _given(tree: Any, path: str, lines: dict[str, int], twice: list[str]) -> Giv
 
 
 def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
-    """Records the line of every name below a mapping, and names that occur twice."""
+    """Adds the line of each name in a YAML mapping to `lines`, and repeated names to `twice`.
+
+    Args:
+        node: The parsed node of YAML; other nodes than mappings are ignored.
+        prefix: Full name of the mapping with a dot, or "".
+        lines: Receives {full name: line number}.
+        twice: Receives a message for each repeated name.
+
+    Raises: yaml.MarkedYAMLError: if there are more than `MOST_NAMES` names.
+    """
     if not isinstance(node, yaml.MappingNode):
         return
     if len(lines) > MOST_NAMES:
@@ -141,20 +153,21 @@ def run_of(
     mistakes: list[str] | None = None,
     refused: set[str] | None = None,
 ) -> Run | None:
-    """Returns the recipe from nested values.
+    """Returns the recipe that given values describe.
 
-    The values change the named recipe. If the name is not that of a recipe, they make a run of
-    their own, which has to name its student's model.
+    The values change the recipe whose name they have as `name`. If there is no recipe of this name,
+    they describe a new run, and must include the student's model.
 
     Args:
-        source: The values, nested or with dots.
-        recipe: Name of the recipe that is changed if the values name none.
-        named: Whether the user named it, so that it wins over the values' own name.
-        mistakes: Takes the lines of all mistakes; None raises an error instead.
-        refused: Takes the names of the values that are refused, as `accepted` has them.
+        source: The values.
+        recipe: Name of the recipe to change if the values have no `name`.
+        named: Whether the user chose `recipe`, which then takes precedence over `name`.
+        mistakes: List to which a line for each mistake is added; None to raise an error instead.
+        refused: Set to which the names of refused values are added; see `accepted`.
 
-    Returns: the recipe, or None if mistakes prevent it.
-    Raises: ConfigError: with a line for each mistake, unless `mistakes` takes them.
+    Returns: the recipe, or None if a mistake prevents making one.
+
+    Raises: ConfigError: with a line for each mistake, if `mistakes` is None.
     """
     messages: list[str] = []
     name = source.values.get(NAME, recipe)
@@ -189,11 +202,13 @@ def _task_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
-    """Returns {"optim.max_steps": 20, ...} of nested values.
+    """Returns given values by full name, {"optim.max_steps": 20, ...}.
+
+    Names that are no field of a recipe are left out.
 
     Args:
-        source: The values.
-        mistakes: Receives a line for each name that is not a field; such names are left out.
+        source: The values, nested or by full names.
+        mistakes: List to which a line for each name that is no field is added.
     """
     task = Task
     task_name = next(
@@ -216,7 +231,12 @@ def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _is_of_own_task(name: str, task: type[Task]) -> bool:
-    """Whether the section belongs to a task whose code this process may not import."""
+    """Whether a field belongs to a task of the user's own whose code may not be imported.
+
+    Args:
+        name: Full name of the field.
+        task: Class of the recipe's section `task`.
+    """
     section = ".".join(name.split(".")[:2])
     return task is not Task and field_names(task, "task.").get(section) == dict[str, Any]
 
@@ -250,17 +270,20 @@ def accepted(
     where: Callable[[str], str] = lambda name: "",
     refused: set[str] | None = None,
 ) -> T | None:
-    """Returns the object built from values; each refused value is recorded and left out.
+    """Returns the object that `build` makes of values, without the values that it refuses.
 
-    A refused value is replaced by the recipe's own, which the user never gave. A mistake that may
-    result from this is not reported.
+    In place of a refused value, the object has the recipe's own value. A mistake that may result
+    from this replacement is not reported, since the user did not make it.
 
     Args:
-        values: Values by name.
-        build: Raises a ConfigError that begins with the name of the value it refuses.
-        mistakes: Takes the messages.
-        where: Beginning of a message, from the name of the value.
-        refused: Names that were refused before; extended here.
+        values: Values by full name.
+        build: Function that makes the object of values, or raises a ConfigError whose message
+            begins with the name of a refused value.
+        mistakes: List to which the messages are added.
+        where: Function from a value's name to the beginning of its message.
+        refused: Names of values that were refused before, to which further names are added.
+
+    Returns: the object, or None if a refusal is not due to one of the values.
     """
     accepted_values = dict(values)
     refused = set() if refused is None else refused
@@ -287,13 +310,13 @@ def _fields_of(error: ConfigError) -> tuple[str, ...]:
 def _comes_of(
     refused: Collection[str], fields: Collection[str], error: ConfigError, *, user_set: bool
 ) -> bool:
-    """Returns whether a mistake may be a consequence of replacements of refused values.
+    """Whether a mistake may be a consequence of replacing refused values.
 
     Args:
-        refused: Names of values that were refused.
-        fields: The fields in which the mistake is.
+        refused: Full names of the values that were refused.
+        fields: Full names of the fields to which the mistake refers.
         error: The mistake.
-        user_set: Whether the user gave a value of one of these fields.
+        user_set: Whether the user set one of these fields.
     """
     sections = {name.rpartition(".")[0] for name in refused}
     return any(

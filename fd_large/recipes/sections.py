@@ -1,7 +1,7 @@
-"""The sections of a run: frozen dataclasses, checked when they are made.
+"""Sections of a recipe, which are frozen dataclasses that check their values when made.
 
-Standard library only: `--help` must not wait for torch. The comment above a field is its help text
-on the command line.
+Only the standard library is imported, so that `--help` does not wait for torch. The comment above a
+field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fd_large.recipes.fields import (
 # configurations.
 RATE_BATCH_SIZE = 512
 FOLLOWING = ("optim.warmup_lr", "optim.min_lr", "optim.warmup_epochs")
-"""Fields that may follow others (`Optim.implied`)."""
+"""Fields that follow other fields unless the user sets them (`Optim.implied`)."""
 
 AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
 STUDENTS = "students"
-"""Folder with the run folder of each of several students, inside their common folder."""
+"""Name of the folder, inside the folder of a run, with the run folders of several students."""
 
 # Fields of the student that decide how sizes that do not fit are treated.
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
@@ -121,11 +121,11 @@ class Student:
     def without_rules_unknown_to(
         self, architecture: FamilyArchitecture, *, unchanged: Collection[str] = ()
     ) -> Student:
-        """Returns the section with those of `SIZE_FIELDS` at their defaults that a family lacks.
+        """Returns the section in which the fields of `SIZE_FIELDS` that a family lacks are reset.
 
         Args:
             architecture: A model of the family.
-            unchanged: Names of fields that keep their values.
+            unchanged: Names of fields that keep their values in any case.
         """
         usual = Student(model=self.model).sizes()
         if architecture.can_pad:
@@ -133,7 +133,7 @@ class Student:
         return replace(self, **{name: v for name, v in usual.items() if name not in unchanged})
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the fields that decide how misfitting sizes are treated, {name: value}."""
+        """Returns {name: value} of the fields in `SIZE_FIELDS`."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
@@ -169,14 +169,14 @@ class NamedStudent(Student):
             raise ConfigError(str(error).replace("optim.", f"{self.place}.")) from None
 
     def alone(self) -> Student:
-        """Returns the student's section for a separate run."""
+        """Returns the section `student` of a separate run of this student."""
         return Student(**{f.name: getattr(self, f.name) for f in fields(Student)})
 
     def optimised(self, optim: Optim) -> Optim:
-        """Returns the student's section optim for a separate run.
+        """Returns the section `optim` of a separate run of this student.
 
         Args:
-            optim: Default values of all students.
+            optim: The section of the common run, whose values the student's own replace.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
         return replace(
@@ -196,7 +196,7 @@ class FrozenModel:
 
     place: ClassVar[str] = "model"
     folder_schemes: ClassVar[tuple[str, ...]] = ()
-    """Prefixes that may stand before a folder's path in `source`, in sections of this kind only."""
+    """Prefixes that `source` may have before a folder's path, such as "cached:"."""
 
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
@@ -221,10 +221,11 @@ class FrozenModel:
         """Refuses a model without a source of weights.
 
         Args:
-            flag: The flag of its source, for messages.
-            others: Other names, to suggest one for a mistyped name.
+            flag: The flag of the model's source, for messages.
+            others: Names of the other models, of which the message suggests the nearest, since
+                the model's name may be mistyped.
 
-        Raises: ConfigError: naming the flag, and the nearest of the others.
+        Raises: ConfigError: if `source` is empty.
         """
         if self.source:
             return
@@ -335,7 +336,7 @@ class Data:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Sides of the crops of all steps, in pixels."""
+        """Sides in pixels of the crops that steps may have."""
         return self.image_sizes or (self.image_size,)
 
 
@@ -464,13 +465,14 @@ class Optim:
         )
 
     def implied(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Returns fields that follow other values of the recipe, such as {"optim.min_lr": 1e-6}.
+        """Returns values of fields that follow from changed fields, such as {"optim.min_lr": 1e-6}.
 
-        Both ends of the schedule keep their ratio to base_lr, and a warm-up too long for fewer
-        epochs keeps its share of the run.
+        If base_lr changes, the learning rates at both ends of the schedule keep their ratio to it.
+        If the warm-up would be longer than the changed number of epochs, it keeps its share of the
+        run.
 
         Args:
-            values: Values of fields by full name; these fields do not follow others.
+            values: The changed fields by full name, which do not follow others.
         """
         following: dict[str, float] = {}
         peak = values.get("optim.base_lr")
@@ -484,7 +486,10 @@ class Optim:
         return {name: value for name, value in following.items() if name not in values}
 
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
-        """Returns the learning rates (peak, start of warm-up, end) for a global batch size."""
+        """Returns the learning rates of a step with a global batch size.
+
+        They are the rates at the peak, at the start of the warm-up and at the end of the schedule.
+        """
         scale = global_batch_size / RATE_BATCH_SIZE
         return self.base_lr * scale, self.warmup_lr * scale, self.min_lr * scale
 

@@ -275,7 +275,13 @@ _AGGLOMERATIVE: dict[str, Any] = {
 
 
 def _timm(name: str, *, image_size: int | None = None, **fields: Any) -> NamedTeacher:
-    """A teacher of timm with its weights."""
+    """Returns a teacher of timm with its pretrained weights.
+
+    Args:
+        name: Name of the weights in timm, MODEL.TAG.
+        image_size: Side in pixels for which the model is made; None for the model's own.
+        **fields: Further fields of the teacher.
+    """
     model = f"timm:{name.partition('.')[0]}"
     architecture = Architecture() if image_size is None else Architecture(image_size=image_size)
     return NamedTeacher(model=model, architecture=architecture, source=f"timm:{name}", **fields)
@@ -288,7 +294,7 @@ def _agglomerative(
     image_size: int,
     rates: tuple[float, float, float] = VIT_RATES,
 ) -> Run:
-    """Settings of the distillations of record, for several teachers."""
+    """Returns a distillation of several teachers, with the settings of the published ones."""
     base_lr, warmup_lr, min_lr = rates
     return Run(
         name=UNNAMED,

@@ -23,10 +23,10 @@ NAME = "small_data"
 QUICKSTART = "quickstart"
 _QUICKSTART = replace(quickstart(), name=QUICKSTART)
 USUAL_IMAGES = 1_000
-"""The number of images for which the recipe's own values are made."""
+"""Number of images from which the values in the recipe `small_data` itself follow."""
 
 PEAKS: dict[Kind, float] = {"convolutions": 1e-3, "windows": 4e-3, "attention": 1e-3}
-"""Peak learning rate of a step, by how a model mixes its tokens (`Kind`): see `small_data`."""
+"""Peak learning rate of a step for each kind of model (`Kind`), explained in `small_data`."""
 _PASSES, _FEWEST_STEPS = 40, 400
 _BATCHES = (32, 256)
 _WARM_UP, _END = 0.05, 0.1
@@ -45,12 +45,12 @@ _ALL = (
 
 
 class Images(NamedTuple):
-    """The images of a run.
+    """Facts about the training images of a run.
 
     Attributes:
         number: Number of images.
-        can_divide: Whether some can be held out by the names of their files (data.val_fraction).
-        tested: The folder of test images next to these, or "".
+        can_divide: Whether a part can be held out by the names of the files (data.val_fraction).
+        tested: Folder of the dataset's test images, or "" if there are none.
     """
 
     number: int
@@ -103,16 +103,16 @@ def small_data() -> Run:
 
 
 def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[Run, str]:
-    """Returns the run with the fields that its images and devices decide, and a line for the log.
+    """Returns a run whose fields are fitted to its images and ranks, and a line for the log.
 
-    In a run of the quick start with another student, only the learning rates are set, to those of
-    the student's kind of model (`PEAKS`).
+    In a run of the quick start with another student, only the learning rates are fitted, to the
+    student's kind of model (`PEAKS`).
 
     Args:
         run: The run.
-        images: The run's images.
-        ranks: The number of ranks.
-        named: Full names of the fields that the user set, which stay.
+        images: Facts about the run's images.
+        ranks: Number of ranks.
+        named: Full names of the fields that the user set, which stay unchanged.
     """
     if run.name == NAME:
         run = override(run, _decided(run, images, ranks, named))
@@ -139,7 +139,10 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
 
 
 def fitted_fields(run: Run) -> tuple[str, ...]:
-    """Returns the names of the fields that `fit` may decide for a run, or ()."""
+    """Returns the names of the fields that `fit` may change in a run, which are none for others.
+
+    They exist for the recipe `small_data`, and for the quick start with another student.
+    """
     if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
         return ()
     is_known = run.student.model == _QUICKSTART.student.model
@@ -150,7 +153,10 @@ def fitted_fields(run: Run) -> tuple[str, ...]:
 
 
 def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> dict[str, Any]:
-    """Returns the decided values by full name, without fields that the user named."""
+    """Returns the fitted values by full name, without fields that the user set.
+
+    Args: As for `fit`.
+    """
     held_out: dict[str, Any] = {}
     if "eval.root" not in named and "data.val_fraction" not in named:
         if images.tested:
@@ -180,7 +186,11 @@ def _unnamed(values: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
 
 
 def _batch(images: int, ranks: int) -> int:
-    """Returns the global batch: a sixteenth of the images, as bounds and ranks allow."""
+    """Returns the global batch size for a number of images.
+
+    It is a sixteenth of the images as a power of two from 32 to 256, at most the number of images,
+    and rounded up to a multiple of the ranks.
+    """
     fewest, most = _BATCHES
     sixteenth = 2 ** round(math.log2(max(images, 16) / 16))
     size = min(max(fewest, min(most, sixteenth)), 2 ** int(math.log2(max(images, 1))))

@@ -1,4 +1,4 @@
-"""The recipe in the folder of a run."""
+"""Reads the recipe in the folder of a run, and compares it with a new recipe."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _REMEDY = "Restore it, or use the release that wrote it."
 
 
 def recipe_file(folder: str | Path, *, where: str) -> Path:
-    """Returns the path of a run's recipe.
+    """Returns the path of recipe.json in a run's folder.
 
     Args:
         folder: Folder of the run.
         where: The command, for messages.
 
-    Raises: ConfigError: if the folder is not a run's.
+    Raises: ConfigError: if the folder is not a run's, or is the common folder of several students.
     """
     path = Path(folder) / RECIPE
     kind = kind_of(path, where=where)
@@ -43,7 +43,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
 
 
 def run_of_checkpoint(path: str | Path) -> Path:
-    """Returns the run's folder of a checkpoint; any other path is returned unchanged.
+    """Returns the folder of the run to which a checkpoint belongs, or any other path unchanged.
 
     Args:
         path: The folder of a run, or RUN/checkpoints/NAME.
@@ -57,7 +57,7 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
     """Returns the recipe of a run.
 
     Args: As `recipe_file`.
-    Raises: ConfigError: if the folder has no recipe that can be read.
+    Raises: ConfigError: if the folder has no recipe, or the recipe cannot be read.
     """
     path = recipe_file(folder, where=where)
     recipe = read_json(path, where=where, holds=dict, remedy=_REMEDY)
@@ -71,11 +71,12 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
 
 
 def require_same_settings(run: Run) -> None:
-    """Refuses a run whose folder has a run with other settings, as far as shows without weights.
+    """Refuses a run whose folder holds a run with other settings.
 
-    A folder that cannot be read is passed over here, and reported when the run enters it.
+    Only fields that weights cannot complete later are compared. A folder that cannot be read is
+    accepted here; the mistake is reported when the run starts.
 
-    Raises: ConfigError: naming the fields.
+    Raises: ConfigError: with the fields that differ.
     """
     path = Path(run.run_dir()) / RECIPE
     try:
@@ -89,16 +90,18 @@ def require_same_settings(run: Run) -> None:
 
 
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
-    """Returns a run with the stored ends of its schedule, unless the user set others.
+    """Returns a run in which fields that follow others have their values of the stored run.
 
-    A run of an earlier version began with the recipe's ends, whatever its base_lr. Fields that
-    follow from the number of images (`small_data.fit`) stay as stored, too.
+    These are the ends of the learning rate schedule and the warm-up, if base_lr is the same: in a
+    run of an earlier version, they did not follow base_lr. Fields that were fitted to the images
+    (`small_data.fit`) have their stored values, too. Without a stored run, the run is returned
+    unchanged.
 
     Args:
-        run: The run as now requested.
-        named: Full names of the fields that were set.
+        run: The run that the user requests now.
+        named: Full names of the fields that the user set, which stay unchanged.
 
-    Raises: ConfigError: if the folder has values that were fitted to other images.
+    Raises: ConfigError: if the stored values were fitted to other images.
     """
     path = Path(run.run_dir()) / RECIPE
     try:
@@ -126,7 +129,7 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
 
 
 def _place(run: Run) -> str:
-    """Returns the place of a run's images, with links resolved."""
+    """Returns the path of a run's images with links resolved, or their URL."""
     return run.data.root if "://" in run.data.root else os.path.realpath(run.data.root)
 
 
@@ -135,7 +138,7 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
 
     Args:
         folder: Folder of the run.
-        changes: {field: (value there, value now)}.
+        changes: {field: (the stored run's value, the new value)}.
     """
     changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
     expected, longer = "the same", ""

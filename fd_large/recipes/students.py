@@ -1,4 +1,4 @@
-"""The distilled students that recipes of other tasks train further."""
+"""Distilled students that recipes of other tasks start from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ DISTILLED_AT_192 = (12, 12, 12, 6)
 
 
 def vit(model: str, drop_path_rate: float) -> Student:
-    """Returns a ViT whose blocks each have a copy of the shared table of relative positions."""
+    """Returns the student section of a ViT that has a table of relative positions in each block.
+
+    Each table starts as a copy of the table that all blocks shared in the distillation.
+    """
     named = resolve(model)
     return Student(
         model=model,

@@ -1,4 +1,4 @@
-"""Names in the package's tables, read from its source text to avoid importing torch."""
+"""Reads the names in tables of the package from its source text, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @cache
 def keys_of(file: str, *tables: str) -> tuple[str, ...]:
-    """Returns the keys of dicts in a file of the package, from its source text.
+    """Returns the keys of dicts that are defined in a file of the package.
 
-    A key is a string, or the name of a string in the same file.
+    A key has to be a string, or a name to which a string is assigned in the same file.
 
     Args:
-        file: Path of the file in the package, "runtime/trackers.py".
+        file: Path of the file in the package, such as "runtime/trackers.py".
         tables: Names of the dicts.
     """
     values: dict[str, ast.expr] = {}

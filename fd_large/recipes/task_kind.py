@@ -1,4 +1,4 @@
-"""A task's description for the recipe, the command line and the report; no torch."""
+"""Describes a task for the recipe, the command line and the report. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fd_large.errors import ConfigError, nearest
 
 OF_FEW_LABELS = ("data.fraction", "data.per_class", "data.label_seed")
-"""Fields that choose some of the labelled images, which tasks of classes alone read."""
+"""Fields that choose some of the labelled images; only tasks with class labels read them."""
 OF_VIEWS_WITHOUT_LABELS = (
     "data.color_jitter",
     "data.grayscale_probability",
@@ -19,51 +19,50 @@ OF_VIEWS_WITHOUT_LABELS = (
     "eval.knn_root",
     "eval.knn_every",
 )
-"""Fields of the recipe that only a task whose images have no labels reads."""
+"""Fields of the recipe that only tasks on images without labels read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:
-    """A task's description; each `tasks/NAME/section.py` holds one, named KIND.
+    """Description of a task, which each `tasks/NAME/section.py` defines as KIND.
 
     Attributes:
-        name: Its name in a recipe (`task.name`). A recipe names the user's own task by
-            `module:FILE.py:NAME`, and then this is only the name of its section.
-        folder: Its folder in `tasks/`; "" for the user's own task.
-        job: The class of its jobs (`TrainingJob` in engine/job.py), which the engine trains: its
-            dotted name in tasks/, or the class itself for a task of the user's own. Every task has
-            one. It is imported when it is first needed, and so are `stored` and `transfer`.
-        stored: The class of its stored runs (`StoredRun` in tasks/stored_run.py), named like
+        name: Name of the task in a recipe (`task.name`). A recipe names the user's own task by
+            `module:FILE.py:NAME`, and `name` is then only the name of the task's section.
+        folder: Name of the task's folder in `tasks/`; "" for the user's own task.
+        job: Class of the task's jobs (`TrainingJob` in engine/job.py), which the engine trains, as
+            a dotted name in tasks/, or as the class itself for the user's own task. It is imported
+            when it is first needed, as are `stored` and `transfer`.
+        stored: Class of the task's stored runs (`StoredRun` in tasks/stored_run.py), given like
             `job`; "" if commands can only export the student.
-        transfer: The class by which its trainings begin from named models (`Transfer` in
-            tasks/transfer.py), named as `job`; empty: they do not.
-        title: Its name in tables and plots; empty: `name`.
-        section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
-        sections: Names of the recipe's sections that are read by this task and not by all.
-        may_change: Fields of its own, section.field, that a resume may change: they do not change
-            the result.
-        scores_runs: Whether its stored runs can be scored (`StoredRun.score`); `evaluate RUN` then
-            scores the run, unless another test is named.
-        scoring_fields: Fields of the recipe, section.field, that an evaluation may change,
-            besides the images'.
-        predicts_scores: Whether `predict` gives each prediction a score.
-        trains_models: Whether `evaluate` trains named models by it and compares them
-            (`Transfer.recipe_for`, `Transfer.compared`).
-        depends_on_passes: Whether results depend on the images of a pass, by batch norms, and so
-            on the micro batch.
-        scored_files: Flags of `evaluate` for files of results to score without a model: a
-            dataclass of strings, "" by default, for the function `score_files` in the folder's
-            `score_files.py`.
-        ignored_fields: Fields of the recipe, section.field, that no recipe of the task may set: its
-            job refuses them, and pages leave them out.
-        check_names: Refuses unknown names in a recipe of the task, such as a loss, as far as
-            possible without torch; None if names are checked on construction.
-        metrics: Labels of the metrics of a recipe's evaluations, "SET/METRIC" -> label, as in
+        transfer: Class by which trainings start from models that the user names (`Transfer` in
+            tasks/transfer.py), as a dotted name; "" if there are no such trainings.
+        title: Name of the task in tables and plots; "" to use `name`.
+        section: Dataclass of the task's own settings, `task.NAME.FIELD`; None if there are none.
+        sections: Names of the recipe's sections that this task reads and not all tasks read.
+        may_change: Fields of the task, section.field, that a resume may change, since they do not
+            affect the result.
+        scores_runs: Whether the task's stored runs can be scored (`StoredRun.score`). `evaluate
+            RUN` then scores the run, unless another test is named.
+        scoring_fields: Fields of the recipe, section.field, that `evaluate RUN` may change, besides
+            those of the images.
+        predicts_scores: Whether each prediction of `predict` has a score.
+        trains_models: Whether `evaluate` trains models that the user names by this task, and
+            compares them (`Transfer.recipe_for`, `Transfer.compared`).
+        depends_on_passes: Whether results depend on the micro-batch size, by batch norms.
+        scored_files: Dataclass of flags of `evaluate` that name files of results to score without
+            a model, all strings and "" by default. The function `score_files` in the folder's
+            `score_files.py` scores them. None if there are no such flags.
+        ignored_fields: Fields of the recipe, section.field, that a recipe of the task may not set.
+            The job refuses them, and pages of recipes leave them out.
+        check_names: Function that refuses unknown names in a recipe of the task, such as a loss, as
+            far as possible without torch; None if names are only checked when objects are built.
+        metrics: Function from a recipe to the labels of its metrics, {"SET/METRIC": label}, as
             `TrainingJob.metrics`; None if only the job knows them.
         lower_is_better: As `TrainingJob.lower_is_better`, for commands without torch.
-        next_steps: Suggested commands after a run: the reason, and the arguments, in which {run}
-            is the run's folder, {data.root} its images, {library} a library with its student, and
-            {teachers} RUN#NAME of each teacher.
+        next_steps: Suggested commands after a run, each as a reason and arguments. In the
+            arguments, {run} stands for the run's folder, {data.root} for its images, {library} for
+            a format that can hold the student, and {teachers} for RUN#NAME of each teacher.
     """
 
     name: str
@@ -89,13 +88,13 @@ class TaskKind:
 
 
 def check_metric(metric: str, known: Mapping[str, str]) -> None:
-    """Refuses a metric (`eval.best_metric`) that the task does not have.
+    """Refuses a value of `eval.best_metric` that is not a metric of the task.
 
     Args:
-        metric: The name in the recipe.
-        known: As `TrainingJob.metrics`.
+        metric: The value of the field.
+        known: The task's metrics, as `TrainingJob.metrics` returns them.
 
-    Raises: ConfigError: with the nearest names.
+    Raises: ConfigError: with the nearest names of metrics.
     """
     names = [name.replace("/", "_") for name in known if "/" in name]
     names = [name for name in names if not name.endswith("_best_constant")]

@@ -1,4 +1,5 @@
-"""Plots, summary and tables, from the files in a folder alone; no torch at import.
+"""Draws plots and writes summaries and tables, from the files in a folder alone.
 
-It knows no task: the labels of metrics are stored in the run's folder (`TrainingJob.metrics`).
+Importing this package does not import torch. Nothing here is specific to a task, since the labels
+of metrics are stored in the run's folder (`TrainingJob.metrics`).
 """

@@ -1,4 +1,4 @@
-"""The closing lines of a run: its figures in words, and suggested commands."""
+"""Writes the closing text of a run, with its results and suggested commands."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
 FEW_VIEWS = 16
-"""Least number of views: the loss of a constant that is fitted to fewer is too low by over 6 %."""
+"""Number of views below which the loss of the best constant is too low by over 6 %.
+
+The constant is fitted to the same views on which its loss is computed.
+"""
 
 FEWEST_STEPS = 400
-"""The number of steps of the quick start; in fewer, a student from random weights learns little."""
+"""Number of steps of the quick start; in fewer, a student from random weights learns little."""
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
-    """Returns the closing lines of a run.
+    """Returns the closing text of a run.
 
     Args:
         files: The run.
-        pictures: Drawn files.
+        pictures: Paths of the drawn plots.
     """
     rows = closing_rows(files)
     rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
@@ -59,10 +62,11 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
 
 
 def beats_constant(files: RunFiles) -> bool | None:
-    """Whether a finished run's student is better than a constant on held-out images.
+    """Whether a finished run's student is better than a constant prediction on held-out images.
 
-    The baseline's constant is fitted to the same views, so that with n views its loss is low by
-    about one part in n. None if the losses are too close, or not measured.
+    The best constant is fitted to the same views, so that with n views its loss is too low by about
+    one part in n. The result is None if the losses are too close to tell, if they were not
+    measured, or if the run is not finished.
     """
     _, losses = files.evaluated("held_out_loss")
     _, constants = files.evaluated("held_out_best_constant")
@@ -76,23 +80,23 @@ def beats_constant(files: RunFiles) -> bool | None:
 
 
 def called(files: RunFiles) -> str:
-    """Returns the name of a run: its own name, if any, and its recipe's."""
+    """Returns "NAME (RECIPE)" for a run with a name of its own, or "RECIPE" for others."""
     recipe: str = files.recipe["name"]
     run_name = files.recipe.get("runtime", {}).get("name")
     return f"{run_name} ({recipe})" if run_name else recipe
 
 
 def status_words(files: RunFiles) -> str:
-    """Returns the status of the run in words."""
+    """Returns the status of a run for people, such as "done" or "not finished"."""
     if beats_constant(files) is False:
         return "done, but WORSE THAN A CONSTANT"
     return files.summary.get("status") or "not finished"
 
 
 def worse_than_constant(files: RunFiles) -> str:
-    """Returns the losses of a student worse than a constant, and suggestions.
+    """Returns a text with the losses and suggestions, if the student is worse than a constant.
 
-    Empty for all other runs.
+    The text is "" for all other runs.
     """
     if beats_constant(files) is not False:
         return ""
@@ -107,7 +111,7 @@ def worse_than_constant(files: RunFiles) -> str:
 
 
 def stopped_text(files: RunFiles) -> str:
-    """Returns a stopped run's closing words: the saved state and the command to resume."""
+    """Returns the closing text of a stopped run, with its last checkpoint and how to resume it."""
     command = shlex.join(_again(files, {}))
     if files.saved is None:
         return f"stopped before anything was saved. To start again:\n  {command}"
@@ -117,7 +121,10 @@ def stopped_text(files: RunFiles) -> str:
 
 
 def when_measured(files: RunFiles, name: str) -> str:
-    """Returns the step of a metric's newest value in words; "" at the run's end."""
+    """Returns when the newest value of a metric was measured, such as "after step 200".
+
+    The text is "" if it was measured after the last finished step.
+    """
     steps, _ = files.evaluated(name)
     if steps[-1] == 0:
         return "before training"
@@ -126,7 +133,7 @@ def when_measured(files: RunFiles, name: str) -> str:
 
 
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
-    """Returns the figures of a run, with their labels."""
+    """Returns the results of a run as rows (label, text)."""
     summary, student = files.summary, files.recipe["student"]
     begun = f"begun from {student.get('init') or 'random weights'}"
     rows = [("student", f"{full_name(student)}, {begun}")]
@@ -169,7 +176,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
-    """Returns suggested commands after this run, as {"why", "command"}."""
+    """Returns suggested commands after this run, as [{"why": reason, "command": command line}]."""
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if beats_constant(files) is False:
@@ -198,9 +205,11 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 
 
 def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns the command for the user's images; the quick start's own models lead to small_data.
+    """Returns a reason and a command to train on the user's own images.
 
-    The recipe `small_data` needs no test images, and fits its settings to the number of images.
+    After the quick start with its own models, the command trains the recipe `small_data`, which
+    needs no test images and fits its settings to the number of images. Otherwise the command is
+    that of the run, with other images.
     """
     models = ("student", "teacher", "task")
     if files.recipe["name"] == QUICKSTART and not any(
@@ -216,9 +225,11 @@ def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns a command to improve the run: with more steps if the loss fell, or a lower rate.
+    """Returns a reason and a command to train a student that was worse than a constant again.
 
-    All rates of the schedule are lowered with its peak, as rates set by a flag do not follow it.
+    The command has more steps if the held-out loss fell, or otherwise a lower learning rate. The
+    start and end of the schedule are lowered with the peak, since rates that a flag sets do not
+    follow the peak.
     """
     optim = files.recipe["optim"]
     _, losses = files.evaluated("held_out_loss")
@@ -234,7 +245,7 @@ def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _group(files: RunFiles) -> Path:
-    """Returns the folder in the run's command; for one of several students, their common folder."""
+    """Returns the folder of the run's command, which several students of a run share."""
     return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
@@ -243,7 +254,7 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
-    """Returns the commands suggested by the run's task."""
+    """Returns the commands that the run's task suggests, each with a reason."""
     if files.task not in TASKS:
         return []  # A task of the user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
@@ -272,7 +283,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
 
 
 def _library(files: RunFiles) -> str:
-    """Returns the first library that `export` takes the student to, or "" if there is none."""
+    """Returns the first format of `export --to` that can hold the student, or "" if none can."""
     student = files.recipe["student"]
     architecture = model_of(student)
     if architecture is None:
@@ -289,12 +300,15 @@ def _library(files: RunFiles) -> str:
 
 
 def _evaluates(files: RunFiles) -> bool:
-    """Whether the run measures anything on held-out images, which a user's task may not."""
+    """Whether the run evaluates on held-out images, which a task of the user's own may not do."""
     return files.task in TASKS or bool(files.evaluations)
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """Returns the words that call this program's commands, in the way the run was started."""
+    """Returns the words of the command line before a command, such as ["fd-large"].
+
+    They call the program as the run was started.
+    """
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
         return [_program("fd-large")]
@@ -302,7 +316,7 @@ def _commands(files: RunFiles) -> list[str]:
 
 
 def progress(files: RunFiles) -> str:
-    """Returns the number of finished steps and the total."""
+    """Returns the number of finished steps and the total, as "200 of 400 steps"."""
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
     return f"{done} of {total} steps" if total else f"{done} steps"
@@ -329,7 +343,12 @@ def _devices(summary: dict[str, Any]) -> str:
 
 
 def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
-    """Returns the run's command with other values of some flags."""
+    """Returns the words of the run's command, with some flags changed.
+
+    Args:
+        files: The run.
+        more: The changed flags, {full name of a field: value}.
+    """
     environment = files.environment
     ranks = environment.get("world_size", 1)
     first, *words = environment.get("command") or [""]
@@ -371,7 +390,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
 def _batch_script() -> str:
     """Returns the path of the script that resumes a run in a batch job, or "" if there is none.
 
-    The path is relative to the current folder: slurm/resume.sh in a clone of the repository, and
+    The path is relative to the current folder: slurm/resume.sh in a clone of the repository, or
     resume.sh in a folder that `init` wrote.
     """
     scripts = ("slurm/resume.sh", "resume.sh")
@@ -379,7 +398,12 @@ def _batch_script() -> str:
 
 
 def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
-    """Returns the run's settings that differ from its recipe, as flags."""
+    """Returns flags for the recipe of a run and for the fields in which the run differs from it.
+
+    Args:
+        files: The run.
+        left_out: Names of fields that get no flag.
+    """
     words = ["--recipe", files.recipe["name"]]
     changed = {name: value for name, (value, _) in files.changed.items()}
     if {"optim.base_lr", "optim.epochs"} & changed.keys():
@@ -393,7 +417,14 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 
 
 def _train_script(first: str) -> str:
-    """Returns the path of train.py: from a clone's root, or as started."""
+    """Returns the path of train.py for a launcher's command.
+
+    It is relative to the root of a clone, or the path in the installed package if the run was
+    started from there and the current folder is no clone.
+
+    Args:
+        first: The program in the run's command.
+    """
     in_clone, script = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
     is_packages = os.path.realpath(first) == os.path.realpath(script)
     is_elsewhere = not kind_of(in_clone) and is_packages
@@ -401,9 +432,10 @@ def _train_script(first: str) -> str:
 
 
 def _program(name: str) -> str:
-    """Returns the command for a program that is installed beside this Python.
+    """Returns how to call a program that is installed in the folder of this Python.
 
-    It is the program's name if the search path finds this program, else its path.
+    It is the program's name if $PATH leads to this program or the program does not exist there, or
+    else its path.
     """
     beside = Path(sys.executable).parent / name
     program_path = shutil.which(name)

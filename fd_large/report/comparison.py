@@ -1,4 +1,4 @@
-"""Models side by side: a table and a plot of their accuracies, from summary.json alone."""
+"""Makes a table and a plot of the accuracies of several models, from summary.json alone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARK = "*"
-"""The mark of a row or cell whose recipe differs from the first row's."""
+"""Mark of a row or cell whose recipe differs from the first row's."""
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
 def spread(values: list[float]) -> dict[str, float | None]:
-    """Returns the mean, and the standard deviation over seeds (None for one seed)."""
+    """Returns the entries `mean` and `standard_deviation` of values over seeds.
+
+    The standard deviation is None for a single seed.
+    """
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_deviation": deviation}
 
 
 def tables_of(summary: dict[str, Any], title: str) -> list[Table]:
-    """Returns the rich tables: a row for each model, and a sweep's grid, if any.
+    """Returns the table with a row for each model, and the table of a sweep, if there was one.
 
     Args:
         summary: Content of summary.json.
@@ -85,10 +88,10 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
 
 
 def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yields lines about trainings that led to a row and used the images by which a sweep chose.
+    """Yields notes on models that were trained on the images that a sweep held out.
 
     Args:
-        sweeps: {label of a row: its sweep in summary.json}.
+        sweeps: {label of a row: the entry of its sweep in summary.json}.
     """
     trainings = {label: sweep["held_out_seen_by"] for label, sweep in sweeps.items()}
     for label, runs in trainings.items():
@@ -106,10 +109,10 @@ def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields notes on the coverage and limits of the intervals.
+    """Yields notes on what the intervals of differences mean.
 
     Args:
-        differences: As summary.json has them.
+        differences: The entries of the differences in summary.json.
     """
     of_both = any(difference["over"] != "images" for difference in differences)
     if of_both:
@@ -130,11 +133,14 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def shown(difference: Mapping[str, Any], digits: int = 2) -> str:
-    """Returns a difference with its interval; "none shown" if it includes 0.
+    """Returns a difference and its interval as text, such as "+1.20 (+0.80 to +1.60)".
+
+    If the interval includes 0, "none shown" stands for the difference. With one seed of a random
+    training, "one seed:" comes before the difference.
 
     Args:
-        difference: The difference in summary.json.
-        digits: Digits after the point.
+        difference: The entry of the difference in summary.json.
+        digits: Number of digits after the decimal point.
     """
     low, high = difference["interval"]
     mean = f"{difference['mean']:+.{digits}f}"
@@ -145,10 +151,10 @@ def shown(difference: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
-    """Returns fields with their values, and in brackets the values that they are compared with.
+    """Returns changed fields as text, "FIELD VALUE (OTHER VALUE), ...".
 
     Args:
-        changes: {field: (the value that it is compared with, its own value)}.
+        changes: {field: (the other value, in brackets; the value)}.
     """
     return ", ".join(
         f"{name} {_plain(value)} ({_plain(other)})" for name, (other, value) in changes.items()
@@ -156,7 +162,7 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Returns a field's value as typed on the command line."""
+    """Returns a field's value as text, like on the command line; "none" for an empty value."""
     if isinstance(value, list | tuple):
         return " ".join(map(_plain, value)) or "none"
     if isinstance(value, float):
@@ -165,7 +171,13 @@ def _plain(value: Any) -> str:
 
 
 def _grid(models: list[dict[str, Any]]) -> Table:
-    """Returns a sweep's table: a row for each model and decay, a column for each rate."""
+    """Returns the table of a sweep, with a column for each multiple of the learning rate.
+
+    It has a row for each model, recipe and layer decay.
+
+    Args:
+        models: The entries of the models in summary.json.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -209,11 +221,11 @@ def _grid(models: list[dict[str, Any]]) -> Table:
 
 @style.own_look
 def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
-    """Draws a row for each model: a dot for each seed, and a line with the value of the mean.
+    """Draws a row for each model, with a dot for each seed and a line at the mean.
 
     Args:
         summary, title: See `tables_of`.
-        path: The plot.
+        path: File of the plot.
     """
     models = summary["nets"]
     figure = style.new_figure(8.0, 1.6 + 0.5 * len(models))

@@ -1,4 +1,4 @@
-"""Plots of a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
+"""Draws the plots of a diagnosis from diagnosis.json and averages.npz alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
 DEEP = 3
-"""Deep layers are the last third of a model's attention layers, which the paper describes."""
+"""One attention layer in three counts as deep, at the end of the model, as in the paper."""
 NEARLY_UNIFORM = 0.1
-"""Spread of an average map relative to its mean below which a score has little to explain."""
+"""Standard deviation of an average map, as a fraction of its mean, below which it is uniform.
+
+The translation score of a nearly uniform map means little.
+"""
 
 MOST_STEEPER = 3
-"""Models share a scale if their losses change by at most this factor more or less than the median
-model's. On one scale with much steeper models, a flat one would be a line."""
+"""Largest factor between the loss changes of a model and the median model on a common scale.
+
+A model whose loss changes more, or less, by a larger factor has a scale of its own.
+"""
 
 Model = dict[str, Any]
 Landscape = dict[str, Any]
@@ -35,10 +40,10 @@ Landscape = dict[str, Any]
 
 @style.own_look
 def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
-    """Draws every plot for which there are numbers; returns the PNGs.
+    """Draws every plot for which there are numbers; returns the paths of the PNGs.
 
     Args:
-        folder: Folder with averages.npz, which gets the plots.
+        folder: Folder of averages.npz, to which the plots are written.
         diagnosis: Content of diagnosis.json.
     """
     models = diagnosis["models"]
@@ -54,12 +59,19 @@ def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
 
 
 def deep_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the deepest third of a model's attention layers."""
+    """Returns the deepest third of a model's attention layers, at least one.
+
+    Args:
+        layers: The model's layers from the first to the last.
+    """
     return layers[len(layers) - max(1, len(layers) // DEEP) :]
 
 
 def kinds_of(models: list[Model]) -> list[str]:
-    """Returns the labels of some models' losses and their terms; tasks' losses first."""
+    """Returns the names of the losses and accuracies whose landscapes the models have.
+
+    The drift loss, which every model has, comes last.
+    """
     losses = [part["loss"] for model in models for part in model["landscapes"]]
     # The last loss of a model is one that every model has.
     shared = [part["loss"] for part in models[0]["landscapes"]][-1:]
@@ -67,12 +79,17 @@ def kinds_of(models: list[Model]) -> list[str]:
 
 
 def landscape_of(model: Model, kind: str) -> Landscape | None:
-    """Returns a model's landscape of a loss, or None."""
+    """Returns the landscape of a loss of a model, or None if the model lacks it.
+
+    Args:
+        model: The model's entry in diagnosis.json.
+        kind: Name of the loss.
+    """
     return next((part for part in model["landscapes"] if part["loss"] == kind), None)
 
 
 def short(label: str) -> str:
-    """Returns a label that fits over a panel."""
+    """Returns a label of at most 30 characters for a panel, shortened in the middle."""
     return label if len(label) <= 30 else f"{label[:14]}...{label[-13:]}"
 
 
@@ -82,7 +99,15 @@ def short(label: str) -> str:
 def _by_layer(
     models: list[Model], label: str, draw: Callable[[Axes, Model, str], None]
 ) -> Figure | None:
-    """Draws a panel for each model, over its attention layers."""
+    """Returns a figure with a panel for each model, whose x axis is the attention layer.
+
+    Args:
+        models: The models.
+        label: Label of the y axis.
+        draw: Function that draws a model in its panel in a colour.
+
+    Returns: the figure, or None if no model has attention layers.
+    """
     from matplotlib.ticker import MaxNLocator
 
     if not any(model["attention"] for model in models):
@@ -207,15 +232,17 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
 def _cells(
     models: list[Model], *, height: float, of: str
 ) -> tuple[Figure, Iterator[tuple[Axes, int, dict[str, Any]]]]:
-    """Returns a figure with a row of panels for each loss, and (panel, model, landscape) of each.
+    """Makes a figure with a row of panels for each loss.
 
-    The row of a loss has a panel for each model with a landscape of this loss.
+    The row of a loss has a panel for each model that has a landscape of this loss.
 
     Args:
         models: The models.
-        height: Height of a row, in inches.
-        of: Entry of the landscapes that is drawn; a loss is left out if it has this entry for no
-            model.
+        height: Height of a row in inches.
+        of: The entry of the landscapes that will be drawn. A loss is left out if this entry is
+            empty for all models.
+
+    Returns: the figure, and an iterator over (panel, index of the model, landscape).
     """
     rows = [
         [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]
@@ -256,25 +283,26 @@ def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndarray:
-    """Returns the difference of a loss from the model's own: (batches, steps).
+    """Returns the difference of a loss along a curve from the unchanged model's, (batches, steps).
 
     Args:
-        landscape: Landscape of the curve.
-        along: One of its curves: for each batch, the loss at each step; NaN after overflow.
+        landscape: Landscape to which the curve belongs.
+        along: The loss at each step of the curve, for each batch; None, which becomes NaN, where
+            the loss overflowed.
     """
     return numpy.array(along, float) - own_losses(landscape)[:, None]
 
 
 def own_losses(landscape: Landscape) -> numpy.ndarray:
-    """Returns the loss of the model itself on each batch, (batches,); NaN after overflow."""
+    """Returns the unchanged model's loss on each batch, (batches,), with NaN for an overflow."""
     return numpy.array(landscape["value"], float)
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
-    """Returns (3, steps) for each direction: mean - deviation, mean, and mean + deviation.
+    """Returns an array (3, steps) for each direction: mean - deviation, mean, mean + deviation.
 
-    The mean is over batches. The deviation is that of the loss's change by a step, since the loss
-    itself differs more from batch to batch.
+    The mean is that of the loss over batches. The standard deviation is that of the change of the
+    loss by a step, since the loss itself differs more from batch to batch.
     """
     loss, bands = _own(landscape), []
     for along in landscape["curves"]:
@@ -286,12 +314,12 @@ def _bands(landscape: Landscape) -> list[numpy.ndarray]:
 
 
 def _own(landscape: Landscape) -> float:
-    """Returns the loss of the model itself, the mean over batches; NaN after overflow."""
+    """Returns the unchanged model's loss, averaged over batches, or NaN if a loss overflowed."""
     return float(own_losses(landscape).mean())
 
 
 def _first(landscape: Landscape) -> float:
-    """Returns the loss of the model itself on the first batch; NaN after overflow."""
+    """Returns the unchanged model's loss on the first batch, or NaN if it overflowed."""
     return float(own_losses(landscape)[0])
 
 
@@ -321,7 +349,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def _note(panel: Axes, words: str) -> None:
-    """Adds a line to the title of a panel, unless it is empty."""
+    """Adds a line to the title of a panel, unless the line is ""."""
     if words:
         title = f"{panel.get_title(loc='left')}\n{words}"
         panel.set_title(title, fontsize=style.SMALL_SIZE, loc="left")
@@ -333,11 +361,19 @@ def _range(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float, str]:
-    """Returns the range in which a landscape is drawn: (lowest, highest, a note or "").
+    """Returns the range of the axis for a landscape, and a note.
 
-    It contains all finite values. Comparable landscapes have ranges of equal height, each around
-    its model's own loss. A model that is far steeper or flatter than the median has a separate
-    range, so that all plots are readable; the note gives its ratio to the others'.
+    The range contains all finite values. Comparable landscapes have ranges of equal size, each
+    placed around its model's own loss. A model whose loss changes much more or less than that of
+    the median model has a range of its own, so that all plots are readable.
+
+    Args:
+        models: The models.
+        landscape: The landscape.
+        values_of: Function from a landscape to the arrays of values that are drawn.
+        own_of: Function from a landscape to the loss of the unchanged model.
+
+    Returns: the lowest value, the highest value, and the note on a range of its own, or "".
     """
     alike = [
         part
@@ -373,14 +409,20 @@ def _ends(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float] | None:
-    """Returns a landscape's lowest and highest change of the loss; None if no loss is finite."""
+    """Returns the lowest and the highest change of the loss, or None if no loss is finite.
+
+    Args: As for `_range`.
+    """
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
     return (float(finite.min()), float(finite.max())) if len(finite) else None
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
-    """Draws every pair of models, including a model with itself, below the diagonal."""
+    """Draws the CKA of every pair of models, including each model with itself.
+
+    Panels above the diagonal are left out, since they would repeat those below it.
+    """
     if not cka["matrix"]:
         return None
     from matplotlib.ticker import MaxNLocator
@@ -436,7 +478,7 @@ def _nan(value: float | None) -> float:
 
 
 def _spread(layers: list[int]) -> list[int]:
-    """Returns the first and last items and some between them."""
+    """Returns at most `MOST_LAYERS` layers, with the first and the last, at equal distances."""
     if len(layers) <= MOST_LAYERS:
         return layers
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]

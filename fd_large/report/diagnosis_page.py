@@ -1,4 +1,4 @@
-"""The page of a diagnosis: a table, then each plot with two sentences."""
+"""Writes the page of a diagnosis, with a table and an explanation of each plot."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ SENTENCES = {
 
 
 def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes index.md next to the plots; returns its path."""
+    """Writes index.md into the folder of the plots; returns the path of index.md."""
     models = diagnosis["models"]
     rows = table(models)
     head = ["", *(code(model["source"]) for model in models)]
@@ -106,7 +106,7 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes report.html with embedded plots; returns its path."""
+    """Writes report.html with embedded plots; returns the path of report.html."""
     models = diagnosis["models"]
     return html.write(
         folder / PAGE,
@@ -130,9 +130,10 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def table(models: list[Model]) -> list[list[str]]:
-    """Returns rows, each with a name and every model's figure: means over layers, and losses.
+    """Returns the rows of the table, each with a label and a text for every model.
 
-    Figures that no model has are left out.
+    They have the models' sizes, means of the attention measures over layers, and losses. A measure
+    that no model has is left out.
     """
     heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
     rows = [
@@ -157,7 +158,7 @@ def table(models: list[Model]) -> list[list[str]]:
 
 
 def notes(models: list[Model]) -> list[str]:
-    """Returns sentences on the comparability of the table's figures."""
+    """Returns notes on how the numbers of the table can be compared."""
     sentences = []
     images = models[0]["landscapes"][0]["images"]
     if len(images) > 1:
@@ -189,10 +190,10 @@ def notes(models: list[Model]) -> list[str]:
 
 
 def _supervised_controls(models: list[Model]) -> list[str]:
-    """Returns a sentence on the supervised controls of each model with relative positions.
+    """Returns a note for each model with relative positions, on supervised models to compare with.
 
-    Controls are the models of the same positions that learnt labels from random weights; the
-    sentence of a model without any says so.
+    These have the same kinds of position encodings, and were trained on labels from random weights.
+    If there are none, the note says so.
     """
     sentences = []
     for model in models:
@@ -229,7 +230,12 @@ def _mean(layers: list[dict[str, Any]], name: str) -> str:
 
 
 def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.ndarray]) -> str:
-    """Returns the mean over batches with the standard deviation, as text."""
+    """Returns the mean over batches and the standard deviation as text, or "none".
+
+    Args:
+        part: The landscape, or None.
+        values_of: Function from a landscape to a value for each batch.
+    """
     if part is None:
         return "none"
     values = values_of(part)
@@ -243,7 +249,10 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
 
 
 def _near(part: Landscape) -> numpy.ndarray:
-    """Returns each batch's change by steps of 0.1: the mean over directions, both ways."""
+    """Returns the change of the loss on each batch, (batches,), by steps of length 0.1.
+
+    It is averaged over all directions and both signs of the step.
+    """
     near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)
 

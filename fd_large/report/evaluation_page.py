@@ -1,4 +1,4 @@
-"""OUT/report.html of `evaluate`: tables and plots of the results."""
+"""Writes OUT/report.html of `evaluate`, with tables and plots of the results."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def write_evaluation_page(
     facts: Iterable[tuple[str, object]] = (),
     below: str = "",
 ) -> Path:
-    """Writes the page; returns its path.
+    """Writes the page of a measurement; returns the page's path.
 
     Args:
         path: The file.
         title: Title of the measurement.
-        tables: The rich tables that the command prints.
-        pictures: Drawn files.
-        facts: Settings of the measurement: (label, value).
-        below: A line below the title.
+        tables: The tables of rich that the command prints.
+        pictures: Paths of the drawn plots.
+        facts: Settings of the measurement, as pairs (label, value).
+        below: Line below the title.
     """
     return html.write(
         path,
@@ -43,7 +43,7 @@ def write_evaluation_page(
 
 
 def _parts(table: Any) -> list[str]:
-    """Returns a rich table as HTML, and its caption."""
+    """Returns a table of rich, and the lines of its caption, as parts of HTML."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(
         list(rows),

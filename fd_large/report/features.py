@@ -1,10 +1,10 @@
-"""The feature panel: images next to the teacher's and the student's maps, before and after.
+"""Draws images next to the teacher's feature maps and the student's, before and after training.
 
-The first three principal components of the whitened teacher's tokens become lightness, blue to
-yellow, and green to red, in this order of importance (CIELAB's axes), so that most of a map is
-legible without red-green vision. The student's map, after its head, is shown in the teacher's basis
-and scale: the same colour means the same feature. With several teachers, each has two columns: its
-own map, and the newest map of its head.
+The first three principal components of the teacher's whitened tokens are shown as lightness, blue
+to yellow, and green to red (CIELAB's axes). This order lets people without red-green vision see
+most of a map. The output of the student's head is shown in the teacher's basis and scale, so that
+the same colour means the same feature. With several teachers, each teacher has two columns: its own
+map, and the newest output of the student's head for it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ SIDE, GAP, UNDER, EDGE, HEADING, FOOT = 1.72, 0.11, 0.34, 0.09, 0.6, 0.5
 
 
 class Basis(NamedTuple):
-    """Three principal components, with the range of each for the colours.
+    """Three principal components of tokens, with the range of each for the colours.
 
     Attributes:
-        mean: Mean token, (C,).
-        components: (3, C), orthonormal.
-        scale: Range of each component, (3,): the 99th percentile of its absolute value.
+        mean: Mean of the tokens, (C,).
+        components: The components, (3, C), orthonormal.
+        scale: The 99th percentile of each component's absolute value, (3,), which gets the
+            strongest colour.
     """
 
     mean: numpy.ndarray
@@ -37,7 +38,10 @@ class Basis(NamedTuple):
 
 
 def fit_basis(tokens: numpy.ndarray) -> Basis:
-    """Fits the basis to tokens (..., C); a component's sign makes its largest entry positive."""
+    """Returns the basis of tokens (..., C).
+
+    The sign of each component is chosen so that its entry of largest magnitude is positive.
+    """
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(numpy.float64)
     mean = flat.mean(0)
     covariance = (flat - mean).T @ (flat - mean) / len(flat)
@@ -53,21 +57,28 @@ def fit_basis(tokens: numpy.ndarray) -> Basis:
 
 
 def colours(tokens: numpy.ndarray, basis: Basis) -> numpy.ndarray:
-    """Returns tokens (..., C) as sRGB colours (..., 3) in 0..1."""
+    """Returns the sRGB colours (..., 3), in [0, 1], of tokens (..., C) in a basis."""
     parts = numpy.clip((tokens - basis.mean) @ basis.components.T / basis.scale, -1, 1)
     lightness = 55 + 38 * parts[..., 0]
     return _srgb(lightness, 55 * parts[..., 2], 65 * parts[..., 1])
 
 
 def mean_cosine(teacher: numpy.ndarray, student: numpy.ndarray) -> float:
-    """Returns the mean over tokens of the cosine between two maps (..., C)."""
+    """Returns the cosine similarity of two maps' tokens (..., C), averaged over tokens."""
     norms = numpy.linalg.norm(teacher, axis=-1) * numpy.linalg.norm(student, axis=-1)
     return float(((teacher * student).sum(-1) / numpy.maximum(norms, 1e-12)).mean())
 
 
 @style.own_look
 def draw_features(folder: Path, path: Path) -> bool:
-    """Draws the panel from FOLDER/features_*.npz as a PNG; returns False if there are none."""
+    """Draws the feature maps in FOLDER/features_before.npz and features_after.npz as a PNG.
+
+    Args:
+        folder: Folder of the .npz files.
+        path: The PNG.
+
+    Returns: whether there are such files, and the PNG was drawn.
+    """
     panels = {}
     for when in ("before", "after"):
         if kind_of(file := folder / f"features_{when}.npz") == "file":
@@ -140,7 +151,13 @@ def draw_features(folder: Path, path: Path) -> bool:
 
 
 def _srgb(lightness: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """Converts CIELAB (D65) to sRGB, IEC 61966-2-1; colours out of the gamut are clipped."""
+    """Returns the sRGB colours (..., 3) of CIELAB (D65) values, by IEC 61966-2-1.
+
+    Colours outside of the gamut are clipped.
+
+    Args:
+        lightness, a, b: The axes L*, a* and b* of CIELAB, (...).
+    """
     fy = (lightness + 16) / 116
     steps = numpy.stack([fy + a / 500, fy, fy - b / 200], -1)
     delta = 6 / 29

@@ -1,7 +1,7 @@
-"""Self-contained HTML pages, with embedded style and plots and without scripts.
+"""Writes self-contained HTML pages, with embedded style and plots and without scripts.
 
-Readable in light and dark, on a phone and on paper. `page.html` has the parts of a page,
-`page.css` their style. jinja2 escapes texts from files.
+The pages are readable in light and dark mode, on a phone and on paper. `page.html` has the macros
+for the parts of a page, and `page.css` their style. jinja2 escapes all texts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BYTES = 4_000_000
-"""A larger picture stays outside of the page."""
+"""Size in bytes above which a PNG is not embedded in a page."""
 
 _COLOURS = {
     style.BLUE: "blue",
@@ -39,14 +39,14 @@ _COLOURS = {
 def write(
     path: Path, title: str, parts: Iterable[str], *, beside: str = "", below: str = ""
 ) -> Path:
-    """Writes a page atomically; returns its path.
+    """Writes a page atomically; returns the page's path.
 
     Args:
         path: The file.
-        title: Plain text.
-        parts: HTML parts, in order.
+        title: Title, plain text.
+        parts: The parts of the page in order, HTML.
         beside: HTML beside the title.
-        below: Plain text below it.
+        below: Plain text below the title.
     """
     css = Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
     page = _parts().page(title, beside, below, list(filter(None, parts)), css)
@@ -56,39 +56,48 @@ def write(
 
 
 def text(value: object) -> str:
-    """Returns plain text as HTML, without the secrets of URLs in it."""
+    """Returns a value's text escaped for HTML, with secrets in URLs masked."""
     return escape(without_secrets(str(value)))
 
 
 def status(words: str, *, good: bool | None) -> str:
-    """Returns words in the colour of good or bad, or in a neutral one for None."""
+    """Returns words as HTML, in the colour of good or bad news.
+
+    Args:
+        words: Plain text.
+        good: Whether the news is good; None for a neutral colour.
+    """
     return _parts().status(words, {True: "good", False: "bad", None: ""}[good])
 
 
 def section(heading: str, *parts: str) -> str:
-    """Returns parts under a heading; "" if all of them are empty."""
+    """Returns the HTML of parts under a heading, or "" if all parts are empty."""
     inside = list(filter(None, parts))
     return _parts().section(heading, inside) if inside else ""
 
 
 def paragraph(words: str) -> str:
-    """Returns plain text as a paragraph."""
+    """Returns plain text as an HTML paragraph."""
     return _parts().paragraph(words)
 
 
 def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Returns tiles of the most important figures: (label, value, note)."""
+    """Returns the HTML of tiles with the most important numbers.
+
+    Args:
+        figures: The label, the value and a note of each tile.
+    """
     return _parts().tiles(figures)
 
 
 def table(
     rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: Sequence[bool] = ()
 ) -> str:
-    """Returns a table; without a head the first column names the rows.
+    """Returns the HTML of a table, or "" without rows.
 
     Args:
-        rows: Cells of the table.
-        head: Headings of the columns.
+        rows: The cells, row by row.
+        head: Headings of the columns; if empty, the first column is the heading of the rows.
         right: Whether each column is right-aligned; if empty, columns of numbers are.
     """
     if not rows:
@@ -98,14 +107,18 @@ def table(
 
 
 def commands(steps: Iterable[tuple[str, str]]) -> str:
-    """Returns commands to paste: (why, command)."""
+    """Returns the HTML of commands for copying, each with its reason.
+
+    Args:
+        steps: Pairs (reason, command).
+    """
     return _parts().commands(steps)
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:
-    """Returns a PNG with its caption; "" without a file.
+    """Returns the HTML of a PNG with its caption, or "" if the file does not exist.
 
-    A PNG that is too large for the page is named in a line instead.
+    A PNG that is larger than `MOST_BYTES` is replaced by a line with its file name.
     """
     if kind_of(path) != "file":
         return ""
@@ -117,11 +130,11 @@ def picture(path: Path, alt: str, caption: str = "") -> str:
 
 
 def chart(figure: Figure, name: str, alt: str) -> str:
-    """Returns a plot as a vector graphic in the colours of the page.
+    """Returns the HTML of a plot as an SVG in the colours of the page.
 
     Args:
         figure: The plot.
-        name: A name that is unique on the page.
+        name: Name that is unique on the page.
         alt: Description of the plot.
     """
     import matplotlib
@@ -150,14 +163,18 @@ def chart(figure: Figure, name: str, alt: str) -> str:
 
 
 def charts(drawn: Iterable[str]) -> str:
-    """Returns plots side by side if there is room."""
+    """Returns the HTML of plots side by side, or "" without plots.
+
+    Args:
+        drawn: The plots, as `chart` returns them.
+    """
     shown = list(drawn)
     return _parts().charts(shown) if shown else ""
 
 
 @cache
 def _parts() -> Any:
-    """The macros of page.html, which return HTML."""
+    """Returns the module of the macros in page.html, which return HTML."""
     from jinja2 import Environment, FileSystemLoader
 
     def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The loss curve: training and evaluated losses, constant-prediction baselines, learning rate."""
+"""Draws the losses of a run with their constant-prediction baselines, and the learning rate."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from fd_large.report.run_files import RunFiles
 
 DASHES = (0, (4, 4))
 LOOKS = ((style.VERMILLION, "o", DASHES), (style.GREEN, "s", (4, (4, 4))))
-"""Colours and markers of evaluated losses, in turn, and dashes of their baselines, of which one
-stands in the gaps of the other where the two coincide."""
+"""Colour, marker and dashes of each evaluated loss in turn; the dashes are for its baseline.
+
+Two baselines of equal height are both visible, since the dashes of the second are in the gaps of
+the first.
+"""
 TITLE_CHARACTERS = 78
-"""Number of characters for which a line of the title has room."""
+"""Largest number of characters of a line of the title."""
 
 
 @style.own_look
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
-    """Draws the curve as a PNG; returns False if no step is written yet.
+    """Draws the loss curve of a run as a PNG.
 
     Skipped steps are left out, since their losses do not describe the weights.
+
+    Returns: whether the run has finished a step, and the PNG was drawn.
     """
     counted = numpy.isfinite(files.loss)
     if not counted.any():
@@ -96,7 +101,10 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
 
 def smoothed(values: numpy.ndarray) -> numpy.ndarray:
-    """Averages over a centred window of a 25th of the curve, narrower near the ends."""
+    """Returns the moving average of values over a centred window, of the same length.
+
+    The window has about a 25th of the values; it is narrower near the ends.
+    """
     half = len(values) // 50
     sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
     centre = numpy.arange(len(values))
@@ -106,7 +114,7 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def _short(model: str) -> str:
-    """Returns a model's name without folders; a user's own model is named as `file.py:NAME`."""
+    """Returns a model's name without folders, so that the user's own model is `file.py:NAME`."""
     return model.rpartition("/")[2]
 
 

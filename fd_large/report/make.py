@@ -1,4 +1,4 @@
-"""A report: both plots, the page, the summary's last fields and the closing text."""
+"""Makes the report of a run: plots, page, last entries of summary.json and closing text."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from fd_large.report.run_page import write_run_page
 
 
 def make_report(folder: str | Path, *, running: bool = False) -> str:
-    """Draws the plots, writes report.html and completes summary.json.
+    """Draws the plots, writes report.html and adds the last entries to summary.json.
 
-    A run that is not finished has no summary yet, and its report writes none.
+    A run without a summary, which has not ended yet, gets none.
 
     Args:
         folder: The run's folder.
-        running: Whether the run is training now, so that its summary is from an earlier start.
+        running: Whether the run is training now; its summary.json is then from an earlier start,
+            and stays unchanged.
 
-    Returns: the closing text; with a last line on files that could not be written, if any.
-    Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
+    Returns: the closing text. If a file could not be written, the last line says so.
+
+    Raises:
+        ConfigError: If the folder is not a run's.
+        DataError: If a file in the folder is damaged.
     """
     files = read_run(folder)
     if running:
@@ -38,7 +42,7 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
 
 
 def _write(files: RunFiles, drawn: list[Path], *, running: bool) -> None:
-    """Writes all files, and adds existing plots to `drawn`."""
+    """Writes the plots, the page and summary.json, and appends the path of each plot to `drawn`."""
     pictures = files.folder / PICTURES
     pictures.mkdir(exist_ok=True)
     if draw_loss_curve(files, pictures / "loss_curve.png"):

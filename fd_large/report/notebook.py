@@ -1,4 +1,4 @@
-"""Results in a notebook: tables with embedded plots."""
+"""Shows results in a notebook, as HTML tables with embedded plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fd_large.report.run_files import RunFiles
 
 
 def run_html(files: RunFiles) -> str:
-    """Returns a run's figures and plots as self-contained HTML."""
+    """Returns a run's results and plots as self-contained HTML."""
     rows = closing_rows(files)
     if doubt := worse_than_constant(files):
         rows.insert(0, ("worse than a constant", doubt))
@@ -35,7 +35,12 @@ def run_html(files: RunFiles) -> str:
 
 
 def evaluation_html(summary: Mapping[str, Any], folder: Path) -> str:
-    """Returns the accuracy of each model and their plot as self-contained HTML."""
+    """Returns each model's accuracy, and the plot, as self-contained HTML.
+
+    Args:
+        summary: Content of the evaluation's summary.json.
+        folder: Folder of the evaluation.
+    """
     rows = [(net["label"], f"{net['mean']:.2f}%") for net in summary["nets"]]
     rows.append(("folder", str(folder)))
     title = f"{summary['task']}: accuracy on {summary['root']}"

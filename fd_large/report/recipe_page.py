@@ -1,4 +1,7 @@
-"""Pages of the recipes, made from their docstrings: `python -m fd_large.report.recipe_page`."""
+"""Writes the pages of the recipes in docs/ from the recipes' docstrings.
+
+It is run as `python -m fd_large.report.recipe_page`.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ images takes longer ([scaling.md](scaling.md)).
 
 
 def pages() -> dict[str, str]:
-    """Returns the text of each page by its path in docs/: a table, then the recipes by subject."""
+    """Returns {path in docs/: text} of all pages.
+
+    recipes.md is a table of all recipes. The others have the recipes of one module each.
+    """
     table, texts = [_BEGINNING], {}
     of = registry.RECIPES
     for module, names in groupby(of, key=lambda name: of[name].__module__):
@@ -81,7 +87,10 @@ def _row(name: str, path: str) -> str:
 
 
 def _recipe(name: str) -> list[str]:
-    """Returns a recipe's section: summary, facts, settings, then the rest of its docstring."""
+    """Returns the lines of a recipe's section on its page.
+
+    They are its summary, facts and settings, followed by the rest of its docstring.
+    """
     run, facts = registry.get(name), registry.facts(name)
     _, *body = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
     rest: list[str] = []
@@ -121,7 +130,10 @@ def _recipe(name: str) -> list[str]:
 
 
 def _listed(lines: list[str]) -> list[str]:
-    """Makes Markdown's items of `section: reason` lines that follow a line ending in a colon."""
+    """Returns the lines with Markdown list items made of `section: reason` lines.
+
+    Only lines that follow a line with a colon at its end become items.
+    """
     listed: list[str] = []
     inside = False
     for line in lines:

@@ -1,4 +1,4 @@
-"""Reads the folder of a run for a report, whether the run is finished, running, or was killed."""
+"""Reads the folder of a run for a report, of finished, running and killed runs alike."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _KINDS: dict[type | UnionType, tuple[str, ...]] = {
     list: ("command", "next", "lower_is_better"),
     dict: ("metrics", "packages"),
 }
-"""Names of the entries of summary.json and environment.json that a report uses, by their type."""
+"""Entries of summary.json and environment.json that a report uses, by their expected type."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run, read from its folder.
+    """Contents of a run's folder.
 
     Attributes:
         folder: The run's folder.
         recipe: Content of recipe.json.
-        environment: Content of environment.json, or empty.
-        summary: Content of summary.json; empty while the run goes, or where it was killed.
-        updates: Number of finished steps at each training row, from 1, (n,).
-        loss: Training loss of each, (n,); NaN where the step was skipped.
-        learning_rate: Learning rate of each, (n,).
-        rows: Rows of metrics.jsonl.
-        evaluations: Rows of evaluations.jsonl: update (finished steps) and metrics.
+        environment: Content of environment.json, or {} without the file.
+        summary: Content of summary.json, or {} for a running or killed run without the file.
+        updates: Number of finished steps at each of the n rows of metrics.jsonl, (n,), from 1.
+        loss: Training loss of each row, (n,), with NaN for a skipped step.
+        learning_rate: Learning rate of each row, (n,).
+        rows: The rows of metrics.jsonl.
+        evaluations: The rows of evaluations.jsonl, with `update` (finished steps) and metrics.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class RunFiles:
 
     @property
     def saved(self) -> int | None:
-        """Finished steps of the newest complete checkpoint, or None."""
+        """Number of finished steps at the newest complete checkpoint, or None without any."""
         # Checkpoints that are still being written, or were set aside, have other names.
         names = [path.name for path in self.folder.glob("checkpoints/step_*")]
         steps = [name.removeprefix("step_") for name in names]
@@ -72,7 +72,7 @@ class RunFiles:
 
     @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
-        """Model and source of each frozen model of the run, by name."""
+        """The recipe's section of each frozen model, by name ("teacher" or "teacher NAME")."""
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
         several = sections.pop("teachers", {})
         sections |= {f"teacher {name}": entry for name, entry in several.items()}
@@ -80,7 +80,10 @@ class RunFiles:
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ from the named recipe: (the run's, the recipe's)."""
+        """Fields that differ from the published recipe, {field: (the run's value, the recipe's)}.
+
+        It is empty if there is no recipe of the name.
+        """
         usual = {name: field.idle for name, field in LEFT.items()}
         try:
             usual |= flat_plain(registry.get(self.recipe["name"]).to_dict())
@@ -99,22 +102,29 @@ class RunFiles:
 
     @property
     def measured(self) -> list[str]:
-        """Names of the metrics to show, in order: labelled metrics, or all."""
+        """Names of the evaluated metrics to show, in order.
+
+        These are the metrics with a label in environment.json, or all metrics if none has one.
+        """
         names = list(dict.fromkeys(key for row in self.evaluations for key in row))
         listed = [name for name in self._metrics if name in names]
         return listed or [name for name in names if name != "update"]
 
     def words(self, name: str) -> str:
-        """Returns a metric's label; `loss` is the training loss."""
+        """Returns the label of a metric.
+
+        Args:
+            name: Name of the metric; "loss" is the training loss.
+        """
         return self._metrics.get(name, name.replace("_", " "))
 
     @property
     def losses(self) -> list[str]:
-        """Names of the metrics that are the training loss on some images, in order."""
+        """Names of the metrics that are the training loss on evaluation images, in order."""
         return [name for name in self.measured if self.kind(name) == "loss"]
 
     def kind(self, name: str) -> str:
-        """Returns a metric's kind, without its images: "loss" for held_out_loss."""
+        """Returns a metric's name without the set of images, such as "loss" for held_out_loss."""
         pairs = (key.partition("/") for key in self.environment.get("metrics", {}))
         kinds = {f"{images}_{kind}": kind for images, _, kind in pairs}
         return kinds.get(name, "loss" if name.endswith("_loss") else name)
@@ -126,13 +136,13 @@ class RunFiles:
 
     @property
     def task(self) -> str:
-        """Name of the task, or "" if the recipe's entry is invalid."""
+        """Name of the run's task, or "" if recipe.json has an invalid value."""
         section = self.recipe.get("task", {})
         name = section.get("name", "distillation") if isinstance(section, dict) else ""
         return name if isinstance(name, str) else ""
 
     def lower_is_better(self, name: str) -> bool:
-        """Whether lower values of a metric are better, by the run's task."""
+        """Whether lower values of a metric are better, as the run's task defines."""
         kind, known = self.kind(name), self.environment.get("lower_is_better")
         if known is not None and kind != name:
             return kind in known
@@ -141,11 +151,11 @@ class RunFiles:
         return any(kind == suffix or kind.endswith(f"_{suffix}") for suffix in usual)
 
     def column(self, name: str) -> numpy.ndarray:
-        """Returns a value of each training row, (n,); NaN if unknown."""
+        """Returns an entry of each row of metrics.jsonl, (n,), with NaN where it is missing."""
         return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns (steps, values) of a metric's evaluations."""
+        """Returns the steps at which a metric was evaluated, and its values."""
         rows = [row for row in self.evaluations if row.get(name) is not None]
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 
@@ -155,9 +165,11 @@ def read_run(folder: str | Path, *, newest_row: bool = False) -> RunFiles:
 
     Args:
         folder: The run's folder.
-        newest_row: Whether only the newest whole row of metrics.jsonl is read, which is quick.
+        newest_row: Whether to read only the last complete row of metrics.jsonl, which is quick.
 
-    Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
+    Raises:
+        ConfigError: If the folder is not a run's.
+        DataError: If a file in the folder is damaged.
     """
     folder = Path(folder)
     recipe = masked(_recipe(recipe_file(folder, where=_WHERE)))
@@ -218,7 +230,16 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
-    """Returns the valid rows of a file's lines: skipped steps, or rows with all required values."""
+    """Returns the rows in a file's lines; an incomplete last line is left out.
+
+    Args:
+        path: The file, for messages.
+        lines: Its lines.
+        numbers: Names of the entries that each row must have as a number or null. A skipped step
+            may lack `loss`.
+
+    Raises: DataError: if a line cannot be read, or lacks an entry.
+    """
     # The last line of a run that goes on, or was killed, may be torn.
     if lines and not lines[-1].raw.endswith(b"\n"):
         lines.pop()

@@ -1,4 +1,4 @@
-"""The runs below a folder: their places, states and results, from their files alone."""
+"""Finds the runs below a folder, with their states and results, from their files alone."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ from fd_large.report.run_files import RunFiles
 # Folders of a run that hold no other run.
 _OWN_FOLDERS = {CHECKPOINTS, EVALUATED, EVENTS, INCIDENTS, LOGS, PICTURES}
 DONE, STOPPED, FAILED, KILLED, DAMAGED = "done", "stopped", "failed", "killed", "damaged"
-"""States of a run that is not running: it is finished; it saved and stopped; a failure or the guard
-ended it; it ended without a record; or its files cannot be read."""
+"""States of a run that is not running.
+
+In this order: the run is finished; it was stopped by a signal and saved; it was ended by an error
+or the guard; it ended without a record; or its files cannot be read.
+"""
 STATES = (RUNNING, DONE, STOPPED, FAILED, KILLED, DAMAGED)
 _STATES = {DONE: DONE, "preempted": STOPPED, "interrupted": STOPPED, "": KILLED}
 
 
 class Value(NamedTuple):
-    """A value of an evaluation.
+    """Value of a metric in an evaluation.
 
     Attributes:
-        value: The number.
-        step: Finished steps at which it was measured.
+        value: The value.
+        step: Number of finished steps at the evaluation.
     """
 
     value: float
@@ -52,13 +55,13 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run in a list of runs.
+    """Run in a list of runs.
 
     Attributes:
         folder: Folder of the run.
-        state: `running`, or one of the states above.
-        files: Contents of its folder, or None if unreadable.
-        problem: Reason that it cannot be read or failed, or "".
+        state: One of `STATES`.
+        files: Contents of the folder, or None if they cannot be read.
+        problem: Reason why the run failed or cannot be read; "" otherwise.
     """
 
     folder: Path
@@ -68,19 +71,19 @@ class ListedRun:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Content of recipe.json, or empty if unreadable."""
+        """Content of recipe.json, or {} if the folder cannot be read."""
         return self.files.recipe if self.files else {}
 
     @property
     def student(self) -> str:
-        """Name of the trained model, or ""."""
+        """Name of the trained model, or "" if unknown."""
         section = self.recipe.get("student")
         named = isinstance(section, dict) and isinstance(section.get("model"), str)
         return full_name(section) if named else ""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The recipe's fields, section.field, and `recipe`, `student` and `state`."""
+        """The recipe's fields by full name, and the run's `recipe`, `student` and `state`."""
         named = {"recipe": self.recipe.get("name", ""), "student": self.student}
         return {**flat_plain(self.recipe), **named, "state": self.state}
 
@@ -91,7 +94,7 @@ class ListedRun:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run, or None if unknown."""
+        """Total number of steps of the run, or None if unknown."""
         if self.files is None:
             return None
         recorded = self.files.summary.get("total_updates")
@@ -110,7 +113,7 @@ class ListedRun:
 
     @property
     def written(self) -> float | None:
-        """Unix time of the run's last written metric or recipe."""
+        """Unix time at which a metric or the recipe was last written, or None if unknown."""
         times = []
         for name in (METRICS, EVALUATIONS, RECIPE):
             try:
@@ -121,7 +124,7 @@ class ListedRun:
 
     @property
     def measured(self) -> list[str]:
-        """Names of all metrics of the evaluations, in order, with baselines last."""
+        """Names of all evaluated metrics; those to show come first and baselines last."""
         rows = self.files.evaluations if self.files else []
         names = list(dict.fromkeys(key for row in rows for key in row if key != "update"))
         first = self.files.measured if self.files else []
@@ -129,19 +132,22 @@ class ListedRun:
 
     @property
     def main_metric(self) -> str:
-        """The metric of the recipe's best checkpoint, or the first measured metric."""
+        """The metric that chooses the best checkpoint, or else the first evaluated metric.
+
+        It is "" if no metric was evaluated.
+        """
         section = self.recipe.get("eval")
         named = section.get("best_metric") if isinstance(section, dict) else None
         return named if named in self.measured else next(iter(self.measured), "")
 
     def last(self, metric: str) -> Value | None:
-        """Returns the newest value of a metric, or None."""
+        """Returns the newest value of a metric, or None if it was not evaluated."""
         return next(reversed(self._values(metric)), None)
 
     def best(self, metric: str) -> Value | None:
-        """Returns the best value of a metric, the first of equals, or None.
+        """Returns the best value of a metric, or None if there is none; of equal values the first.
 
-        As for the best checkpoint, the evaluation before the first step does not count.
+        The evaluation before the first step does not count, as for the best checkpoint.
         """
         sign = 1 if self.lower_is_better(metric) else -1
         values = [each for each in self._values(metric) if each.step and math.isfinite(each.value)]
@@ -157,14 +163,14 @@ class ListedRun:
 
 
 def find_runs(root: Path, on_error: Callable[[FDError], None]) -> Iterator[Path]:
-    """Yields the folders of the runs below a folder, itself included, in the order of names.
+    """Yields the folders of the runs below a folder, in the order of their names.
 
-    A run with several students gives the students' folders. Links are followed only to runs
-    outside of the folder.
+    The folder itself may be a run. For a run with several students, the students' folders are
+    yielded. A symbolic link is followed only to a run outside of the folder.
 
     Args:
         root: The folder.
-        on_error: Called with the sentence for a folder that cannot be read.
+        on_error: Function that is called with the error of a folder that cannot be read.
     """
     whole, folders = root.resolve(), [root]
     while folders:

@@ -1,4 +1,4 @@
-"""RUN/report.html: settings, results and next commands of a run, on one page."""
+"""Writes RUN/report.html, a page with the results, settings and next commands of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OF_SEVERAL_TEACHERS = (
 
 @style.own_look
 def write_run_page(files: RunFiles) -> Path:
-    """Writes RUN/report.html; returns its path."""
+    """Writes RUN/report.html; returns the page's path."""
     words = status_words(files)
     good = {"done": True, RUNNING: None, "preempted": None, "not finished": None}.get(words, False)
     steps = next_steps(files)
@@ -124,7 +124,13 @@ def _loss(files: RunFiles, counted: numpy.ndarray) -> str:
 
 
 def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
-    """Returns the chart of a metric, on one or several sets of images."""
+    """Returns the HTML chart of a metric over steps, with a line for each set of images.
+
+    Args:
+        files: The run.
+        kind: The metric, such as "cosine".
+        names: Names of the metric on each set of images.
+    """
     words = files.words(names[0]) if len(names) == 1 else kind.replace("_", " ")
     figure, axes = _small(words)
     several = len(names) > 1
@@ -140,9 +146,15 @@ def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
 def _lines(
     files: RunFiles, axes: Any, names: list[str], *, kind: str = ""
 ) -> Iterator[list[float]]:
-    """Draws metrics with their constant-prediction baselines; yields the values drawn for each.
+    """Draws a line for each metric, with its constant-prediction baseline.
 
-    Lines are labelled only by their images if the chart's title has the kind of metric.
+    Args:
+        files: The run.
+        axes: The axes.
+        names: Names of the metrics.
+        kind: The metric in the chart's title, which labels then omit; "" to keep whole labels.
+
+    Yields: the values that were drawn for each metric.
     """
     for name, (colour, marker, dashes) in zip(names, cycle(LOOKS)):
         at, values = files.evaluated(name)
@@ -191,7 +203,7 @@ def _small(words: str) -> tuple[Any, Any]:
 
 
 def _thin(count: int) -> numpy.ndarray:
-    """Returns the indices of a limited number of points, including the last."""
+    """Returns at most `MOST_POINTS` equidistant indices of `count` points, including the last."""
     return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 

@@ -1,4 +1,4 @@
-"""The style of all plots: one scale of font sizes, colours safe for the colour-blind."""
+"""Style of all plots, with font sizes and with colours that colour-blind people can tell apart."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ T = TypeVar("T")
 
 
 def own_look(draw: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function to draw with matplotlib's defaults instead of the user's settings.
+    """Returns a function that draws with matplotlib's defaults instead of the user's settings.
 
-    Sizes are computed for the default font; with a user's font legends would be cut off.
+    Sizes are computed for the default font; with another font, legends could be cut off.
+
+    Args:
+        draw: The decorated function.
     """
 
     @functools.wraps(draw)
@@ -46,7 +49,7 @@ def own_look(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Makes an empty figure of a size in inches, with automatic layout."""
+    """Returns an empty figure with automatic layout; its width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -55,10 +58,10 @@ def new_figure(width: float, height: float) -> Figure:
 def plot_figure(
     width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> Figure:
-    """Makes an empty figure of a size in inches, with margins in inches.
+    """Returns an empty figure with fixed margins; all lengths are in inches.
 
-    A run's report draws half a dozen figures, and the automatic layout of `new_figure` takes as
-    long as the drawing.
+    It is for the report of a run, which draws half a dozen figures: the automatic layout of
+    `new_figure` takes as long as the drawing.
     """
     from matplotlib.figure import Figure
 
@@ -70,7 +73,12 @@ def plot_figure(
 
 
 def legend_below(figure: Figure, size: float) -> None:
-    """Adds a legend of the first axes' lines below a `plot_figure`, which grows accordingly."""
+    """Adds a legend of the first axes' lines below the plot, and makes the figure higher for it.
+
+    Args:
+        figure: A figure of `plot_figure`.
+        size: Font size in points.
+    """
     lines, names = figure.axes[0].get_legend_handles_labels()
     width, height = figure.get_size_inches()
     half = math.ceil(len(names) / 2)
@@ -86,19 +94,20 @@ def legend_below(figure: Figure, size: float) -> None:
 
 
 def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE) -> None:
-    """Shortens the numbers of the y axis by a common power of ten, written above the axis.
+    """Writes the numbers of the y axis with a common power of ten, which is above the axis.
 
     Args:
         axes: The axes.
-        powers: Numbers between these two powers of ten are written in full.
-        size: Font size of the power.
+        powers: Exponents (lowest, highest) of the powers of ten between which numbers are written
+            in full.
+        size: Font size of the power in points.
     """
     axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
     axes.yaxis.get_offset_text().set(size=size, color=GREY)
 
 
 def named_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Labels rows of the y axis by models, the first on top, with grid lines on the x axis."""
+    """Labels the rows of the y axis with names, the first on top, and adds vertical grid lines."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.6)
     plain_axes(axes)
@@ -108,7 +117,7 @@ def named_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Removes the sides of a frame that have no numbers, and adds a faint grid."""
+    """Removes the top and right sides of the axes' frame, and adds faint horizontal grid lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=SMALL_SIZE)

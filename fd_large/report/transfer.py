@@ -1,6 +1,6 @@
-"""The table of `transfer`: models, their scores by task, differences, the paper's figures.
+"""Makes the table of `transfer`, with models' scores on each task and those of the paper.
 
-It is made from summary.json and the folders of its runs, also while they train.
+The table is made from summary.json and the folders of its runs, also while runs still train.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RECORD = "cell.json"
 DONE, FAILED = "done", "failed"
-"""Status of a cell's run that has ended; the status is "" if the run has to start or go on."""
+"""Statuses of a cell whose run has ended. The status is "" if the run is not finished."""
 # Statuses in summary.json of runs that the same command continues.
 _GOES_ON = ("preempted", "interrupted")
 _TITLE = "Transfer"
@@ -31,11 +31,11 @@ COLORS = {"student": style.BLUE, "teacher": style.VERMILLION, "scratch": style.G
 
 
 class Value(NamedTuple):
-    """A mean over seeds.
+    """Mean of a score over seeds.
 
     Attributes:
-        mean: Mean of the values.
-        deviation: The standard deviation of single seeds; None for one seed.
+        mean: The mean.
+        deviation: The standard deviation of the seeds' values; None for one seed.
         seeds: The value of each seed.
     """
 
@@ -45,16 +45,17 @@ class Value(NamedTuple):
 
     @classmethod
     def of(cls, values: list[float]) -> Value:
-        """Returns the value of one or more seeds."""
+        """Returns the mean of the values of one or more seeds."""
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation, tuple(values))
 
     def text(self, digits: int, *, sign: str = "") -> str:
-        """Returns the value as text, with a further digit for several seeds.
+        """Returns the mean as text, with the standard deviation for several seeds.
 
         Args:
-            digits: Digits after the point for one seed.
-            sign: Sign option of a format; "+" shows the sign of positive values, too.
+            digits: Number of digits after the decimal point for one seed; several seeds have one
+                more.
+            sign: "+" to show the sign of positive values, or "".
         """
         if self.deviation is None:
             return f"{self.mean:{sign}.{digits}f}"
@@ -62,12 +63,13 @@ class Value(NamedTuple):
 
 
 def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """Returns the status of a cell's run, the reason, and its summary.json.
+    """Reads the state of a cell's run.
 
     Args:
         folder: The run's folder.
 
-    Returns: the status is `DONE`, `FAILED` or "".
+    Returns: the status, which is `DONE`, `FAILED` or ""; the reason of a failure, or ""; and the
+        content of the run's summary.json.
     """
     summary = json_object(folder / SUMMARY)
     status = summary.get("status", "")
@@ -85,16 +87,18 @@ def write_table(
     interval: Interval = lambda ours, others, score: None,
     single_class: Callable[[Path], bool] = lambda run: False,
 ) -> tuple[dict[str, Any], list[Table], list[Path]]:
-    """Reads all runs of a table again, and writes it as JSON, text, plot and page.
+    """Reads all runs of a table again, and writes the table as JSON, text, plot and page.
 
     Args:
         folder: Folder of the table, with a summary.json.
-        interval: Compares two rows by the folders of their runs and the name of a score: the
-            difference with its interval; None if it is not known.
-        single_class: Whether a run, by its folder, gives every test image the same class.
+        interval: Function of the run folders of two rows and the name of a score, which returns
+            the difference with its interval, or None if they are unknown.
+        single_class: Function of a run's folder, which returns whether the run predicts the same
+            class for every test image.
 
-    Returns: the content of summary.json, the tables, and the written files.
-    Raises: ConfigError: if it is not the folder of a table.
+    Returns: the content of summary.json, the tables of rich, and the written files.
+
+    Raises: ConfigError: if the folder is not that of a table.
     """
     there = kind_of(folder / SUMMARY, where="--out")
     summary = read_json(folder / SUMMARY, where="--out", holds=dict) if there else {}
@@ -143,7 +147,7 @@ def write_table(
 
 
 def tables_of(summary: dict[str, Any]) -> list[Table]:
-    """Returns the rich tables: the scores with the paper's, and the differences.
+    """Returns the table of scores with those of the paper, and the table of differences, if any.
 
     Args:
         summary: Content of summary.json.
@@ -179,7 +183,9 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
 
 @style.own_look
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Draws a panel for each score: a dot for each seed, a line at their mean, the paper's ring.
+    """Draws a panel for each score, with a row for each model.
+
+    A dot is the value of a seed, a line the mean over seeds, and a ring the value in the paper.
 
     Args:
         summary: Content of summary.json.
@@ -239,7 +245,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (name of a column, a score of it) for the columns that have cells."""
+    """Yields (name of the column, score) for each score of the columns that have cells."""
     for column in summary["columns"]:
         if column["name"] in _trained(summary):
             for score in column["scores"]:
@@ -247,12 +253,12 @@ def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _trained(summary: dict[str, Any]) -> set[str]:
-    """Returns the names of the columns with cells."""
+    """Returns the names of the columns that have cells."""
     return {cell["column"] for cell in summary["cells"]}
 
 
 def _published(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the paper's figures of the columns with cells."""
+    """Returns the entries with the paper's scores, for the columns that have cells."""
     return [figure for figure in summary["published"] if figure["column"] in _trained(summary)]
 
 
@@ -263,7 +269,7 @@ def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any
 def _by_seed(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> dict[int, float]:
-    """Returns a score of each finished seed, in the table's units."""
+    """Returns {seed: score in the unit of the table} for the finished seeds of a cell."""
     return {
         cell["seed"]: score["scale"] * cell["scores"][score["key"]]
         for cell in _cells(summary, row, column)
@@ -279,7 +285,10 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """Returns the difference of two rows' scores, seed by seed."""
+    """Returns the difference of the scores of rows a and b, over the seeds that both have.
+
+    The result is None if they have no seed in common.
+    """
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]
     return Value.of(values) if values else None
@@ -293,7 +302,10 @@ def _interval(
     score: dict[str, Any],
     interval: Interval,
 ) -> dict[str, Any]:
-    """Returns the interval of a difference, in the table's units, over the seeds of both."""
+    """Returns the entries of a difference's interval, in the unit of the table.
+
+    Only seeds that both rows have are used. The result is {} if the interval is unknown.
+    """
     seeds = _by_seed(summary, a, column, score).keys() & _by_seed(summary, b, column, score).keys()
     ours, others = (
         [Path(cell["run"]) for cell in _cells(summary, row, column) if cell["seed"] in seeds]
@@ -309,14 +321,19 @@ def _interval(
 
 
 def _difference_text(difference: dict[str, Any], digits: int) -> str:
-    """Returns a difference in summary.json as text, with its interval or its spread over seeds."""
+    """Returns a difference as text, with its interval or else the standard deviation over seeds.
+
+    Args:
+        difference: The entry of summary.json.
+        digits: Number of digits of the score after the decimal point.
+    """
     if "interval" in difference:
         return shown(difference, digits + 1)
     return Value(difference["mean"], difference["deviation"], ()).text(digits, sign="+")
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the rows of each student and its teachers, and of each student and random weights."""
+    """Yields pairs of rows to compare: each student with its teachers and with random weights."""
     names = {row["name"] for row in summary["rows"]}
     for row in summary["rows"]:
         for other in (*row.get("teachers", [row.get("teacher")]), row.get("scratch")):
@@ -327,7 +344,10 @@ def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _paper(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> tuple[float, bool] | None:
-    """Returns the paper's figure, and whether the cell has the paper's settings."""
+    """Returns the paper's score of a cell, and whether the cell has the paper's settings.
+
+    The result is None if the paper has no score for the cell.
+    """
     for entry in summary["published"]:
         if (entry["row"], entry["column"]) == (row, column):
             return entry["figures"][score["key"]], entry["same_settings"]
@@ -381,7 +401,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_one_class(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields lines on cells that give every image the same class, so that no interval says much."""
+    """Yields notes on cells whose model predicts the same class for every test image."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {column["name"]: column["title"] for column in summary["columns"]}
     for cell in summary["cells"]:
@@ -393,7 +413,7 @@ def _of_one_class(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields lines on cells with another recipe than the first row's, and the differences."""
+    """Yields notes on cells whose recipe differs from that of the first row."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {column["name"]: column["title"] for column in summary["columns"]}
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
@@ -405,7 +425,7 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _swept(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields lines on runs that had trained on a sweep's held-out images."""
+    """Yields notes on models that were trained on the images that a sweep held out."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {column["name"]: column["title"] for column in summary["columns"]}
     swept = [cell for cell in summary["cells"] if "sweep" in cell]
@@ -417,7 +437,7 @@ def _lower_is_better(summary: dict[str, Any]) -> list[str]:
 
 
 def _made_by(summary: dict[str, Any], column: str) -> str:
-    """Returns the recipes of a column with their changes, its dataset, and its seeds."""
+    """Returns a text on how a column was trained: recipes with changes, dataset and seeds."""
     cells = [cell for cell in summary["cells"] if cell["column"] == column]
     if not cells:
         return "not trained"
@@ -429,7 +449,10 @@ def _made_by(summary: dict[str, Any], column: str) -> str:
 
 
 def _changes(cell: dict[str, Any]) -> str:
-    """Returns the changed fields of a cell's recipe, with the recipe's own values in brackets."""
+    """Returns the changed fields of a cell's recipe as text, or "" if nothing was changed.
+
+    The recipe's own values are in brackets.
+    """
     if cell["unchanged"]:
         return ""
     changed = cell.get("changed", {})

@@ -1,5 +1,5 @@
-"""Diagnosis of models side by side: attention, loss landscape, CKA.
+"""Diagnosis of models side by side, by attention, loss landscape and CKA.
 
-Figures are computed here; plots and the page are drawn by `report/` from the files that
+This package computes the numbers. `report/` draws the plots and the page from the files that
 `examine.py` writes.
 """

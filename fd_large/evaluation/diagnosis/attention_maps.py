@@ -1,8 +1,9 @@
-"""Attention maps of every layer while a model runs, recomputed from queries, keys and bias.
+"""Computes the attention maps of every layer while a model runs.
 
-Fused kernels never store an attention map, so it is computed a second time. For this project's
-models it is computed from the inputs of their attention modules; for timm's, from the operands that
-their modules pass to torch. A layer's maps are passed on at once and not kept.
+Fused kernels never store an attention map, so each map is computed a second time. For models of
+this package, it is computed from the inputs of their attention modules; for models of timm, from
+the queries, keys and biases that their modules pass to torch. A layer's maps are passed to a
+function at once and not stored.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ from torch.overrides import TorchFunctionMode
 from fd_large.backbones.token_positions import TokenPositions
 
 Note = Callable[[str, Tensor, TokenPositions], None]
-"""(name of the module, maps (B, nW, h, T, T) float32, positions of its tokens)."""
+"""Function of the attention module's name, its maps (B, nW, h, T, T) and its tokens' positions.
+
+The maps are float32, of B images, nW windows, h heads and T tokens.
+"""
 
 
 @contextmanager
 def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
-    """Passes the maps of a model's attention layers to `note` as it runs, in order of execution.
+    """Passes the maps of a model's attention layers to `note` whenever the model runs in the block.
 
-    Only layers over tokens of a whole image or of Swin's windows are included.
+    Layers come in order of execution. Only layers over all tokens of an image, or over those of
+    Swin's windows, are included.
 
     Args:
-        note: Called in the middle of the forward.
+        note: Function that is called for each layer, in the middle of the forward.
         model: A backbone whose attention modules have a method `attention_maps`, or that has a
             method `token_positions`; `note` is not called for other models.
         grid: Rows and columns of the model's feature map.
@@ -67,7 +72,7 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 class _Operands(TorchFunctionMode):
-    """Intercepts arguments of torch's fused attention or softmax in timm's attention modules."""
+    """Computes attention maps from calls of torch's attention or softmax in timm's modules."""
 
     def __init__(self, note: Note, positions: Callable[[str, int], TokenPositions | None]) -> None:
         super().__init__()
@@ -76,7 +81,7 @@ class _Operands(TorchFunctionMode):
         self._num_images = 0
 
     def count(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Records the number of images, as a hook of the whole model."""
+        """Records the number of images of a forward; it is a pre-hook of the whole model."""
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
@@ -99,7 +104,7 @@ class _Operands(TorchFunctionMode):
         return out
 
     def _pass_on(self, attention: Tensor) -> None:
-        """Passes on maps (B * nW, h, T, T) of tokens with known positions."""
+        """Passes a layer's maps (B * nW, h, T, T) to `note`, if the tokens' positions are known."""
         if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
             return
         positions = self._positions(self._inside[-1], attention.shape[-1])
@@ -120,7 +125,10 @@ def _map_of(
     scale: float | None = None,
     **other: Any,
 ) -> Tensor:
-    """Computes the map (B, h, T, T) inside scaled_dot_product_attention from its arguments."""
+    """Returns the attention map (B, h, T, T) that `scaled_dot_product_attention` computes inside.
+
+    Args: As those of `scaled_dot_product_attention`; there is no dropout.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query.float() * scale) @ key.float().transpose(-2, -1)
     if is_causal:

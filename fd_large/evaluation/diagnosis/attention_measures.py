@@ -1,4 +1,4 @@
-"""Measures of attention maps: distance, similarity of heads, the average map and its structure.
+"""Measures of attention maps: distance, similarity of heads, and structure of the average map.
 
 Source: distance, Dosovitskiy et al., arXiv 2010.11929 (figure 7) and Raghu et al., arXiv
 2108.08810; similarity of heads and average maps, Wei et al., arXiv 2205.14141.
@@ -19,9 +19,9 @@ _CONVERGED = 1e-12
 
 
 def distances(positions: TokenPositions) -> Tensor:
-    """Returns distances in the image between the tokens of each window: (nW, T, T), in tokens.
+    """Returns the distance in the image between two tokens of a window: (nW, T, T), in tokens.
 
-    Distances to prefix tokens and padding are meaningless.
+    The entries of prefix tokens and of padding are meaningless.
     """
     rows, columns = positions.index // positions.grid[1], positions.index % positions.grid[1]
     at = torch.stack([rows, columns], dim=-1).float()
@@ -29,11 +29,13 @@ def distances(positions: TokenPositions) -> Tensor:
 
 
 def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the attention to patches alone, scaled to a sum of 1 for every query.
+    """Returns the attention (B, nW, h, T, T) with patches as keys alone.
+
+    The attention to prefix tokens and padding is set to 0, and each row is scaled to a sum of 1.
 
     Args:
-        attention: (B, nW, h, T, T), rows are queries and sum to 1.
-        positions: Positions of its tokens.
+        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        positions: Positions of the tokens.
     """
     there = (positions.index >= 0).to(attention)[None, :, None, None, :]
     masked = attention * there
@@ -43,8 +45,8 @@ def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
 def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
     """Returns the attention-weighted distance from query to key: (B, h), in tokens.
 
-    It is the mean over queries of sum_k A(q, k) |q - k|, where A is the attention among patches:
-    prefix tokens are neither queries nor keys.
+    It is the mean over queries q of sum_k A(q, k) |q - k|, where A is the attention among patches.
+    Prefix tokens are neither queries nor keys.
     """
     per_query = (among_patches(attention, positions) * distances(positions)[:, None]).sum(-1)
     queries = (positions.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
@@ -52,7 +54,7 @@ def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
 
 
 def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the share of patches' attention to prefix tokens: (B, h)."""
+    """Returns the share of attention that patches, as queries, pay to prefix tokens: (B, h)."""
     prefix = (positions.index == PREFIX).to(attention)[None, :, None, None, :]
     queries = (positions.index >= 0).to(attention)[:, None, :]
     return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
@@ -61,15 +63,16 @@ def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
 def head_similarity(
     attention: Tensor, positions: TokenPositions, *, patches_alone: bool = False
 ) -> Tensor:
-    """Returns the mean cosine similarity between the maps of two different heads: (B,).
+    """Returns the cosine similarity between the maps of two heads, averaged over all pairs: (B,).
 
-    A head's map of an image counts as one vector. NaN for a layer with a single head.
+    The map of a head for an image is one vector. The result is NaN for a layer with a single head.
 
     Args:
-        attention: (B, nW, h, T, T), rows are queries and sum to 1.
-        positions: Positions of its tokens.
-        patches_alone: Whether to use the map among patches only. If all heads attend mostly to a
-            prefix token, their whole maps are similar whatever they do among patches.
+        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        positions: Positions of the tokens.
+        patches_alone: Whether to use only the attention among patches. If all heads attend mostly
+            to a prefix token, their complete maps are similar even if the maps among patches are
+            not.
     """
     batch_size, _, heads = attention.shape[:3]
     if heads == 1:
@@ -86,10 +89,11 @@ def head_similarity(
 
 
 def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
-    """Returns the attention among patches, averaged over heads and whole windows: (B, P, P).
+    """Returns the attention among patches, averaged over heads and complete windows: (B, P, P).
 
-    P is the number of patches of a window (of the image, where there are no windows). None where
-    no window is whole.
+    P is the number of patches of a window, or of the image if the layer has no windows. A window
+    is complete if it has no padding and its tokens are adjacent in the image (`positions.whole`).
+    The result is None if no window is complete.
     """
     if not positions.whole.any():
         return None
@@ -101,12 +105,12 @@ def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
 def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
     """Returns the nearest map in which attention depends only on the offset from query to key.
 
-    Such a map is the softmax, over the keys of the window, of a number per offset. The nearest
-    map has the least Kullback-Leibler divergence from `average`, and is found by iterative
-    scaling.
+    In a map of this form, the row of a query is a softmax over the window's keys, whose logits
+    depend only on the offset. The nearest map has the least Kullback-Leibler divergence from
+    `average`, and is found by iterative scaling.
 
     Args:
-        average: (P, P), rows are queries and sum to 1.
+        average: (P, P), whose rows are queries and sum to 1.
         window: Rows and columns of the P patches.
 
     Returns: (P, P) float64.
@@ -134,15 +138,16 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
 def translation_score(average: Tensor, window: tuple[int, int]) -> float:
     """Returns the share of an average map that depends only on the offset, from about 0 to 1.
 
-    It is the share of the variance of the P x P entries that the nearest map of offsets explains,
+    It is the share of the variance of the P x P entries that `nearest_offset_map` explains:
     1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), with n
-    entries and p offsets. With this adjustment maps of noise score 0 on average.
+    entries and p offsets. By this adjustment for degrees of freedom, maps of noise score 0 on
+    average.
 
     Args:
-        average: (P, P), rows are queries and sum to 1.
+        average: (P, P), whose rows are queries and sum to 1.
         window: Rows and columns of the P patches.
 
-    Returns: 1 for a map without variance; NaN for a window with a single patch.
+    Returns: the share; 1 for a map without variance, NaN for a window with a single patch.
     """
     average = average.double()
     entries, offsets = average.numel(), (2 * window[0] - 1) * (2 * window[1] - 1)
@@ -156,7 +161,7 @@ def translation_score(average: Tensor, window: tuple[int, int]) -> float:
 
 
 def _offsets(window: tuple[int, int]) -> Tensor:
-    """Returns the index of each patch pair's offset: (P, P) int64."""
+    """Returns the index of the offset from each query (row) to each key (column): (P, P) int64."""
     rows, columns = window
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
     dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
@@ -164,7 +169,7 @@ def _offsets(window: tuple[int, int]) -> Tensor:
 
 
 class LayerFigures:
-    """The measures of one layer, summed over images in constant memory.
+    """Measures of one attention layer, summed over images in constant memory.
 
     Args:
         name: Name of the attention module in its model.
@@ -178,7 +183,12 @@ class LayerFigures:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, attention: Tensor, positions: TokenPositions) -> None:
-        """Adds the maps (B, nW, h, T, T) of a batch."""
+        """Adds a batch.
+
+        Args:
+            attention: Maps of the layer, (B, nW, h, T, T).
+            positions: Positions of the tokens.
+        """
         self.images += len(attention)
         self._positions = positions = positions.to(attention.device)
         figures = {
@@ -194,11 +204,11 @@ class LayerFigures:
                 self._sums[name] = self._sums.get(name, 0) + total
 
     def average(self) -> Tensor | None:
-        """Returns the average map, (P, P) float64, or None without a whole window."""
+        """Returns the average map, (P, P) float64, or None if no window is complete."""
         return self._sums["average"] / self.images if "average" in self._sums else None
 
     def figures(self) -> dict[str, Any]:
-        """Returns the figures as plain values; None for figures that a layer lacks."""
+        """Returns the layer's measures by name as plain values; None for measures that it lacks."""
         assert self._positions is not None
         average = self.average()
         window = self._positions.window

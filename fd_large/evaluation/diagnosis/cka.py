@@ -1,8 +1,8 @@
-"""Linear CKA between the layers of models, minibatch by minibatch.
+"""Linear CKA between the layers of models, computed minibatch by minibatch.
 
-A layer's features of an image, whatever their layout, are one vector; X (n, features) has the
-vectors of a minibatch. CKA compares the Gram matrices X X^T of two layers, which are invariant
-under rotation and layout of the features, so layers of any two models can be compared.
+The features of a layer for an image are flattened to one vector, and X (n, features) has the
+vectors of a minibatch as rows. CKA compares the Gram matrices X X^T of two layers. Rotating or
+permuting the features does not change a Gram matrix, so layers of any two models can be compared.
 
 Source: Kornblith et al., arXiv 1905.00414; the unbiased estimate of HSIC, Song et al., JMLR 2012,
 and its mean over minibatches, Nguyen et al., arXiv 2010.15327.
@@ -20,7 +20,11 @@ LEAST_IMAGES = 4
 
 
 def gram(features: Tensor) -> Tensor:
-    """Returns X X^T of centred features (n, ...) with a diagonal of zeros, (n, n) float64."""
+    """Returns the Gram matrix X X^T of n images with a zero diagonal, (n, n) float64.
+
+    Args:
+        features: (n, ...), which are flattened and centred.
+    """
     x = features.flatten(1).float()
     # The estimate does not change with a shift; products of centred numbers lose fewer digits.
     x = x - x.mean(0)
@@ -29,13 +33,13 @@ def gram(features: Tensor) -> Tensor:
 
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
-    """Estimates the Hilbert-Schmidt independence criterion of two Gram matrices, unbiased.
+    """Returns the unbiased estimate of the Hilbert-Schmidt independence criterion.
 
     Args:
-        k: (..., n, n), diagonal 0, n at least 4.
-        m: Likewise, broadcast against k.
+        k: Gram matrices (..., n, n) with a zero diagonal; n is at least 4.
+        m: Gram matrices of the same images, which are broadcast against k.
 
-    Returns: (...).
+    Returns: the estimates, (...).
     """
     n = k.shape[-1]
     assert n >= LEAST_IMAGES
@@ -46,7 +50,7 @@ def hsic(k: Tensor, m: Tensor) -> Tensor:
 
 
 class Similarity:
-    """CKA between all layers of all models, added up over minibatches."""
+    """CKA between all layers of all models, accumulated over minibatches."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -55,17 +59,17 @@ class Similarity:
         """Adds a minibatch.
 
         Args:
-            grams: Gram matrices (n, n) float64 of the same n images, at least 4: a matrix for
-                each layer of each model, in a fixed order.
+            grams: The Gram matrix (n, n) float64 of each layer of each model, in a fixed order.
+                All are of the same n images; n is at least 4.
         """
         stacked = torch.stack(list(grams))  # (L, n, n)
         sums = torch.stack([hsic(row, stacked) for row in stacked])  # (L, L)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def matrix(self) -> Tensor:
-        """Returns CKA of all pairs of layers: (L, L) float64, 1 on the diagonal.
+        """Returns the CKA of all pairs of layers: (L, L) float64, with 1 on the diagonal.
 
-        NaN for a layer that is the same for all images.
+        The entries of a layer are NaN if its features are the same for all images.
         """
         assert self._sums is not None
         norms = self._sums.diagonal().clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""The figures of a diagnosis, from one pass over the images and each model's loss landscapes."""
+"""Measures models for a diagnosis: attention and CKA on the images, and loss landscapes."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ MAP = "map"
 MOST_BATCHES = 4
 """Largest number of batches on which the losses of a landscape are computed."""
 Layers = dict[str, LayerFigures]
-"""The attention of a model's layers, by name."""
+"""Measures of a model's attention layers, by the name of the layer."""
 Progress = Callable[[str], None]
-"""Function that is called after every step, with a description of the work."""
+"""Function that is called after every unit of work, with a description of the work."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The measured extent of the loss landscape.
+    """Size and resolution of a loss landscape.
 
     Attributes:
-        reach: Length of the longest step, as a multiple of the norm of each filter's weights.
-        points: Points of a curve; odd, so that the middle one is the model itself.
-        seeds: Number of curves.
-        side: Points of the map in each direction; odd.
+        reach: Largest distance from the trained weights, as a multiple of each filter's norm.
+        points: Number of points of a curve; odd, so that the middle point is the model itself.
+        seeds: Number of curves, each along a random direction of its own.
+        side: Number of points of the two-dimensional map in each direction; odd.
     """
 
     reach: float = 0.5
@@ -51,24 +51,26 @@ class Extent:
     side: int = 9
 
     def line(self, points: int) -> list[float]:
-        """Returns steps from -reach to reach; the middle one is exactly 0."""
+        """Returns `points` equidistant values from -reach to reach, with 0 in the middle."""
         half = points // 2
         return [self.reach * (i - half) / half for i in range(points)]
 
     @property
     def losses(self) -> int:
-        """Number of steps at which a loss is computed."""
+        """Number of points at which a loss is computed, on all curves and the map."""
         return self.seeds * self.points + self.side**2
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Figures of a diagnosis.
+    """Results of a diagnosis.
 
     Attributes:
-        models: The figures of each model, as plain values.
-        cka: {"layers": names by model, "matrix": rows of all models' layers, concatenated}.
-        averages: The average attention of each model by layer, (P, P) float64.
+        models: The measures of each model, as plain values.
+        cka: {"layers": the names of each model's layers, "matrix": the CKA of all pairs of layers,
+            with the layers of all models one after another}.
+        averages: For each model the average attention map of each layer, (P, P) float64, by the
+            layer's name.
     """
 
     models: list[dict[str, Any]]
@@ -77,12 +79,17 @@ class Findings:
 
 
 def num_batches(images: int, batch_size: int) -> int:
-    """Returns the number of batches of at most a size, none smaller than CKA's minimum."""
+    """Returns the number of batches, so that each has enough images for CKA.
+
+    Args:
+        images: Number of images.
+        batch_size: Largest size of a batch. CKA's minimum of `LEAST_IMAGES` takes precedence.
+    """
     return max(1, min(math.ceil(images / batch_size), images // LEAST_IMAGES))
 
 
 def num_steps(models: Sequence[LoadedModel], images: int, batch_size: int, extent: Extent) -> int:
-    """Returns the number of steps that `examine` reports."""
+    """Returns how often `examine` will call its function `progress`."""
     batches = num_batches(images, batch_size)
     looks = sum(1 + (model.scratch is not None) for model in models)
     return looks * batches + sum(len(model.losses) for model in models) * extent.losses
@@ -101,9 +108,9 @@ def examine(
     Args:
         models: One or more models.
         sample: The images.
-        batch_size: Images at a time; the landscapes see the first `MOST_BATCHES` batches.
-        extent: Size of the landscapes.
-        progress: Called after every step.
+        batch_size: Largest batch size; the landscapes use the first `MOST_BATCHES` batches.
+        extent: Size and resolution of the landscapes.
+        progress: Function that is called after every unit of work.
     """
     device, count = distributed.device(), num_batches(len(sample), batch_size)
     sizes = sorted({model.image_size for model in models})
@@ -151,7 +158,7 @@ def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> d
 
     Args:
         folder: Folder of the diagnosis; it exists.
-        findings: Figures of the diagnosis.
+        findings: Results of the diagnosis.
         facts: Further plain values for diagnosis.json, such as the number of images.
     """
     arrays = {}
@@ -170,9 +177,10 @@ def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> d
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns a model's blocks in order: the outermost numbered modules with several weights.
+    """Returns a model's blocks by name, in order.
 
-    A sequence of blocks, or a stage with an attribute `blocks`, is not a block itself.
+    A block is an outermost module whose name ends in a number and in which several modules have
+    parameters. A sequence of modules, or a stage with an attribute `blocks`, is no block.
     """
     blocks: dict[str, nn.Module] = {}
 
@@ -198,7 +206,16 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 def _look(
     backbone: nn.Module, statistics: Statistics, images: Tensor, layers: Layers
 ) -> dict[str, Tensor]:
-    """Runs one forward: adds attention to the layers' figures, and returns Gram matrices."""
+    """Runs a model on a batch, and adds the attention maps of its layers to `layers`.
+
+    Args:
+        backbone: The model.
+        statistics: Normalisation of its images.
+        images: (B, 3, S, S) uint8.
+        layers: Measures of the attention layers, to which the batch is added.
+
+    Returns: the Gram matrices of the blocks' outputs and of the feature map, by name.
+    """
     grid = backbone.grid(*images.shape[-2:])
     grams: dict[str, Tensor] = {}
 
@@ -213,7 +230,10 @@ def _look(
 
 
 def _look_at_scratch(model: LoadedModel, sample: Sample, count: int, progress: Progress) -> Layers:
-    """Measures the attention of the same model with random weights, built temporarily."""
+    """Returns the attention measures of the same model with random weights.
+
+    The result is empty if `model.scratch` is None.
+    """
     layers: Layers = {}
     if model.scratch is None:
         return layers
@@ -242,7 +262,10 @@ def _outputs(model: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
 def _landscapes(
     model: LoadedModel, loss: Loss, batches: Sequence[Views], extent: Extent, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Computes the landscape of a loss and of its further terms, such as the accuracy."""
+    """Returns the landscapes of a loss and of the further values that it reports.
+
+    Each entry is for diagnosis.json; a further value may be an accuracy.
+    """
     device = distributed.device()
     measures = [
         loss.on(batch.of_size[model.image_size].to(device), batch.numbers) for batch in batches
@@ -304,5 +327,5 @@ def _facts(model: LoadedModel) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """Returns a loss for JSON: None if it overflowed, as JSON has no NaN and no infinity."""
+    """Returns a value for JSON, which is None for NaN and infinity, since JSON has neither."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The loss around trained weights, along filter-normalised random directions.
+"""Computes the loss around trained weights, along filter-normalised random directions.
 
 Source: Li et al., "Visualizing the Loss Landscape of Neural Nets", arXiv 1712.09913.
 """
@@ -17,16 +17,16 @@ Value = TypeVar("Value")
 
 
 def random_direction(module: nn.Module, seed: int) -> Direction:
-    """Draws a normal random direction of the parameters, scaled to each filter's norm.
+    """Returns a normally distributed direction of the parameters, scaled to each filter's norm.
 
-    A filter is the part of a weight for one output (its first dimension). Vectors
-    (biases, norms, LayerScale) do not move, as in the source.
+    A filter is the part of a weight for one output (an index of its first dimension). Vectors
+    (biases, norms, LayerScale) have no direction and stay fixed, as in the source.
 
     Args:
-        module: The module whose parameters are to move.
-        seed: Seed of the direction. It is drawn on the CPU, so that every machine has the same.
+        module: The module whose parameters will be moved.
+        seed: Seed of the direction. Numbers are drawn on the CPU, and are equal on every machine.
 
-    Returns: {name of the parameter: a tensor of its shape, device and dtype}.
+    Returns: {name of the parameter: direction with the parameter's shape, device and dtype}.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -42,9 +42,10 @@ def random_direction(module: nn.Module, seed: int) -> Direction:
 
 @contextmanager
 def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Direction]]], None]]:
-    """Yields a function that sets the parameters to start + sum of step * direction.
+    """Yields a function that sets the parameters to start + the sum of step * direction.
 
-    The start is restored at the end.
+    The argument of the function is a list of pairs (step, direction). The start is the parameters'
+    values before the block, which are restored after the block.
     """
     parameters = dict(module.named_parameters())
     start = {name: p.detach().clone() for name, p in parameters.items() if p.dim() >= 2}
@@ -71,14 +72,14 @@ def curve(
     steps: Sequence[float],
     progress: Callable[[], None],
 ) -> list[Value]:
-    """Computes the loss at start + step * direction for each step.
+    """Returns the loss at start + step * direction for each step.
 
     Args:
-        module: The module whose parameters are moved; they are restored.
-        loss: Returns one or several losses for the present parameters.
+        module: The module whose parameters are moved, and restored at the end.
+        loss: Function that returns one or several losses for the present parameters.
         direction: See `random_direction`.
-        steps: Steps along the direction; 0 is the model itself.
-        progress: Called after every loss.
+        steps: Steps along the direction; at 0 the parameters are unchanged.
+        progress: Function that is called after every loss.
     """
     values = []
     with _movable(module) as move, torch.no_grad():
@@ -96,7 +97,9 @@ def surface(
     steps: Sequence[float],
     progress: Callable[[], None],
 ) -> list[list[Value]]:
-    """Computes the loss over the plane of two directions; rows are steps along the second.
+    """Returns the losses on a plane of two directions, as rows of steps along the first direction.
+
+    Each row belongs to a step along the second direction.
 
     Args: As for `curve`.
     """

@@ -1,4 +1,4 @@
-"""Loading of a model that the user named, with the losses whose landscapes are drawn."""
+"""Loads the models of a diagnosis, with the losses whose landscapes are computed."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ _RELATIVE = re.compile(r"rel_pos|relative_position|position_bias|cpb_mlp|rope|ro
 _ABSOLUTE = re.compile(r"pos_embed|position_embedding")
 
 Measure = Callable[[], Mapping[str, float]]
-"""Function that returns {description: value} with the module's present weights, the loss first."""
+"""Function that returns {description: value} for a module's present weights, the loss first."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss whose landscape is computed around a model's weights.
+    """Loss whose landscape is computed around a model's weights.
 
     Attributes:
-        comparable: A key that is equal for losses that can be compared; their plots share a scale.
-        module: The module whose parameters the landscape moves.
-        on: Takes (B, 3, S, S) uint8 images and their indices in the dataset; returns a function
-            that computes the loss on them.
+        comparable: Key that comparable losses of several models share; their plots have the same
+            scale.
+        module: The module whose parameters are moved.
+        on: Function of images (B, 3, S, S) uint8 and their indices in the dataset; it returns a
+            function that computes the loss on these images.
     """
 
     comparable: str
@@ -55,22 +56,23 @@ class Loss:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, ready to run.
+    """Model of a diagnosis, ready to run.
 
     Attributes:
         label: Short name in tables and plots.
         source: The user's name for the model.
-        backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
-        statistics: The normalisation of its images.
-        image_size: S, the side of its images, in pixels.
-        positions: Kinds of its position encodings: absolute, relative, both or none.
-        is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
+        backbone: The model in evaluation mode, from normalised images (B, 3, S, S) to a FeatureMap.
+        statistics: The normalisation of the model's images.
+        image_size: S, the side of the model's images in pixels.
+        positions: Kinds of the model's position encodings, as text: "absolute", "relative",
+            "absolute and relative" or "none".
+        is_supervised: Whether the model is the student of a run that trained on labels or boxes,
             from random weights.
-        losses: The loss of its run's task, if it has a run and the loss can be computed, followed
-            by the change of its own map.
-        left_out: Reason that the task's loss is left out; "" if it is included or does not exist.
-        scratch: The same model with random weights; None if it has random weights itself, or no
-            such model can be made.
+        losses: The training loss of the model's run, if there is a run and its loss can be
+            computed; and the drift loss, which is the change of the model's own map.
+        left_out: Reason why the training loss is left out; "" if it is included or there is none.
+        scratch: The same model with random weights, or None if the model itself has random weights
+            or is made by the user's own code.
     """
 
     label: str
@@ -86,16 +88,16 @@ class LoadedModel:
 
 
 def load_model(source: str, sample: Sample) -> LoadedModel:
-    """Builds a model with its weights, in float32, on this process's device.
+    """Loads a model with its weights, in float32, on this process's device.
 
-    Its losses include the loss of its run's task if the task has one (`StoredRun.loss_name`) and
-    the images have the classes that this loss needs.
+    The training loss of the model's run is included if the run's task has a loss
+    (`StoredRun.loss_name`), and the images have the classes that the loss needs.
 
     Args:
         source: See `find_model`.
         sample: The images.
 
-    Raises: FDError: if it cannot be loaded.
+    Raises: FDError: if the model cannot be loaded.
     """
     named = find_model(source, job_of)
     job = named.trained_by
@@ -136,7 +138,10 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
 
 @contextmanager
 def _of_recipe(named: NamedModel) -> Iterator[None]:
-    """Adds the run's name to an error about a flag of `train` that the run's recipe sets."""
+    """Puts the run's name before the message of an error in the block that begins with a flag.
+
+    The flag would be one of `train`, which the run's recipe sets and not the user.
+    """
     try:
         yield
     except FDError as error:
@@ -146,8 +151,7 @@ def _of_recipe(named: NamedModel) -> Iterator[None]:
 
 
 def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[Task, StoredRun]:
-    """Builds the task of a student's run, with the student's weights, in evaluation mode.
-
+    """Builds the task of a student's run with the checkpoint's weights, in evaluation mode.
     Args:
         named: The student.
         stored: The student's run.
@@ -172,7 +176,10 @@ def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[T
 
 
 def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
-    """Returns the task of the model's run with its training loss."""
+    """Returns the task of a model's run, and the run's training loss.
+
+    Raises: FDError: if the images lack the classes of the loss, or weights are missing.
+    """
     task, stored = trained_task(named, stored, where="diagnose")
     classes = stored.classes()
     known = None if classes is None else torch.from_numpy(sample.labels(classes))
@@ -190,11 +197,11 @@ def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task
 
 
 def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
-    """Returns the drift loss: the change of a model's own map, defined for every model.
+    """Returns the drift loss, which compares a model's map with the map at its trained weights.
 
-    Each channel is scaled by its deviation over tokens and images. A norm of each token, as in
-    training, would be dominated by large but nearly constant channels, as in CLIP, and make equal
-    changes of the other channels look small.
+    It exists for every model. Each channel is divided by its standard deviation over tokens and
+    images. Normalising each token, as in training, would let large but nearly constant channels
+    dominate, as in CLIP, so that equal changes of the other channels would look small.
     """
 
     def on(images: Tensor, numbers: Sequence[int]) -> Measure:
@@ -215,7 +222,10 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 
 
 def _positions(backbone: nn.Module) -> str:
-    """Returns the kinds of a model's position encodings, by the names of parameters and modules."""
+    """Returns the kinds of a model's position encodings, such as "absolute and relative" or "none".
+
+    They are found by the names of parameters and modules.
+    """
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]
     kinds = {

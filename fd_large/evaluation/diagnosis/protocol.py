@@ -1,4 +1,4 @@
-"""The protocol diagnose: attention, loss landscape and layer similarity of models."""
+"""Protocol of `diagnose`, which measures attention, loss landscape and similarity of layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DiagnosisFlags:
 
 
 def _measure(request: Request) -> Result:
-    """Diagnoses models side by side, and writes the page."""
+    """Diagnoses the requested models, and writes the figures, the plots and the page."""
     flags, began = request.flags, time.monotonic()
     check_out(flags.out, where="--out", holds="folder")
     # Importing torch and deepspeed takes seconds.
@@ -91,7 +91,7 @@ def _summary(models: list[dict[str, Any]]) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a device, with the number of threads for a CPU."""
+    """Returns the name of a GPU, or "the CPU" with the number of torch's threads."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The images of a diagnosis: spread over the dataset without repetition, decoded on demand."""
+"""Images of a diagnosis, which are spread over the dataset and decoded on demand."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SEED = 0
 
 
 class Views(NamedTuple):
-    """A batch of images.
+    """Batch of images, cropped to one or several sizes.
 
     Attributes:
-        numbers: The number of each image in the dataset, (B,).
-        of_size: {S: (B, 3, S, S) uint8}.
+        numbers: Index of each image in the dataset; B numbers.
+        of_size: {side S in pixels: the images, (B, 3, S, S) uint8}.
     """
 
     numbers: list[int]
@@ -36,14 +36,14 @@ class Views(NamedTuple):
 
 
 class Sample:
-    """A sample of a dataset's images, cropped as in tests.
+    """Sample of a dataset's images without repetition, cropped as for a test.
 
     Args:
-        root: The dataset as in `data.root`; its test part if it has parts.
-        images: Largest number of images; the same images are chosen each time.
+        root: The dataset, as `data.root`; if it has a test part, only that part is used.
+        images: Largest number of images. The same images are chosen each time.
 
     Attributes:
-        root: The dataset, or the part of it.
+        root: The dataset, or its test part.
 
     Raises: DataError: if there are no images.
     """
@@ -57,25 +57,25 @@ class Sample:
         return len(self._chosen)
 
     def labels(self, classes: Sequence[str]) -> NDArray[np.int64]:
-        """Returns the class of each image of the dataset.
+        """Returns the index of the class of each image of the dataset, not of the sample alone.
 
         Args:
             classes: Names of the classes in their order.
 
-        Raises: DataError: if the images have no classes, or other classes.
+        Raises: DataError: if the images have no classes, or different ones.
         """
         return open_labelled(self.root, classes).labels
 
     def batches(self, num_batches: int, sizes: Sequence[int]) -> Iterator[Views]:
-        """Yields batches of sizes as equal as possible.
+        """Yields the sample in batches whose numbers of images differ by at most one.
 
-        Images that cannot be used are left out with a warning.
+        Images that cannot be decoded are left out with a warning.
 
         Args:
             num_batches: Number of batches.
-            sizes: Sides of the square views that are cut from each image.
+            sizes: Sides in pixels of the square views that are cut from each image.
 
-        Raises: DataError: if none of a batch can be used.
+        Raises: DataError: if no image of a batch can be decoded.
         """
         for part in range(num_batches):
             numbers: list[int] = []

@@ -1,5 +1,6 @@
-"""The paper's Table 1: models trained on for classification, segmentation, detection and depth.
+"""The paper's Table 1, for which models train on for classification, segmentation and more.
 
-A table of trainings: `columns.py` defines tasks and recipes, `cells.py` the trainings, `table.py`
-runs the missing ones, `slurm.py` submits them as jobs. `report/transfer.py` draws the table.
+`columns.py` defines the tasks and recipes, and `cells.py` the trainings of the table. `table.py`
+runs the missing trainings, `slurm.py` submits them as jobs, and `report/transfer.py` draws the
+table.
 """

@@ -1,7 +1,7 @@
-"""The cells of `transfer`'s table, each of which is the training of a model on a task.
+"""Cells of the table of `transfer`, each of which is the training of a model on a task.
 
-A row is a model, and a column is a task. The training of a cell has its own folder, with a record
-(`recorded_runs`).
+A row of the table is a model, and a column is a task. The training of each cell has its own folder
+with a record (`recorded_runs`).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _BUDGET = (
 
 
 class Changes(NamedTuple):
-    """The user's changes to a column's recipes.
+    """Changes that the user makes to the recipes of a column.
 
     Attributes:
-        recipe: Name of the recipe, or "" for the published one that fits the model.
+        recipe: Name of the recipe, or "" for the published recipe that fits the model.
         fields: The changed fields, {full name: new value}.
     """
 
@@ -61,14 +61,14 @@ class Changes(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table.
+    """Row of the table, which is a model.
 
     Attributes:
         kind: Role of the model in its run.
-        model: The model and the origin of its weights.
-        run: The run that distilled it.
-        weights: Digest of its weights.
-        others: Names of the rows with which a student is compared, by their kind.
+        model: The model and the source of its weights.
+        run: The recipe of the distillation to which the model belongs.
+        weights: Digest of the model's weights.
+        others: For a student, the names of the rows with which it is compared, by their kind.
     """
 
     kind: RowKind
@@ -86,13 +86,13 @@ class Row:
 
 
 class Cell(NamedTuple):
-    """A training.
+    """Cell of the table, which is the training of a row's model on a column's task.
 
     Attributes:
         row: The model.
         column: The task.
-        recorded: Run of the cell. Its record also has the user's changes that may affect a score:
-            the recipe's own value and the user's, by field.
+        recorded: The run of the cell. Its record also has the user's changes that may affect a
+            score, {field: (the recipe's value, the user's value)}.
     """
 
     row: Row
@@ -101,12 +101,12 @@ class Cell(NamedTuple):
 
 
 def rows_of(runs: Sequence[str], names: Sequence[str]) -> list[Row]:
-    """Finds the models of the rows; a model shared by several runs appears once.
+    """Returns the rows of the table; a model that several runs share has one row.
 
     Args:
         runs: Folders of the runs that distilled the students.
-        names: The rows that each run has: "student", "scratch", "teacher" for all its teachers, or
-            the name of one of several teachers.
+        names: The rows of each run, as `--rows`: "student", "scratch", "teacher" for all teachers
+            of the run, or the name of one of several teachers.
 
     Raises: FDError: if a model is missing.
     """
@@ -146,7 +146,12 @@ def rows_of(runs: Sequence[str], names: Sequence[str]) -> list[Row]:
 
 
 def _parts_of(run: Run, names: Sequence[str]) -> list[str]:
-    """Returns the parts of a run that are rows, with each of several teachers by its name."""
+    """Returns the models of a run that are rows, as "student", "scratch" or a teacher's name.
+
+    Args:
+        run: The recipe of the run.
+        names: As in `rows_of`.
+    """
     teachers = [*run.teachers] or ["teacher"]
     parts = (teachers if name == "teacher" else [name] for name in names)
     return list(dict.fromkeys(chain.from_iterable(parts)))
@@ -159,20 +164,21 @@ def cells_of(
     flags: Any,
     seed: int,
 ) -> list[Cell]:
-    """Returns the cells of a repetition, column by column, with a cell for each row.
+    """Returns the cells of one repetition, column by column, with a cell for each row.
 
-    All rows take the first row's recipe, so that all are trained alike. If that recipe is for
-    another kind of model (ViT, Swin) than the row's, the row takes the recipe of its kind with
-    the same number of images and steps.
+    All rows take the recipe of the first row, so that all are trained alike. If the column has
+    recipes for each kind of model (ViT, Swin) and a row's model is of another kind than the first
+    row's, the row takes a recipe for its own kind, with the first recipe's epochs, steps, warm-up,
+    average of weights and global batch size.
 
     Args:
         rows: The models.
         columns: The columns.
-        changes: The user's changes to each column's recipes.
+        changes: The user's changes to the recipes of each column, by the column's name.
         flags: The flags of the table.
-        seed: Number of the repetition from 0, which is added to runtime.seed.
+        seed: Index of the repetition from 0, which is added to runtime.seed.
 
-    Raises: ConfigError: if a recipe does not allow a change or a model; names all mistakes.
+    Raises: ConfigError: with a line for each recipe that does not allow a change or a model.
     """
     each = [(row, column) for column in columns for row in rows]
     return check_all(
@@ -184,7 +190,7 @@ def cells_of(
 
 
 def _fitting(row: Row, column: Column) -> str:
-    """Returns the name of the published recipe for a row."""
+    """Returns the name of the published recipe of a column that fits a row's model."""
     # Random weights take the recipe of their run's student, so that only the weights differ.
     of_run = None if row.kind == "teacher" else row.run.name
     return column.recipe(row.model.architecture, of_run)
@@ -209,12 +215,13 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
 
 
 def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
-    """Returns a record's entries on what was changed in a recipe.
+    """Returns the entries `unchanged` and `changed` of a record.
 
     Args:
-        run: The recipe, as it is trained.
-        base: The recipe as it is published.
-        fields: Fields that were changed on purpose, in contrast to fields that the model decides.
+        run: The recipe that is trained.
+        base: The published recipe.
+        fields: Names of the fields that were changed on purpose. Changes of other fields, which
+            follow from the model, are not recorded.
     """
     user_fields = {*fields} - {"data.root"}
     changed = {
@@ -226,15 +233,15 @@ def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
 
 
 def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
-    """Returns a sweep's recipes for a row: its own first, then the other rows'.
+    """Returns the recipes that a sweep tries for a row: the row's own, then those of other rows.
 
-    In a column whose recipes are each for one kind of models (ViT, Swin), a row tries only the
-    recipes of rows of its own kind.
+    If each recipe of the column is for one kind of model (ViT, Swin), only recipes of rows of the
+    same kind are tried.
 
     Args:
         cell: The row's cell of the first repetition.
         rows: All rows.
-        changes: The user's changes to the recipes.
+        changes: The user's changes to the recipes of the column.
         flags: The flags of the table.
     """
     model, column = cell.row.model, cell.column
@@ -250,7 +257,14 @@ def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> 
 
 
 def swept(cell: Cell, sweep: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
-    """Returns a cell with the best setting of a sweep for its row."""
+    """Returns a cell with the best setting that a sweep has found for its row.
+
+    Args:
+        cell: The cell.
+        sweep: The results of the sweep.
+        tried: The recipes that the sweep tried for the row.
+        changes: The user's changes to the recipes of the column.
+    """
     run = replace(sweep.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
     fields = (*changes.fields, "optim.base_lr", "optim.layer_decay")
     known = {**_changes_of(run, registry.get(run.name), fields), "sweep": sweep.as_json()}
@@ -258,7 +272,11 @@ def swept(cell: Cell, sweep: Sweep, tried: Sequence[Run], changes: Changes) -> C
 
 
 def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
-    """Returns a recipe with changed fields that begins from a model at the user's image size."""
+    """Returns a recipe with changed fields that starts from a model's weights.
+
+    If the fields set an image size and the task trains the whole model on labels, the model is
+    built for this size. A window size is ignored for models without windows.
+    """
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
@@ -272,9 +290,14 @@ def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Returns summary.json's description of the table, without results of its runs.
+    """Returns the content of the table's summary.json, which has no scores.
 
-    It includes the cells that earlier starts trained in other columns from the same weights.
+    It also has the cells that earlier starts trained from the same weights in other columns.
+
+    Args:
+        out: Folder of the table.
+        rows: The rows.
+        cells: The cells of this start.
     """
     entries: dict[tuple[str, str, int], dict[str, Any]] = {}
     recipes: dict[tuple[str, str, int], Run] = {}
@@ -321,13 +344,16 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
 
 
 def _as_entries(others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Returns the entries of summary.json that name the rows to which a student is compared."""
+    """Returns the entries of summary.json that name the rows with which a student is compared.
+
+    A single row is named under its kind, as "teacher", and several under the plural.
+    """
     single = {kind: names[0] for kind, names in others.items() if len(names) == 1}
     return single | {f"{kind}s": names for kind, names in others.items() if len(names) > 1}
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns summary.json's entry of a cell, from its record."""
+    """Returns the entry of a cell in summary.json, from the cell's record."""
     recipe = record["recipe"]
     return {
         "recipe": recipe["name"],
@@ -341,7 +367,13 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
 def _published(
     row: Row, column: Column, entries: Mapping[tuple[str, str, int], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the paper's figures of a row, if it is in the paper."""
+    """Yields the entry of summary.json with the paper's scores of a cell, if the paper has them.
+
+    Args:
+        row: The row of the cell.
+        column: The column of the cell.
+        entries: The entries of all cells, by the row's name, the column's name and the seed.
+    """
     paper = column.published.get(row.run.name)
     if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
         return
@@ -357,7 +389,10 @@ def _published(
 
 
 def _is_of_record(run: Run) -> bool:
-    """Whether a run has the settings of its named recipe; its teacher's file may differ."""
+    """Whether a run has the settings of the published recipe of its name.
+
+    The file of the teacher's weights may differ.
+    """
     recipe = registry.get(run.name)
     # In both directions, since a resume may change a length to a longer one.
     changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
@@ -365,9 +400,10 @@ def _is_of_record(run: Run) -> bool:
 
 
 def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
-    """Returns why models cannot be trained in columns, by the row's label and the column's name.
+    """Returns the cells that cannot be trained, {(row's label, column's name): the reason}.
 
-    It is checked before hours of other trainings; ImageNet's heads fit any model.
+    It builds the model of each cell without weights, so that the reason appears before hours of
+    other trainings. Columns of ImageNet are not tried, since their heads fit any model.
     """
     import torch
 
@@ -387,7 +423,11 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
 
 
 def named(refused: Mapping[tuple[str, str], str]) -> str:
-    """Returns a text on the columns in which each row cannot be trained, with the reasons."""
+    """Returns a text that lists cells which cannot be trained, with the reasons.
+
+    Args:
+        refused: As `untrainable` returns it.
+    """
     columns: dict[tuple[str, str], list[str]] = {}
     for (row, column), why in refused.items():
         columns.setdefault((row, why), []).append(column)
@@ -397,7 +437,8 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
     """Returns the state of each cell's run.
 
-    Raises: ConfigError: if its folder has another run, or another folder has the cell's run.
+    Raises: ConfigError: if the folder of a cell has a different run, or another row's folder, under
+        an earlier label of the same model, has the run of a cell.
     """
     others = {}
     for cell in cells:
@@ -416,7 +457,7 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
-    """Yields other rows' folders that contain the training of a cell."""
+    """Yields the folders of rows in OUT that contain the training of a cell."""
     run, seed = cell.recorded.run, cell.recorded.folder.name
     for file in sorted(out.glob(f"*/{cell.column.name}/{seed}/{RECORD}")):
         there = replace(run, runtime=replace(run.runtime, run_dir=str(file.parent)))

@@ -1,10 +1,9 @@
-"""The columns of `transfer`: tasks, recipes and the paper's figures.
+"""Columns of the table of `transfer`, with their tasks, recipes and the paper's scores.
 
-To add a column, add an entry to `COLUMNS` and, if its dataset is new, a flag for it (table.py).
-
-Source of the figures: Wei et al., arXiv 2205.14141. Those of CLIP ViT-B/16 are in Table 1 of the
-ICCV version. The others are in the repository's README and, for ADE20K, in a summary of the third
-version.
+To add a column, add an entry to `COLUMNS` and, for a new dataset, a flag in table.py.
+Source of the scores: Wei et al., arXiv 2205.14141. The scores of CLIP ViT-B/16 are in Table 1 of
+the ICCV version. The others are in the repository's README and, for ADE20K, in a summary of the
+third version.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ Figures = tuple[float, ...]
 
 
 class Score(NamedTuple):
-    """A metric of a finished run.
+    """Metric of a finished run.
 
     Attributes:
-        key: Name in summary.json.
-        title: Its name in the table, with the unit.
-        scale: Factor for the table.
-        digits: Digits after the point.
-        lower_is_better: Whether less is better.
+        key: Name in the run's summary.json.
+        title: Name in the table, with the unit.
+        scale: Factor between the value in summary.json and the value in the table.
+        digits: Number of digits after the decimal point in the table.
+        lower_is_better: Whether a lower value is better.
     """
 
     key: str
@@ -42,13 +41,13 @@ class Score(NamedTuple):
 
 
 class Published(NamedTuple):
-    """The paper's figures of a student and of its teacher, for each score.
+    """Published scores of a student and of its teacher in a column.
 
     Attributes:
-        student: The figures of the student.
-        teacher: The figures of the teacher.
-        recipe: The recipe of this package that has the paper's settings for the student; empty:
-            the paper does not publish them.
+        student: The student's value of each score of the column.
+        teacher: The teacher's value of each score of the column.
+        recipe: Name of this package's recipe with the paper's settings for the student; empty if
+            the paper does not publish the settings.
     """
 
     student: Figures
@@ -57,19 +56,20 @@ class Published(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A task on which every model of the table is trained and tested.
+    """Column of the table, which is a task on which every model is trained and tested.
 
     Attributes:
-        name: Name on the command line and of its folders.
-        data: The flag that names its dataset.
+        name: Name on the command line and of the column's folders.
+        data: Name of the flag for the dataset.
         title: Heading of the column.
-        images: Training images of the published dataset, which decide the steps of an epoch.
-        scores: Reported metrics.
-        recipes: Prefixes of the names of its recipes; empty: the recipe that fine-tuning chooses
-            for the model.
-        published: The paper's figures, by the recipe of the distillation.
-        held_out: Name in summary.json of the first score on held-out images, by which `--sweep`
-            chooses; empty: `--sweep` does not apply.
+        images: Number of training images of the published dataset, which decides the steps of an
+            epoch in a plan.
+        scores: The reported metrics.
+        recipes: Prefixes of the names of the column's recipes; empty for the recipe that
+            `evaluate --task finetune` chooses for the model.
+        published: The paper's scores, by the recipe of the distillation.
+        held_out: Name in summary.json of the first metric on held-out images, by which `--sweep`
+            chooses; empty if `--sweep` does not apply to the column.
     """
 
     name: str
@@ -83,22 +83,25 @@ class Column(NamedTuple):
 
     @property
     def metric(self) -> Metric:
-        """The score by which `--sweep` chooses: the first one."""
+        """The metric by which `--sweep` chooses, which is the column's first."""
         first = self.scores[0]
         return Metric(self.held_out, itemgetter(first.key), first.lower_is_better)
 
     @property
     def is_of_one_kind(self) -> bool:
-        """Whether each of its recipes is for one kind of models, ViT or Swin."""
+        """Whether the column has separate recipes for ViT and for Swin models."""
         kinds = {registry.get(n).student_architecture().is_hierarchical for n in self._names()}
         return len(kinds) > 1
 
     def _names(self) -> list[str]:
-        """Returns the names of its recipes."""
+        """Returns the names of the column's recipes; none if `recipes` is empty."""
         return [name for name in registry.RECIPES if self.recipes and name.startswith(self.recipes)]
 
     def recipe(self, architecture: FamilyArchitecture, run_recipe: str | None) -> str:
-        """Returns the recipe whose model is nearest in kind, then in width and depth.
+        """Returns the name of the recipe for a model.
+
+        It is the recipe whose model is of the same kind (ViT or Swin) if there is one, and then
+        nearest in width, and then in depth.
 
         Args:
             architecture: Architecture of the trained model.
@@ -117,12 +120,15 @@ class Column(NamedTuple):
 
 
 def _size(architecture: FamilyArchitecture) -> tuple[int, int]:
-    """Returns the width and the depth, each 0 if only a library knows it."""
+    """Returns the width and the number of blocks of an architecture.
+
+    A value is 0 if the architecture does not have it, as for models of timm.
+    """
     return getattr(architecture, "embed_dim", 0), sum(getattr(architecture, "depths", ()))
 
 
 def _ratio(a: int, b: int) -> float:
-    """Returns the distance between two sizes; 0 if a size is unknown."""
+    """Returns |log(a / b)| for two sizes, or 0 if a size is 0."""
     return abs(math.log(a / b)) if a and b else 0.0
 
 
@@ -200,4 +206,4 @@ COLUMNS = {
         ),
     )
 }
-"""The columns in the order of the table, by name."""
+"""The columns by name, in the order of the table."""

@@ -1,4 +1,4 @@
-"""The difference of two rows of `transfer` with its interval, from the files of their runs."""
+"""Computes the difference between two rows of `transfer`, with its interval, from run files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _ACCURACY = "test_top1"
 
 
 def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[str, Any] | None:
-    """Returns the difference of a score with its interval, in the form of summary.json.
+    """Returns the difference of a score between two rows, with its interval.
 
     Args:
-        ours: The folders of the runs of a row, one for each seed.
-        others: The folders of the other row.
+        ours: Folders of the runs of a row, one for each seed.
+        others: Folders of the runs of the other row, one for each seed.
         score: Name of the score in a run's summary.json.
 
-    Returns: None if the runs lack the necessary files, as those of earlier versions do.
+    Returns: the difference as `differences.as_json` returns it; or None if a run lacks the
+        necessary files, as runs of earlier versions do, or the files do not match.
     """
     from fd_large.probes.paired import difference_of_redrawn
 
@@ -39,7 +40,13 @@ def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[st
 
 
 def single_class(run: Path) -> bool:
-    """Returns whether a run, by its folder, gives every test image the same class."""
+    """Whether the model of a run predicts the same class for every test image.
+
+    It is False if the run has no stored predictions.
+
+    Args:
+        run: Folder of the run.
+    """
     from fd_large.engine.predictions import Predictions
 
     tested = Predictions.read(run)
@@ -65,7 +72,10 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 
 
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
-    """Returns a score of a run's newest evaluation with its bootstrap draws, or None."""
+    """Returns a score of a run's newest evaluation with its bootstrap samples.
+
+    The result is None if the run has not stored them.
+    """
     from fd_large.probes import redrawn
 
     steps = sorted((folder / EVALUATED).glob(f"{STEP}*"))

@@ -1,4 +1,4 @@
-"""`transfer --slurm` submits each training as a job, and a last job that makes the table."""
+"""Submits each training of `transfer --slurm` as a job, and a last job for the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fd_large.recipes.run import Run
 from fd_large.runtime import terminal
 
 RUN_FILE = "run.json"
-"""The recipe of a job, in the run's folder."""
+"""Name of the file with a job's recipe, in the folder of the run."""
 TRAINING, TABLE = "transfer.sh", "transfer_table.sh"
 # Options that hold for the last job too, which needs no GPUs.
 _OF_ALL = ("account", "partition", "qos")
@@ -25,9 +25,9 @@ _OPTION = re.compile(r"[a-z][a-z-]*(=.+)?")
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuses texts that are not options of sbatch without dashes.
+    """Refuses texts that do not have the form of sbatch options without their dashes.
 
-    Raises: ConfigError: naming the text.
+    Raises: ConfigError: with the first text of another form.
     """
     for option in options:
         require(
@@ -41,7 +41,7 @@ def check_options(options: Sequence[str]) -> None:
 def script(name: str) -> str:
     """Returns the path of a batch script below the current folder.
 
-    Raises: ConfigError: if it is not there.
+    Raises: ConfigError: if the script does not exist.
     """
     for path in (Path("slurm") / name, Path(name)):
         if kind_of(path) == "file":
@@ -59,16 +59,16 @@ def submit_training(
     options: Sequence[str],
     environ: Mapping[str, str],
 ) -> int:
-    """Submits the training of a run; returns the job's id.
+    """Submits the training of a run as a Slurm job; returns the job's id.
 
     Args:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
         options: Options of sbatch, without their dashes.
-        environ: The environment that the job inherits.
+        environ: The environment variables that the job inherits.
 
-    Raises: ConfigError: if sbatch refuses the job, or the recipe names code that this start may not
-        import, since the job must not allow more code than this start.
+    Raises: ConfigError: if sbatch refuses the job, or if the recipe names code that this start may
+        not import, since a job must not run more code than this start may.
     """
     own_code = [name for name in run.code() if doors.is_own(name)]
     doors.require_allowed({name: name for name in own_code})
@@ -93,7 +93,7 @@ def submit_training(
 def submit_table(
     out: str, jobs: Iterable[int], *, options: Sequence[str], environ: Mapping[str, str]
 ) -> int:
-    """Submits the job that makes the table after other jobs; returns its id.
+    """Submits the job that makes the table once other jobs have ended; returns the job's id.
 
     Args:
         out: The folder of the table.
@@ -106,14 +106,14 @@ def submit_table(
 
 
 def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> bool:
-    """Submits the trainings of cells and the job for the table; prints the jobs.
+    """Submits the trainings of cells and the job for the table, and prints the jobs.
 
     Args:
-        cells: Unfinished cells; cells with a waiting or running job are left alone.
+        cells: Unfinished cells. A cell whose job is waiting or running is not submitted again.
         flags: Flags of the command.
-        environ: The environment that jobs inherit.
+        environ: The environment variables that the jobs inherit.
 
-    Returns: whether there is anything to wait for.
+    Returns: whether there are jobs to wait for.
     """
     jobs: list[int] = []
     console = terminal.console()
@@ -142,7 +142,11 @@ def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> boo
 
 
 def is_queued(job: int) -> bool:
-    """Returns whether a job is waiting or running."""
+    """Whether a Slurm job is waiting or running.
+
+    Args:
+        job: Id of the job.
+    """
     done = _call(["squeue", "--noheader", "--format=%A", f"--jobs={job}"])
     return done.returncode == 0 and bool(done.stdout.strip())
 

@@ -1,10 +1,10 @@
-"""Trains the missing cells of a transfer table, and writes the table.
+"""Trains the missing cells of the table of `transfer`, and writes the table.
 
 A row is a model (a student, its teacher, or random weights), and a cell is the training of a row's
-model by a column's recipe, in the run folder OUT/ROW/COLUMN/seed_N. Unfinished cells resume and
-finished ones are not trained again, so the same command continues where it stopped. A folder with
-a training of another recipe, dataset or weights is refused. A failed cell is named and the others
-continue; the next start tries it last.
+model by a column's recipe, in the run folder OUT/ROW/COLUMN/seed_N. Unfinished cells are resumed
+and finished cells are not trained again, so that the same command continues where it stopped. A
+folder with a training of another recipe, dataset or weights is refused. After a failed cell, the
+other cells are still trained; the next start tries the failed cell last.
 """
 
 from __future__ import annotations
@@ -84,16 +84,18 @@ class TransferFlags(SweepFlags):
 
     @property
     def datasets(self) -> dict[str, str]:
-        """The value of each flag that names a dataset, by the flag's name; "" if not given."""
+        """The root of each dataset by the name of its flag; "" if the flag is not given."""
         return {column.data: getattr(self, column.data) for column in COLUMNS.values()}
 
 
 def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
-    """Returns the columns with a given dataset.
+    """Returns the columns of the table, which are those whose dataset is given.
+
+    `--only` may select some of them.
 
     Args:
         flags: Flags of the command.
-        of_all: Whether columns without a given dataset are included.
+        of_all: Whether to include columns whose dataset is not given.
 
     Raises: ConfigError: if there is no column.
     """
@@ -114,12 +116,12 @@ def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
 def cells_of_table(
     flags: Any, columns: Sequence[Column], changes: Mapping[str, Changes]
 ) -> tuple[list[Row], list[Cell]]:
-    """Returns the rows and all cells, seed by seed; a collective.
+    """Returns the rows, and all cells seed by seed; every rank calls it.
 
     Args:
         flags: Flags of the command.
         columns: The columns.
-        changes: Changes to each column's recipes.
+        changes: The user's changes to the recipes of each column, by the column's name.
 
     Raises: FDError: if a model is missing, or a recipe does not allow a change.
     """
@@ -133,7 +135,7 @@ def cells_of_table(
 
 
 def _measure(request: Request) -> Result:
-    """Trains or submits the missing cells, and makes the table."""
+    """Trains the missing cells, or submits them as jobs, and writes the table."""
     flags = request.flags
     if flags.table:
         return _made(Path(flags.out))
@@ -179,9 +181,10 @@ def _measure(request: Request) -> Result:
 
 
 def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
-    """Runs the sweep over all rows' recipes in columns whose images can be held out.
+    """Runs the sweep in each column to which it applies, over the recipes of all rows.
 
-    Returns: the exit code, and the cells, each with the best setting for its row.
+    Returns: the exit code, and the cells, in which those of a swept column have the best setting
+        for their row; no cells if the code is not 0.
     """
     flags, chosen = request.flags, {id(cell): cell for cell in cells}
     columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
@@ -221,22 +224,23 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
 
 
 def _made(folder: Path) -> Result:
-    """Returns the table from the runs in a folder."""
+    """Writes the table from the runs in a folder, and returns it as the protocol's result."""
     _, tables, files = write_table(folder, of_runs, single_class)
     return Result(tables, files)
 
 
 def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[..., int]) -> int:
-    """Trains cells in sequence; returns the exit code.
+    """Trains cells one after another.
 
     Args:
         cells: Unfinished cells.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
         train_run: See `Request.train`.
 
-    Returns: 0 if all are finished, 75 if the same command is to continue, else a failed cell's
-        code.
-    Raises: FDError: if one of several ranks fails, which ends all ranks.
+    Returns: the exit code: 0 if all cells are finished, 75 if a signal stopped a cell and the same
+        command will resume it, or else the largest code of the failed cells.
+
+    Raises: Exception: the error of a training on several ranks, which ends all ranks.
     """
     from fd_large.ranks import distributed
 
