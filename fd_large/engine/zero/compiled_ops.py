@@ -1,11 +1,11 @@
-"""Builds DeepSpeed's compiled operations once on each node, and tells whether a node can.
+"""Builds DeepSpeed's compiled operations once on each node, and says whether a node can build them.
 
-torch compiles an operation where it is first used, under a file `lock` in the operation's folder,
-and waits for that file without a limit. A job that is killed while it compiles leaves this file
-behind, and every later start would wait for ever. Here one rank of a node compiles, in a process
-that a time limit ends. Each process that compiles or loads holds a lock of the operating system,
-which is released when the process ends. If the holder of this lock finds a file `lock` of torch,
-the file is stale.
+torch compiles an operation at its first use. Meanwhile a file `lock` is in the operation's folder,
+for which other processes wait without a limit. A job that is killed while it compiles leaves this
+file behind, and every later start would wait for ever. Here one rank of a node compiles, in a
+process that a time limit ends. Each process that compiles or loads holds a lock of the operating
+system, which is released when the process ends. If the holder of this lock finds a file `lock` of
+torch, the file is stale.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Op(NamedTuple):
     """A compiled operation of DeepSpeed.
 
     Attributes:
-        name: DeepSpeed's name of it.
-        buildable: Whether compiler and libraries are there, by DeepSpeed's own check.
-        built: Whether its library is ready: installed, or left by an earlier run.
+        name: DeepSpeed's name of the operation.
+        buildable: Whether its compiler and libraries are there, by DeepSpeed's own check.
+        built: Whether the compiled library exists, installed or built by an earlier run.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Returns for each operation whether it can be built, and whether it is; compiles nothing."""
+    """Returns the state of each operation of `NAMES`, without compiling any."""
     operations = []
     for name in NAMES:
         builder = _builder(name)
@@ -77,10 +77,10 @@ def ops() -> list[Op]:
 def load(name: str) -> str | None:
     """Builds an operation on each node that lacks it, then loads it on every rank.
 
-    A collective: either all ranks have it or none uses it.
+    All ranks must call this function, since all of them or none use the operation.
 
     Args:
-        name: DeepSpeed's name of it.
+        name: DeepSpeed's name of the operation.
 
     Returns: why the operation cannot be used, the same on all ranks, or None if it can.
     """
@@ -92,13 +92,22 @@ def load(name: str) -> str | None:
 
 
 def agreed(why_not: Callable[[], str | None]) -> str | None:
-    """Returns the first rank's reason for a refusal, with its node, on all ranks; or None."""
+    """Calls a check on every rank, and returns the first rank's complaint on all ranks.
+
+    The complaint comes with the name of the rank's node. Returns None if no rank complains.
+
+    Args:
+        why_not: The check; returns a complaint, or None.
+    """
     ranks = distributed.gather_objects((why_not(), distributed.node_name()))
     return next((f"{reason} (on {node})" for reason, node in ranks if reason), None)
 
 
 def folder() -> Path:
-    """Returns the folder of built operations: TORCH_EXTENSIONS_DIR, or one on the node's disk."""
+    """Returns the folder of built operations.
+
+    It is TORCH_EXTENSIONS_DIR if that is set, else a folder on the node's own disk.
+    """
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _own_folder())
 
 
@@ -123,7 +132,10 @@ def _is_built(name: str) -> bool:
 
 
 def _build(name: str) -> str | None:
-    """Compiles an operation in a separate process; returns its error, or None."""
+    """Compiles an operation in a separate process, unless it is built.
+
+    Returns: why the operation does not build, or None if it is built.
+    """
     try:
         builder = _builder(name)
         if _is_built(builder.name):
@@ -177,9 +189,12 @@ def _load(name: str) -> str | None:
 
 @contextmanager
 def _turn(name: str) -> Iterator[int]:
-    """Holds this node's turn to compile or load in the folder, where no stale lock is left.
+    """Holds this node's lock for compiling or loading an operation; removes torch's stale lock.
 
-    Raises: TimeoutError: if other processes hold it for too long.
+    Yields the file descriptor of the lock.
+
+    Raises: TimeoutError: if another process holds a lock for more than BUILD_SECONDS.
+        PermissionError: if other users can write to the folder of the lock.
     """
     private = _private()
     private.mkdir(mode=0o700, exist_ok=True)
@@ -219,7 +234,7 @@ def _wait(until: float, why: str) -> None:
 
 
 def _unchanged_seconds(path: Path) -> float:
-    """Returns for how long nothing was written to a folder, by its file server's clock."""
+    """Returns the seconds since a file in a folder was last written, by the file server's clock."""
     with tempfile.NamedTemporaryFile(dir=path) as now:
         times = []
         for file in path.iterdir():

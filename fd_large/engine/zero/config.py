@@ -5,8 +5,8 @@ rates, clipping and precision. A number that both could name is "auto" in the JS
 sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
 the top level), or a setting that its stage would ignore.
 
-Mistakes in the JSON alone are found as it is read, without torch, together with the flags. Checks
-against the recipe follow in `check_owned`, those against ranks and model in `fill`.
+Mistakes in the JSON alone are found when it is read, without torch, together with mistakes in the
+flags. `check_owned` then checks the JSON against the recipe, and `fill` against ranks and model.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ class RunNumbers(NamedTuple):
         node_size: Number of ranks per node.
         clip_norm: Global L2 norm at which gradients are clipped.
         bfloat16: Whether parameters and matrix products are bfloat16.
-        parameter_sizes: Number of elements of each tensor that may be split.
-        nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
+        parameter_sizes: Number of elements of each tensor that may be sharded.
+        nvme_path: Folder on a disk that holds the optimiser's state; "" if the state is in memory.
         trained_sizes: Number of elements of each trained tensor.
-        is_probed: Whether a probe is to find the micro batch, which is 1 until then.
+        is_probed: Whether a probe is to find the micro batch size, which is 1 until then.
     """
 
     micro_batch_size: int
@@ -171,7 +171,10 @@ class RunNumbers(NamedTuple):
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads and checks a DeepSpeed JSON, by path or name; "auto" values stay.
+    """Reads and checks a DeepSpeed JSON, and returns its content with "auto" values unchanged.
+
+    Args:
+        path: Path of the file, or name of a JSON that this package brings.
 
     Raises: ConfigError: if the file is missing, is not JSON, repeats a key, or fails `check`.
     """
@@ -194,14 +197,14 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def check(config: Any, *, where: str) -> None:
-    """Refuses mistakes that do not depend on recipe, model or ranks, all of them at once.
+    """Checks a DeepSpeed JSON for mistakes that do not depend on recipe, model or ranks.
 
     Args:
         config: The JSON's content.
         where: Name of the JSON in messages.
 
-    Raises: ConfigError: with a line for each unknown key, value of another kind, and setting that
-        its stage would ignore.
+    Raises: ConfigError: if there are mistakes. The message has a line for each unknown key and each
+        value of a wrong kind, or else for each setting without effect at the JSON's stage.
     """
     wrong = list(_wrong_keys(config)) or list(_ignored(config))
     if wrong:
@@ -209,7 +212,7 @@ def check(config: Any, *, where: str) -> None:
 
 
 def _wrong_keys(config: Any) -> Iterator[str]:
-    """Yields a line for each unknown key, with the nearest names, and each wrong type."""
+    """Yields a line for each unknown key and for each value of a wrong kind."""
     if not isinstance(config, dict):
         yield f"the file is not an object; got {config!r}, expected {{...}}. Correct it."
         return
@@ -303,7 +306,10 @@ def stage_of(config: dict[str, Any]) -> int:
 
 
 def optimizer_class(config: dict[str, Any]) -> str | None:
-    """Returns the name of DeepSpeed's wrapper class of the optimiser, or None."""
+    """Returns the name of the class in which DeepSpeed wraps the optimiser; None at stage 0.
+
+    `config` is a filled JSON.
+    """
     if config["bf16"].get("immediate_grad_update"):
         return "BF16_Optimizer"
     split = "DeepSpeedZeroOptimizer"
@@ -311,13 +317,16 @@ def optimizer_class(config: dict[str, Any]) -> str | None:
 
 
 def offloads(config: dict[str, Any], block_name: str) -> bool:
-    """Returns whether `offload_optimizer` or `offload_param` moves anything off the device."""
+    """Returns whether a block (`offload_optimizer` or `offload_param`) offloads to host or disk."""
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device", "none") != "none"
 
 
 def offloads_to_disk(config: dict[str, Any], block_name: str = "offload_optimizer") -> bool:
-    """Returns whether the optimiser's state or the weights (`offload_param`) are on a disk."""
+    """Returns whether a block offloads to a disk.
+
+    `offload_optimizer` is about the optimiser's state, `offload_param` about the weights.
+    """
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device") == "nvme"
 
@@ -328,9 +337,9 @@ def nvme_path(config: dict[str, Any]) -> str:
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a filled JSON for DeepSpeed, in which offload to a disk becomes one to host memory.
+    """Returns a filled JSON in which offload to a disk is replaced by offload to host memory.
 
-    DeepSpeed's clock is off, because it waits for the device around each micro batch.
+    DeepSpeed's timers are turned off too, because they wait for the device around each micro batch.
     """
     in_memory = {"device": "cpu", "pin_memory": False}
     there = [name for name in _OFFLOADS if offloads_to_disk(config, name)]
@@ -349,16 +358,16 @@ def check_owned(
     bfloat16: bool | None,
     nvme_path: str,
 ) -> None:
-    """Refuses values of the JSON that contradict the recipe, all of them at once.
+    """Checks that the values in the JSON do not contradict the recipe.
 
     Args:
         config: Result of `load`.
         clip_norm, nvme_path: See `RunNumbers`.
         global_batch_size: Images of a step.
-        micro_batch_size, accumulation, bfloat16: See `RunNumbers`; "auto" where a probe is to find
-            it, and None where it is not known yet.
+        micro_batch_size, accumulation, bfloat16: See `RunNumbers`. "auto" stands for a value that a
+            probe is to find, and None for a value that is not known yet and not checked.
 
-    Raises: ConfigError: with a line for each.
+    Raises: ConfigError: if values contradict the recipe; the message has a line for each of them.
     """
     bf16, types = config.get("bf16", {}), config.get("data_types", {})
     batch, micro = "--batch.global_batch_size", "--batch.micro_batch_size"
@@ -381,7 +390,7 @@ def check_owned(
 
 
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
-    """Returns the JSON that DeepSpeed is given, with every "auto" replaced.
+    """Returns a copy of the JSON in which every "auto" is replaced by a value for DeepSpeed.
 
     Args:
         config: Result of `load`.
@@ -431,7 +440,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
 
 
 def with_micro_batch(filled: dict[str, Any], size: int, accumulation: int) -> dict[str, Any]:
-    """Returns a filled JSON with another micro batch and number of forwards per step."""
+    """Returns a filled JSON with another micro batch size and number of micro batches per step."""
     world_size = filled["train_batch_size"] // (filled[MICRO_BATCH] * filled[ACCUMULATION])
     numbers = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     return {**filled, **numbers, "train_batch_size": size * accumulation * world_size}
@@ -480,7 +489,10 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 
 
 def _check_disk(config: dict[str, Any], folder: str) -> None:
-    """Refuses folders for offload that differ between JSON and recipe."""
+    """Checks that JSON and recipe agree on the folder for offload to a disk.
+
+    Raises: ConfigError: if the folders differ, or one is missing or set in vain.
+    """
     if not offloads_to_disk(config):
         if folder:
             raise ConfigError(
@@ -500,7 +512,11 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
 
 
 def _check_groups(numbers: RunNumbers) -> None:
-    """Refuses 8-bit weights whose shards DeepSpeed cannot group: it would fail an assertion."""
+    """Checks that DeepSpeed can quantise the shards of all weights to 8 bits.
+
+    Raises: ConfigError: if a shard is no multiple of EIGHT_BIT_GROUP elements, for which DeepSpeed
+        would fail an assertion.
+    """
     ranks, of = numbers.world_size, EIGHT_BIT_GROUP
     odd = sorted({n for n in numbers.trained_sizes if -(-n // ranks) % of})
     if odd:
@@ -532,7 +548,10 @@ def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix:
 
 
 def computes_in_bfloat16(precision: str) -> bool:
-    """Resolves `engine.precision`: "auto" is bfloat16 on GPUs, and float32 on CPUs (faster)."""
+    """Returns whether a run with this `engine.precision` computes in bfloat16.
+
+    "auto" stands for bfloat16 on GPUs, and for float32, which is faster there, on CPUs.
+    """
     if precision == "auto":
         from fd_large.ranks import distributed  # It imports torch.
 
@@ -541,9 +560,9 @@ def computes_in_bfloat16(precision: str) -> bool:
 
 
 def ranks_of_a_node(stated: int, local_world_size: int) -> int:
-    """Returns the number of ranks per node: `engine.node_size`, or the launcher's if it is 0.
+    """Returns the number of ranks per node: `stated` (`engine.node_size`), or the launcher's if 0.
 
-    Raises: ConfigError: if the nodes would be of unequal size.
+    Raises: ConfigError: if the number does not divide the number of ranks.
     """
     from fd_large.ranks import distributed  # It imports torch.
 

@@ -1,14 +1,14 @@
-"""Keeps the optimiser's float32 state in files on a local disk, which the kernel pages.
+"""Keeps the optimiser's float32 state in memory-mapped files on a local disk.
 
-With `offload_param` on the disk, the bfloat16 weights are there too.
+If `offload_param` is on the disk, the bfloat16 weights are there too.
 
-Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
-memory, placed in mapped files. So all numbers equal those of offload to host memory, and the kernel
-decides which pages stay in memory: the least recently used go to the disk.
+Masters, moments, gradients and average of a rank are the tensors of DeepSpeed's offload to host
+memory, but in mapped files. So all numbers equal those of offload to host memory. The operating
+system decides which pages stay in memory, and moves the least recently used pages to the disk.
 
-DeepSpeed's own way to a disk (ZeRO-Infinity, by libaio) is not used: 0.19.8 trains silently wrong
-where a swapped gradient does not begin at a multiple of 512 bytes, and keeps a float32 gradient of
-the whole model in memory besides.
+DeepSpeed's own offload to a disk (ZeRO-Infinity, by libaio) is not used. Release 0.19.8 silently
+trains wrong if a swapped gradient does not begin at a multiple of 512 bytes, and also keeps a
+float32 gradient of the whole model in memory.
 
 The files have no names, so that they vanish when the process ends, however it ends.
 """
@@ -35,7 +35,7 @@ _GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 class Disk:
-    """Makes tensors in files of a folder.
+    """Makes tensors in memory-mapped files of a folder.
 
     Args:
         folder: A folder on a local disk.
@@ -45,7 +45,10 @@ class Disk:
         self._folder = folder
 
     def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns a tensor of zeros, whose space on the disk is reserved until it is freed."""
+        """Returns a flat tensor of `numel` zeros on the disk.
+
+        The tensor's space on the disk is reserved until the tensor is freed.
+        """
         size = dtype.itemsize * numel
         with disks.refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
@@ -62,13 +65,13 @@ class Disk:
 
     @contextmanager
     def holds_state(self, exact: dict[int, Tensor], *, weights: bool) -> Iterator[None]:
-        """Puts the float32 state of the ZeRO-3 optimiser that the block makes onto the disk.
+        """Puts the float32 state of a ZeRO-3 optimiser that is made in the block onto the disk.
 
         Args:
-            weights: Whether weights offloaded to host memory go to the disk too.
-            exact: The masters' values, flat, by the `ds_id` of their parameters. Each is removed
-                once it is copied, so that the disk never holds all of them twice. Masters that
-                `exact` lacks copy their parameters.
+            exact: Flat float32 values of the masters, by the `ds_id` of their parameters. Each
+                value is removed when it has been copied, so that the disk never holds all values
+                twice. Masters that `exact` lacks are copied from their parameters.
+            weights: Whether weights that are offloaded to host memory go to the disk too.
         """
         stage_3 = get(_STAGE_3)
         ways: dict[str, Any] = {"_setup_for_real_optimizer": partialmethod(_set_up, self, exact)}
@@ -83,7 +86,10 @@ class Disk:
 
 
 def _make_room(optimizer: Any, disk: Disk) -> None:
-    """Makes each group's flat weights on the disk, instead of `offload_param`'s host memory."""
+    """Allocates the flat offloaded weights of each parameter group on the disk.
+
+    Replaces the method of DeepSpeed that allocates them in host memory.
+    """
     for group in optimizer.trainable_param_groups:
         numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])
         optimizer.param_groups_fp16_flat_cpu_memory.append(disk.zeros(numel, optimizer.dtype))
@@ -91,10 +97,11 @@ def _make_room(optimizer: Any, disk: Disk) -> None:
 
 @torch.no_grad()
 def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
-    """Replaces `_setup_for_real_optimizer` of an offloaded ZeRO-3 optimiser by a version on a disk.
+    """Makes masters, gradients and moments of an offloaded ZeRO-3 optimiser on the disk.
 
-    A sub-group's gradient is a view of the flat buffer in which gradients are summed, instead of
-    a copy: both have the same elements in the same order.
+    Replaces DeepSpeed's `_setup_for_real_optimizer`. The gradient of a sub-group is a view of the
+    flat buffer in which gradients are summed, whereas DeepSpeed makes a copy with the same elements
+    in the same order.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
     state_fields, total = kept_by(inner), sum(sizes)

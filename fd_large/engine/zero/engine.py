@@ -30,7 +30,9 @@ from fd_large.recipes.sections import Optim
 log = logging.getLogger(__name__)
 
 InitialWeights = Mapping[str, Iterable[tuple[str, Tensor]]]
-"""(name, full tensor) of modules of a task, by the module's name, on every rank; "" is the task."""
+"""Pairs (name, unsharded tensor) for modules of a task, by the module's name; "" is the task.
+
+Every rank has them."""
 
 
 class Engine(NamedTuple):
@@ -41,13 +43,13 @@ class Engine(NamedTuple):
         task: The trained Module.
         stage: The ZeRO stage, 0 to 3.
         config: DeepSpeed's filled JSON.
-        gate: The gate in front of each optimiser step.
-        averages: Moving averages of the running statistics of batch norms, by name, where the
-            recipe has an average of the weights (`ema.py`).
-        disk: Holds the optimiser's float32 state; None if it is in memory.
+        gate: Decides before each optimiser step whether the weights move.
+        averages: Moving averages of the running statistics of batch norms, by name; empty if the
+            recipe has no average of the weights (`ema.py`).
+        disk: Holds the optimiser's float32 state; None if the state is in memory.
         gradients: Persistent memory that holds gradients.
-        infinite_buffers: Names of the task's running statistics that are not finite from the start,
-            as a mask of the user's own may be.
+        infinite_buffers: Names of the task's floating-point buffers that are not finite from the
+            start, such as a mask in the user's own model.
     """
 
     deepspeed: Any
@@ -77,14 +79,16 @@ def build_engine(
 
     Args:
         make: Constructs the task; draws from torch's global generator only.
-        config: A filled JSON; state that it keeps on a disk is made there from the start.
+        config: A filled DeepSpeed JSON. State that belongs on a disk is made there from the start.
         optim: The recipe's section of the optimiser.
         seed: Seed of the random weights.
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
         activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
-        checkpoint_every: Checkpoint each k-th block.
+        checkpoint_every: k, to checkpoint each k-th block.
         whole_first: See `partition.build`.
         initial: Weights of the modules that do not start at random.
+
+    Raises: ConfigError: if DeepSpeed's quantiser is asked for and cannot be used.
     """
     stage, zero = ds.stage_of(config), config["zero_optimization"]
     _check_quantiser(zero)
@@ -125,7 +129,10 @@ def build_engine(
 
 
 def _check_quantiser(zero: Mapping[str, Any]) -> None:
-    """Refuses a JSON that quantises where DeepSpeed's compiled quantiser cannot be used."""
+    """Checks that DeepSpeed's compiled quantiser can be used, if the JSON asks for it.
+
+    Raises: ConfigError: if it cannot.
+    """
     if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
         reason := compiled_ops.load("Quantizer")
     ):
@@ -138,7 +145,10 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
 def _holding_state(
     disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
 ) -> AbstractContextManager[Any]:
-    """Puts the state that DeepSpeed makes in the block onto the disk, if any, with masters."""
+    """Returns a context that puts the optimiser state which DeepSpeed makes in it onto a disk.
+
+    Without a disk the context does nothing. The masters get their values from `exact`.
+    """
     if disk is None:
         return nullcontext()
     named = task.named_parameters() if exact else ()

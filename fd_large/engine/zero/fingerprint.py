@@ -1,8 +1,8 @@
-"""Computes 64-bit hashes of the weights that a module, or one rank's part of it, holds.
+"""Computes 64-bit hashes of the weights that a module, or a rank's part of a module, holds.
 
 A hash is the sum over elements of (bits + 1) * odd(position, name) modulo 2^64. It is linear, so
-each rank hashes its elements and one all-reduce adds the parts up; a single changed element
-changes the sum. It is not cryptographic.
+that each rank can hash its elements and one all-reduce adds the hashes up. A single changed element
+changes the sum. The hash is not cryptographic.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ _CHUNK_ON_CPU = 1 << 15  # They stay in the cache of one core, which is ten time
 
 
 def fingerprint(module: nn.Module, *, group: Any = None) -> str:
-    """Hashes all parameters and floating-point buffers, independently of how they are split.
+    """Hashes all parameters and floating-point buffers, independently of how they are sharded.
+
+    If parameters are sharded, all ranks of the group must call this function.
 
     Args:
         module: A module with whole or partitioned parameters.
-        group: The ranks that share the parameters; None for all.
+        group: Process group over which the parameters are sharded; None for all ranks.
 
     Returns: 16 hexadecimal digits.
     """
@@ -52,12 +54,14 @@ def fingerprint(module: nn.Module, *, group: Any = None) -> str:
 def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
     """Hashes this rank's part of a module, without a collective.
 
-    The part is its shards, all buffers, and the tensors that ZeRO-3 keeps whole beside the shards.
+    The part consists of the rank's shards, all buffers, and the tensors that ZeRO-3 keeps whole
+    besides the shards.
 
     Args:
         module: A module with whole or partitioned parameters.
-        whole: Hashes of the whole tensors when first seen, by name; extended here. DeepSpeed
-            fetches these tensors at a forward of its choice, so only their changes count.
+        whole: {name: hash} of the tensors that ZeRO-3 keeps whole, as of the first call that found
+            them; this call adds new ones. DeepSpeed fetches these tensors at some forward, so that
+            only changes since then count.
 
     Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
     """
@@ -84,7 +88,10 @@ def _digits(total: Tensor) -> str:
 
 
 def _hash(name: str, elements: Tensor, offset: int) -> Tensor:
-    """Hashes flat elements, the first of which stands at `offset` of the tensor `name`."""
+    """Hashes flat elements of the tensor `name`, which begin at the position `offset` in it.
+
+    Returns an int64 scalar.
+    """
     total = torch.zeros((), dtype=torch.int64, device=elements.device)
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
     chunk = _CHUNK_ON_CPU if elements.device.type == "cpu" else _CHUNK

@@ -15,7 +15,14 @@ from fd_large.ranks import distributed
 class Float32Sums:
     """Averages gradients over the ranks in training with bfloat16 at ZeRO stage 1.
 
-    Before, every rank sums all gradients of its micro batches in float32.
+    Every rank first sums all gradients of its micro batches in float32.
+
+    Args:
+        engine: DeepSpeed's engine, whose methods are replaced.
+        bucket: Number of elements that are reduced together.
+
+    Attributes:
+        kept: Persistent memory that holds the sums.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
@@ -28,7 +35,7 @@ class Float32Sums:
         self._reductions = self._cut(bucket)
 
     def _cut(self, bucket: int) -> Reductions:
-        """Cuts the sums into buckets, in about the order in which backward completes them."""
+        """Cuts the sums into buckets, about in the order in which backward completes them."""
         cut = []
         self._buckets_of: dict[tuple[int, int], list[int]] = {}
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
@@ -79,7 +86,10 @@ class Float32Sums:
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Averages the remaining buckets over ranks, summed in the communication data type."""
+        """Sums the remaining buckets over the ranks, and divides this rank's shard by their number.
+
+        Replaces DeepSpeed's `buffered_allreduce_fallback`, whose arguments are ignored.
+        """
         optimizer = self._optimizer
         for totals, has in zip(
             optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
@@ -93,6 +103,10 @@ class Float32Sums:
                 shard.div_(distributed.world_size())
 
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        """Returns the shards for clipping, or else their norm, as DeepSpeed's only norm input."""
+        """Returns what DeepSpeed reads to clip gradients or to compute their norm.
+
+        For clipping this is the list of shards. For the norm it is a list with the norm of the
+        shards of all ranks as its only entry, and an empty dict.
+        """
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

@@ -1,10 +1,10 @@
 """Three collectives of DeepSpeed over gloo, without the copies that gloo makes.
 
-gloo gathers into a second buffer and copies it out, and does a reduce-scatter as an all-reduce of a
-copy. Gathering 28M float32 parameters on two CPU ranks takes 130 ms of processor time that way, and
-25 ms as broadcasts of each rank's shard in place. Summing the same number of gradients, with half
-of the sums on each of two ranks, takes 50 ms as gloo's reductions, and 17 ms where one rank sends
-and the other adds. The values are the same.
+gloo gathers into a second buffer, which it then copies, and does a reduce-scatter as an all-reduce
+of a copy. An all-gather of 28M float32 parameters on two CPU ranks takes 130 ms of processor time
+by gloo, and 25 ms as broadcasts of each rank's shard in place. A reduce-scatter of as many
+gradients takes 50 ms by gloo's reductions, and 17 ms if one rank sends and the other adds. The
+values are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 def gather_in_place(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> _Works | None:
-    """Replaces `all_gather_into_tensor`: gathers all shards into `output_tensor`, in rank order."""
+    """Replaces `all_gather_into_tensor`: gathers all shards into `output_tensor`, in rank order.
+
+    Returns the unfinished work if `async_op`, else None.
+    """
     ranks, shards, mine = _shards(output_tensor, group)
     if mine.data_ptr() != input_tensor.data_ptr():
         mine.copy_(input_tensor.view(-1))
@@ -37,7 +40,10 @@ def scatter_in_place(
     group: Any = None,
     async_op: bool = False,
 ) -> _Works | None:
-    """Replaces `reduce_scatter_tensor`: makes this rank's shard; overwrites `input_tensor`."""
+    """Replaces `reduce_scatter_tensor`: writes the sum of this rank's shard to `output_tensor`.
+
+    `input_tensor` is overwritten. Returns the unfinished work if `async_op`, else None.
+    """
     ranks, shards, mine = _shards(input_tensor, group)
     works = _Works(
         sum_on_owner(shard, rank, op, group, async_op=True)
@@ -55,9 +61,10 @@ def sum_on_owner(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    """Replaces `reduce`: makes the sum over ranks on rank `dst`; may overwrite `tensor` on others.
+    """Replaces `reduce`: makes `tensor` on rank `dst` the sum over the ranks.
 
-    Three ranks and more keep gloo's own reduction, whose order of additions would change.
+    On other ranks `tensor` may be overwritten. With three ranks or more, gloo's own reduction is
+    used, because the order of its additions would change.
     """
     # Not at the top: `start` imports this file before DeepSpeed.
     from deepspeed.accelerator import get_accelerator
@@ -79,7 +86,7 @@ def sum_on_owner(
 
 
 class _Works:
-    """Several collectives that are awaited together."""
+    """Several unfinished collectives, with one `wait` for all of them."""
 
     def __init__(self, works: Any) -> None:
         self._works = list(works)
@@ -93,7 +100,10 @@ class _Works:
 
 
 def _shards(whole: Tensor, group: Any) -> tuple[list[int], tuple[Tensor, ...], Tensor]:
-    """Returns the ranks of the group, the shard of `whole` of each, and this rank's shard."""
+    """Splits a tensor into equal shards, one for each rank of a group.
+
+    Returns: the ranks of the group, their shards (views of `whole`), and this rank's shard.
+    """
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     shards = whole.view(-1).split(whole.numel() // len(ranks))
     return ranks, shards, shards[dist.get_rank(group)]

@@ -20,12 +20,16 @@ MOST_COPIES = 2
 
 
 def sums_have_owners() -> bool:
-    """Returns whether sums go only to the rank that steps them, as with few ranks."""
+    """Returns whether a bucket's sum goes only to the rank that needs it, as with few ranks."""
     return distributed.world_size() <= MOST_OWNERS
 
 
 def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
-    """Cuts a flat group of gradients into (begin, end, owner); owner None for several ranks."""
+    """Cuts a flat group of `size` gradient elements into buckets of at most `bucket` elements.
+
+    Returns: (begin, end, owner) of each bucket. The owner is the rank that needs the bucket's sum,
+        or None if all ranks get it.
+    """
     world = distributed.world_size()
     if not sums_have_owners():
         return [(begin, min(begin + bucket, size), None) for begin in range(0, size, bucket)]
@@ -38,7 +42,10 @@ def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
 
 
 def start_sum(sent: Tensor, owner: int | None) -> Any:
-    """Starts a sum over ranks in place, on its owner, or on all ranks if it has none."""
+    """Starts the sum of a tensor over the ranks, in place, and returns the unfinished work.
+
+    The sum is made on the rank `owner`, or on all ranks if `owner` is None.
+    """
     if owner is None:
         return deepspeed.comm.all_reduce(sent, async_op=True)
     return deepspeed.comm.reduce(sent, owner, async_op=True)
@@ -48,7 +55,8 @@ class InOrder(ABC):
     """Sends buckets of gradients in the same order on all ranks, each when it is complete.
 
     Args:
-        needs: Number of gradients for which each bucket waits, in the order in which they are sent.
+        needs: Number of gradients for which each bucket waits; buckets are in the order in which
+            they are sent.
     """
 
     def __init__(self, needs: Sequence[int]) -> None:
@@ -61,7 +69,7 @@ class InOrder(ABC):
         self._missing, self._next = list(self._needs), 0
 
     def arrived(self, bucket: int) -> None:
-        """Counts a gradient of a bucket, and sends the buckets that are complete."""
+        """Counts a gradient of a bucket, and sends complete buckets whose turn it is."""
         assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._needs) and self._missing[self._next] == 0:
@@ -69,7 +77,7 @@ class InOrder(ABC):
             self._next += 1
 
     def finish(self) -> None:
-        """Sends the remaining buckets, waits for all, and resets the counts."""
+        """Sends the remaining buckets, waits for all buckets, and resets the counts."""
         for bucket in range(self._next, len(self._needs)):
             self._start(bucket)
         while self._works:
@@ -86,14 +94,14 @@ class InOrder(ABC):
 
 
 class Reductions(InOrder):
-    """Buckets of gradients that are summed over ranks in place.
+    """Sums buckets of gradients over the ranks, in place.
 
     Args:
-        engine: DeepSpeed's engine, which knows the data type that is sent.
+        engine: DeepSpeed's engine, which decides the data type that is sent.
         buckets: Tensors to sum.
         needs: Number of gradients for which each bucket waits.
-        owners: The rank that needs the sum of each bucket, or None if all ranks do. On the other
-            ranks the bucket is undefined afterwards.
+        owners: For each bucket the rank that needs its sum, or None if all ranks need it. On ranks
+            that do not need it, the bucket's content is undefined afterwards.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ _STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 
 
 def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
-    """Replaces DeepSpeed's reduction and clipping where the table above says so.
+    """Replaces DeepSpeed's reduction and clipping of gradients as this file's table says.
 
     Args:
         engine: DeepSpeed's engine, before its first forward.

@@ -30,8 +30,8 @@ class _Bucket(NamedTuple):
         begin: First element in the group.
         size: Number of elements.
         owner: The rank that steps the whole bucket, or None if each rank steps a part.
-        parts: For each parameter with elements in the bucket (parameter, first of these elements,
-            element after the last, position of the first in the bucket).
+        parts: (parameter, start, stop, position) of each parameter with elements in the bucket:
+            elements [start, stop) of the flattened parameter begin at `position` in the bucket.
     """
 
     group: int
@@ -42,7 +42,7 @@ class _Bucket(NamedTuple):
 
 
 class _Partition(list):
-    """The gradients of a group that this rank steps, as the flat tensor that DeepSpeed reads."""
+    """List of this rank's flat gradients of a group, with the attribute that DeepSpeed reads."""
 
     def __init__(self, flat: Tensor) -> None:
         super().__init__([flat])
@@ -50,14 +50,22 @@ class _Partition(list):
 
 
 class OwnedShards(InOrder):
-    """Reduces gradients at ZeRO stage 2, and at stage 1 in float32: each rank keeps its shard.
+    """Reduces gradients at ZeRO stage 2, and at stage 1 in float32; each rank keeps its shard.
 
-    Two bucket buffers are used in turn; in float32 the owner fills a bucket where the optimiser
-    reads it. A gradient is freed once it is in its buckets. Micro batches of a step are summed in
-    float32: at stage 2 in the shard, at stage 1 where autograd accumulates gradients.
+    Two bucket buffers are used in turn. If gradients are sent in float32, the rank that owns a
+    bucket fills it directly in its shard, where the optimiser reads it. A gradient is freed when it
+    is in its buckets. The micro batches of a step are summed in float32: at stage 2 in the shard,
+    at stage 1 where autograd accumulates gradients.
 
-    In float32 the optimiser steps the parameters' own memory, while DeepSpeed by itself would step
-    a copy and copy it back.
+    If the parameters are float32, the optimiser steps the parameters' own memory, whereas DeepSpeed
+    would step a copy and copy it back.
+
+    Args:
+        engine: DeepSpeed's engine, whose optimiser's methods are replaced.
+        bucket_size: Number of elements that are reduced together.
+
+    Attributes:
+        kept: Persistent memory that holds gradients.
     """
 
     def __init__(self, engine: Any, bucket_size: int) -> None:
@@ -93,7 +101,7 @@ class OwnedShards(InOrder):
         self._step_in_place()
 
     def _step_in_place(self) -> None:
-        """Lets float32 masters be the parameters' own memory, which nothing has to update."""
+        """Makes float32 masters views of the parameters, which then need no update after a step."""
         optimizer = self._optimizer
         groups = optimizer.parallel_partitioned_bit16_groups
         for shards, master in zip(groups, optimizer.single_partition_of_fp32_groups, strict=True):
@@ -104,7 +112,7 @@ class OwnedShards(InOrder):
         replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
 
     def _cut(self, bucket_size: int) -> list[_Bucket]:
-        """Cuts the groups into buckets, in about the order in which backward completes them."""
+        """Returns the buckets of all groups, roughly in the order in which backward fills them."""
         cut = []
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             size = self._optimizer.partition_size[group] * self._world
@@ -126,7 +134,7 @@ class OwnedShards(InOrder):
         return [bucket for *_, bucket in sorted(cut, key=lambda row: row[:2])]
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
-        """Takes a gradient of a micro batch from autograd."""
+        """Counts a gradient that autograd has made; replaces DeepSpeed's `process_gradients`."""
         if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
             for number in self._buckets_of[id(parameter)]:
                 self.arrived(number)
@@ -163,7 +171,10 @@ class OwnedShards(InOrder):
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
     def _own(self, bucket: _Bucket) -> tuple[Tensor, int]:
-        """Returns this rank's part of a bucket (a view of its shard) and its offset there."""
+        """Returns the part of a bucket that is in this rank's shard.
+
+        Returns: a view of the shard, and the position of its first element in the bucket.
+        """
         shard = self._shards[bucket.group]
         begin = bucket.begin - self._rank * shard.numel()
         low, high = max(begin, 0), min(begin + bucket.size, shard.numel())
@@ -181,7 +192,10 @@ class OwnedShards(InOrder):
         mine.mul_(1 / self._world)
 
     def _reduce(self, pipeline_parallel: bool = False) -> None:
-        """Sums the remaining buckets after backward, and hands the sums to the optimiser."""
+        """Sums the remaining buckets after backward, and after the last passes on the sums.
+
+        After the last micro batch of a step, the optimiser gets the shards.
+        """
         self.finish()
         self._first = self._engine.is_gradient_accumulation_boundary()
         if self._first:
@@ -192,7 +206,10 @@ class OwnedShards(InOrder):
 
 
 def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
-    """Returns the views of a bucket's memory for its parts, a whole parameter's in its shape."""
+    """Returns views of a bucket's memory, one for the elements of each of its parameters.
+
+    The view for a whole parameter has the parameter's shape; other views are flat.
+    """
     views = []
     for parameter, low, high, start in bucket.parts:
         view = filled[start : start + high - low]
@@ -201,10 +218,10 @@ def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
 
 
 def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of the shards of all ranks, float32; a collective.
+    """Returns the L2 norm of the shards of all ranks together, a float32 scalar.
 
-    Squares are summed by chunks, whose float32 sums are exact to about 1e-7, whereas DeepSpeed
-    makes float64 copies.
+    All ranks must call this function. Squares are summed by chunks, whose float32 sums are exact to
+    about 1e-7, whereas DeepSpeed makes float64 copies.
     """
     chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
     square = torch.nn.utils.get_total_norm(chunks).double().square()

@@ -1,6 +1,7 @@
-"""LARS: every matrix moves by a fraction of its own norm, whatever its gradient's norm.
+"""LARS, which moves every matrix by a fraction of its own norm, whatever its gradient's norm.
 
-This file has the elementwise part, the momentum; `trust_ratio.py` scales the gradients first.
+This file has the elementwise part of LARS, the momentum; `trust_ratio.py` scales the gradients
+before.
 
 Source: You et al., arXiv 1708.03888; class LARS of SwinTransformer/Feature-Distillation's utils.py,
 which is that of MoCo v3.
@@ -21,7 +22,7 @@ class Lars(torch.optim.Optimizer):
     """SGD with momentum on gradients that already include weight decay and trust ratio.
 
     Args:
-        groups: Groups of parameters.
+        groups: Parameter groups, in torch's form.
         lr: Learning rate.
     """
 
@@ -31,7 +32,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Moves the parameters against their momentum."""
+        """Adds the gradients to the momentum, and subtracts lr * momentum from the parameters."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -44,9 +45,11 @@ class Lars(torch.optim.Optimizer):
 
     @staticmethod
     def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Returns the factor of a gradient, given norms of a matrix and of its decayed gradient.
+        """Returns the factor of each matrix's gradient; 1 if one of the two norms is 0.
 
-        It is 1 if either norm is 0.
+        Args:
+            weight_norm: L2 norms of the matrices.
+            gradient_norm: L2 norms of the gradients with weight decay, in the same shape.
         """
         ratio = TRUST_COEFFICIENT * weight_norm / gradient_norm
         return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)

@@ -1,8 +1,9 @@
-"""Steps each layer at its own learning rate inside two parameter groups.
+"""Steps each layer at its own learning rate, with two parameter groups for all layers.
 
-DeepSpeed flattens a group, so a group per layer would cost a flat tensor and collectives for each.
-Here the groups stay two, and the inner optimiser steps slices of a flat partition, each layer's at
-its own learning rate: the slices are views, no tensor of parameter size is made.
+DeepSpeed flattens each group, so a group per layer would cost a flat tensor and collectives for
+each layer. Here there are still two groups, and the inner optimiser steps slices of the flat
+tensors, each layer's slice at the layer's learning rate. The slices are views, so that no tensor of
+parameter size is made.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fd_large.ranks import distributed
 
 
 class LayerSlice(NamedTuple):
-    """Elements [start, stop) of a flattened tensor, and the factor of their learning rate."""
+    """Elements [start, stop) of a flat tensor, and `scale`, the factor of their learning rate."""
 
     start: int
     stop: int
@@ -29,16 +30,16 @@ class LayerSlice(NamedTuple):
 
 
 class LayerLearningRates:
-    """A replacement of the inner optimiser's step with a learning rate for each layer.
+    """Replaces the inner optimiser's step by a step with a learning rate for each layer.
 
     Args:
         inner: The optimiser, which acts element by element.
         plain_step: The optimiser's own `step`.
-        slices: id of a tensor that the optimiser steps -> its slices. Elements outside all slices
-            (padding at an end), or in a slice of scale 0, are not stepped.
+        slices: id of a tensor that the optimiser steps -> slices of the tensor. Elements outside
+            all slices (padding at an end), or in a slice of scale 0, are not stepped.
 
     Attributes:
-        at_scale: Maps a scale to the learning rate of the current step.
+        at_scale: Function that maps a scale to the learning rate in the current step.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class LayerLearningRates:
         self.at_scale: Callable[[float], float] = lambda scale: scale
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Steps the groups at their layers' rates, except the groups that DeepSpeed has emptied."""
+        """Steps all slices at their layers' learning rates.
+
+        Groups that DeepSpeed has emptied are left out.
+        """
         inner = self._inner
         groups, states, state_fields = inner.param_groups, inner.state, kept_by(inner)
         cut_groups: list[dict[str, Any]] = []
@@ -99,12 +103,14 @@ class LayerLearningRates:
 
 
 def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerLearningRates | None:
-    """Lets an engine step each layer at its own learning rate; None if all rates are equal.
+    """Lets an engine step each layer at its own learning rate; all ranks must call this function.
 
     Args:
         engine: The engine, before its first step.
-        decay: Factor of the learning rate from each layer to the layer below; 1 turns it off.
-        backbone_rate: Factor of the learning rate of the whole student; 1 turns it off.
+        decay: Factor of the learning rate from each layer to the layer below.
+        backbone_rate: Factor of the learning rate of the whole student.
+
+    Returns: the object that steps the layers; None if all layers have the same learning rate.
     """
     slices: dict[int, list[LayerSlice]] = defaultdict(list)
     scales: set[float] = set()
@@ -125,7 +131,10 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
 def _cut(
     owner_state: dict[str, Any], moments: Iterable[str], start: int, stop: int
 ) -> dict[str, Any]:
-    """Returns a slice of a tensor's state: moments are views, the step count is a copy."""
+    """Returns the optimiser's state for elements [start, stop) of a tensor, by name.
+
+    Moments are views, the step count is a copy.
+    """
     cut = {name: owner_state[name].view(-1)[start:stop] for name in moments}
     if "step" in owner_state:
         step = owner_state["step"]
@@ -134,7 +143,10 @@ def _cut(
 
 
 def _joined(cuts: list[LayerSlice]) -> list[LayerSlice]:
-    """Joins neighbours of one scale, with the padding between them."""
+    """Returns the slices in order, with neighbours of the same scale joined into one slice.
+
+    A joined slice includes the padding between its parts. Empty slices are left out.
+    """
     joined: list[LayerSlice] = []
     for cut in sorted(cuts):
         if joined and joined[-1].scale == cut.scale:

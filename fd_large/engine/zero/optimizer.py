@@ -1,4 +1,4 @@
-"""Makes the optimiser of two parameter groups: the fastest AdamW, LARS, or the user's own."""
+"""Makes the optimiser for two parameter groups: the fastest AdamW, LARS, or the user's own."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 
 
 def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
-    """Returns the state that an optimiser of `make_optimizer` keeps of each tensor."""
+    """Returns the kinds of state that an optimiser of `make_optimizer` keeps for each tensor."""
     return _kept[optimizer]
 
 
 def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
-    """Returns the names of an optimiser's moments, each 4 bytes a parameter.
+    """Returns the names of an optimiser's moments, each of which takes 4 bytes a parameter.
 
     Args:
         optim: The recipe's section.
-        device: Device on which an optimiser of the user's own is tried.
+        device: Device on which an optimiser other than AdamW is tried.
 
     Raises: ConfigError: if the optimiser does not exist or fails its trial.
     """
@@ -62,9 +62,9 @@ def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
 def decays(
     name: str, ndim: int, skip_names: frozenset[str], skip_keywords: tuple[str, ...]
 ) -> bool:
-    """Returns whether a parameter has weight decay.
+    """Returns whether weight decay applies to a parameter.
 
-    Vectors, biases, listed names and names that contain a keyword have none.
+    It does not apply to vectors, biases, names in `skip_names` and names that contain a keyword.
 
     Source: official code, optimizer.py get_pretrain_param_groups.
     """
@@ -74,7 +74,10 @@ def decays(
 
 
 def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the groups "decay" and "no_decay"; frozen parameters are in neither."""
+    """Returns the parameter groups "decay" and "no_decay", without frozen parameters.
+
+    An empty group is left out.
+    """
     skip_names, skip_keywords = task.no_weight_decay()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in task.named_parameters():
@@ -96,11 +99,11 @@ def make_optimizer(
 
     Args:
         groups: Groups from `parameter_groups`.
-        optim: Name, betas, eps and which implementation of AdamW (`fused`).
-        on_gpu: Whether the masters live on a GPU; fused CUDA kernels need that.
+        optim: The recipe's section, with the implementation of AdamW in `fused`.
+        on_gpu: Whether the masters are on a GPU, as fused CUDA kernels need.
 
-    Raises: ConfigError: if the recipe names an implementation that does not work here, or an
-        optimiser that does not act element by element.
+    Raises: ConfigError: if the recipe names an implementation of AdamW that does not work here, or
+        an optimiser that does not act element by element.
     """
     if make := _maker_of(optim):
         device = distributed.device() if on_gpu else torch.device("cpu")
@@ -140,7 +143,7 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the learning rate of all groups; works on DeepSpeed's wrappers too."""
+    """Sets the learning rate of all groups of an optimiser or of DeepSpeed's wrapper of one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -156,7 +159,10 @@ def _made(
 
 
 def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
-    """Returns why an implementation cannot be used, the same on all ranks, or None if it can."""
+    """Returns why an implementation of AdamW cannot be used, or None if it can.
+
+    The result is the same on all ranks.
+    """
     if kind == "torch":
         return None
     if kind == "deepspeed":
@@ -168,7 +174,10 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
 
 
 def _off(kind: str, settings: dict[str, Any]) -> str | None:
-    """Compares steps on random numbers with torch's plain AdamW; returns how they fail, or None."""
+    """Compares an implementation's steps on random numbers with those of torch's plain AdamW.
+
+    Returns: how the steps fail or differ, or None if they are right.
+    """
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(4, size, generator=generator) for size in _TRIED]
     settings = {**settings, "lr": 1e-2, "weight_decay": 0.05}

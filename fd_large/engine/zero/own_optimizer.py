@@ -1,8 +1,9 @@
-"""Tries an optimiser of the user's own on a few numbers before it gets a model.
+"""Tries an optimiser of the user's own on a few numbers before it trains a model.
 
 ZeRO steps flat parts of many tensors, so an optimiser must act element by element; an optimiser
 that scales gradients by norms of whole tensors declares a method (`trust_ratio.py`). The trial
-also shows which state it keeps of each parameter, for checkpoints and layer-wise learning rates.
+also shows which state the optimiser keeps for each parameter, as checkpoints and layer-wise
+learning rates need to know.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Optim
 
 RESERVED = ("master", "ema")
-"""Kinds in a checkpoint that are no moments."""
+"""Kinds of tensors in a checkpoint that are not moments."""
 
 
 class Kept(NamedTuple):
-    """The state that an optimiser keeps of each tensor that it steps.
+    """The state that an optimiser keeps for each tensor that it steps.
 
     Attributes:
-        moments: Name of each float32 tensor of the parameter's shape -> its initial value.
-        count: (tensor, steps) -> the entry "step" after that number of steps; None if it keeps
-            none.
+        moments: Initial value of each float32 tensor of the parameter's shape, by name.
+        count: Function that maps a tensor and a number of steps to the value of the entry "step"
+            after these steps; None if the optimiser keeps no such entry.
     """
 
     moments: dict[str, float]
@@ -35,10 +36,15 @@ class Kept(NamedTuple):
 
 
 def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
-    """Steps a few numbers with an optimiser, whole and in parts, and looks at its state.
+    """Steps the same numbers as one tensor and as parts of it, and returns the optimiser's state.
 
-    Raises: ConfigError: if the parts move otherwise than the whole, or a checkpoint could not hold
-        the state.
+    Args:
+        make: Makes the optimiser from (groups, lr=...).
+        optim: The recipe's section, for messages and the weight decay.
+        device: Device of the numbers.
+
+    Raises: ConfigError: if the optimiser fails, if the parts change in another way than the whole
+        tensor, or if a checkpoint could not hold the state.
     """
     try:
         whole, state, group = _trial(make, [(8, 8)], device)
@@ -88,14 +94,17 @@ def _trial(
     steps: int = 3,
     still: bool = False,
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """Returns the flattened changes of the numbers, the first tensor's state, and the defaults.
+    """Steps an optimiser on random numbers.
+
+    Returns: the flattened changes of the numbers, the state of the first tensor, and the
+        optimiser's defaults.
 
     Args:
         make: Makes the optimiser.
         shapes: Shapes of the parameters, at most 64 elements in all.
         device: Device of the parameters.
         steps: Number of steps.
-        still: Whether numbers and gradients are zeros.
+        still: Whether numbers and gradients are zeros instead of random.
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(steps + 1, 64, generator=generator).to(device) * (not still)
@@ -129,7 +138,7 @@ def _trial(
 
 
 def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
-    """Returns a constructor of step counts in the optimiser's own form."""
+    """Returns a function (tensor, steps) that makes a step count of the type of `value`."""
     if not isinstance(value, Tensor):
         return lambda owner, steps: type(value)(steps)
     return lambda owner, steps: torch.tensor(steps, dtype=value.dtype, device=value.device)

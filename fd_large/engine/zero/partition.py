@@ -1,7 +1,8 @@
-"""Builds modules in shards, loads weights into them, and sets exact float32 masters.
+"""Builds sharded modules, loads weights into them, and sets exact float32 masters.
 
-No other file knows how ZeRO-3 lays a parameter out: rank r of the group holds elements
-[r*k, (r+1)*k) of the flattened parameter, k = ceil(numel / ranks), and zeros beyond its end.
+No other file depends on how ZeRO-3 shards a parameter: rank r of the process group holds the
+elements [r*k, (r+1)*k) of the flattened parameter, with k = ceil(numel / ranks), and zeros beyond
+the parameter's end.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ def build(
     whole_first: bool = False,
     disk: Disk | None = None,
 ) -> nn.Module:
-    """Builds a module in float32, whole or in shards, with the same values either way.
+    """Builds a module in float32, whole or sharded, with the same values in both cases.
 
-    Under `zero.Init` each submodule is partitioned at the end of its constructor, so a rank never
-    holds more than its shards and one whole module.
+    Under `zero.Init` each submodule is sharded at the end of its constructor, so that a rank never
+    holds more than its shards and one whole submodule.
 
     Args:
         make: Constructs the module; draws from torch's global generator only.
         config: A filled DeepSpeed configuration.
-        partitioned: Whether the parameters are split over `group`.
+        partitioned: Whether the parameters are sharded over `group`.
         seed: Seed of torch's generator during construction; the caller's state is restored.
-        group: Ranks that share the parameters; None for all.
-        whole_first: Whether to build it whole on every rank and split it afterwards, for
+        group: Process group over which the parameters are sharded; None for all ranks.
+        whole_first: Whether to build the whole module on every rank and shard it afterwards, for
             constructors that write to their children's parameters, as timm's do.
-        disk: Disk for new shards in host memory, or None to keep them in memory.
+        disk: On CPUs, the disk to which new shards are moved; None to keep them in memory.
     """
     context = nullcontext()
     if partitioned:
@@ -90,15 +91,15 @@ def _split_onto(disk: Disk) -> Any:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Returns whether ZeRO-3 holds this parameter in shards."""
+    """Returns whether ZeRO-3 has sharded this parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
 def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Returns this rank's elements, flat and without padding, and the offset of the first.
+    """Returns this rank's elements of a parameter, flat and without padding, and their offset.
 
-    A whole parameter is one shard at offset 0. The tensor is a view: writing to it writes the
-    parameter.
+    A parameter that is not sharded counts as a single shard at offset 0. The returned tensor is a
+    view, so that writing to it changes the parameter.
     """
     if not is_partitioned(parameter):
         return parameter.data.view(-1), 0
@@ -110,18 +111,18 @@ def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
 
 
 def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
-    """Copies full tensors into a module; a collective.
+    """Copies unsharded tensors into a module; all ranks must call this function.
 
-    Only rank 0 reads the tensors and sends each to the other ranks, which take their own
-    elements; otherwise a thousand ranks would read the same files from the file system.
+    Only rank 0 reads the tensors and sends each to the other ranks, which keep the elements of
+    their shards; otherwise a thousand ranks would read the same files from the file system.
 
-    Floating-point buffers that belong to the state (running statistics of batch normalisation) are
-    weights too; every rank holds them whole.
+    Floating-point buffers that belong to the state (running statistics of batch norms) are weights
+    too; every rank holds them whole.
 
     Args:
         module: A module with whole or partitioned parameters.
-        items: (name, full tensor), by the module's own names; those of rank 0 count. Tensors that
-            the user allowed a file to miss stay as they are.
+        items: Pairs (name in the module, unsharded tensor); those of rank 0 count. Tensors that the
+            user allowed the file to lack keep their values.
         where: The field that the user set, for messages.
 
     Raises: WeightsError: if a tensor is missing, unexpected or of another shape.
@@ -140,7 +141,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the floating-point buffers in a module's state, by name."""
+    """Returns the floating-point buffers of a module that are in its state dict, by name."""
     persistent = module.state_dict().keys()
     return {
         name: buffer
@@ -150,17 +151,18 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Tensor]:
-    """Turns parameters into bfloat16 in place.
+    """Casts a module's parameters to bfloat16 in place.
 
-    A module casts the buffers that meet its weights (`cast_buffers`). A bf16 engine takes its
-    masters from the bf16 weights; `set_masters` puts the exact ones back.
+    Buffers that are combined with weights are cast by the module's `cast_buffers`, if it has this
+    method. A bfloat16 engine copies its masters from the bfloat16 weights; `set_masters` then
+    writes the exact values into the masters.
 
     Args:
         module: A module with whole or partitioned parameters in float32.
-        keep_exact: Whether the float32 values are kept, for masters. A frozen model has no masters:
-            without `keep_exact`, each float32 tensor is freed before the next is cast.
+        keep_exact: Whether to return the float32 values, for masters. If False, as for a frozen
+            model, each float32 tensor is freed before the next is cast.
 
-    Returns: this rank's float32 shards by name; empty unless they are kept.
+    Returns: this rank's float32 shards by name; empty if `keep_exact` is False.
     """
     exact = {}
     for name, parameter in module.named_parameters():
@@ -181,12 +183,12 @@ def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Ten
 
 
 def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
-    """Writes float32 masters into a bf16 engine's optimiser, at any ZeRO stage.
+    """Writes float32 masters into a bfloat16 engine's optimiser, at ZeRO stages 1 to 3.
 
     Args:
         module: The engine's module.
-        exact: The float32 values from `to_bfloat16`. Each is removed once it is written, so that
-            memory never holds all of them twice.
+        exact: The float32 values from `to_bfloat16`. Each value is removed when it has been
+            written, so that memory never holds all values twice.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

@@ -43,7 +43,8 @@ PARAMETERS = {
 def check() -> None:
     """Checks DeepSpeed's version and torch's names; `get` checks torchvision's.
 
-    Raises: VersionError: for the first version or name that is not as in the tested release.
+    Raises: VersionError: if DeepSpeed is another release, or a name of torch is missing or lacks
+        parameters.
     """
     installed, tested = version("deepspeed"), TESTED["deepspeed"]
     if installed.partition("+")[0] != tested:  # A build of one's own has a commit after the +.
@@ -57,9 +58,9 @@ def get(path: str) -> Any:
     """Returns a private class, function or global.
 
     Args:
-        path: Module:name. The parameters that `PARAMETERS` lists for it, if any, are compared.
+        path: Module:name. If `PARAMETERS` lists parameters for the name, they must exist.
 
-    Raises: VersionError: if it is not as in the tested version.
+    Raises: VersionError: if the name does not exist or lacks a listed parameter.
     """
     package = path.partition(":")[0].partition(".")[0]
     for part, parameters in PARAMETERS.items():
@@ -72,11 +73,11 @@ def get(path: str) -> Any:
 
 
 def replace(owner: Any, name: str, new: Any) -> Any:
-    """Replaces an existing method or value, and returns the old one.
+    """Replaces an existing method or value, and returns the old method or value.
 
     Args:
-        owner: An engine, an optimiser, a backend or a module of DeepSpeed's.
-        name: A name that the test lists.
+        owner: The object or module that has the method or value.
+        name: Name of the attribute; for names of DeepSpeed, one that the test lists.
         new: The replacement.
 
     Raises: VersionError: if the owner lacks the name.
@@ -90,12 +91,12 @@ def replace(owner: Any, name: str, new: Any) -> Any:
 
 
 def check_optimizer(optimizer: Any, inner: Any, wrapper: str | None) -> None:
-    """Checks that an engine steps the optimiser that it was given.
+    """Checks that an engine steps the optimiser that was passed to it.
 
     Args:
         optimizer: The engine's optimiser.
-        inner: The optimiser that it was given.
-        wrapper: Name of the class that DeepSpeed wraps it in; None if it is not wrapped.
+        inner: The optimiser that was passed to the engine.
+        wrapper: Name of the class in which DeepSpeed wraps `inner`; None if it does not wrap it.
 
     Raises: VersionError: if the engine steps another optimiser.
     """

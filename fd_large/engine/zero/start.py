@@ -1,4 +1,4 @@
-"""Starts DeepSpeed without a compiler on CPUs and without log noise; clears it between engines."""
+"""Starts DeepSpeed, on CPUs without a compiler, and clears its global state between engines."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Clears DeepSpeed's global state when `distributed.stop()` destroys its process group.
+    """Clears DeepSpeed's global state; called before `distributed.stop()` ends the process group.
 
-    Without that a later `start` would find collectives of a group that is gone.
+    Otherwise a later `start` would find collectives of a process group that is gone.
     """
     forget_engines()
     if isinstance(sys.modules.get(_MUON), _NoMuon):
@@ -87,9 +87,9 @@ def forget_engines() -> None:
     """Releases the objects that ZeRO-3 keeps alive after `engine.destroy()`.
 
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
-    parameter coordinator. The hpZ group is global to the process, and the next engine would use it
-    whatever its own configuration; its communicator holds memory of the GPU until it is destroyed.
-    DeepSpeed permanently replaces torch's linear function by a slower one that keeps other
+    parameter coordinator. The process group of hpZ is global, and the next engine would use it
+    whatever its own configuration; the group's communicator holds GPU memory until the group is
+    destroyed. DeepSpeed also replaces torch's linear function by a slower function that keeps other
     tensors, which would change later counts in this process; `zero.Init` replaces it again when
     needed.
     """

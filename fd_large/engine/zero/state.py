@@ -1,8 +1,8 @@
 """Reads and writes a rank's shards of a live run's masters, moments and average.
 
-It serves any ZeRO stage, and no other file knows where DeepSpeed (0.19.8) keeps these shards,
-offloaded or not. The shards are views: reading copies nothing, and writing restores. Only
-`whole_masters`, `redistribute` and `complete` communicate.
+The functions work at any ZeRO stage, and no other file depends on where DeepSpeed (0.19.8) keeps
+these shards, offloaded or not. The shards are views of the live state, so that reading them copies
+nothing. Only `whole_masters`, `redistribute` and `complete` communicate.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from fd_large.ranks import distributed
 EMA = "ema"
 """Key in the optimiser's state, and kind in a checkpoint, of the average that `ema.py` keeps."""
 Read = Callable[[str, str, int, int], Tensor]
-"""(kind, name, start, stop) -> those elements of the flattened tensor."""
+"""Function (kind, name, start, stop) -> elements [start, stop) of the flattened tensor."""
 
 
 class _Home(NamedTuple):
-    """Where this rank's elements of one parameter live.
+    """Where the optimiser keeps this rank's elements of a parameter.
 
     Attributes:
         span: Range of these elements in the flattened parameter.
-        master: Float32 values of the elements, a view.
-        owner: The tensor that the inner optimiser steps; its state holds the moments.
-        offset: Place of the first element in the owner.
+        master: View of the elements' float32 values.
+        owner: The tensor that the inner optimiser steps; the optimiser's state of this tensor holds
+            the moments.
+        offset: Position of the first element in `owner`.
     """
 
     span: Span
@@ -45,7 +46,7 @@ class _Home(NamedTuple):
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Returns the elements that each rank holds, from a few numbers known to all ranks."""
+    """Returns which elements of each tensor each rank stores; needs no communication."""
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
@@ -64,12 +65,18 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def _statistics(engine: Engine) -> dict[str, Tensor]:
-    """Returns the task's running statistics: whole and equal on all ranks, stored in shards."""
+    """Returns the task's running statistics, by name.
+
+    They are whole and equal on all ranks; in a checkpoint each rank stores a shard of them.
+    """
     return partition.running_statistics(engine.task)
 
 
 def shards(engine: Engine) -> Iterator[Piece]:
-    """Yields this rank's masters, moments, average and statistics, as views of the live state."""
+    """Yields this rank's shards of masters, moments, average and running statistics.
+
+    The shards are views of the live state.
+    """
     inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -94,7 +101,7 @@ def shards(engine: Engine) -> Iterator[Piece]:
 def not_finite(engine: Engine) -> list[str]:
     """Returns the names (KIND.NAME) of this rank's shards that hold NaN or infinity.
 
-    It takes one pass over the shards without a copy, and one read by the host for each device.
+    The check takes one pass over the shards without a copy, and the host waits once per device.
     """
     extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
     keys: dict[torch.device, list[str]] = defaultdict(list)
@@ -111,10 +118,10 @@ def not_finite(engine: Engine) -> list[str]:
 
 
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, flat float32 tensor) of each parameter and running statistic; a collective.
+    """Yields (name, flat unsharded float32 tensor) of each parameter and running statistic.
 
-    While the average stands in the place of the weights (`Ema.in_place_of_weights`), the values are
-    the average's.
+    All ranks must iterate over the result together. In a block of `Ema.in_place_of_weights`, the
+    values are those of the average.
     """
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -128,9 +135,10 @@ def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def owned(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Yields (name, tensor that the optimiser steps, start, stop) of the elements of this rank.
+    """Yields (name, owner, start, stop) for each parameter of which this rank steps elements.
 
-    At stage 0 every rank steps whole tensors.
+    The elements are [start, stop) of `owner`, a tensor that the optimiser steps. At stage 0 every
+    rank steps whole parameters.
     """
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter, whole=True)
@@ -156,15 +164,16 @@ def has_average(engine: Engine) -> bool:
 
 
 def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool = False) -> None:
-    """Writes this rank's shard of a stored state into an engine; `complete` does the rest.
+    """Writes this rank's shards of a stored state into an engine.
 
-    An average that the engine keeps and the stored state lacks begins as the weights.
+    `complete` must follow, on all ranks. If the engine keeps an average and the stored state has
+    none, the average begins as a copy of the weights.
 
     Args:
         engine: The engine, between two steps or before the first.
-        read: Reads elements of a stored tensor; no rank asks for more than its own shard.
+        read: Reads elements of a stored tensor; called for this rank's own shards only.
         finished: Number of finished steps.
-        steps: Number of finished steps that were not skipped: the optimiser's own count.
+        steps: Number of finished steps that were not skipped, which is the optimiser's step count.
         ema: Whether the stored state has an average.
     """
     inner = engine.gate.inner
@@ -198,9 +207,10 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
 
 
 def complete(engine: Engine) -> None:
-    """Gathers the tensors that ranks hold whole, from the shards `restore` wrote; a collective.
+    """Makes all tensors complete on every rank, after `restore` has written the rank's shards.
 
-    Ranks get them sooner from each other than from the files, which all would read otherwise.
+    All ranks must call this function. Tensors that each rank holds whole are gathered from the
+    other ranks, which is faster than if every rank read them from the files.
     """
     with torch.no_grad():
         for whole in _wholes(engine):
@@ -212,7 +222,11 @@ def complete(engine: Engine) -> None:
 
 
 def _wholes(engine: Engine) -> Iterator[Tensor]:
-    """Yields tensors that each rank holds whole: statistics, the optimiser's state at stage 0."""
+    """Yields the tensors that each rank holds whole but stores only a shard of.
+
+    They are the running statistics and their averages, and at stage 0 also weights, moments and
+    average.
+    """
     yield from _statistics(engine).values()
     yield from engine.averages.values()
     if engine.stage == 0:
@@ -224,12 +238,12 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """Returns which elements of a tensor that all ranks hold this rank stores in checkpoints."""
+    """Returns the range of elements that this rank stores of a tensor that all ranks hold whole."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
 def redistribute(engine: Engine) -> None:
-    """Copies the masters into the parameters that forward uses; a collective."""
+    """Copies the masters into the parameters that forward uses; all ranks must call it."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
@@ -275,7 +289,10 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
-    """Returns a tensor's moments and step count; makes them before the first step."""
+    """Returns the optimiser's state of a tensor: moments and step count, by name.
+
+    Before the first step, the state is made here with its initial values.
+    """
     owner_state, state_fields = inner.state[owner], kept_by(inner)
     if state_fields.count is not None and "step" not in owner_state:
         owner_state["step"] = state_fields.count(owner, 0)

@@ -2,10 +2,10 @@
 
 DeepSpeed's `step` computes the gradients' norm, asks whether it is finite, clips and calls the
 inner optimiser, once or once per group. The gate answers DeepSpeed's question by the ranks'
-agreement about the step, so that the host reads the device once for both. At stage 0, where
-DeepSpeed does not ask, the gate stands in front of the inner optimiser. At both places the
-gradients are complete and no weight has moved yet, and a refused step leaves weights, moments and
-step counts as they were.
+decision about the step, so that the host waits for the device only once. At stage 0, where
+DeepSpeed does not ask, the ranks decide when the inner optimiser is called. In both cases the
+gradients are complete and no weight has moved yet, and a skipped step leaves weights, moments and
+step counts unchanged.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class StepGate:
     """Asks once per step whether the inner optimiser may step.
 
     Args:
-        inner: The optimiser that DeepSpeed wraps, or steps itself at stage 0. Its `step` is
-            replaced on this object.
+        inner: The optimiser that DeepSpeed wraps, or at stage 0 steps directly. Its method `step`
+            is replaced.
 
     Attributes:
         inner: The optimiser.
-        inner_step: The function that performs an allowed step.
+        inner_step: The function that makes the optimiser's step if the ranks decide to step.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -54,9 +54,9 @@ class StepGate:
 
         Args:
             engine: DeepSpeed's engine, after the last micro batch of a step.
-            ask: Decides from the norm of the gradients before clipping whether to step; the norm
-                is None if the engine's optimiser computes it. Called once on every rank, before
-                the first weight changes.
+            ask: Decides whether to step, from the norm of the gradients before clipping. The norm
+                is None at stage 0, where the optimiser has computed it. Called once on every rank,
+                before the first weight changes.
         """
         self._ask = ask
         _stepping.append(self)
@@ -68,7 +68,10 @@ class StepGate:
         return moved
 
     def answer(self, norm: Any = None) -> Answer:
-        """Returns the ranks' decision, which is made at the first call in a step."""
+        """Returns the ranks' decision about the step, which the first call in a step makes.
+
+        `norm` is the norm of the gradients before clipping, or None.
+        """
         if self._ask is not None:
             ask, self._ask = self._ask, None
             self._answer = ask(norm)
@@ -83,7 +86,7 @@ _stepping: list[StepGate] = []
 
 
 def ask_once() -> None:
-    """Makes DeepSpeed's optimisers use the gate's answer to whether a norm is finite."""
+    """Makes DeepSpeed's optimisers ask the gate whether the norm of the gradients is finite."""
     optimisers = ("zero.stage3", "zero.stage_1_and_2", "bf16_optimizer")
     for module in (get(f"deepspeed.runtime.{module_name}") for module_name in optimisers):
         replace(module, "is_invalid_grad_norm", _is_invalid)
@@ -97,7 +100,10 @@ def _is_invalid(norm: Any) -> bool:
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: Any) -> None:
-    """Clips like DeepSpeed but without a read by the host: small gradients are multiplied by 1."""
+    """Clips tensors in place like DeepSpeed, but without a wait of the host for the norm.
+
+    If the norm is below the limit, the tensors are multiplied by 1.
+    """
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)

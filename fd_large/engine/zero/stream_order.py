@@ -1,9 +1,9 @@
-"""Orders stage 3's streams on GPUs: by events each read follows the write it depends on.
+"""Orders the streams of ZeRO-3 on GPUs by events, so that each read follows its write.
 
-DeepSpeed 0.19.8 gathers shards on a separate stream. It never makes that stream wait for the
-optimiser's write of them, and it makes the host wait for hpZ's copies inside a node, once for
-each parameter. Gradients are summed on another stream. A device without streams, such as a CPU,
-needs no order. docs/architecture.md has a table of all such places.
+DeepSpeed 0.19.8 gathers shards on a separate stream. It never makes that stream wait until the
+optimiser has written the shards, and it makes the host wait for hpZ's copies inside a node, once
+for each parameter. Gradients are summed on another stream. A device without streams, such as a CPU,
+needs no order. docs/architecture.md has a table of all places where streams are ordered.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
 class Init(deepspeed.zero.Init):
-    """Splits parameters as DeepSpeed does, but the host does not wait for hpZ's copies."""
+    """Shards parameters as DeepSpeed does, but without a wait of the host for hpZ's copies."""
 
     @torch.no_grad()
     def _partition_param_sec(
         self, param: Any, buffer: Any = None, has_been_updated: bool = False
     ) -> None:
-        """Keeps this rank's part of a gathered parameter for gathers inside the node."""
-        # One that is not gathered has nothing to copy.
+        """Copies this rank's part of a gathered parameter, for hpZ's gathers inside the node."""
+        # A parameter that is not gathered has nothing to copy.
         is_there = param.ds_secondary_tensor is not None and not has_been_updated
         if is_there or param.data.numel() < param.ds_numel:
             return
@@ -47,13 +47,13 @@ class Init(deepspeed.zero.Init):
 
 
 def order_gathers(engine: Any) -> None:
-    """Makes gathers of a sharded model wait for writes of the shards.
+    """Makes all-gathers of a sharded model wait for writes of the shards.
 
-    Gathers wait for the writes that are already queued, and after each step for those of the
-    optimiser. A gather from hpZ's copies also waits until these are written.
+    All-gathers wait for the writes that are already queued, and after each step for those of the
+    optimiser. An all-gather of hpZ's copies also waits until these copies are written.
 
     Args:
-        engine: DeepSpeed's engine at stage 3; without an optimiser nothing is written later.
+        engine: DeepSpeed's engine at stage 3. Without an optimiser, shards are not written later.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
@@ -80,10 +80,10 @@ def order_gathers(engine: Any) -> None:
 
 
 def record_gradients(engine: Any) -> None:
-    """Keeps the memory of each gradient until it is summed.
+    """Keeps the memory of each gradient until the gradient is summed.
 
-    DeepSpeed does so itself, except for tensors with fewer elements than ranks, of which this
-    rank may have none.
+    DeepSpeed does so too, except for tensors with fewer elements than ranks, of which this rank
+    may have no element.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.is_synchronized_device():

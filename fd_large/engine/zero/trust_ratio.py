@@ -1,9 +1,9 @@
 """Scales gradients by norms of whole tensors, at any ZeRO stage.
 
 An optimiser with a method `trust_ratio(weight_norm, gradient_norm)` needs norms of whole tensors,
-of which ZeRO gives a rank only parts. Before it steps, the squares of the parts are added up over
-the ranks in one small all-reduce; then each matrix's gradient, with its weight decay, is multiplied
-by the ratio. Vectors keep their gradients.
+but with ZeRO a rank holds only parts of the tensors. Before the optimiser steps, one small
+all-reduce adds up the squared norms of the parts over the ranks. Then weight decay is added to each
+matrix's gradient, and the sum is multiplied by the ratio. Gradients of vectors stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.ranks import distributed
 
 
 class _Part(NamedTuple):
-    """Elements [start, stop) of a flattened tensor, and the index of their matrix."""
+    """Elements [start, stop) of a tensor that the optimiser steps, and their matrix's number."""
 
     matrix: int
     start: int
@@ -29,7 +29,15 @@ class _Part(NamedTuple):
 
 
 class _TrustRatios:
-    """A replacement of the inner optimiser's step, which first scales the gradients."""
+    """Replaces the inner optimiser's step by a step that first scales the gradients.
+
+    Args:
+        inner: The optimiser, with a method `trust_ratio`.
+        plain_step: The optimiser's own step.
+        parts: id of a tensor that the optimiser steps -> the parts of matrices in it.
+        num_matrices: Number of matrices of the model.
+        is_split: Whether a rank may hold only parts of the matrices.
+    """
 
     def __init__(
         self,
@@ -44,7 +52,10 @@ class _TrustRatios:
         self._num_matrices, self._is_split = num_matrices, is_split
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Scales gradients and steps the groups, except the groups that DeepSpeed has emptied."""
+        """Scales the gradients of matrices in the optimiser's groups, then steps the optimiser.
+
+        A group that DeepSpeed has emptied is left out.
+        """
         device = distributed.device()
         squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)
         scaled: list[tuple[int, Tensor]] = []

@@ -1,10 +1,10 @@
-"""Lets ZeRO-3 gather whole blocks: one message and one set of hooks, not one for each layer.
+"""Lets ZeRO-3 gather whole blocks, with one message and one set of hooks for all layers of a block.
 
-DeepSpeed gathers the weights of every module before its forward and its backward, and runs hooks
-around every module, those without weights too. A block of a ViT has nine modules. What a block
-costs the host is counted by benchmarks/host_calls.py.
+DeepSpeed gathers the weights of every module before the module's forward and backward, and runs
+hooks around every module, also around modules without weights. A block of a ViT has nine modules.
+benchmarks/host_calls.py counts the calls that a block costs the host.
 
-DeepSpeed's own leaf modules do not serve: they sum a leaf's gradients when the leaf's backward is
+DeepSpeed's own leaf modules cannot be used. They sum a leaf's gradients when the leaf's backward is
 over, and lose the later gradients of a submodule that is called outside of the leaf's forward.
 """
 
@@ -29,7 +29,7 @@ _PARTITION = "deepspeed.runtime.zero.partition_parameters"
 _iter_params = get(f"{_COORDINATOR}:iter_params")
 _print_rank_0 = get(f"{_PARTITION}:print_rank_0")
 _UNIT = "_gathered_whole"
-"""Name of an attribute that lists all parameters of a block gathered whole, in its `__dict__`."""
+"""Key in the `__dict__` of a block that is gathered whole, for the list of its parameters."""
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
@@ -38,10 +38,10 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
     `plan/buckets.py` chooses these blocks, because `plan` counts them too.
 
     Args:
-        engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser its
-            model is frozen, and its hooks for backward are removed.
+        engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser the
+            model is frozen, and the hooks for backward are removed.
         backbone: The engine's module, or a part of it.
-        zero: The section of the filled DeepSpeed JSON.
+        zero: The section `zero_optimization` of the filled DeepSpeed JSON.
     """
     _spare_calls()
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
@@ -66,7 +66,7 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
 def _spare_calls() -> None:
     """Removes from DeepSpeed's hooks the Python calls that do not gather, a third of all calls.
 
-    They are ranges for NVIDIA's profiler, and log messages that are not printed.
+    The removed calls mark ranges for NVIDIA's profiler, or make log messages that are not printed.
     """
     replace(get("deepspeed.utils:nvtx"), "enable_nvtx", False)
     for module in (_COORDINATOR, _PARTITION):
@@ -76,12 +76,12 @@ def _spare_calls() -> None:
 
 @functools.wraps(_print_rank_0)
 def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
-    """Replaces `print_rank_0`, which asks for the rank of every message and prints next to none."""
+    """Replaces `print_rank_0`: does nothing for messages that would not be printed anyway."""
     if debug or force:
         _print_rank_0(message, debug, force)
 
 
 @functools.wraps(_iter_params)
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
-    """Replaces `iter_params`: a block gathered whole counts all its parameters as its own."""
+    """Replaces `iter_params`: for a block that is gathered whole, returns all its parameters."""
     return module.__dict__.get(_UNIT) or _iter_params(module, recurse)

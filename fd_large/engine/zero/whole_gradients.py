@@ -14,7 +14,15 @@ from fd_large.ranks import distributed
 
 
 class WholeGradients:
-    """Averages gradients at ZeRO stage 0, where every rank holds and steps all parameters."""
+    """Averages gradients at ZeRO stage 0, where every rank holds and steps all parameters.
+
+    Args:
+        engine: DeepSpeed's engine, whose methods are replaced.
+        bucket: Number of elements that are reduced together.
+
+    Attributes:
+        kept: Persistent memory that holds gradients.
+    """
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine = engine
@@ -40,10 +48,11 @@ class WholeGradients:
 
 
 class _Averages:
-    """Means of gradients over ranks, in buckets that are reduced during backward.
+    """Averages gradients over the ranks, in buckets that are reduced during backward.
 
-    A bucket holds adjacent parameters; buckets of the last layers come first, like their gradients.
-    Buckets stay in memory; from backward to the step, gradients are views of them.
+    A bucket holds the gradients of adjacent parameters. The buckets of the last layers are reduced
+    first, because backward makes their gradients first. Buckets stay in memory; from backward to
+    the step, gradients are views of the buckets.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
@@ -84,7 +93,10 @@ class _Averages:
         parameter.grad = view
 
     def finish(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Reduces the remaining buckets after backward, and waits for all."""
+        """Reduces the remaining buckets after backward, and waits until all are reduced.
+
+        The arguments, of the method of DeepSpeed that this method replaces, are ignored.
+        """
         for parameter, view in self._views.items():
             if parameter.grad is not view:
                 self._fill(parameter)
