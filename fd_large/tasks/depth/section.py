@@ -11,7 +11,7 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import IGNORED_FIELDS, check_head
 
 ON_LAST_MAP = {"linear"}
-"""Names of heads before which the student keeps its final norm; before others it is replaced."""
+"""Heads before which the student keeps its final norm; other heads come after a new norm."""
 
 
 @dataclass(frozen=True, kw_only=True)

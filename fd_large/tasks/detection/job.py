@@ -56,8 +56,8 @@ class DetectionJob(TrainingJob):
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects.
 
-        Raises: DataError or ConfigError: if the images cannot be used, or lack the number of
-            classes, the masks or the semantic maps that the recipe needs.
+        Raises: DataError or ConfigError: if the images cannot be used, do not have the number of
+            classes in the recipe, or lack masks or semantic maps that the recipe needs.
         """
         data = self.run.data
         images = open_coco(data.root, "train").part("train", data.val_fraction)
@@ -170,7 +170,7 @@ class DetectionJob(TrainingJob):
         return heads
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields this rank's micro batches: randomly resized images with their visible objects."""
+        """Yields this rank's micro-batches: randomly resized images with their visible objects."""
         run = self.run
         return iter(
             build_training_loader(
@@ -277,9 +277,9 @@ class DetectionJob(TrainingJob):
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """Opens the test images.
 
-        If `eval.root` is set, they are its val split. Otherwise they are the part of the train
-        split of `data.root` that `data.val_fraction` holds out, or its val split if the fraction
-        is 0.
+        They are the val split of `eval.root`, if this field is set. Otherwise they are the part of
+        the train split of `data.root` that `data.val_fraction` holds out, or the val split of
+        `data.root` if the fraction is 0.
 
         Args:
             classes: Names of the classes that the detector learns or has learnt, by label.

@@ -154,7 +154,9 @@ class Detection(Task):
         draws: dict[str, NDArray] | None = None,
         ask: Ask | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | list[Any]:
-        """Returns the loss and its terms, which is a collective, or results if `targets` is None.
+        """Returns the loss and its terms, or the results of a test if `targets` is None.
+
+        Computing the loss is a collective.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.

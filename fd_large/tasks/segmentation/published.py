@@ -1,6 +1,6 @@
 """Translates segmentation heads to and from the names of mmsegmentation and transformers.
 
-The heads compute the same functions here and there; only the names of tensors differ. The names of
+The heads compute the same functions in all packages; only the names of tensors differ. The names of
 a backbone's tensors are in its family's files (`backbones/FAMILY/export.py` and `published.py`).
 
 Sources: mmsegmentation 1.2 (UPerHead, FCNHead, Feature2Pyramid), Swin's and BEiT's own segmentation

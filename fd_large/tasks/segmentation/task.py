@@ -155,9 +155,9 @@ class Segmentation(DenseTask):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        One-dimensional parameters are always exempt. For a ViT no others are. Its class token and
-        position embedding are decayed as in the published runs, whose code meant to exempt them,
-        but looks for their names without the prefix of the backbone.
+        One-dimensional parameters are always exempt. A ViT has no other exempt parameters. Its
+        class token and position embedding are decayed as in the published runs, whose code looks
+        for their names without the backbone's prefix, and so does not find them.
         """
         if has_stages(self.student):
             return super().no_weight_decay()

@@ -32,8 +32,8 @@ class DepthSet(PairedImages):
     Args:
         pairs: The images and their depth files.
         scale: Units of a depth file per metre.
-        valid_range: Two depths in metres. Depths above the second, or not above the first, are
-            treated as unknown. (0, 0) keeps all depths.
+        valid_range: Two depths (near, far) in metres. Depths d with near < d <= far are kept, and
+            other depths count as unknown. (0, 0) keeps all depths.
         bottom_crop: Height and width of the part of an image that is used, at the bottom of the
             image and horizontally centred. (0, 0) uses the whole image.
         max_pixels: Images and depth files with more pixels are refused.

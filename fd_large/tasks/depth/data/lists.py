@@ -137,7 +137,7 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Returns a list's path without a leading slash and ".."; "" if it is invalid or empty."""
+    """Returns a path in a list without its leading "/" and any ".."; "" if the path is invalid."""
     return "/".join(next(paths_below(name), ()))
 
 

@@ -75,7 +75,7 @@ class TrainingViews(NamedTuple):
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Returns the random numbers for the view at each position."""
+        """Returns the random numbers for the view at each position of the epoch."""
         places = uniforms(seed, epoch, positions, "jitter", 6)
         if self.cut_depth_bytes == "wrapped" and self.cut_depth:
             cut = positions % round(1 / self.cut_depth) == 0

@@ -117,8 +117,8 @@ class Model(NamedTuple):
     def idle(self) -> None:
         """Runs a forward on a black image.
 
-        Under ZeRO-3 all ranks must run the same number of forwards. A rank calls this method as
-        often as its image needs fewer forwards than the images of other ranks.
+        Under ZeRO-3 all ranks must run the same number of forwards. A rank that has no image, or
+        whose image needs fewer forwards than another rank's, makes up the difference by this call.
         """
         forward_of_nothing(self.depths, self.views.image_size)
 
@@ -142,7 +142,7 @@ def evaluate(
         model: The model under test.
         images: The test images and their depths.
         limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
-        crop: Part of an image that is scored.
+        crop: Name of the part of an image that is scored (`crop_of`).
         workers: Number of loading processes; 0 loads in this process.
         between: Called before each image on every rank; may raise to end the test.
     """
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: Path) -> list[Path]:
-    """Writes scores.json and the bootstrap scores, and draws images; called on rank 0 only.
+    """Writes scores.json and redrawn.json (bootstrap RMSEs), and draws plots; on rank 0 only.
 
     Args:
         outcome: Result of the test.

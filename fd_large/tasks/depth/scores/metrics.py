@@ -35,7 +35,7 @@ class Scored(NamedTuple):
 
     Attributes:
         limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
-        crop: Part of the image that is scored.
+        crop: Name of the part of the image that is scored (`crop_of`).
     """
 
     limits: tuple[float, float]

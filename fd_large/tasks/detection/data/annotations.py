@@ -85,7 +85,7 @@ class CocoSet(DivisibleImages):
 
     @property
     def only(self) -> tuple[int, ...]:
-        """The ids of the images, if they are only a part of the split; () for the whole split."""
+        """The ids of the images if this is a part of the split, or () if it is the whole split."""
         is_part = len(self) < len(self._listing)
         return tuple(self._listing.arrays["image_ids"][self.places].tolist()) if is_part else ()
 
@@ -153,7 +153,7 @@ class CocoSet(DivisibleImages):
         return numbers
 
     def landscape(self) -> NDArray[np.bool_]:
-        """Returns a bool for each image, (len,): whether it is at least as wide as high."""
+        """Returns for each of the N images whether it is at least as wide as high, (N,) bool."""
         heights, widths = self._listing.arrays["sizes"][self.places].T
         return widths >= heights
 
@@ -285,7 +285,8 @@ class _Files:
         """Returns an image's path relative to the root, or None if there is no such file.
 
         Args:
-            name: The image's name in the annotations, whose leading folders may not exist here.
+            name: The image's name in the annotations. Leading folders of the name that do not exist
+                here are dropped.
         """
         for *folders, last in paths_below(name):
             inside = os.path.join(self._folder, *folders)

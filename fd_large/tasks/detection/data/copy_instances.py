@@ -174,7 +174,7 @@ def _moves(
 
 
 def _apply(move: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Applies a transform (3, 3) to all points (n, 2), or transforms (n, 3, 3) to a point each."""
+    """Applies a transform (3, 3) to all points (n, 2), or transform i of (n, 3, 3) to point i."""
     return (move[..., :2, :2] @ points[..., None])[..., 0] + move[..., :2, 2]
 
 
@@ -222,7 +222,7 @@ def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
 
 
 def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
-    """Returns an image (3, H, W) uint8 whose pixels in a hole (H, W) get the surrounding colours.
+    """Fills a hole, (H, W) bool, in an image (3, H, W) uint8 with the surrounding colours.
 
     Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
     """

@@ -48,13 +48,13 @@ def build_training_loader(
     semantic_classes: int = 0,
     copy_probability: float = 0.0,
 ) -> DataLoader:
-    """Returns a loader of one rank's micro batches, from a step of an epoch to the epoch's end.
+    """Returns a loader of one rank's micro-batches, from a step of an epoch to the epoch's end.
 
     Args:
         source: Images and objects.
         jitter: Random resizing of the images. If it has no canvas, a global batch holds images of
-            one orientation, and each micro batch is padded to its largest image.
-        portion: The epoch, the first step, and this rank's share of each global batch.
+            one orientation, and each micro-batch is padded to its largest image.
+        portion: The epoch, the step to start from, and this rank's share of each global batch.
         seed: The run's seed.
         global_batch_size: Images per step over all ranks.
         workers: Number of loading processes; 0 loads in this process.
@@ -128,7 +128,7 @@ def grouped_order(
 
 @dataclass(frozen=True)
 class _Samples(Dataset):
-    """Dataset that maps the positions of a micro batch, (B,), to a `Batch`; used in the workers."""
+    """Dataset that maps the positions of a micro-batch, (B,), to a `Batch`; used in the workers."""
 
     source: CocoSet
     jitter: Jitter

@@ -145,13 +145,13 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Gets the annotations and images that are left out or clipped.
+        findings: Collects the annotations and images that are left out or clipped.
         find_file: Returns the path of an image, given its `file_name`, or None if the image is to
             be left out.
         keep_empty: Whether images without an object are kept.
         where: The field that names the dataset, for messages.
 
-    Returns: the arrays, and the facts of the listing, which include categories and findings.
+    Returns: the arrays, and the `facts` of a `Listing`, which include categories and findings.
     Raises: DataError: if the file is not in this format.
     """
     content = read_json(path, where="annotations", flag=f"--{where} FOLDER", hook=_packed)
@@ -224,7 +224,7 @@ class _Arrays:
     """Collects the objects of one image after another, in the arrays that `read_objects` describes.
 
     Args:
-        findings: Gets the objects that are left out or clipped.
+        findings: Collects the objects that are left out or clipped.
         labels: The label of each category id.
         has_masks: Whether objects must have a segmentation.
     """
@@ -313,7 +313,7 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """Raised to leave out an annotation, with the arguments kind of defect and annotation id."""
+    """Raised to leave out an annotation, given the kind of its defect and the annotation's id."""
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | bytes:
-    """Returns the segmentation of an annotation, checked.
+    """Checks the segmentation of an annotation, and returns its usable part.
 
     Args:
         value: The segmentation after `_packed`: a list of polygons, or a dict of run lengths.

@@ -12,7 +12,7 @@ FLIP_PROBABILITY = 0.5
 
 
 class Jitter(Protocol):
-    """A distribution of views of training images.
+    """The interface of a class that draws random views of training images.
 
     Attributes:
         canvas: Height and width to which all views are padded, or None if each view keeps its own

@@ -209,7 +209,7 @@ class CascadeHeads(nn.Module):
         return terms
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """Returns the sum of the losses on the largest sample, to count FLOPs and memory.
+        """Returns the sum of the losses on the largest possible sample, to count FLOPs and memory.
 
         Args:
             maps: Levels of the pyramid, finest first; may be on the meta device.
@@ -344,7 +344,8 @@ class CascadeHeads(nn.Module):
         Args:
             number: Index of the stage, counted from 0.
             stage: The stage's rois and output.
-            labels: (R,) int64, the class of each roi, whose box is used unless class-agnostic.
+            labels: (R,) int64, the class whose box is used for each roi; not used if
+                class-agnostic.
             sizes: (B, 2), height and width of each image without its padding.
         """
         counts = [len(roi) for roi in stage.rois]

@@ -9,7 +9,7 @@ It differs from the cascade in mmdetection's form (`cascade.py`) in three points
 
 A test averages the probabilities of the three mask heads. mmdetection 2 does the same, and so do
 the published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's
-probabilities, because it fills its list after the loop.
+probabilities, because its list of masks is filled after the loop over the heads.
 
 Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
 """

@@ -46,8 +46,8 @@ def match(
         positive_iou: Smallest IoU at which a candidate matches an object.
         negative_iou: IoU below which a candidate is background. Between the two thresholds it is
             ignored.
-        best_for_each: Whether the candidate with the highest IoU above 0 for some object matches
-            at any IoU, so that few objects remain unmatched.
+        best_for_each: Whether a candidate matches at any IoU above 0 if no other candidate
+            overlaps a certain object more, so that few objects remain unmatched.
     """
     if len(boxes) and len(candidates):
         matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)
@@ -69,7 +69,7 @@ def match(
 
 
 def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
-    """Matches each object to its candidates of highest IoU, even if they overlap another more.
+    """Matches each object to its candidates of highest IoU, even if these overlap another more.
 
     Args:
         matched: (N,) int64, the result of `match`, which is changed in place.

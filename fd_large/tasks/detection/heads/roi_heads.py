@@ -119,7 +119,7 @@ class RoIHeads(nn.Module):
         return self._terms(maps, strides, sampled, taught(sampled, targets))
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """Returns the sum of the losses on the largest sample, to count FLOPs and memory.
+        """Returns the sum of the losses on the largest possible sample, to count FLOPs and memory.
 
         Args:
             maps: Levels of the pyramid, finest first; may be on the meta device.

@@ -63,7 +63,7 @@ class RpnHead(nn.Module):
 def anchors_of(
     grids: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Returns the anchors of each level, (H * W * A, 4) float32, in the order of `RpnHead`.
+    """Returns the anchors of each level, (H * W * A, 4) float32, ordered as `RpnHead` returns them.
 
     Args:
         grids: Height and width of each level's map.

@@ -1,4 +1,4 @@
-"""Selects the boxes that a detector reports, by non-maximum suppression and a largest number."""
+"""Selects the boxes that a detector reports, by non-maximum suppression, up to a largest number."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Selection:
     def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
         """Combines selected boxes and their masks (n, M, M) into detections, by falling score.
 
-        With `rescored`, the scores are first multiplied by `rescored` of the masks.
+        If the field `rescored` is set, the function `rescored` is first applied to the scores.
         """
         if not self.rescored:
             return Detections(*chosen, masks)

@@ -49,7 +49,7 @@ def write_results(path: str | Path, results: Sequence[Result]) -> None:
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
-    """Merges the results of several ranks into a list that does not depend on who had which image.
+    """Merges the results of several ranks into one list, the same for any sharding of the images.
 
     If an image occurs in several shards, only the results in the first of them are kept. Equal
     results of an image are kept once. The list is sorted by image id. Results of an image stay in

@@ -87,7 +87,7 @@ class Scored(NamedTuple):
 def score_shards(request: Request) -> Scored:
     """Merges and scores the ranks' results in a folder; writes results.json, scores.json and plots.
 
-    The ranks' result files are not deleted, so that the caller can score them again.
+    The ranks' result files are kept; the caller deletes them when it has recorded the scores.
 
     Raises: DataError: if a result file cannot be read, or the results cannot be scored.
     """
@@ -154,9 +154,9 @@ def main() -> None:
 def _end_with(parent: int) -> None:
     """Ties this process to its parent: the kernel kills it when the parent ends.
 
-    Otherwise it could write into the folder of a run that a later start has taken over. Signals
-    that a launcher sends to all processes of a job are ignored, since the ranks handle them. The
-    process also gets a lower priority than the training.
+    Without its parent, the process could write into the folder of a run that a later start has
+    taken over. Signals that a launcher sends to all processes of a job are ignored here, since the
+    ranks handle them. The process also gets a lower priority than the training.
 
     Args:
         parent: The parent's process id. If the parent has already ended, this process exits.

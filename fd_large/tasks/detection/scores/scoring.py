@@ -77,7 +77,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the scores in JSON types, as in scores.json."""
+        """Returns the scores as a dict of JSON types, the content of scores.json."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
@@ -325,13 +325,13 @@ def _count(
 def _loaded(
     ground_truth: dict[str, Any], results: Sequence[Result], categories: Sequence[int], key: str
 ) -> tuple[Any, Any]:
-    """Returns the objects and the detections of some classes, each as a COCO of faster-coco-eval.
+    """Returns two `COCO` instances of faster-coco-eval, with objects and with detections.
 
     Args:
         ground_truth: As for `score`.
         results: As for `score`.
-        categories: Ids of the classes.
-        key: "bbox" or "segmentation", of which detections get only this.
+        categories: Ids of the classes whose objects and detections are loaded.
+        key: "bbox" or "segmentation", the only one of the two fields that detections get.
     """
     from faster_coco_eval import COCO
 

@@ -250,7 +250,7 @@ def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
 
 
 def mirrored(images: Tensor, sizes: Tensor) -> Tensor:
-    """Mirrors images (B, 3, H, W) of sizes (B, 2), whose padding stays at the right."""
+    """Mirrors images (B, 3, H, W) of sizes (B, 2) left to right; padding stays at the right."""
     flipped = images.clone()
     for image, width in zip(flipped, sizes[:, 1].tolist(), strict=True):
         image[..., :width] = image[..., :width].flip(-1)

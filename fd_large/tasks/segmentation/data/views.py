@@ -51,7 +51,7 @@ class TrainingViews(NamedTuple):
         return np.int16(IGNORED)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Returns the random numbers for the view at each position, as `view` takes them."""
+        """Returns the random numbers for the view at each position of the epoch."""
         crops = uniforms(seed, epoch, positions, "jitter", NUM_DRAWS).tolist()
         colors = uniforms(seed, epoch, positions, "color", photometric.NUM_DRAWS).tolist()
         return list(zip(crops, colors, strict=True))

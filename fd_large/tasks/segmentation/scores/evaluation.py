@@ -82,8 +82,8 @@ class Model(NamedTuple):
     def idle(self) -> None:
         """Runs a forward on a black image.
 
-        Under ZeRO-3 all ranks must run the same number of forwards. A rank calls this method as
-        often as its image needs fewer forwards than the images of other ranks.
+        Under ZeRO-3 all ranks must run the same number of forwards. A rank that has no image, or
+        whose image needs fewer forwards than another rank's, makes up the difference by this call.
         """
         forward_of_nothing(self.logits, self.views.crop or self.views.short_side)
 
@@ -142,7 +142,7 @@ def keep(
     classes: Classes,
     folder: Path,
 ) -> list[Path]:
-    """Writes scores.json and the bootstrap scores, and draws plots; called on rank 0 only.
+    """Writes scores.json and redrawn.json (bootstrap mIoUs), and draws plots; on rank 0 only.
 
     Args:
         outcome: Result of the test.

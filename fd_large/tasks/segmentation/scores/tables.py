@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def numbers_table(scores: Scores, num_images: int) -> Table:
-    """Returns a table of mIoU, mAcc and aAcc, in per cent."""
+    """Returns a table of mIoU, mAcc and aAcc in per cent, titled with the number of images."""
     from rich.table import Table
 
     table = Table(title=f"{num_images:,} images", title_justify="left")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Logits = Callable[[Tensor], Tensor]
-"""Maps a crop (B, 3, h, w) to logits (B, K, h, w)."""
+"""Function that maps images or windows (B, 3, h, w) to logits (B, K, h, w)."""
 
 
 def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Tensor:
