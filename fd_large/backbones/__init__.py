@@ -1,10 +1,10 @@
 """Backbones of all families: a folder for each family, and files of layers that families share.
 
-A family's folder holds everything specific to the family: `architecture.py` (fields,
-checks and named models; no torch), the module, `published.py` (its published weights files),
-`export.py` (its models in other libraries) and `family.py`, which presents them to the rest of
-the package as a `Family`. `registry.py` lists the families, and so does
-`recipes/architectures.py`, without torch: a new family is its folder and a line in each.
+A family's folder holds everything specific to the family: `architecture.py` (fields, checks and
+named models; no torch), the module, `published.py` (published weights files), `export.py` (exports
+to other libraries) and `family.py`, which describes the family to the rest of the package as a
+`Family`. A new family needs its folder, a line in `registry.py`, and a line in
+`recipes/architectures.py`, which lists the families without torch.
 
 Every backbone is a Module with
     forward(images, keep) -> FeatureMap, where `keep` says which branches drop path keeps;

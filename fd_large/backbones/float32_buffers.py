@@ -9,9 +9,9 @@ from torch import nn
 
 
 class Float32Buffers(nn.Module):
-    """A Module whose buffers keep their dtype when it is cast to bfloat16 or float16.
+    """Module whose buffers keep their dtype when the module is cast to bfloat16 or float16.
 
-    Running statistics move by small steps, which the rounding of 16-bit numbers would lose.
+    Running statistics change little in each step, and 16-bit numbers would round the change away.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

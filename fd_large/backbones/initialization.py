@@ -47,7 +47,7 @@ class Draw:
     value: float = 0.0
 
     def divided(self, by: float) -> Draw:
-        """Returns the distribution of the values of this one divided by `by`."""
+        """Returns the same distribution with all values divided by `by`."""
         return replace(self, divide=self.divide * by)
 
 

@@ -61,7 +61,10 @@ class Float32Linear(Linear):
     """Linear layer that computes in float32 whatever its weight's dtype, and under autocast too."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64."""
+        """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64.
+
+        A given `bias` (out,) replaces the layer's own.
+        """
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = self.bias if bias is None else bias
         # The meta device knows no autocast.
@@ -89,7 +92,7 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Tensor, dtype: torch.dtype | None = None, copy: torch.dtype | None = None
     ) -> Any:
-        """Normalises (..., C); the result has `dtype`, or the dtype of x if that is None.
+        """Normalises (..., C); the result has `dtype`, or the dtype of x if `dtype` is None.
 
         If `copy` is a dtype, it returns a pair: the result, and the result in the dtype `copy`.
         """

@@ -131,7 +131,7 @@ class TargetModel(NamedTuple):
 
 
 class Settling(NamedTuple):
-    """What is known of a model when its remaining architecture fields are filled.
+    """Facts of a model that are known before its remaining architecture fields are filled.
 
     Attributes:
         known: Fields that the file's tensors, format and configuration show.

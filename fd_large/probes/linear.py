@@ -88,7 +88,8 @@ def evaluate(
         test: Features of the test images.
         num_classes: Number of classes, K.
         probe: Settings of the training.
-        progress: Called after each training batch with its number of images; `work` is their sum.
+        progress: Called after each training batch with its number of images; the sum of these
+            numbers is at most `work`.
 
     Raises: DataError: if there are fewer than 10 training images, so that none can be held out.
     """
@@ -138,7 +139,10 @@ def warn_of_few_steps(num_train: int, probe: Probe) -> None:
 
 
 def work(num_train: int, probe: Probe) -> int:
-    """Returns the total number of images that `evaluate` reports to `progress`."""
+    """Returns an upper bound on the number of images that `evaluate` reports to `progress`.
+
+    It counts all training images in each epoch, whereas batches leave out a remainder.
+    """
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 
 

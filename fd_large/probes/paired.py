@@ -5,8 +5,8 @@ scores is far more certain than either score. The interval covers two sources of
 choice of test images, by a paired bootstrap over images, and the seed of the training, by Student's
 t on the spread over seeds (Welch, since the models' spreads may differ). The squares of their half
 widths are added. Part of the variation over seeds is also in the bootstrap, which makes the
-interval slightly too wide, not too narrow. With a single seed only the choice of images is covered,
-and no difference is shown.
+interval slightly too wide, not too narrow. With a single seed the interval covers only the choice
+of images, and so does not show that the models differ.
 
 The interval does not cover the variation between repeated pre-trainings: it compares these two
 models, not the methods that made them.

@@ -1,11 +1,12 @@
-"""Reading and writing of weights files, for every family of models.
+"""Reads and writes weights files, for every family of models.
 
-`resolve.py` is the only way from a source to weights, and resolves each source once a start:
-`download.py` finds the file, `read.py` the tensors, `published.py` their format and model, and
-`sidecar.py` the configuration next to them. `settle.py` puts the model into a recipe's section,
-and `coverage.py` checks that every tensor has its counterpart. `export.py` and `convert.py` write.
+All code gets the weights of a source from `resolve.py`, which resolves each source once in a start
+of a command. For this `download.py` finds the file, `read.py` opens its tensors, `published.py`
+finds their format and model, and `sidecar.py` reads the configuration next to the file. `settle.py`
+fills a recipe's section with the model that the weights show. `coverage.py` checks that file and
+model have the same tensors. `export.py` and `convert.py` write weights.
 
-No family's name is compared here, and no shape is written down: families describe their files
-(`backbones/NAME/published.py`), and modules on the meta device give the shapes. This room does
-not know runs and tasks.
+No code here depends on a family's name or states a shape: families describe their files
+(`backbones/NAME/published.py`), and modules on the meta device give the shapes. No code here knows
+runs or tasks.
 """

@@ -1,7 +1,7 @@
-"""Checks that a file covers a model exactly: each has every tensor of the other.
+"""Checks that a file covers a model exactly: the file and the model have the same tensors.
 
-A file that does not is refused. Names and shapes are compared before any tensor is read. Tensors
-are then read one by one, checked for NaN and infinity, and resized if the model has another grid.
+Otherwise the file is refused. Names and shapes are compared before any tensor is read. Tensors are
+then read one by one, checked for NaN and infinity, and resized if the model has another grid.
 """
 
 from __future__ import annotations

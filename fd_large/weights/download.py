@@ -168,7 +168,7 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 def _writer(source: str) -> Callable[[Path], str]:
     """Returns a function that downloads a source into a folder and returns the licence.
 
-    Raises: WeightsError: if the source cannot be downloaded by its kind.
+    Raises: WeightsError: if the source is of a kind that is not downloaded, such as a path.
     """
     if source.startswith(HUB):
         return partial(_folder_of_hub, source.removeprefix(HUB))

@@ -92,8 +92,8 @@ def without_folders(source: str) -> str:
 def file_beside(source: str, name: str) -> Path | None:
     """Returns the path of a file in the folder of weights, or None if there is no such file.
 
-    For `hf:OWNER/NAME` the file is looked up in the local cache of the Hub. Other sources than
-    that and paths have no folder, so that the result is None.
+    For `hf:OWNER/NAME` the file is looked up in the local cache of the Hub. For a source that is
+    neither a path nor on the Hub, the result is None.
 
     Args:
         source: The source of the weights.

@@ -205,7 +205,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Returns a text with the first part of each name, up to a dot, and the number of its names."""
+    """Returns, as text, the parts of names before the first dot, each with its number of names."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -343,9 +343,9 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 
 
 def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
-    """Returns the tensors of the backbone in a segmentation model, and the names of its other ones.
+    """Returns the tensors of a segmentation model's backbone, and the names of all other tensors.
 
-    For a file that is no segmentation model it returns all tensors, and no names.
+    For any other file it returns all tensors, and no names.
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []

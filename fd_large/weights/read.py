@@ -118,7 +118,7 @@ class Tensors(Mapping[str, Tensor]):
         return entry.dtype
 
     def dtypes(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Returns the names of the dtypes, such as "float32", of some tensors, sorted."""
+        """Returns the sorted names of the dtypes, such as "float32", of the tensors `names`."""
         return tuple(sorted({str(self.dtype(name)).removeprefix("torch.") for name in names}))
 
     def under(self, names: Mapping[str, str]) -> Tensors:

@@ -414,7 +414,7 @@ def other_model(
 
 
 def remedy_for(architecture: FamilyArchitecture) -> str:
-    """Returns the end of an error message: to request the model that the weights have.
+    """Returns the remedy for an error message: to set `--student.model` to the weights' model.
 
     Args:
         architecture: The model of the weights.

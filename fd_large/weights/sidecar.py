@@ -130,7 +130,9 @@ class Configuration:
         )
 
     def stated(self, published: Published, library: str) -> Stated:
-        """Returns what is stated about a model whose weights have a published format.
+        """Returns what the configuration file states about weights in a published format.
+
+        If a library lists the weights itself, what its list states takes precedence.
 
         Args:
             published: The family's description of its published files.
@@ -175,7 +177,7 @@ class Configuration:
 
     @property
     def _library(self) -> str:
-        """The library that wrote config.json: "timm", "hf", or "" for others or no file."""
+        """The library whose format config.json has: "timm", "hf", or "" for none or no file."""
         if isinstance(self._config.get("architecture"), str):
             return "timm"
         return "hf" if isinstance(self._config.get("model_type"), str) else ""
@@ -188,7 +190,7 @@ class Configuration:
 
     @cached_property
     def _reader(self) -> Family | None:
-        """The family with published formats that can compute config.json's model, or None."""
+        """The family whose published formats include config.json's model; None if there is none."""
         read_by = (
             family
             for family in FAMILIES.values()

@@ -48,7 +48,7 @@ class CustomArchitecture(FamilyArchitecture):
         return self.code
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of that side in pixels."""
+        """Returns the same model for images of `image_size` pixels a side."""
         return replace(self, image_size=image_size)
 
     def _check(self) -> None:

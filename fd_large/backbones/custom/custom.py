@@ -2,8 +2,8 @@
 
 `NAME` of `module:PATH/TO/FILE.py:NAME` is a class or a function that returns a torch Module with
 
-    forward(images, keep) -> FeatureMap   normalised images (B, 3, H, W), and a row of `keep`,
-                                          (num_sites, B), for each entry of drop_path_rates or None
+    forward(images, keep) -> FeatureMap   maps normalised images (B, 3, H, W); `keep` is None or has
+                                          a row of B bools for each entry of drop_path_rates
     width, num_prefix_tokens              channels of the map, and its tokens before the patches
     grid(height, width)                   rows and columns of the map of an image
     drop_path_rates                       the rate of each row of `keep`

@@ -1,8 +1,8 @@
 """The fields of a SwinV2 model, and the models that have a name.
 
-Windows of the named models follow their intended image size: 14 at 224 px (tiny to
-large) and 12 at 192 px (1b, huge, giant), so that stages 3 and 4 are one window each. A recipe that
-trains at another size sets `window_size`.
+The window of a named model follows the image size for which the model is meant: 14 at 224 px (tiny
+to large) and 12 at 192 px (1b, huge, giant). A map of stage 3 is then a single window, and so is a
+map of stage 4. A recipe that trains at another image size sets `window_size`.
 
 Sources: Liu et al., arXiv 2111.09883 (widths of tiny to large, huge, giant); its code repository
 for the rest of tiny to large. Heads of huge and giant are not published: a head width of 32

@@ -1,8 +1,9 @@
 """Swin Transformer V2 as a student or teacher, with FD's extra norms and shared position bias.
 
-Post-norm blocks, cosine attention with a learned scale, a continuous position bias from an MLP on
-log-spaced coordinates. Parameter names are those of the Swin-Transformer repository; an extra norm
-is `extra_norm` of its block, a shared position bias `position_bias` of its stage.
+Blocks are post-norm. Attention uses the cosine of query and key with a learned scale, and adds a
+position bias that an MLP computes from log-spaced coordinates. Parameter names are those of the
+Swin-Transformer repository; an extra norm is `extra_norm` of its block, and a shared position bias
+is `position_bias` of its stage.
 
 Source: Liu et al., arXiv 2111.09883, and the code of Swin-Transformer and Feature-Distillation.
 """
@@ -338,7 +339,10 @@ class CosineAttention(nn.Module):
 
 
 class PositionMlp(nn.Sequential):
-    """MLP from log-spaced offsets (2) to position biases (h); a frozen MLP caches its results."""
+    """MLP that maps log-spaced offsets (R, 2) to position biases (R, h).
+
+    If the MLP is frozen, `table` caches its results.
+    """
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__(

@@ -140,7 +140,7 @@ class TimmArchitecture(FamilyArchitecture):
         return f"{self.prefix}{self.timm_name}"
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of that side in pixels."""
+        """Returns the same model for images of `image_size` pixels a side."""
         return replace(self, image_size=image_size)
 
     def _check(self) -> None:

@@ -17,7 +17,9 @@ OURS = "net."
 
 
 def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
-    """Returns, in words, how the model differs from timm's: it ends before the last map; or "".
+    """Returns "" if the model ends with timm's last map, else in words the map at which it ends.
+
+    timm has no model that ends before its last map.
 
     Args:
         architecture: The model.

@@ -225,7 +225,7 @@ def last_map(name: str, image_size: int) -> LastMap:
 
 
 def layout_of(net: Any, name: str, side: int, output: Any) -> Layout:
-    """Finds the map in the result of `forward_features`.
+    """Returns the layout of the map in the result of `forward_features`.
 
     Args:
         net: A whole timm model.
@@ -334,7 +334,7 @@ def _shape_text(output: Any) -> str:
 
 
 class Stage(NamedTuple):
-    """The map of a model that is used.
+    """The map of a timm model that the backbone returns.
 
     Attributes:
         index: Index of the map among the model's maps.

@@ -339,11 +339,11 @@ def _layer_scale(name: str, expected: Shapes) -> str:
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
-    """Returns {name without the file's prefix: name in the file}, for names of a model's tensors.
+    """Removes a known prefix before timm's names; returns {name without prefix: name in the file}.
 
-    Known prefixes before timm's names are `net.` in our checkpoints, `encoder.` in our "fd"
-    exports, `timm_model.` in transformers' files, and `visual.trunk.` in open_clip's files, which
-    have other tensors too. A file without a known prefix keeps its names.
+    Known prefixes are `net.` in our checkpoints, `encoder.` in our "fd" exports, `timm_model.` in
+    transformers' files, and `visual.trunk.` in open_clip's files. Names of other tensors in a file
+    with a known prefix are left out. A file without a known prefix keeps its names.
     """
     for prefix, beside in (
         ("net.", ()),
@@ -364,7 +364,7 @@ def _weightless(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def _second_names(name: str) -> frozenset[str]:
-    """Returns all names but the first of tensors that a model's state dict lists repeatedly."""
+    """Returns the duplicate names in a model's state dict: for each tensor all but the first."""
     with torch.device("meta"):
         net = create(name)
     first = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}

@@ -285,10 +285,10 @@ class TimmBackbone(nn.Module):
     def check_stages(self) -> None:
         """Checks that the model's stages can be used as a feature pyramid.
 
-        Each stride has to be twice the stride before, images may have any size, and no module may
-        be left that the stages do not use.
+        They can if each stride is twice the stride before, the model accepts images of any size,
+        and the stages use all modules.
 
-        Raises: ConfigError: if they cannot; it names the reason.
+        Raises: ConfigError: if they cannot be used; the message names the reason.
         """
         finest, *coarser = self.stage_strides
         if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:

@@ -1,4 +1,4 @@
-"""The supported models of transformers, a fixed table, and checks of their configurations.
+"""A fixed table of the supported models of transformers, and checks of their configurations.
 
 A model is built only by transformers' own class of its type; code in a model's repository is never
 run. From a configuration only the type's own fields with plain values are taken, so that no value
@@ -31,8 +31,8 @@ class Kind:
     """A supported type of model.
 
     Attributes:
-        config: transformers' class of its configuration.
-        model: transformers' class of the model.
+        config: Name of transformers' class of the configuration.
+        model: Name of transformers' class of the model.
         nested: Key of this model's part of the configuration, if the type is a model of images and
             texts; else "".
         without: Fields of the configuration that leave out modules after the map.

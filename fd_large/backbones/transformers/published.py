@@ -1,4 +1,4 @@
-"""Reads a folder of transformers: its configuration, and its tensors by the model's names.
+"""Reads the configuration and the tensors of a folder of transformers.
 
 transformers renames tensors between releases, so the names in a file and in the module are
 translated to a common form before they are compared.

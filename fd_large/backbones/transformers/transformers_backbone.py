@@ -33,8 +33,8 @@ class TransformersBackbone(nn.Module):
     Names of parameters are transformers' own after the prefix `net.`.
 
     Args:
-        model_type: The `model_type` of its configuration.
-        config: The fields of its configuration, as JSON.
+        model_type: The `model_type` of the model's configuration.
+        config: The fields of the model's configuration, as JSON.
 
     Attributes:
         width: Channels of the map.
@@ -91,7 +91,7 @@ class TransformersBackbone(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is no multiple of the stride.
+        Raises: ShapeError: if a side is not a multiple of the stride.
         """
         if height % self.stride or width % self.stride:
             raise ShapeError(

@@ -1,7 +1,8 @@
 """Vision transformers: FD's students (relative positions) and the CLIP, DINO and DeiT teachers.
 
-Pre-norm blocks on a fixed grid. Parameter names are those of DINO, timm and the
-Feature-Distillation repository; CLIP's are translated when its weights are read.
+Blocks are pre-norm, and the grid of patches has a fixed size unless positions are resized.
+Parameter names are those of DINO, timm and the Feature-Distillation repository; the names in CLIP's
+files are translated when the weights are read.
 
 Sources: Dosovitskiy et al., arXiv 2010.11929; Wei et al., arXiv 2205.14141; Bao et al., arXiv
 2106.08254 (relative position table and LayerScale); Radford et al., arXiv 2103.00020 (CLIP).
