@@ -1,5 +1,6 @@
-"""Computes memory and duration of a run on a cluster from counts.
+"""Computes the memory and duration of a run on a cluster, without running it.
 
-The package is arithmetic on rates and on counts, which `engine/counting/count.py` makes, without
-torch. It builds no model and sees no whole recipe.
+The inputs are rates of the hardware and counts of a step's operations, which
+`engine/counting/count.py` makes. This package uses no torch, builds no model and takes no whole
+recipe.
 """

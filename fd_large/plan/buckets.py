@@ -1,6 +1,7 @@
-"""Chooses communication buckets: large enough to hide fixed costs, small enough to begin early.
+"""Chooses the sizes of communication buckets, and the blocks that ZeRO-3 gathers at once.
 
-The file also chooses the blocks that stage 3 gathers at once, because they fit a bucket.
+A bucket must be large enough to hide a collective's fixed cost, and small enough that communication
+begins early. Stage 3 gathers at once the parameters of a block that fit a bucket.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ MOST_OWNERS = 8
 def gradient_bucket(parameters: int) -> int:
     """Returns the number of gradient elements in a bucket.
 
+    It is a thirtieth of the trained parameters, but at least `LEAST_ELEMENTS` and at most
+    `MOST_ELEMENTS`.
+
     Args:
-        parameters: Trained parameters. A bucket holds a thirtieth of them, since each bucket has a
-            cost, but no fewer than LEAST_ELEMENTS and no more than MOST_ELEMENTS.
+        parameters: Number of trained parameters.
     """
     return min(MOST_ELEMENTS, max(LEAST_ELEMENTS, parameters // 30))
 
 
 def prefetch_bucket(parameters: int) -> int:
-    """Returns the number of elements that stage 3 gathers ahead, and at once: about a block.
+    """Returns the number of elements that stage 3 gathers ahead of their use, about a block.
+
+    It is a twelfth of the model's parameters, as ViT-B has twelve blocks, but at least
+    `LEAST_ELEMENTS` / 4 and at most `PREFETCH_ELEMENTS`.
 
     Args:
-        parameters: Trained parameters, or those of a frozen model. A ViT-B has twelve blocks.
+        parameters: Number of trained parameters, or of parameters of a frozen model.
     """
     return min(PREFETCH_ELEMENTS, max(LEAST_ELEMENTS // 4, parameters // 12))
 
@@ -43,16 +49,18 @@ def prefetch_bucket(parameters: int) -> int:
 def gathered_whole(
     backbone: Any, bucket: int, size: Callable[[nn.Parameter], int] = methodcaller("numel")
 ) -> dict[nn.Module, list[nn.Module]]:
-    """Returns the modules that stage 3 gathers at once, each with the modules inside it.
+    """Returns the modules whose parameters stage 3 gathers at once.
 
-    These are the blocks that fit the bucket, and separately those of their modules that the
-    backbone calls outside of the blocks' forwards. A backbone without the method `outside_blocks()`
-    has none.
+    A backbone's block is gathered at once if its parameters fit the bucket. A module of a block
+    that the backbone calls outside of the block's forward is gathered separately.
 
     Args:
         backbone: A module with `blocks()`.
-        bucket: Elements that are gathered ahead.
-        size: The elements of a parameter, over all ranks.
+        bucket: Largest number of elements that are gathered at once.
+        size: Function that returns the number of elements of a parameter, over all ranks.
+
+    Returns: for each module that is gathered at once, the modules in it (itself included) whose
+        parameters are gathered; empty if the backbone has no method `outside_blocks()`.
     """
     if not hasattr(backbone, "outside_blocks"):
         return {}

@@ -1,7 +1,7 @@
-"""Computes whether it pays to store a teacher's maps instead of running it in every epoch.
+"""Computes whether storing a teacher's feature maps is faster than running the teacher each epoch.
 
-A stored map is computed once, and then read instead. The loader reads ahead while the student
-computes, so reading costs time only if it takes longer than the student's part.
+A stored map is computed once, and afterwards read from the disk. The loader reads ahead while the
+student computes, so that reading costs time only if it takes longer than the student.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import math
 from dataclasses import dataclass
 
 SECONDS_TOLERANCE = 0.02
-"""Share of the time below which storing saves too little to be worth its disk."""
+"""Fraction of the runs' time that storing must save to be worth the disk space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedTargets:
-    """A teacher's stored maps and the runs that use them.
+    """Sizes and times of a teacher's stored feature maps, and of the runs that use them.
 
     Attributes:
-        images: Images of the dataset.
-        views: Stored views of each image.
+        images: Number of images in the dataset.
+        views: Number of stored views of each image.
         uses: Number of times that each stored map is used, over all epochs and runs.
-        map_bytes: Bytes of a stored map.
-        teacher_seconds: Seconds of the teacher for an image, on a rank.
-        student_seconds: Seconds per image of everything else in a step, on a rank.
-        read_bytes_per_second: Rate at which a rank reads the cache.
+        map_bytes: Size of a stored map in bytes.
+        teacher_seconds: Seconds per image that a rank takes for the teacher's forward.
+        student_seconds: Seconds per image that a rank takes for everything else in a step.
+        read_bytes_per_second: Rate at which a rank reads stored maps.
     """
 
     images: int
@@ -37,43 +37,43 @@ class CachedTargets:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes on disk."""
+        """Size of all stored maps on disk, in bytes."""
         return self.images * self.views * self.map_bytes
 
     @property
     def writing_seconds(self) -> float:
-        """Seconds of the teacher for all maps, on a rank."""
+        """Seconds that one rank takes to compute all stored maps."""
         return self.images * self.views * self.teacher_seconds
 
     @property
     def read_seconds(self) -> float:
-        """Seconds of a rank for reading a map."""
+        """Seconds that a rank takes to read a map."""
         return self.map_bytes / self.read_bytes_per_second
 
     @property
     def waits_seconds(self) -> float:
-        """Seconds by which reading a map exceeds everything else in a step."""
+        """Seconds per image by which reading a map takes longer than the rest of a step, or 0."""
         return max(0.0, self.read_seconds - self.student_seconds)
 
     @property
     def saved_share(self) -> float:
-        """Share of the runs' time saved by storing; negative if it costs time."""
+        """Fraction of the runs' time that storing saves; negative if storing costs time."""
         live = self.uses * (self.teacher_seconds + self.student_seconds)
         stored = self.teacher_seconds + self.uses * (self.student_seconds + self.waits_seconds)
         return 1 - stored / live
 
     @property
     def pays(self) -> bool:
-        """Whether storing saves time."""
+        """Whether storing saves more than `SECONDS_TOLERANCE` of the runs' time."""
         return self.saved_share > SECONDS_TOLERANCE
 
     @property
     def fewest_uses(self) -> float:
-        """Uses of each map above which storing saves time; infinite if it never does."""
+        """Number of uses of each map above which storing saves time; infinite if it never does."""
         gain = self.teacher_seconds - self.waits_seconds
         return self.teacher_seconds / gain if gain > 0 else math.inf
 
     @property
     def least_rate(self) -> float:
-        """Bytes/s that a rank must read to never wait."""
+        """Rate in bytes/s at which a rank must read maps so that it never waits for a map."""
         return self.map_bytes / self.student_seconds

@@ -1,4 +1,7 @@
-"""The choices of a plan: ZeRO stage, placement of the teacher, checkpoints, micro-batch."""
+"""The settings that a plan chooses, such as the ZeRO stage and the micro-batch size.
+
+A plan also chooses the placement of the teachers and whether to use activation checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from fd_large.plan.buckets import MOST_ELEMENTS
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A choice of settings for a workload.
+    """A possible choice of settings for a run.
 
     Attributes:
-        stage: Stage of ZeRO.
-        hpz: Whether each node holds a second copy of the parameters.
-        teacher: Placement of the teachers, as in `teacher.placement`.
-        whole: Number of teachers that stay whole on every rank, counted from the smallest.
-        checkpointing: Whether blocks store their inputs only.
-        micro_batch_size: Images of a rank in a pass.
+        stage: ZeRO stage.
+        hpz: Whether hpZ is used, with a second copy of the parameters sharded inside each node.
+        teacher: Placement of the teachers, as in the recipe's `teacher.placement`.
+        whole: Number of teachers that stay whole on every rank, which are the smallest teachers.
+        checkpointing: Whether activation checkpointing is used, so that a block stores only its
+            input for the backward pass.
+        micro_batch_size: Number of images in a micro-batch of a rank.
     """
 
     stage: Literal[0, 1, 2, 3]
@@ -37,13 +41,16 @@ class Candidate:
         activation_checkpointing: str,
         whole: Collection[str] = (),
     ) -> list[str]:
-        """Returns the flags of `train` for this candidate.
+        """Returns the command-line flags that change a recipe's settings to this candidate's.
 
         Args:
-            micro_batch_size: `batch.micro_batch_size` of the recipe.
-            placements: `placement` of each teacher's section in the recipe, by its name.
-            activation_checkpointing: `student.activation_checkpointing` of the recipe.
-            whole: The names of the teachers that stay whole.
+            micro_batch_size: The recipe's `batch.micro_batch_size`.
+            placements: The recipe's `placement` of each teacher, by the name of its section.
+            activation_checkpointing: The recipe's `student.activation_checkpointing`.
+            whole: Names of the sections of the teachers that stay whole.
+
+        Returns: flags of `train`, such as "--batch.micro_batch_size 32", without DeepSpeed's
+            configuration; settings that are equal in the recipe have no flag.
         """
         mode = activation_checkpointing
         if self.checkpointing != (mode != "off"):
@@ -62,14 +69,14 @@ class Candidate:
 
     @property
     def shipped_config(self) -> str:
-        """Name of the shipped DeepSpeed JSON that matches `deepspeed`.
+        """Name of the DeepSpeed JSON in ds_configs/ that has the settings of `deepspeed()`.
 
-        With a single rank the engine itself turns stage 1 into stage 0.
+        For stage 0 it is the JSON of stage 1, which the engine turns into stage 0 on a single rank.
         """
         return "zero3_hpz" if self.hpz else f"zero{max(1, self.stage)}"
 
     def deepspeed(self) -> dict[str, Any]:
-        """Returns the DeepSpeed JSON; the run fills in "auto"."""
+        """Returns this candidate's DeepSpeed configuration, in which the run fills in "auto"."""
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage > 0:
             zero["overlap_comm"] = True

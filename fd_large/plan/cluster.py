@@ -1,9 +1,9 @@
-"""Describes machines by nodes, network and cards, and computes the times of collectives.
+"""Describes machines by nodes, network and GPUs, and computes the times of collectives.
 
-One gather or scatter of a whole model moves S bytes: parameters times bytes per parameter. Over n
-ranks, each rank sends and receives S (n - 1) / n. Between N nodes, the network cards of a node
-together carry S (N - 1) / N, since each byte has to enter a node once; inside a node, each rank's
-link carries S (n - 1) / n. Both run at the same time, and the slower one counts.
+An all-gather or reduce-scatter of a whole model of S bytes moves S (n - 1) / n bytes over each
+rank's link, where n is the number of ranks in a node. Between N nodes, it moves S (N - 1) / N bytes
+over the network cards of a node together, since each byte has to enter a node once. Links and
+network work at the same time, and the slower of them determines the duration.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Cluster:
     """A cluster of equal nodes.
 
     Attributes:
-        gpus: Number of ranks.
-        gpus_per_node: Number of ranks in a node.
-        nic_gigabits: Rate of one network card and direction, in Gb/s.
+        gpus: Number of GPUs, which is the number of ranks.
+        gpus_per_node: Number of GPUs in a node.
+        nic_gigabits: Rate of a network card in each direction, in Gb/s.
         nics_per_node: Number of network cards in a node.
     """
 
@@ -42,21 +42,21 @@ class Cluster:
 
     @property
     def node_size(self) -> int:
-        """Number of ranks that share a node in this run."""
+        """Number of ranks in a full node of this run."""
         return min(self.gpus, self.gpus_per_node)
 
     def network(self, rates: Rates) -> float:
-        """Returns the bytes/s into a node that collectives achieve."""
+        """Returns the rate in bytes/s that collectives reach over all network cards of a node."""
         return self.nic_gigabits / 8 * 1e9 * self.nics_per_node * rates.network_share
 
     def seconds(self, size: float, rates: Rates, *, span: Span = "all", calls: int = 1) -> float:
-        """Returns the seconds of one gather or scatter of a model.
+        """Returns the seconds of an all-gather or reduce-scatter of a whole model.
 
         Args:
-            size: S in bytes.
-            rates: Rates of the card and its links.
-            span: Whether it is over all ranks, or inside each node.
-            calls: Number of collectives into which the gather or scatter is cut.
+            size: Size of the model in bytes.
+            rates: Rates of a GPU and its links.
+            span: "all" for a collective over all ranks, "node" for one inside each node.
+            calls: Number of collectives into which the operation is divided.
         """
         inside, nodes = self.node_size, 1 if span == "node" else self.nodes
         if inside * nodes == 1:
@@ -69,11 +69,11 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The ranks and cards for which a run is planned.
+    """The hardware for which a run is planned.
 
     Attributes:
-        cluster: Ranks, nodes, network.
-        rates: Rates of a card and its links.
+        cluster: The numbers of GPUs and nodes, and the network.
+        rates: Rates of a GPU and its links.
     """
 
     cluster: Cluster

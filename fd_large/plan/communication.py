@@ -1,7 +1,7 @@
 """Computes the seconds of communication in a step, during or after computation.
 
-The table shows the collectives of each micro-batch and of each step. S and T are the seconds of one
-gather or scatter of the student and of the teacher (`plan.cluster`).
+The table shows the collectives of each micro-batch and of each step. S and T are the seconds of an
+all-gather or reduce-scatter of the student and of the teacher (`plan.cluster`).
 
 | ZeRO | student, each micro-batch            | student, each step           |
 |------|--------------------------------------|------------------------------|
@@ -10,15 +10,16 @@ gather or scatter of the student and of the teacher (`plan.cluster`).
 | 2    | gradients 2 S                        | parameters S                 |
 | 3    | S forward, R backward, gradients S   | none                         |
 
-Parameters are sent in their data type, and gradients in their sums' data type, which is float32
-over more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a
-scatter and a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each sum goes only to the
-rank that steps its parameter, and takes S (engine/zero/gradient_reduction.py). R is S without
-parameters that are still whole when the backward pass begins: layers used again within
-`stage3_max_reuse_distance` elements, forward and back, stay whole.
+Parameters are sent in their data type. Gradients are sent in the data type in which they are summed
+over ranks, which is float32 over more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2
+gradients are all-reduced, which takes 2 S (a reduce-scatter and an all-gather). At stages 1 and 2
+on up to `MOST_OWNERS` ranks, each gradient is reduced only to the rank that updates its parameter,
+which takes S (engine/zero/gradient_reduction.py). R is S times the fraction of parameters that have
+to be gathered again in the backward pass. Layers that are used again within
+`stage3_max_reuse_distance` elements of the forward and backward pass stay whole.
 
-A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
-pass gathers inside a node.
+A sharded teacher adds T for each micro-batch, over all ranks or inside each node. With hpZ the
+backward pass gathers inside a node.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KEPT_ELEMENTS = 500_000_000
 
 
 def of_micro_batch(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the collectives of each micro-batch."""
+    """Returns the seconds of the collectives in each micro-batch of a rank."""
     cluster, rates = machine.cluster, machine.rates
     whole = load.compute_bytes(machine) * load.parameters
     calls = sum(1 for n in load.student_sizes if n > load.threshold)
@@ -72,12 +73,16 @@ def gathered_again(load: Workload) -> float:
 
 
 def _scatter(load: Workload, machine: Machine) -> float:
-    """Returns the seconds of one scatter of all gradients, bucket by bucket."""
+    """Returns the seconds of a reduce-scatter of all gradients, with one collective per bucket."""
     buckets = -(-load.parameters // gradient_bucket(load.parameters))
     gradients = load.sum_bytes(machine) * load.parameters
     return machine.cluster.seconds(gradients, machine.rates, calls=buckets)
 
 
 def _scatters(candidate: Candidate, machine: Machine) -> int:
-    """Returns the cost of a sum of the gradients at stages 0 to 2, in scatters."""
+    """Returns how many times as long as `_scatter` the gradients' reduction takes at stages 0 to 2.
+
+    It is 2 for an all-reduce, and 1 if each gradient is reduced only to the rank that updates its
+    parameter.
+    """
     return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2

@@ -1,7 +1,8 @@
-"""Counts of a task's step as data, for any micro-batch: products, bytes, calls, memory.
+"""Counts of the operations and memory of a task's step, as functions of the micro-batch size.
 
-`engine/counting/count.py` counts the real task at two sizes. Every count is linear in the images of
-a micro-batch, except the peak of memory, which is the maximum of several such lines.
+`engine/counting/count.py` counts the real task at two micro-batch sizes. Every count is a linear
+function of the number of images in a micro-batch, except the peak memory, which is the maximum of
+several linear functions.
 """
 
 from __future__ import annotations
@@ -14,26 +15,32 @@ from operator import add
 from typing import Any, Literal, NamedTuple
 
 Phase = Literal["inference", "first_pass", "forward", "backward"]
-"""The forwards of frozen models; the first pass of a step in two passes, for its sums
-(`Task.sums`); the forward of the trained models; their backward, with its recomputation."""
+"""Part of a step. "inference" is the forward of frozen models. "first_pass" is the first pass of a
+step in two passes, which computes sums (`Task.sums`). "forward" is the forward of the trained
+models, and "backward" their backward with its recomputation."""
 _BY_PHASE = ("moved", "calls", "modules", "blocks")
 
 
 class Line(NamedTuple):
-    """A linear function of the number of images: `fixed` + `each` per image."""
+    """A linear function of the number of images in a micro-batch.
+
+    Attributes:
+        fixed: Value for no images.
+        each: Increase for each image.
+    """
 
     fixed: float
     each: float
 
     def at(self, images: int) -> int:
-        """Returns the value for a micro-batch."""
+        """Returns the value for a micro-batch of `images` images, rounded toward 0."""
         return int(self.fixed + self.each * images)
 
     def __add__(self, other: Line) -> Line:  # type: ignore[override]
         return Line(self.fixed + other.fixed, self.each + other.each)
 
     def scaled(self, factor: float) -> Line:
-        """Returns the line times a factor."""
+        """Returns the linear function times a factor."""
         return Line(factor * self.fixed, factor * self.each)
 
 
@@ -44,11 +51,11 @@ class Product(NamedTuple):
     """A group of equal operations with matrix products.
 
     Attributes:
-        phase: Phase in which they run.
-        again: Whether they recompute forward's results.
-        times: Number of such calls; a mean over image sizes may be no whole number.
+        phase: Part of the step in which the operations run.
+        again: Whether the operations recompute results of the forward pass.
+        times: Number of the operations; it need not be whole, as a mean over image sizes.
         flops: FLOPs of one operation.
-        moved: Bytes read and written by one operation.
+        moved: Bytes that one operation reads and writes.
     """
 
     phase: str
@@ -62,9 +69,9 @@ class StepFlops(NamedTuple):
     """FLOPs of one micro-batch on one rank.
 
     Attributes:
-        model: Required FLOPs, the numerator of MFU: forward and backward of the trained model,
-            forward of frozen models.
-        hardware: Executed FLOPs, including recomputation and a first pass for sums.
+        model: FLOPs that the step requires, which are the numerator of MFU: the forward and
+            backward of the trained models and the forward of frozen models.
+        hardware: FLOPs that are executed, which include recomputation and a first pass for sums.
         frozen: FLOPs of the frozen models, which `model` and `hardware` include and which several
             students share.
     """
@@ -74,7 +81,10 @@ class StepFlops(NamedTuple):
     frozen: float = 0
 
     def shared_by(self, students: int) -> StepFlops:
-        """Returns the FLOPs of one of several students, with its share of the frozen models."""
+        """Returns the FLOPs attributed to one of `students` students on the same frozen models.
+
+        They are its own FLOPs and an equal part of the frozen models' FLOPs.
+        """
         of_others = self.frozen * (1 - 1 / students)
         frozen_share = self.frozen - of_others
         return StepFlops(self.model - of_others, self.hardware - of_others, frozen_share)
@@ -82,22 +92,25 @@ class StepFlops(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Counts of a task's micro-batch, as one kind of device runs it.
+    """Operations and memory of a task's micro-batch, as one kind of device runs it.
 
     Attributes:
-        products: Operations with matrix products, equal ones together.
-        again: FLOPs of recomputation inside products that are not marked so: attention's logits
-            inside a fused backward.
-        moved: Bytes read and written by all other operations, by phase.
-        calls: Calls that Python makes, views included, by phase.
+        products: Operations with matrix products, in groups of equal operations.
+        again: FLOPs of recomputation inside products whose `again` is False, which is the
+            recomputation of attention's logits in a fused backward.
+        moved: Bytes that all other operations read and write, by phase.
+        calls: Number of tensor operations that Python starts, views included, by phase.
         modules: Number of forwards of modules, by phase, without `blocks` and the modules in them.
         blocks: Number of forwards of blocks that stage 3 gathers at once, by phase.
-        kept: Bytes that live between forward and backward, the batch among them.
-        peak: Peak bytes without gradients of parameters: the maximum of these lines.
-        student: (elements, number of tensors) of the trained tensors.
-        frozen: (elements, number of tensors) of each frozen model.
-        held: Bytes that are held of a micro-batch until its turn, in a step in two passes.
-        images: The only micro-batch for which the counts are valid; 0 means all.
+        kept: Bytes that are kept between forward and backward, including the batch.
+        peak: Linear functions whose maximum is the peak memory in bytes, without parameters and
+            their gradients.
+        student: (elements of a tensor, number of such tensors) of the trained tensors.
+        frozen: (elements of a tensor, number of such tensors) of each frozen model.
+        held: Bytes that are kept of each micro-batch until its second pass, in a step in two
+            passes.
+        images: The only micro-batch size for which the counts are valid; 0 if they are valid for
+            all.
         fused: Whether fused kernels run.
     """
 
@@ -116,17 +129,16 @@ class Counts:
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def in_step_of(self, micro_batches: int) -> Counts:
-        """Returns the counts of each micro-batch of a step with this number of micro-batches.
+        """Returns the counts of each micro-batch in a step with `micro_batches` micro-batches.
 
-        With a single micro-batch, sums before the step need no forward of the student, and are
-        left out.
+        A step with a single micro-batch needs no first pass, which is then left out.
         """
         if micro_batches > 1:
             return self
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts of a step without a phase, such as a stored teacher's forward."""
+        """Returns the counts without a phase, such as without a teacher whose maps are stored."""
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -137,7 +149,7 @@ class Counts:
         )
 
     def flops(self, phase: Phase, images: int) -> int:
-        """Returns the FLOPs of a phase, without recomputation."""
+        """Returns the FLOPs of a phase for `images` images, without recomputation."""
         products = [p for p in self.products if p.phase == phase and not p.again]
         total = round(sum(p.times * p.flops.at(images) for p in products))
         return total - (self.again.at(images) if phase == "backward" else 0)
@@ -148,7 +160,7 @@ class Counts:
         return self.flops(phase, images) / images
 
     def step_flops(self, images: int) -> StepFlops:
-        """Returns the FLOPs of a micro-batch."""
+        """Returns the FLOPs of a micro-batch of `images` images."""
         return StepFlops(
             model=sum(self.flops(phase, images) for phase in ("inference", "forward", "backward")),
             hardware=round(sum(p.times * p.flops.at(images) for p in self.products)),
@@ -156,16 +168,19 @@ class Counts:
         )
 
     def peak_at(self, images: int) -> int:
-        """Returns the peak of live bytes, besides parameters and their gradients."""
+        """Returns the peak memory of a micro-batch of `images` images, in bytes.
+
+        Parameters and their gradients are not included.
+        """
         return max(line.at(images) for line in self.peak)
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns the fields in a JSON-safe form."""
+        """Returns the fields as a dict that `json.dumps` accepts, for `from_plain`."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Counts:
-        """Returns the counts from the result of `to_plain`."""
+        """Returns the counts whose `to_plain`, stored as JSON and loaded, returned `plain`."""
         return cls(
             products=tuple(
                 Product(phase, again, times, Line(*flops), Line(*moved))
@@ -189,15 +204,16 @@ class Counts:
 
 
 def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
-    """Returns the counts of several students that train in step on one pass of the frozen models.
+    """Returns the counts of several students that train together on the same teachers' outputs.
 
-    One student computes at a time: their work adds up, and the largest live memory counts.
+    One student computes at a time, so that operations add up, and the peak memory is that of the
+    student with the largest peak.
 
     Args:
         each: The counts of each student alone, with the same frozen models.
-        shared: Bytes of a micro-batch's images and of the frozen models' outputs for them, which
-            stay until the last student has taken the step. Copies held by a step in two passes
-            are counted in addition.
+        shared: Bytes of a micro-batch's images and of the frozen models' outputs for these images,
+            which are kept until the last student has used them. They are added to what a step in
+            two passes keeps.
     """
     first, *others = each
     # The forward of the frozen models is made once for all students.
@@ -216,12 +232,13 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
 
 
 def of_sizes(each: Sequence[Counts]) -> Counts:
-    """Returns the counts of a run whose steps have images of several sizes, equally often.
+    """Returns the counts of a run with several image sizes, which occur equally often.
 
-    FLOPs, moved bytes and calls are means over the sizes; live memory is the largest.
+    FLOPs, moved bytes and calls are means over the sizes. The peak memory is the largest of the
+    sizes, and other memory is that of the largest size.
 
     Args:
-        each: The counts at each size; the last has the largest images.
+        each: The counts at each image size, of which the last is the largest.
     """
     if len(each) == 1:
         return each[0]
@@ -247,7 +264,7 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
 
 
 def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds numbers or lines by phase."""
+    """Adds up numbers or linear functions of several dicts, by phase."""
     phases = dict.fromkeys(phase for terms in each for phase in terms)
     return {
         phase: reduce(add, [terms[phase] for terms in each if phase in terms]) for phase in phases
@@ -255,17 +272,23 @@ def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:
-    """Returns the elements of each tensor, from (elements, number of tensors)."""
+    """Returns the number of elements of each tensor, from (elements, number of such tensors)."""
     return [size for size, count in tensors for _ in range(count)]
 
 
 def grouped(tensors: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Returns (elements, number of tensors) from the elements of each tensor."""
+    """Returns sorted pairs (elements, number of such tensors), from the elements of each tensor."""
     return tuple(sorted(Counter(tensors).items()))
 
 
 def through(first: int, second: int, at: tuple[int, int]) -> Line:
-    """Returns the line through two numbers, counted at two micro-batches."""
+    """Returns the linear function with given values at two micro-batch sizes.
+
+    Args:
+        first: Value at the first size.
+        second: Value at the second size.
+        at: The two micro-batch sizes.
+    """
     each = (second - first) / (at[1] - at[0])
     if each == int(each):
         each = int(each)
@@ -273,7 +296,10 @@ def through(first: int, second: int, at: tuple[int, int]) -> Line:
 
 
 def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """Returns the lines that are the maximum at some micro-batch of one image or more."""
+    """Returns the linear functions that are the largest for some micro-batch of one image or more.
+
+    The other functions do not affect the maximum.
+    """
     best: dict[float, float] = {}
     for fixed, each in lines:
         best[each] = max(fixed, best.get(each, fixed))
@@ -289,5 +315,5 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _meet(a: Line, b: Line) -> float:
-    """Returns the number of images at which the steeper line b reaches a."""
+    """Returns the number of images at which the steeper linear function b is equal to a."""
     return (a.fixed - b.fixed) / (b.each - a.each)

@@ -1,7 +1,7 @@
-"""The shipped counts of named recipes, so that planning them needs no torch.
+"""Reads and writes the file of counts of named recipes, so that a plan for them needs no torch.
 
-`benchmarks/keep_counts.py` writes the file again where a recipe or a model changes; a test compares
-the file with new counts.
+`benchmarks/keep_counts.py` writes the file anew when a recipe or a model changes, and a test
+compares the file with new counts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FILE = Path(__file__).with_name("kept_counts.json")
 
 
 def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
-    """Returns the key of a count.
+    """Returns the key under which the counts of a recipe on a kind of GPU are stored.
 
     Args:
-        fields: Fields of the recipe that decide the shapes of a step and differ from the
+        fields: Fields of the recipe that determine the shapes in a step and differ from the
             defaults, by name.
-        capability: Compute capability of the card, as "9.0".
+        capability: Compute capability of the GPU, such as "9.0".
         kernels: "fused" or "reference".
     """
     text = json.dumps([sorted(fields.items()), capability, kernels])
@@ -33,7 +33,10 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 
 def read(name: str) -> dict[bool, Counts] | None:
-    """Returns the counts of a key, without and with checkpoints, or None."""
+    """Returns the stored counts of a key, or None if the file does not have the key.
+
+    Returns: the counts without activation checkpointing (False) and with it (True).
+    """
     table = _kept()
     if name not in table["keys"]:
         return None
@@ -43,12 +46,18 @@ def read(name: str) -> dict[bool, Counts] | None:
 
 @cache
 def _kept() -> dict[str, Any]:
-    """Returns the file's contents, cached for the hundreds of lookups of a transfer plan."""
+    """Returns the contents of the file, which are cached since a plan may need hundreds of keys."""
     return read_json(FILE)
 
 
 def write(counts: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
-    """Writes counts by key, and equal counts once."""
+    """Writes the file of counts, in which equal counts are stored once.
+
+    Args:
+        counts: For each key, the counts without activation checkpointing (False) and with it
+            (True).
+        path: The file.
+    """
     different: list[str] = []
     keys = {}
     for name, both in counts.items():

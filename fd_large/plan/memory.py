@@ -1,47 +1,53 @@
 """Computes the bytes that a rank holds between two steps, from counts of elements.
 
-P is the number of parameters of student and projection, W the number of ranks, b the bytes of a
-parameter (2 in bfloat16, 4 in float32); T and B are the teacher's P and b. DeepSpeed 0.19.8 keeps
-between steps, with the two moments of AdamW (4P each; another optimiser may keep more or fewer):
+P is the number of parameters of student and projection, W is the number of ranks, and b is the
+number of bytes of a parameter (2 in bfloat16, 4 in float32). T and B are the teacher's P and b.
+With the two moments of AdamW (4P bytes each; another optimiser may keep more or fewer), DeepSpeed
+0.19.8 keeps these bytes between steps:
 
-| ZeRO | parameters | masters        | moments | gradients             |
+| ZeRO | parameters | master weights | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
 | 0    | bP         | none           | 8P      | W > 1: 4P, else none  |
 | 1    | bP         | bf16: 4P/W     | 8P/W    | bf16: 4P, else 4P/W   |
 | 2    | bP         | bf16: 4P/W     | 8P/W    | 4P/W                  |
 | 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
 
-- Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
-  gradients' buckets stay.
-- Stages 1 and 2 in float32 have no masters besides the parameters, unless the optimiser is
-  offloaded (4P/W). At stage 3 masters are a copy even of parameters that are float32. (DeepSpeed
-  means to share the float32 shards, but compares a torch.device with a string, which is never
+- Stage 0 trains the parameters themselves, and exists in float32 only. Over several ranks the
+  buckets of the gradients stay allocated.
+- Stages 1 and 2 in float32 have no master weights besides the parameters, unless the optimiser is
+  offloaded (4P/W). At stage 3 master weights are a copy even of float32 parameters. (DeepSpeed is
+  meant to share the float32 shards, but compares a torch.device with a string, which is never
   equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
   rank: 12 GB for three billion parameters.
-- Stage 2, and stage 1 in float32, keep two buckets of `reduce_bucket_size` elements (at most of a
-  shard on up to `MOST_OWNERS` ranks, of the whole on more), in the data type in which gradients are
-  summed over ranks (engine/zero/gradient_reduction.py). With the optimiser in host memory DeepSpeed
-  itself reduces the gradients, and the device keeps neither these buckets nor gradients.
-- Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
-  the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
-  is whole on every rank beside its shards, from their first use to the step.
-- hpZ's second copy inside the node exists from the forward pass to the step only: bP/G for groups
-  of G ranks.
-- Offloading the optimiser moves masters, moments and gradients to host memory, where the step's
-  own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
-  back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
-  shards; K stays on the device.
-- On a disk (`offload_optimizer.device` nvme; our own files, docs/disk.md) are masters, moments and
-  one gradient, in which gradients are summed and from which the optimiser steps: (8 + 4M)P/W of an
-  optimiser with M moments, 4P/W more for an average of the weights; with `offload_param` there,
-  too, bP/W of weights.
+- Stage 2, and stage 1 in float32, keep two buckets in the data type in which gradients are summed
+  over ranks (engine/zero/gradient_reduction.py). A bucket has `reduce_bucket_size` elements, but no
+  more than a shard on up to `MOST_OWNERS` ranks, or than all parameters on more ranks. With the
+  optimiser in host memory DeepSpeed itself reduces the gradients, and the device keeps neither
+  these buckets nor gradients.
+- Stage 3 shards each tensor of n elements into ceil(n / W) elements per rank, and keeps a flat
+  float32 buffer for the shards of the gradients. K is the number of elements in tensors of at most
+  `stage3_param_persistence_threshold` elements. These tensors are whole on every rank besides their
+  shards, from their first use to the step.
+- hpZ's second copy of the parameters inside a node takes bP/G for groups of G ranks. It exists only
+  from the forward pass to the step.
+- Offloading the optimiser moves master weights, moments and gradients to host memory, where a
+  float32 gradient for the step (4P/W) stays too. Stages 1 and 2 add a copy of the shard for the
+  transfer back (bP/W), and a buffer of the largest tensor on the host and on the device. Offloading
+  parameters moves the shards, but K stays on the device.
+- With the optimiser on a disk (`offload_optimizer.device` nvme; fd_large's own files,
+  docs/disk.md), the disk has master weights, moments and one gradient, in which gradients are
+  summed and which the optimiser reads. This is (8 + 4M)P/W for an optimiser with M moments, and
+  4P/W more for an average of the weights. If `offload_param` is on the disk too, bP/W of weights
+  are added.
 - A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
-  the data type in which gradients are summed over ranks: in ds_configs/, those that offload.
-- The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
-  under the threshold. It has no gradients, masters or moments. Several teachers take the sum.
+  the data type in which gradients are summed over ranks. In ds_configs/, the configurations that
+  offload have this setting.
+- A teacher takes BT if it is whole. If it is sharded over S ranks, it takes BT/S, tensor by tensor,
+  and B times the elements of its tensors up to the threshold. It has no gradients, master weights
+  or moments. Several teachers take the sum.
 
-Stages 1 and 2 pad a group by a few elements, which is left out.
+Stages 1 and 2 pad a parameter group by a few elements, which are not counted.
 """
 
 from __future__ import annotations
@@ -69,7 +75,27 @@ MOST_BFLOAT16_SUMMANDS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The facts that decide where bytes are held: the JSON's ZeRO block, ranks, data types."""
+    """Settings that determine where a run's state is kept: ZeRO's settings, ranks and data types.
+
+    Attributes:
+        stage: ZeRO stage.
+        world_size: Number of ranks.
+        node_size: Number of ranks in a node.
+        bfloat16: Whether the run computes in bfloat16.
+        teacher_bfloat16: Whether the teacher is in bfloat16.
+        teacher_placement: Placement of the teacher, as in the recipe.
+        persistence_threshold: Largest number of elements of a student's tensor that stays whole at
+            stage 3.
+        teacher_persistence_threshold: Largest number of elements of a sharded teacher's tensor that
+            stays whole.
+        hpz_size: Number of ranks over which hpZ's second copy is sharded; 1 without hpZ.
+        offload_optimizer: Whether the optimiser's state is in host memory or on a disk.
+        optimizer_on_disk: Whether the optimiser's state is on a disk.
+        offload_param: Whether the shards of parameters are in host memory or on a disk.
+        weights_on_disk: Whether the shards of parameters are on a disk.
+        bucket_size: Number of gradient elements in a bucket; 0 if no bucket is kept.
+        float32_sums: Whether gradients are summed over ranks in float32.
+    """
 
     stage: Literal[0, 1, 2, 3]
     world_size: int
@@ -99,17 +125,20 @@ class Placement:
         teacher_persistence_threshold: int,
         float32_sums: bool,
     ) -> Placement:
-        """Returns the placement of a run.
+        """Returns the placement of a run with a recipe and a DeepSpeed configuration.
 
         Args:
             teacher: The recipe's section of the teacher.
-            zero: `zero_optimization` of the JSON, every "auto" filled.
+            zero: The section `zero_optimization` of the DeepSpeed configuration, in which every
+                "auto" was replaced by a value.
             world_size: Number of ranks.
             node_size: Number of ranks in a node.
             bfloat16: Whether the run computes in bfloat16.
-            teacher_persistence_threshold: Largest tensor, in elements, of a split teacher that
-                stays whole; the JSON's own threshold holds for the student.
+            teacher_persistence_threshold: Largest number of elements of a sharded teacher's tensor
+                that stays whole. The student's threshold is that in `zero`.
             float32_sums: Whether gradients are summed over ranks in float32.
+
+        Raises: ConfigError: if a value in `zero` is "auto".
         """
         for key, value in zero.items():
             if value == "auto":
@@ -144,7 +173,16 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes in one kind of memory, by contents."""
+    """Numbers of bytes in one kind of memory.
+
+    Attributes:
+        parameters: Bytes of the trained parameters.
+        masters: Bytes of float32 master weights.
+        moments: Bytes of the optimiser's moments.
+        gradients: Bytes of gradients.
+        teacher: Bytes of the teacher.
+        buckets: Bytes of buffers for communication and transfers.
+    """
 
     parameters: int = 0
     masters: int = 0
@@ -155,19 +193,20 @@ class Held:
 
     @property
     def total(self) -> int:
-        """The sum of all these bytes."""
+        """Sum of all attributes, in bytes."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a rank holds between steps.
+    """Bytes that a rank keeps between steps, in each kind of memory.
 
     Attributes:
-        device: Bytes on the GPU; on CPU ranks, in the memory of the process.
+        device: Bytes on the GPU, or, for a CPU rank, in the memory of the process.
         host: Bytes that are offloaded to host memory.
         disk: Bytes in files on a disk, whose pages are cached in memory as far as there is room.
-        hpz_copy: Further bytes on the device, from the forward pass to the step only.
+        hpz_copy: Bytes of hpZ's second copy of the parameters, which is on the device only from
+            the forward pass to the step.
     """
 
     device: Held
@@ -179,13 +218,13 @@ class Memory:
 def held(
     student: Sequence[int], teacher: Sequence[int], place: Placement, *, moments: int = 2
 ) -> Memory:
-    """Returns the bytes of one rank between steps, after the first step.
+    """Returns the bytes that a rank keeps between two steps.
 
     Args:
-        student: Elements of each trained tensor: student and projection.
-        teacher: Elements of each tensor of the teacher.
-        place: Stage, ranks, data types and offload.
-        moments: Float32 numbers that the optimiser keeps of each parameter.
+        student: Number of elements of each trained tensor, in the student and its projection.
+        teacher: Number of elements of each tensor of the teacher.
+        place: Settings that determine where the state is kept.
+        moments: Number of float32 values that the optimiser keeps for each parameter.
     """
     ranks, total = place.world_size, sum(student)
     compute = 2 if place.bfloat16 else 4
@@ -234,7 +273,7 @@ def held(
 
 
 def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:
-    """Returns whether gradients are summed over ranks in float32, unless a JSON says otherwise.
+    """Whether gradients are summed over ranks in float32, if the DeepSpeed JSON does not set this.
 
     Args:
         ranks: Number of ranks.
@@ -244,10 +283,13 @@ def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:
 
 
 def persistence_threshold(sizes: Iterable[int]) -> int:
-    """Returns the largest size such that tensors up to it hold at most PERSISTENCE_SHARE of all.
+    """Returns the number of elements up to which a tensor stays whole on every rank at stage 3.
+
+    All tensors up to this size together have at most the fraction `PERSISTENCE_SHARE` of all
+    elements. The result is 0 if even the smallest tensors have more.
 
     Args:
-        sizes: Elements of each tensor of student and teacher.
+        sizes: Number of elements of each tensor of student and teacher.
     """
     counts = Counter(sizes)
     left = PERSISTENCE_SHARE * sum(size * count for size, count in counts.items())

@@ -1,6 +1,7 @@
-"""Computes the peak memory of a rank in backward, on top of `plan.memory` between steps.
+"""Computes the peak memory of a rank, which is reached in a step.
 
-The file also computes the costs of a run with the optimiser's state on a disk
+The peak is the memory that `plan.memory` computes between steps, and what a step needs in addition.
+This module also computes the costs of a run with the optimiser's state on a disk
 (ds_configs/zero3_nvme.json).
 """
 
@@ -29,15 +30,17 @@ FEW_LIVE_ELEMENTS, BUCKET_ELEMENTS = 100_000_000, MOST_ELEMENTS
 
 @dataclass(frozen=True, kw_only=True)
 class PeakMemory:
-    """Bytes of a rank at its peak.
+    """Bytes on a rank's device at the peak of memory.
 
     Attributes:
-        states: Parameters, masters, moments, accumulated gradients; hpZ's copy.
-        teacher: The rank's share of the teacher.
-        activations: Further live memory at the peak: tensors that forward stores for backward,
-            and backward's present results; in a step in two passes also the other micro-batches'
-            tensors.
-        buffers: Gathered layers, buckets, gradients in transit, the driver.
+        states: Bytes of parameters, master weights, moments, accumulated gradients, and hpZ's copy
+            of the parameters.
+        teacher: Bytes of the rank's part of the teachers.
+        activations: Bytes of the tensors that forward stores for backward, and of intermediate
+            results of backward. In a step in two passes, the stored tensors of the other
+            micro-batches are included.
+        buffers: Bytes of gathered layers, buckets, gradients before their reduction, and the GPU
+            driver.
     """
 
     states: float
@@ -47,16 +50,16 @@ class PeakMemory:
 
     @property
     def total(self) -> float:
-        """The sum of all these bytes."""
+        """Sum of all attributes, in bytes."""
         return self.states + self.teacher + self.activations + self.buffers
 
     def fits(self, rates: Rates) -> bool:
-        """Returns whether the bytes fit on a card, with headroom."""
+        """Whether the total is at most the fraction `HEADROOM` of a GPU's memory."""
         return self.total <= HEADROOM * rates.memory_bytes
 
 
 def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakMemory:
-    """Returns the peak memory of a rank."""
+    """Returns the peak memory of a rank in a run of a workload with a candidate's settings."""
     cluster, rates = machine.cluster, machine.rates
     size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
     bucket = load.sum_bytes(machine) * gradient_bucket(load.parameters)
@@ -103,7 +106,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
 
 
 def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Placement:
-    """Returns the placement of a candidate's bytes."""
+    """Returns the settings that determine where the state of a candidate's run is kept."""
     cluster = machine.cluster
     return Placement(
         stage=candidate.stage,
@@ -123,12 +126,15 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
 
 @dataclass(frozen=True, kw_only=True)
 class OnDisk:
-    """Costs of ZeRO-3 with its state on a disk, every block checkpointed, one image at a time.
+    """Costs of a run at ZeRO-3 with the optimiser's state on a disk.
+
+    Activation checkpointing is on, and a micro-batch has one image.
 
     Attributes:
-        memory: Peak bytes of a rank.
-        disk: Bytes of a node's ranks on the node's disk.
-        seconds: Seconds added to a step by moving the state, if none of it stays in memory.
+        memory: Peak memory of a rank, in bytes.
+        disk: Bytes that all ranks of a node have on the node's disk.
+        seconds: Seconds that reading and writing the state adds to a step, if no pages of the files
+            stay cached in memory.
     """
 
     memory: float
@@ -137,13 +143,13 @@ class OnDisk:
 
 
 def on_disk(load: Workload, machine: Machine, *, speed: float, average: bool = False) -> OnDisk:
-    """Returns memory, disk space and added seconds of a run with its state on a disk.
+    """Returns memory, disk space and added seconds of a run with the optimiser's state on a disk.
 
     Args:
         load: The workload.
-        machine: Ranks and nodes with a single kind of memory.
-        speed: Bytes a second of each node's disk, read or written.
-        average: Whether an average of the weights is kept.
+        machine: The hardware.
+        speed: Rate in bytes/s at which each node's disk is read or written.
+        average: Whether the run keeps a moving average of the weights.
     """
     candidate = Candidate(stage=3, checkpointing=True, micro_batch_size=1)
     place = replace(placement_of(load, candidate, machine), bucket_size=BUCKET_ELEMENTS)

@@ -1,8 +1,8 @@
-"""Seconds of the phases of a real step, measured on one device, for any micro-batch.
+"""Measured seconds of the phases of a real step on one device, for any micro-batch size.
 
-`engine/counting/phases.py` times a task's own step at two micro-batches. Seconds are assumed
-linear in the images (docs/scaling.md compares predictions with measured steps). Costs of several
-ranks (copies, hooks, collectives) are not included.
+`engine/counting/phases.py` times a task's own step at two micro-batch sizes. The seconds are taken
+to be linear in the number of images (docs/scaling.md compares predictions with measured steps).
+What only several ranks need (copies, hooks, collectives) is not included.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from fd_large.plan.counts import Line
 
 FIRST_PASS, FORWARD, BACKWARD = "first pass", "forward", "backward"
 TRAINED = (FIRST_PASS, FORWARD, BACKWARD)
-"""Phases of the student; all others are forwards of frozen models, by name."""
+"""Names of the student's phases. Any other phase is the forward of a frozen model, by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """The phases of a task's step on one device.
+    """Measured seconds of the phases of a task's step on one device.
 
     Attributes:
-        seconds: Seconds of each phase of a micro-batch, linear in its images.
-        update: Seconds of the optimiser for each parameter, in float32: norm, clipping, step.
-        images: The only micro-batch for which the lines hold; 0 for all.
+        seconds: Seconds of each phase in a micro-batch, as a linear function of the number of
+            images, by name of the phase.
+        update: Seconds per parameter of gradient norm, clipping and the optimiser's step, in
+            float32.
+        images: The only micro-batch size for which `seconds` is valid; 0 if it is valid for all.
     """
 
     seconds: Mapping[str, Line]
@@ -39,9 +41,10 @@ class Phases:
         """Returns the seconds of each phase of a micro-batch.
 
         Args:
-            images: Images of the micro-batch.
-            first_pass: Whether a step has a first pass for its sums.
-            again: Recomputation in backward, as a fraction of forward.
+            images: Number of images in the micro-batch.
+            first_pass: Whether the step has a first pass, which computes sums.
+            again: Recomputation in backward as a fraction of the forward pass; if above 0, the
+                result has an entry "forward again".
         """
         seconds = {
             name: line.fixed + line.each * images
@@ -53,14 +56,18 @@ class Phases:
         return seconds
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns the fields in a JSON-safe form."""
+        """Returns the fields as a dict that `json.dumps` accepts, for `from_plain`."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_plain(cls, plain: Any, *, where: str) -> Phases:
-        """Returns the phases from the result of `to_plain`.
+        """Returns the phases whose `to_plain`, stored as JSON and loaded, returned `plain`.
 
-        Raises: ConfigError: if the values are invalid.
+        Args:
+            plain: The loaded JSON.
+            where: Name of the file, for messages.
+
+        Raises: ConfigError: if `plain` is not a valid result of `to_plain`.
         """
         try:
             seconds = {
@@ -76,11 +83,13 @@ class Phases:
 
 
 def read(file: str, key: str) -> Phases | None:
-    """Returns the phases of a task in a file of measured rates, or None.
+    """Reads the phases of a task from a file of measured rates.
 
     Args:
         file: JSON written by `plan --probe --rates`, or another file of rates.
-        key: The key of the task in the object `phases`.
+        key: The key of the task in the file's object `phases`.
+
+    Returns: the phases, or None if the file has no phases of the task.
 
     Raises: ConfigError: if the entry is not valid.
     """
@@ -91,10 +100,13 @@ def read(file: str, key: str) -> Phases | None:
 
 
 def line(seconds: Mapping[int, float]) -> Line:
-    """Returns the line through the seconds of two micro-batches; neither term is below 0.
+    """Returns the linear function with the measured seconds at two micro-batch sizes.
+
+    Neither of its terms is negative. With a single measurement, or if the fixed term would be
+    negative, the seconds are proportional to the number of images.
 
     Args:
-        seconds: Seconds by the images of a micro-batch; a single entry gives a line through 0.
+        seconds: Measured seconds, by number of images in the micro-batch.
     """
     large = max(seconds)
     small = min(seconds)
@@ -106,11 +118,11 @@ def line(seconds: Mapping[int, float]) -> Line:
 
 
 def of_students(each: Sequence[Phases], parameters: Sequence[int]) -> Phases:
-    """Returns the phases of several students that train in step on one pass of frozen models.
+    """Returns the phases of several students that train together on the same teachers' outputs.
 
     Args:
         each: The phases of each student alone, with the same frozen models.
-        parameters: Number of trained parameters of each student, the weight of its update.
+        parameters: Number of trained parameters of each student, by which `update` is averaged.
     """
     first, *others = each
     seconds = dict(first.seconds)

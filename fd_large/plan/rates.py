@@ -1,10 +1,11 @@
-"""Rates of a card and its links: of named cards, or from a file of measured rates.
+"""Rates of a GPU and its links, for GPUs with a name here or from a file of measured rates.
 
-These are rates of single operations; `plan.step_time` has the fraction that whole steps reach.
-`peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100
-are published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); other cards'
-rates are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is the
-data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
+These are rates of single operations, and `plan.step_time` has the fractions that whole steps reach.
+`peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. For the H100, the rates of
+large matrix products (800 of 989 TFLOP/s) and of memory (3.0 of 3.35 TB/s) are published
+measurements. For other GPUs they are the data sheet's rates times the same fractions, 0.81 and
+0.90. The rate of a link inside a node is the data sheet's rate per direction times 0.78, as the
+H100 reaches 350 of 450 GB/s.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ MAY_BE_0 = ("launch_seconds", "start_seconds", "hooked_share")
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """A card, or a CPU rank.
+    """Rates of a GPU, or of a rank on a CPU.
 
     Attributes:
-        name: Name in tables.
-        memory_bytes: Memory that a rank may hold.
+        name: Name for tables.
+        memory_bytes: Memory of a rank, in bytes.
         peak: Peak FLOP/s, the denominator of MFU.
-        matmul: FLOP/s reached in large matrix products.
-        bandwidth: Bytes/s of a copy, read and written together.
-        link: Bytes/s that a rank sends inside its node, in collectives.
+        matmul: FLOP/s that large matrix products reach.
+        bandwidth: Bytes/s that a copy in memory reaches, where bytes read and bytes written are
+            added.
+        link: Bytes/s that a rank sends inside its node in collectives.
         network_share: Fraction of the network cards' rate that collectives reach.
-        bfloat16: Whether parameters and matrix products are bfloat16; else float32.
-        overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
-        capability: Compute capability of an NVIDIA card, as "9.0", which decides the kernels;
-            empty: no fused kernel runs.
-        launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
-        start_seconds: Seconds to start a collective; assumed for the named cards.
-        hooked_share: Factor of the planned cost of DeepSpeed's hooks around modules whose
-            parameters are gathered; 0 for software without hooks.
+        bfloat16: Whether parameters and matrix products are in bfloat16; otherwise in float32.
+        overlap: Whether communication runs at the same time as computation. This is so on a GPU,
+            but not on a CPU, whose cores do both.
+        capability: Compute capability of an NVIDIA GPU, such as "9.0", which determines the
+            kernels; empty if no fused kernel runs.
+        launch_seconds: Seconds to start an operation from Python; assumed for the named GPUs.
+        start_seconds: Seconds to start a collective; assumed for the named GPUs.
+        hooked_share: Factor by which the planned cost of DeepSpeed's hooks around modules with
+            gathered parameters is multiplied; 0 for software without hooks.
     """
 
     name: str
@@ -58,22 +61,22 @@ class Rates:
     hooked_share: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields for a file of `--rates`."""
+        """Returns the rates as a dict of JSON types, for a file that `--rates` reads."""
         return asdict(self)
 
 
 def of_data_sheet(
     name: str, capability: str, gigabytes: float, teraflops: float, terabytes: float, link: float
 ) -> Rates:
-    """Returns the rates of a card from its data sheet.
+    """Returns the rates of a GPU from the numbers in its data sheet.
 
     Args:
-        name: Name in tables.
-        capability: Compute capability.
+        name: Name for tables.
+        capability: Compute capability, such as "9.0".
         gigabytes: Memory in GB.
         teraflops: Dense bfloat16 (or float16) rate in TFLOP/s.
         terabytes: Bandwidth of the memory in TB/s.
-        link: GB/s per direction to other cards in a node.
+        link: Rate of the link to other GPUs of the node, in GB/s per direction.
     """
     return Rates(
         name=name,
@@ -99,13 +102,13 @@ CARDS = {
 
 
 def rates_of(gpu: str, file: str = "") -> Rates:
-    """Returns the rates of a named card, replaced by a file's rates if given.
+    """Returns the rates of a GPU, in which rates from a file replace those of the named GPU.
 
     Args:
         gpu: A key of `CARDS`.
-        file: JSON object with any fields of `Rates`; empty for no file.
+        file: File with a JSON object that has any fields of `Rates`; empty for no file.
 
-    Raises: ConfigError: for an unknown card, an unknown field or an invalid rate.
+    Raises: ConfigError: if the GPU or a field is unknown, or a rate is invalid.
     """
     if gpu not in CARDS:
         raise ConfigError(

@@ -1,6 +1,7 @@
-"""Finds the candidates that fit a workload and a machine, and why the others do not fit.
+"""Finds the settings with which a run fits into the memory of a machine, and sorts them by time.
 
-Candidates are sorted by time; if times differ by less than `SAME_TIME`, by communication.
+Candidates whose times differ by less than `SAME_TIME` are sorted by communication. For a candidate
+that does not fit, the reason is given.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ SAME_TIME = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A candidate that does not fit with any micro-batch."""
+    """A candidate that does not fit into memory, even with a micro-batch of one image.
+
+    Attributes:
+        candidate: The candidate.
+        reason: The needed and the usable memory, for tables.
+    """
 
     candidate: Candidate
     reason: str
 
 
 def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
-    """Returns the candidates that fit, in order, with their best micro-batches, and the others.
+    """Tries all candidates for a workload on a machine.
 
-    Raises: ConfigError: if the ranks do not divide the global batch.
+    Returns: estimates for the candidates that fit into memory, each with the micro-batch size that
+        gives the fastest step, fastest candidate first; the candidates that do not fit.
+    Raises: ConfigError: if the global batch size is not a multiple of the number of ranks.
     """
     batch, ranks = load.global_batch_size, machine.cluster.gpus
     share = batch // ranks
@@ -67,23 +75,29 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
 
 
 def checkpoint_bytes(load: Workload) -> int:
-    """Returns the size of one stored checkpoint: float32 masters and moments."""
+    """Returns the size in bytes of a checkpoint with float32 master weights and moments."""
     return 4 * (1 + load.moments) * load.parameters
 
 
 def num_steps(epochs: int, images: int, global_batch_size: int) -> int:
-    """Returns the steps of a run on a number of images; an epoch's remainder is dropped."""
+    """Returns the number of steps of a run, where an epoch's incomplete global batch is dropped.
+
+    Args:
+        epochs: Number of epochs.
+        images: Number of images in the dataset.
+        global_batch_size: Number of images in a step, over all ranks.
+    """
     return epochs * (images // global_batch_size)
 
 
 def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
-    """Yields candidates with a micro-batch of one image.
+    """Yields all candidates for a machine, with a micro-batch of one image.
 
-    The largest of several teachers are split first: they save most.
+    Of several teachers, the largest are sharded first, since this saves most memory.
 
     Args:
-        machine: Ranks and nodes.
-        teachers: Number of the teachers that may be split.
+        machine: The hardware.
+        teachers: Number of teachers that may be sharded.
     """
     ranks, nodes = machine.cluster.gpus, machine.cluster.nodes
     placements: list[Literal["replicated", "node", "sharded"]] = ["replicated"]
@@ -114,7 +128,12 @@ def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
 
 
 def _ties_by_communication(ordered: list[Estimate]) -> list[Estimate]:
-    """Sorts equally fast candidates by their communication, then by their memory."""
+    """Sorts candidates of about equal time by communication, then by memory.
+
+    Args:
+        ordered: Estimates, fastest first. Times that exceed the fastest remaining time by at most
+            the fraction `SAME_TIME` count as equal.
+    """
     result: list[Estimate] = []
     left = list(ordered)
     while left:

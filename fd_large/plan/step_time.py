@@ -1,25 +1,26 @@
-"""Computes the seconds of a step, by four constants checked against public measurements.
+"""Computes the seconds of a step, with four constants that were checked against measurements.
 
-    step = micro-batches x max(products + bytes + hooks, communication) + after the last one
+    step = micro-batches x max(products + bytes + hooks, communication) + finish
 
-- products: each matrix product takes the longer of FLOPs / product rate and bytes / bandwidth;
-- bytes: bytes of all other operations / bandwidth, with gradients and copies of gathered
-  parameters; or the time that Python needs to start the operations, if longer;
-- hooks: those of DeepSpeed around each module whose parameters are gathered, or each block that
-  this engine gathers at once. They are added, because measured steps at stage 3 are longer by this
-  time whatever their products;
-- communication: beside computation on GPUs; CPU ranks, whose cores do both, take the sum;
-- after the last micro-batch: the collectives of the step and the optimiser, which moves 46 bytes
-  (bfloat16) for each parameter of the rank's shard.
+- products: Each matrix product takes the longer of FLOPs / product rate and bytes / bandwidth.
+- bytes: All other operations, also on gradients and on copies of gathered parameters, take their
+  bytes / bandwidth. If Python needs longer to start the operations, its time counts.
+- hooks: DeepSpeed's hooks run around each module whose parameters are gathered, or around each
+  block that fd_large gathers at once. Their time is added, because measured steps at stage 3 are
+  longer by this time whatever their products are.
+- communication: It runs at the same time as computation on GPUs. On CPU ranks, whose cores do both,
+  the sum of both times counts instead of the maximum.
+- finish: After the last micro-batch come the collectives of the step and the optimiser, which moves
+  46 bytes (with bfloat16 and AdamW) for each parameter of the rank's shard.
 
 If the phases of a real step were measured (`plan.phases`), their seconds replace products and
 bytes, and ZeRO's costs are added.
 
-The constants are the fractions of single operations' rates that whole steps on GPUs reach
-(`plan.rates`; of the data sheet that is 0.73, 0.45 and 0.51). Three are least squares over 17
-measurements of other software, benchmarks/public_rates.json: `fitted` in
-tests/unit/plan/test_step_time.py finds them again. All rows ran PyTorch's own kernels; no fused
-kernel was measured.
+Three of the constants are fractions of the single operations' rates in `plan.rates` that whole
+steps on GPUs reach (of the data sheets' rates they are 0.73, 0.45 and 0.51). They are least-squares
+fits to 17 measurements of other software in benchmarks/public_rates.json, which `fitted` in
+tests/unit/plan/test_step_time.py repeats. All measurements ran PyTorch's own kernels, and none a
+fused kernel. The fourth constant is the cost of hooks.
 """
 
 from __future__ import annotations
@@ -57,13 +58,18 @@ HOPPER = 9  # Compute capability.
 
 
 class Between(NamedTuple):
-    """A range of numbers."""
+    """A range of numbers.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+    """
 
     low: float
     high: float
 
     def scaled(self, factor: float) -> Between:
-        """Returns the range times a factor."""
+        """Returns the range whose ends are multiplied by a factor."""
         return Between(factor * self.low, factor * self.high)
 
 
@@ -84,15 +90,16 @@ GRADIENT_PASSES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
-    """Seconds of a step.
+    """Seconds of a step and of its parts.
 
     Attributes:
-        parts: Computation of a micro-batch by part: measured phases, else `PRODUCTS` and `REST`;
-            and ZeRO's costs.
-        communication: Communication of a micro-batch.
-        finish: Collectives and optimizer after the last micro-batch.
-        accumulation: Number of micro-batches.
-        overlap: Whether communication runs beside computation.
+        parts: Seconds of computation in a micro-batch, by part. The parts are the measured phases
+            and `ADDED`, or `PRODUCTS` and `REST` without measured phases, and `HOOKS` if there are
+            hooks.
+        communication: Seconds of communication in a micro-batch.
+        finish: Seconds of collectives and optimiser after the last micro-batch.
+        accumulation: Number of micro-batches of a rank in a step.
+        overlap: Whether communication runs at the same time as computation.
     """
 
     parts: Mapping[str, float]
@@ -103,22 +110,27 @@ class StepSeconds:
 
     @property
     def computation(self) -> float:
-        """Computation of a micro-batch."""
+        """Seconds of computation in a micro-batch."""
         return sum(self.parts.values())
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self._step(1, 1)
 
     @property
     def between(self) -> Between:
-        """Returns the range of the whole step."""
+        """Range in which the seconds of the whole step are expected."""
         low, high = zip(WITHOUT_HOOKS, OF_HOOKS, strict=True)
         return Between(self._step(*low), self._step(*high))
 
     def _step(self, factor: float, of_hooks: float) -> float:
-        """Returns the whole step, if hooks take `of_hooks` and all else `factor` times the plan."""
+        """Returns the seconds of the step if its parts take longer or shorter than planned.
+
+        Args:
+            factor: Factor for the seconds of everything except hooks.
+            of_hooks: Factor for the seconds of hooks.
+        """
         hooks = self.parts.get(HOOKS, 0.0)
         computed = factor * (self.computation - hooks) + of_hooks * hooks
         both = computed, factor * self.communication
@@ -128,15 +140,15 @@ class StepSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A candidate with its figures.
+    """Estimated memory and time of a candidate.
 
     Attributes:
-        candidate: The chosen settings.
+        candidate: The candidate.
         memory: Peak memory of a rank.
-        seconds: Seconds of a step.
-        flops: FLOPs of a micro-batch.
-        images: Images of a step, over all ranks.
-        peak: Peak FLOP/s of a card.
+        seconds: Seconds of a step and of its parts.
+        flops: FLOPs of a micro-batch on one rank.
+        images: Number of images in a step, over all ranks.
+        peak: Peak FLOP/s of a GPU.
     """
 
     candidate: Candidate
@@ -148,17 +160,17 @@ class Estimate:
 
     @property
     def images_per_second(self) -> float:
-        """Images per second of the whole cluster."""
+        """Images per second, over all ranks."""
         return self.images / self.seconds.total
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs per second, as a fraction of the peak."""
+        """Required FLOPs per second of a rank, as a fraction of the peak."""
         return self._share(self.flops.model)
 
     @property
     def hardware_utilisation(self) -> float:
-        """FLOPs per second with recomputation, as a fraction of the peak."""
+        """Executed FLOPs per second of a rank, with recomputation, as a fraction of the peak."""
         return self._share(self.flops.hardware)
 
     def _share(self, count: float) -> float:
@@ -166,7 +178,7 @@ class Estimate:
 
 
 def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate:
-    """Returns memory and time of a candidate, even if it does not fit on the card."""
+    """Estimates memory and time of a candidate, even if it does not fit into the GPU's memory."""
     return Estimate(
         candidate=candidate,
         memory=peak_memory(load, candidate, machine),
@@ -213,7 +225,10 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict
 
 
 def reached(rates: Rates) -> tuple[float, float]:
-    """Returns FLOP/s of matrix products and bytes/s of other operations in a step."""
+    """Returns the rates that the operations of a whole step reach.
+
+    Returns: FLOP/s of matrix products; bytes/s of other operations.
+    """
     if not rates.overlap:  # A CPU rank computes one operation after the other.
         return rates.matmul, rates.bandwidth
     generation = int(rates.capability.partition(".")[0] or HOPPER)
@@ -222,7 +237,7 @@ def reached(rates: Rates) -> tuple[float, float]:
 
 
 def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the bytes of ZeRO's further passes over parameters and gradients."""
+    """Returns the bytes that a micro-batch moves in copies of gradients and gathered parameters."""
     size, moved = load.compute_bytes(machine), 0.0
     if candidate.stage or machine.cluster.gpus > 1:
         # Backward itself writes each gradient once.
@@ -235,7 +250,7 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
 
 
 def _computed_again(load: Workload, candidate: Candidate) -> float:
-    """Returns the FLOPs recomputed by activation checkpointing, as a fraction of forward."""
+    """Returns the FLOPs that activation checkpointing recomputes, as a fraction of forward."""
     if not candidate.checkpointing:
         return 0.0
     images = candidate.micro_batch_size
@@ -244,7 +259,10 @@ def _computed_again(load: Workload, candidate: Candidate) -> float:
 
 
 def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
-    """Returns the number of forwards and backwards of modules with DeepSpeed's hooks."""
+    """Returns the number of module forwards and backwards with DeepSpeed's hooks in a micro-batch.
+
+    A block that is gathered at once counts as `WHOLE_BLOCK` modules.
+    """
 
     def passes(phase: str) -> float:
         return counts.modules.get(phase, 0) + WHOLE_BLOCK * counts.blocks.get(phase, 0)
@@ -259,7 +277,7 @@ def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
 
 
 def _update(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the optimiser."""
+    """Returns the seconds of the optimiser in a step, with gradient norm and clipping."""
     bandwidth = reached(machine.rates)[1]
     # Each master is read, and the new parameter is written. Stage 0 steps the parameters
     # themselves, without a copy.

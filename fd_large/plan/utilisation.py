@@ -1,9 +1,9 @@
-"""Computes the utilisation that a run reports: TFLOP/s, MFU, hardware utilisation.
+"""Computes the utilisation that a run reports: TFLOP/s, MFU and hardware utilisation.
 
-MFU is the FLOPs that the run needs (student forward and backward, teacher forward) over the card's
-peak; hardware utilisation also counts recomputation. Each of several students counts its own
-FLOPs and an equal part of the shared frozen models' forward, over the seconds of the common step,
-so that the students' numbers add up to that of the card.
+MFU is the FLOP/s that the run requires (student forward and backward, teacher forward), divided by
+the GPU's peak. Hardware utilisation also counts recomputation. For each of several students, its
+own FLOPs and an equal part of the shared frozen models' forward count, in the seconds of the common
+step. So the numbers of all students add up to the utilisation of the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from fd_large.plan.rates import CARDS
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the peak FLOP/s of a card by its driver's name, or None if unknown."""
+    """Returns the peak FLOP/s of a GPU, or None if it is not known.
+
+    Args:
+        device_name: Name of the GPU, as its driver returns it.
+    """
     words = device_name.replace("-", " ").split()
     # H100s on a PCIe card (756 TFLOP/s, NVL 835) are slower than the SXM module; A100s are not.
     if "A100" not in words and {"PCIe", "PCIE", "NVL"} & set(words):
@@ -26,13 +30,16 @@ def peak_flops(device_name: str) -> float | None:
 def shares(
     steps: Iterable[StepFlops], peak: float | None, *, micro_batches: int, seconds: float
 ) -> dict[str, float]:
-    """Returns tflops_per_gpu, mfu and hardware_utilisation, as far as known.
+    """Computes the utilisation of a rank in some steps.
 
     Args:
-        steps: FLOPs of one micro-batch on one rank in each step; empty if unknown.
-        peak: Peak FLOP/s of the card; None if it is unknown, as on CPUs.
-        micro_batches: Micro-batches of a rank in a step.
+        steps: FLOPs of one micro-batch on one rank in each step; empty if they are not known.
+        peak: Peak FLOP/s of the GPU; None if it is not known, as on CPUs.
+        micro_batches: Number of micro-batches of a rank in a step.
         seconds: Seconds in which the rank took the steps.
+
+    Returns: a dict with `tflops_per_gpu`, and, if the peak is known, `mfu` and
+        `hardware_utilisation` as fractions of it; empty if the FLOPs are not known.
     """
     counted = list(steps)
     if not counted or seconds <= 0:

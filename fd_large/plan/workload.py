@@ -1,4 +1,4 @@
-"""The workload of a plan: a task's counts and the images of a step."""
+"""The training run for which a plan is made, described by counts of a step's operations."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fd_large.plan.phases import of_students as students_phases
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A training run, with the counts that do not depend on the candidate.
+    """A training run to plan, described by what does not depend on the candidate.
 
     Attributes:
-        counts: A micro-batch without activation checkpointing (False) and with it (True), as the
-            planned card runs it.
-        global_batch_size: Images of a step.
-        frozen_dtype: Data type of the teachers, as in the recipe: auto, float32 or bfloat16; of
-            several that differ, float32.
-        moments: Float32 numbers that the optimiser keeps of each parameter.
-        may_split_frozen: Whether the frozen models may be split over ranks, as teachers may.
-        norm_group: Images that share statistics of batch norms: a micro-batch holds a multiple of
-            them, or all of a rank's images in a step.
+        counts: Counts of a micro-batch without activation checkpointing (False) and with it (True),
+            as the planned GPU runs it.
+        global_batch_size: Number of images in a step, over all ranks.
+        frozen_dtype: Data type of the teachers, as in the recipe ("auto", "float32" or "bfloat16");
+            "float32" if the data types of several teachers differ.
+        moments: Number of float32 values that the optimiser keeps for each parameter.
+        may_split_frozen: Whether the frozen models may be sharded over ranks, as teachers may be.
+        norm_group: Number of images over which batch norms take their statistics. A micro-batch has
+            a multiple of this number, or all images of a rank in a step.
         phases: Measured seconds of a step's phases; None to compute times from counts and the
-            card's rates.
+            GPU's rates.
     """
 
     counts: Mapping[bool, Counts]
@@ -44,27 +44,27 @@ class Workload:
 
     @cached_property
     def student_sizes(self) -> tuple[int, ...]:
-        """Elements of each trained tensor: the student and its heads."""
+        """Number of elements of each trained tensor, in the student and its heads."""
         return tuple(sizes(self.counts[False].student))
 
     @cached_property
     def teachers(self) -> tuple[tuple[int, ...], ...]:
-        """Elements of each tensor of each teacher, in the order of the recipe."""
+        """Number of elements of each tensor of each teacher, in the order of the recipe."""
         return tuple(tuple(sizes(model)) for model in self.counts[False].frozen)
 
     @cached_property
     def teacher_sizes(self) -> tuple[int, ...]:
-        """Elements of each tensor of all teachers; empty without one."""
+        """Number of elements of each tensor of all teachers; empty without a teacher."""
         return tuple(chain.from_iterable(self.teachers))
 
     @cached_property
     def smallest_first(self) -> tuple[int, ...]:
-        """Indices of the teachers in `teachers`, the smallest first."""
+        """Indices of the teachers in `teachers`, from the smallest teacher to the largest."""
         totals = [sum(teacher) for teacher in self.teachers]
         return tuple(sorted(range(len(totals)), key=totals.__getitem__))
 
     def split_sizes(self, candidate: Candidate) -> tuple[int, ...]:
-        """Returns the elements of each tensor of a candidate's sharded teachers."""
+        """Returns the number of elements of each tensor of the teachers that a candidate shards."""
         if candidate.teacher == "replicated":
             return ()
         split = self.smallest_first[candidate.whole :]
@@ -72,44 +72,45 @@ class Workload:
 
     @cached_property
     def threshold(self) -> int:
-        """Tensors of at most this many elements stay whole on every rank."""
+        """Largest number of elements of a tensor that stays whole on every rank at stage 3."""
         return persistence_threshold([*self.student_sizes, *self.teacher_sizes])
 
     @cached_property
     def parameters(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return sum(self.student_sizes)
 
     def accumulation(self, candidate: Candidate, machine: Machine) -> int:
-        """Micro-batches of a rank in a step."""
+        """Returns the number of micro-batches of a rank in a step."""
         share = self.global_batch_size // machine.cluster.gpus
         return max(1, share // candidate.micro_batch_size)
 
     def counts_of(self, candidate: Candidate, machine: Machine) -> Counts:
-        """Counts of each micro-batch of a step."""
+        """Returns the counts of each micro-batch in a step with a candidate's settings."""
         counts = self.counts[candidate.checkpointing]
         return counts.in_step_of(self.accumulation(candidate, machine))
 
     def compute_bytes(self, machine: Machine) -> int:
-        """Bytes of a trained parameter in the data type of matrix products."""
+        """Returns the number of bytes of a parameter in the data type of matrix products."""
         return 2 if machine.rates.bfloat16 else 4
 
     def sum_bytes(self, machine: Machine) -> int:
-        """Bytes of a gradient element in communication."""
+        """Returns the number of bytes of a gradient's element in the sum over ranks."""
         summed = sums_in_float32(machine.cluster.gpus, bfloat16=machine.rates.bfloat16)
         return 4 if summed else self.compute_bytes(machine)
 
     def teacher_bfloat16(self, machine: Machine) -> bool:
-        """Whether the teacher is bfloat16."""
+        """Whether the teachers are in bfloat16."""
         return frozen_in_bfloat16(self.frozen_dtype, machine.rates.bfloat16)
 
 
 def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
-    """Returns the joint workload of several students that share the frozen models' forward.
+    """Returns the workload of several students that train together on the same teachers' outputs.
 
     Args:
-        loads: The work of each student alone.
-        shared: Bytes of a micro-batch that all students share; see `counts.of_students`.
+        loads: The workload of each student alone.
+        shared: Bytes of a micro-batch's images and of the frozen models' outputs for these images,
+            as a linear function of the number of images.
     """
     first = loads[0]
     if len(loads) == 1:
@@ -124,5 +125,10 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
 
 
 def frozen_in_bfloat16(dtype: str, bfloat16: bool) -> bool:
-    """Returns whether a frozen model is bfloat16: by its recipe, or else by the run's precision."""
+    """Whether a frozen model is in bfloat16.
+
+    Args:
+        dtype: The recipe's data type of the model; "auto" for the data type of the run.
+        bfloat16: Whether the run computes in bfloat16.
+    """
     return bfloat16 if dtype == "auto" else dtype == "bfloat16"
