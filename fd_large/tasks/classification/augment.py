@@ -1,9 +1,9 @@
-"""RandAugment and random erasing as timm defines them, from numbers drawn by the caller.
+"""RandAugment and random erasing as in timm, with random numbers that the caller draws.
 
-RandAugment is timm's `rand-mM-mstdS-inc1`: two operations per image, each applied in half of the
-cases, at a magnitude drawn around M, from the list of operations whose severity grows with the
-magnitude. The operations are timm's own; `draws` replaces timm's random numbers from Python's
-global generator.
+RandAugment is timm's `rand-mM-mstdS-inc1`. Two operations are drawn for an image, and each is
+applied with probability 1/2, at a magnitude drawn around M. They are drawn from the operations
+whose severity grows with the magnitude, and are timm's own code. The argument `draws` replaces
+timm's random numbers from Python's global generator.
 
 Sources: Cubuk et al., arXiv 1909.13719; Zhong et al., arXiv 1708.04896; timm/data/auto_augment.py
 and random_erasing.py (Apache-2.0).
@@ -43,6 +43,7 @@ Level = Callable[[float, float], tuple[float, ...]]
 
 
 def _enhance(share: float, sign: float) -> tuple[float, ...]:
+    """Returns the factor of a colour, contrast, brightness or sharpness operation."""
     return (max(0.1, 1.0 + sign * 0.9 * share),)
 
 
@@ -73,12 +74,12 @@ def augment(
 
     Args:
         image: (3, H, W) uint8.
-        draws: `NUM_AUGMENTATION_DRAWS` numbers in [0, 1).
+        draws: `NUM_AUGMENTATION_DRAWS` random numbers in [0, 1).
         magnitude: Mean magnitude of an operation, 0 to 10.
-        std: Standard deviation of the magnitude, which is normally distributed, then clipped to
+        std: Standard deviation of the magnitude, which is normally distributed and then clipped to
             0 to 10.
-        statistics: The model's normalisation; its mean fills the pixels that a shear, shift or
-            rotation uncovers.
+        statistics: Mean and deviation that normalise images; the mean fills the pixels that a
+            shear, shift or rotation uncovers.
 
     Returns: (3, H, W) uint8, contiguous.
     """
@@ -111,17 +112,18 @@ def augment(
 def erasing_box(
     height: int, width: int, draws: Sequence[float], *, probability: float
 ) -> tuple[int, int, int, int] | None:
-    """Returns the box to erase from an image: top, left, height and width, or None.
+    """Draws the box to erase from an image, or None to erase nothing.
 
     The area is uniform between 2% and a third of the image's area, and the logarithm of the aspect
-    is uniform between log 0.3 and -log 0.3. The first of ten boxes that is smaller than the image
-    is used; None if none is.
+    ratio is uniform between log 0.3 and -log 0.3. Of ten boxes, the first that is smaller than the
+    image is used. If none is smaller, nothing is erased.
 
     Args:
-        height: Height of the image, in pixels.
-        width: Width of the image.
-        draws: `NUM_ERASING_DRAWS` numbers in [0, 1).
+        height, width: Size of the image, in pixels.
+        draws: `NUM_ERASING_DRAWS` random numbers in [0, 1).
         probability: Probability that a box is erased.
+
+    Returns: top, left, height and width of the box, or None.
     """
     apply, draw_top, draw_left, *tries = draws
     if apply >= probability:
@@ -138,5 +140,5 @@ def erasing_box(
 
 
 def normals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Turns pairs of uniform numbers in [0, 1) into standard normal numbers (Box and Muller)."""
+    """Returns a standard normal number for each pair of uniform numbers in [0, 1) (Box-Muller)."""
     return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)

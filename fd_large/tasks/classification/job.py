@@ -1,4 +1,4 @@
-"""The jobs that train and test a classifier on labelled images: fine-tuning and linear probe."""
+"""The jobs of fine-tuning and of the linear probe, which train and test on labelled images."""
 
 from __future__ import annotations
 
@@ -54,20 +54,23 @@ IMAGENET_CLASSES = 1000
 
 
 class ClassificationJob(TrainingJob):
-    """A classifier learns the labels of `data.root`/train and is tested on val or test.
+    """Base class of jobs that train a classifier on labels of train/ and test it on val or test.
 
-    Its task returns logits of images, and in evaluation the sums of `scores.summed`. Its section
-    of the recipe has the field `statistics`.
+    A subclass's task returns a loss, and in evaluation the sums of `scores.summed`. The task's
+    section of the recipe has the field `statistics`.
     """
 
     metrics: ClassVar = METRICS
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images."""
+        """Opens the training images, of which the recipe may choose a few for each class."""
         return self._training_images()
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from the student's weights, their statistics included."""
+        """Returns the recipe completed from the student's weights.
+
+        If the recipe states no image statistics, they are those of the student's weights.
+        """
         run, init = super().settle(sources), self.run.student.init
         if own_section(self.run).statistics or not init:
             return run
@@ -77,19 +80,22 @@ class ClassificationJob(TrainingJob):
         return with_statistics(run, (*statistics.mean, *statistics.std))
 
     def check(self) -> None:
-        """Opens the test images, and checks the headers of the weights."""
+        """Checks the recipe and the headers of the weights, and opens the test images."""
         super().check()
         self.test_images()
 
     def view_settings(self) -> ViewSettings:
-        """Returns the recipe's settings of views, with bicubic resizing, unlike in distillation."""
+        """Returns the recipe's settings of views, with bicubic resizing."""
         data = self.run.data
         return ViewSettings(
             data.image_size, data.min_crop_scale, data.max_pixels, interpolation="bicubic"
         )
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task; before the samples are open, with ImageNet's number of classes."""
+        """Constructs the task for counting; see `TrainingJob.models_on_shapes`.
+
+        If the training images are not open yet, the number of classes is ImageNet's.
+        """
         if self._training is None:
             self._assumed_classes = IMAGENET_CLASSES
         return super().models_on_shapes()
@@ -99,8 +105,8 @@ class ClassificationJob(TrainingJob):
     ) -> Sequence[Evaluation]:
         """Returns the evaluation on all test images, exact on any number of ranks.
 
-        Unreadable images are named in the log and not counted; more than `data.max_bad_fraction`
-        of them end the run.
+        Images that cannot be read are named in the log and do not count. If they are more than the
+        fraction `data.max_bad_fraction`, the run ends.
         """
         images, bad = self.test_images(), BadImages()
 
@@ -115,7 +121,7 @@ class ClassificationJob(TrainingJob):
         return [Evaluation(measure, self.run.eval.every)]
 
     def statistics(self) -> Statistics:
-        """Returns the statistics by which images are normalised; ImageNet's for random weights."""
+        """Returns mean and deviation that normalise images, by the recipe or else ImageNet's."""
         stated = own_section(self.run).statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
@@ -131,7 +137,7 @@ class ClassificationJob(TrainingJob):
         return self._training_images().classes
 
     def test_images(self) -> LabelledImages:
-        """Returns the test images of `eval.root`, or if that is not set of `data.root`."""
+        """Opens the test images of `eval.root`, or of `data.root` if `eval.root` is not set."""
         if self._test is None:
             root, classes = self.run.eval.root, self.classes()
             if root:
@@ -145,6 +151,7 @@ class ClassificationJob(TrainingJob):
     _training: LabelledImages | None = None
 
     def _training_images(self) -> LabelledImages:
+        """Opens the training images on the first call, and returns them."""
         if self._training is None:
             data = self.run.data
             images = open_split(data.root, "train", val_fraction=data.val_fraction)
@@ -161,6 +168,17 @@ class ClassificationJob(TrainingJob):
         batch_size: int,
         between: Callable[[], None],
     ) -> tuple[dict[str, float], Predictions]:
+        """Tests the model on all test images; all ranks call it and return the same.
+
+        Args:
+            engine: The engine of the task.
+            images: The test images.
+            bad: Collects the images that cannot be read.
+            batch_size: Number of images of a forward.
+            between: Called before each batch on every rank; may raise to stop.
+
+        Returns: the metrics by name (`scores.averaged`), and the predictions of all images.
+        """
         rank, world = distributed.rank(), distributed.world_size()
         run, device = self.run, distributed.device()
         mine = central_batches(
@@ -178,7 +196,7 @@ class ClassificationJob(TrainingJob):
         # Class and label plus one, so that 0 stays where no rank has an answer.
         answers = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         num_bad = 0
-        # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
+        # Under ZeRO-3 every rank must run as many forwards as the rank with most batches.
         rounds = -(-len(images) // (batch_size * world))
         with in_float32(engine, self.make_task) as measured:
             for _ in activity.counted(range(rounds), "test images", "batches"):
@@ -203,10 +221,10 @@ class ClassificationJob(TrainingJob):
         return averaged(sums), Predictions(*(distributed.sum_tensor(answers) - 1).cpu().numpy())
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student with the statistics of this training.
+        """Describes the student in checkpoints, with the image statistics of this training.
 
-        The classifier of a ViT normalises the mean of its tokens rather than the tokens, so that
-        checkpoints have no final norm of the ViT.
+        The final norm of a ViT is absent, since the classifier has a norm of the mean token
+        instead.
         """
         architecture = trained_at(self.run)
         discarded = FINAL_NORM if architecture.mean_norm == "instead" else {}
@@ -214,12 +232,12 @@ class ClassificationJob(TrainingJob):
 
 
 class FineTuningJob(ClassificationJob):
-    """The whole student learns the labels."""
+    """The job of fine-tuning, in which the whole student learns labels."""
 
     ignored_fields = FINETUNE.ignored_fields
 
     def check(self) -> None:
-        """Checks the recipe as its base class does, and tries the classifier."""
+        """Checks the recipe as the base class does, and tries the classifier on the meta device."""
         super().check()
         with torch.device("meta"):
             task = self.make_task()
@@ -227,7 +245,7 @@ class FineTuningJob(ClassificationJob):
         check_head(task.head, name, (2, task.student.width), classes, where=HEAD)
 
     def make_task(self) -> FineTuning:
-        """Constructs the student, without a ViT's final norm, and a classifier."""
+        """Constructs the task: the student, without the final norm of a ViT, and the classifier."""
         return FineTuning(
             make_student(self.run.student, image_size=self.run.data.image_size),
             self.num_classes,
@@ -236,7 +254,7 @@ class FineTuningJob(ClassificationJob):
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields augmented and mixed images."""
+        """Yields micro-batches of augmented and mixed images, and targets; see `MixedBatches`."""
         run = self.run
         size = run.batch.global_batch_size
         batches = MixedBatches(
@@ -259,7 +277,7 @@ class FineTuningJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images with uniform targets."""
+        """Makes a batch of `size` images of zeros with uniform targets over the classes."""
         side, num_classes = self.run.data.image_size, self.num_classes
         positions = torch.arange(size)
         return Batch(
@@ -272,7 +290,10 @@ class FineTuningJob(ClassificationJob):
 
 
 class LinearProbeJob(ClassificationJob):
-    """A linear layer learns the labels from features of `student.init`, which stays frozen."""
+    """The job of the linear probe: a linear layer learns labels from a frozen model's features.
+
+    The frozen model has the weights of `student.init`.
+    """
 
     ignored_fields = LINEAR.ignored_fields
 
@@ -280,7 +301,10 @@ class LinearProbeJob(ClassificationJob):
     _hash = ""
 
     def check(self) -> None:
-        """Checks the recipe as its base class does, and the groups of the batch norm."""
+        """Checks the recipe as the base class does, the groups of the batch norm, and the weights.
+
+        Raises: ConfigError: if the size of a group does not divide the global batch size.
+        """
         size, group = self.run.batch.global_batch_size, self.run.task.linear.norm_batch
         if size % self._group:
             raise ConfigError(
@@ -292,14 +316,21 @@ class LinearProbeJob(ClassificationJob):
 
     @property
     def _group(self) -> int:
+        """Number of images that share the statistics of the batch norm."""
         return min(self.run.task.linear.norm_batch, self.run.batch.global_batch_size)
 
     def view_settings(self) -> ViewSettings:
-        """Returns the recipe's settings of views; crop boxes that leave the image are cut."""
+        """Returns the recipe's settings of views, in which crops are clipped to the image."""
         return replace(super().view_settings(), cuts_boxes=True)
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Builds the frozen model, whole on every rank."""
+        """Builds the frozen model with its weights, unsharded on every rank.
+
+        Args:
+            bfloat16: Whether training runs the frozen model in bfloat16; tests run in float32.
+            node_size: Not used.
+            persistence_threshold: Not used.
+        """
         tested = partition.build(
             self._feature, {}, partitioned=False, seed=self.run.runtime.seed + 1
         )
@@ -315,16 +346,18 @@ class LinearProbeJob(ClassificationJob):
         self._frozen = Frozen(learning, tested)
 
     def _frozen_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Returns the names and tensors of the frozen model, or None for random weights."""
         left_out = super().stored_student().absent
         student, size = self.run.student, self.run.data.image_size
         return student_weights(student, self.weights, image_size=size, without=left_out)
 
     def _feature(self) -> FrozenFeature:
+        """Constructs the frozen model with random weights."""
         model = make_student(self.run.student, image_size=self.run.data.image_size)
         return FrozenFeature(model, self.statistics(), pool=self.run.task.linear.pool)
 
     def make_task(self) -> LinearProbing:
-        """Constructs norm and layer around the frozen model, or before `build` a random one."""
+        """Constructs the task with the frozen model, which has random weights before `build`."""
         frozen = self._frozen
         if frozen is None:
             feature = self._feature()
@@ -332,18 +365,18 @@ class LinearProbeJob(ClassificationJob):
         return LinearProbing(frozen, self.num_classes, norm_batch=self._group)
 
     def models_on_shapes(self) -> tuple[LinearProbing, tuple[nn.Module, ...]]:
-        """Constructs the task with a separate frozen model."""
+        """Constructs the task with a new frozen model, and returns the task and this model."""
         built, self._frozen = self._frozen, None
         task = cast(LinearProbing, super().models_on_shapes()[0])
         self._frozen = built
         return task, (task.models()["frozen."],)
 
     def initial_weights(self) -> InitialWeights:
-        """Returns no weights: the trained layer starts from random weights."""
+        """Returns no weights, since the linear layer starts from random weights."""
         return {}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields random crops and flips, in whole groups."""
+        """Yields micro-batches of random crops and flips, in whole groups; see `GroupedBatches`."""
         run = self.run
         views = LabelledViews(
             cast(LabelledImages, samples), self.view_settings(), run.runtime.seed, portion.epoch
@@ -359,27 +392,30 @@ class LinearProbeJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a micro batch of grey images, completed to whole groups of the batch norms."""
+        """Makes a micro-batch of `size` grey images, with further images to complete the groups."""
         return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
 
     def norm_group(self) -> int:
-        """Returns 0: the frozen model uses the statistics that it loaded."""
+        """Returns 0, since the batch norms of the frozen model use loaded statistics."""
         return 0
 
     def images_together(self) -> int:
-        """Returns the number of images of a group."""
+        """Returns the number of images of a group, which must divide each loaded batch."""
         return self._group
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the hook that warns of micro batches that are not whole groups."""
+        """Returns the hook that warns if micro-batches are not whole groups of the batch norm."""
         return (_GroupWarning(self._group),)
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the source and the hash of the frozen model."""
+        """Returns the source and the hash of the frozen model's weights, for the manifest."""
         return {"frozen_source": self.run.student.init, "frozen_hash": self._hash}
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint whose layer belongs to another model."""
+        """Checks that a checkpoint's linear layer was trained on the same frozen model.
+
+        Raises: CheckpointError: if the frozen model had another hash.
+        """
         if manifest.get("frozen_hash") != self._hash:
             raise CheckpointError(
                 "student.init: not the model that this probe began with; got hash "
@@ -388,10 +424,7 @@ class LinearProbeJob(ClassificationJob):
             )
 
     def stored_student(self) -> StoredStudent:
-        """Raises an error, since only the layer is stored.
-
-        Raises: CheckpointError: always.
-        """
+        """Raises CheckpointError in all cases, since checkpoints hold only the linear layer."""
         raise CheckpointError(
             f"{self.run.run_dir()}: a linear probe trains no model; got a run that stores only a "
             f"layer, expected the model itself. Name {self.run.student.init or 'its weights'}."
@@ -399,12 +432,17 @@ class LinearProbeJob(ClassificationJob):
 
 
 class _GroupWarning(Hook):
-    """Warns at the start of training if micro batches are not whole groups of the batch norm."""
+    """Warns at the start of training if micro-batches are not whole groups of the batch norm.
+
+    Args:
+        group: Number of images of a group.
+    """
 
     def __init__(self, group: int) -> None:
         self._group = group
 
     def on_start(self, setting: Setting) -> None:
+        """Logs the warning on rank 0."""
         size = setting.micro_batch_size
         if size % self._group and distributed.is_main():
             log.warning(
@@ -419,17 +457,23 @@ class _GroupWarning(Hook):
 
 
 def own_section(run: Run) -> Any:
-    """Returns the task's section of a recipe."""
+    """Returns the task's own section of a recipe, `task.NAME`."""
     return getattr(run.task, _section(run))
 
 
 def with_statistics(run: Run, statistics: Sequence[float]) -> Run:
-    """Returns a recipe that normalises images by these statistics."""
+    """Returns a recipe with the given image statistics.
+
+    Args:
+        run: The recipe.
+        statistics: Mean and deviation of red, green and blue, six numbers.
+    """
     section = replace(own_section(run), statistics=tuple(map(float, statistics)))
     return replace(run, task=replace(run.task, **{_section(run): section}))
 
 
 def _section(run: Run) -> str:
+    """Returns the name of the task's own section."""
     # `task.name` of a task of the user's own is module:FILE.py:NAME, not its section's name.
     kind = run.task.kind()
     assert kind is not None

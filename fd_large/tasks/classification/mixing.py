@@ -1,4 +1,4 @@
-"""Mixup and CutMix of the groups of a global batch, from numbers drawn by the caller.
+"""Mixup and CutMix of the images of a global batch, which is divided into groups.
 
 As in timm's `batch` mode, all images of a group (fd_large/data/mixing.py) have the same choice of
 mixup or CutMix, the same share and the same box.
@@ -26,12 +26,12 @@ MAX_ALPHA = 2.0
 
 
 class Mix(NamedTuple):
-    """The mixing of every image of a group.
+    """How every image of a group is mixed with its partner.
 
     Attributes:
-        share: Fraction of pixels and labels that the image keeps; the partner gives the rest.
-        box: Top, bottom, left, right of the partner's part (CutMix), or None if all pixels are
-            weighted means (mixup).
+        share: Fraction of an image's pixels and label that are its own; the rest is the partner's.
+        box: Top, bottom, left and right of the box that is filled from the partner (CutMix), or
+            None if each pixel is a weighted mean (mixup).
     """
 
     share: float
@@ -51,7 +51,7 @@ def draw_mix(
     cutmix: float,
     switch_probability: float,
 ) -> Mix:
-    """Draws the mixing of a group.
+    """Draws how a group is mixed.
 
     Args:
         seed: The run's seed.
@@ -79,10 +79,10 @@ def draw_mix(
 
 
 def beta_share(draws: NDArray[np.float64], alpha: float) -> float:
-    """Returns one draw of Beta(alpha, alpha).
+    """Returns a sample of Beta(alpha, alpha), or 0.5 if all tries were rejected.
 
     Args:
-        draws: (2 * tries,) uniform in [0, 1).
+        draws: (2 * tries,), uniform random numbers in [0, 1), a pair for each try.
         alpha: Above 0, at most `MAX_ALPHA`.
 
     Source: Joehnk, "Erzeugung von betaverteilten und gammaverteilten Zufallszahlen", Metrika 1964.
@@ -97,12 +97,12 @@ def beta_share(draws: NDArray[np.float64], alpha: float) -> float:
 
 
 def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
-    """Mixes images with their partners.
+    """Returns images (B, 3, H, W) float32 that are mixed with their partners.
 
     Args:
-        images: (B, 3, H, W) float32, normalised.
-        others: (B, 3, H, W) float32, the images' partners.
-        mix: The mixing of their group.
+        images: (B, 3, H, W) float32, normalised, all of a single group.
+        others: (B, 3, H, W) float32, the partner of each image.
+        mix: How the group is mixed.
     """
     if mix.box is not None:
         top, bottom, left, right = mix.box
@@ -115,14 +115,14 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 def mix_labels(
     labels: Tensor, others: Tensor, mix: Mix, *, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Returns distributions over the classes, smoothed and mixed like the images.
+    """Returns target distributions over the classes, smoothed and mixed like the images.
 
     Args:
-        labels: (B,) int64.
-        others: (B,) int64, labels of the partners.
-        mix: The mixing of their group.
-        num_classes: K.
-        smoothing: Probability that is spread over all classes.
+        labels: (B,) int64, the class of each image of a group.
+        others: (B,) int64, the class of each image's partner.
+        mix: How the group is mixed.
+        num_classes: Number of classes, K.
+        smoothing: Probability that is spread evenly over all classes.
 
     Returns: (B, K) float32.
     """
@@ -136,4 +136,5 @@ def mix_labels(
 
 
 def _clipped(middle: int, side: int, limit: int) -> tuple[int, int]:
+    """Returns start and end of an interval around its middle, clipped to 0..limit."""
     return max(0, middle - side // 2), min(limit, middle + (side + 1) // 2)

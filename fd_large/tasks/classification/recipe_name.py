@@ -1,21 +1,21 @@
-"""The default recipe of fine-tuning for a model."""
+"""Chooses the default recipe by which a model is fine-tuned."""
 
 from __future__ import annotations
 
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.registry import RECIPES
 
-# Least width of the first stage for each recipe; Swin-B has 128, L 192, 1B 448 and G 512.
+# Smallest width of the first stage for each recipe; Swin-B has 128, L 192, 1B 448 and G 512.
 _LARGE = ((352, "finetune_swinv2_giant"), (192, "finetune_swinv2_large"))
 
 
 def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-    """Returns the name of the recipe for a model, if the user names none.
+    """Returns the name of the recipe that fine-tunes a model if the user names no recipe.
 
     Args:
         architecture: Architecture of the model.
         run_recipe: Name of the recipe of the run that trained the model; "" for random weights;
-            None for weights of its own, such as a teacher's.
+            None for weights from elsewhere, such as a teacher's.
     """
     finetune_name = (run_recipe or "").replace("fd_", "finetune_", 1)
     if finetune_name in RECIPES and RECIPES[finetune_name]().task.name == "finetune":

@@ -1,4 +1,4 @@
-"""Loss and accuracy of logits, as sums that add up over batches and ranks."""
+"""Loss and accuracy of logits, as sums that can be added over batches and ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from fd_large.data.centre_crops import NO_LABEL
 
 
 def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the mean cross-entropy, and a dict of sums over images and of `predicted`, (B,).
+    """Returns the mean cross-entropy of a batch, and sums over its images by name.
+
+    The sums, float64 scalars, are "loss", "top1" and "top5" (correct images) and "images". The
+    dictionary also has "predicted", (B,) int64, the most probable class of each image.
 
     Args:
         logits: (B, K) float32.
-        labels: (B,) int64; images with `NO_LABEL` are not counted.
+        labels: (B,) int64; images with `NO_LABEL` do not count.
     """
     counted = labels != NO_LABEL
     losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
@@ -30,7 +33,7 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the mean loss, and the accuracies in per cent, from sums over all images."""
+    """Returns the mean "loss", and "top1" and "top5" in per cent, from the sums of `summed`."""
     images = max(float(sums["images"]), 1.0)
     return {
         "loss": float(sums["loss"]) / images,

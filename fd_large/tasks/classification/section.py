@@ -1,4 +1,4 @@
-"""Sections of fine-tuning and the linear probe in a recipe, and facts that need no torch."""
+"""The recipe sections and the kinds of fine-tuning and linear probe; this file imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = {
     "test/top1": "test top-1 accuracy (%)",
     "test/top5": "test top-5 accuracy (%)",
 }
-"""Labels of the metrics; see `TrainingJob.metrics`."""
+"""Labels of the metrics by name; see `TrainingJob.metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A stored classifier: its loss on images of its classes, and its model card."""
+"""What commands do with a stored fine-tuning or linear probe: losses and model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredClassification(StoredRun):
-    """A stored fine-tuning, or a stored linear probe, which has no student to export."""
+    """The stored run of a fine-tuning or of a linear probe, of which the latter has no student."""
 
     job: ClassificationJob
     loss_name = "cross-entropy"
@@ -30,7 +30,10 @@ class StoredClassification(StoredRun):
     def losses_on(
         self, task: Task, images: Tensor, labels: Tensor | None
     ) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that computes loss and accuracy in %; see `StoredRun.losses_on`."""
+        """Returns a function that computes the loss, and the accuracy in per cent, on given images.
+
+        See `StoredRun.losses_on`.
+        """
         prepared = task.prepare(images, labels, None)
 
         def losses() -> dict[str, float]:
@@ -40,7 +43,7 @@ class StoredClassification(StoredRun):
         return losses
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on the labels."""
+        """Returns what the model card of a fine-tuned student says on its labels and final norm."""
         name = without_folders(self.run.data.root)
         absent = self.job.stored_student().absent
         norm = " Its final norm only normalises: the classifier had one of its own."

@@ -1,8 +1,8 @@
 """Two tasks of image classification: fine-tuning and the official linear probe.
 
-The classifier reads the mean of an image's patch tokens. For a ViT, a new norm normalises this
-mean and replaces the ViT's final norm. A Swin model keeps its norm. The map of a timm model may
-have passed no norm, so that its mean is normalised too, and the model's own norms stay.
+The classifier reads the mean of an image's patch tokens. For a ViT, a new norm of this mean
+replaces the ViT's final norm. A Swin model keeps its norm. A timm model may have no norm before its
+map, so that it gets a new norm of the mean and also keeps its own norms.
 
 In fine-tuning the whole model learns. Every block has its own copy of a position bias that blocks
 shared before (the families' `published.py` make the copies).
@@ -53,17 +53,17 @@ HEAD_STD = 0.01
 
 
 def has_norm_instead(model: nn.Module) -> bool:
-    """Returns whether a norm of the mean token replaces a model's final norm."""
+    """Whether a norm of the mean token replaces the model's final norm, as for a ViT."""
     return _kind(model) == "instead"
 
 
 def norm_of_mean(model: nn.Module) -> LayerNorm | None:
-    """Makes the norm of a model's mean token, and removes a ViT's final norm.
+    """Makes the norm of a model's mean token, and removes the final norm of a ViT.
 
     Args:
-        model: A backbone of `fd_large.backbones`.
+        model: A backbone of `fd_large.backbones`, which is changed if it is a ViT.
 
-    Returns: a new norm, whose weight is 1 and bias 0; None for a model that keeps its own norm.
+    Returns: a new norm with weight 1 and bias 0; None for a model that needs no norm of the mean.
     """
     if has_norm_instead(model):
         norm = LayerNorm(model.width, model.norm.eps)
@@ -73,29 +73,33 @@ def norm_of_mean(model: nn.Module) -> LayerNorm | None:
 
 
 def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
-    """Returns the mean of the patch tokens, after `norm` if there is one, (B, C) float32.
+    """Returns the mean of the patch tokens, (B, C) float32, normalised if there is a norm.
 
     Args:
         features: The map of a model that `norm_of_mean` has prepared.
-        norm: Result of `norm_of_mean`.
+        norm: The result of `norm_of_mean`.
     """
     mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)
     return mean if norm is None else norm(mean)
 
 
 def _kind(model: nn.Module) -> str:
+    """Returns how a model's mean token is normed: "instead" of its norm, "also", or another word.
+
+    With another word no norm is added; see `FamilyArchitecture.mean_norm`.
+    """
     return getattr(model, "mean_norm", FamilyArchitecture.mean_norm)
 
 
 class FineTuning(Task):
-    """A backbone and a classifier of its mean token, by default linear.
+    """The task of fine-tuning, a backbone and a classifier of its mean token.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        num_classes: K.
-        statistics: The normalisation of its images, in training and in tests.
-        head: Name of the classifier of the mean token: "linear", or the user's own, a function or
-            Module class of (width, num_classes).
+        num_classes: Number of classes, K.
+        statistics: Mean and deviation that normalise images, in training and in tests.
+        head: Name of the classifier, which is "linear" or names the user's own function or Module
+            class of (width, num_classes).
     """
 
     def __init__(
@@ -114,20 +118,20 @@ class FineTuning(Task):
         self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the pixels, normalised if they are still uint8, and the targets."""
+        """Returns the arguments of `forward`; images that are still uint8 are normalised."""
         pixels = images if images.is_floating_point() else normalise(images, self.statistics)
         return {"pixels": pixels, "targets": targets, "keep": keep}
 
     def forward(
         self, *, pixels: Tensor, targets: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross-entropy and, in evaluation, sums over the images and `predicted`, (B,).
+        """Returns the cross-entropy, a scalar, and in evaluation the sums of `scores.summed`.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised.
-            targets: (B, K) float32, distributions; in evaluation (B,) int64, labels, where
-                images with `NO_LABEL` are not counted.
-            keep: (num_sites, B) bool, or None.
+            targets: In training (B, K) float32, distributions over the classes. In evaluation (B,)
+                int64, labels, where images with `NO_LABEL` do not count.
+            keep: (num_sites, B) bool, or None for no drop path.
         """
         logits = self.logits(pixels, keep)
         if self.training:
@@ -135,18 +139,23 @@ class FineTuning(Task):
         return summed(logits, targets)
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns logits, (B, K) float32."""
+        """Returns the logits of images, (B, K) float32.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised.
+            keep: (num_sites, B) bool, or None for no drop path.
+        """
         dtype = next(self.student.parameters()).dtype
         mean = mean_token(self.student(pixels.to(dtype), keep), self.fc_norm)
         return self.head(mean.to(dtype)).float()
 
 
 class FrozenFeature(nn.Module):
-    """A frozen model that maps uint8 images to their features, always in evaluation mode.
+    """A frozen model that maps uint8 images to features, and is always in evaluation mode.
 
     Args:
         model: A backbone of `fd_large.backbones`.
-        statistics: The normalisation of its images.
+        statistics: Mean and deviation that normalise images.
         pool: "mean" for the mean of the patch tokens, "cls" for the class token, or "both".
 
     Raises: ConfigError: if the model has no class token and `pool` asks for it.
@@ -166,17 +175,18 @@ class FrozenFeature(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenFeature:
-        """Stays in evaluation mode, whatever the argument."""
+        """Keeps the model in evaluation mode, even if `mode` is True."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns features, (B, C) float32, without gradient."""
+        """Returns the features of images (B, 3, H, W) uint8, (B, C) float32, without gradient."""
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
             features = self.model(pixels.to(next(self.model.parameters()).dtype))
             return torch.cat(list(self._pooled(features)), 1)
 
     def _pooled(self, features: FeatureMap) -> Iterator[Tensor]:
+        """Yields the pooled tokens (B, C) float32 that `pool` asks for, the mean first."""
         if self.pool != "cls":
             yield mean_token(features, self.norm)
         if self.pool != "mean":
@@ -186,7 +196,7 @@ class FrozenFeature(nn.Module):
 
 
 class Frozen(NamedTuple):
-    """A frozen model in two data types; on a CPU both are the same.
+    """A frozen model in the data types of training and of tests, which may be the same Module.
 
     Attributes:
         learning: The model for training, in the run's data type.
@@ -198,27 +208,30 @@ class Frozen(NamedTuple):
 
 
 class _NothingTrained(nn.Module):
-    """A model without parameters, which takes the place of the student in other tasks."""
+    """A student without parameters, for a task that trains no backbone."""
 
     drop_path_rates = ()
 
     def blocks(self) -> list[nn.Module]:
+        """Returns no blocks."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
+        """Returns no names of parameters."""
         return frozenset()
 
     def no_weight_decay_keywords(self) -> frozenset[str]:
+        """Returns no parts of names."""
         return frozenset()
 
 
 class LinearProbing(Task):
-    """The linear layer and the norm before it.
+    """The task of the linear probe, a batch norm and a linear layer on a frozen model's features.
 
     Args:
-        frozen: The model; it is no submodule, so that it is neither trained nor stored.
-        num_classes: K.
-        norm_batch: Images of a group.
+        frozen: The frozen model. It is not a submodule, so that it is neither trained nor stored.
+        num_classes: Number of classes, K.
+        norm_batch: Number of images of a group, which share the statistics of the batch norm.
     """
 
     momentum = batch_norm.MOMENTUM
@@ -235,12 +248,12 @@ class LinearProbing(Task):
         self.seen: Tensor | None = None
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns features, labels and, in training, the indices of this micro batch's images.
+        """Returns the arguments of `forward`, for which the frozen model runs on all images.
 
         Args:
-            images: (M, 3, H, W) uint8; in training whole groups, one after the other.
-            targets: In training {"labels": (B,), "places": (B,)}, the labels of the micro batch
-                and the indices of its images in `images`; else labels (M,).
+            images: (M, 3, H, W) uint8; in training the images of whole groups, group by group.
+            targets: In training {"labels": (B,), "places": (B,)}, the labels of the micro-batch
+                and the indices of its images in `images`. In evaluation labels (M,).
             keep: Not used, since the frozen model has no drop path.
         """
         del keep
@@ -252,11 +265,11 @@ class LinearProbing(Task):
     def forward(
         self, *, features: Tensor, labels: Tensor, places: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross-entropy and, in evaluation, sums over the images.
+        """Returns the cross-entropy, a scalar, and in evaluation the sums of `scores.summed`.
 
         Args:
             features: (M, C) float32.
-            labels: (B,) int64; in evaluation, see `scores.summed`.
+            labels: (B,) int64; in evaluation (M,), see `scores.summed`.
             places: (B,) int64, the row in `features` of each label; None in evaluation, where all
                 rows have labels.
         """
@@ -278,26 +291,26 @@ class LinearProbing(Task):
         return F.cross_entropy(logits, labels), {}
 
     def _logits(self, normed: Tensor) -> Tensor:
-        """Maps features (B, C) to logits (B, K) float32."""
+        """Returns the logits (B, K) float32 of normalised features (B, C)."""
         return self.head(normed.to(self.head.weight.dtype)).float()
 
     def before_step(self, progress: float) -> None:
-        """Drops statistics seen outside of a step, such as in a trial."""
+        """Drops sums of statistics from outside of a step, such as those of a trial."""
         batch_norm.forget([self])
 
     def after_step(self) -> None:
-        """Updates the running statistics."""
+        """Updates the running statistics from the sums over the step's images."""
         batch_norm.move([self])
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the frozen model and this task."""
+        """Returns the frozen model and then this task, by the prefix of their layers' names."""
         return {"frozen.": self._frozen[0].learning, "": self}
 
 
 def probe_batch(size: int, image_size: int, *, norm_batch: int) -> Batch:
-    """Makes a micro batch of grey images of the first class.
+    """Makes a micro-batch of grey images whose label is the first class.
 
-    Images without labels follow until the number of images is a multiple of `norm_batch`.
+    Further images without labels make the number of images a multiple of `norm_batch`.
 
     Args:
         size: Number of labelled images.

@@ -1,4 +1,4 @@
-"""Fine-tunings and linear probes that begin from named models, and their comparison."""
+"""Fine-tunings and linear probes that begin from named models, and how they are compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fd_large.tasks.transfer import Divisible, Transfer
 
 
 class ClassificationTransfer(Transfer):
-    """Fine-tuning of a named model."""
+    """Fine-tunings that begin from named models."""
 
     def starting_from(
         self,
@@ -36,10 +36,11 @@ class ClassificationTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model as its student, and the model's statistics.
+        """Returns a recipe whose student is a named model, with the model's image statistics.
 
-        The run that trained the model decides the student's other fields, except drop path and
-        the user's own flags. Every block gets its own copy of a shared position bias.
+        The student's other fields are those of the run that trained the model, except drop path and
+        fields that the user set. Every block gets its own copy of a shared position bias. For
+        arguments see `Transfer`.
         """
         refuse_decided(fields, OWN_FIELDS)
         architecture = resolve(model.model, model.architecture).with_own_position_biases()
@@ -53,11 +54,14 @@ class ClassificationTransfer(Transfer):
         return replace(run, student=student, data=replace(run.data, image_size=image_size))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the default recipe for the model."""
+        """Returns the name of the recipe that fine-tunes a model; see `recipe_name`."""
         return recipe_name(architecture, run_recipe=run_recipe)
 
     def divisible(self, job: TrainingJob) -> Divisible:
-        """Opens train/ of `data.root`, which becomes `data.root` of runs that hold a part out."""
+        """Opens the training images, train/ of `data.root`; see `Transfer.divisible`.
+
+        Runs that hold out a part of these images have train/ as their `data.root`.
+        """
         data = job.run.data
         images = open_split(data.root, "train").images
         if not isinstance(images, ImageFolder):
@@ -71,17 +75,22 @@ class ClassificationTransfer(Transfer):
         return Divisible(images.root, images, images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the top-1 accuracy and the loss on the test images."""
+        """Returns the top-1 accuracy in per cent, and {"test_loss": loss}, on the test images."""
         return summary["test_top1"], {"test_loss": summary["test_loss"]}
 
 
 class LinearTransfer(ClassificationTransfer):
-    """Linear probes of a named model."""
+    """Linear probes that begin from named models."""
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
-        """Returns the probes of the mean of the patch tokens, of the class token and of both.
+        """Returns the recipes of the linear probes of a model, by their labels.
 
-        A model without a class token has only the probe of the mean.
+        With "auto" there are three, on the mean of the patch tokens, on the class token, and on
+        the two concatenated. A model without class token has only the first.
+
+        Args:
+            run: The recipe, with the model in the student's place.
+            pool: Value of `task.linear.pool`, or "auto".
         """
         if pool != "auto":
             return {"": override(run, {"task.linear.pool": pool})}
@@ -99,5 +108,5 @@ class LinearTransfer(ClassificationTransfer):
         }
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the one recipe of linear probes."""
+        """Returns "linear_probe", the recipe of all linear probes."""
         return "linear_probe"

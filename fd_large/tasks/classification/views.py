@@ -1,7 +1,7 @@
-"""Makes training batches of labelled images: random views, mixed and augmented, or whole groups.
+"""Makes training batches of labelled images for fine-tuning and for the linear probe.
 
-An image's view and its mixing partner are functions of (seed, epoch, position). A rank whose micro
-batch has only one of two partners loads the other partner too.
+The view and the mixing partner of an image are functions of (seed, epoch, position). If a
+micro-batch has only one of two partners, its rank also loads the other partner.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fd_large.tasks.classification.section import FineTune
 
 
 class Labelled(NamedTuple):
-    """Views of some positions.
+    """The views at B positions of the epoch's order.
 
     Attributes:
-        images: (B, 3, S, S) uint8; black where no image could be used.
-        indices: (B,) int64, indices of the samples that were used.
-        labels: (B,) int64.
-        bad: For each position, the messages on samples that were tried and could not be used.
+        images: (B, 3, S, S) uint8; black at a position for which no image could be used.
+        indices: (B,) int64, indices of the images that were used.
+        labels: (B,) int64, classes of the images.
+        bad: For each position, the messages on images that were tried and could not be used.
     """
 
     images: Tensor
@@ -44,7 +44,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledViews:
-    """Loads views; an image's view is a function of (seed, epoch, position).
+    """Loads random views of labelled images; a view is a function of (seed, epoch, position).
 
     Attributes:
         source: The images.
@@ -63,11 +63,12 @@ class LabelledViews:
         positions: NDArray[np.int64],
         change: Callable[[Tensor, int], Tensor] = lambda view, place: view,
     ) -> Labelled:
-        """Loads the views of some positions.
+        """Loads the views at some positions.
 
         Args:
-            positions: (B,) in the epoch's order.
-            change: A further change of each view, given its index among the positions.
+            positions: (B,), positions in the epoch's order.
+            change: Returns a changed view, from a view (3, S, S) uint8 and its index in
+                `positions`.
         """
         crops = self.draws(positions, "view", NUM_DRAWS)
 
@@ -84,25 +85,25 @@ class LabelledViews:
         )
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
-        """Returns (B, count) random numbers in [0, 1) from a stream."""
+        """Returns (B, count) random numbers in [0, 1), which depend on the name of the stream."""
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
 
 
 @dataclass(frozen=True)
 class MixedBatches(Dataset):
-    """Maps the positions of a micro batch to a `Batch`; runs in the workers.
+    """Dataset whose item for positions is a `Batch` of augmented and mixed images (fine-tuning).
 
-    The images of a batch are (B, 3, S, S) float32, normalised; the targets are distributions over
-    the classes, (B, K) float32.
+    The images of a batch are (B, 3, S, S) float32, normalised. The targets are distributions over
+    the classes, (B, K) float32. The loading processes use the dataset.
 
     Attributes:
         source: The images.
-        recipe: Augmentation and mixing.
-        statistics: Mean and deviation by which the images are normalised.
+        recipe: The recipe's section, with augmentation and mixing.
+        statistics: Mean and deviation that normalise the images.
         settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        global_batch_size: Images per step over all ranks, among which images are mixed.
+        global_batch_size: Number of images of a step over all ranks, which are mixed in groups.
     """
 
     source: LabelledImages
@@ -114,7 +115,7 @@ class MixedBatches(Dataset):
     global_batch_size: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads, augments and mixes."""
+        """Loads the images at positions (B,) in the epoch's order, augments and mixes them."""
         recipe, batch_size = self.recipe, len(positions)
         every, others = positions, torch.arange(batch_size)
         if recipe.mixup or recipe.cutmix:
@@ -157,6 +158,7 @@ class MixedBatches(Dataset):
         )
 
     def _augmented(self, view: Tensor, draws: list[float]) -> Tensor:
+        """Applies RandAugment to a view (3, S, S) uint8 if the recipe asks for it."""
         if self.recipe.randaugment == 0:
             return view
         return augment.augment(
@@ -170,7 +172,13 @@ class MixedBatches(Dataset):
     def _erase(
         self, pixels: Tensor, draws: list[list[float]], positions: NDArray[np.int64]
     ) -> None:
-        """Fills a box of some images with standard normal noise, in place."""
+        """Fills a box of some images with standard normal noise, in place.
+
+        Args:
+            pixels: (B, 3, S, S) float32, normalised.
+            draws: For each image, random numbers for its box.
+            positions: (B,), positions in the epoch's order, on which the noise depends.
+        """
         for place, position in enumerate(positions.tolist()):
             box = augment.erasing_box(
                 *pixels.shape[-2:], draws[place], probability=self.recipe.erasing
@@ -187,22 +195,22 @@ class MixedBatches(Dataset):
 
 @dataclass(frozen=True)
 class GroupedBatches(Dataset):
-    """Maps the positions of a micro batch to a `Batch`; runs in the workers.
+    """Dataset whose item for positions is a `Batch` of whole groups of images (linear probe).
 
-    The images of a batch are those of all groups with one of the positions, (M, 3, S, S) uint8, one
-    group after the other. If a micro batch ends inside a group, two ranks or micro batches load the
-    whole group.
+    The images of a batch, (M, 3, S, S) uint8, are those of every group that has any of the
+    positions, group by group. If a micro-batch ends inside a group, two ranks or micro-batches load
+    the whole group. The loading processes use the dataset.
 
     Attributes:
         views: Loads the views.
-        group: Images of a group; positions k*group to (k+1)*group - 1 form a group.
+        group: Number of images of a group; positions k*group to (k+1)*group - 1 form a group.
     """
 
     views: LabelledViews
     group: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the groups."""
+        """Loads the groups of positions (B,) in the epoch's order, with the labels of these B."""
         starts = np.unique(positions // self.group) * self.group
         every = (starts[:, None] + np.arange(self.group)).ravel()
         loaded = self.views.load(every)

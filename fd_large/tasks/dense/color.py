@@ -1,6 +1,6 @@
-"""Colours of uint8 images: conversion to hue, saturation and value, brightness and contrast.
+"""Changes the colours of uint8 images: brightness, contrast, and hue, saturation and value.
 
-No OpenCV is needed; hue has 180 steps as in OpenCV.
+The code does not need OpenCV; hue has 180 steps as in OpenCV.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 
 def linear(values: NDArray[np.uint8], factor: float, shift: float) -> NDArray[np.uint8]:
-    """Multiplies and shifts values; they are cut to 0..255 and rounded down."""
+    """Returns values * factor + shift, clipped to 0..255 and rounded down."""
     return np.clip(values.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
 
 
 def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps (H, W, 3) red, green, blue to hue in 0..179, saturation and value in 0..255."""
+    """Converts an image (H, W, 3) from red, green and blue to hue, saturation and value.
+
+    Hue is in 0..179; saturation and value are in 0..255.
+    """
     # Plane by plane: NumPy is slow along an axis of three.
     red, green, blue = (image[..., i].astype(np.float32) for i in range(3))
     value = np.maximum(np.maximum(red, green), blue)
@@ -32,7 +35,7 @@ def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def to_rgb(hsv: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps the result of `to_hsv` back to red, green and blue."""
+    """Converts an image (H, W, 3) from the result of `to_hsv` back to red, green and blue."""
     hue, saturation, value = (hsv[..., i].astype(np.float32) for i in range(3))
     chroma, sixths = value * saturation / 255, hue / 30
     image = np.empty_like(hsv)

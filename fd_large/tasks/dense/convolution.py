@@ -1,8 +1,8 @@
-"""Convolutions of pyramids and heads, each of which initialises its own weights only.
+"""Convolutions of pyramids and heads, each of which initialises only its own weights.
 
 torchvision's pyramid and heads initialise their children's weights in the parent's constructor.
-Under `deepspeed.zero.Init` these weights are then already split over the ranks and the initial
-values are lost, so parts with parameters are our own.
+Under `deepspeed.zero.Init` these weights are then already sharded over the ranks, so that the
+initial values would be lost. Therefore this package has its own Modules with parameters.
 """
 
 from __future__ import annotations
@@ -21,22 +21,35 @@ NORM_EPS = 1e-6
 
 
 def he_normal(out_channels: int, kernel_size: int) -> Draw:
-    """Returns Kaiming's normal distribution by fan out, for layers before a ReLU (detectron2)."""
+    """Returns Kaiming's normal distribution by fan-out, as in detectron2, for layers before a ReLU.
+
+    Args:
+        out_channels: Number of output channels.
+        kernel_size: Side of the kernel.
+    """
     return Draw("normal", std=math.sqrt(2 / (out_channels * kernel_size**2)))
 
 
 def he_uniform() -> Draw:
-    """Returns Kaiming's uniform distribution, +-sqrt(3 / fan in), for layers without a ReLU."""
+    """Returns Kaiming's uniform distribution, +-sqrt(3 / fan-in), for layers without a ReLU."""
     return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Returns a tensor in float32 for losses; float64 stays."""
+    """Returns a tensor in float64 if it was float64, else in float32, for losses."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that keeps the size of the map and draws its weight by `draw`."""
+    """A convolution whose output has the size of its input.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel, an odd number.
+        draw: Distribution of the weight.
+        bias: Whether the convolution has a bias.
+    """
 
     def __init__(
         self,
@@ -53,13 +66,13 @@ class Convolution(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Draws the weight again and zeroes the bias."""
+        """Draws a new weight, and sets the bias to zero."""
         fill(self.weight, self.draw)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, out, H, W) in the dtype of the weight."""
+        """Returns the output (B, out, H, W) for a map (B, in, H, W), in the weight's data type."""
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -70,8 +83,8 @@ class Doubling(nn.ConvTranspose2d):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         draw: Distribution of the weight.
-        kernel_size: 2, 3 or 4.
-        bias: Whether it has a bias.
+        kernel_size: Side of the kernel: 2, 3 or 4.
+        bias: Whether the convolution has a bias.
     """
 
     def __init__(
@@ -96,22 +109,22 @@ class Doubling(nn.ConvTranspose2d):
         )
 
     def reset_parameters(self) -> None:
-        """Draws the weight again and zeroes the bias."""
+        """Draws a new weight, and sets the bias to zero."""
         # The weight is (in, out, k, k); with a 2 x 2 kernel a pixel's fan in is `in_channels`.
         fill(self.weight, self.draw, self.in_channels)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, out, 2H, 2W) in the dtype of the weight."""
+        """Returns the output (B, out, 2H, 2W) of a map (B, in, H, W), in the weight's data type."""
         return super().forward(x.to(self.weight.dtype))
 
 
 class ChannelNorm(LayerNorm):
-    """LayerNorm over the channels of each place of a map."""
+    """LayerNorm over the channels at each position of a map (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same shape and dtype."""
+        """Returns the normed map, with the shape and data type of the input (B, C, H, W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -122,7 +135,7 @@ class NormedConvolution(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Side of the kernel.
-        relu: Whether a ReLU follows.
+        relu: Whether a ReLU follows the norm.
         norm: Constructor of the norm, from the number of channels.
     """
 
@@ -144,6 +157,6 @@ class NormedConvolution(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, out, H, W)."""
+        """Returns the output (B, out, H, W) for a map (B, in, H, W)."""
         x = self.norm(self.convolution(x))
         return F.relu(x) if self.relu else x

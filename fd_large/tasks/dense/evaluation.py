@@ -1,4 +1,4 @@
-"""The test loop, which predicts every image once over the ranks, and some once more for plots."""
+"""The test loop of dense tasks: predicts all test images over the ranks, and draws some of them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ T = TypeVar("T")
 
 SCORES = "scores.json"
 NUM_IMAGES = 4
-"""Number of images in a plot, of the worst images or of images that are the same in every test."""
+"""Number of images in a plot of `predict_some`."""
 
 
 class Model(Protocol):
-    """The model under test; in evaluation mode, called by all ranks if it is sharded."""
+    """A model under test, in evaluation mode; if it is sharded, all ranks must call it."""
 
     @property
     def views(self) -> TestViews:
-        """The views of an image that the model is given."""
+        """The views of an image on which the model runs."""
 
     @property
     def at_once(self) -> int:
         """Number of windows in a forward of `predict`."""
 
     def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Predicts the pixels of an image: (H, W), on the device.
+        """Returns the class or depth of each pixel of an image, (H, W), on the device.
 
         Args:
             views: (3, h, w) uint8, the views of the image.
@@ -45,11 +45,11 @@ class Model(Protocol):
         """
 
     def idle(self) -> None:
-        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
+        """Runs a dummy forward on a rank without an image, while other ranks predict theirs."""
 
 
 class Drawn(NamedTuple):
-    """An image to draw, with truth and prediction.
+    """The truth and the prediction of an image that is drawn.
 
     Attributes:
         truth: (H, W), true class or depth of each pixel.
@@ -61,20 +61,20 @@ class Drawn(NamedTuple):
 
 
 DrawnImages = Mapping[str, Mapping[int, Drawn]]
-"""The images to draw in each plot: by the plot's name, then by the image's index."""
+"""The images of each plot: {plot's name: {image's index: truth and prediction}}."""
 
 
 def predict_all(
     model: Model, images: PairedImages, *, workers: int, between: Callable[[], None]
 ) -> Iterator[tuple[TestImage, Tensor | None]]:
-    """Yields this rank's test images with their predictions; a collective.
+    """Yields this rank's test images and the predictions of their pixels; all ranks call it.
 
-    Unreadable images are named in the log. Unreadable and padding images have no prediction.
+    An image that cannot be read is named in the log. Its prediction is None, as for padding.
 
     Args:
         model: The model under test.
         images: The test images and their truth.
-        workers: Processes that load.
+        workers: Number of loading processes.
         between: Called before each image on every rank; may raise to end the test.
     """
     loader = build_test_loader(
@@ -92,17 +92,18 @@ def predict_all(
 
 
 def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> DrawnImages:
-    """Predicts the images to draw once more, the worst ones and some others; a collective.
+    """Predicts the images of two plots once more; all ranks call it.
 
-    The others are spread evenly over the dataset and the same in every test, for comparison. Only
-    rank 0 reads images, so that an image that has become unreadable stops no rank.
+    The plot "worst" has the images with the largest errors. The plot "chosen" has images that are
+    spread evenly over the dataset and are the same in every test. Only rank 0 reads images, so that
+    an image that has become unreadable stops no rank.
 
     Args:
         errors: (N,), the error of each image; NaN for images that are not scored.
         model: The model under test.
         images: The test images and their truth.
 
-    Returns: the images of each plot on rank 0; elsewhere plots without images.
+    Returns: the images of each plot on rank 0; plots without images on other ranks.
     """
     scored = np.flatnonzero(~np.isnan(errors))
     worst = scored[np.argsort(-errors[scored], kind="stable")][:NUM_IMAGES]
@@ -123,13 +124,13 @@ def draw_some(
     draw: Callable[[list[T], Path], None],
     folder: Path,
 ) -> list[Path]:
-    """Draws each plot of `predict_some` as NAME.png; returns the paths of the drawn plots.
+    """Draws each plot of `predict_some` that has images as NAME.png, and returns the paths.
 
     Args:
-        some: The images to draw; None draws nothing.
-        row: Makes the row of an image from its index and its `Drawn`.
-        draw: Draws rows.
-        folder: A folder that exists.
+        some: The result of `predict_some`; None draws nothing.
+        row: Makes the plot's row for an image from the image's index and its `Drawn`.
+        draw: Draws rows into a file.
+        folder: Folder of the files, which must exist.
     """
     drawn = []
     for name, images in (some or {}).items():
@@ -142,7 +143,12 @@ def draw_some(
 
 @torch.no_grad()
 def forward_of_nothing(forward: Callable[[Tensor], Tensor], side: int) -> None:
-    """Runs a forward of one black image with this side in pixels."""
+    """Runs a forward on a black image, whose result is not used.
+
+    Args:
+        forward: Runs on images (1, 3, side, side) uint8.
+        side: Side of the image, in pixels.
+    """
     forward(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device()))
 
 
@@ -152,9 +158,9 @@ def finite(value: float) -> float | None:
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Returns the prediction of this rank's image, or None without a readable one; a collective.
+    """Returns the prediction (H, W) of this rank's image, or None if it has no readable image.
 
-    Under ZeRO-3 every rank must run the same number of forwards.
+    All ranks call it. They run equally many forwards, as ZeRO-3 needs, some with `Model.idle`.
     """
     size = (item.truth.shape[0], item.truth.shape[1])
     planned = model.views.num_forwards(*size, model.at_once) if item.views else 0

@@ -1,6 +1,6 @@
-"""Resizing, cropping and flipping of an image and its masks, points and labels together.
+"""Resizes, crops and flips an image together with its masks, points and classes or depths.
 
-Pixels stay uint8. Random numbers come from the caller, so that a view is a function of (seed,
+Pixels stay uint8. The caller draws all random numbers, so that a view is a function of (seed,
 epoch, position).
 """
 
@@ -21,13 +21,13 @@ Number = TypeVar("Number", bound=np.number[Any])
 
 @dataclass(frozen=True)
 class View:
-    """A view of an image, which is resized, cropped, and perhaps flipped, in this order.
+    """A view of an image, which is resized, then cropped, and then perhaps flipped.
 
     Attributes:
-        original: Height and width of the image.
+        original: Height and width of the image, in pixels.
         resized: Height and width after resizing.
-        crop: Top, left, height and width of the crop, inside `resized`.
-        flipped: Whether the crop is mirrored.
+        crop: Top, left, height and width of the crop in the resized image.
+        flipped: Whether the crop is mirrored horizontally.
     """
 
     original: tuple[int, int]
@@ -37,17 +37,17 @@ class View:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the view."""
+        """Height and width of the view, in pixels."""
         return self.crop[2:]
 
     def image(self, image: Tensor) -> Tensor:
-        """Maps pixels (3, H, W) uint8 to the view by bilinear resizing with antialiasing."""
+        """Returns the view of pixels (3, H, W) uint8, resized bilinearly with antialiasing."""
         if self.resized != self.original:
             image = F.interpolate(image[None], self.resized, mode="bilinear", antialias=True)[0]
         return self._cut(image)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Maps a mask (H, W), 0 or 1, to the view; a pixel is 1 if at least half covered."""
+        """Returns the view of a mask (H, W) of 0 and 1; a pixel is 1 if at least half covered."""
         pixels = torch.from_numpy(np.ascontiguousarray(mask))
         if self.resized != self.original:
             covered = F.interpolate(
@@ -57,7 +57,7 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Maps a number per pixel (H, W), class or depth, to the view by nearest neighbour."""
+        """Returns the view of a class or depth per pixel (H, W), resized by nearest neighbour."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height
@@ -65,7 +65,10 @@ class View:
         return numbers[down[:, None], across[:: -1 if self.flipped else 1]]
 
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Maps points (n, 2), x and y in pixels, to the view, where they may lie outside."""
+        """Returns the positions in the view of points (n, 2), x and y in pixels of the image.
+
+        A position may be outside the view.
+        """
         (height, width), (new_height, new_width) = self.original, self.resized
         top, left, _, crop_width = self.crop
         moved = points * (new_width / width, new_height / height) - (left, top)
@@ -74,6 +77,7 @@ class View:
         return moved
 
     def _cut(self, image: Tensor) -> Tensor:
+        """Crops and flips a resized image or mask (..., H, W)."""
         top, left, height, width = self.crop
         cut = image[..., top : top + height, left : left + width]
         return (cut.flip(-1) if self.flipped else cut).contiguous()
@@ -90,11 +94,11 @@ def resized_view(
     """Returns the view of a whole image at another size, with the same aspect ratio.
 
     Args:
-        height: Height of the image, in pixels.
-        width: Width of the image.
-        short_side: Length of the view's shorter side.
-        long_side: Upper limit of the longer side, which makes the shorter side smaller if needed.
-        flipped: Whether the view is mirrored.
+        height, width: Size of the image, in pixels.
+        short_side: Length of the view's shorter side, which is less if the longer side would exceed
+            `long_side`.
+        long_side: Largest length of the view's longer side.
+        flipped: Whether the view is mirrored horizontally.
     """
     ratio = min(short_side / min(height, width), long_side / max(height, width))
     resized = scaled(height, width, ratio)
@@ -102,16 +106,22 @@ def resized_view(
 
 
 def scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
-    """Returns height and width times a ratio, rounded, at least one pixel."""
+    """Returns height and width multiplied by a ratio and rounded, each at least one pixel."""
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 def sizes_of(images: Sequence[Tensor]) -> Tensor:
-    """Returns height and width of images (..., H, W): (B, 2) int64."""
+    """Returns the height and width of each of B images (..., H, W), as (B, 2) int64."""
     return torch.tensor([image.shape[-2:] for image in images])
 
 
 def padded(image: Tensor, canvas: tuple[int, int], value: int = 0) -> Tensor:
-    """Pads (..., H, W) at the bottom and the right to (..., *canvas)."""
+    """Pads an image (..., H, W) at the bottom and the right to a larger size.
+
+    Args:
+        image: The image.
+        canvas: Height and width of the result.
+        value: Value of the padding.
+    """
     height, width = image.shape[-2:]
     return F.pad(image, (0, canvas[1] - width, 0, canvas[0] - height), value=value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 LONGEST = 36
-"""Largest number of letters that fit above an image in a row of four."""
+"""Largest number of characters that fit above an image if a row has four images."""
 
 
 def shortened(name: str) -> str:
-    """Returns a name that fits above an image; a name that is too long loses its beginning."""
+    """Returns a name that fits above an image; "..." replaces the start of a longer name."""
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

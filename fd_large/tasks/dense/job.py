@@ -1,4 +1,4 @@
-"""The job that segmentation and depth share: training and tests on a target for each pixel."""
+"""The job that segmentation and depth share: trains and tests on a target for each pixel."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 class DenseJob(TrainingJob):
     """Trains a student on the pixels of `data.root`'s train split, and tests it on a val split.
 
-    A subclass opens its images, makes its task, and defines its views and tests.
+    A subclass opens the images, makes the task, and defines the training views and the tests.
 
     Attributes:
-        section: The recipe's section of the task.
+        section: The task's own section of the recipe, `task.NAME`.
     """
 
     on_last_map: ClassVar[Collection[str]] = ()
-    """The task's heads that take the student's last map after its final norm."""
+    """Names of the heads that read the student's last map after its final norm."""
     truth: ClassVar[torch.dtype] = torch.float32
-    """Type of the target of a pixel."""
+    """Data type of the target of a pixel."""
 
     def __init__(self, run: Any) -> None:
         super().__init__(run)
@@ -56,19 +56,19 @@ class DenseJob(TrainingJob):
 
         Args:
             root: The dataset's folder.
-            split: train or val.
-            where: The field that named the folder, for messages.
+            split: "train" or "val".
+            where: The recipe's field that names the folder, for messages.
 
-        Raises: DataError: if they cannot be used.
+        Raises: DataError: if the images or targets cannot be used.
         """
         raise NotImplementedError
 
     def training_views(self) -> Any:
-        """Returns the recipe's views of training images."""
+        """Returns what makes views of training images by the recipe (`TrainingViews`)."""
         raise NotImplementedError
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
-        """Returns the model under test, with its views of an image.
+        """Returns the model under test (`evaluation.Model`), with the recipe's test settings.
 
         Args:
             forward: Maps images (B, 3, H, W) uint8 to the task's predictions of their pixels.
@@ -79,19 +79,36 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def whole_images(self) -> str:
-        """Returns the error message for a recipe that tests whole images, or "" otherwise."""
+        """Returns the error message if the recipe tests whole images of any size, otherwise "".
+
+        It is used if the student accepts images of a single size only.
+        """
         raise NotImplementedError
 
     def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:
-        """Tests a model on all images; a collective.
+        """Tests a model on all images; all ranks call it.
 
-        Returns: an object with `scores.numbers()` and `errors`, (N,) float64, the error of each
-            image.
+        Args:
+            model: The result of `model_to_test`.
+            images: The test images.
+            between: Called before each image on every rank; may raise to end the test.
+
+        Returns: an object with a method `scores.numbers()`, which returns the scores by name, and
+            the array `errors`, (N,) float64, the error of each image.
         """
         raise NotImplementedError
 
     def keep(self, outcome: Any, some: Any, images: Any, folder: Path) -> list[Path]:
-        """Writes scores, and draws the images of `predict_some` if not None; on rank 0 alone."""
+        """Writes the scores of a test, and draws some images; called on rank 0 alone.
+
+        Args:
+            outcome: The result of `measure`.
+            some: The result of `predict_some`; None to draw nothing.
+            images: The test images.
+            folder: Folder of the files.
+
+        Returns: the paths of the drawn files.
+        """
         raise NotImplementedError
 
     def open_samples(self) -> ImageSource:
@@ -101,10 +118,11 @@ class DenseJob(TrainingJob):
         return cast(ImageSource, images.part("train", data.val_fraction))
 
     def test_images(self) -> Any:
-        """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
+        """Opens the test images and their targets.
 
-        The test images of `data.root` are the part of its train split that `data.val_fraction`
-        holds out, or, if that is 0, its val split.
+        They are the val split of `eval.root` if it is set. Otherwise they are the part of
+        `data.root`'s train split that `data.val_fraction` holds out, or its val split if the
+        fraction is 0.
 
         Raises: DataError: if the images cannot be used.
         """
@@ -115,11 +133,14 @@ class DenseJob(TrainingJob):
         return self.open_split(root or data.root, "val", "eval.root" if root else "data.root")
 
     def norm_group(self) -> int:
-        """Returns 0 for a frozen student, which uses its loaded statistics."""
+        """Returns 0 for a frozen student, whose batch norms use loaded statistics.
+
+        For other students see `TrainingJob.norm_group`.
+        """
         return 0 if self.section.frozen else super().norm_group()
 
     def check(self) -> None:
-        """Opens the test images, and checks weights' headers and test settings."""
+        """Opens the test images, and checks weights, crop size, test settings and drop path."""
         super().check()
         self._test_images = self.test_images()
         student, name = self.run.student, self.run.task.name
@@ -144,11 +165,11 @@ class DenseJob(TrainingJob):
         self.model_to_test(lambda images: images, 1)
 
     def student_module(self) -> torch.nn.Module:
-        """Constructs the student for the crop."""
+        """Constructs the student for images of the crop's size."""
         return make_student(self.run.student, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields random crops with the targets of their pixels."""
+        """Yields micro-batches of random crops with the targets of their pixels."""
         run = self.run
         return iter(
             build_loader(
@@ -163,7 +184,7 @@ class DenseJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of grey images, in which all pixels have the target 1."""
+        """Makes a batch of `size` grey images, in which every pixel has the target 1."""
         side, positions = self.run.data.image_size, torch.arange(size)
         targets = Targets(
             torch.ones(size, side, side, dtype=self.truth),
@@ -177,9 +198,9 @@ class DenseJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluation on all test images; scores and pictures go into RUN/evaluations.
+        """Returns the evaluation on all test images, which writes its files to RUN/evaluations.
 
-        Nothing is tested before the first step, when the head is still random.
+        Before the first step it tests nothing, since the head's weights are still random.
         """
         run, task, images = self.run, cast(DenseTask, engine.task), self._test_images
 
@@ -208,24 +229,28 @@ class DenseJob(TrainingJob):
         return [Evaluation(measure, run.eval.every)]
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the hook that warns of batch norms that see only a part of a step."""
+        """Returns the hook that warns if batch norms see only a part of a step's images."""
         return (_PassWarning(),)
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student at the crop's size, with a final norm only if the head reads it."""
+        """Describes the student in checkpoints, for images of the crop's size.
+
+        It has no final norm unless the head reads the map after this norm (`on_last_map`).
+        """
         absent = {} if self.section.head in self.on_last_map else FINAL_NORM
         return StoredStudent(trained_at(self.run), absent, IMAGENET)
 
 
 def next_multiple(size: int, of: int) -> int:
-    """Returns the smallest multiple of `of` that is at least a size."""
+    """Returns the smallest multiple of `of` that is not less than `size`."""
     return -(-size // of) * of
 
 
 class _PassWarning(Hook):
-    """Warns at the start if a step has several passes, when their number is known."""
+    """Warns at the start of training if a step consists of several micro-batches of each rank."""
 
     def on_start(self, setting: Setting) -> None:
+        """Logs the warning on rank 0."""
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
                 "batch norms see the %d images of a pass, of the step's %d: another number of "

@@ -1,4 +1,4 @@
-"""Loads images with a truth for each pixel: crops by position in training, each image in tests."""
+"""Loads images with the truth of each pixel, as random crops in training or whole in tests."""
 
 from __future__ import annotations
 
@@ -22,38 +22,46 @@ from fd_large.tasks.dense.target import Targets
 
 
 class TrainingViews(Protocol):
-    """Views of training images."""
+    """Makes random views of training images and their truth."""
 
     @property
     def image_size(self) -> int:
-        """Side of the square that views are padded to, in pixels."""
+        """Side of the square to which views are padded, in pixels."""
 
     @property
     def unknown(self) -> np.number[Any]:
-        """Returns the target of an unknown pixel."""
+        """The target of a pixel whose class or depth is unknown."""
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> Sequence[Any]:
-        """Draws the random numbers of the view at each position."""
+        """Returns an item of random numbers for each position in the epoch's order.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions in the epoch's order.
+        """
 
     def view(self, image: Tensor, truth: NDArray[Any], drawn: Any) -> tuple[Tensor, NDArray[Any]]:
         """Returns a view of an image, (3, h, w) uint8, and the truth of its pixels, (h, w).
 
         Args:
             image: (3, H, W) uint8.
-            truth: (H, W).
-            drawn: An item of `draws`.
+            truth: (H, W), the class or depth of each pixel.
+            drawn: An item of the result of `draws`.
         """
 
 
 @dataclass(frozen=True)
 class TrainingBatches(Dataset):
-    """Maps positions to a `Batch` of square crops; runs in the workers.
+    """Dataset whose item for positions in the epoch's order is a `Batch` of square crops.
+
+    The loading processes use it.
 
     Attributes:
         source: Images with their truth.
-        views: Views of the images.
+        views: Makes the views of the images.
         seed: The run's seed.
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
     """
 
     source: PairedImages
@@ -62,7 +70,7 @@ class TrainingBatches(Dataset):
     epoch: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the crops; a black crop with unknown truth replaces an unusable sample."""
+        """Loads the crops; for an unusable sample the crop is black and its truth unknown."""
         drawn = self.views.draws(self.seed, self.epoch, positions)
         loaded = load_samples(
             lambda place, index: self.views.view(*self.source.sample(index), drawn[place]),
@@ -102,20 +110,24 @@ class TestViews(Protocol):
     __test__ = False
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns the views of an image of this size."""
+        """Returns the views of an image with a size in pixels."""
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image, with `at_once` windows in each."""
+        """Returns the number of forwards for an image with a size in pixels.
+
+        Args:
+            height, width: Size of the image.
+            at_once: Number of windows in a forward.
+        """
 
 
 class TestImage(NamedTuple):
     """A test image with its views and its truth.
 
     Attributes:
-        views: (3, h, w) uint8 at each size; empty for a padding image, or one that could not be
-            read.
-        truth: (H, W), of the image in its own size.
-        index: Index in the dataset.
+        views: (3, h, w) uint8 for each size; empty for padding, or if the image could not be read.
+        truth: (H, W), the class or depth of each pixel of the image in its own size.
+        index: Index in the dataset; -1 for padding.
         bad: Reason that the image could not be read, or "".
     """
 
@@ -130,7 +142,14 @@ class TestImage(NamedTuple):
 
 @dataclass(frozen=True)
 class TestImages(Dataset):
-    """Maps indices in a dataset (-1 for padding) to `TestImage`; runs in the workers."""
+    """Dataset whose item for an image's index, or -1 for padding, is a `TestImage`.
+
+    The loading processes use it.
+
+    Attributes:
+        source: Images with their truth.
+        views: The sizes at which images are tested.
+    """
 
     __test__ = False
 
@@ -138,7 +157,7 @@ class TestImages(Dataset):
     views: TestViews
 
     def __getitem__(self, index: int) -> TestImage:
-        """Reads an image, and its truth."""
+        """Reads an image and its truth; a problem is stored in `TestImage.bad`."""
         none = torch.zeros(1, 1)
         if index < 0:
             return TestImage([], none, index)
@@ -154,13 +173,13 @@ class TestImages(Dataset):
 def build_test_loader(
     source: PairedImages, views: TestViews, *, rank: int, world_size: int, workers: int
 ) -> DataLoader:
-    """Returns a loader of this rank's share of the images; all ranks' shares have equal length.
+    """Returns a loader of a rank's part of the test images; all parts have the same length.
 
     Args:
         source: Images with their truth.
-        views: Views of the images.
-        rank: Counted from 0.
-        world_size: The number of ranks.
+        views: The sizes at which images are tested.
+        rank: The rank, counted from 0.
+        world_size: Number of ranks.
         workers: Number of loading processes; 0 loads in this process.
     """
     mine = deal(len(source), batch_size=1, rank=rank, world_size=world_size)
@@ -171,9 +190,15 @@ def build_test_loader(
 def deal(
     num_images: int, *, batch_size: int, rank: int, world_size: int
 ) -> list[NDArray[np.int64]]:
-    """Returns a rank's batches of positions in an order of images, padded with -1.
+    """Returns a rank's batches of the indices 0 to `num_images` - 1, padded with -1.
 
-    Consecutive batches go to the ranks in turn, so that all ranks work about as long.
+    Consecutive batches are dealt to the ranks in turn, so that all ranks work about as long.
+
+    Args:
+        num_images: Number of images.
+        batch_size: Number of indices of a batch.
+        rank: The rank, counted from 0.
+        world_size: Number of ranks.
     """
     share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
     places = np.where(np.arange(share) < num_images, np.arange(share), -1)

@@ -1,4 +1,4 @@
-"""Images that are each paired with a truth file of one number per pixel, a class or a depth."""
+"""Datasets in which each image has a truth file with a class or a depth for each pixel."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from fd_large.errors import DataError
 from fd_large.files import kind_of
 
 FILES_CHECKED = 8
-"""Number of truth files that are read before a run starts, spread over the dataset."""
+"""Largest number of truth files that are read before a run starts."""
 
 
 class Layout(NamedTuple):
-    """Folders and name endings of a dataset's images and their truth files.
+    """Where a dataset has the images and the truth files of a split.
+
+    An image and its truth file have the same subfolder and the same stem, except for the endings.
 
     Attributes:
-        images: Folder of the images of a split.
-        truths: Folder of the truth files, with the same subfolders.
+        images: Folder of the images below the dataset's folder; {split} stands for the split.
+        truths: Folder of the truth files; {split} stands for the split.
         train: The dataset's name of the split "train".
         val: The dataset's name of the split "val".
-        image_tail: Ending of an image's stem after the common part.
-        truth_tail: Ending of a truth file's stem after the common part.
+        image_tail: Ending of the stems of images.
+        truth_tail: Ending of the stems of truth files.
     """
 
     images: str
@@ -45,7 +47,12 @@ class Layout(NamedTuple):
     truth_tail: str = ""
 
     def folders(self, root: str, split: str) -> tuple[str, str]:
-        """Returns the folders of the images and of the truth files of a split."""
+        """Returns the folder of a split's images and the folder of its truth files.
+
+        Args:
+            root: The dataset's folder.
+            split: "train" or "val".
+        """
         name = {"train": self.train, "val": self.val}.get(split, split)
         images, truths = (part.format(split=name) for part in (self.images, self.truths))
         return os.path.join(root, images), os.path.join(root, truths)
@@ -57,9 +64,9 @@ class Pairs(NamedTuple):
     Attributes:
         images: Paths of the images.
         truths: Paths of the truth files.
-        places: (N, 2), for each image that is used, its index in `images` and that of its truth
-            file in `truths`.
-        fingerprint: A hash of the names.
+        places: (N, 2), for each image that is used, its index in `images` and the index of its
+            truth file in `truths`.
+        fingerprint: A hash of the files' names.
         folder: The folder of the images.
     """
 
@@ -71,14 +78,14 @@ class Pairs(NamedTuple):
 
 
 class PairedImages(DivisibleImages):
-    """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.truth(i)`.
+    """Base class of a split's images with their truth files; item i is the path of image i.
 
     Args:
         pairs: The images and their truth files.
-        max_pixels: Larger images are refused.
+        max_pixels: Largest number of pixels of an image; larger images are refused.
 
     Attributes:
-        fingerprint: A hash of the names.
+        fingerprint: A hash of the files' names.
     """
 
     def __init__(self, pairs: Pairs, *, max_pixels: int) -> None:
@@ -89,7 +96,7 @@ class PairedImages(DivisibleImages):
         return self._pairs.images[int(self.places[index, 0])]
 
     def read(self, index: int) -> bytearray:
-        """Reads the bytes of image `index`.
+        """Returns the encoded bytes of the image with an index.
 
         Raises: DataError: if the file cannot be read.
         """
@@ -101,15 +108,15 @@ class PairedImages(DivisibleImages):
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:
-        """Reads the truth of each pixel of image `index`, (H, W).
+        """Reads the class or depth of each pixel of the image with an index, (H, W).
 
         Raises: DataError: if the file cannot be used.
         """
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
-        """Reads image `index`, (3, H, W) uint8, and the truth of its pixels, (H, W).
+        """Reads the image with an index, (3, H, W) uint8, and the truth of its pixels, (H, W).
 
-        Raises: DataError: if a file cannot be read, or the two sizes differ.
+        Raises: DataError: if a file cannot be read, or if image and truth differ in size.
         """
         image = decode(self.read(index), self[index], max_pixels=self.max_pixels)
         truth = self.truth(index)
@@ -122,7 +129,7 @@ class PairedImages(DivisibleImages):
         return image, truth
 
     def some_truths(self) -> list[NDArray[Any]]:
-        """Reads some of the truth files, spread over the dataset.
+        """Reads up to `FILES_CHECKED` truth files, spread evenly over the dataset, (H, W) each.
 
         Raises: DataError: if a file cannot be used.
         """
@@ -137,13 +144,13 @@ def read_numbers(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.int32]:
-    """Reads the numbers of a file, (H, W), one per pixel.
+    """Reads an image file that stores a number for each pixel, (H, W).
 
     Args:
-        path: An image file.
+        path: The file.
         modes: The accepted modes of Pillow.
-        expected: Expected kind of file, for messages.
-        max_pixels: Larger files are refused.
+        expected: What kind of file is expected, for messages.
+        max_pixels: Largest number of pixels; larger files are refused.
 
     Raises: DataError: if the file cannot be read, or has another mode.
     """
@@ -174,14 +181,14 @@ def pairs_in_folders(
 
     Args:
         layouts: Possible layouts, of which the first that exists is used. If images and truth files
-            share a folder, the truth files are the PNGs.
+            are in the same folder, the truth files are the PNGs.
         root: Folder of the dataset.
         split: "train" or "val".
-        kind: Plural noun for the truth, for messages: "labels".
-        where: The field that names the folder, for messages.
-        otherwise: Alternative layouts of a dataset, for messages.
+        kind: Plural noun for the truth, such as "labels", for messages.
+        where: The recipe's field that names the folder, for messages.
+        otherwise: Words on other ways to name a dataset, for messages.
 
-    Raises: DataError: if there is no such split, or an image has no truth file.
+    Raises: DataError: if there is no such split, or if an image has no truth file.
     """
     layout = _layout_of(layouts, root, split, kind, where, otherwise)
     image_root, truth_root = layout.folders(root, split)
@@ -222,6 +229,10 @@ def pairs_in_folders(
 def _layout_of(
     layouts: Sequence[Layout], root: str, split: str, kind: str, where: str, otherwise: str
 ) -> Layout:
+    """Returns the first layout whose folders exist; for arguments see `pairs_in_folders`.
+
+    Raises: DataError: if the folders of no layout exist.
+    """
     for layout in layouts:
         if all(kind_of(folder) == "folder" for folder in layout.folders(root, split)):
             return layout
@@ -237,4 +248,5 @@ def _layout_of(
 
 
 def _stem(path: str, root: str) -> str:
+    """Returns the path of a file relative to a folder, without its extension."""
     return os.path.splitext(os.path.relpath(path, root))[0]

@@ -1,4 +1,4 @@
-"""Images of several sizes in one batch, normalised for the student, with grey padding."""
+"""Normalises a batch of images of several sizes for the student, with grey padding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PADDING = 128
 
 
 def normalised(images: Tensor, sizes: Tensor, statistics: Statistics) -> Tensor:
-    """Normalises images to float32, with grey padding beyond their sizes.
+    """Returns normalised float32 pixels (B, 3, H, W), in which padding is grey.
 
     Args:
-        images: (B, 3, H, W) uint8, padded right and bottom.
+        images: (B, 3, H, W) uint8, padded at right and bottom with any values.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        statistics: The student's normalisation.
+        statistics: Mean and deviation that normalise the pixels.
     """
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device) < sizes[:, :1]  # (B, H)

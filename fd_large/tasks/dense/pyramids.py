@@ -1,9 +1,8 @@
-"""Pyramids, which turn a backbone's maps into maps with successively halved sides.
+"""Pyramids, which turn a backbone's maps into maps whose sides are halved from level to level.
 
-Detectors read five maps of one width; segmentation reads four, of the backbone's own widths.
-
-torchvision's pyramid cannot be used, since it initialises its children's weights in its own
-constructor (see convolution.py).
+Detectors read five maps with the same number of channels. Segmentation reads four maps with the
+backbone's numbers of channels. torchvision's pyramid cannot be used, since it initialises its
+children's weights in its own constructor (see convolution.py).
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ STAGE_NORM_EPS = 1e-5
 
 
 class NormedStages(nn.Module):
-    """A new norm on each stage's map, as all published dense heads on a Swin backbone have it.
+    """A new norm on the map of each stage, as in all published dense heads on a Swin backbone.
 
     Args:
-        widths: Channels of the stages.
+        widths: Number of channels of each stage.
     """
 
     def __init__(self, widths: Sequence[int]):
@@ -41,7 +40,7 @@ class NormedStages(nn.Module):
             self.add_module(f"norm{stage}", LayerNorm(channels, STAGE_NORM_EPS))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, H_s, W_s, C_s) of each stage to (B, C_s, H_s, W_s)."""
+        """Returns the normed map (B, C, H, W) of each stage from its map (B, H, W, C)."""
         return [
             getattr(self, f"norm{stage}")(x).permute(0, 3, 1, 2) for stage, x in enumerate(maps)
         ]
@@ -50,11 +49,11 @@ class NormedStages(nn.Module):
 class FeaturePyramid(NormedStages):
     """The feature pyramid over the stages of a hierarchical backbone.
 
-    Lateral and output convolutions have a norm each (ViTDet's choice for its Swin baselines).
+    Each lateral and each output convolution has a norm, as in ViTDet's Swin baselines.
 
     Args:
-        widths: Channels of the stages.
-        width: Channels of the pyramid.
+        widths: Number of channels of each stage.
+        width: Number of channels of the pyramid's maps.
 
     Sources: Lin et al., arXiv 1612.03144; Liu et al., arXiv 2103.14030; Li et al., arXiv
         2203.16527.
@@ -65,7 +64,7 @@ class FeaturePyramid(NormedStages):
         self.laterals, self.outputs = _convolutions(widths, width)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, H_s, W_s, C_s) of each stage to (B, width, H_s, W_s), and adds a coarser map."""
+        """Returns a map (B, width, H, W) for each stage's map (B, H, W, C), and a coarser map."""
         normed = super().forward(maps)
         sides = [lateral(x) for x, lateral in zip(normed, self.laterals, strict=True)]
         total, pyramid = sides[-1], []
@@ -81,8 +80,8 @@ class SimplePyramid(nn.Module):
     """ViTDet's simple pyramid over the last map of a plain backbone.
 
     Args:
-        in_width: Channels of the backbone's map.
-        width: Channels of the pyramid.
+        in_width: Number of channels of the backbone's map.
+        width: Number of channels of the pyramid's maps.
 
     Source: Li et al., arXiv 2203.16527.
     """
@@ -97,7 +96,10 @@ class SimplePyramid(nn.Module):
         self.laterals, self.outputs = _convolutions((quarter, half, in_width, in_width), width)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, H, W, C) to five maps (B, width, h, w), h = 4H, 2H, H, ceil(H/2), ceil(H/4)."""
+        """Returns five maps (B, width, h, w) from a map (B, H, W, C).
+
+        Their heights h are 4H, 2H, H, ceil(H/2) and ceil(H/4), and their widths correspond.
+        """
         x = x.permute(0, 3, 1, 2)
         # In this order: backward adds up the gradients of x in the reverse, to the last bit.
         scales = (
@@ -114,13 +116,13 @@ class SimplePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Rescales a plain backbone's maps, all of one size, to those of a hierarchical backbone.
+    """Rescales a plain backbone's maps, so that they have a hierarchical backbone's sizes.
 
-    Each map is scaled by transposed convolutions or by max pooling; its width is unchanged.
+    Each map is scaled by transposed convolutions or by max pooling, and keeps its channels.
 
     Args:
-        width: Channels of the maps.
-        scales: Factor of each map's sides: 4, 2, 1, 1/2 or 1/4, each at most once.
+        width: Number of channels of the maps.
+        scales: Factor of the sides of each map; 4, 2, 1, 1/2 or 1/4, each at most once.
 
     Source: Bao et al., arXiv 2106.08254, and its segmentation code (fpn1 to fpn4).
     """
@@ -135,7 +137,11 @@ class RescaledMaps(nn.Module):
             self.twofold = Doubling(width, width, draw=FAN_IN_UNIFORM)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, H, W, C) of some blocks to (B, C, scale x H, scale x W), rounded down."""
+        """Returns (B, C, scale * H, scale * W) for each map (B, H, W, C), with sides rounded down.
+
+        Args:
+            maps: A map for each of `scales`.
+        """
         rescaled = []
         for x, scale in zip(maps, self.scales, strict=True):
             x = x.permute(0, 3, 1, 2)
@@ -153,7 +159,13 @@ class RescaledMaps(nn.Module):
 def _fourfold(
     widths: tuple[int, int, int], draw: Draw, norm: Callable[[int], nn.Module]
 ) -> nn.Sequential:
-    """Returns layers that double a map's sides twice, with a norm and a GELU between."""
+    """Returns layers that double a map's sides twice, with a norm and a GELU between.
+
+    Args:
+        widths: Numbers of channels before, between and after the two layers.
+        draw: Distribution of the layers' weights.
+        norm: Constructor of the norm, from the number of channels.
+    """
     first, middle, last = widths
     return nn.Sequential(
         Doubling(first, middle, draw=draw),
@@ -164,7 +176,12 @@ def _fourfold(
 
 
 def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Returns lateral 1x1 convolutions and 3x3 output convolutions, one of each per level."""
+    """Returns the lateral 1x1 convolutions and the 3x3 output convolutions of a pyramid's levels.
+
+    Args:
+        widths: Number of channels of each level's input.
+        width: Number of channels of the outputs.
+    """
     return (
         nn.ModuleList(NormedConvolution(channels, width, 1, relu=False) for channels in widths),
         nn.ModuleList(NormedConvolution(width, width, 3, relu=False) for _ in widths),
@@ -172,5 +189,5 @@ def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.
 
 
 def _coarser(x: Tensor) -> Tensor:
-    """Returns every second row and column of a map (B, C, H, W), as a level for large anchors."""
+    """Returns every second row and column of a map (B, C, H, W), as a coarser level."""
     return F.max_pool2d(x, kernel_size=1, stride=2)

@@ -1,4 +1,4 @@
-"""Checks of fields that tasks with dense targets share; torch is not imported."""
+"""Checks of recipe fields that tasks with dense targets share; this file does not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ IGNORED_FIELDS = (
 
 
 def check_head(run: Any, *, task: str, field: str = "head") -> None:
-    """Refuses an unknown name of a task's head, without importing the head or torch.
+    """Checks that a recipe names a known head, without importing the head or torch.
 
     Args:
         run: A recipe of the task.
-        task: Name of the task, of its folder and of its section.
+        task: Name of the task, its folder and its section.
         field: The field of the section that names the head.
 
-    Raises: ConfigError: naming the nearest known names.
+    Raises: ConfigError: if the name is unknown; it lists the nearest known names.
     """
     doors.require_known(
         getattr(getattr(run.task, task), field),
@@ -35,9 +35,13 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
 
 
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
-    """Refuses scales of training images that are not an ascending range.
+    """Checks that scales of training images are an ascending range above 0.
 
-    Raises: ConfigError: naming the field of the section `where`.
+    Args:
+        where: The section, for the message.
+        scale_range: The smallest and the largest scale.
+
+    Raises: ConfigError: if they are not.
     """
     smallest, largest = scale_range
     require(
@@ -49,9 +53,13 @@ def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
 
 
 def check_test_size(where: str, test_size: tuple[int, int]) -> None:
-    """Refuses invalid side lengths of test images, in pixels, shorter side first.
+    """Checks the size of test images.
 
-    Raises: ConfigError: naming the field of the section `where`.
+    Args:
+        where: The section, for the message.
+        test_size: The shorter and the longer side in pixels, or (0, 0).
+
+    Raises: ConfigError: if the size is invalid.
     """
     shorter, longer = test_size
     require(
@@ -63,9 +71,13 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
 
 
 def check_test_scales(where: str, scales: tuple[float, ...]) -> None:
-    """Refuses invalid scales of test images.
+    """Checks that there are scales of test images, all above 0.
 
-    Raises: ConfigError: naming the field of the section `where`.
+    Args:
+        where: The section, for the message.
+        scales: The scales.
+
+    Raises: ConfigError: if the scales are invalid.
     """
     require(
         bool(scales) and all(scale > 0 for scale in scales),

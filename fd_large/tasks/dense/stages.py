@@ -1,4 +1,4 @@
-"""Prepares a distilled student for dense tasks: its maps of images of any size, and their neck.
+"""Prepares a distilled student for dense tasks, computes its maps, and chooses the neck.
 
 The student's parameters keep their names, so that its weights load unchanged.
 """
@@ -21,22 +21,24 @@ from fd_large.tasks.dense.pyramids import (
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
 
 NUM_STAGES = 4
-# Parameters of a distilled student that `strip` removes, with the values that stand for them in an
-# exported whole student, whose final norm then only normalises.
+# Parameters that `strip` removes from a distilled student, with the values that they have in an
+# export of the whole student, whose final norm then only normalises.
 LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
-    """Removes the final norm and, before windows, the class tokens from a student.
+    """Removes the parameters of a student that a dense task does not use.
 
-    These parameters would get no gradient, but DeepSpeed would still apply weight decay to them.
+    They are the final norm and, if the student's blocks will attend within windows, the class
+    tokens. These parameters would get no gradient, but DeepSpeed would still apply weight decay.
 
     Args:
         student: A backbone with a map for each stage (`stage_widths`, `stage_strides`), each of
             half the previous resolution, or a backbone with a single map whose blocks can attend
             within windows (`attends_in_windows`).
-        windowed: Whether a student with a single map will see windows, without its class tokens
-            (`features`), or whole images of its own size, with them (`maps_of_blocks`).
+        windowed: Whether a student with a single map will attend within windows (`features`). If
+            False, it will keep its class tokens and run on whole images of its own size
+            (`maps_of_blocks`).
 
     Raises: ConfigError: if no pyramid can be built on the student.
     """
@@ -65,14 +67,14 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
 def features(
     student: nn.Module, pixels: Tensor, keep: Tensor | None
 ) -> Tensor | tuple[Tensor, ...]:
-    """Maps normalised images of any size to the pyramid's input.
+    """Runs a student on images of any size, and returns the pyramid's input.
 
     Args:
         student: The student, after `strip`.
-        pixels: (B, 3, H, W), any float dtype.
-        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+        pixels: (B, 3, H, W), normalised, of any floating-point dtype.
+        keep: (num_sites, B) bool, the branches that drop path keeps; None to keep all branches.
 
-    Returns: a map (B, H, W, C) of each stage, or the only map.
+    Returns: the maps (B, H, W, C) of all stages, or the only map of a student without stages.
     """
     pixels = pixels.to(next(student.parameters()).dtype)
     if has_stages(student):
@@ -81,10 +83,13 @@ def features(
 
 
 def blocks_taken(depth: int) -> tuple[int, int, int, int]:
-    """Returns the blocks of a plain ViT whose maps are rescaled, counted from 0.
+    """Returns the numbers of the blocks of a plain ViT whose maps are rescaled, counted from 0.
 
-    They end a third, a half, two thirds and all of the model; as published, blocks 3, 5, 7, 11 of
-    12 and 7, 11, 15, 23 of 24.
+    They are the last blocks of the first third, half, two thirds and whole of the model. So they
+    are blocks 3, 5, 7, 11 of 12 and blocks 7, 11, 15, 23 of 24, as published.
+
+    Args:
+        depth: Number of the ViT's blocks.
     """
     return (
         max(depth // 3 - 1, 0),
@@ -97,17 +102,18 @@ def blocks_taken(depth: int) -> tuple[int, int, int, int]:
 def maps_of_blocks(
     vit: nn.Module, pixels: Tensor, keep: Tensor | None, blocks: Sequence[int]
 ) -> list[Tensor]:
-    """Maps normalised images of a ViT's own size to the maps of some blocks.
+    """Runs a ViT on images of its own size, and returns the maps after some blocks.
 
-    Every token sees all others, class tokens included.
+    Every token attends to all tokens of the image, including class tokens.
 
     Args:
         vit: The ViT, after `strip`.
-        pixels: (B, 3, H, W), any float dtype (`at_own_size`).
-        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
-        blocks: Numbers of the blocks, rising, counted from 0.
+        pixels: (B, 3, H, W), normalised, of any floating-point dtype; smaller images are padded
+            (`at_own_size`).
+        keep: (num_sites, B) bool, the branches that drop path keeps; None to keep all branches.
+        blocks: Numbers of the blocks, counted from 0, in ascending order.
 
-    Returns: (B, H / p, W / p, C) for each, without a norm.
+    Returns: for each block its map (B, H / p, W / p, C) without a norm, where p is the patch size.
     """
     rows, columns = vit.image_grid
     pixels = at_own_size(vit, pixels).to(next(vit.parameters()).dtype)
@@ -121,12 +127,12 @@ def maps_of_blocks(
 
 
 def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> Tensor:
-    """Maps normalised images to the last map of a whole student, after its final norm.
+    """Runs a whole student on images, and returns its last map after the final norm.
 
     Args:
-        student: A whole backbone, without `strip`.
-        pixels: (B, 3, H, W), any float dtype; padded to the student's size if it has one.
-        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+        student: A backbone to which `strip` was not applied.
+        pixels: (B, 3, H, W), normalised, of any floating-point dtype; padded by `at_own_size`.
+        keep: (num_sites, B) bool, the branches that drop path keeps; None to keep all branches.
 
     Returns: (B, C, h, w) without class tokens.
     """
@@ -136,9 +142,14 @@ def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> 
 
 
 def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
-    """Resizes a head's result (B, K, h, w) bilinearly to (B, K, H, W) for pixels (B, 3, H, W).
+    """Resizes a head's output bilinearly to the pixels of the images.
 
-    Where the student saw padding beside the pixels, that part of the result is cut off.
+    Args:
+        student: The student, which may have padded the images (`at_own_size`).
+        logits: (B, K, h, w), the head's output for the padded images.
+        pixels: (B, 3, H, W), the images before padding.
+
+    Returns: (B, K, H, W), from which the padding is cut off.
     """
     size = at_own_size(student, pixels).shape[-2:]
     if logits.shape[-2:] != size:
@@ -147,9 +158,9 @@ def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
 
 
 def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
-    """Pads pixels (B, 3, H, W) with zeros, right and bottom, to a student's fixed size.
+    """Pads pixels (B, 3, H, W) with zeros, at right and bottom, to the student's fixed size.
 
-    Without a fixed size, pixels stay unchanged.
+    If the student has no fixed size (`is_of_one_size`), the pixels are returned unchanged.
     """
     if not is_of_one_size(student):
         return pixels
@@ -159,17 +170,20 @@ def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def is_of_one_size(student: nn.Module) -> bool:
-    """Returns whether a student maps whole images of a single size only, as a ViT does."""
+    """Whether a student accepts whole images of a single size only, as a ViT does."""
     return not has_stages(student) and hasattr(student, "image_grid")
 
 
 def scales_of(patch_size: int) -> tuple[float, ...]:
-    """Returns the factors by which a plain ViT's four maps are rescaled, as published."""
+    """Returns the factors by which the sides of a plain ViT's maps are scaled, as published."""
     return (2, 1, 0.5, 0.25) if patch_size <= 8 else (4, 2, 1, 0.5)
 
 
 def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
-    """Returns the neck that turns a student's maps into four, finest first, and their widths."""
+    """Returns the neck of a student, and the numbers of channels of the neck's four maps.
+
+    The neck turns the student's maps into four maps, of which the first is the finest.
+    """
     if has_stages(student):
         return NormedStages(student.stage_widths), tuple(student.stage_widths)
     neck = RescaledMaps(student.width, scales_of(student.patch_size))
@@ -177,18 +191,18 @@ def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def pyramid_of(student: nn.Module, width: int) -> nn.Module:
-    """Returns the pyramid that fits a student, with `width` channels on every level."""
+    """Returns the pyramid that fits a student, with `width` channels in each map."""
     if has_stages(student):
         return FeaturePyramid(list(student.stage_widths), width)
     return SimplePyramid(student.width, width)
 
 
 def strides_of(student: nn.Module) -> tuple[float, ...]:
-    """Returns the pixels per place of each level of the pyramid, finest first."""
+    """Returns the strides of the pyramid's five maps in pixels, finest first."""
     finest = student.stage_strides[0] if has_stages(student) else student.patch_size / 4
     return tuple(float(finest * 2**level) for level in range(NUM_STAGES + 1))
 
 
 def has_stages(student: nn.Module) -> bool:
-    """Returns whether a student has a map for each of several stages."""
+    """Whether a student has a map for each of several stages, as a Swin has."""
     return hasattr(student, "stage_widths")

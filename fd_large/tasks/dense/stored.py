@@ -1,4 +1,4 @@
-"""The model of a stored run, ready for tests, and a loop over the user's images."""
+"""Builds the model of a stored run for tests, and predicts the user's images."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from fd_large.tasks.stored_run import Predicted, StoredRun, StoredScores
 from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]
-"""An image's entry in predictions.json, its prediction in a few words, and the drawn image."""
+"""A prediction: its entry in predictions.json, its words, and the path of the drawn image."""
 
 
 def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str) -> AnyTask:
-    """Builds the task of a checkpoint in evaluation, whole on this process's device.
+    """Builds the task of a checkpoint in evaluation mode, unsharded on this process's device.
 
     Args:
         make: Constructs the task.
         reader: Reader of the checkpoint.
-        precision: `engine.precision` of its recipe.
+        precision: The value of `engine.precision` in the checkpoint's recipe, which decides
+            between bfloat16 and float32.
     """
     task = stored_task(make, reader, kind=stream.outcome(reader))
     if computes_in_bfloat16(precision):
@@ -44,7 +45,13 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
 
 
 def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a task's tensors outside its student, and of running statistics."""
+    """Returns the shapes of a task's parameters and running statistics outside its student.
+
+    Args:
+        make: Constructs the task.
+
+    Returns: shapes by the tensors' names in the task.
+    """
     with torch.device("meta"):
         task = make()
     tensors = dict(task.named_parameters()) | partition.running_statistics(task)
@@ -52,11 +59,11 @@ def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
 
 
 class HeadTensors(Tensors):
-    """The tensors of a checkpoint besides its student's, each read on access.
+    """The tensors of a checkpoint outside its student, each of which is read on access.
 
     Args:
         reader: The checkpoint.
-        shapes: The `head_shapes` of the checkpoint's recipe.
+        shapes: The result of `head_shapes` for the checkpoint's task.
     """
 
     def __init__(self, reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -75,24 +82,25 @@ class HeadTensors(Tensors):
         return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape without reading it."""
+        """Returns the shape of the tensor with a name, without reading the tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns float32, the type of master and averaged weights."""
+        """Returns float32, the data type of master and averaged weights, for any name."""
         return torch.float32
 
 
 def predict_files(
     see: Callable[[Tensor, str], Seen], images: Sequence[str], folder: Path, *, max_pixels: int
 ) -> Iterator[Predicted]:
-    """Predicts image files one by one, and writes predictions.json.
+    """Predicts image files and yields a result for each; at the end writes predictions.json.
 
     Args:
-        see: Maps pixels (3, H, W) uint8, and the stem of the files to write, to the prediction.
+        see: Predicts and draws an image, from pixels (3, H, W) uint8 and the stem of the drawn
+            file's name.
         images: Paths of image files.
-        folder: Folder for predictions.json.
-        max_pixels: Larger images are refused.
+        folder: Folder for predictions.json, which is made if it is missing.
+        max_pixels: Largest number of pixels of an image; larger images are refused.
     """
     out_folder(folder)
     predictions: dict[str, Any] = {}
@@ -109,16 +117,28 @@ def predict_files(
 
 
 class StoredDense(StoredRun):
-    """A run of segmentation or depth, scored and drawn with the run's own test settings."""
+    """A stored run of segmentation or depth, which is tested with its own test settings."""
 
     job: DenseJob
 
     def tables(self, outcome: Any, images: Any) -> Sequence[Any]:
-        """Returns the tables of a test for the terminal."""
+        """Returns the tables of a test's scores for the terminal.
+
+        Args:
+            outcome: The result of `DenseJob.measure`.
+            images: The test images.
+        """
         raise NotImplementedError
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the val split of `eval.root` or `data.root`."""
+        """Scores a checkpoint on the test images (`DenseJob.test_images`); all ranks call it.
+
+        Args:
+            reader: A checkpoint of the run.
+            folder: Folder of scores and plots.
+
+        Returns: tables and files on rank 0, and nothing on other ranks.
+        """
         job, micro = self.job, self.run.batch.micro_batch_size
         job.model_to_test(lambda images: images, 1)
         images = meeting.meet(job.test_images)
@@ -133,10 +153,13 @@ class StoredDense(StoredRun):
         return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
 
     def task(self, reader: Reader) -> Any:
-        """Builds the task of a checkpoint, to be tested."""
+        """Builds the task of a checkpoint for tests; see `task_to_test`."""
         return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
 
     def without_norm(self) -> str:
-        """Model card sentence about the student's final norm, with a leading space, or ""."""
+        """Returns the model card's sentence on a student without final norm; "" if it has one.
+
+        The sentence begins with a space.
+        """
         absent = self.job.stored_student().absent
         return " It had no final norm, which only normalises here." if absent else ""

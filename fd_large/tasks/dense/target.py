@@ -1,6 +1,7 @@
-"""The target of each pixel of a batch, a class or a depth.
+"""The targets of a batch, with a class or a depth for each pixel.
 
-It is a NamedTuple, because a batch is moved to the device and pinned by walking through tuples.
+`Targets` is a NamedTuple, since the code that pins a batch or moves it to the device looks for
+tensors in tuples.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ class Targets(NamedTuple):
     """The targets of a batch.
 
     Attributes:
-        truth: (B, H, W), the dataset's value of each pixel, including its value for unknown pixels.
+        truth: (B, H, W), the dataset's class or depth of each pixel, or its value for unknown
+            pixels.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order; random choices for a sample depend on them. A
-            NumPy array stays on the host, where the choices are drawn.
-        epoch: Counted from 0.
+        positions: (B,) int64, positions in the epoch's order, on which random choices for a sample
+            depend. As a NumPy array they stay on the host, where the choices are drawn.
+        epoch: Epoch, counted from 0.
     """
 
     truth: Tensor

@@ -1,4 +1,4 @@
-"""The base of tasks with a target for each pixel, whose student may be frozen."""
+"""The base class of tasks with a target for each pixel, whose student may be frozen."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fd_large.tasks.dense.pixels import normalised
 
 
 class DenseTask(Task):
-    """A head with batch norms on a student, which may be frozen.
+    """A student, and a head with batch norms that predicts the class or depth of each pixel.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        frozen: Whether the student is frozen.
-        statistics: The student's normalisation.
+        frozen: Whether only the head is trained.
+        statistics: Mean and deviation that normalise the student's pixels.
     """
 
     def __init__(
@@ -28,24 +28,30 @@ class DenseTask(Task):
         self.frozen, self.statistics = frozen, statistics
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 of one size to float32."""
+        """Returns images (B, 3, H, W) uint8 without padding as normalised float32 pixels."""
         sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
         return normalised(images, sizes, self.statistics)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Returns `forward` without a target, for images (B, 3, H, W) uint8 of one size.
+        """Returns the predictions of images, the result of `forward` without a target.
 
         Args:
-            images: On the device.
+            images: (B, 3, H, W) uint8 without padding, on the device.
         """
         return self(pixels=self.pixels(images))
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate, 0 if it is a frozen student's."""
+        """Returns the factor of a parameter's learning rate, 0 for a frozen student's parameters.
+
+        See `Task.layer_scale`.
+        """
         if self.frozen and name.startswith("student."):
             return 0.0
         return super().layer_scale(name, decay)
 
     def student_norms(self) -> list[Any]:
-        """Returns the student's batch norms; none if frozen, since it uses loaded statistics."""
+        """Returns the student's batch norms that use statistics of a step.
+
+        A frozen student has none, since it uses its loaded statistics.
+        """
         return [] if self.frozen else super().student_norms()

@@ -12,7 +12,7 @@ from fd_large.tasks.transfer import Transfer
 
 
 class DenseTransfer(Transfer):
-    """Trainings on crops whose side fits the model's patch."""
+    """Trainings of dense tasks, for which the crop must fit the patch size of the named model."""
 
     def starting_from(
         self,
@@ -23,9 +23,10 @@ class DenseTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model, and its crop enlarged to a multiple of the patch.
+        """Returns a recipe whose student is a named model, and whose crop fits the model.
 
-        The crop stays unchanged for a model of several stages, which sees crops of any size.
+        The side of the crop is enlarged to a multiple of the patch size. It stays unchanged for a
+        model with several stages, which accepts crops of any size. For arguments see `Transfer`.
         """
         run = super().starting_from(
             run, model, image_size=image_size, trained_as=trained_as, fields=fields

@@ -1,9 +1,9 @@
-"""A plain ViT on large images: most blocks attend within windows, a few over the whole image.
+"""Runs a plain ViT on large images, where most blocks attend within windows.
 
-The parameters keep the distilled model's names; only the calls of its blocks differ. Windows are as
-large as the grid on which the model was distilled, so that its position table fits inside them; the
-last block of each quarter sees the whole image (ViTDet: blocks 2, 5, 8, 11 of 12). The class token,
-which belongs to no window, and the final norm are left out.
+Windows are as large as the grid on which the model was distilled, so that its position table fits
+inside a window. The last block of each quarter of the model attends to the whole image, as in
+ViTDet (blocks 2, 5, 8, 11 of 12). The class token, which belongs to no window, and the final norm
+are left out. The parameters keep the distilled model's names; only the calls of its blocks differ.
 
 Source: Li et al., arXiv 2203.16527.
 """
@@ -24,13 +24,23 @@ NUM_GLOBAL_BLOCKS = 4
 
 
 def global_blocks(depth: int) -> frozenset[int]:
-    """Returns the blocks that see the whole image: the last of each quarter of the model."""
+    """Returns the numbers of the blocks that attend to the whole image, counted from 0.
+
+    They are the last blocks of the quarters of the model.
+
+    Args:
+        depth: Number of the ViT's blocks.
+    """
     quarters = min(NUM_GLOBAL_BLOCKS, depth)
     return frozenset((i + 1) * depth // quarters - 1 for i in range(quarters))
 
 
 def check(vit: ViT) -> None:
-    """Raises ConfigError if a ViT's positions cannot be carried to another image size."""
+    """Raises ConfigError if a ViT's positions cannot be used within windows.
+
+    The grid of positions must be square, and a table of relative positions must be shared by all
+    blocks.
+    """
     rows, columns = vit.image_grid
     if rows != columns:
         raise ConfigError(
@@ -46,14 +56,16 @@ def check(vit: ViT) -> None:
 
 
 def windowed_map(vit: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
-    """Maps normalised images of any size to the last block's map.
+    """Runs a ViT on images of any size, and returns the map after the last block.
 
     Args:
-        vit: The ViT whose patches, positions and blocks are used.
-        pixels: (B, 3, H, W), any float dtype; padded right and bottom to whole patches.
-        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+        vit: The ViT.
+        pixels: (B, 3, H, W), normalised, of any floating-point dtype; padded at right and bottom to
+            whole patches.
+        keep: (num_sites, B) bool, the branches that drop path keeps; None to keep all branches.
 
-    Returns: (B, ceil(H / p), ceil(W / p), C) in the dtype of the residual stream.
+    Returns: (B, ceil(H / p), ceil(W / p), C) in the data type of the residual stream, where p is
+        the patch size.
     """
     p = vit.patch_size
     height, width = pixels.shape[-2:]

@@ -1,4 +1,4 @@
-"""Sliding windows over an image: their places, and the mean of their predictions.
+"""Sliding windows over an image: their positions, and the mean of their predictions.
 
 Source: mmsegmentation, encoder_decoder.py (slide_inference); a test compares both.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Window = tuple[int, int, int, int]
-"""Top, left, bottom and right, in pixels."""
+"""Top, left, bottom and right of a window, in pixels; bottom and right are exclusive."""
 
 
 def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
@@ -23,7 +23,7 @@ def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int
     Args:
         size: Height and width of the image.
         crop: Height and width of a window.
-        stride: Distance from window to window, down and across.
+        stride: Distance between neighbouring windows, vertically and horizontally.
     """
     starts = []
     for length, side, step in zip(size, crop, stride, strict=True):
@@ -49,10 +49,10 @@ def mean_of_windows(
     Args:
         image: (B, 3, H, W).
         find: The model, which maps crops (B, 3, h, w) to predictions (B, ..., h, w).
-        places: The windows, all of one size.
+        places: The windows, which all have the same size.
         at_once: Number of windows in a forward.
 
-    Returns: (B, ..., H, W), NaN for pixels in no window.
+    Returns: (B, ..., H, W), with NaN for pixels that no window contains.
     """
     size = (image.shape[-2], image.shape[-1])
     total: Tensor | None = None
@@ -70,5 +70,5 @@ def mean_of_windows(
 
 
 def num_forwards(places: Sequence[Window], at_once: int) -> int:
-    """Returns the number of forwards of `mean_of_windows`."""
+    """Returns how many forwards `mean_of_windows` runs for these windows."""
     return -(-len(places) // at_once)

@@ -1,15 +1,15 @@
 """Finds ranks whose teacher changed in memory, that compute wrongly, or that are slow.
 
-The training loss does not show a damaged teacher: a student learns from it just as well. Every rank
-hashes the part of the teacher that it holds itself (a gathered weight is the same on all ranks) and
-computes the map of fixed images; both must be as they were at the start. The time of a short matrix
-product that waits for no other rank shows how fast each rank is.
+The training loss does not show that a teacher is damaged, since a student learns its map just as
+well. Therefore every rank hashes the part of the teacher that it holds (a gathered weight is the
+same on all ranks), and computes the map of fixed images. Hash and map must be as they were at the
+start. The time of a short matrix product that waits for no other rank shows how fast each rank is.
 
 The cost of a check is estimated by arithmetic, for the 1.06B teacher in bf16 on one H100. The hash
 of a replicated teacher (a sharded one is hashed in parts) makes about 10 passes over 16 bytes per
 element, 1.06e9 x 160 B at 3 TB/s = 0.06 s, and a dozen kernel launches for each of 1,000 tensors,
 0.1 s. The map of two images takes 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s. Seven products of
-2 x 4096^3 = 0.14 TFLOP each take 0.003 s, and there are two small collectives. A total of 0.2 s
+2 x 4096^3 = 0.14 TFLOP each take 0.003 s, and two collectives are small. A total of 0.2 s
 every 500 steps is below 1% of training time if a step takes 0.04 s or more; steps of the 3B run
 take seconds. On one CPU core (measured) the hash takes 0.006 s per million elements.
 """
@@ -36,19 +36,20 @@ log = logging.getLogger(__name__)
 TEACHER_CHANGED = "teacher changed"
 """The status in summary.json of a run that ends because its teacher changed."""
 MAP_TOLERANCE = 0.01
-"""Largest tolerated change of the map, as a fraction of its norm, since products in bf16 may be
-summed in another order. The hash must be equal."""
+"""Largest tolerated change of the map, as a fraction of the map's norm, since products in bf16 may
+be summed in another order. The hash must be equal."""
 SLOW = 1.5
-"""Multiple of the ranks' median time above which a rank counts as slow."""
+"""A rank is slow if it takes more than this multiple of the ranks' median time."""
 CHECKS_BETWEEN_NAMINGS = 20
-"""Checks after which a rank that stays slow is named again."""
+"""Number of checks after which the log names a rank again that is still slow."""
 PRODUCTS = 7
 
 
 def seconds_of_product() -> float:
     """Times a square matrix product on this rank's device, without a collective.
 
-    Returns: seconds of the fastest of several tries, so that an interruption does not count.
+    Returns: the time of the fastest of several tries, in seconds, so that an interruption does not
+        count.
     """
     device = distributed.device()
     on_gpu = device.type == "cuda"
@@ -69,16 +70,16 @@ def seconds_of_product() -> float:
 class Canary(Hook):
     """Checks the teacher every `every` steps, after the last step, and before each checkpoint.
 
-    A changed teacher ends the run on all ranks, without saving.
+    If the teacher has changed on a rank, the run ends on all ranks without a checkpoint.
 
     Args:
-        every: Steps between two checks.
+        every: Number of steps between two checks.
         teacher: Name of the teacher, for messages, or "" for a single teacher.
-        shard_of: Returns "PART HASH" of this rank's part of the teacher; ranks with the same part
-            return the same PART. All ranks call it.
+        shard_of: Returns "PART HASH" of this rank's shard of the teacher; ranks that hold the same
+            shard return the same PART. All ranks call it.
         map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
-        seconds: Returns the duration of a fixed computation on this rank; None if another
-            teacher's canary measures it.
+        seconds: Returns how long a fixed computation takes on this rank; None to leave the speed to
+            another teacher's canary.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Canary(Hook):
         self._named: dict[int, int] = {}
 
     def on_start(self, setting: Setting) -> None:
-        """Records the teacher's hash and map; compares ranks that hold the same part of it."""
+        """Stores the teacher's hash and map, and compares the hashes of ranks with equal shards."""
         self._map = self._map_of().float()
         self._shard = self._shard_of()
         self._good, self._total = setting.first_update, setting.total_updates
@@ -120,7 +121,10 @@ class Canary(Hook):
                 )
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Checks if a check is due; a changed teacher ends the run."""
+        """Checks teacher and speed if a check is due.
+
+        Returns: a verdict that ends the run if the teacher has changed, else None.
+        """
         done = update.index + 1
         if not self._changed and (done % self._every == 0 or done == self._total):
             self._check(done)
@@ -128,12 +132,21 @@ class Canary(Hook):
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def on_save(self, index: int) -> Verdict | None:
-        """Checks, so that no checkpoint of a student with a changed teacher is written."""
+        """Checks the teacher before a checkpoint is written.
+
+        Returns: a verdict that ends the run without the checkpoint if the teacher has changed, else
+            None.
+        """
         if index != self._good and not self._changed:
             self._check(index)
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def _check(self, done: int) -> None:
+        """Compares hash and map with the start on all ranks, and reports a changed teacher.
+
+        Args:
+            done: Number of finished steps.
+        """
         wrong = self._shard_of() != self._shard
         reports = distributed.gather_objects((wrong, self._distance()))
         changed = [rank for rank, (wrong, _) in enumerate(reports) if wrong]
@@ -147,11 +160,19 @@ class Canary(Hook):
             self._report(done, changed, differs, max(far for _, far in reports))
 
     def _distance(self) -> float:
-        """Returns the distance of the map from the initial map, relative to the initial norm."""
+        """Returns the norm of this rank's map minus its first map, relative to the first's norm."""
         now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
         return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()
 
     def _report(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
+        """Logs on which ranks the teacher has changed.
+
+        Args:
+            done: Number of finished steps.
+            changed: The ranks with another hash.
+            differs: The ranks with another map.
+            distance: Largest distance of a rank's map from its first map (`_distance`).
+        """
         if changed:
             evidence = f"on {self._names(changed)}: the bits held there are not those of the start"
         else:
@@ -170,6 +191,7 @@ class Canary(Hook):
         )
 
     def _check_speed(self) -> None:
+        """Logs the ranks that were slow in this check and in the check before."""
         if self._seconds is None:
             return
         self._checks += 1
@@ -190,16 +212,17 @@ class Canary(Hook):
                     )
 
     def _names(self, ranks: list[int]) -> str:
+        """Returns the number, node and device of up to four ranks, and how many more there are."""
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         return ", ".join(self._places[rank] for rank in ranks[:4]) + more
 
 
 def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[Canary]:
-    """Returns the teachers' canaries; the first also measures each rank's speed.
+    """Returns a canary for each teacher, of which the first also measures the speed of the ranks.
 
     Args:
         teachers: The placed teachers by name.
-        every: Steps between two checks; 0 for none.
+        every: Number of steps between two checks; 0 for no canaries.
         image_size: Side of the images of which maps are computed, in pixels.
     """
     return [
@@ -215,9 +238,12 @@ def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[C
 
 
 def _odd_holders(shards: list[str]) -> list[int]:
-    """Returns the ranks whose hash differs from the majority of ranks with the same part.
+    """Returns the ranks whose hash differs from most ranks that hold the same shard.
 
-    If no hash has a majority, all ranks with the part are returned.
+    If no hash has a majority among these ranks, all of them are returned.
+
+    Args:
+        shards: "PART HASH" of each rank.
     """
     holders: dict[str, list[int]] = defaultdict(list)
     for rank, shard in enumerate(shards):

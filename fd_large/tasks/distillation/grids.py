@@ -47,9 +47,14 @@ Around = Callable[[Frozen, NamedTeacher, int], Frozen]
 
 
 def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
-    """Returns the grid of a model's map.
+    """Returns the rows and columns of a model's map of square images.
 
-    Raises: ShapeError: naming the model, if it takes no images of that side.
+    Args:
+        whose: The model's name in messages.
+        of_side: Returns the model's grid for images of (height, width).
+        side: Side of the images, in pixels.
+
+    Raises: ShapeError: if the model accepts no images of this side; it names the model.
     """
     try:
         return of_side(side, side)
@@ -58,14 +63,15 @@ def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
 
 
 def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
-    """Returns the grid of the student's map, on the meta device.
+    """Returns the rows and columns of the student's map.
 
     Args:
-        net: The student's module.
-        side: Side of its images, in pixels.
-        several: Whether this side is one of several sizes.
+        net: The student, on the meta device.
+        side: Side of the student's images, in pixels.
+        several: Whether the run has several image sizes; the forward then runs too, since some
+            models reject a size only there.
 
-    Raises: ShapeError: if it takes no images of that side.
+    Raises: ShapeError: if the student accepts no images of this side.
     """
     try:
         grid = grid_of("student", net.grid, side)
@@ -79,16 +85,17 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
 
 
 class TeacherOnShapes:
-    """Finds a teacher's image side and grid beside a student's, by models without weights.
+    """Finds the image side and the grid of a teacher for a student, by models on the meta device.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry, with a settled model.
         student: The student's section, settled.
-        image_size: Side of the student's images, in pixels; if several, the side in evaluations.
-        sizes: All sides of the student's images; empty for `image_size` alone.
-        around: Returns a wrapper of the teacher (such as mosaics) from its entry and the side of
-            the student's images; None for no wrapper.
+        image_size: Side of the student's images, in pixels; in a run with several sides, the side
+            in evaluations.
+        sizes: All sides of the student's images in a run with several sides; otherwise empty.
+        around: Wraps the teacher (as for mosaics), from the teacher, its entry and the side of the
+            student's images; None for no wrapper.
     """
 
     def __init__(
@@ -105,9 +112,9 @@ class TeacherOnShapes:
         self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
     def make(self) -> Frozen:
-        """Constructs the teacher of a settled entry, with random weights.
+        """Constructs the teacher with random weights, for the settled image sizes.
 
-        Raises: ConfigError: if the model is still `auto`, as it is until the weights are opened.
+        Raises: ConfigError: if the entry's model is still "auto", as before the weights are opened.
         """
         return self._made(self.entry, self._image_size, self.sides)
 
@@ -117,7 +124,14 @@ class TeacherOnShapes:
         image_size: int,
         sides: Mapping[int, int] = MappingProxyType({}),
     ) -> Frozen:
-        """Makes the teacher of an entry, for images of one or several sides."""
+        """Constructs the teacher of an entry with random weights.
+
+        Args:
+            entry: The entry.
+            image_size: Side of the student's images, in pixels.
+            sides: Side of the teacher's images for each of several sides of the student's images;
+                empty to take the side from the entry.
+        """
         where = source_flag(self.name)
         side = sides.get(image_size, entry.teacher_image_size)
         require(
@@ -141,13 +155,16 @@ class TeacherOnShapes:
 
     @property
     def gives_summary(self) -> bool:
-        """Whether the model returns a summary besides its map."""
+        """Whether the teacher's model returns a summary besides its map."""
         with torch.device("meta"):
             return getattr(self.make().net, "gives_summary", False)
 
     @cached_property
     def sides(self) -> dict[int, int]:
-        """Side of the teacher's images for each of several sides of the student's; else empty."""
+        """Side of the teacher's images for each side of the student's images, in pixels.
+
+        It is empty unless the student's images have several sides.
+        """
         if not self._sizes:
             return {}
         if self.entry.teacher_image_size != AUTO:
@@ -160,7 +177,7 @@ class TeacherOnShapes:
     def image_size(self) -> int:
         """Side of the teacher's images in evaluations; see `frozen_maker` for the meaning of 0.
 
-        Raises: ConfigError: if the weights decide the side, and were not opened.
+        Raises: ConfigError: if the side is still "auto", as before the weights are opened.
         """
         size = self.sides.get(self._image_size, self.entry.teacher_image_size)
         if not isinstance(size, int):
@@ -172,13 +189,13 @@ class TeacherOnShapes:
         return size
 
     def settled(self, *, follows: bool) -> NamedTeacher:
-        """Returns its entry with image size and interpolation settled in place of "auto".
+        """Returns the teacher's entry with image size and interpolation settled instead of "auto".
 
-        If the student's images have several sizes, and the teacher's side varies among them but is
-        not always the student's, it stays "auto", and `sides` returns the numbers.
+        If the student's images have several sizes, the teacher's image size stays "auto" if it
+        differs between these sizes and is not always the student's; `sides` then has the numbers.
 
         Args:
-            follows: Whether position embeddings may be resized to the teacher's images.
+            follows: Whether the teacher's position embeddings may be resized to its images.
         """
         entry, image_size = self.entry, self._image_size
         is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
@@ -217,7 +234,11 @@ class TeacherOnShapes:
         return replace(met, teacher_image_size=side, interpolation=interpolation)
 
     def _grids_of_student(self, sizes: Sequence[int]) -> dict[int, Grid]:
-        """Returns the student's grid at each side of its images."""
+        """Returns the student's grid for each side of its images.
+
+        Args:
+            sizes: The sides; empty for the side in evaluations alone.
+        """
         with torch.device("meta"):
             net = make_student(
                 self._student, image_size=self._image_size, resizes_positions=bool(sizes)
@@ -228,28 +249,39 @@ class TeacherOnShapes:
     def _side_and_grid(
         self, entry: NamedTeacher, student_grid: Grid, size: int
     ) -> tuple[int, Grid | None]:
-        """Returns the teacher's image side and grid for a side of the student's images."""
+        """Returns the side of the teacher's images in pixels, and the grid of its map.
+
+        Args:
+            entry: The teacher's entry.
+            student_grid: Rows and columns of the student's map.
+            size: Side of the student's images, in pixels.
+
+        Returns: the side, and the grid or None if the teacher rejects the side.
+        """
         side, grid, _ = self._meeting(entry, student_grid, size, follows=False)
         return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
 
     def _meeting(
         self, entry: NamedTeacher, student_grid: Grid, size: int, *, follows: bool
     ) -> tuple[int, Grid | None, NamedTeacher]:
-        """Returns the teacher's image side, its grid and its entry, for the student's images.
+        """Chooses the teacher's image side, if it is "auto", and finds the grid at the side.
 
         Args:
             entry: The teacher's entry.
-            student_grid: The student's grid.
-            size: Side of the student's images.
+            student_grid: Rows and columns of the student's map.
+            size: Side of the student's images, in pixels.
             follows: See `settled`.
 
-        Returns: the side of its images (0 as for `frozen_maker`); its grid, or None if it rejects
-            this side; and its entry, with position embeddings for that side.
+        Returns: the side of the teacher's images (0 as for `frozen_maker`); the grid of its map, or
+            None if it rejects the side; and its entry, with position embeddings for the side.
         """
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """Returns the teacher's grid for a side (0 as for `frozen_maker`), and its entry."""
+            """Returns the teacher's grid for a side (0 as for `frozen_maker`), and its entry.
+
+            The grid is None if the teacher rejects the side.
+            """
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):
                 # Errors that do not depend on the size are raised by the call with side 0.
@@ -281,15 +313,17 @@ def check_fit(
     image_size: int,
     sizes: Sequence[int],
 ) -> None:
-    """Refuses models and heads that do not fit the image size; logs how their grids are aligned.
+    """Checks that models and heads fit an image size, and logs how grids are aligned.
 
     Args:
-        task: The task around `teachers`, on the meta device.
+        task: The task with these teachers, on the meta device.
         teachers: The teachers by name.
-        entries: The settled recipe's entry of each teacher.
+        entries: The entry of each teacher in the settled recipe.
         size: Side of the student's images, in pixels.
-        image_size: The side that heads are made for.
-        sizes: All image sides of a run with several, else empty.
+        image_size: Side of the images for which the heads were made, in pixels.
+        sizes: All image sides of a run with several sides, otherwise empty.
+
+    Raises: ConfigError or ShapeError: if a model or a head does not fit.
     """
     grid = grid_of_student(task.student, size, several=bool(sizes))
     for target in task.targets:
@@ -331,7 +365,18 @@ def check_fit(
 def _check_head(
     task: Distillation, target: NamedTarget, name: str, width: int, size: int, grid: Grid
 ) -> None:
-    """Runs a target's head on the meta device, on an input as in training."""
+    """Runs a target's head on the meta device, on an input shaped as in training.
+
+    Args:
+        task: The task, on the meta device.
+        target: The target.
+        name: The head's name in the recipe.
+        width: Number of channels that the head's output must have.
+        size: Side of the student's images, in pixels.
+        grid: Rows and columns of the student's map.
+
+    Raises: ConfigError: if the head fails, or if its output has another shape.
+    """
     head, student = target.head, task.student
     if not isinstance(head, MapHead):
         # A head may put the tokens of a map back onto the student's grid.
@@ -351,14 +396,14 @@ def _check_head(
 def shapes_of(
     student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool
 ) -> MapShapes:
-    """Returns the shapes for which a head that reads maps is made.
+    """Returns the shapes from which a `MapHead` is made.
 
     Args:
         student: The student.
         teacher: The teacher.
         side: Side of the student's images, in pixels.
-        kind: "map", or "summary" for summaries as maps with a single place.
-        with_prefix: Whether prefix tokens are learnt with the map.
+        kind: "map", or "summary" for summaries as maps of a single patch.
+        with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
     """
     blocks = len(student.blocks())
     if kind == SUMMARY:

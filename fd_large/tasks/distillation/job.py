@@ -1,7 +1,7 @@
-"""The job of distillation, which learns from a frozen teacher on images without labels.
+"""The job of distillation, which trains a student on a frozen teacher's maps, without labels.
 
 Features beyond the paper are in the folders `several/`, `cached/` and `masked/`. The first part of
-this file chooses among them; no other file of this folder imports them.
+this file chooses the features of a recipe; no other file in this folder imports from these folders.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ from fd_large.weights.settle import settle_model
 log = logging.getLogger(__name__)
 
 AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
-"""A teacher on the meta device, a placed teacher, or a cache or recorder in its place."""
+"""A teacher as a Module, a placed teacher, or a cache or recorder that replaces the teacher."""
 
 # --- the choice among several/, cached/ and masked/ ---
 
@@ -106,18 +106,18 @@ SIMILARITIES: dict[str, Any] = {
     "relation": Relation,
     "queue": QueueDivergence,
 }
-"""Losses between similarities, by name."""
+"""The losses on similarities by name."""
 RUNNING: dict[str, type[RunningStatistics]] = {
     "running": RunningStatistics,
     "batch": StepStatistics,
 }
-"""Normalisers whose statistics training updates, by name."""
+"""The normalisers whose statistics training updates, by name."""
 KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
-"""Losses and normalisers, by their names in a recipe."""
+"""The tables of all built-in losses and normalisers."""
 
 
 def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
-    """Returns a teacher, wrapped to see several images at once if its entry asks for mosaics.
+    """Returns the teacher, or a `Mosaic` of it if its entry asks for mosaics.
 
     Args:
         frozen: The teacher.
@@ -131,10 +131,10 @@ def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
 
 
 def sight_of(mask: Mask, student: nn.Module, image_size: int) -> Whole:
-    """Returns how a student sees images: masked, or whole.
+    """Returns the component `sight` (task.py), with or without hidden patches.
 
     Args:
-        mask: The recipe's section of the mask.
+        mask: The recipe's section `mask`.
         student: The student.
         image_size: Side of the images, in pixels.
     """
@@ -153,18 +153,18 @@ def composed(
     sight: Any = None,
     statistics: Statistics = IMAGENET,
 ) -> Distillation:
-    """Returns the paper's task with the seams that a recipe replaces.
+    """Returns the task, in which a recipe may replace the paper's components (task.py).
 
     Args:
         student: A backbone of `fd_large.backbones`.
         teachers: Functions from uint8 images to a map, or cached teachers, by name.
-        targets: The targets, learnt from the teachers' outputs.
-        weighting: Which of several teachers each image learns from.
-        taught: Whether a teacher teaches a dataset: see `teaches`.
-        mosaics: Names of the teachers that see several images at once.
-        teachers_beside: Whether the teachers compute on a CUDA stream of their own.
-        sight: The student's view of an image; None for whole images.
-        statistics: The student's normalisation.
+        targets: The targets, learnt from the teachers' maps.
+        weighting: The rule that chooses each image's teachers.
+        taught: Whether each teacher teaches each dataset; the result of `teaches`.
+        mosaics: Names of the teachers that run on mosaics of images.
+        teachers_beside: Whether the teachers run on a separate CUDA stream.
+        sight: The component that runs the student; None to show whole images.
+        statistics: Mean and deviation that normalise the student's pixels.
     """
     shown: Any = Teachers(teachers)
     for is_asked, around in (
@@ -188,10 +188,10 @@ def composed(
 
 
 class DistillationJob(TrainingJob):
-    """The student learns the teacher's feature map.
+    """The job in which a student learns frozen teachers' feature maps.
 
     Attributes:
-        teachers: The frozen teachers by name, "" for a single teacher; once `build` has run.
+        teachers: The teachers by name, after `build`; a single teacher is named "".
     """
 
     memory_remedy = "--teacher.placement sharded"
@@ -199,7 +199,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """The labels of this task's metrics, with the loss's own label."""
+        """Labels of the metrics by name; the label of "loss" says which loss the recipe chooses."""
         objective, label = self.run.objective, "sum of the losses"
         if not self.run.teachers:
             label = KNOWN.loss(objective.loss, beta=objective.beta).label
@@ -209,24 +209,24 @@ class DistillationJob(TrainingJob):
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
         """Whether a step can be replayed from its images alone.
 
-        It cannot in a run with stored maps or with teachers chosen by dataset, since an incident
-        records neither maps nor datasets.
+        It is False in a run that reads or stores maps, or that chooses teachers by dataset, since
+        the record of an incident has neither maps nor datasets.
         """
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Metrics for which lower is better: the loss, and each target's loss."""
+        """Names of the metrics for which lower is better, the loss and each target's loss."""
         return ("loss", *(f"{label}_loss" for label in labels_of(self.run.teachers)))
 
     @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
-        """The teachers that are models, not caches; available after `build`."""
+        """The teachers that are models and not caches, by name, after `build`."""
         return {n: model for n, model in self.teachers.items() if isinstance(model, PlacedTeacher)}
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Fields of the recipe that its losses, normalisers, weighting and mask do not read."""
+        """Fields that have no effect with the recipe's losses, normalisers, weighting and mask."""
         ignored, rule = [], self.run.weighting.rule
         if rule != "drop":
             ignored.append("weighting.drop_probability")
@@ -238,12 +238,12 @@ class DistillationJob(TrainingJob):
 
     @property
     def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Remedies for the fields that its mask ignores, by field."""
+        """How the user can make each field of the mask that has no effect take effect, by field."""
         return self.run.mask.ignored_fields()
 
     @cached_property
     def caches(self) -> RunCaches:
-        """The teachers' maps on disk that the run reads or stores."""
+        """The caches of teachers' maps that the run reads or writes."""
         run = self.run
         section, size = run.task.distillation, run.batch.micro_batch_size
         return RunCaches(run.taught_by, section, self.view_settings(), size)
@@ -251,9 +251,10 @@ class DistillationJob(TrainingJob):
     # --- before anything heavy ---
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from the weights of teachers and student.
+        """Returns the recipe, in which teachers' and student's weights settle what was left open.
 
-        A recipe that states no number of views takes number and seed of views from its caches.
+        If the recipe states no number of views, number and seed of the views are those of the
+        caches that it reads.
         """
         settle = super().settle
         entries = self.run.taught_by
@@ -276,7 +277,7 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def settled(self) -> Run:
-        """The recipe with settled grids."""
+        """The recipe with the teachers' image sizes and interpolations settled."""
         return self._with_grids(self.run)
 
     def _with_grids(self, run: Run) -> Run:
@@ -286,7 +287,7 @@ class DistillationJob(TrainingJob):
         sets the size of the embeddings (architecture.image_size).
 
         Args:
-            run: The recipe, its models settled.
+            run: The recipe, with settled models.
         """
         entries = {
             name: teacher.settled(follows=self.run.taught_by[name].architecture.image_size is None)
@@ -296,12 +297,14 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _on_shapes(self) -> Mapping[str, TeacherOnShapes]:
+        """The teachers of the settled recipe by name, as models on the meta device."""
         return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
-        """Opens held-out and labelled images, and checks the headers of all weights.
+        """Checks the recipe before a run, and raises an FDError for what cannot work.
 
-        Losses and normalisers are tried on a few random tokens.
+        It opens held-out and labelled images, opens all weights, and tries losses and normalisers
+        on a few random tokens.
         """
         run, entries = self.run, self.run.taught_by.items()
         beside = run.task.distillation.teacher_stream
@@ -338,11 +341,11 @@ class DistillationJob(TrainingJob):
         )
 
     def images_together(self) -> int:
-        """Returns the number of images that fills every teacher's mosaic."""
+        """Returns the smallest number of images that fills the mosaics of every teacher."""
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
 
     def sources(self) -> Mapping[str, str]:
-        """Returns the sources of teachers and student."""
+        """Returns the sources of the teachers' and the student's weights, by the recipe's field."""
         entries = self.run.taught_by.items()
         teacher_sources = {
             source_flag(name).removeprefix("--"): entry.source
@@ -352,9 +355,10 @@ class DistillationJob(TrainingJob):
         return {**teacher_sources, **super().sources()}
 
     def open_samples(self) -> ImageSource:
-        """Opens the images of `data.root`, or of its train/ if it has val/ or test/ too.
+        """Opens the training images, and checks that the caches hold the maps of their views.
 
-        Users often name a dataset's whole folder, and test images must not be trained on.
+        The images are those of `data.root`. If it has train/ and also val/ or test/, only train/ is
+        used, since users often name the folder of a whole dataset.
         """
         data = self.run.data
         samples = open_training(data.root, val_fraction=data.val_fraction)
@@ -366,7 +370,7 @@ class DistillationJob(TrainingJob):
         return samples
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns the loader of an epoch's views, with stored maps if any."""
+        """Returns the loader of an epoch's views, and of their stored maps if the run has any."""
         usual, fixed, data = super().view_batches(samples, epoch), self.caches.fixed, self.run.data
         if fixed is None:
             return usual
@@ -380,12 +384,14 @@ class DistillationJob(TrainingJob):
         return replace(usual, fixed=fixed, beside=beside)
 
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
-        """Returns the held-out views by the prefix of their metrics.
+        """Returns the two sets of evaluation views, by the prefix of their metrics.
 
-        If training views recur, the held-out views depend on the same seed.
+        "held_out" has views of held-out images, and "unseen_crops" has views of training images
+        that training never uses. If training views recur, the views depend on `view_seed`, else on
+        the run's seed.
 
         Args:
-            samples: The training images, of which other crops are shown.
+            samples: The training images.
         """
         fixed, run = self.caches.fixed, self.run
         seed = fixed.seed if fixed else run.runtime.seed
@@ -397,6 +403,10 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _held_out_images(self) -> ImageSource:
+        """The images of `eval.root`, or their part that `data.val_fraction` holds out.
+
+        The part is used if `eval.root` is also `data.root` and the fraction is not 0.
+        """
         data, root = self.run.data, self.run.eval.root
         if root == data.root and data.val_fraction:
             return open_held_out(root, data.val_fraction, where="eval.root")
@@ -404,6 +414,7 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
+        """The training and the test images of `eval.knn_root`."""
         root, where = self.run.eval.knn_root, "eval.knn_root"
         fraction = 0.0 if has_parts(root, where=where) else self.run.data.val_fraction
         train_set = open_split(root, "train", val_fraction=fraction, where=where)
@@ -412,11 +423,13 @@ class DistillationJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of grey images, with maps of zeros if the run reads a cache."""
+        """Makes a batch of `size` grey images, with maps of zeros if the run reads a cache."""
         return replace(super().probe_batch(size), targets=self.caches.blank_maps(size))
 
     def tensor_sizes(self) -> TensorSizes:
-        """Returns the sizes of the tensors of student and heads, and of teachers; checks the grids.
+        """Returns the sizes of the task's tensors and of the teachers' tensors.
+
+        It also checks that grids and heads fit all image sizes.
 
         Raises: ShapeError: if the maps of student and teacher cannot be aligned.
         """
@@ -435,22 +448,28 @@ class DistillationJob(TrainingJob):
         return TensorSizes(sizes_of(task), sizes_of(*whole))
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns the placement of the teachers' weights."""
+        """Returns the placement of each teacher's weights, as {"NAME_teacher_placement": ...}."""
         entries = self.run.taught_by.items()
         return {f"{name}_teacher_placement".lstrip("_"): entry.placement for name, entry in entries}
 
     # --- the models ---
 
     def make_teacher(self, name: str) -> Frozen:
-        """Constructs a teacher with random weights; "" names a single teacher."""
+        """Constructs the teacher with a name, with random weights; a single teacher is named ""."""
         return self._on_shapes[name].make()
 
     def make_teachers(self) -> dict[str, Frozen]:
-        """Constructs the teachers with random weights."""
+        """Constructs all teachers by name, with random weights."""
         return {name: self.make_teacher(name) for name in self.run.taught_by}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Builds the teachers; must run before the student's engine is built."""
+        """Builds the teachers with their weights, before the student's engine is built.
+
+        Args:
+            bfloat16: Whether the student's matrix products are in bfloat16, else in float32.
+            node_size: Number of ranks per node.
+            persistence_threshold: Number of elements up to which a tensor is not sharded.
+        """
         entries = self.settled.taught_by
         placed = {
             name: built_teacher(
@@ -472,14 +491,14 @@ class DistillationJob(TrainingJob):
         self.caches.record(placed)
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Shares the teachers that another student's job has built."""
+        """Uses the teachers and caches that another student's job has built."""
         assert isinstance(other, DistillationJob)
         self.teachers, self.caches = other.teachers, other.caches
 
     def make_task(self) -> Distillation:
-        """Constructs student, heads and losses around the run's teachers.
+        """Constructs the task with the run's teachers, which `build` has made.
 
-        Raises: ConfigError: if the statistics in a file are of other targets.
+        Raises: ConfigError: if a file of statistics was measured on another target.
         """
         task = self.task_around({**self.teachers, **self.caches.recorders})
         for target in task.targets:
@@ -488,10 +507,10 @@ class DistillationJob(TrainingJob):
         return task
 
     def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
-        """Returns the facts that decide the target's tokens, besides the images.
+        """Returns what decides a target's tokens besides the images, by name.
 
         Args:
-            task: The task around the run's teachers.
+            task: The task with the run's teachers.
             target: One of the task's targets.
         """
         return target_facts(
@@ -504,13 +523,17 @@ class DistillationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
-        """Constructs the task, and the teachers that are models; cached teachers have none."""
+        """Constructs the task, and returns it with the teachers that are not read from caches."""
         teachers = self.make_teachers()
         models = tuple(teachers[name] for name in teachers if name not in self.caches)
         return self.task_around(teachers | self.caches.teachers()), models
 
     def task_around(self, teachers: Mapping[str, AnyTeacher]) -> Distillation:
-        """Constructs student, heads and losses around teachers by name."""
+        """Constructs the task, with student and heads of random weights, and given teachers.
+
+        Args:
+            teachers: The teachers by name.
+        """
         run, entries, size = self.run, self.settled.taught_by, self.run.data.image_size
         several = bool(run.data.image_sizes)
         student = make_student(run.student, image_size=size, resizes_positions=several)
@@ -528,13 +551,14 @@ class DistillationJob(TrainingJob):
         )
 
     def _student_on_shapes(self) -> nn.Module:
+        """Returns the student on the meta device."""
         with torch.device("meta"):
             return make_student(self.run.student, image_size=self.run.data.image_size)
 
     # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro batches of views, with each image's dataset if that decides its teachers."""
+        """Yields micro-batches of views; for the rule own_data also with each image's dataset."""
         batches = super().batches(samples, portion)
         own_data = self.run.weighting.rule == "own_data"
         return with_datasets(batches, samples) if own_data else batches
@@ -542,7 +566,13 @@ class DistillationJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns evaluations: losses on images and crops that training never sees, and k-NN."""
+        """Returns the evaluations that the recipe asks for: held-out losses and k-NN accuracy.
+
+        Args:
+            engine: The engine of the task.
+            samples: The training images.
+            micro_batch_size: Number of images of a forward.
+        """
         evaluations, run = [], self.run
         if run.eval.root:
             if run.eval.root.startswith(BUILTIN) and not run.data.root.startswith(BUILTIN):
@@ -581,7 +611,12 @@ class DistillationJob(TrainingJob):
         return [FeaturePanel(), *canaries(self.placed, every, self.run.data.image_size)]
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
-        """Returns the newest metrics, and the held-out loss before training."""
+        """Returns the metrics for summary.json, by name.
+
+        Args:
+            first: Metrics of the evaluation before training, of which the held-out loss is used.
+            last: Metrics of the newest evaluation.
+        """
         newest = {name: value for name, value in last.items() if name != "held_out_best_constant"}
         named = {
             "held_out_loss_start": first.get("held_out_loss"),
@@ -589,10 +624,10 @@ class DistillationJob(TrainingJob):
         }
         return {**super().evaluated({}, {}), **named, **newest}
 
-    # --- checkpoints, and what others take from them ---
+    # --- checkpoints and records ---
 
     def summary(self) -> Mapping[str, Any]:
-        """Returns the first entries of summary.json; several teachers are listed in `teachers`."""
+        """Returns the first entries of summary.json, with models and sources of the teachers."""
         if not self.run.teachers:
             return {**super().summary(), **self.caches.early()}
         teachers = {
@@ -603,23 +638,30 @@ class DistillationJob(TrainingJob):
         return {**first_entries, "teacher": None, "teachers": teachers, **self.caches.early()}
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns each teacher's source and hash, and the hashes of its files of statistics."""
+        """Returns what a manifest records of each teacher (`facts_of`), and `RunCaches.early`."""
         facts = {name: self._facts_of(name) for name in self.run.taught_by}
         several = {"teachers": facts} if self.run.teachers else facts[ONLY]
         return {**several, **self.caches.early()}
 
     def _facts_of(self, name: str) -> dict[str, Any]:
+        """Returns what a manifest records of the teacher with a name."""
         cache = self.caches.readers.get(name)
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of a student with another teacher or other statistics."""
+        """Checks that a checkpoint's student had the same teachers, maps and statistics.
+
+        Raises: CheckpointError: if they differ.
+        """
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)
         self.caches.resume(manifest)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """Returns the teachers by name; a single teacher is called "teacher"."""
+        """Returns model, source and image size of each teacher, by name.
+
+        A single teacher is named "teacher".
+        """
         return {
             name or "teacher": FrozenPart(
                 replace(teacher.entry, source=self.caches.source_of(name)), teacher.image_size
@@ -629,7 +671,11 @@ class DistillationJob(TrainingJob):
 
 
 def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
-    """Returns the teachers of a recipe with settled models, next to its student."""
+    """Returns the teachers of a recipe by name, as models on the meta device.
+
+    Args:
+        run: The recipe, with settled models.
+    """
     data = run.data
     return {
         name: TeacherOnShapes(

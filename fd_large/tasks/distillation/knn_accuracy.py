@@ -1,4 +1,4 @@
-"""The k-NN accuracy of the student's features while it is distilled."""
+"""Measures the k-NN accuracy of the student's features during a distillation."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ def knn_accuracy(
     max_pixels: int,
     blank_maps: Any,
 ) -> Evaluation:
-    """Returns the evaluation that measures `test_knn`, the k-NN accuracy in percent.
+    """Makes the evaluation that measures `test_knn`, the k-NN accuracy in per cent.
 
     Args:
         engine: The engine of the task.
-        train_set, test_set: Labelled images; neighbours are images of the train set.
-        folder: Folder for the features, which is removed at the end.
-        every: Steps between two evaluations.
+        train_set: Labelled images, in which the neighbours are found.
+        test_set: Labelled images, whose classes are predicted.
+        folder: Folder for the features, which is removed after each evaluation.
+        every: Number of steps between two evaluations.
         image_size: Side of the images, in pixels.
-        micro_batch_size: Images of a forward.
-        workers: Loading processes.
-        max_pixels: Pixels above which an image is refused.
-        blank_maps: Zeros in the shapes of one image's stored maps, or None if no cache is read.
+        micro_batch_size: Number of images of a forward.
+        workers: Number of loading processes of a rank.
+        max_pixels: Number of pixels above which an image is refused.
+        blank_maps: Zeros shaped like the stored maps of an image, or None if no cache is read.
     """
 
     def measure(
@@ -82,14 +83,14 @@ def knn_accuracy(
 
 
 def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMap]:
-    """Returns a function from pixels to the student's map, by a forward of the whole task.
+    """Returns a function from normalised pixels (B, 3, S, S) to the student's map.
 
-    Only a forward of the task's engine gathers the student's shards. The teachers run once, for
-    the shapes of their maps, which are then replaced by zeros.
+    The function runs a forward of the whole task, since only the task's engine all-gathers the
+    student's shards. The teachers run once, for the shapes of their maps, which are then zeros.
 
     Args:
         engine: The engine of the task.
-        blank_maps: Zeros in the shapes of one image's stored maps, or None if no cache is read.
+        blank_maps: Zeros shaped like the stored maps of an image, or None if no cache is read.
     """
     task = engine.task
     outputs: list[FeatureMap] = []

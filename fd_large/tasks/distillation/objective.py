@@ -1,6 +1,6 @@
 """Tries the targets of a recipe before a start, builds them, and compares them at a resume.
 
-A checkpoint's manifest records the facts that decide the targets, and a resume compares them.
+A checkpoint's manifest records what decides the targets, and a resume compares it with the recipe.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ from fd_large.tasks.distillation.target import NamedTarget
 
 
 class Known(NamedTuple):
-    """Losses and normalisers, by their names in a recipe.
+    """The tables of built-in losses and normalisers, by their names in a recipe.
 
     Attributes:
-        losses: Built-in losses by name.
-        moving: Further normalisers by name, constructed from the number of channels, with
-            statistics that training updates.
+        losses: Losses by name.
+        moving: Constructors of the normalisers whose statistics training updates, by name; each
+            takes the number of channels. Normalisers without running statistics are always known.
     """
 
     losses: Mapping[str, Any] = losses.LOSSES
     moving: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({})
 
     def loss(self, name: str, **numbers: float) -> losses.Loss:
-        """Returns a loss: see `make_loss`."""
+        """Returns the loss with a name; see `make_loss` for the arguments."""
         return losses.make_loss(name, known=self.losses, **numbers)
 
     def loss_of(self, entry: NamedTeacher, kind: str) -> losses.Loss:
         """Returns the loss of a target.
 
         Args:
-            entry: Its teacher's entry in the recipe.
+            entry: The entry in the recipe of the target's teacher.
             kind: "map" or "summary".
         """
         temperature = entry.setting("temperature", kind)
         return self.loss(entry.setting("loss", kind), beta=entry.beta, temperature=temperature)
 
     def normaliser(self, name: str, **options: Any) -> Normaliser:
-        """Returns a normaliser: see `make_normaliser`."""
+        """Returns the normaliser with a name; see `make_normaliser` for the arguments."""
         return make_normaliser(name, running=self.moving, **options)
 
 
@@ -79,9 +79,10 @@ _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 def target_checks(
     name: str, entry: NamedTeacher, kind: str, known: Known
 ) -> Iterator[Callable[[], object]]:
-    """Yields checks that try a target's loss and normaliser on a few tokens, and find its head.
+    """Yields functions that try a target's loss and normaliser on a few tokens, and find its head.
 
-    The shapes of the head are checked later, when the models are known (`check_fit`).
+    Each raises ConfigError if it fails. The shapes of the head are checked later, when the models
+    are known (`check_fit`).
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -137,7 +138,14 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
 
 
 def statistics_file(entry: NamedTeacher, kind: str) -> str:
-    """Returns the file of statistics for a target's normaliser; empty if it needs none."""
+    """Returns the path of the file of statistics for a target's normaliser.
+
+    The path is "" if the normaliser needs no file, or if the entry has no such target.
+
+    Args:
+        entry: The teacher's entry in the recipe.
+        kind: "map" or "summary".
+    """
     if kind not in entry.targets or entry.setting("normaliser", kind) not in BY_STATISTICS:
         return ""
     return entry.setting("target_statistics", kind)
@@ -146,12 +154,14 @@ def statistics_file(entry: NamedTeacher, kind: str) -> str:
 def check_statistics(
     target: NamedTarget, entry: NamedTeacher, facts: Callable[[], Mapping[str, Any]]
 ) -> None:
-    """Refuses a file of statistics that were measured on other targets than the run's.
+    """Checks that a target's file of statistics, if there is one, was measured on the target.
 
     Args:
         target: The target.
-        entry: Its teacher's entry in the recipe.
+        entry: The entry in the recipe of the target's teacher.
         facts: Returns the `target_facts` of the run.
+
+    Raises: ConfigError: if the file cannot be read, or if its facts differ.
     """
     if path := statistics_file(entry, target.kind):
         stored = target_statistics.read(path).facts
@@ -179,26 +189,29 @@ def make_target(
     projection: Tensor | None = None,
     known: Known = OF_THE_PAPER,
 ) -> NamedTarget:
-    """Constructs a target from the names of its parts, the head with random weights.
+    """Constructs a target from the names of its loss, normaliser and head.
+
+    The head has random weights.
 
     Args:
-        width: Channels of the student's map.
-        teacher_width: Channels of the teacher's map or summary.
+        width: Number of channels of the student's map.
+        teacher_width: Number of channels of the teacher's map or summary.
         teacher: The teacher's name, or "" for a single teacher.
         kind: "map" or "summary".
         loss: Name of the loss.
         normaliser: Name of the normaliser of the teacher's tokens.
         head: Name of the head that maps the student's tokens to the teacher's width (heads/).
-        maps: Returns the shapes of both maps, for a head that reads maps.
+        maps: Returns the shapes from which a `MapHead` is made; None if the head is no `MapHead`.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
-        temperature: Divisor of cosines in losses between similarities.
-        whitening_eps: Constant added to the variance of a teacher's token.
-        target_statistics: File of statistics of the teacher's channels, for a normaliser that
-            needs them.
-        interpolation, with_prefix, weight, projection: As `NamedTarget`.
+        temperature: Number by which losses on similarities divide cosines.
+        whitening_eps: Constant that whitening adds to the variance of a teacher's token.
+        target_statistics: Path of the file of statistics of the teacher's channels, for a
+            normaliser that needs it.
+        interpolation, with_prefix, weight, projection: As in `NamedTarget`.
         known: The losses and normalisers by name.
 
-    Raises: ConfigError: if a name is unknown, or the parts do not go together.
+    Raises: ConfigError: if a name is unknown, or if the loss does not work on this kind of target
+        or with this normaliser.
     """
     with naming_target(teacher, kind):
         head_module = registry.make(head, width, teacher_width, maps)
@@ -230,14 +243,15 @@ def make_targets(
     width: int | None = None,
     known: Known = OF_THE_PAPER,
 ) -> list[NamedTarget]:
-    """Constructs the targets of all teachers, their heads with random weights.
+    """Constructs the targets of all teachers, with random weights in the heads.
 
     Args:
         student: The student.
         teachers: The teachers by name.
-        entries: Each teacher's entry in the settled recipe.
-        image_size: Side of the student's images, in pixels; if several, the side in evaluations.
-        width: Channels of the heads' input; None for the student's own.
+        entries: The entry of each teacher in the settled recipe.
+        image_size: Side of the student's images, in pixels; in a run with several sides, the side
+            in evaluations.
+        width: Number of channels of the heads' input; None for the student's channels.
         known: The losses and normalisers by name.
 
     Raises: FDError: if code of the user's own was not allowed.
@@ -283,9 +297,10 @@ def make_targets(
 
 
 def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
-    """Returns the projection from summary to embedding, or None if no embedding is learnt.
+    """Returns the matrix from summary to embedding, or None if the target is no embedding.
 
-    For a teacher that is not placed it is an empty tensor of the projection's shape.
+    The matrix is (embedding width, map width). A teacher without weights has no matrix; the result
+    is then uninitialised, with the right shape.
     """
     if kind != SUMMARY or not entry.embedding_width:
         return None
@@ -302,7 +317,7 @@ def target_facts(
     image_size: int,
     teacher_image_size: int,
 ) -> dict[str, Any]:
-    """Returns the facts that decide a target's tokens, besides the images.
+    """Returns what decides a target's tokens besides the images, by name.
 
     Args:
         target: The target.
@@ -334,12 +349,12 @@ def target_facts(
 
 
 def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
-    """Returns a teacher's entries of a manifest: source, and hashes of weights, maps, statistics.
+    """Returns what a manifest records of a teacher: source, hashes of weights, maps, statistics.
 
     Args:
         entry: The teacher's entry in the recipe.
-        fingerprint: Hash of its weights.
-        cache: Reader of its stored maps, or None if the teacher computes them.
+        fingerprint: Hash of the teacher's weights.
+        cache: Reader of the teacher's stored maps, or None if the teacher computes its maps.
     """
     facts = {"teacher_source": entry.source, "teacher_hash": fingerprint}
     if cache is not None:
@@ -352,11 +367,11 @@ def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[s
 
 
 def facts_by_teacher(manifest: Mapping[str, Any], *, several: bool) -> Mapping[str, Any]:
-    """Returns a manifest's facts of each teacher by name; "" names a single teacher.
+    """Returns what a manifest records of each teacher (`facts_of`), by the teacher's name.
 
     Args:
         manifest: Manifest of the checkpoint.
-        several: Whether the run has several teachers, which the manifest then lists.
+        several: Whether the run has several teachers. A single teacher is named "".
     """
     return manifest.get("teachers", {}) if several else {"": manifest}
 
@@ -366,14 +381,14 @@ def require_same_teachers(
     stored: Mapping[str, Any],
     ours: Callable[[str], Mapping[str, Any]],
 ) -> None:
-    """Refuses other teachers than a run began with.
+    """Checks that the teachers are the same as when the run began.
 
     Args:
         entries: The recipe's entry of each teacher, by name.
-        stored: The manifest's facts of each teacher.
-        ours: Returns the present facts of a teacher.
+        stored: What the manifest records of each teacher (`facts_of`), by name.
+        ours: Returns the present `facts_of` the teacher with a name.
 
-    Raises: CheckpointError: naming the differences.
+    Raises: CheckpointError: if they differ; it names the differences.
     """
     if stored.keys() != entries.keys():
         raise CheckpointError(
@@ -388,15 +403,15 @@ def require_same_teachers(
 def _require_same_teacher(
     name: str, entry: NamedTeacher, theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:
-    """Refuses another teacher, other cached targets or other statistics than a run began with.
+    """Checks that a teacher, its stored maps and its statistics are the same as at the run's start.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry in the recipe.
-        theirs: The manifest's facts of the teacher.
-        ours: The present facts of the teacher.
+        theirs: What the manifest records of the teacher (`facts_of`).
+        ours: The teacher's present `facts_of`.
 
-    Raises: CheckpointError: naming the differences.
+    Raises: CheckpointError: if they differ; it names the first difference.
     """
     for kind, key in _STATISTICS.items():
         if entry.setting("normaliser", kind) in BY_STATISTICS and (

@@ -1,7 +1,7 @@
-"""A stored distillation: its export, heads, loss and model card.
+"""What commands do with a stored distillation: export, heads, loss and model card.
 
-The heads guess each teacher's map from the student's. An export keeps the heads in a folder beside
-the student, with their tensors and the facts from which each head is built.
+The heads predict each teacher's map from the student's map. An export stores the heads in a folder
+next to the student, with their tensors and what is needed to construct each head.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ _FILE = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFacts:
-    """Construction of a head, and the input that it takes from the student.
+    """What is needed to construct a head and to run it on a student's map.
 
     Attributes:
         head: Name of the head in the recipe.
-        width: Channels of the student's tokens.
-        teacher_width: Channels of its output.
-        maps: Grids and prefix tokens for which a head that reads maps is made.
+        width: Number of channels of the student's tokens.
+        teacher_width: Number of channels of the head's output.
+        maps: The shapes from which a `MapHead` is made.
         kind: "map" or "summary".
-        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
-        num_prefix_tokens: Tokens before the patches of the teacher's map.
+        with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
+        num_prefix_tokens: Number of tokens before the patches of the teacher's map.
         normaliser: Name of the normaliser of the teacher's tokens.
     """
 
@@ -74,11 +74,13 @@ class HeadFacts:
 
 
 class StoredHead(nn.Module):
-    """A trained head that takes the student's map.
+    """A head that predicts a teacher's map or summary from images, by the student's map.
+
+    The weights are random until they are loaded.
 
     Args:
-        facts: Its construction; the weights are random at first.
-        undo: Inverse of the normaliser; None if the normaliser has none or changes nothing.
+        facts: What is needed to construct the head.
+        undo: Inverse of the normaliser; None if the normaliser has no inverse or changes nothing.
 
     Attributes:
         facts: See the arguments.
@@ -93,13 +95,13 @@ class StoredHead(nn.Module):
     def forward(
         self, backbone: nn.Module, pixels: Tensor, *, in_teacher_units: bool = False
     ) -> FeatureMap:
-        """Returns the predicted map; a summary has a single place.
+        """Returns the predicted map, which for a summary has a single patch.
 
         Args:
             backbone: The run's student.
             pixels: (B, 3, H, W) float32, normalised for the student.
-            in_teacher_units: Whether the prediction is in the teacher's own units; else in the
-                units of the target's normaliser.
+            in_teacher_units: Whether the normaliser is undone, so that the map predicts the
+                teacher's own tokens and not its normalised tokens.
 
         Raises: ConfigError: if the normaliser cannot be undone.
         """
@@ -131,7 +133,7 @@ class StoredHead(nn.Module):
         """Returns the number of tokens before the patches in the prediction.
 
         Args:
-            of_student: Prefix tokens of the student's map.
+            of_student: Number of prefix tokens of the student's map.
         """
         if isinstance(self.head, MapHead):
             return self.head.num_prefix_tokens
@@ -147,16 +149,18 @@ def fill_heads(
     image_size: int,
     fill: Callable[[], object],
 ) -> dict[str, StoredHead]:
-    """Returns the heads of a task by their targets' labels; "teacher" for a single one.
+    """Returns the heads of a task by the labels of their targets.
 
-    Only the targets' modules are allocated; the rest of the task stays on the meta device.
+    The head of a single teacher's map is named "teacher". Memory is allocated only for the Modules
+    of the targets; the rest of the task stays on the meta device.
 
     Args:
-        task: The task around `teachers`, on the meta device.
+        task: The task with these teachers, on the meta device; its heads are replaced.
         teachers: The teachers by name.
-        entries: Each teacher's entry in the settled recipe.
+        entries: The entry of each teacher in the settled recipe.
         image_size: Side of the student's images, in pixels.
-        fill: Fills the task's allocated tensors; called once the heads are allocated.
+        fill: Loads the task's tensors that are not on the meta device; called after the heads are
+            allocated.
     """
     images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
     prefixes = {name: model(images).num_prefix_tokens for name, model in teachers.items()}
@@ -192,11 +196,13 @@ def fill_heads(
 def projection_shapes(
     reader: Reader, student: Mapping[str, Shape], state: Callable[[int], Any] | None
 ) -> dict[str, Shape]:
-    """Returns the shapes of a single teacher's linear head, as stored in a checkpoint.
+    """Returns the shapes of the tensors of a single teacher's linear head, by their names.
+
+    The shapes of all tensors of the checkpoint are checked.
 
     Args:
-        reader: The checkpoint, of which the whole task is checked.
-        student: Shapes of the student's tensors by their own names.
+        reader: The checkpoint.
+        student: Shapes of the student's tensors, by their names in the student.
         state: Constructor of a normaliser with running statistics, from the number of channels;
             None if the run has no such normaliser.
 
@@ -219,10 +225,10 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
     """Writes heads into a new folder.
 
     Args:
-        heads: The heads by their targets' labels.
-        folder: A new folder, which must not exist yet.
-        task: The task that reads the heads.
-        shard_size: Most bytes of a file of tensors.
+        heads: The heads by the labels of their targets.
+        folder: The folder, which must not exist yet.
+        task: Name of the task that reads the heads.
+        shard_size: Largest size of a file of tensors, in bytes.
     """
     folder.mkdir()
     tensors = _module(heads).state_dict()
@@ -233,10 +239,10 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
 
 
 def read_heads(folder: Path) -> dict[str, StoredHead]:
-    """Reads the heads that `write` wrote, with the user's own code if allowed.
+    """Reads the heads that `write` wrote, by the labels of their targets.
 
-    Raises: WeightsError: if a file is damaged; ConfigError: for the user's own head if its code is
-        not allowed.
+    Raises: WeightsError: if a file is damaged; ConfigError: if a head is the user's own code and
+        that code is not allowed to run.
     """
     where = str(folder)
     tensors = read.read(folder, where=where)
@@ -260,15 +266,18 @@ def read_heads(folder: Path) -> dict[str, StoredHead]:
 
 
 def _module(heads: Mapping[str, StoredHead]) -> nn.Module:
+    """Returns a Module of all heads, whose state_dict has the names heads.LABEL.*."""
     return nn.ModuleDict({"heads": nn.ModuleDict(dict(heads))})
 
 
 def _maps(values: Any) -> MapShapes:
+    """Returns the `MapShapes` that config.json stores as a list."""
     student, teacher, prefix, blocks = values
     return MapShapes(tuple(student), tuple(teacher), prefix, blocks)
 
 
 def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
+    """Returns the inverse of a normaliser from a head's tensors; None if there is no inverse."""
     constants = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
     if constants["mean"] is None:
         return None
@@ -276,7 +285,7 @@ def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
 
 
 class StoredDistillation(StoredRun):
-    """A distilled student with a head for each of its targets."""
+    """The stored run of a distillation, with a student and a head for each target."""
 
     job: DistillationJob
     loss_name = "the run's own objective"
@@ -284,10 +293,15 @@ class StoredDistillation(StoredRun):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the shapes of a single teacher's linear head, if the library's files hold it.
+        """Returns the shapes of the tensors of a linear head, if the format "fd" is exported.
 
-        The whole task is compared with the checkpoint, whichever part is exported. With several
-        teachers, another head or a mask, only the student is compared.
+        The result is empty for other formats, and for runs with several teachers, another head or a
+        mask. The shapes of the checkpoint's tensors are checked; in such runs only the student's.
+
+        Args:
+            reader: The checkpoint that is exported.
+            student: Shapes of the student's tensors, by their names in the student.
+            to: The format.
         """
         if self.run.teachers or self.run.objective.head != "linear" or self.run.mask.hides:
             stream.check(reader, dict(student), prefix=stream.STUDENT)
@@ -297,17 +311,20 @@ class StoredDistillation(StoredRun):
         return projection if to == "fd" else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's text on teachers, losses and crops."""
+        """Returns what the model card says on the teachers, the losses and the crops."""
         facts = facts_by_teacher(manifest, several=bool(self.run.teachers))
         return learned(self.run.taught_by, facts, self.run.data)
 
     def heads(self, reader: Reader) -> Mapping[str, StoredHead]:
-        """Returns the heads of a checkpoint by their targets' labels; "teacher" for a single one.
+        """Returns the heads of a checkpoint by the labels of their targets.
 
-        Only the heads are allocated; other tensors are compared with the checkpoint by shape.
+        The head of a single teacher's map is named "teacher". Memory is allocated for the heads
+        alone; of other tensors only the shapes are compared with the checkpoint.
 
         Args:
             reader: The checkpoint.
+
+        Raises: ConfigError: if the heads read the output of a decoder.
         """
         job = self.job
         if self.run.mask.decodes:
@@ -328,7 +345,13 @@ class StoredDistillation(StoredRun):
         )
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the heads of all teachers; if they cannot be built, only logs a warning."""
+        """Writes the heads of all teachers into a folder, or logs a warning if they cannot be made.
+
+        Args:
+            reader: The checkpoint that is exported.
+            folder: The folder, which must not exist yet.
+            shard_size: Largest size of a file of tensors, in bytes.
+        """
         try:
             heads = self.heads(reader)
         except FDError as error:

@@ -1,4 +1,4 @@
-"""Checks before a start that losses, heads and grids work with hidden patches."""
+"""Checks before a run that student, losses, heads and grids work with hidden patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fd_large.tasks.distillation.section import MAP, Mask, NamedTeacher, field_o
 
 # Heads that treat each token alone.
 _OF_TOKENS = ("linear", "mlp", "mlp_relu")
-# Heads whose output has the same places as the student's map.
+# Heads whose output has the same grid as the student's map.
 _OF_PLACES = (*_OF_TOKENS, "attention_mlp", "block", "ladder")
 
 
@@ -30,16 +30,16 @@ def mask_checks(
     image_sizes: Sequence[int],
     rule: str = "fixed",
 ) -> Iterator[Callable[[], None]]:
-    """Yields checks that refuse a recipe incompatible with its mask.
+    """Yields functions that raise ConfigError if other parts of a recipe do not fit its mask.
 
     Args:
-        mask: The recipe's section of the mask.
+        mask: The recipe's section `mask`.
         make_student: Constructs the student, on the meta device.
         entries: The recipe's entry of each teacher, by name.
-        loss_of: Makes the loss of an entry's target.
+        loss_of: Makes the loss of a target from the teacher's entry and "map" or "summary".
         image_size: Side of the student's images, in pixels.
-        image_sizes: All image sides of a run with several, else empty.
-        rule: Which of several teachers an image learns from (weighting.rule).
+        image_sizes: All image sides of a run with several sides, otherwise empty.
+        rule: The rule that chooses each image's teachers (weighting.rule).
     """
     if not mask.hides:
         return
@@ -69,6 +69,7 @@ def mask_checks(
 
 
 def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
+    """Raises ConfigError if the student cannot hide patches, or if the mask hides all or none."""
     has_patches = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
     require(
         has_patches if mask.student == "token" else getattr(student, "encodes_some", False),
@@ -107,7 +108,14 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
 def _check_target(
     mask: Mask, name: str, entry: NamedTeacher, loss_of: Callable[[NamedTeacher, str], Loss]
 ) -> None:
-    """Refuses a loss, head or interpolation that does not work if only some tokens count."""
+    """Raises ConfigError if a teacher's loss, head or interpolation does not work with the mask.
+
+    Args:
+        mask: The recipe's section `mask`.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the recipe.
+        loss_of: See `mask_checks`.
+    """
     loss, heads = loss_of(entry, MAP), _OF_PLACES
     require(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),
@@ -131,6 +139,15 @@ def _check_target(
 
 
 def _check_head(mask: Mask, name: str, head: str, known: Collection[str]) -> None:
+    """Raises ConfigError if a teacher's head does not work with the mask.
+
+    Args:
+        mask: The recipe's section `mask`.
+        name: The teacher's name, or "" for a single teacher.
+        head: Name of the head in the recipe.
+        known: The built-in heads that work; a user's own head works if the student has a mask
+            token.
+    """
     is_own = head not in registry.HEADS
     require(
         head in known or (is_own and mask.student == "token"),

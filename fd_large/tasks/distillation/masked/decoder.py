@@ -1,4 +1,4 @@
-"""Modules for hidden patches: a learnt mask token, and a decoder."""
+"""Modules for hidden patches, which are a learnt mask token and a decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Grid = tuple[int, int]
 class MaskToken(nn.Module):
     """Replaces hidden patches by a learnt token.
 
-    A Module of its own, so that the hooks of ZeRO-3 gather the token where it is used.
+    The token is in a separate Module, so that the hooks of ZeRO-3 all-gather it when it is used.
 
     Args:
         width: Channels of the tokens, C.
@@ -29,11 +29,12 @@ class MaskToken(nn.Module):
         fill(self.token, NORMAL)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, H, W, C) with the hidden ones replaced.
+        """Returns the patches (B, H, W, C), in which hidden patches are replaced by the token.
 
         Args:
             tokens: (B, H, W, C), patches.
-            mask: (B, h, w) bool, whose cells cover one or more patches each.
+            mask: (B, h, w) bool, whether patches are hidden. If it is coarser than the patches,
+                each element is for a rectangle of patches.
         """
         for axis in (1, 2):
             size = tokens.shape[axis]
@@ -43,13 +44,13 @@ class MaskToken(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts a map of all places from the tokens of visible patches, as MAE and dBOT do.
+    """Transformer that predicts the tokens of all patches from visible patches, as MAE and dBOT do.
 
     Source: He et al., arXiv 2111.06377; Liu et al., arXiv 2209.03917.
 
     Args:
-        width: Channels of the student's tokens.
-        mask: Section with width, blocks and heads of the decoder.
+        width: Number of channels of the student's tokens, C.
+        mask: The recipe's section `mask`, with the decoder's width, blocks and attention heads.
     """
 
     def __init__(self, width: int, mask: Mask) -> None:
@@ -66,11 +67,11 @@ class Decoder(nn.Module):
         self.norm = norm(decoder_width)
 
     def forward(self, tokens: Tensor, places: Tensor, grid: Grid) -> Tensor:
-        """Returns tokens (B, P + N, decoder_width) of all places.
+        """Returns P prefix tokens and all N patches, (B, P + N, decoder_width).
 
         Args:
             tokens: (B, P + V, C), prefix tokens and visible patches.
-            places: (B, V) int64, numbers of the visible patches.
+            places: (B, V) int64, row-major indices of the visible patches.
             grid: Rows and columns of all patches.
         """
         x = self.embed(tokens)
@@ -89,7 +90,10 @@ class Decoder(nn.Module):
 
 
 def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
-    """Returns fixed position embeddings (N, width) float32: columns first, then rows, as in MAE."""
+    """Returns MAE's fixed position embeddings of all patches, (N, width) float32.
+
+    The first half of the channels depends on the column of a patch, the second half on its row.
+    """
     # Computed on the device, since a copy from the CPU would make the host wait in each step.
     number = partial(torch.arange, dtype=torch.float64, device=device)
     rate = 10000.0 ** -(number(width // 4) / (width // 4))

@@ -1,6 +1,6 @@
-"""Masks of hidden patches, each of which is a function of (seed, epoch, position) alone.
+"""Masks of hidden patches; the mask of an image is a function of (seed, epoch, position) alone.
 
-So neither ranks, micro batches nor a resume change a mask.
+So the numbers of ranks and of micro-batches, and a resume, do not change a mask.
 
 Source: He et al. (MAE), arXiv 2111.06377 (random); Bao et al. (BEiT), arXiv 2106.08254, in the code
 of EVA (blocks), and Peng et al. (BEiT v2), arXiv 2208.06366 (blocks, then single patches).
@@ -26,14 +26,14 @@ _LEAST_ASPECT = 0.3
 
 
 def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -> Bools:
-    """Returns whether each patch of each image is hidden, (B, N).
+    """Draws whether each patch of each image is hidden, (B, N) bool.
 
     Args:
-        mask: The recipe's section of the mask.
+        mask: The recipe's section `mask`.
         grid: Rows and columns of the patches.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        positions: (B,), in the epoch's order.
+        positions: (B,), positions of the images in the epoch's order.
     """
     numbers = _numbers_hidden(mask, grid, seed, epoch, positions)
     if mask.sampler == "random":
@@ -50,7 +50,10 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
 def _numbers_hidden(
     mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike
 ) -> NDArray[np.int64]:
-    """Returns the number of hidden patches of each image, (B,); an upper limit with `block`."""
+    """Draws how many patches of each image are hidden, (B,); for arguments see `masks`.
+
+    With the sampler `block` it is only an upper limit.
+    """
     if not mask.ratio_to and mask.share == 1:
         return np.full(np.shape(positions), hidden(mask, grid))
     drawn = uniforms(seed, epoch, positions, "mask_ratio", 2)
@@ -60,12 +63,12 @@ def _numbers_hidden(
 
 
 def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
-    """Returns the number of hidden patches, which is only an upper limit for the sampler `block`.
+    """Returns the number of hidden patches of an image, or its upper limit for the sampler `block`.
 
     Args:
-        mask: The recipe's section of the mask.
+        mask: The recipe's section `mask`.
         grid: Rows and columns of the patches.
-        ratio: Ratio of a single image; None for `mask.ratio`.
+        ratio: Share of the image's patches that are hidden; None for `mask.ratio`.
     """
     patches, ratio = grid[0] * grid[1], mask.ratio if ratio is None else ratio
     if mask.sampler == "random":
@@ -76,11 +79,11 @@ def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
 
 
 def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
-    """Returns masks (B, N) that hide the given numbers of patches, those with the largest noise.
+    """Returns masks (B, N) bool that hide the patches with the largest noise of each image.
 
     Args:
-        noise: (B, N).
-        numbers: Number of hidden patches, one for all images, or one for each image, (B,).
+        noise: (B, N), a random number for each patch.
+        numbers: Number of hidden patches, as a single number for all images, or as (B,).
     """
     place = noise.argsort(axis=1, kind="stable").argsort(axis=1)
     masked: Bools = place >= noise.shape[1] - np.reshape(numbers, (-1, 1))
@@ -90,17 +93,17 @@ def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
 def block_mask(
     draw: random.Random, grid: Grid, number: int, *, min_patches: int, exact: bool = False
 ) -> Bools:
-    """Returns a mask (N,) of rectangles, which may overlap.
+    """Returns a mask (N,) bool that hides rectangles of patches, which may overlap.
 
-    Random numbers are drawn in the official code's order: area, aspect, top, left.
+    Random numbers are drawn in the same order as in the official code: area, aspect, top, left.
 
     Args:
-        draw: Source of random numbers.
+        draw: Generator of random numbers.
         grid: Rows and columns of the patches.
         number: Largest number of hidden patches.
-        min_patches: Patches of the smallest rectangle; the area is drawn between it and the
-            remaining number, even if that is smaller.
-        exact: Whether single patches are hidden where the rectangles fall short of the number.
+        min_patches: Number of patches of the smallest rectangle. The area is drawn between it and
+            the number of patches left to hide, even if the latter is smaller.
+        exact: Whether single patches are hidden too if the rectangles hide fewer than `number`.
     """
     masked = np.zeros(grid, dtype=np.bool_)
     left = number
@@ -113,7 +116,15 @@ def block_mask(
 
 
 def _hide_rectangle(draw: random.Random, masked: Bools, least: int, most: int) -> int:
-    """Hides a rectangle of a mask (H, W) in place; returns the number of newly hidden patches."""
+    """Draws a rectangle and hides its patches, in place.
+
+    Args:
+        draw: Generator of random numbers.
+        masked: (H, W) bool, the mask, which is changed.
+        least, most: Bounds of the rectangle's area; it must also hide at most `most` new patches.
+
+    Returns: the number of newly hidden patches; 0 if no rectangle was found in `_ATTEMPTS` tries.
+    """
     rows, columns = masked.shape
     bound = math.log(_LEAST_ASPECT)
     for _ in range(_ATTEMPTS):

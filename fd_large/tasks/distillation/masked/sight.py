@@ -1,9 +1,9 @@
-"""The sight (task.py) of a student with hidden patches, and the tokens that count in its loss.
+"""Runs a student with hidden patches, and decides which tokens count in the loss.
 
 With masks of rectangles, images hide different numbers of patches. A mean over the masked tokens
-of a micro batch, as in the published code, then depends on ranks and micro batches. Here the
-number of masked tokens is summed over the whole step before its first backward (`Masked.sums`),
-and each of these tokens has the same weight.
+of a micro-batch, as in the published code, then depends on the numbers of ranks and micro-batches.
+Here the number of counted tokens is summed over the whole step before its first backward
+(`Masked.sums`), and each counted token has the same weight.
 
 Source: Fang et al. (EVA), arXiv 2211.07636; Xie et al. (SimMIM), arXiv 2111.09886, for students
 with a coarse map, where a whole token's patches are hidden together; Xue et al. (MaskAlign), arXiv
@@ -31,11 +31,11 @@ class Counted(NamedTuple):
 
     Attributes:
         whole: The comparison of all tokens.
-        counts: (B, N) bool, the tokens that count; None if all do.
+        counts: (B, N) bool, whether a token counts; None if all tokens count.
         of_images: (B,), the weight of each image in a mean over images.
-        number: Number of tokens that count in the whole step, a scalar; None if it is equal in all
-            images.
-        micro_batches: Micro batches of the step on all ranks.
+        number: Number of tokens that count in the whole step, a scalar; None if the loss is a mean
+            over images.
+        micro_batches: Number of micro-batches of the step on all ranks.
     """
 
     whole: Comparison
@@ -46,11 +46,11 @@ class Counted(NamedTuple):
 
     @property
     def target(self) -> Any:
-        """The target."""
+        """The target of the comparison."""
         return self.whole.target
 
     def value(self) -> Tensor:
-        """Returns a micro batch's share of the loss of a step, without its weight."""
+        """Returns a micro-batch's share of the unweighted loss of a step, a scalar."""
         if self.counts is None:
             return self.whole.value()
         if self.number is None:
@@ -60,7 +60,10 @@ class Counted(NamedTuple):
         return self.micro_batches * self._losses().sum() / number
 
     def per_image(self) -> Tensor:
-        """Returns each image's mean loss over its counted tokens, (B,); 0 without any."""
+        """Returns the mean loss over the counted tokens of each image, (B,).
+
+        The loss of an image without counted tokens is 0.
+        """
         if self.counts is None:
             return self.whole.per_image()
         return self._losses().sum(1) / self.counts.sum(1).clamp(min=1)
@@ -77,14 +80,15 @@ class Counted(NamedTuple):
 
 
 class Masked(Whole, Part):
-    """The sight of a student with a learnt token for hidden patches, or with visible patches alone.
+    """The component `sight` (task.py) of a student from which patches are hidden.
 
-    Without a drawn mask, as in evaluation, the student sees the whole image.
+    A hidden patch is replaced by a learnt token, or is not encoded at all (`mask.student`). Without
+    a drawn mask, as in evaluation, the student sees the whole image.
 
     Args:
-        mask: The recipe's section of the mask.
+        mask: The recipe's section `mask`.
         student: The student.
-        image_size: Side of its images, in pixels.
+        image_size: Side of the student's images, in pixels.
     """
 
     def __init__(self, mask: Mask, student: nn.Module, *, image_size: int) -> None:
@@ -109,22 +113,23 @@ class Masked(Whole, Part):
         self.before_step(0.0)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the learnt token, or the decoder, by its name in checkpoints."""
+        """Returns the mask token and the decoder, as far as they exist, by names in checkpoints."""
         learnt = {"mask": self._token, "decoder": self._decoder}
         return {name: module for name, module in learnt.items() if module is not None}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns itself if the number of counted tokens has to be summed over a step."""
+        """Returns this component if the number of counted tokens must be summed over a step."""
         return (self,) if self._differ else ()
 
     def width(self, student: nn.Module) -> int:
-        """Returns the channels of the map that heads are given."""
+        """Returns the number of channels of the heads' input."""
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the hidden patches, (N, B) bool.
+        """Returns "mask", (N, B) bool, whether each patch of each image is hidden.
 
-        If only visible patches are encoded, it also returns their numbers, (V, B) int64.
+        If only visible patches are encoded, the result also has "visible", (V, B) int64, the
+        indices of the visible patches.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
         sight = {"mask": drawn.T.contiguous()}
@@ -136,7 +141,7 @@ class Masked(Whole, Part):
         return sight
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns zeros in the shapes of a drawn mask and of visible patches, for counting."""
+        """Returns zeros shaped like the result of `draws`, to count operations by shapes."""
         sight = {"mask": images.new_zeros(self._patches, len(images), dtype=torch.bool)}
         if self._drops:
             visible = self._patches - self._num_hidden
@@ -144,7 +149,17 @@ class Masked(Whole, Part):
         return sight
 
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
-        """Runs the student, and the decoder."""
+        """Runs the student on images with hidden patches, and then the decoder if there is one.
+
+        Args:
+            student: The student.
+            pixels: (B, 3, H, W), normalised.
+            keep: (num_sites, B) bool, or None for no drop path.
+            drawn: The result of `draws`; empty to show whole images.
+
+        Returns: a map of all patches; zeros stand for patches that were not encoded if there is no
+            decoder.
+        """
         if self._token is not None and "mask" in drawn:
             mask = drawn["mask"].T.unflatten(1, self._grid)
             hook = student.patch_embed.register_forward_hook(
@@ -168,14 +183,22 @@ class Masked(Whole, Part):
         return Seen(map_._replace(tokens=self._decoder(tokens, places, self._grid)))
 
     def _hidden(self, patches: Any, mask: Tensor) -> Any:
-        """Replaces hidden patches by the learnt token, for patches in one or two data types."""
+        """Replaces hidden patches by the learnt token.
+
+        Args:
+            patches: (B, H, W, C); or a tuple of the same patches in two data types.
+            mask: (B, h, w) bool, whether each patch is hidden.
+        """
         assert self._token is not None
         if isinstance(patches, tuple):
             return tuple(self._token(tokens, mask) for tokens in patches)
         return self._token(patches, mask)
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Any:
-        """Returns the comparison of the counted tokens; a summary counts as a whole."""
+        """Returns the comparison restricted to the counted tokens; a summary always counts.
+
+        Without a drawn mask the comparison is returned unchanged.
+        """
         if "mask" not in drawn:
             return comparison
         patches = self._counted_patches(drawn)
@@ -198,7 +221,7 @@ class Masked(Whole, Part):
         return self._counted_patches(drawn).sum(1).to(torch.float32)
 
     def _counted_patches(self, drawn: Drawn) -> Tensor:
-        """Returns the patches that count, (B, N) bool."""
+        """Returns whether each patch counts in the loss, (B, N) bool."""
         mask = drawn["mask"].T
         kinds = {"masked": mask, "visible": ~mask}
         return kinds.get(self._mask.tokens, torch.ones_like(mask))
@@ -206,16 +229,17 @@ class Masked(Whole, Part):
     # --- the part of a step ---
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the numbers of patches that count, and of images, (2,)."""
+        """Returns a micro-batch's numbers of counted patches and of images, (2,)."""
         return self._totals_of(self._counted_patches(prepared["drawn"]))
 
     @staticmethod
     def _totals_of(patches: Tensor) -> Tensor:
+        """Returns the numbers of counted patches and of images, (2,), from `_counted_patches`."""
         of_images = patches.sum(1).double()
         return torch.stack([of_images.sum(), torch.ones_like(of_images).sum()])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Keeps the step's numbers of counted patches and of images."""
+        """Stores the step's numbers of counted patches, of images and of micro-batches."""
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
@@ -225,13 +249,13 @@ class Masked(Whole, Part):
 
 
 def _filled(map_: FeatureMap, places: Tensor) -> FeatureMap:
-    """Returns a map of all places with zeros at patches that were not encoded.
+    """Returns a map of all patches, in which patches that were not encoded are zeros.
 
-    Heads of single tokens and the loss then treat the map like a whole one.
+    Loss and heads of single tokens then need no special case.
 
     Args:
-        map_: Map of the visible patches alone, with the grid of all patches.
-        places: (B, V) int64, numbers of the visible patches.
+        map_: A map with the visible patches alone, but with the grid of all patches.
+        places: (B, V) int64, row-major indices of the visible patches.
     """
     prefix, (rows, columns) = map_.num_prefix_tokens, map_.grid
     visible, width = map_.tokens[:, prefix:], map_.tokens.shape[-1]
