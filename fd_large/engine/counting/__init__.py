@@ -1,1 +1,1 @@
-"""Finds a task's costs before it trains: operations, times on one device, largest micro batch."""
+"""Finds what a task costs before it trains: operations, times on a device, largest micro batch."""

@@ -3,9 +3,9 @@
 The task of a job is built on the meta device, where tensors have shapes but no values, and runs a
 step there (`step.py`) under a `Recorder`.
 
-Counts at two sizes of micro-batch give those at every size, because each count is linear in the
-images (`plan/counts.py`). Where a count is not linear, as with attention in chunks of windows, a
-single size is counted.
+Each count is linear in the number of images, so that counts at two micro-batch sizes give the
+counts at every size (`plan/counts.py`). If a count is not linear, as with attention in chunks of
+windows, only a single size is counted.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ SIZES = (2, 4)
 
 
 def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Recorder:
-    """Runs a step and returns its recorded operations.
+    """Runs a step, and returns the recorder of its operations.
 
     Args:
         models: The task and its frozen models, on the meta device.
         batch: A micro-batch on the meta device.
-        like: Recorder of another micro-batch.
+        like: Recorder of another micro-batch, whose operations the step must repeat, or None.
 
     Raises: NotLinear: if the step calls other operations than `like` has recorded.
     """
@@ -77,7 +77,7 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
 @contextmanager
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
-    """Tells the recorder which module runs, and drops each parameter gradient as it is made."""
+    """Counts running modules in the recorder, and drops parameter gradients when they are made."""
     handles = []
     blocks, within = _gathered_whole(models)
 
@@ -109,7 +109,7 @@ def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
 
 
 def _gathered_whole(models: Models) -> tuple[set[nn.Module], set[nn.Module]]:
-    """Returns the blocks that stage 3 gathers at once, and the modules within them."""
+    """Returns the blocks that ZeRO-3 gathers whole, and all modules inside these blocks."""
     blocks: set[nn.Module] = set()
     within: set[nn.Module] = set()
     for model in models.all():
@@ -138,14 +138,15 @@ def count(
         device: The device for which kernels are chosen.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.
-        checkpointing: False counts without activation checkpoints, True with one at each
-            `checkpoint_every`-th block of the student. If both are given, False must come first,
-            since True changes the models in place.
+        checkpointing: The cases to count: False without activation checkpointing, True with
+            checkpointing of each `checkpoint_every`-th block of the student. False must come before
+            True, which changes the models in place.
         micro_batch_size: The only size that is counted if the task is not linear in its images;
-            auto: `images_together` of the job.
-        image_size: Side of the images; 0 means the side of the job's probe batch, the largest.
+            "auto" for `images_together` of the job.
+        image_size: Side of the images in pixels; 0 for the side of the job's probe batch, which is
+            the largest.
 
-    Returns: the counts with and without checkpoints, as asked.
+    Returns: the counts of each case in `checkpointing`.
     Raises: FDError: if the models cannot be built, or cannot run without values.
     """
     result: dict[bool, Counts] = {}
@@ -173,7 +174,9 @@ def count(
 
 
 def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
-    """Returns the bytes of a micro-batch's images and of the frozen models' outputs for them.
+    """Returns the bytes of a micro-batch's images and targets, frozen models' outputs included.
+
+    The result is linear in the number of images.
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -193,7 +196,10 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
 
 
 def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
-    """Returns a probe batch with images of a given side; 0 keeps the batch's own."""
+    """Returns a probe batch of `images` images with the side `image_size`.
+
+    0 keeps the side of the job's probe batch.
+    """
     batch = job.probe_batch(images)
     if image_size:
         shape = (*batch.images.shape[:2], image_size, image_size)
@@ -214,7 +220,7 @@ def step_flops(
     Args:
         job: The job that describes the task; no weights or images are read.
         micro_batch_size: Number of images.
-        checkpointing: Whether the student's blocks are checkpointed.
+        checkpointing: Whether blocks of the student use activation checkpointing.
         micro_batches: Number of a rank's micro-batches in a step.
         image_size: See `count`.
     """
@@ -239,7 +245,7 @@ def step_flops(
 def kernel_calls(
     job: TrainingJob, device: choose.Device, *, bfloat16: bool, frozen_bfloat16: bool
 ) -> list[Call]:
-    """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
+    """Returns the distinct calls of fused operations in a step of two images (`kernels/check.py`).
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -256,7 +262,10 @@ def kernel_calls(
 
 
 def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
-    """Compares the kernels that will run with their references, and turns off any that differ."""
+    """Compares the kernels that will run with their references, and turns off those that differ.
+
+    All ranks must call this function; rank 0 finds the calls to compare.
+    """
     device = distributed.device()
     if not choose.may_run_kernels(device.type):
         return
@@ -280,7 +289,15 @@ def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
 
 
 def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Models) -> Counts:
-    """Returns linear counts from two recorded steps; from one step, counts for its images alone."""
+    """Returns the counts of a step from two recorders.
+
+    Args:
+        first: Recorder of the smaller micro-batch.
+        second: Recorder of the larger micro-batch.
+        at: The two micro-batch sizes. If the first is 0, both recorders are the same, and the
+            counts hold for the second size only.
+        models: The models that ran.
+    """
     products: Counter[tuple] = Counter()
     moved: dict[str, Line] = {}
     again = NOTHING

@@ -1,11 +1,12 @@
 """Finds the largest micro batch whose step fits into memory, without running out of memory.
 
 A rank that runs out of memory leaves the others waiting in a collective, and the run ends
-(`ranks.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
-moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
-next size only if straight lines through the last two peaks predict that every phase fits on every
-rank. Each phase has its own line, because the maximum of two lines bends where they cross. N
-times the images need at most N times the memory: if that much is free, the climb ends at once.
+(`ranks.failures`). So the probe tries sizes in rising order. After a step of one image, which makes
+the optimiser's moments, it runs a real step at 1, 2, 4 ... images and measures the peak memory of
+each phase. It tries the next size only if straight lines through the last two peaks predict that
+every phase fits on every rank. Each phase has its own line, because the maximum of two lines bends
+where they cross. N times the images need at most N times the memory: if so much memory is free for
+the largest size, the probe returns this size at once.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
-    """Returns the sizes to try: powers of two, then the least valid size, and doubles of that.
+    """Returns the sizes to try: powers of two, then the least valid size and its doubles.
 
     Args:
-        share: Images of a rank per step, which a micro batch divides.
+        share: Images of a rank per step; a multiple of the micro batch size.
         together: Images that share statistics of batch norms. A micro batch holds a multiple of
             this number; if a group spans several ranks, it holds this rank's whole share.
     """
@@ -58,13 +59,15 @@ def largest_that_fits(
     *,
     together: int = 1,
 ) -> int:
-    """Returns the largest candidate that fits, trying them in turn; all ranks return the same.
+    """Tries the `candidates` in turn, and returns the largest valid size that fits into memory.
+
+    All ranks must call this function and get the same size.
 
     Args:
         share: Images of a rank per step.
         phases: Functions of a number of images, which together run a whole step: forward and
             backward, then the optimiser's step.
-        memory: The memory of this rank.
+        memory: Measures the memory of this rank.
         together: See `candidates`.
 
     Raises: OutOfMemory: if not even one image, or one group with shared statistics, fits.
@@ -127,12 +130,14 @@ def probe(
     seed: int,
     together: int = 1,
 ) -> int:
-    """Finds the largest micro batch whose step fits; all ranks return the same size.
+    """Finds the largest micro batch size whose step fits into memory.
+
+    All ranks must call this function and get the same size.
 
     Args:
-        engines: Engines of one student or of several, which learn from the same steps. The engines
-            do not accumulate, so that each of their steps is a whole step. The probe spoils their
-            weights and moments.
+        engines: Engines of one student, or of several students that learn from the same steps. The
+            engines do not accumulate, so that each of their steps is a whole step. The probe spoils
+            their weights and moments.
         batch_of: Function of a number of images, which makes a batch of the largest images.
         share: Images of a rank per step.
         seed: Seed of the drop path.
@@ -154,7 +159,7 @@ def probe(
 
 
 def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
-    """Takes a step of one image, which makes the optimiser's moments."""
+    """Runs all phases with one image, so that the optimiser makes its moments."""
     with out_of_memory_named(1):
         for phase in phases:
             phase(1)
@@ -163,7 +168,9 @@ def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
 def _phases(
     engine: Engine, batch_of: Callable[[int], Batch], share: int, seed: int, *, keeps: bool
 ) -> tuple[Callable[[int], None], ...]:
-    """Returns two functions of a micro batch's size: forward and backward, and the step.
+    """Returns the two phases of a step: forward and backward, and the optimiser's step.
+
+    Each phase is a function of the micro batch size.
 
     Args:
         engine, batch_of, share, seed: See `probe`.
@@ -192,17 +199,20 @@ def _phases(
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
-    """Returns the tensors of `count` completed micro batches, on the device."""
+    """Returns the tensors of `count` micro batches with frozen models' outputs, on the device."""
     whole = completed(task, batch.to(distributed.device()))
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
 
 
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
-    """Returns the size that an earlier probe chose in the same setting, or None.
+    """Returns the micro batch size that an earlier probe stored in the run's folder.
+
+    Returns None if there is none, if it was found in another setting, or if it does not divide
+    `share`. All ranks must call this function; rank 0 reads the file.
 
     Args:
         folder: The run's folder.
-        setting: All causes of a step's memory: ranks, models, DeepSpeed's JSON, software ...
+        setting: Everything that decides a step's memory: ranks, models, DeepSpeed's JSON, software.
         share: Images of a rank per step.
     """
     known_size = None
@@ -227,7 +237,10 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
 
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
-    """Writes the size into the run's folder, on rank 0."""
+    """Writes a micro batch size and the setting in which it was found to the run's folder.
+
+    Only rank 0 writes.
+    """
     if distributed.is_main():
         path = folder / "micro_batch.json"
         with written_or_logged(path):

@@ -1,8 +1,8 @@
 """Times the phases of a job's real step on one device: frozen models, forward, backward, optimiser.
 
-The task runs without an engine at two sizes of micro-batch in turn, so that other work on the
-machine slows both alike. The shortest time of each phase counts, since other work can only lengthen
-a phase. The lines through both sizes (`plan/phases.py`) are the basis of `plan --probe`.
+The task runs without an engine at two micro-batch sizes in turn, so that other work on the machine
+slows both sizes alike. The shortest time of each phase counts, since other work can only lengthen a
+phase. `plan --probe` uses the straight lines through the times at the two sizes (`plan/phases.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ UPDATED = 2**24
 def measure(
     job: TrainingJob, *, free_bytes: float, clock: Callable[[], float] = time.perf_counter
 ) -> Phases | None:
-    """Times the phases on all ranks of torch's process group at the same time.
+    """Times the phases of a step on all ranks of torch's process group at the same time.
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -100,7 +100,7 @@ class Timer:
 
     Args:
         job: The job that describes the task; no weights or images are read.
-        sizes: Images of the micro-batches, at most two.
+        sizes: Micro-batch sizes to time, at most two.
         clock: Returns seconds.
         frozen_bfloat16: Whether frozen models compute in bfloat16.
     """
@@ -140,7 +140,10 @@ class Timer:
         self._is_warm = True
 
     def phases(self) -> Phases:
-        """Returns the phases by the shortest times of all rounds, of the slowest rank."""
+        """Returns the phases, each with its shortest time over the rounds on the slowest rank.
+
+        All ranks must call this method.
+        """
         times = _slowest(self._shortest)
         update = times.pop(0)[UPDATE]
         names = dict.fromkeys(name for by_phase in times.values() for name in by_phase)
@@ -154,7 +157,14 @@ class Timer:
 
 
 def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple[int, ...]:
-    """Returns the micro-batches to time: two if both fit in memory, none if not even one does."""
+    """Returns the micro-batch sizes to time, at most two; none if not even the least size fits.
+
+    Args:
+        counts: The counts of a step.
+        together: `images_together` of the job.
+        room: Bytes of memory that a micro-batch may take.
+        on_gpu: Whether the device is a GPU.
+    """
     if counts.images:
         return (counts.images,) if counts.peak_at(counts.images) <= room else ()
     size = MOST_IMAGES_ON_GPU if on_gpu else MOST_IMAGES
@@ -164,16 +174,19 @@ def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple
 
 
 def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
-    """Returns the bytes of all parameters, and of the gradients of trained parameters."""
+    """Returns the bytes of all parameters and of the gradients of trained parameters together.
+
+    `size` is the bytes of an element of the task, `frozen_size` of the frozen models.
+    """
     trained = sum(sizes(counts.student))
     frozen = sum(sum(sizes(model)) for model in counts.frozen)
     return 2 * size * trained + frozen_size * frozen
 
 
 def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
-    """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters.
+    """Returns a function that clips the gradients of `UPDATED` parameters and steps the optimiser.
 
-    Like `run_step`, it reports the beginning and the end of its phase to its argument.
+    Like `run_step`, the function reports the beginning and the end of its phase to its argument.
     """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -191,10 +204,10 @@ def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], Non
 def _seconds_of(
     one_pass: Callable[[Callable[[str], None]], None], now: Callable[[], float]
 ) -> dict[str, float]:
-    """Returns the seconds of each phase that a pass reports; all ranks begin it together.
+    """Runs a pass on all ranks at the same time, and returns the seconds of each of its phases.
 
     Args:
-        one_pass: Runs the phases, and calls its argument with the name of each as it begins.
+        one_pass: Runs the phases, and calls its argument with the name of each phase that begins.
         now: Returns seconds.
     """
     seconds: dict[str, float] = defaultdict(float)
@@ -213,7 +226,10 @@ def _seconds_of(
 
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Returns the longest time of each phase over the ranks; time outside the phases is dropped."""
+    """Returns the longest seconds of each phase over the ranks, without time outside of phases.
+
+    The numbers are by micro-batch size and name of the phase. All ranks must call this function.
+    """
     ranks = distributed.gather_objects(mine)
     return {
         images: {phase: max(times[images][phase] for times in ranks) for phase in phases if phase}

@@ -1,4 +1,4 @@
-"""Measures this machine's rates: matrix products, memory, calls, collectives.
+"""Measures how fast this machine is at matrix products, memory copies, calls and collectives.
 
 All ranks measure at the same time, because they share memory and caches. Rates are medians of
 several passes. `phases.py` times a real step of the task.
@@ -30,7 +30,7 @@ SIDE, SIDE_ON_GPU = 1024, 8192
 
 
 def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
-    """Measures on all ranks of torch's process group at the same time.
+    """Measures the rates on all ranks of torch's process group at the same time.
 
     Args:
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
@@ -98,9 +98,14 @@ def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
 
 
 class _Clock:
-    """Measures the median seconds of a call, after one warm-up call.
+    """Measures the seconds of a call, as the median of `PASSES` calls after one warm-up call.
 
-    On a CPU the caches are overwritten first, so that operands come from memory, as in a step.
+    On a CPU the caches are overwritten before each call, so that operands come from memory, as in a
+    step.
+
+    Args:
+        on_gpu: Whether the calls run on a GPU.
+        clock: Returns seconds.
     """
 
     def __init__(self, on_gpu: bool, clock: Callable[[], float]) -> None:
@@ -119,7 +124,7 @@ class _Clock:
 
 
 def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of large matrix products, forward and backward."""
+    """Returns the FLOP/s of a large linear layer, forward and backward together."""
     side = SIDE_ON_GPU if device.type == "cuda" else SIDE
     x, weight, gradient = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
     x.requires_grad_()
@@ -133,7 +138,10 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def _start(seconds: _Clock, device: torch.device) -> float:
-    """Returns the seconds of one call from Python, from a forward and backward of tiny layers."""
+    """Returns the seconds that the call of an operation takes from Python.
+
+    It is the time of a forward and backward through tiny layers, divided by the number of calls.
+    """
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())
     ]

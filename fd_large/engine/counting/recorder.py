@@ -1,9 +1,9 @@
 """Records the operations of a computation: FLOPs, bytes, calls and live memory.
 
-Each operation counts with the FLOPs of its matrix products (torch's own formulas; a fused operation
-brings its own), its bytes (each distinct input is read once, each new output written once, views
-are free) and a call. Storages are followed from allocation to release, which gives the live
-memory at each moment.
+For each operation, the recorder counts the FLOPs of matrix products, the bytes, and a call. FLOPs
+come from torch's formulas; a fused operation brings its own formula. Each distinct input is read
+once and each new output written once; views are free. Storages are followed from allocation to
+release, which gives the live memory at each moment.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Operation(NamedTuple):
     """One dispatched operation.
 
     Attributes:
-        phase: Phase in which it runs.
-        again: Whether it repeats a computation of the forward pass.
+        phase: Phase in which the operation runs.
+        again: Whether the operation repeats a computation of the forward pass.
         name: Name of the operator.
-        flops: FLOPs of its matrix products.
-        read: Number of bytes that it reads.
-        written: Number of bytes that it writes.
+        flops: FLOPs of the operation's matrix products.
+        read: Number of bytes that the operation reads.
+        written: Number of bytes that the operation writes.
     """
 
     phase: Phase
@@ -95,21 +95,21 @@ class Recorder(TorchDispatchMode):
 
     Args:
         models: Models whose parameters and buffers do not count as live memory.
-        like: Names of the calls that are expected; None: any.
+        like: Names of the expected calls, in order; None if any calls are expected.
 
     Attributes:
         phase: Name of the running phase.
         inside: Number of modules that are running now, counted by the caller.
-        blocks: Number of forwards of blocks that stage 3 gathers at once, by phase, counted by the
-            caller.
-        modules: Number of forwards of modules outside these blocks, by phase, counted by the
+        blocks: Number of forward calls of blocks that ZeRO-3 gathers whole, by phase, counted by
+            the caller.
+        modules: Number of forward calls of modules outside these blocks, by phase, counted by the
             caller.
         operations: Operations that computed or moved data.
-        calls: All calls by phase, views included.
-        live: Bytes of storages now.
+        calls: Number of all calls by phase, views included.
+        live: Bytes of the storages that are alive now, without those of `models`.
         held: Live bytes when the first pass of a step in two passes began.
         kept: Live bytes when backward began.
-        names: Names of all calls.
+        names: Names of all calls, in order.
         trail: Live bytes at each call.
         fused: Whether a fused kernel was called.
     """
@@ -175,7 +175,16 @@ class Recorder(TorchDispatchMode):
     def record(
         self, func: Any, known: _Known, args: Any, kwargs: Any, outs: list[Tensor], out: Any
     ) -> None:
-        """Records an operation."""
+        """Records an operation with its FLOPs and bytes.
+
+        Args:
+            func: The overload that was called.
+            known: What the recorder knows of `func`.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            outs: Tensors of the result.
+            out: Result of the call.
+        """
         flops = known.flops(*args, **kwargs, out_val=out) if known.flops else 0
         # Backward runs modules only where it computes their forward again.
         again = self.phase == "backward" and (self.inside > 0 or torch.is_grad_enabled())
@@ -196,7 +205,7 @@ class Recorder(TorchDispatchMode):
         return known
 
     def follow(self, t: Tensor) -> None:
-        """Counts a tensor's storage as alive until it is gone."""
+        """Counts a tensor's storage as alive until the storage is released."""
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -212,10 +221,11 @@ class Recorder(TorchDispatchMode):
 
 
 def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
-    """Bytes of the temporary copies that a CPU convolution makes in its own layout.
+    """Returns the bytes of the temporary copies that a convolution makes on a CPU.
 
-    oneDNN copies tensors that are not channels-last: in forward the larger of input and output, in
-    backward both of them, and a gradient that is not contiguous.
+    The result is 0 for other operations. oneDNN copies tensors that are not channels-last: in
+    forward the larger of input and output; in backward input, output and a gradient that is not
+    contiguous.
     """
     if name not in ("convolution", "convolution_backward"):
         return 0
@@ -230,12 +240,12 @@ def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
 
 
 def tensors_of(thing: Any) -> list[Tensor]:
-    """Returns the tensors of an operation's argument or result that may be a list of them."""
+    """Returns the tensors in `thing` if it is a list or tuple, else an empty list."""
     return [t for t in thing if isinstance(t, Tensor)] if isinstance(thing, (tuple, list)) else []
 
 
 def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[int, int]:
-    """Bytes that an operation reads and writes."""
+    """Returns the number of bytes that an operation reads, and the number that it writes."""
     read_bytes: dict[Any, int] = {}
     written = 0
     for i, argument in enumerate((*args, *kwargs.values())):
@@ -266,9 +276,9 @@ def bytes_of(t: Tensor) -> int:
 
 
 def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Returns a key that is equal for tensors over the same bytes."""
+    """Returns a key that is equal for tensors over the same bytes in the same shape and strides."""
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 
 class NotLinear(Exception):
-    """Two micro-batches run different operations, so that counts are not linear."""
+    """Raised if two micro-batches run different operations, so that counts are not linear."""

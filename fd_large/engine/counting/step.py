@@ -33,7 +33,8 @@ class Models(NamedTuple):
 
     Attributes:
         task: The task.
-        frozen: The models that it uses and does not train, by the names of their sections.
+        frozen: The models that the task uses and does not train, by the names of their sections in
+            the recipe.
     """
 
     task: Task
@@ -44,12 +45,12 @@ class Models(NamedTuple):
         return self.task, *self.frozen.values()
 
     def checkpoint(self, every: int) -> None:
-        """Checkpoints each `every`-th block of the student."""
+        """Turns on activation checkpointing for each `every`-th block of the student."""
         checkpoint_blocks(self.task.student.blocks(), mode="every", every=every)
 
 
 def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Models:
-    """Constructs a job's models on torch's present device, with random weights.
+    """Constructs a job's models on torch's current default device, with random weights.
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -71,10 +72,10 @@ def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
 
     Args:
         models: The task and its frozen models.
-        batch: A micro batch on their device.
-        to: Called with the name of each phase as it begins: FORWARD, BACKWARD, FIRST_PASS for the
-            sums of a step in two passes, the name of a frozen model, and "" at the end. An
-            interrupted phase is named again when it goes on.
+        batch: A micro batch on the models' device.
+        to: Called with the name of each phase that begins: FORWARD, BACKWARD, FIRST_PASS for the
+            sums of a step in two passes, the name of a frozen model, and "" at the end. When an
+            interrupted phase goes on, its name is passed again.
     """
     handles, running = [], [FORWARD]
     sums = models.task.sums
@@ -115,9 +116,9 @@ def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
 
 @contextmanager
 def on_shapes(device: choose.Device) -> Iterator[None]:
-    """Lets the block build and run models on the meta device with a device's kernels.
+    """Lets the block build and run models on the meta device with the kernels of `device`.
 
-    Raises: ConfigError: if a model cannot run there.
+    Raises: ConfigError: if a model cannot run on the meta device.
     """
     ours = functools.partial(_attention, device.on_gpu)
     torchs, nn.functional.scaled_dot_product_attention = (
@@ -151,7 +152,10 @@ def _attention(
     scale: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """Calls the device's kernel for torch's attention; the meta device would decompose it."""
+    """Replaces torch's attention on the meta device by a call of the imitated device's kernel.
+
+    torch itself would split attention on the meta device into several operations.
+    """
     if q.ndim == 3:  # The heads are in the batch, as in SAM.
         q, k, v = (part[:, None] for part in (q, k, v))
         mask = None if attn_mask is None else attn_mask[:, None]
