@@ -7,8 +7,9 @@ changes only float64 rounding. Running statistics are updated once in each accep
 mean over its groups, with unbiased variances.
 
 A norm records the statistics of a step in its backward. Backward runs once for each forward, even
-if the forward is recomputed, and it does not run for an evaluation, a trial, or a first forward
-whose gradients come from a second. If no input needs a gradient, a training forward records them.
+if the forward is recomputed. It does not run for an evaluation, for a trial, or for the first pass
+of a step that repeats its forwards in a second pass. If neither input nor parameters of a norm need
+gradients, the statistics are recorded in the training forward.
 
 Source: Ioffe and Szegedy, arXiv 1502.03167.
 """
@@ -83,7 +84,7 @@ class Groups:
     def sums(self, of_images: Tensor) -> Tensor:
         """Sums values (B, K) float64 over the images of each group, and returns (groups, K).
 
-        If groups span ranks, the images of the other ranks are included; then it is a collective.
+        If groups span ranks, images of other ranks are included, and the call is a collective.
         """
         images, before = len(of_images), self._first % self.size
         number = -(-(before + images) // self.size) if self.size != PASS else 1

@@ -1,4 +1,4 @@
-"""Reading of published files that Swin and SwinV2 share: tensor names and architecture fields."""
+"""Tensor names and architecture fields that published files of Swin and SwinV2 have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resizes images and maps on the device."""
+"""Resizes images and maps on their device."""
 
 from __future__ import annotations
 

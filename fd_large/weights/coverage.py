@@ -241,7 +241,8 @@ def resized(
         name: Name of the tensor in the model.
         tensor: The file's tensor.
         shape: Shape of the tensor in the model.
-        expected: {name: shape} of the model's tensors, which show whether it has class tokens.
+        expected: {name: shape} of the model's tensors, which show whether the model has class
+            tokens.
         margin, antialias: See `position_tables.resize_positions`.
         where: Field that the user set, for messages.
     """

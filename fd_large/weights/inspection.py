@@ -146,7 +146,7 @@ def _of_library(
     """Describes weights whose model is built by a library.
 
     Args:
-        weights: The weights.
+        weights: Weights of a source, before they are matched with a model.
         architecture: The model, which a configuration or the user names.
         description: The format in words.
         statistics: Image statistics that the weights were trained with; None if unknown.

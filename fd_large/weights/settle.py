@@ -167,7 +167,7 @@ def _of_published(
     Args:
         section: The section as the user set it.
         named: The model that the section names; None if it names none or a family alone.
-        weights: The weights.
+        weights: The weights, with the architecture fields that they show.
         sources: Holds the image statistics that an earlier start settled.
         where: The flag of the source, for messages.
 
@@ -249,7 +249,7 @@ def reconcile(
     """Returns the architecture that agrees with the weights, the named model and the user's fields.
 
     Args:
-        weights: The weights.
+        weights: Weights in a published format, with the fields that they show.
         user_fields: Fields that the user set, which take precedence over the named model's.
         named: The named model; None takes the model that the weights show.
         name: Name of the named model, for messages.
@@ -306,7 +306,7 @@ def _nothing_shows(
     """Returns the error for weights that leave fields or image statistics unknown.
 
     Args:
-        weights: The weights.
+        weights: Weights in a published format.
         fields: Names of the unknown fields.
         where, section, trained_with: See `reconcile`.
     """

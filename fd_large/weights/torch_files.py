@@ -150,9 +150,9 @@ class _Bounded(io.FileIO):
     """A file that refuses large reads, so that zipfile cannot read a huge table of contents."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Returns at most 8 MB.
+        """Returns the next `size` bytes; without a size, the rest of the file up to 8 MB.
 
-        Raises: ValueError: if `size` is larger.
+        Raises: ValueError: if `size` is more than 8 MB.
         """
         if size is not None and size > _DIRECTORY_BYTES:
             raise ValueError(f"more than {_DIRECTORY_BYTES >> 20} MB of names in the archive")

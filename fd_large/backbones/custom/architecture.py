@@ -44,7 +44,7 @@ class CustomArchitecture(FamilyArchitecture):
 
     @property
     def own_name(self) -> str:
-        """The name as given by the user."""
+        """The model's name as the user gave it, see `code`."""
         return self.code
 
     def at(self, image_size: int) -> Self:

@@ -142,7 +142,7 @@ def _reference(largest: float, window: int) -> int:
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Returns the fields that transformers' `config.json` states; None for another model's file.
+    """Returns the architecture fields in transformers' `config.json`; None for other models' files.
 
     In such a file a window of pre-training of 0 means the window of the stage.
     """
@@ -161,7 +161,7 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Returns the fields that a SwinV2 module of timm shows, or None for another module.
+    """Returns the architecture fields of a SwinV2 module of timm, or None for another module.
 
     In timm a window of pre-training of 0 means the window of the stage.
     """

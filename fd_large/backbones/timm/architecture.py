@@ -61,9 +61,10 @@ _DRAWS = "sapiens2"
 
 
 def why_refused(name: str) -> str:
-    """Returns the reason why a timm model cannot be a student or teacher; "" if none is known.
+    """Returns why a timm model is refused, or is accepted as a teacher alone, in words.
 
-    Lists of model names show it. Whether a model is accepted is decided when it is built.
+    Returns "" if no such reason is known. Lists of model names show the text; whether a model is
+    accepted is decided only when it is built.
     """
     for pattern, reason in _NO_MAP.items():
         if re.match(pattern, name):
@@ -136,7 +137,7 @@ class TimmArchitecture(FamilyArchitecture):
 
     @property
     def own_name(self) -> str:
-        """The name as `timm:NAME`."""
+        """The model's name in the form `timm:NAME`."""
         return f"{self.prefix}{self.timm_name}"
 
     def at(self, image_size: int) -> Self:

@@ -127,8 +127,8 @@ class Size(NamedTuple):
 def sized(name: str, image_size: int) -> Size:
     """Returns the image size of a model that is made for images of `image_size` pixels a side.
 
-    0 means the model's default size. A model that cannot be made for another size keeps its default
-    size.
+    If `image_size` is 0, it is the model's default size. A model that cannot be made for another
+    size keeps its default size.
     """
     check_name(name)
     config = config_of(name)
@@ -150,7 +150,7 @@ def sized(name: str, image_size: int) -> Size:
 
 
 def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
-    """Returns the arguments of `create` that make a model for images of a side in pixels."""
+    """Returns the arguments of `create` for images of `image_size` pixels a side; may be empty."""
     return sized(name, image_size).arguments
 
 

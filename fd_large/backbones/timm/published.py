@@ -1,4 +1,4 @@
-"""Reads weights for a timm model, by timm's names or by the order of another port's tensors.
+"""Reads weights for a timm model, by timm's names or, with other names, by the tensors' order.
 
 Running statistics of batch norms are read as well: they count as weights, although buffers.
 """

@@ -13,8 +13,8 @@ class TransformersArchitecture(FamilyArchitecture):
     """A vision model of transformers, described by its folder's config.json.
 
     Attributes:
-        transformers_type: The `model_type` of its configuration.
-        transformers_config: The fields of its configuration, as JSON; missing fields have
+        transformers_type: The `model_type` of the model's configuration.
+        transformers_config: The fields of the model's configuration, as JSON; missing fields have
             transformers' defaults.
         image_size: Side in pixels of the images for which position tables are made; models
             without tables take any size.
@@ -36,7 +36,7 @@ class TransformersArchitecture(FamilyArchitecture):
 
     @property
     def own_name(self) -> str:
-        """The name as `transformers:TYPE`."""
+        """The model's name in the form `transformers:TYPE`."""
         return f"{self.prefix}{self.transformers_type}"
 
     def _check(self) -> None:

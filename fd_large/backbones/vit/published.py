@@ -439,7 +439,7 @@ def _guess(architecture: Architecture) -> Architecture:
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Returns the fields that transformers' `config.json` states; None for another model's file.
+    """Returns the architecture fields in transformers' `config.json`; None for other models' files.
 
     Raises: WeightsError: for an unsupported activation.
     """
@@ -456,7 +456,7 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _open_clip(config: dict[str, Any], where: str) -> Architecture:
-    """Returns the fields that a model configuration of open_clip states.
+    """Returns the architecture fields that a model configuration of open_clip states.
 
     Raises: WeightsError: if the configuration has options of layers that are not supported.
     """
@@ -478,7 +478,7 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Returns the fields that a ViT or BEiT module of timm shows.
+    """Returns the architecture fields of a ViT or BEiT module of timm.
 
     Returns None if the module computes something else than our ViT.
     """
