@@ -26,7 +26,7 @@ class Whole(NamedTuple):
 
 
 def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
-    """Returns sums over the pixels of each image that have a known depth.
+    """Returns, for each image, three sums over its pixels of known depth.
 
     The sums are in float64, because the mean of squares and the squared mean nearly cancel.
 

@@ -96,9 +96,9 @@ class Depth(DenseTask):
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
     def two_passes(self, micro_batches: int) -> bool:
-        """Whether the loss needs sums over all images of a step before its first backward.
+        """Whether the loss needs sums over all images of a step before the first backward.
 
-        It does if the loss is one root over the whole step, and the step has several micro-batches.
+        True if the loss is one root over the whole step, and the step has several micro-batches.
         """
         return self.over == "batch" and micro_batches > 1
 

@@ -135,8 +135,9 @@ class DetectionJob(TrainingJob):
     def initial_weights(self) -> InitialWeights:
         """Returns the weights that `student.init` provides for the student, pyramid and heads.
 
-        Pyramid and heads are included only if `student.init` is a detection run. Their layers whose
-        shapes differ, such as those for another number of classes, start from random weights.
+        Pyramid and heads are included only if `student.init` is a detection run. Layers of pyramid
+        and heads whose shapes differ, for example because the number of classes does, start from
+        random weights.
         """
         student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
         return {} if student is None else {"student": student, **self._initial_heads()}
@@ -277,9 +278,9 @@ class DetectionJob(TrainingJob):
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """Opens the test images.
 
-        They are the val split of `eval.root`, if this field is set. Otherwise they are the part of
-        the train split of `data.root` that `data.val_fraction` holds out, or the val split of
-        `data.root` if the fraction is 0.
+        If `eval.root` is set, the test images are its val split. If not, and `data.val_fraction` is
+        above 0, they are the part of the train split of `data.root` that this fraction holds out.
+        If neither is set, they are the val split of `data.root`.
 
         Args:
             classes: Names of the classes that the detector learns or has learnt, by label.

@@ -199,7 +199,7 @@ class Detection(Task):
         """Runs backbone, pyramid and all heads on the largest possible number of anchors and boxes.
 
         Operations whose work depends on the content of images are left out: selection of proposals,
-        matching, sampling, and cropping of target masks. They contain no matrix product.
+        matching, sampling, and cropping of target masks. None of these contains a matrix product.
 
         Returns: the sum of all losses, a scalar that backward can run through.
         """
@@ -272,8 +272,8 @@ def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     Args:
         terms: For each term, the sum over this rank's samples and their number.
 
-    Returns: the loss, a scalar, and the detached terms by name. Their means over the ranks are the
-        values of the whole batch.
+    Returns: the loss, a scalar, and the detached terms by name. The means of loss and terms over
+        the ranks are the values of the whole batch.
     """
     sums = [total for total, _ in terms.values()]
     counts = torch.tensor([float(count) for _, count in terms.values()])

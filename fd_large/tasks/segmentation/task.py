@@ -43,7 +43,8 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 }
 """Built-in heads, by their names in a recipe (`task.segmentation.head`). Each is constructed from
 (channels of the maps, channels of the head, number of classes), and returns logits for the maps.
-Its attribute `width` is the number of channels before its last layer, which dropout acts on."""
+The attribute `width` of a head is the number of channels before its last layer, on which dropout
+acts."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 
 
@@ -155,9 +156,9 @@ class Segmentation(DenseTask):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        One-dimensional parameters are always exempt. A ViT has no other exempt parameters. Its
-        class token and position embedding are decayed as in the published runs, whose code looks
-        for their names without the backbone's prefix, and so does not find them.
+        One-dimensional parameters are always exempt. A ViT has no other exempt parameters. Weight
+        decay acts on a ViT's class token and position embedding as in the published runs, whose
+        code looks for both names without the backbone's prefix, and so does not find them.
         """
         if has_stages(self.student):
             return super().no_weight_decay()

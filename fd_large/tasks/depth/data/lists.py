@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 DEFAULT_NAMES = {"train": ("train_list.txt",), "val": ("test_list.txt", "val_list.txt")}
 """For each split the file names of lists that are looked for in the dataset's folder, in order."""
 FOLDERS = ("", "sync", "official_splits/test", "raw_data", "data_depth_annotated")
-"""Folders, relative to the dataset's folder, to which the paths in a list may be relative. They are
-the folders of NYUv2 and KITTI as prepared by BTS and by GLPDepth."""
+"""Folders, relative to the dataset's folder, to which the paths in a list may be relative: those
+of NYUv2 and KITTI as prepared by BTS and by GLPDepth."""
 NO_DEPTH = "None"
 # Largest number of missing files that a message names.
 NAMED = 3
@@ -184,7 +184,8 @@ def _found(
 def _start(root: str, names: Sequence[str]) -> str:
     """Returns the folder in `FOLDERS` to which a list's paths are relative.
 
-    It is the first that contains the folder of the first path, or "", the root, if there is none.
+    The result is the first entry below which the folder of the first path exists, or "" (the root)
+    if there is no such entry.
 
     Args:
         root: Folder of the dataset.

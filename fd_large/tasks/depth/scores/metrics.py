@@ -53,11 +53,11 @@ class Scored(NamedTuple):
 def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
-    """Returns a mask (H, W) of the pixels of a part of an image with a depth between limits.
+    """Returns a mask (H, W), True for pixels in a part of the image whose depth is within limits.
 
     Args:
         truth: (H, W), true depths in metres; 0 where the depth is unknown.
-        limits: Two depths in metres, which are excluded.
+        limits: Two depths in metres; a depth must be strictly between them.
         part: Rows and columns of the part.
     """
     # Compared in the precision of the depths, in which 1 mm in a file is not above 0.001 m.

@@ -53,7 +53,7 @@ class CocoSet(DivisibleImages):
         annotations: Path of the JSON file.
         findings: Objects and images that were left out or clipped.
         fingerprint: A hash of names, categories and objects.
-        has_masks: Whether the objects have segmentations. Those of Objects365 have none.
+        has_masks: Whether the objects have segmentations, which Objects365 lacks.
         category_ids: For each label, the category's id in the file.
         category_names: For each label, the category's name.
     """
@@ -133,7 +133,7 @@ class CocoSet(DivisibleImages):
         """Reads the semantic map (H, W) of image `index`, the class of each pixel.
 
         Unlabelled pixels are 255. The map is a PNG below `stuffthingmaps/`, with the relative path
-        of the image. Its classes include COCO-Stuff's stuff classes.
+        of the image. The classes include COCO-Stuff's stuff classes.
 
         Raises: DataError: if the file cannot be read, has another size than the image, or has
             classes of `num_classes` or more.
@@ -255,7 +255,7 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
 def _stamp(path: str) -> list[int]:
     """Returns size and modification time (ns) of a file or folder, [0, 0] if it does not exist.
 
-    They change when the file is written, or when an entry of the folder is added or removed.
+    The values change when the file is written, or when an entry of the folder is added or removed.
     """
     try:
         status = os.stat(path)

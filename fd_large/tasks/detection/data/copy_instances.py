@@ -1,8 +1,8 @@
 """Cuts out the objects of a training image and pastes them slightly scaled, rotated and shifted.
 
-This is InstaBoost's random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801). The
-ranges, the common transform of objects with overlapping boxes, and the exceptions near the border
-of an image follow its code (instaboost/single_image_process.py). InstaBoost's probability map of
+The method is the random jitter of InstaBoost (Fang et al., ICCV 2019, arXiv 1908.07801). Ranges,
+the common transform of objects with overlapping boxes, and the exceptions near the border of an
+image follow InstaBoost's code (instaboost/single_image_process.py). InstaBoost's probability map of
 locations and its colour jitter are left out. Objects are cut along their masks, without alpha
 matting. Uncovered pixels are filled with averages of the surrounding pixels, not by OpenCV's
 inpainting.

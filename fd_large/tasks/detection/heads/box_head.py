@@ -38,8 +38,8 @@ class BoxHead(nn.Module):
         num_classes: K; class K is the background.
         width: Channels of the pyramid and the convolutions; the linear layer has four times as
             many.
-        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
-            class.
+        class_agnostic: True if a proposal has a single box for all classes, False if it has a box
+            for each class.
     """
 
     def __init__(self, num_classes: int, width: int, *, class_agnostic: bool = False):
@@ -73,8 +73,8 @@ class Sampled(NamedTuple):
         labels: (N,) int64, the class of each roi; K for background.
         objects: (p,) int64 for each image, the index of the object of each positive.
         boxes: (P, 4) float32, the box of the object of each positive.
-        numbers: (n,) int64 for each image, the index of each roi in the proposals, to which the
-            boxes of the objects are appended.
+        numbers: (n,) int64 for each image, the index of each roi in the list of the proposals
+            followed by the boxes of the objects.
     """
 
     rois: list[Tensor]

@@ -69,10 +69,10 @@ class Form(NamedTuple):
     Attributes:
         coders: Box coder of each stage, which defines the units of its deltas.
         loss_weights: Weight of the losses of each stage.
-        samples_again: Whether every stage draws its own sample and has its own mask head; else the
-            stages share the sample and the mask head of the first.
+        samples_again: True if every stage draws its own sample and has its own mask head, False if
+            all stages share the first stage's sample and mask head.
         gradient_scale: Factor of a stage's gradient at the pooled box features.
-        averages_logits: Whether a test averages logits over the stages; else probabilities.
+        averages_logits: Whether a test averages logits over the stages, not probabilities.
     """
 
     coders: tuple[Any, ...]
@@ -125,8 +125,8 @@ class CascadeHeads(nn.Module):
         rois_per_image: Number of proposals sampled from each image for the losses.
         form: A name in the table `FORMS`.
         box_loss: Kind of box loss (`box_losses`).
-        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
-            class.
+        class_agnostic: True if a proposal has a single box for all classes, False if it has a box
+            for each class.
     """
 
     # Whether a stage's mask head learns from a sample of the stage's refined boxes; else from the
@@ -367,9 +367,9 @@ class CascadeHeads(nn.Module):
     ) -> list[Tensor]:
         """Returns the boxes (n, 4) of each image that the next stage gets as its input.
 
-        They are the sampled rois, refined by this stage. If the next stage draws its own sample,
-        which adds the boxes of the objects, rois that came from these boxes are dropped here. Else
-        refined boxes without area are dropped.
+        The boxes are the sampled rois, refined by this stage. If the next stage draws its own
+        sample, which adds the boxes of the objects, rois that came from boxes of objects are
+        dropped here. If the next stage draws no sample, refined boxes without area are dropped.
 
         Args:
             number: Index of the stage, counted from 0.

@@ -1,6 +1,6 @@
 """Hybrid Task Cascade (HTC), a cascade with connected mask heads and semantic context.
 
-It differs from the cascade in mmdetection's form (`cascade.py`) in three points:
+HTC differs from the cascade in mmdetection's form (`cascade.py`) in three points:
 
 - The mask head of a stage learns from a new sample of the boxes that the stage has refined.
 - Each mask head but the first also takes the features of the mask head before it.
@@ -40,8 +40,8 @@ class HtcHeads(CascadeHeads):
         rois_per_image: Number of proposals sampled from each image in each stage for the box
             losses, and again for the mask loss.
         box_loss: Kind of box loss (`box_losses`).
-        class_agnostic: Whether a proposal gets a single box for all classes; else a box for each
-            class.
+        class_agnostic: True if a proposal has a single box for all classes, False if it has a box
+            for each class.
         semantic_classes: Number of classes of the semantic branch; 0 for no branch.
     """
 

@@ -64,10 +64,10 @@ def of_class(masks: Tensor, labels: Tensor) -> Tensor:
 
 
 class Taught(NamedTuple):
-    """The boxes that a mask head trains on, and their targets.
+    """The P boxes of a batch that a mask head trains on, with their targets.
 
     Attributes:
-        rois: (p, 4) float32 for each image, boxes that match an object; P over the batch.
+        rois: (p, 4) float32 for each image, boxes that match an object.
         labels: (P,) int64, the class of each box.
         masks: (P, 28, 28) float32, the target mask inside each box, 0 or 1.
     """

@@ -46,8 +46,9 @@ def match(
         positive_iou: Smallest IoU at which a candidate matches an object.
         negative_iou: IoU below which a candidate is background. Between the two thresholds it is
             ignored.
-        best_for_each: Whether a candidate matches at any IoU above 0 if no other candidate
-            overlaps a certain object more, so that few objects remain unmatched.
+        best_for_each: Whether the candidate of highest IoU with an object also matches if this IoU
+            is below `positive_iou`. The candidate then matches the object that it overlaps most,
+            which may be another object.
     """
     if len(boxes) and len(candidates):
         matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)

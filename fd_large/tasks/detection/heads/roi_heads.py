@@ -40,7 +40,7 @@ from fd_large.tasks.detection.heads.mask_head import (
 from fd_large.tasks.detection.heads.pooling import pool
 
 Terms = Mapping[str, tuple[Tensor, int]]
-"""For each loss, by name: its sum over samples (a scalar with gradient), and their number."""
+"""{name of a loss: (sum of the loss over samples, a scalar with gradient; number of samples)}."""
 
 
 class Candidates(NamedTuple):
@@ -104,8 +104,8 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
             proposals: (n, 4) float32 for each image; n may be 0.
-            sizes: (B, 2), height and width of each image without its padding. These heads ignore
-                it; a cascade clips refined boxes by it.
+            sizes: (B, 2), height and width of each image without its padding, to which a cascade
+                clips refined boxes; ignored here.
             targets: The target of each image.
             draws: (B, draws_per_image) uniform random numbers in [0, 1).
         """

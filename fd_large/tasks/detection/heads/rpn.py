@@ -193,7 +193,7 @@ def rpn_terms(
 
 
 def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -> Tensor:
-    """Returns the sum of the losses on the largest sample of anchors, to count FLOPs and memory.
+    """Returns the sum of the losses on the largest possible sample, to count FLOPs and memory.
 
     Args:
         logits: (B, A) float32 of all levels; may be on the meta device.

@@ -102,14 +102,14 @@ def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) ->
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
     """Finds the newest evaluation of a run whose detections are not scored yet; a collective.
 
-    Evaluations that are unscored but older than a scored evaluation are out of date. Their
-    detections are deleted.
+    The detections of an unscored evaluation that is older than a scored evaluation are out of date,
+    and are deleted.
 
     Args:
         folder: The run's folder of evaluations.
         last: Evaluations of later steps are ignored.
 
-    Returns: the step and the folder of the evaluation, or None if all are scored.
+    Returns: the step and the folder of the evaluation, or None if there is no such evaluation.
     """
     evaluations: list[tuple[int, Path]] = []
     if distributed.is_main():

@@ -21,7 +21,7 @@ from fd_large.tasks.detection.task import Ask
 
 Merge = Literal["average", "areas", "union"]
 AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, float("inf"))}
-"""COCO's small, medium and large areas in pixels: above the first number, up to the second."""
+"""Bounds of COCO's small, medium and large areas in pixels: lower (excluded) and upper bound."""
 
 
 class TestViews(NamedTuple):

@@ -35,7 +35,7 @@ def classes_of(root: str, count: int, file: str) -> Classes:
     """Returns names and colours of a dataset's classes.
 
     Without a file, the names are those of ADE20K or Cityscapes if the folder holds this dataset and
-    K is its number of classes; else they are "class 0", "class 1" and so on.
+    K is its number of classes. For any other dataset the names are "class 0", "class 1" and so on.
 
     Args:
         root: Folder of the dataset.
@@ -95,8 +95,8 @@ def _classes_in(file: str, count: int) -> Classes:
 def colors_of(count: int) -> tuple[tuple[int, int, int], ...]:
     """Returns an RGB colour, in 0..255, for each of `count` classes.
 
-    Consecutive classes get dissimilar colours. Their hues differ by a golden section of the circle,
-    and saturation and brightness cycle through three levels.
+    Consecutive classes get dissimilar colours, whose hues differ by a golden section of the circle,
+    and whose saturation and brightness cycle through three levels.
     """
     colors = []
     for number in range(count):

@@ -23,8 +23,8 @@ def class_labels(
         numbers: (H, W), the numbers in the label file.
         num_classes: K.
         ignore_value: The number that marks ignored pixels.
-        reduce_zero_label: Whether 0 also marks ignored pixels, and class k has the number k + 1,
-            as in ADE20K; else class k has the number k.
+        reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1, as
+            in ADE20K; False if class k has the number k.
         where: The file, for messages.
 
     Returns: (H, W) int16, a class in 0..K - 1 or `IGNORED` for each pixel.
