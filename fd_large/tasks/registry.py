@@ -1,4 +1,4 @@
-"""The tasks, by folder. To add a task, add its folder and its name here.
+"""The table of tasks. To add a task, add its folder in `tasks/` and its kind in this file.
 
 Like the `section.py` of each task, this file does not import torch, and recipes may import it.
 """
@@ -20,12 +20,13 @@ TASKS = {kind.name: kind for kind in _KINDS}
 
 
 def kind_of(name: str) -> TaskKind:
-    """Returns the kind of a task, which may be the user's own.
+    """Returns the `TaskKind` of a built-in task or of the user's own task.
 
     Args:
         name: Value of `task.name` in a recipe.
 
-    Raises: ConfigError: if the task does not exist or cannot be imported.
+    Raises: ConfigError: if the task does not exist, cannot be imported, or is no `TaskKind` with a
+        name of its own.
     """
     kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
     if not isinstance(kind, TaskKind):

@@ -38,7 +38,10 @@ class Divisible(NamedTuple):
 
 
 class Transfer:
-    """Trainings of a task that begin from the user's named models."""
+    """Makes the recipes of a task's trainings that begin from models which the user names.
+
+    It also says which metrics of the trainings are compared.
+    """
 
     def starting_from(
         self,

@@ -25,7 +25,10 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
+    """Settings of fine-tuning, a classification in which the whole model is trained.
+
+    data.root has labelled images in train/, and in val/ or test/.
+    """
 
     # The classifier of the mean token. linear: one linear layer. A module of your own, made from
     # (width, number of classes): module:FILE.py:NAME (docs/extending.md).
@@ -63,7 +66,10 @@ class FineTune:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """One linear layer on a frozen model; data.root holds labelled train/, val/ or test/."""
+    """Settings of the linear probe, a classification by a linear layer on a frozen model.
+
+    data.root has labelled images in train/, and in val/ or test/.
+    """
 
     # Feature that is classified. mean: the mean of the patch tokens, as in the official code. cls:
     # the class token. both: these two, concatenated.

@@ -11,8 +11,9 @@ In the linear probe a batch norm without affine parameters and one layer learn f
 a frozen model. These features are those of fine-tuning before its first step: for a ViT the mean
 of the patch tokens before the final norm, normalised without affine parameters; for a Swin model
 the mean of its final norm's output. The statistics of the batch norm cover a group of neighbouring
-images of the global batch, so that they do not depend on ranks and micro batches. The running
-statistics, used in tests, are updated once in each accepted step, by the mean over all groups.
+images of the global batch, so that they do not depend on the numbers of ranks and micro-batches.
+The running statistics, which tests use, are updated once in each accepted step, by the mean over
+all groups.
 
 Sources: the official code of SwinTransformer/Feature-Distillation (models/vision_transformer.py,
 models/swin_transformer_v2.py, main_finetune.py, main_linear.py), whose probe is that of He et al.
@@ -84,9 +85,9 @@ def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
 
 
 def _kind(model: nn.Module) -> str:
-    """Returns how a model's mean token is normed: "instead" of its norm, "also", or another word.
+    """Returns "none", "instead" or "also", how fine-tuning normalises a model's mean token.
 
-    With another word no norm is added; see `FamilyArchitecture.mean_norm`.
+    See `FamilyArchitecture.mean_norm`.
     """
     return getattr(model, "mean_norm", FamilyArchitecture.mean_norm)
 

@@ -1,4 +1,4 @@
-"""Headings above the images of a plot."""
+"""Shortens the names of images for the headings in a plot."""
 
 from __future__ import annotations
 

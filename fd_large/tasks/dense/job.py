@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class DenseJob(TrainingJob):
-    """Trains a student on the pixels of `data.root`'s train split, and tests it on a val split.
+    """Job that trains a student on a target for each pixel, and tests it on a val split.
 
     A subclass opens the images, makes the task, and defines the training views and the tests.
 

@@ -105,7 +105,7 @@ class TrainingBatches(Dataset):
 
 
 class TestViews(Protocol):
-    """The sizes at which images are tested."""
+    """Decides the sizes at which a test image is predicted."""
 
     __test__ = False
 

@@ -142,7 +142,7 @@ class Canary(Hook):
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def _check(self, done: int) -> None:
-        """Compares hash and map with the start on all ranks, and reports a changed teacher.
+        """Compares hash and map on all ranks with those at the start, and logs a changed teacher.
 
         Args:
             done: Number of finished steps.

@@ -33,7 +33,7 @@ PANEL_CANDIDATES = 16
 
 
 class FeaturePanel(Hook):
-    """Writes the feature panel, on rank 0."""
+    """Hook that writes the feature panel before and after training, on rank 0."""
 
     def on_start(self, setting: Setting) -> None:
         """Stores the run's setting, which has the run's folder."""

@@ -157,9 +157,9 @@ class HeldOutViews:
         return dict(zip(names, means.tolist(), strict=True))
 
     def best_constant(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Returns the loss of the constant-prediction baseline on these views, by name.
+        """Returns the constant-prediction baseline's losses on these views, by the metrics' names.
 
-        The result also has the baseline's loss on each target with a label. All ranks call it.
+        They are the task's loss, and the loss on each target with a label. All ranks call it.
 
         Args:
             engine: The engine of the task.

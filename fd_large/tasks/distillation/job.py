@@ -606,7 +606,7 @@ class DistillationJob(TrainingJob):
         return evaluations
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the writer of the feature panel, and the teachers' canaries."""
+        """Returns the hook that writes the feature panel, and a canary for each teacher."""
         every = self.run.runtime.canary_every
         return [FeaturePanel(), *canaries(self.placed, every, self.run.data.image_size)]
 

@@ -126,11 +126,11 @@ class SmoothL1(Loss):
     of_tokens = True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels."""
+        """Returns the mean over tokens and channels, a scalar."""
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image."""
+        """Returns the mean over the tokens and channels of each image, (B,)."""
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,11 +157,11 @@ class MeanSquaredError(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels."""
+        """Returns the mean over tokens and channels, a scalar."""
         return F.mse_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image."""
+        """Returns the mean over the tokens and channels of each image, (B,)."""
         return F.mse_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,11 +177,11 @@ class L1(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels."""
+        """Returns the mean over tokens and channels, a scalar."""
         return F.l1_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image."""
+        """Returns the mean over the tokens and channels of each image, (B,)."""
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Cosine(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens."""
+        """Returns the mean over tokens, a scalar."""
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class CosineOfMap(Loss):
     reads_beta = False
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
+        """Returns the mean over images, a scalar."""
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
@@ -431,7 +431,7 @@ class FunctionLoss(Loss):
         self.label = words if words.endswith("loss") else f"{words} loss"
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the function's result."""
+        """Returns the result of the user's function."""
         return self._function(projected, target)
 
 

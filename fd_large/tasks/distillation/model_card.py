@@ -1,4 +1,4 @@
-"""Model-card text of a distilled student: its teachers, losses and crops."""
+"""Writes the model card's text on a distilled student's teachers, losses and crops."""
 
 from __future__ import annotations
 

@@ -352,7 +352,7 @@ class Mask:
 
     @property
     def hides(self) -> bool:
-        """Whether the mask hides patches."""
+        """Whether the mask hides any patches from the student."""
         return self.sampler != "none"
 
     @property
@@ -420,7 +420,7 @@ def source_flag(name: str) -> str:
 
 
 def called(name: str) -> str:
-    """Returns what messages call a teacher, "teacher NAME", or "teacher" for an empty name."""
+    """Returns the words for a teacher in messages, "teacher NAME", or "teacher" without a name."""
     return f"teacher {name}" if name else "teacher"
 
 
@@ -454,10 +454,10 @@ def _values(section: Teacher | Objective) -> dict[str, Any]:
 
 
 def cached_folder(source: str) -> str:
-    """Returns the folder of cached targets in a teacher's source, or "" for other sources.
+    """Returns FOLDER if a teacher's source is cached:FOLDER, the name of a cache; otherwise "".
 
     Args:
-        source: The source in the recipe; cached:FOLDER names a folder of cached targets.
+        source: The teacher's source in the recipe.
     """
     return source.removeprefix(CACHED) if source.startswith(CACHED) else ""
 

@@ -79,7 +79,7 @@ class NamedTarget(Target):
 
     @property
     def stateful(self) -> list[Any]:
-        """Those of the normaliser and the loss that have a state."""
+        """A list of the normaliser and the loss, each only if it has a state."""
         return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
     def modules(self) -> dict[str, nn.Module]:

@@ -78,7 +78,7 @@ def statistics_of(mean: Tensor, covariance: Tensor, facts: Mapping[str, Any]) ->
 
 
 def write(path: Path, statistics: TargetStatistics) -> None:
-    """Writes a file of statistics atomically."""
+    """Writes statistics into a file, atomically."""
     tensors = {name: getattr(statistics, name).contiguous() for name in _NAMES}
     metadata = {"kind": _KIND, "facts": json.dumps(dict(statistics.facts))}
     with replacing(path) as aside:

@@ -141,15 +141,15 @@ class Comparison(NamedTuple):
     tokens: Tensor
 
     def value(self) -> Tensor:
-        """Returns the loss without its weight, a scalar."""
+        """Returns the target's unweighted loss, a scalar."""
         return self.target.value(self.projected, self.tokens)
 
     def per_image(self) -> Tensor:
-        """Returns the loss of each image without its weight, (B,)."""
+        """Returns the target's unweighted loss of each image, (B,)."""
         return self.target.per_image(self.projected, self.tokens)
 
     def shares(self) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,)."""
+        """Returns the weight of each image in a mean over images, (B,), here ones."""
         return self.projected.new_ones(len(self.projected), dtype=torch.float32)
 
 
@@ -164,7 +164,13 @@ class Teachers:
         self.by_name = dict(by_name)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
+        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            given_maps: Maps by the teacher's name, and other targets of the batch.
+            training: Not used here, but by components that wrap this.
+        """
         maps = {
             name: model(images) for name, model in self.by_name.items() if name not in given_maps
         }
@@ -201,7 +207,7 @@ class Whole:
         return comparison
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,)."""
+        """Returns the weight of each image in a mean over images, (B,), here ones."""
         return pixels.new_ones(len(pixels))
 
 

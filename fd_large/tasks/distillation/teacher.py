@@ -201,7 +201,15 @@ class Beside:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
+        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+
+        In training the maps may still be computing on the other stream; reading waits for them.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            given_maps: Maps by the teacher's name, and other targets of the batch.
+            training: Whether the other stream is used.
+        """
         if not training:
             return self._teachers(images, given_maps, training)
 
@@ -213,7 +221,7 @@ class Beside:
 
 
 def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
-    """Refuses a separate stream for sharded teachers and for stored maps.
+    """Raises ConfigError if teachers are sharded or maps are stored while a second stream is used.
 
     The all-gathers of a sharded teacher and those of the student would wait for each other in the
     order of their calls.

@@ -322,11 +322,11 @@ class ShardFile:
         return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
 
     def _move(self, call: Callable[[memoryview, int], int], view: memoryview, at: int) -> None:
-        """Repeats a system call, which reads or writes, until all bytes of a buffer are done.
+        """Repeats a system call until all bytes of a buffer are read or written.
 
         Args:
-            call: Reads or writes a buffer at a position in the file, and returns how many bytes
-                were done.
+            call: Reads or writes a part of a buffer at a position in the file, and returns the
+                number of bytes.
             view: The buffer.
             at: Position in the file.
 

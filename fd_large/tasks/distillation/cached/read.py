@@ -246,7 +246,14 @@ class FromStored:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
+        """Returns `given_maps` with the teachers' maps instead of what the loader added.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            given_maps: Stored maps or numbers of records by the teacher's name, and other targets
+                of the batch. A FeatureMap is returned unchanged.
+            training: Whether the task is in training mode.
+        """
         maps = {
             name: teacher.of_stored(images, given_maps[name])
             for name, teacher in self.by_name.items()

@@ -1,1 +1,1 @@
-"""Heads that map a student's tokens to a teacher's width, used in training only."""
+"""Heads that map a student's tokens to a teacher's width; they are no part of the student."""

@@ -1,4 +1,4 @@
-"""Heads that read maps: MLPs on all blocks, convolutions, and MLPs that resize or upsample."""
+"""Heads that read whole maps: MLPs on all blocks, convolutions, and MLPs with another grid."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Convolutional(MapHead):
 
 
 def _tokens(map_: Tensor) -> Tensor:
-    """Returns tokens (B, H * W, C) of a map (B, C, H, W)."""
+    """Returns the tokens (B, H * W, C) of an image-like map (B, C, H, W)."""
     return map_.flatten(2).transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Heads that map the student's tokens to the teacher's width.
 
-Some map each token alone, others all tokens of an image together.
+Some heads map each token alone; heads with attention map all tokens of an image together.
 """
 
 from __future__ import annotations

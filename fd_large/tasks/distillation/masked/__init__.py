@@ -1,1 +1,1 @@
-"""Masked distillation: some patches of an image are hidden from the student."""
+"""Masked distillation, in which some patches of an image are hidden from the student."""

@@ -215,7 +215,11 @@ class Masked(Whole, Part):
         return Counted(comparison, counts, shares, number, self._micro_batches)
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,)."""
+        """Returns the weight of each image in a mean over images, (B,).
+
+        It is the number of counted patches if a loss is a mean over counted tokens of the step and
+        images differ in this number; otherwise it is 1.
+        """
         if not self._differ or "mask" not in drawn:
             return pixels.new_ones(len(pixels), dtype=torch.float32)
         return self._counted_patches(drawn).sum(1).to(torch.float32)
@@ -243,7 +247,7 @@ class Masked(Whole, Part):
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the numbers of an earlier step or trial."""
+        """Drops the numbers that `take` stored in an earlier step or trial."""
         self._totals: Tensor | None = None
         self._micro_batches = 1
 

@@ -106,7 +106,13 @@ class AloneInEvaluation:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns the teachers' maps by name, and the other entries of `given_maps`."""
+        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            given_maps: Maps by the teacher's name, and other targets of the batch.
+            training: Whether a mosaic holds several images; if False, it holds copies of one image.
+        """
         alone = [] if training else [name for name in self._names if name not in given_maps]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}
         return self._teachers(images, {**given_maps, **maps}, training)

@@ -113,7 +113,7 @@ class Weighted(Part):
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the number of kept pairs of an earlier step or trial."""
+        """Drops the number of kept pairs that `take` stored in an earlier step or trial."""
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
@@ -190,7 +190,7 @@ def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
 
 
 def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: int) -> Tensor:
-    """Returns a micro batch's share of the mean over all kept pairs of a step, a scalar.
+    """Returns a micro-batch's share of the mean over all kept pairs of a step, a scalar.
 
     Args:
         losses: (T, B), the loss of each image by each teacher.
