@@ -436,7 +436,7 @@ def _is_copy(folder: Path, owner: Owner) -> bool:
 
 
 def _foreign(folder: Path) -> str:
-    """Returns the name of a file that shows that a folder without recipe.json is not a run's.
+    """Returns the name of a file because of which a folder without recipe.json is not a run's.
 
     The result is "" if all files may come from a start that was killed before it wrote its
     recipe.json.
@@ -462,7 +462,7 @@ def _next(folder: Path, start: str) -> Path:
 
 
 def _read(path: Path) -> tuple[Owner, float]:
-    """Reads an owner.json, by opening it, which makes NFS ask its server for the present state.
+    """Reads an owner.json; the file is opened anew, so that NFS asks its server for the contents.
 
     Returns: the owner, and the time of its last heartbeat in seconds since the epoch.
     """
@@ -478,11 +478,11 @@ def _opened(path: Path) -> BinaryIO:
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
     """Returns the owner of a folder and the starts that are about to replace it.
 
-    The next element after start S is the owner in owner.S.next. Seldom there is more than one.
+    The element after start S is the start in owner.S.next. There is seldom more than one element.
 
     Returns: for each start in order, its owner record and the time of the file; empty if the folder
         has no owner.
-    Raises: ConfigError: if a start occurs twice, as it does in no files that a start wrote.
+    Raises: ConfigError: if a start occurs twice, which files written by starts do not show.
     """
     chain: list[tuple[Owner, float]] = []
     path = folder / OWNER

@@ -127,8 +127,9 @@ class TensorFile:
 
     Args:
         path: The file.
-        headers: Cache of parsed headers by their bytes, to which the file's header is added. Ranks
-            with equal headers then share a parsed header, since thousands would fill memory.
+        headers: Cache of parsed headers by their bytes, to which this file's header is added. Files
+            with equal headers share a parsed header, since the headers of a thousand ranks' files
+            would otherwise fill memory.
 
     Attributes:
         path: The file.

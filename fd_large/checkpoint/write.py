@@ -110,7 +110,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank did not write its file because of an error or a state with NaN."""
+        """Whether this rank wrote no file because of an error or a non-finite state."""
         return self._problem is not None
 
     def begin(

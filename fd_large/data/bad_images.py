@@ -39,7 +39,7 @@ class BadImages:
 
     Attributes:
         count: The counts.
-        names: Names of different unusable images, at most 10,000.
+        names: Names of the unusable images without repeats, at most 10,000.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ _Place = tuple[int, int]  # A dataset, and one of its blocks.
 
 
 def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -> Balanced | None:
-    """Opens the datasets of a weighted sum, or returns None if `root` is not a weighted sum.
+    """Opens a weighted sum of datasets as one source; returns None if `root` is no weighted sum.
 
     Args:
         root: Value of `data.root`.
@@ -190,7 +190,7 @@ class _Order:
         return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Counts for each position of an epoch the earlier images of each source, since epoch 0.
+        """Counts the images that each source has provided before a position, since epoch 0.
 
         Args:
             epoch: The epoch, counted from 0.

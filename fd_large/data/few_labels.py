@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def few_labels(
     images: LabelledImages, *, fraction: float, per_class: int, seed: int
 ) -> LabelledImages:
-    """Returns the dataset of the chosen images, at least one image of each class.
+    """Chooses images of each class, at least one, and returns the dataset of the chosen images.
 
     With a `fraction` of 1 and a `per_class` of 0, all images are returned.
 

@@ -206,7 +206,7 @@ class OpenFile:
 
 
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
-    """Yields the paths below a dataset's folder at which an image may lie, each as its parts.
+    """Yields the parts of each path below a dataset's folder at which an image may lie.
 
     The first folders of the name may not exist on this disk, so that they are dropped one by one.
     A leading "/" and every ".." are dropped, so that no name leads outside of the folder. Links

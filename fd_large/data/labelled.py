@@ -50,7 +50,7 @@ class LabelledImages:
 
     @property
     def blocks(self) -> Blocks | None:
-        """The blocks of `images`, or None if they are not read in blocks."""
+        """The blocks of `images`, or None if this source is not read in blocks."""
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
@@ -248,7 +248,7 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Returns the roots of a dataset's part, each for `open_images`; none if the part is missing.
+    """Returns the roots with which `open_images` opens a part of a dataset.
 
     A root of a part is a folder or URL below the dataset's root, or a pattern of files whose names
     begin with the name of the part, such as "train-00000-of-00002.parquet".
@@ -257,6 +257,8 @@ def _places(root: str, split: str, where: str) -> list[str]:
         root: The dataset.
         split: "train" or "val".
         where: Name of the configuration field that holds the root, for messages.
+
+    Returns: the roots, of which one suffices; empty if the part is missing.
     """
     if is_url(root):
         start = root.rstrip("/") + "/"

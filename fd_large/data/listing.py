@@ -104,10 +104,10 @@ def listed(
 ) -> Listing:
     """Returns the listing of a dataset, from the cache if the dataset is unchanged, else a new one.
 
-    In a meeting of all ranks, rank 0 makes the listing for all ranks that see the same dataset. On
-    a node with a disk of its own, the first rank of the node makes the listing for the node. The
-    other ranks map the listing's file, or receive the contents of the file if they cannot map it.
-    Outside a meeting each rank makes its own listing.
+    If all ranks call this function together (in a meeting, `meeting.py`), rank 0 makes the listing
+    for all ranks that see the same dataset. On a node with a disk of its own, the first rank of the
+    node makes the listing for the node. The other ranks map the listing's file, or receive the
+    contents of the file if they cannot map it. Outside a meeting each rank makes its own listing.
 
     Of several concurrent runs, one run makes the listing and the other runs wait for the file.
     Without file locks each run makes its own listing, and the last file stays. If the cache folder

@@ -77,7 +77,7 @@ class Batch:
         return self._through(torch.Tensor.pin_memory)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yields the tensors that `to` copies."""
+        """Yields `images` and the tensors in `targets`, which are the tensors that `to` copies."""
         yield self.images
         yield from (leaf for leaf in tree_leaves(self.targets) if isinstance(leaf, torch.Tensor))
 
@@ -180,7 +180,7 @@ class Loaded(Generic[T]):
     """The result of loading a sample for one position.
 
     Attributes:
-        value: What `make` returned for the sample, or None if no tried sample can be used.
+        value: The loaded sample, or None if no tried sample can be used.
         index: Index of the sample that was loaded, or of the last sample that was tried.
         bad: A message "NAME: REASON" for each tried sample that could not be used.
     """
@@ -280,7 +280,7 @@ def load_at(
 
 
 class Beside(Protocol):
-    """Store of tensors for the views of images, which become the targets of a batch."""
+    """Store that has tensors for the views of images; these become the targets of a batch."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
         """Returns the stored tensors for a view of image `index`, in tuples or dicts.
@@ -289,7 +289,7 @@ class Beside(Protocol):
         """
 
     def blank(self) -> Any:
-        """Returns tensors of the same shapes as those of `of`, for a position without an image."""
+        """Returns tensors of the shapes that `of` returns, for a position without usable image."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Pairs the images of a global batch, and mixes each image with its partner (mixup).
 
-All images of a group are mixed with the same weight. In the published code a group is the batch of
-a GPU. Here a group is 128 consecutive positions of a global batch, whatever the number of GPUs, and
-partners are neighbours in the epoch's order. (timm pairs images by reversing the batch of a GPU,
-and lightly-train by a permutation.) Since the order of an epoch is random, any pairing is random.
-With neighbours as partners, a rank seldom has to load more than its own images.
+All images of a group are mixed with the same weight. In the published code of Feature-Distillation
+a group is the batch of a GPU. Here a group is 128 consecutive positions of a global batch, whatever
+the number of GPUs, and partners are neighbours in the epoch's order. (timm pairs images by
+reversing the batch of a GPU, and lightly-train by a permutation.) Since the order of an epoch is
+random, any pairing is random. With neighbours as partners, a rank seldom has to load more than its
+own images.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Stored(NamedTuple):
 
 
 def join(root: str, name: str) -> str:
-    """Returns the path or URL of a name below a root."""
+    """Returns the path or URL of the file or folder `name` below a root, which may be a URL."""
     return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
 
 
@@ -135,8 +135,8 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
     """Returns the files or objects of a root whose names have certain endings, sorted by name.
 
     Args:
-        root: Path or URL of a file, of a folder, which is searched with its subfolders, or a
-            pattern with "{00..12}" or "*". Names that start with a dot are left out.
+        root: Path or URL of a file or a folder, or a pattern with "{00..12}" or "*". A folder is
+            searched with its subfolders, without names that start with a dot.
         endings: Endings of names, in lower case.
         where: Name of the configuration field that holds the root, for messages.
 

@@ -51,7 +51,7 @@ _MAX_BLOCKS = 1 << 24
 def philox(
     counter: Sequence[NDArray[np.uint64]], key: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], ...]:
-    """Computes Philox-4x32-10, elementwise.
+    """Computes the random number generator Philox-4x32-10 for each element of a counter.
 
     Args:
         counter: Four arrays of 32-bit words, whose shapes broadcast. Words are held in uint64, so
@@ -140,7 +140,7 @@ def uniforms(
 def drop_path_keep(
     rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
 ) -> torch.Tensor:
-    """Draws for each sample which residual branches drop path (stochastic depth) keeps.
+    """Draws which residual branches are kept in each sample, for drop path (stochastic depth).
 
     Branch i of a sample is kept with probability 1 - rates[i], independently of all others.
 

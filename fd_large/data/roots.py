@@ -124,14 +124,13 @@ def listed(folder: str, where: str) -> list[str]:
 
 
 def check_packages(root: str, *, where: str) -> None:
-    """Checks that the packages which a root needs are installed, and the size of its patterns.
+    """Checks that the packages for a root are installed, and that its braces are not too large.
 
     Args:
         root: Value of `data.root`.
         where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if a package is missing, with the command that installs the package, or if
-        braces stand for more than a million names.
+    Raises: DataError: if a package is missing, or if braces stand for more than a million names.
     """
     check_braces(root, where=where)
     for part in weighted_roots(root, where=where):
@@ -152,8 +151,8 @@ def require(package: str, source: str, where: str) -> None:
         source: Kind of dataset that needs the package, for messages.
         where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the package is missing, or the release of pyarrow may run code in a file;
-        with the command that installs a usable release.
+    Raises: DataError: if the package is missing, or if the release of pyarrow may run code that is
+        in a file. The message has the command that installs the package.
     """
     if find_spec(package) is None:
         raise DataError(
@@ -351,7 +350,7 @@ def require_dataset(root: str, *, where: str) -> None:
 def require_builtin(root: str, where: str) -> None:
     """Checks that a built-in dataset of this name exists.
 
-    Raises: DataError: if there is none, with the most similar name.
+    Raises: DataError: if there is no such dataset; the message has the most similar name.
     """
     known = keys_of("data/photographs.py", "SETS")
     if root not in known:

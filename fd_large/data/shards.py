@@ -253,10 +253,11 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """Splits a root into a file or folder that exists without expanding patterns, and the rest.
+    """Splits a root into a path without braces and wildcards, and the rest.
 
-    Returns: the root itself, the folder before the first brace or wildcard of a pattern, or the
-        first path of a list; a text that tells apart roots with the same first element.
+    Returns: the path, which is the root itself, the folder before the first brace or wildcard of a
+        pattern, or the first path of a list; a text for the rest, which differs between roots with
+        the same path.
     """
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()

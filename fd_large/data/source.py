@@ -163,7 +163,7 @@ SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
 
 
 def open_images(root: str, *, where: str = "data.root") -> ImageSource:
-    """Opens the dataset of `data.root` or another field.
+    """Opens the dataset that the configuration field `data.root` or another field names.
 
     Args:
         root: A folder of images, in which subfolders are included; a folder with tar files and no

@@ -5,7 +5,7 @@ descriptor is a file in memory. When the block ends, the decoders' lines are dro
 output (by another thread or the interpreter) is written to stderr.
 
 If NCCL or CUDA end the process, their last messages would be lost with the file in memory. So
-nothing is suppressed in a process in which NCCL or CUDA may write; a loading process is none.
+nothing is suppressed in a process in which NCCL or CUDA may write. Loading processes use neither.
 """
 
 from __future__ import annotations

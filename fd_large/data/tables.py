@@ -49,8 +49,8 @@ class Columns(NamedTuple):
 def find_columns(schema: pa.Schema, where: str) -> Columns:
     """Finds the columns of images and classes in a table.
 
-    The features that Hugging Face's `datasets` records in the schema decide. Without features,
-    types and names of the columns decide (`IMAGES` and `LABELS`).
+    The columns are those that Hugging Face's `datasets` recorded as features in the schema. If
+    there are no features, columns are chosen by their types and names (`IMAGES` and `LABELS`).
 
     Raises: DataError: if no column can be the column of images, or several can.
     """

@@ -58,7 +58,7 @@ class TarImage(NamedTuple):
 def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage], str]:
     """Lists the images of an open archive, up to the first damage.
 
-    Members whose name, or one of whose folders' names, starts with a dot are left out.
+    A member is left out if its name, or the name of a folder in its path, starts with a dot.
 
     Args:
         file: The archive, at its beginning.
@@ -154,7 +154,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
 def _check_tail(descriptor: int, start: int, end: int) -> None:
     """Raises `Torn` if anything but padding follows the end of an archive.
 
-    Further archives or the rest of an unfinished download may follow.
+    This finds concatenated archives, and files whose download has not finished.
 
     Args:
         descriptor: File descriptor of the archive.

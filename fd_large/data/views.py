@@ -242,11 +242,11 @@ def box_view(
 def jitter_color(
     image: torch.Tensor, draws: Sequence[float], *, strength: float, grayscale_probability: float
 ) -> torch.Tensor:
-    """Changes brightness, contrast, saturation and hue in random order, then perhaps makes it grey.
+    """Changes the brightness, contrast, saturation and hue of an image, and perhaps makes it grey.
 
-    The factors are uniform as in torchvision's ColorJitter(strength, strength, strength,
-    strength / 4): brightness, contrast and saturation in 1 -+ strength, hue by -+ strength / 4 of
-    the circle.
+    The four changes are made in a random order. The factors are uniform as in torchvision's
+    ColorJitter(strength, strength, strength, strength / 4): brightness, contrast and saturation in
+    1 -+ strength, hue by -+ strength / 4 of the circle.
 
     Args:
         image: (3, H, W) uint8.

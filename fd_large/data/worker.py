@@ -65,7 +65,7 @@ def start_worker(_number: int) -> None:
 def _shorten_socket_name() -> None:
     """Moves this worker's temporary folder to a short path if socket names would be too long.
 
-    Python (before 3.14) makes the socket through which a worker sends tensors below TMPDIR. With a
+    A worker sends tensors through a socket, which Python (before 3.14) places below TMPDIR. With a
     TMPDIR longer than 75 bytes, as on batch systems, the worker would fail, and the training
     process would wait forever for a batch.
     """

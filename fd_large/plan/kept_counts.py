@@ -33,9 +33,10 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 
 def read(name: str) -> dict[bool, Counts] | None:
-    """Returns the stored counts of a key, or None if the file does not have the key.
+    """Looks up the stored counts of a key.
 
-    Returns: the counts without activation checkpointing (False) and with it (True).
+    Returns: a dict of the counts without activation checkpointing (False) and with it (True), or
+        None if the file does not have the key.
     """
     table = _kept()
     if name not in table["keys"]:

@@ -90,7 +90,6 @@ def read(file: str, key: str) -> Phases | None:
         key: The key of the task in the file's object `phases`.
 
     Returns: the phases, or None if the file has no phases of the task.
-
     Raises: ConfigError: if the entry is not valid.
     """
     of_tasks = read_json(Path(file), where="--rates", holds=dict).get("phases", {})

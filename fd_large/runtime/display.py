@@ -55,7 +55,7 @@ def shown(description: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Writes a line to the log of a run, or to the stderr of another command."""
+    """Shows a line to the user, by the log in a training run and on stderr in other commands."""
     if log.isEnabledFor(logging.INFO):  # `logs.start` was called.
         log.info("%s", text)
     else:

@@ -1,8 +1,8 @@
 """Refuses steps with an abnormal loss or gradient norm, and rolls a run back after several.
 
 A run with a non-finite state (weights or moments) is rolled back at once, since no later step could
-be accepted or saved. If no step is accepted after a roll-back, the next roll-back goes
-further back.
+be accepted or saved. If no step is accepted after a roll-back, the next roll-back goes further
+back.
 
 A number is abnormal if it is NaN or infinite, or lies above the median of the last accepted steps
 by more than a multiple of their spread. The spread is the median distance from the median, so that
@@ -43,8 +43,8 @@ WINDOW = 100
 KNOWN = 20
 """Number of accepted steps from which on a finite number can be abnormal."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
-"""Lower limits of the spread: of the loss as a fraction of its median, and of the natural logarithm
-of the gradient norm."""
+"""Lower limits of the spread. The limit of the loss is a fraction of the median loss, and the limit
+of the gradient norm is in natural logarithms."""
 NAMED = 5
 """Largest number of non-finite tensors that an incident names for each rank."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
@@ -192,8 +192,8 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 class Guard(Hook):
     """Skips abnormal steps, rolls back after several in a row, and ends a run that stays abnormal.
 
-    Each skipped step gets a folder in RUN/incidents with the abnormal numbers, the ranks that
-    caused them, and the images of these ranks.
+    Each skipped step gets a folder in RUN/incidents. It has the abnormal numbers, the ranks with a
+    non-finite loss (or else the rank with the largest loss), and images of a few of these ranks.
 
     Args:
         limits: The guard's settings in the recipe.
@@ -214,7 +214,7 @@ class Guard(Hook):
         self._past = self._read(setting.first_update)
 
     def judge(self, update: Update) -> Verdict:
-        """Refuses a step with an abnormal loss or gradient norm."""
+        """Returns a verdict that skips the step if its loss or gradient norm is abnormal."""
         self._broken = []
         self._findings = findings(update, self._past.accepted, self._limits.spread)
         return Verdict(skip=bool(self._findings))

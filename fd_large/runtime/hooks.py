@@ -25,8 +25,9 @@ FAILED, INTERRUPTED = "failed", "interrupted"
 
 Row = dict[str, Any]
 """A line of metrics.jsonl, with the numbers of a step. It has update (the step's index from 0),
-epoch, loss, grad_norm and learning_rate. It has skipped, which is true, if the weights stayed as
-they were, and in a run at several image sizes image_size, the side of the step's images in pixels.
+epoch, loss, grad_norm and learning_rate. If the weights stayed as they were, it also has skipped,
+which is true. In a run at several image sizes it also has image_size, the side of the step's images
+in pixels.
 
 All rows of an interval of `log_every` steps have the same images_per_second (of all ranks, without
 evaluations and checkpoints), data_wait (fraction of the time for which rank 0 waited for images)
@@ -134,7 +135,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Update:
-    """The numbers of a step, the same on every rank.
+    """The numbers of a step; all except `data_seconds` are the same on every rank.
 
     Attributes:
         index: Index of the step, from 0.
@@ -143,7 +144,7 @@ class Update:
         grad_norm: Global L2 norm of the gradient before clipping.
         learning_rate: The learning rate of this step.
         skipped: Whether the step was skipped, so that weights and moments stayed as they were.
-        data_seconds: Seconds for which this rank waited for images, which differ between ranks.
+        data_seconds: Seconds for which this rank waited for images.
         students: Number of students that train in this step on the same outputs of the teachers.
         image_size: Side of the step's images in pixels in a run with several image sizes, else 0.
     """

@@ -44,7 +44,7 @@ class Meter(Hook):
         self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
-        """Removes rows that the run will write again, and starts the clock of the speed."""
+        """Removes rows that the run will write again, and starts to measure the speed."""
         self._setting = setting
         self._pending: list[Update] = []
         self._written = 0

@@ -15,7 +15,7 @@ from fd_large.runtime.curves import RemoteCurves, run_name
 from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 STATUS = {DONE: "FINISHED", PREEMPTED: "KILLED"}
-"""MLflow's status of a run, for statuses of this package; other statuses become FAILED."""
+"""Status of a run in MLflow, by its status in this package; other statuses become FAILED."""
 
 
 class MLflow(RemoteCurves):
@@ -53,7 +53,10 @@ class MLflow(RemoteCurves):
             client.log_batch(self._run, params=settings[start : start + 100])
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves, unless the curve has points up to this step."""
+        """Sends a point for each of some curves.
+
+        After a resume, curves that already have a point at this step or a later step are left out.
+        """
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())

@@ -181,11 +181,11 @@ class Preemption(Hook):
         self._mark = now
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Leaves the time of the evaluation, which can be interrupted, out of the next step's."""
+        """Excludes the evaluation, which can be interrupted, from the duration of the next step."""
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:
-        """Records the longest duration of a save, and warns if it exceeds `notice_seconds`."""
+        """Records the longest duration of a save; warns if a save exceeds `notice_seconds`."""
         if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",

@@ -1,9 +1,10 @@
 """Records a trace of a few steps with torch's profiler, for `--profile`.
 
 Rank 0 writes the trace to RUN/profile/, for chrome://tracing, ui.perfetto.dev or TensorBoard's
-profiler plugin. The profiled steps are slower than other steps. RUN/profile/communication.json has
-the fraction of their time with communication, and the fraction with communication but without
-computation, which only a trace can show.
+profiler plugin. The profiled steps are slower than other steps, which lowers the run's reported
+speed. RUN/profile/communication.json has the fraction of the profiled time in which ranks
+communicated, and the fraction in which they communicated without computing, which only a trace can
+show.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class Progress(Tracker):
     """Tracker that shows a progress bar, or logs a line for each interval of steps.
 
     Args:
-        student: Name of the student, which starts each of its lines, if several students train; ""
-            for a single student.
+        student: Name of the student, with which each line begins, if several students train; "" for
+            a single student.
     """
 
     def __init__(self, student: str = "") -> None:
@@ -134,7 +134,7 @@ class Progress(Tracker):
 
         Args:
             status: Status of the run at its end, in place of the time left; "" before the end.
-            at_once: Whether the bar is drawn whenever it was last drawn.
+            at_once: Whether to draw the bar even if it was drawn just before.
         """
         now, done = time.monotonic(), self._work.done
         part = (self._work, *activity.current())[-1]

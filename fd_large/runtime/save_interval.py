@@ -21,7 +21,7 @@ class SaveInterval(Hook):
         self._seconds = 60 * minutes
 
     def on_start(self, setting: Setting) -> None:
-        """Starts the clock."""
+        """Starts the clock of the interval."""
         self._last = time.monotonic()
 
     def wish(self) -> Wish:

@@ -187,7 +187,10 @@ def is_claimed() -> bool:
 
 @cache
 def console() -> Console:
-    """Returns the rich console on `out`, always the same, so that lines do not break a live bar."""
+    """Returns the process's only rich console, which prints to `out`.
+
+    All output goes through one console, so that a line does not break a live progress bar.
+    """
     from rich.console import Console, ConsoleDimensions
 
     class Plain(Console):

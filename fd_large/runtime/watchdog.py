@@ -1,4 +1,6 @@
-"""Ends a hung rank with exit code 75, after it wrote its stacks to the log, without other ranks.
+"""Ends a hung rank with exit code 75 after writing its stacks to the log.
+
+No help from other ranks is needed.
 
 A collective waits half an hour for a hung rank, while all GPUs are idle. A thread of the watchdog
 counts the seconds since the training thread last showed progress (a beat). The watchdog's thread
@@ -72,7 +74,7 @@ class Silence:
         self.seconds = 0.0
 
     def lasts(self, now: float, beats: int, limit: float) -> bool:
-        """Whether the counter has not changed for `limit` seconds or longer.
+        """Updates `seconds`, and returns whether the counter has not changed for `limit` seconds.
 
         Args:
             now: The time, in seconds.
