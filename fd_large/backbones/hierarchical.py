@@ -278,7 +278,7 @@ class HierarchicalBackbone(nn.Module):
     def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Returns patch embeddings plus absolute positions, (B, H/p, W/p, C).
 
-        If `in_two_dtypes`, returns them twice: in the dtype of the residual stream, and in the
+        If `in_two_dtypes`, returns the sum twice: in the dtype of the residual stream, and in the
         dtype of the weights.
         """
         compute = self.patch_embed.proj.weight.dtype

@@ -6,7 +6,7 @@ partitioned as soon as its constructor returns, so that later writes by its pare
 Values are drawn from torch's global CPU generator in float32, whatever the device and dtype of the
 parameter, so that a model built under `zero.Init` or on a GPU gets the same weights as on the CPU
 after the same `torch.manual_seed`. Heads contain torch's and timm's own layers, which draw on their
-own device; `HostDraws` makes them draw on the CPU.
+own device; `HostDraws` makes these layers draw on the CPU.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class Fitted:
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the paths of the files with the tensors; empty if a library provides them."""
+        """Returns the paths of the tensors' files; empty if a library provides the tensors."""
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:

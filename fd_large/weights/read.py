@@ -81,8 +81,8 @@ class Tensors(Mapping[str, Tensor]):
     Attributes:
         path: The file, or the index of several files; None for tensors of a library or checkpoint.
         wrapping: Keys of the nested dicts that hold the tensors, outermost first.
-        other_part: "student" or "teacher", if the file has that model besides the one of these
-            tensors; else "".
+        other_part: "student" or "teacher", if the file also has the tensors of that model, which
+            are left out here; else "".
     """
 
     def __init__(

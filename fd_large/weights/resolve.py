@@ -105,7 +105,7 @@ class Sources:
         return self._resolved[source]
 
     def forget(self) -> None:
-        """Releases all opened files and the memory that they hold; `resolve` opens them again."""
+        """Releases all opened files and their memory; `resolve` then opens files again."""
         self._resolved.clear()
         self._stored.clear()
 
