@@ -1,4 +1,4 @@
-"""Trains any task at any ZeRO stage: build, loop, checkpoints, evaluations, resume, replay.
+"""Builds, trains, evaluates, stores, resumes and replays any task at any ZeRO stage.
 
 The package holds the interfaces `Task` (what is trained) and `TrainingJob` (what a task brings to
 its training), the run and its loop, the frozen models, and `zero/`, which adapts DeepSpeed. No file

@@ -22,13 +22,13 @@ FIELD = "eval.best_metric"
 class Best:
     """Compares evaluations by one metric.
 
-    The evaluation before the first step is not counted: there is no checkpoint of it.
+    The evaluation before the first step is not counted, because it has no checkpoint.
 
     Args:
         metric: Name of the number, as in evaluations.jsonl.
         lower_is_better: Whether a lower metric is better.
         patience: Number of consecutive evaluations without a better value after which the run is
-            to stop early; 0 never stops it.
+            to stop early; 0 if it never is.
         values: {finished steps: value} of the evaluations so far.
     """
 
@@ -101,7 +101,7 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether at least `patience` evaluations came after the best one; False for patience 0."""
+        """Whether `patience` or more evaluations followed the best evaluation; False if it is 0."""
         since = sum(step > (self.step or 0) for step in self._values)
         return bool(self._patience) and since >= self._patience
 

@@ -97,7 +97,7 @@ class Checkpoints:
         on_main(lambda: store.sweep(self._folder))
 
     def log_disk_use(self, total_steps: int) -> None:
-        """Logs the size of a checkpoint, of all checkpoints kept at a time, and of the free disk.
+        """Logs the sizes of a checkpoint, of all checkpoints to keep, and of the free disk space.
 
         Warns if the checkpoints do not fit.
         """
@@ -310,7 +310,7 @@ class Checkpoints:
             return step, damaged, list(broken.values())
 
     def _restore(self, reader: Reader) -> None:
-        """Restores a checkpoint.
+        """Writes the state in a checkpoint into the engine; all ranks must call this method.
 
         Raises:
             CheckpointError: If the checkpoint belongs to another model or training.

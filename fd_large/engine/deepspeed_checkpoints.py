@@ -60,7 +60,10 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """Makes every torch.load in the block refuse files that run code, as DeepSpeed does not."""
+    """Makes every torch.load in the block refuse files that would run code.
+
+    DeepSpeed itself loads such files.
+    """
     allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"

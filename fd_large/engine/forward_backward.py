@@ -35,7 +35,10 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Returns a micro batch, already on the device, with the frozen models' outputs as targets."""
+    """Returns a micro batch with the frozen models' outputs added to its targets.
+
+    `batch` must be on the device.
+    """
     with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
@@ -53,8 +56,8 @@ def arguments_of_step(
     """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
 
     A step in one pass takes and prepares each micro batch on demand. A step in two passes first
-    takes and prepares all micro batches, then makes one small collective on all ranks: it adds the
-    task's sums in the order of the micro batches and then over the ranks, in float64. Sums of
+    takes and prepares all micro batches, then makes one small collective on all ranks. The task's
+    sums are added in the order of the micro batches and then over the ranks, in float64. Sums of
     integers are exact; other sums vary with the number of ranks and micro batches by rounding.
 
     Args:

@@ -28,7 +28,7 @@ from fd_large.weights.settle import stated_statistics
 
 
 class Frozen(nn.Module):
-    """A frozen backbone that maps uint8 images to its feature map.
+    """A frozen backbone that maps uint8 images to a feature map.
 
     Args:
         net: The backbone: normalised images -> FeatureMap after its final norm.
@@ -60,7 +60,7 @@ class Frozen(nn.Module):
         return self.net.width
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns rows and columns of the map for square images of this side."""
+        """Returns rows and columns of the map for square images of side `image_size`."""
         side = self.side(image_size)
         return self.net.grid(side, side)
 
@@ -73,7 +73,7 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> FeatureMap:
-        """Returns the map of uint8 images (B, 3, H, W), without gradient.
+        """Returns the feature map of uint8 images (B, 3, H, W), without gradient.
 
         Source: official code, models/feature_distillation.py FD.forward, the target branch.
         """
@@ -96,10 +96,10 @@ def frozen_maker(
     before_norm: bool = False,
     **options: Any,
 ) -> Callable[[], Frozen]:
-    """Returns a function that constructs the model of a settled section, with random weights.
+    """Returns a function that constructs a recipe's frozen model, with random weights.
 
     Args:
-        section: The settled section.
+        section: The model's section of the recipe, with all fields set that its weights decide.
         image_size: Side of the images that the model will be given, in pixels.
         own_image_size: Side to which the images are resized for the model. With 0 they keep their
             size, unless the model's table of positions allows only one side.
@@ -140,10 +140,10 @@ def frozen_maker(
 
 
 def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fitted | None:
-    """Finds the weights for the model of a settled section; reads only headers of files.
+    """Finds the weights of a recipe's frozen model; reads only headers of files.
 
     Args:
-        section: The settled section.
+        section: See `frozen_maker`.
         sources: The sources that open the weights.
         where: The flag of the source, for messages.
 

@@ -25,7 +25,10 @@ from fd_large.runtime import terminal
 
 
 def cuda_devices() -> list[int]:
-    """Returns [index of the current GPU], whose random state a block may change, or [] without."""
+    """Returns the index of the GPU whose random state a block may change, in a list.
+
+    The list is empty if CUDA is not in use.
+    """
     import torch
 
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -33,7 +36,7 @@ def cuda_devices() -> list[int]:
 
 @contextmanager
 def guest() -> Iterator[None]:
-    """Lets the block use this process as the single rank of a run, and undoes all changes after it.
+    """Lets the block use this process as the single rank of a run; then undoes the run's changes.
 
     Raises: LaunchError: if the process is one of several ranks or already has a process group.
     """

@@ -44,7 +44,7 @@ class StoredStudent(NamedTuple):
     """The student that a checkpoint of a run holds.
 
     Attributes:
-        architecture: The student's architecture, with the image size of its tables.
+        architecture: The student's architecture, with the image size of its position tables.
         absent: {name: fill value} of the tensors that the task left out of its student, so that the
             checkpoint lacks them.
         statistics: The normalisation that the student was trained with.
@@ -59,7 +59,7 @@ class FrozenPart(NamedTuple):
     """A model that a run uses and does not train.
 
     Attributes:
-        section: The recipe's section that describes it.
+        section: The recipe's section that describes the model.
         image_size: Side to which the run's images are resized for the model, in pixels. 0 has the
             same meaning as for `own_image_size` of `frozen_maker`.
     """

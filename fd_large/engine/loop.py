@@ -52,7 +52,7 @@ class TrainingPlan(NamedTuple):
 
     Attributes:
         schedule: The learning rates; its total is the run's length.
-        steps_per_epoch: Number of whole global batches in an epoch.
+        steps_per_epoch: Number of steps in an epoch, one for each full global batch.
         accumulation: Micro batches per step.
         seed: Seed of the drop path.
         max_bad_fraction: Fraction of the images that may be unusable before the run stops.
@@ -170,7 +170,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of whole global batches in an epoch."""
+        """Number of steps in an epoch, one for each full global batch."""
         return self._plan.steps_per_epoch
 
     @property
@@ -320,6 +320,8 @@ class Trainer:
             passed: Results of the forward and backward passes.
             epoch: Number of the epoch.
             students: Number of students that take the step together.
+
+        Returns: the agreed facts, with the step's final numbers in `update`.
         """
         engine, schedule, size = self.engine, self._plan.schedule, len(passed.batches[-1].positions)
         learning_rate = schedule.at_step(self._finished)
@@ -388,9 +390,9 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores the newest sound checkpoint of at most `at_most` steps; returns whether it did.
+        """Restores the newest sound checkpoint of at most `at_most` steps.
 
-        If there is no such checkpoint, the run ends.
+        Returns: whether there is such a checkpoint; if there is none, the run ends.
         """
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
@@ -442,7 +444,7 @@ class Trainer:
             self._save(evaluated=False)
 
     def _count_bad(self) -> BadCount:
-        """Returns how many images were unusable and tried since the run began, over all ranks."""
+        """Returns the run's numbers of unusable and of tried images so far, over all ranks."""
         counts = distributed.sum_tensor(torch.tensor(self._bad_images.count)).tolist()
         return BadCount(*map(sum, zip(counts, self._bad_before, strict=True)))
 
@@ -497,7 +499,10 @@ class Trainer:
 
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
-        """Makes the evaluations that are due; returns False if a wish to stop interrupted them."""
+        """Makes the evaluations that are due.
+
+        Returns: True, or False if a wish to stop interrupted the evaluations.
+        """
         due = [item for item in self._evaluations if item.due(self._finished, last)]
         if not due:
             return True

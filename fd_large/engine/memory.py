@@ -31,7 +31,7 @@ class OutOfMemory(FDError):
 
 
 class GpuMemory:
-    """The memory of torch's allocator on this rank's GPU, in bytes."""
+    """Measures the memory of torch's allocator on this rank's GPU, in bytes."""
 
     def reset(self) -> None:
         """Starts to measure a new peak."""
@@ -50,7 +50,7 @@ class GpuMemory:
 
 
 class HostMemory:
-    """The resident memory of a CPU rank's process, in bytes (Linux)."""
+    """Measures the resident memory of a CPU rank's process on Linux, in bytes."""
 
     def reset(self) -> None:
         """Starts to measure a new peak; writing 5 to clear_refs resets VmHWM."""

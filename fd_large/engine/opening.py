@@ -69,8 +69,8 @@ class Checked(NamedTuple):
         job: The job of the settled recipe.
         samples: The training images, which all students share.
         numbers: Numbers from recipe, ranks and model that fill the DeepSpeed JSON.
-        config: The filled DeepSpeed JSON; if a probe is to find the micro batch, it is 1 until
-            then.
+        config: The filled DeepSpeed JSON. Its micro batch size is 1 as long as a probe has to find
+            the size.
     """
 
     job: TrainingJob
@@ -315,7 +315,7 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
 
 
 def _disk_bytes(checked: Checked) -> int:
-    """Returns the bytes that a rank with offload to a disk keeps on it."""
+    """Returns the bytes that a rank of a run with offload to a disk keeps on the disk."""
     optim, numbers = checked.job.run.optim, checked.numbers
     place = Placement(
         stage=3,

@@ -20,12 +20,12 @@ class Batches(Protocol):
     students: int
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns (batch as the loader gave it, batch to compute with)."""
+        """Returns the next micro batch as the loader yielded it, and on the computing device."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the last micro batch with the outputs of the frozen models added, if shared.
+        """Returns `batch`, the last micro batch, for the present student.
 
-        `batch` is that micro batch on the device.
+        If several students share the frozen models' outputs, the outputs are added.
         """
 
     def stage(self) -> None:
@@ -55,7 +55,7 @@ class Prefetch:
         return batch
 
     def stage(self) -> None:
-        """Starts to copy the next micro batch; called when the device has its present work."""
+        """Starts to copy the next micro batch; called after the last one's work is queued."""
         if self._stream is None or self._staged is not None:
             return
         batch = next(self._batches, None)
@@ -68,7 +68,7 @@ class Prefetch:
         return self
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns (batch as the loader gave it, batch to compute with)."""
+        """Returns the next micro batch as the loader yielded it, and on the computing device."""
         if self._staged is None:
             batch = next(self._batches)
             return batch, batch.to(self._device)
@@ -109,7 +109,7 @@ class StepForSeveral:
             self._source.stage()
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns (batch as the loader gave it, batch to compute with)."""
+        """Returns the next micro batch as the loader yielded it, and on the computing device."""
         if self._next == len(self._taken):
             self._taken.append(next(self._source))
         self._next += 1

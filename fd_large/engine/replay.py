@@ -151,7 +151,10 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 
 def _require_numbers(incident: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError if an entry used or shown is not a number."""
+    """Checks that the entries of an incident that are used or shown are numbers.
+
+    Raises: KeyError, TypeError or ValueError: if an entry is missing or no valid number.
+    """
     values = [incident[name] for name in ("index", "epoch", "world_size", "grad_norm")]
     for off in incident["off"]:
         values += [off["value"], *(off[n] for n in ("median", "limit") if off[n] is not None)]

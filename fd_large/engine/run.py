@@ -279,7 +279,7 @@ def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
 
 
 def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
-    """Returns the record of the best evaluation, or None if the recipe names no metric."""
+    """Returns the `Best` of a run's evaluations so far, or None if the recipe names no metric."""
     section = job.run.eval
     if not section.best_metric:
         return None
@@ -451,7 +451,8 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
     """Writes the status with which a run ended, and the reason, into its folder.
 
-    With `first` False, nothing is written if a rank of this start has written a status before.
+    Nothing is written unless this start owns the folder. With `first` False, nothing is written
+    either if a rank of this start has written a status before.
     """
     known = summary_of(lease.folder).get("start") == lease.start
     # Before this start has entered the folder, it may hold another run.

@@ -14,14 +14,14 @@ from functools import partial
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate L over T steps, of which the first W are warm-up.
+    """The learning rate as a function of the step.
 
     Attributes:
         peak: Learning rate after warm-up.
         warmup_start: Learning rate of the first step.
         minimum: Learning rate at the end.
-        total: Number of steps, T.
-        warmup: Number of warm-up steps, W.
+        total: Number of steps, warm-up included.
+        warmup: Number of warm-up steps.
     """
 
     peak: float
@@ -50,7 +50,7 @@ class CosineSchedule(Schedule):
     """Linear warm-up, then half a cosine, as in timm's scheduler."""
 
     def value(self, t: int) -> float:
-        """Returns the learning rate L(t) at position t of the schedule."""
+        """Returns L(t), the learning rate at position t of the schedule."""
         if t < self.warmup:
             return self.warmup_start + t * (self.peak - self.warmup_start) / self.warmup
         if t >= self.total:

@@ -46,7 +46,7 @@ def make_student(
     """Constructs the student, with random weights from torch's global generator.
 
     Args:
-        student: The recipe's section.
+        student: The recipe's section `student`.
         image_size: Side of the images for which position tables are made, in pixels; 0 for the
             side that the architecture states.
         sequential_stages, resizes_positions: See `backbones.family.Options`.

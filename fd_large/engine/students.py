@@ -29,7 +29,7 @@ class HooksOfAll(Hook):
     takes the step, so that the time between two calls is that of a step of all students.
 
     Args:
-        hooks: The hooks to join; verdicts of theirs are ignored.
+        hooks: The hooks to join; their verdicts on steps are ignored.
     """
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
@@ -58,7 +58,7 @@ class HooksOfAll(Hook):
             hook.on_end(status)
 
     def wish(self) -> Wish:
-        """Returns the wishes of all hooks: to stop if any hook wishes so, and likewise to save."""
+        """Returns a wish to stop if any hook wishes to stop, and to save if any wishes to save."""
         wishes = [hook.wish() for hook in self._hooks]
         return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
 

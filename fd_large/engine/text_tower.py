@@ -1,7 +1,7 @@
 """Embeds class names by a CLIP's text tower, for zero-shot classification.
 
-The vector of a class is the mean of its prompts' embeddings, which are normalised to an L2 norm of
-1 before. An image belongs to the class whose vector has the largest cosine with the image's
+The embeddings of a class's prompts are normalised to an L2 norm of 1, and their mean is the vector
+of the class. An image belongs to the class whose vector has the largest cosine with the image's
 embedding.
 
 Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.

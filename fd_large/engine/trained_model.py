@@ -96,7 +96,7 @@ class TrainedModel(nn.Module):
         return self(images).float().mean((2, 3))
 
     def teacher_map(self, name: str, images: Tensor, *, in_teacher_units: bool = False) -> Tensor:
-        """Returns the student's prediction of a teacher's map, (B, C, H, W), by its trained head.
+        """Returns the student's prediction of a teacher's map, (B, C, H, W), by a trained head.
 
         The heads are read from the run's checkpoint, or from the folder of the export, at the first
         call.

@@ -74,6 +74,8 @@ def add_branch(
 ) -> Tensor:
     """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch, in the dtype of x.
 
+    For the arguments see `add_norm`.
+
     Raises: ShapeError: if branch, scale or gamma does not fit the shape of x.
     """
     check_stream("add_branch", x, branch, scale, gamma=gamma)

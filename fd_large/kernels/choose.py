@@ -1,16 +1,17 @@
 """Decides which implementation of an operation runs.
 
-The environment variable `FD_KERNELS` selects one:
+The environment variable `FD_KERNELS` selects the implementation:
 
 - `auto` (default): on CUDA, Triton in the tested cases of an operation, and torch.compile for
   operations without a kernel in this package; else the reference.
-- `triton`: the same, but an error if Triton cannot run at all. On a CPU it runs in Triton's
-  interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device only shapes are computed.
+- `triton`: as `auto`, but an error if Triton cannot run at all. On a CPU the kernels run in
+  Triton's interpreter, which `TRITON_INTERPRET=1` must turn on; on the meta device only shapes are
+  computed.
 - `compiled`: the reference through torch.compile everywhere.
 - `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as in `auto`.
 - `reference`: plain torch everywhere.
 
-`OPERATION=IMPLEMENTATION` after a comma selects one for a single operation, as in
+`OPERATION=IMPLEMENTATION` after a comma selects the implementation of a single operation, as in
 `auto,residual_norm=compiled`.
 
 Selecting an implementation that is not installed is an error, never a silent fallback. An
@@ -105,7 +106,7 @@ def refused() -> Mapping[str, str]:
 
 
 def reset() -> None:
-    """Resets choices, refusals and logged messages, after a change of the environment."""
+    """Forgets all choices, refusals and logged messages, as is needed if FD_KERNELS changes."""
     _refused.clear()
     for cached in (_implementation, _say, apex_layer_norm):
         cached.cache_clear()
@@ -156,7 +157,7 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether operations on devices of this type may run a kernel, which needs a check.
+    """Returns whether operations on devices of this type may run kernels, which need a check.
 
     Kernels are all implementations other than the reference.
     """
@@ -170,7 +171,7 @@ def may_run_kernels(device_type: str) -> bool:
 def wished() -> str:
     """Returns the value of FD_KERNELS, or `auto` if it is not set.
 
-    Raises: ConfigError: if an implementation or an operation in it is unknown.
+    Raises: ConfigError: if the value names an unknown implementation or operation.
     """
     wish = os.environ.get("FD_KERNELS", "") or "auto"
     _wishes(wish)
@@ -217,7 +218,7 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
 
     Args:
         op: A registered operation.
-        device_type: "cuda", "cpu", "meta" or another of torch's.
+        device_type: "cuda", "cpu", "meta" or another device type of torch.
         case: Dtypes, widths and other hashable values that decide whether kernels are tested.
 
     Raises: ConfigError: if the requested implementation cannot run on this device.
@@ -250,7 +251,7 @@ def _implementation(
     device: Device | None,
     items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    """Returns the implementation and the reason for it; see `implementation`."""
+    """Returns the implementation of an operation, and why it was chosen; see `implementation`."""
     operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"

@@ -77,7 +77,7 @@ def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def function_of(kernel: str) -> Any:
-    """Returns the Triton function of a `Launch`."""
+    """Returns the Triton function that `Launch.kernel` names."""
     module, _, function = kernel.partition(".")
     return getattr(import_module(f"fd_large.kernels.{module}"), function)
 

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def full_float32(device: torch.device) -> None:
-    """Turns off TF32, which keeps only 10 of float32's 23 bits, and logs it on GPUs.
+    """Turns off TF32, which keeps only 10 of float32's 23 mantissa bits; logs this on GPUs.
 
     By default torch uses TF32 in cuDNN's convolutions (patch embedding, heads of detectors), and
     not in matrix products. Code that ran before in this process may have changed these defaults.

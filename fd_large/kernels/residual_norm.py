@@ -3,9 +3,10 @@
 Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight is whole only inside
 its own module's forward, so the modules that own these weights call the functions here.
 
-From top to bottom: these functions; their plain torch versions (`..._reference`); the operation
-over the kernels of `residual_norm_triton.py`, and its gradients; functions shared with
-`add_norm.py`. `choose.py` selects the implementation.
+The file begins with the functions for models. Then come the plain torch versions of these functions
+(`..._reference`), the operation that launches the kernels of `residual_norm_triton.py`, the
+gradients of the operation, and functions that `add_norm.py` uses too. `choose.py` selects the
+implementation.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def check_stream(
 
 
 def factors(scale: Tensor | None) -> Tensor | None:
-    """Returns drop path's factors in float32, as the kernels need them, or None if `scale` is."""
+    """Returns drop path's factors in float32, as the kernels need them, or None for None."""
     return None if scale is None else scale.float()
 
 

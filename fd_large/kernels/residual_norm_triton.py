@@ -1,10 +1,11 @@
-"""Triton kernels of `residual_norm.py` and `add_norm.py`; a tile is some rows by all channels.
+"""Triton kernels of `residual_norm.py` and `add_norm.py`.
 
-Channels are padded to a power of 2, and the padding is masked. Every kernel widens to float32 right
-after a load and rounds once at a store. For gradients of per-channel vectors, each of at most
-PARTIALS programs sums its rows in a fixed order and stores one partial row; torch then sums these
-rows, in a fixed order too. There are no atomics, so results are reproducible to the bit. The
-launches are in `residual_norm.py` and `add_norm.py`.
+A program works on tiles of a few rows and all channels. Channels are padded to a power of 2, and
+the padding is masked. Every kernel widens to float32 right after a load and rounds once at a store.
+For gradients of per-channel vectors, each of at most PARTIALS programs sums its rows in a fixed
+order and stores one partial row; torch then sums these rows, in a fixed order too. There are no
+atomics, so results are reproducible to the bit. The launches are in `residual_norm.py` and
+`add_norm.py`.
 """
 
 from __future__ import annotations

@@ -50,8 +50,10 @@ def window_attention(
         shift: Offset of the windows from the map's corner, in tokens.
         scale: Factor of the logits: a number, or (h,) float32.
         cosine: Whether logits are cosines of q and k instead of dot products.
-        bias: (2, C), added to queries and to values, so that its gradient needs no pass of its own.
-        table: ((2w - 1)^2, h) float32, added to the logits by offset; None without a position bias.
+        bias: (2, C), the biases of queries and of values. They are added here and not by the qkv
+            layer, so that their gradients need no separate pass. None means 0.
+        table: ((2w - 1)^2, h) float32, the position bias of each offset between query and key,
+            added to the logits; None without a position bias.
         memory: What the plain version does with the (N, N) attention maps until backward: "keep"
             stores them, "recompute" computes them again, and "sequential" computes them again for
             a few windows at a time.
@@ -84,7 +86,7 @@ def image_attention(
         num_heads: h.
         grid: (H, W) of the patches.
         scale: Factor of the logits.
-        bias: (2, C), added to queries and to values.
+        bias: As in `window_attention`.
         table: ((2H - 1)(2W - 1), h) float32, and with a class token three rows more: CLS to any,
             any to CLS, CLS to itself; None without a position bias.
         memory: As in `window_attention`.

@@ -153,7 +153,8 @@ def forward(
     """Returns attention's output (B, N, C), and log2 of each softmax's denominator.
 
     The logarithms are (h, B, N) float32. `numbers` holds the number of heads, the rows and columns
-    of the map, the rows and columns of a window, the shift, and 1 if q and k are normalised or 0.
+    of the map, the rows and columns of a window, the shift, and whether q and k are normalised (1
+    or 0).
     """
     geometry = Geometry.of(qkv, numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)

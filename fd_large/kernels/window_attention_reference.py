@@ -192,7 +192,7 @@ def region_ids(
         height: Rows of the map before padding.
         width: Columns of the map before padding.
         window: Rows and columns of a window.
-        shift: Offset of the windows, in tokens; 0: ids mark padding only.
+        shift: Offset of the windows, in tokens. With 0, the ids mark only padding.
         device: Device of the result.
     """
     return _region_ids(height, width, window, shift, device)

@@ -1,4 +1,4 @@
-"""Makes the process group of all ranks, and small collectives.
+"""Makes the process group of all ranks, and wraps torch's small collectives.
 
 This is the only wrapper of torch.distributed. It does not use DeepSpeed, whose `init_distributed`
 keeps the process group that `start` made. All functions but `node_group` and `neighbours` also work
@@ -230,7 +230,7 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
 
 
 def _make_group_of_one() -> None:
-    """Makes the group of a single rank, whose collectives copy within the process.
+    """Makes the process group of a single rank, whose collectives copy within the process.
 
     gloo and NCCL listen on a socket even for one rank. torch's "fake" group ignores other ranks'
     data, which is right for a single rank.
@@ -326,12 +326,12 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
 
 
 def _name_of(launch: Launch) -> str:
-    """Returns a prefix for this job's keys that other jobs at the same port do not use.
+    """Returns a prefix for this job's keys, to distinguish the job from others at the same port.
 
     A second job that uses the port of a running job finds the store of the running job. Thanks to
-    the prefix, entries of the second job do not end the first. If the launcher has a token, it is
-    part of the prefix, so that others cannot guess the prefix; without a token, some jobs may have
-    the same prefix.
+    the prefix, entries of the second job do not end the first. Jobs that cannot be distinguished
+    have the same prefix. If the launcher has a token, the token is part of the prefix, so that
+    others cannot guess the prefix.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
@@ -389,7 +389,7 @@ def device() -> torch.device:
 def moved() -> None:
     """Records a sign of life of this rank for the watchdog.
 
-    The collectives of this file record one too; long work without collectives calls this function.
+    Most collectives of this file call this function; long work without collectives has to call it.
     """
     global _moves
     _moves += 1
@@ -591,7 +591,7 @@ def peer_is_gone(error: BaseException) -> bool:
 
 
 def node_group(node_size: int) -> dist.ProcessGroup:
-    """Returns the process group of this rank's node, where node = rank // node_size.
+    """Returns the process group of this rank's node: the ranks with equal rank // node_size.
 
     All ranks must call this function with the same argument; the group is made once.
 

@@ -67,10 +67,13 @@ class Ending(NamedTuple):
 
 
 class Store(Protocol):
-    """The methods of torch's stores used here; each raises RuntimeError if the server is gone."""
+    """Interface of torch's stores, as far as this file needs it.
+
+    Each method raises RuntimeError if the server is gone.
+    """
 
     def set(self, key: str, value: str) -> None:
-        """Sets a key."""
+        """Sets the value of a key."""
 
     def get(self, key: str) -> bytes:
         """Returns the value of an existing key."""
@@ -83,7 +86,7 @@ class Store(Protocol):
 
 
 class Watch:
-    """The thread of a rank that ends the rank after another rank's failure.
+    """Thread that ends this rank after another rank's failure.
 
     Args:
         connect: Returns a client of the store for this watch alone, since a waiting call blocks
@@ -302,7 +305,7 @@ _leaver: threading.Thread | None = None
 
 
 def leave_to(thread: threading.Thread) -> None:
-    """Names the thread that ends this process; other threads that call `tell` wait for it."""
+    """Names the thread that ends this process; `tell` in other threads waits for that thread."""
     global _leaver
     _leaver = thread
 

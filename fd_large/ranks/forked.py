@@ -26,7 +26,7 @@ SECONDS_AFTER_A_FAILURE = 30.0
 
 
 def check_alone() -> None:
-    """Refuses to start ranks in a process that is one of several ranks already.
+    """Checks that this process may start ranks, because it is not a rank itself.
 
     Raises: LaunchError: if this process is a rank of another launcher, which the message names.
     """

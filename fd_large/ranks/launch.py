@@ -98,19 +98,19 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank from the launcher's variables, unchecked; 0 if there are none."""
+    """Returns this process's rank by the launcher's unchecked variables; 0 without a launcher."""
     texts = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
-    """Whether this is the first rank of its node, from its launcher's variables, unchecked."""
+    """Returns whether this is the first rank of its node, by the launcher's unchecked variables."""
     texts = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0) == 0
 
 
 def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuses a DeepSpeed device that this package does not support.
+    """Checks that this package supports the device that DS_ACCELERATOR names, if it is set.
 
     Raises: LaunchError: if DS_ACCELERATOR names an unsupported device.
     """
@@ -190,7 +190,7 @@ def _checked(launch: Launch) -> Launch:
 
 
 def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
-    """Returns the launch of srun or mpirun, after checks.
+    """Returns `launch`, of srun or mpirun, if the environment does not contradict it.
 
     Raises: LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK, which srun and mpirun do not set,
         contradicts the launch, or if a number of the launch is out of range.
@@ -350,8 +350,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
 def _slurm_port(environ: Mapping[str, str]) -> int:
     """Returns a port that all ranks can compute without communication.
 
-    Jobs on the same node get different ports, and so do the starts of a job, since a rank of the
-    last start may still hold its port.
+    Jobs on the same node get different ports. Each start of a job gets another port too, since a
+    rank of the last start may still hold its port.
     """
     starts = _integer(environ, "SLURM_RESTART_COUNT", 0)
     return 10000 + (_integer(environ, "SLURM_JOB_ID") + 1009 * starts) % 20000

@@ -65,7 +65,7 @@ def once(name: str, make: Callable[[], T], *, of_node: bool = False) -> T:
         of_node: True if the first rank of each node makes the value for its node; False if rank 0
             makes the value for all ranks.
 
-    Raises: FDError: if `make` raises it, on the rank that calls `make` and on those that wait.
+    Raises: FDError: if `make` raises it, on the rank that calls `make` and on ranks that wait.
     """
     meeting = _present.get()
     return make() if meeting is None else meeting.once((name, of_node), make)
@@ -82,7 +82,10 @@ def offer(name: str, value: Any) -> None:
 
 
 def fetch(name: str) -> Any:
-    """Returns the value that rank 0 has offered under a name in this meeting, or None."""
+    """Returns the value that rank 0 has offered under a name in this meeting.
+
+    Returns None if rank 0 has offered nothing under this name.
+    """
     meeting = _present.get()
     assert meeting is not None
     return meeting.fetch(name)
@@ -136,8 +139,8 @@ class _Meeting:
     """A rank's part in a meeting.
 
     Attributes:
-        leads: By `of_node` of `once`, whether this rank makes the values: under True the values
-            for its node, under False the values for all ranks.
+        leads: {True: whether this rank makes the values for its node, False: whether this rank
+            makes the values for all ranks}. The keys are those of `of_node` in `once`.
         offered: Values that other ranks may fetch from this rank, by name.
     """
 
@@ -169,7 +172,7 @@ class _Meeting:
         self._woken.set()
 
     def once(self, name: _Name, make: Callable[[], Any]) -> Any:
-        """See the function `once`."""
+        """Makes a value, or waits for the rank that makes it; see the function `once`."""
         _, of_node = name
         if self.leads[of_node]:
             if name not in self._made:
@@ -184,7 +187,7 @@ class _Meeting:
         return make() if value is None else value.get()
 
     def fetch(self, name: str) -> Any:
-        """See the function `fetch`."""
+        """Asks rank 0 for a value and waits for it; see the function `fetch`."""
         if name in self.offered:
             return self.offered[name]
         with self._changed:

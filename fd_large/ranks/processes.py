@@ -124,7 +124,7 @@ def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> 
 
 
 def check_workers(workers: int) -> None:
-    """Refuses more loading processes than this rank's machine can use.
+    """Checks that a rank's number of loading processes is not too large for its machine.
 
     Raises: ConfigError: if `workers` is too large for the cores that this process may use.
     """

@@ -96,7 +96,7 @@ def measure(
 
 
 class Timer:
-    """A task on one device, whose phases are timed round by round.
+    """Times the phases of a task's step on one device, in several rounds.
 
     Args:
         job: The job that describes the task; no weights or images are read.

@@ -2,5 +2,5 @@
 
 Outside of this folder only distillation's `teacher.py` uses the deepspeed module, and only
 `engine/loop.py` reads a private attribute of an engine, the norm of the gradients. No file here
-knows a task.
+depends on a certain task.
 """

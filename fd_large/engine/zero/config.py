@@ -301,7 +301,7 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """Returns the ZeRO stage, 0 to 3."""
+    """Returns the ZeRO stage in a DeepSpeed JSON, 0 to 3; 0 if the JSON names none."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
@@ -332,7 +332,7 @@ def offloads_to_disk(config: dict[str, Any], block_name: str = "offload_optimize
 
 
 def nvme_path(config: dict[str, Any]) -> str:
-    """Returns the folder on a disk that holds the optimiser's state, or "" if it is in memory."""
+    """Returns the folder that the JSON names for the optimiser's state on a disk, or ""."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
 
 
@@ -491,7 +491,8 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 def _check_disk(config: dict[str, Any], folder: str) -> None:
     """Checks that JSON and recipe agree on the folder for offload to a disk.
 
-    Raises: ConfigError: if the folders differ, or one is missing or set in vain.
+    Raises: ConfigError: if the folders differ, if neither names a folder, or if the recipe names
+        one for state in memory.
     """
     if not offloads_to_disk(config):
         if folder:
@@ -560,7 +561,11 @@ def computes_in_bfloat16(precision: str) -> bool:
 
 
 def ranks_of_a_node(stated: int, local_world_size: int) -> int:
-    """Returns the number of ranks per node: `stated` (`engine.node_size`), or the launcher's if 0.
+    """Returns the number of ranks per node: `engine.node_size`, or else the launcher's number.
+
+    Args:
+        stated: `engine.node_size`; 0 if it is not set.
+        local_world_size: The launcher's number of ranks on this node.
 
     Raises: ConfigError: if the number does not divide the number of ranks.
     """

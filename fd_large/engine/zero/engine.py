@@ -145,9 +145,9 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
 def _holding_state(
     disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
 ) -> AbstractContextManager[Any]:
-    """Returns a context that puts the optimiser state which DeepSpeed makes in it onto a disk.
+    """Returns a context manager under which DeepSpeed makes the optimiser's state on a disk.
 
-    Without a disk the context does nothing. The masters get their values from `exact`.
+    Without a disk it does nothing. The masters get their values from `exact`.
     """
     if disk is None:
         return nullcontext()

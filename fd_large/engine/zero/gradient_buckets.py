@@ -86,11 +86,11 @@ class InOrder(ABC):
 
     @abstractmethod
     def _start(self, bucket: int) -> None:
-        """Sends a bucket."""
+        """Starts to sum a bucket over the ranks."""
 
     @abstractmethod
     def _settle(self) -> None:
-        """Waits for the oldest bucket in flight."""
+        """Waits for the oldest unfinished sum of a bucket."""
 
 
 class Reductions(InOrder):

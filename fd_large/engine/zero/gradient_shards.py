@@ -192,9 +192,9 @@ class OwnedShards(InOrder):
         mine.mul_(1 / self._world)
 
     def _reduce(self, pipeline_parallel: bool = False) -> None:
-        """Sums the remaining buckets after backward, and after the last passes on the sums.
+        """Sums the remaining buckets after the backward of a micro batch.
 
-        After the last micro batch of a step, the optimiser gets the shards.
+        After the last micro batch of a step, the summed shards are passed to the optimiser.
         """
         self.finish()
         self._first = self._engine.is_gradient_accumulation_boundary()

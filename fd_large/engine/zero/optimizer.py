@@ -143,7 +143,7 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the learning rate of all groups of an optimiser or of DeepSpeed's wrapper of one."""
+    """Sets the learning rate of all groups of an optimiser, also inside DeepSpeed's wrapper."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

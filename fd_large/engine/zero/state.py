@@ -222,10 +222,10 @@ def complete(engine: Engine) -> None:
 
 
 def _wholes(engine: Engine) -> Iterator[Tensor]:
-    """Yields the tensors that each rank holds whole but stores only a shard of.
+    """Yields the tensors that each rank holds whole, although it stores only a shard of each.
 
     They are the running statistics and their averages, and at stage 0 also weights, moments and
-    average.
+    the average of the weights.
     """
     yield from _statistics(engine).values()
     yield from engine.averages.values()
