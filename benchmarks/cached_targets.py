@@ -1,13 +1,14 @@
-"""What learning from stored maps saves and costs: time of a step, rounding of the targets.
+"""How much time does a step save with stored maps, and how much does rounding change the maps?
 
     python benchmarks/cached_targets.py --quick
     python benchmarks/cached_targets.py --models RUN#teacher RUN vit_base_patch16=random
 
-Two questions, on one rank. (1) How far a stored map is from the teacher's: the smooth L1 (beta 2)
-between the two, whitened, and its share of the loss of predicting zero, for each precision and
-model. A student cannot tell a loss below that. (2) How long a step takes from a cache and with the
-teacher, in turns, decoding and reading included, beside the share of the FLOPs that is not the
-teacher's; and how far the losses of the two runs are apart.
+It answers two questions, on one rank. (1) How far is a stored map from the teacher's? The answer is
+the smooth L1 (beta 2) between the two whitened maps, and its ratio to the loss of predicting zero,
+for each precision and model. Losses of a student below this floor mean nothing. (2) How long does a
+step take with stored maps and with the teacher? Both are timed in turns, with reading and decoding,
+and compared with the share of the FLOPs that is not the teacher's. The losses of the two runs are
+compared, too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LEARNING_RATE = 1e-3
 
 
 def parse() -> argparse.Namespace:
-    """Returns the arguments."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +45,15 @@ def parse() -> argparse.Namespace:
 
 
 def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any]]:
-    """Returns the floor of each precision on the maps of each model."""
+    """Returns how much storing changes the maps of each model, by the model's label.
+
+    The smooth L1 of each precision is entry `floor`, and its ratio to predicting zero the next.
+
+    Args:
+        names: The models, as `evaluate` takes them.
+        root: The images, as data.root.
+        crops: Number of views.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -85,7 +94,10 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
 
 
 def cut(root: str, folder: Path) -> Path:
-    """Writes large crops of a few images to a folder; each image of a dataset is stored once."""
+    """Writes `CROPS` different crops of a dataset's images to a new folder; returns the folder.
+
+    A cache has one entry for each image, so that a few images alone would not fill it.
+    """
     from torchvision.io import write_png
 
     from fd_large.data.source import open_images
@@ -101,7 +113,14 @@ def cut(root: str, folder: Path) -> Path:
 
 
 def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
-    """Returns the times of steps from caches and with the teacher, and their losses."""
+    """Returns the seconds and the losses of steps with stored maps and with the teacher.
+
+    Args:
+        root: Folder of the images.
+        folder: Folder for the caches.
+        rounds: Number of timed steps of each.
+        quick: Whether the teacher is tiny.
+    """
     from engines import seconds_in_turns, zero_engine
 
     from fd_large.cli.cache import write
@@ -194,7 +213,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
 
 
 def report(results: dict[str, Any]) -> None:
-    """Prints both tables in Markdown."""
+    """Prints the tables of both questions in Markdown."""
     precisions = ("fp32", "fp16", "fp8", "int8")
     print(f"\n| floor of smooth L1 (share) | {' | '.join(precisions)} |\n|{'---|' * 5}")
     for name, row in results["rounding"].items():
@@ -216,7 +235,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measures, prints and writes."""
+    """Measures, prints the tables and writes the results."""
     arguments = parse()
     sys.path.insert(0, str(harness.ROOT))
     crops, rounds = (4, 2) if arguments.quick else (arguments.crops, arguments.rounds)

@@ -1,11 +1,12 @@
-"""How long does training stand still for a checkpoint, and how long from a kill to the next step?
+"""How long does training wait for a checkpoint, and how long is a kill before the next step?
 
     python benchmarks/checkpoint.py [--quick]
 
-Two CPU ranks hold a SwinV2 of more than 100M parameters with masters and moments under ZeRO-3. In
-turns they make our save (copy to host memory, then a thread writes), the same while training waits
-for the writing, and DeepSpeed's own `save_checkpoint`. Then a small run is killed and started again
-by the same command. Writes benchmarks/results/checkpoint.json and .png.
+Two CPU ranks hold a SwinV2 of more than 100M parameters with master weights and moments under
+ZeRO-3. They save in three ways in turns: with this package (a copy to host memory, which a thread
+then writes), with this package while training waits for the thread, and with DeepSpeed's
+`save_checkpoint`. Then a small run is killed and started again by the same command. Writes
+benchmarks/results/checkpoint.json and .png.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model, few rounds")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
@@ -40,7 +41,10 @@ def parse() -> argparse.Namespace:
 
 
 def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Returns the seconds of every save by kind; all ranks save at the same time."""
+    """Returns the number of parameters, and the seconds of every save by the way of saving.
+
+    Every rank calls it, and the seconds are those of the slowest rank.
+    """
     import torch
     from engines import zero_engine
 
@@ -106,7 +110,10 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
-    """Returns the seconds from a kill to the next step of the restarted command, and steps lost."""
+    """Kills a small run several times, and starts the same command again.
+
+    Returns: for each kill, the seconds from the kill to the first new step, and the steps lost.
+    """
     import signal
 
     import twin
@@ -147,7 +154,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws how long training waits, one box per kind."""
+    """Draws a box plot of how long training waits for each way of saving."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +181,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     if arguments.quick:
         arguments.rounds, arguments.kills = 2, 1

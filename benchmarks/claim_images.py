@@ -1,9 +1,9 @@
-"""The CIFAR-10 images of claim.py, named by the hash of their pixels.
+"""Writes the CIFAR-10 images of claim.py, each named by the hash of its pixels.
 
-They come from the archives of FD_DATA or from the official archive (cifar-10-python.tar.gz or
-cifar-10-binary.tar.gz): of the latter, the 20,000 training images that the former holds, which a
-stored list of hashes names. A name says nothing of where an image came from, so both give the same
-folders, and the same order of images in them.
+The images come from the archives of FD_DATA, or from the official archive (cifar-10-python.tar.gz
+or cifar-10-binary.tar.gz). FD_DATA has 20,000 of the training images, and a stored list of their
+hashes selects the same images in the official archive. Since names depend on pixels alone, both
+sources give the same folders, with the images in the same order.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from cifar import read_cifar  # noqa: E402
 
 ARCHIVES = {"train": "cifar10_train20k.tar", "test": "cifar10_test10k.tar"}
 LIST = RESULTS / "claim" / "images.npy"
-"""The first five bytes of the hash of each of the 20,000 training images, (20000, 5) uint8."""
+"""File with the first five bytes of the hash of each training image, (20000, 5) uint8."""
 HELD_OUT = "held_out_"
-"""Begins the names of those images of the test folder that choose the learning rates."""
+"""Prefix of the names of those images in the test folder by which learning rates are chosen."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class Images(NamedTuple):
-    """Images of one split.
+    """Images of one split of CIFAR-10.
 
     Attributes:
-        pixels: (N, 32, 32, 3) uint8.
-        labels: (N,), places in `CLASSES`.
+        pixels: The images, (N, 32, 32, 3) uint8.
+        labels: Index of each image's class in `CLASSES`, (N,).
     """
 
     pixels: np.ndarray
     labels: np.ndarray
 
     def names(self) -> list[str]:
-        """Returns the SHA-256 of each image's pixels, by row, column and channel, in hex."""
+        """Returns the SHA-256 of each image's pixels in hex; pixels are in the order (H, W, C)."""
         return [hashlib.sha256(image.tobytes()).hexdigest() for image in self.pixels]
 
 
 class Counts(NamedTuple):
-    """Numbers of images: without labels, and of each kind with labels."""
+    """Numbers of images without labels, for fine-tuning, for choosing rates and for tests."""
 
     unlabelled: int
     labelled: int
@@ -59,17 +59,18 @@ class Counts(NamedTuple):
 
 
 def write_images(source: Path, folder: Path, counts: Counts, *, listed: Path = LIST) -> None:
-    """Writes unlabelled/, and labelled/ with train/ and test/, each with class folders.
+    """Writes unlabelled/, and labelled/ with train/ and test/, which have class folders.
 
-    Without labels are the first images by name; with labels the first of each class, then those
-    held out. Held-out images and test images are tested together, so that a rate is chosen without
-    a second training; `HELD_OUT` tells them apart.
+    The unlabelled images are the first training images by name. Of each class, the first images by
+    name are for fine-tuning, and the next ones are held out to choose the learning rate. Held-out
+    images are written to test/ with the prefix `HELD_OUT`, so that one training tests them and the
+    test images together.
 
     Args:
         source: The folder of FD_DATA, or the official archive.
-        folder: Is made.
-        counts: How many of each.
-        listed: The list of training images.
+        folder: The folder to write to, which is created.
+        counts: Number of images of each kind.
+        listed: File with the list of training images.
     """
     train, test = read(source, listed)
     names, tested = train.names(), test.names()
@@ -89,7 +90,12 @@ def write_images(source: Path, folder: Path, counts: Counts, *, listed: Path = L
 
 
 def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
-    """Returns the listed training images and all test images."""
+    """Returns the training images in the list, and all test images.
+
+    Args: As for `write_images`.
+
+    Raises: SystemExit: if a listed image is missing.
+    """
     if source.is_dir():
         train, test = (
             Images(*read_cifar(source / name, count)[:2])
@@ -105,14 +111,25 @@ def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
 
 
 def is_held_out(folder: Path) -> np.ndarray:
-    """Returns (N,), whether each image of labelled/test is held out, in the order of a test."""
+    """Returns whether each image of labelled/test is held out, (N,) bool.
+
+    The order is that of the predictions of a test.
+
+    Args:
+        folder: The folder that `write_images` wrote.
+    """
     root = folder / "labelled/test"
     paths = sorted(path.relative_to(root).as_posix().encode() for path in root.glob("*/*.png"))
     return np.array([f"/{HELD_OUT}".encode() in path for path in paths])
 
 
 def _official(archive: Path, word: str) -> Images:
-    """Reads the batches of a split from the official archive, in either of its two forms."""
+    """Returns the images of a split from the official archive, in its Python or binary form.
+
+    Args:
+        archive: The archive.
+        word: Beginning of the split's file names, such as "data_batch".
+    """
     pixels, labels = [], []
     with tarfile.open(archive) as members:
         for member in sorted(members.getmembers(), key=lambda member: member.name):
@@ -134,7 +151,7 @@ def _official(archive: Path, word: str) -> Images:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads plain values and arrays, and runs nothing else that a file names."""
+    """Unpickler that reads plain values and NumPy arrays only, and refuses any other code."""
 
     _ALLOWED = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer", "encode")
 

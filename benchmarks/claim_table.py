@@ -1,10 +1,11 @@
-"""What the finished rows of claim.py say: rates, differences with intervals, the judgement, a plot.
+"""Evaluates the finished rows of claim.py: rates, differences, intervals, judgement and plot.
 
-The interval of a difference holds another draw of teachers, of fine-tuning seeds and of test
-images. Each pair gives one difference, the mean over its seeds, whose spread over the pairs has
-teachers and seeds in it: Student's t with a degree of freedom less than there are pairs. All pairs
-share the test images, so what other images would change is added as the package's own paired
-bootstrap gives it (fd_large/probes/paired.py): half widths are added as squares.
+The interval of a difference accounts for the choice of teachers, of fine-tuning seeds and of test
+images. Each pair gives one difference, averaged over its seeds. The spread of these differences
+over the pairs contains the effect of teachers and seeds; its half width is by Student's t with one
+degree of freedom less than there are pairs. All pairs share the test images, whose effect the
+package's paired bootstrap estimates (fd_large/probes/paired.py). The squares of the two half widths
+are added.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ TITLES = {
     "student": "student of the teacher's map",
 }
 COMPARISONS = (("student", "control"), ("student", "teacher"), ("control", "teacher"))
-"""The first two decide; the second is the paper's own."""
+"""Pairs of rows that are compared; the first two decide, and the second is the paper's own."""
 MARGIN = 1.0
-"""Points within which a difference counts as none."""
+"""Largest difference of accuracies, in points, that counts as none."""
 COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
 
 Interval = Sequence[float]
@@ -34,7 +35,12 @@ Rows = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def judgement(control: Interval, teacher: Interval) -> str:
-    """Returns what the student less each of the two says, by the registered rule."""
+    """Returns the judgement of the claim by the registered rule.
+
+    Args:
+        control: Interval of the student's accuracy less the control's.
+        teacher: Interval of the student's accuracy less the teacher's.
+    """
     low, high = control
     if low > 0 and teacher[0] > 0:
         return "shown"
@@ -44,7 +50,7 @@ def judgement(control: Interval, teacher: Interval) -> str:
 
 
 def half_width(gaps: Sequence[float], of_images: float) -> float:
-    """Returns the half width of a difference's 95% interval; infinite for a single pair.
+    """Returns the half width of a difference's 95% interval, which is infinite for a single pair.
 
     Args:
         gaps: The difference of each pair, in points.
@@ -57,15 +63,15 @@ def half_width(gaps: Sequence[float], of_images: float) -> float:
 
 
 def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
-    """Returns the table of the rows that are finished; it judges once all are.
+    """Returns the results of the finished rows, with the judgement once all rows are finished.
 
-    The rate of a kind of row is the one with the best mean accuracy on the held-out images, over
-    pairs and seeds.
+    The chosen learning rate of a kind of row is the one with the best accuracy on the held-out
+    images, averaged over pairs and seeds.
 
     Args:
-        rows: As `Claim.rows`.
+        rows: The finished rows, as `Claim.rows` returns them.
         rates: The learning rates.
-        pairs: How many there will be.
+        pairs: Number of pairs of the whole experiment.
     """
     kinds: dict[str, Any] = {}
     for kind in TITLES:
@@ -107,7 +113,14 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
 def _difference(
     rows: Rows, kinds: Mapping[str, Any], name: str, other: str
 ) -> dict[str, Any] | None:
-    """The difference of two kinds of rows; None without a pair that has both."""
+    """Returns the difference between two kinds of rows, or None if no pair has both.
+
+    Args:
+        rows: The finished rows.
+        kinds: The results of each kind, with its accuracies on the held-out images.
+        name: The first kind.
+        other: The kind that is subtracted.
+    """
     pairs = sorted({pair for pair, _ in rows if {(pair, name), (pair, other)} <= set(rows)})
     if not pairs:
         return None
@@ -149,7 +162,7 @@ def text_of(table: Mapping[str, Any]) -> str:
 
 
 def draw(table: Mapping[str, Any], path: Path) -> None:
-    """Draws accuracy against rate, and the differences of pairs with their intervals."""
+    """Draws accuracy over learning rate, and the differences of the pairs with their intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
@@ -185,12 +198,12 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
 
 
 def _percent(row: Mapping[str, Any], *, held_out: bool) -> np.ndarray:
-    """Accuracy (rates, seeds) on the held-out images, or on the test images."""
+    """Returns a row's accuracy in per cent, (rates, seeds), on held-out or on test images."""
     chosen: np.ndarray = row["right"][..., row["held_out"] == held_out]
     return 100 * chosen.mean(-1)
 
 
 def _tested(row: Mapping[str, Any]) -> np.ndarray:
-    """(rates, seeds, N), which test images were classified correctly."""
+    """Returns whether a row classified each test image correctly, (rates, seeds, N) bool."""
     tested: np.ndarray = row["right"][..., ~row["held_out"]]
     return tested

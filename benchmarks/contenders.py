@@ -1,8 +1,8 @@
-"""One distillation step by this engine and by others: same models, batch, precision and optimizer.
+"""Builds a distillation step of this engine and of others, with equal models, batch and optimiser.
 
-Every contender is a function of a batch that makes a whole step (teacher, student, backward pass,
-clipping, AdamW) and returns the loss. In bfloat16 all of them compute with bfloat16 parameters,
-send bfloat16 gradients and step float32 masters.
+Every contender is a function of a batch that runs a whole step (teacher, student, backward pass,
+clipping, AdamW) and returns the loss. In bfloat16, all contenders compute with bfloat16 parameters,
+communicate bfloat16 gradients and update float32 master weights.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Step = Callable[[Batch], Tensor]
 
 
 class Unavailable(Exception):
-    """A contender does not run here, with the reason; on all ranks alike."""
+    """Raised on all ranks, with the reason, if a contender cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders share.
+    """Models, batch and precision that all contenders share.
 
     Attributes:
-        run: The recipe, with sizes and batch.
+        run: The recipe.
         bfloat16: Whether student and teacher compute in bfloat16.
-        job: The recipe's job, with its teacher built: whole on every rank, one for all contenders.
+        job: The recipe's job with its teacher, which is whole on every rank; all contenders use it.
         peer_repo: A checkout of Feature-Distillation, or None.
     """
 
@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def make_task(self) -> Callable[[], Any]:
-        """Constructs the student and its loss."""
+        """Function that builds the student with its loss."""
         return lambda: self.job.task_around(self.job.teachers)
 
 
@@ -68,9 +68,17 @@ def share(
     precision: str,
     peer_repo: Path | None,
 ) -> Setting:
-    """Returns a SwinV2 student's recipe with a Swin teacher of the same widths, and that teacher.
+    """Returns a setting with a SwinV2 student, and a Swin teacher of the same widths.
 
-    Windows are a sixteenth of the image wide, as at 224 px (14) and 192 px (12).
+    The side of a window in tokens is image_size / 16, as 14 at 224 px and 12 at 192 px.
+
+    Args:
+        model: Name of the student's model.
+        width: Channels of the first stage; 0 for the model's own.
+        image_size: Side of the images in pixels.
+        micro_batch: Images per rank.
+        precision: As engine.precision.
+        peer_repo: A checkout of Feature-Distillation, or None.
     """
     run = registry.get("fd_esvit_swin_base")
     world = distributed.world_size()
@@ -102,9 +110,13 @@ def share(
 
 
 def build(name: str, setting: Setting) -> Step:
-    """Builds one contender; all ranks call it in the same order.
+    """Returns the step of a contender; all ranks build contenders in the same order.
 
-    Raises: Unavailable: if it does not run here.
+    Args:
+        name: The contender, a key of `harness.TITLES`.
+        setting: Models, batch and precision.
+
+    Raises: Unavailable: if the contender cannot run on this machine.
     """
     if name in ("hpz", "zero0", "zero1", "zero2", "zero3"):
         return _engine(name, setting)
@@ -141,7 +153,7 @@ def _engine(name: str, setting: Setting) -> Step:
 
 
 def _seeded_task(setting: Setting) -> Any:
-    """The engine's initial weights, whole, on this rank's device."""
+    """Returns the student and its loss on this rank's device, with the engine's initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.run.runtime.seed)
         task = setting.make_task()
@@ -164,7 +176,7 @@ def _update(
     clip: Callable[[], Any],
     batch: Batch,
 ) -> Tensor:
-    """The usual order: forward, backward, clip, step."""
+    """Runs forward, backward, clipping and the optimiser step in plain torch; returns the loss."""
     task = getattr(module, "module", module)
     loss, _ = module(**prepared(task, batch, 0))
     loss.backward()
@@ -179,7 +191,14 @@ def _clip(parameters: list[Tensor], norm: float) -> None:
 
 
 def _whole(setting: Setting, wrap: Callable[[Any], Any]) -> Step:
-    """Plain torch with whole weights on every rank."""
+    """Returns a step of plain torch with all weights on every rank.
+
+    In bfloat16, the optimiser updates float32 copies of the weights.
+
+    Args:
+        setting: Models, batch and precision.
+        wrap: Function that wraps the module, as DDP does.
+    """
     task = _seeded_task(setting)
     groups = parameter_groups(task, setting.run.optim.weight_decay)
     norm = setting.run.optim.clip_norm
@@ -237,7 +256,13 @@ def _fsdp2(setting: Setting) -> Step:
 
 
 def shard(module: Any, backbone: Any, *, bfloat16: bool) -> None:
-    """Splits a module over the ranks by torch's FSDP2, each block of its backbone a unit."""
+    """Shards a module over the ranks by torch's FSDP2; each block of its backbone is a unit.
+
+    Args:
+        module: The module, which is changed in place.
+        backbone: The backbone in the module.
+        bfloat16: Whether to compute and communicate in bfloat16.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,15 +1,16 @@
-"""How many images per second and core does the loader turn into batches, beside others?
+"""How many images per second and core do this package's loader and other loaders make?
 
     python benchmarks/data_pipeline.py [--quick]
 
 Each pipeline reads the 256 images of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
 from the page cache and makes random resized crops of 224 pixels with flips, in one thread of one
 process: folders, tar shards, parquet files and a saved Hugging Face dataset from a disk; parquet
-files and tar shards from an S3 server on the loopback (moto's, a process of its own), with nothing
-kept on the disk from one round to the next ("cold") or with all. They take turns; time is processor
-time (other programs share the machine), and a ratio is taken within a round. Then the files that
-are opened are counted, with the same images in 16 tar files; and 100,000 empty files are listed,
-first anew and then from our cache. Writes benchmarks/results/data_pipeline.json and .png.
+files and tar shards from an S3 server on the loopback (moto's, a process of its own), whose files
+are kept on the disk between rounds or removed ("cold"). The pipelines take turns. Time is processor
+time, since other programs share the machine, and a ratio is of times in the same round. Then the
+opened files are counted, with the same images in 16 tar files. Finally 100,000 empty files are
+listed, first without and then with the stored listing. Writes benchmarks/results/data_pipeline.json
+and .png.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ PIL = "PIL, folder"
 
 
 def ours(root: str) -> Callable[[int], int]:
-    """Our loader, without workers."""
+    """Returns a pipeline of this package's loader, without loader processes.
+
+    A pipeline reads all images in the order of an epoch, and returns their number.
+
+    Args:
+        root: The images, as data.root.
+    """
     source = open_images(root)
 
     def run(epoch: int) -> int:
@@ -64,7 +71,12 @@ def ours(root: str) -> Callable[[int], int]:
 
 
 def cold(root: str, blocks: str) -> Callable[[int], int]:
-    """Our loader, of which nothing is kept from one epoch to the next."""
+    """Returns a pipeline of this package's loader that removes its stored blocks before each epoch.
+
+    Args:
+        root: The images, as data.root.
+        blocks: Folder of the stored blocks.
+    """
 
     def run(epoch: int) -> int:
         shutil.rmtree(blocks, ignore_errors=True)
@@ -74,7 +86,12 @@ def cold(root: str, blocks: str) -> Callable[[int], int]:
 
 
 def in_tables(folder: Path, place: Path) -> None:
-    """Writes the images as parquet files, 32 in a row group, and as a saved dataset."""
+    """Writes the images below a folder as parquet files and as a saved Hugging Face dataset.
+
+    Args:
+        folder: Folder of the images.
+        place: Folder for tables/, with 32 images in a row group, and saved/.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -91,7 +108,7 @@ def in_tables(folder: Path, place: Path) -> None:
 
 @contextmanager
 def bucket(folder: Path) -> Iterator[str]:
-    """Serves a folder by S3; yields the URL of the bucket."""
+    """Serves the files of a folder by a local S3 server; yields the URL of the bucket."""
     import boto3
 
     with socket.socket() as free:
@@ -128,7 +145,7 @@ def bucket(folder: Path) -> Iterator[str]:
 
 
 def pil_transform() -> transforms.Compose:
-    """The usual training transform of PIL images."""
+    """Returns the usual training transform of PIL images, from an image to a tensor."""
     return transforms.Compose([
         transforms.RandomResizedCrop(SIZE, scale=(MIN_SCALE, 1.0)),
         transforms.RandomHorizontalFlip(),
@@ -137,7 +154,7 @@ def pil_transform() -> transforms.Compose:
 
 
 def pil(root: str) -> Callable[[int], int]:
-    """Open, convert, crop, flip, ToTensor, in batches like the others."""
+    """Returns a pipeline of PIL and torchvision, with batches of the same size."""
     paths = sorted(path for path in Path(root).rglob("*.JPEG"))
     transform = pil_transform()
 
@@ -156,7 +173,10 @@ def pil(root: str) -> Callable[[int], int]:
 
 
 def webdataset(pattern: str) -> Callable[[int], int] | None:
-    """The package webdataset, which reads a tar in its own order; None if it is not installed."""
+    """Returns a pipeline of webdataset, which reads tar files in their order.
+
+    The result is None if webdataset is not installed.
+    """
     try:
         import webdataset as wds
     except ImportError:
@@ -174,7 +194,11 @@ def webdataset(pattern: str) -> Callable[[int], int] | None:
 def measure(
     pipelines: dict[str, Callable[[int], int]], repetitions: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Runs all in turn; the first round is not measured."""
+    """Returns the images per second of each pipeline in each round.
+
+    The pipelines run in turns, and a first round is not measured. The rates `processor` are per
+    second of processor time, and the rates `wall` per second of wall time.
+    """
     rates = {name: {"processor": [], "wall": []} for name in pipelines}
     for epoch in range(repetitions + 1):
         for name, run in pipelines.items():
@@ -188,7 +212,10 @@ def measure(
 
 
 def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[float]]:
-    """Returns the opened image and tar files an image, in the first epoch and in the next."""
+    """Returns how many image and tar files each pipeline opens per image.
+
+    The two numbers of a pipeline are those of its first and its second epoch.
+    """
     opened, last = 0, ("", "")
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
@@ -210,7 +237,7 @@ def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[
 
 
 def in_shards(folder: Path, shards: Path) -> str:
-    """Packs the images into `NUM_SHARDS` tar files; returns their pattern."""
+    """Packs the images below `folder` into `NUM_SHARDS` tar files; returns the files' pattern."""
     for number in range(NUM_SHARDS):
         with tarfile.open(shards / f"{number:02}.tar", "w") as archive:
             for path in sorted(folder.rglob("*.JPEG"))[number::NUM_SHARDS]:
@@ -220,7 +247,11 @@ def in_shards(folder: Path, shards: Path) -> str:
 
 
 def measure_listing(num: int) -> dict[str, float]:
-    """Returns the seconds to list a folder of empty files, first anew, then from the cache."""
+    """Returns the seconds of listing a folder of empty files, without and with the stored listing.
+
+    Args:
+        num: Number of files.
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FD_CACHE"] = f"{folder}/cache"
         for number in range(num):
@@ -244,7 +275,7 @@ def measure_listing(num: int) -> dict[str, float]:
 
 
 def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, object]]:
-    """Returns medians, quartiles, and ratios to PIL in the same round."""
+    """Returns, for each pipeline, median and quartiles of its rate and of its ratio to PIL's."""
     result = {}
     for name, samples in rates.items():
         values = samples["processor"]
@@ -261,7 +292,7 @@ def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, obj
 
 
 def draw(result: dict[str, dict[str, object]], path: Path) -> None:
-    """Draws one bar per pipeline: median, quartiles and every sample."""
+    """Draws a bar for each pipeline, with median, quartiles and all samples."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Small distillation runs in real engines, for the benchmarks that time a step."""
+"""Builds engines of small distillation runs, for the benchmarks that time a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fd_large.tasks.distillation.job import DistillationJob
 
 
 def job_of(run: Run, *, persistence_threshold: int = 0) -> DistillationJob:
-    """Returns the job of a run, its teacher built in the run's precision."""
+    """Returns the job of a run, whose teacher is built in the run's precision."""
     job = DistillationJob(run)
     job.build(
         bfloat16=ds.computes_in_bfloat16(run.engine.precision),
@@ -36,12 +36,12 @@ def zero_engine(
     *,
     micro_batch_size: int,
 ) -> Engine:
-    """Builds a student in its engine.
+    """Returns the engine of a student, in training mode.
 
     Args:
         run: The recipe.
-        make_task: Constructs the student and its loss.
-        config: Name of a file in ds_configs/, or a DeepSpeed JSON; {} is ZeRO-0.
+        make_task: Function that builds the student with its loss.
+        config: Name of a file in ds_configs/, or the content of a DeepSpeed JSON; {} for ZeRO-0.
         micro_batch_size: Images per rank and step.
     """
     if isinstance(config, str):
@@ -64,7 +64,7 @@ def zero_engine(
 
 
 def noise(micro_batch_size: int, image_size: int) -> Batch:
-    """Returns a batch of random uint8 images, others on every rank."""
+    """Returns a batch of random uint8 images, which are different on every rank."""
     rank = distributed.rank()
     generator = torch.Generator().manual_seed(rank)
     shape = (micro_batch_size, 3, image_size, image_size)
@@ -74,7 +74,12 @@ def noise(micro_batch_size: int, image_size: int) -> Batch:
 
 
 def seconds_of(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Returns the seconds of a call, from all ranks ready to all ranks done."""
+    """Returns the seconds of a call that all ranks make, between two barriers.
+
+    Args:
+        call: The function, without arguments.
+        clock: Function that returns the time. The second barrier is left out for processor time.
+    """
     distributed.barrier()
     begin = clock()
     call()
@@ -89,14 +94,14 @@ def seconds_of(call: Callable[[], Any], clock: Callable[[], float] = time.perf_c
 def seconds_in_turns(
     calls: Mapping[Any, Callable[[], Any]], rounds: int, *, warm_up: int = 0
 ) -> dict[Any, list[float]]:
-    """Lets contenders take turns on all ranks.
+    """Times the steps of several contenders in turns, on all ranks.
 
     Args:
-        calls: The step of each.
-        rounds: How often each is measured.
-        warm_up: Rounds before, which are not.
+        calls: The step of each contender, by name.
+        rounds: Number of measured rounds.
+        warm_up: Number of rounds before, which are not measured.
 
-    Returns: the seconds of each, round by round.
+    Returns: the seconds of each contender's step in each round.
     """
     for _ in range(warm_up):
         for call in calls.values():

@@ -1,4 +1,4 @@
-"""How long does a step of SwinV2-G's 3.0B masters take by each fused AdamW? A part of gpu.sh.
+"""How long does each fused AdamW take for SwinV2-G's 3.0B master weights? A part of gpu.sh.
 
 python benchmarks/gpu_adam.py            # on a CUDA device; small on a CPU
 python benchmarks/gpu_adam.py --build    # compiles DeepSpeed's, in the folder where runs look
@@ -26,7 +26,7 @@ STEPS = 6
 
 
 def milliseconds(optimizer: torch.optim.Optimizer, on_gpu: bool) -> float:
-    """Returns the median over the steps after the first."""
+    """Returns the median time of an optimiser step, without the first step."""
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -38,7 +38,11 @@ def milliseconds(optimizer: torch.optim.Optimizer, on_gpu: bool) -> float:
 
 
 def main(build: bool) -> None:
-    """Prints a line for each AdamW, and which is the fastest."""
+    """Prints the time of each implementation of AdamW, and which one is the fastest.
+
+    Args:
+        build: Whether to compile DeepSpeed's AdamW instead.
+    """
     on_gpu = torch.cuda.is_available()
     if build:
         print("FusedAdam:", compiled_ops.load("FusedAdam") or f"built in {compiled_ops.folder()}")

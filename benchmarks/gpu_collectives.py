@@ -1,9 +1,9 @@
-"""Are gradients summed faster by one all-reduce, or by a reduce to each owner? A part of gpu.sh.
+"""Is an all-reduce of gradients faster than a reduce to each owner? A part of gpu.sh.
 
     torchrun --nproc_per_node N benchmarks/gpu_collectives.py
 
-At ZeRO-1 and 2 at most MOST_OWNERS ranks (fd_large/plan/buckets.py) send each part of a bucket to
-the rank that steps it; more ranks sum the whole bucket on all.
+At ZeRO-1 and 2, up to MOST_OWNERS ranks (fd_large/plan/buckets.py) reduce each part of a bucket to
+the rank that updates this part. More ranks all-reduce the whole bucket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BYTES, BYTES_ON_CPUS = 200_000_000, 2_000_000
 
 
 def milliseconds(act: Callable[[], None]) -> float:
-    """Returns the median time of an action of all ranks, the slowest rank's."""
+    """Returns the median time of a collective on the slowest rank; every rank calls it."""
     times = []
     for _ in range(ROUNDS + 2):
         distributed.barrier()
@@ -40,7 +40,7 @@ def milliseconds(act: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Prints both times and what they say of the constant."""
+    """Prints the times of both ways, and whether `MOST_OWNERS` fits this number of ranks."""
     ranks = distributed.start().world_size
     size = BYTES if torch.cuda.is_available() else BYTES_ON_CPUS
     bucket = torch.ones(size // 2 // ranks * ranks, dtype=torch.bfloat16)

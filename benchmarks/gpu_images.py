@@ -1,9 +1,9 @@
-"""Writes made images for gpu.sh and gpu_runs.sh.
+"""Writes random images for gpu.sh and gpu_runs.sh.
 
     python benchmarks/gpu_images.py FOLDER COUNT [--dense]
 
-FOLDER/images is plain; with --dense FOLDER/coco and FOLDER/ade are sets in the layouts of COCO and
-of ADE20K, the first with wide and with high images.
+FOLDER/images has images without labels. With --dense, FOLDER/coco and FOLDER/ade are datasets in
+the layouts of COCO, with landscape and portrait images, and of ADE20K.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ sys.path[:0] = map(str, (ROOT / "tests/support").iterdir())
 
 
 def write_plain(folder: Path, count: int) -> None:
-    """Writes smooth noise of 256 px."""
+    """Writes images of smooth noise, 256 x 256 pixels.
+
+    Args:
+        folder: The folder, which is created.
+        count: Number of images.
+    """
     folder.mkdir(parents=True)
     draws = np.random.default_rng(0)
     for number in range(count):
@@ -28,7 +33,12 @@ def write_plain(folder: Path, count: int) -> None:
 
 
 def write_coco(root: Path, count: int) -> None:
-    """Writes images with two objects each, wide and high ones by turns."""
+    """Writes a dataset like COCO, of images with two objects, landscape and portrait in turns.
+
+    Args:
+        root: The folder.
+        count: Number of images of each split.
+    """
     from coco import annotation, write_set
 
     sizes = {number: ((64, 96), (96, 64))[number % 2] for number in range(1, count + 1)}
@@ -44,7 +54,13 @@ def write_coco(root: Path, count: int) -> None:
 
 
 def main(folder: Path, count: int, dense: bool) -> None:
-    """Writes the sets."""
+    """Writes the datasets.
+
+    Args:
+        folder: The folder.
+        count: Number of images without labels.
+        dense: Whether to write the datasets like COCO and ADE20K, too.
+    """
     write_plain(folder / "images" / "noise", count)
     if dense:
         from segmentation_twin import write_images

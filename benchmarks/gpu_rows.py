@@ -1,9 +1,9 @@
-"""What a training run of gpu.sh or gpu_runs.sh measured, and what it decides beside those before.
+"""Reports what a training run of gpu.sh or gpu_runs.sh measured, and which questions it decides.
 
     python benchmarks/gpu_rows.py NAME RUN_FOLDER LOG
 
-Prints a line, then a line for each question that this run answers, and adds the run to the file of
-its script, gpu.json or gpu_runs.json.
+It prints a line for the run, and a line for each question that the run answers together with an
+earlier run, and adds the run to the results of its script, gpu.json or gpu_runs.json.
 Exit code 1 if the run made no step.
 """
 
@@ -54,7 +54,13 @@ STEADY, GROWTH = ("HTC", "UPerNet"), 0.05
 
 
 def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
-    """Returns the row of a run."""
+    """Returns the measurements of a run, or the reason why it failed.
+
+    Args:
+        name: Name of the run.
+        folder: Folder of the run.
+        log: File with the output of the run's process.
+    """
     metrics, ranks_log = folder / "metrics.jsonl", folder / "logs/rank_00000.log"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     steps = []
@@ -83,7 +89,13 @@ def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
 
 
 def memory(file: Path) -> dict[str, Any]:
-    """Returns how much memory is held in vain, and by what share it grows."""
+    """Returns the memory that the allocator reserves beyond its peak use, and the growth.
+
+    The result is {} if there are too few samples.
+
+    Args:
+        file: The samples of gpu_train.py, a line for each.
+    """
     if not file.exists():
         return {}
     samples = [json.loads(line) for line in file.read_text().splitlines()]
@@ -100,7 +112,10 @@ def memory(file: Path) -> dict[str, Any]:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """Returns how often the host waited in the traced steps, by call; empty without a trace."""
+    """Returns how often the host waited for the GPU in a traced step, by the call of CUDA.
+
+    The result is {} if the folder has no trace of torch's profiler.
+    """
     traces = [path for path in folder.glob("*") if path.name.endswith((".json", ".json.gz"))]
     traces = [path for path in traces if path.name != "communication.json"]
     if not traces:
@@ -115,7 +130,11 @@ def waits(folder: Path) -> dict[str, Any]:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Returns the line of a run."""
+    """Returns the line that is printed for a run.
+
+    Args:
+        row: The result of `measured`.
+    """
     if "failed" in row:
         return f"{row['run']:24} did not run: {row['failed']}"
     shares = (f"{key} {'-' if row[key] is None else format(row[key], '.1%')}" for key in RATES[1:])
@@ -129,7 +148,12 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
-    """Returns a line for each question that the newest run answers beside an earlier one."""
+    """Returns a line for each question that the newest run answers together with an earlier run.
+
+    Args:
+        rows: The results of all runs, by the run's name.
+        newest: Name of the newest run.
+    """
     lines = []
     for name, other, question in QUESTIONS:
         pair = [rows.get(name, {}), rows.get(other, {})]
@@ -160,7 +184,7 @@ def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
 
 
 def main(name: str, folder: Path, log: Path) -> int:
-    """Adds a run; returns the exit code."""
+    """Adds a run to the results and prints its lines; returns 1 if the run failed, else 0."""
     script = os.environ.get("FD_GPU_SCRIPT", "gpu")
     out = RESULTS / f"{script}.json"
     rows = json.loads(out.read_text())["runs"] if out.exists() else []

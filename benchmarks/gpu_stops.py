@@ -1,11 +1,11 @@
-"""Does a run on GPUs go on after a kill, and end when a rank is lost? A part of gpu_runs.sh.
+"""Does a run on GPUs resume after a kill, and end when a rank is lost? A part of gpu_runs.sh.
 
     python benchmarks/gpu_stops.py save FOLDER RANKS FLAGS_OF_TRAIN...
     python benchmarks/gpu_stops.py lost FOLDER RANKS FLAGS_OF_TRAIN...
 
-`save` kills a run two steps after a checkpoint, lets all ranks go on from there, then half of them,
-and holds the losses against each other. `lost` stops one rank in its course, in another start kills
-it, and times how long the others stay.
+`save` kills a run two steps after a checkpoint, resumes it on all ranks and then on half of them,
+and compares the losses. `lost` suspends one rank of a run, kills one rank of another run, and
+measures how long the other ranks stay.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ RECOMPUTED = 1e-4  # Share of a loss by which other ranks' sums may differ.
 
 
 class Started:
-    """A run that was started on so many ranks."""
+    """Run that was started by a launcher, with its processes.
+
+    Args:
+        folder: Folder for the run's folder and the output of its processes.
+        ranks: Number of ranks.
+        flags: Flags of `train`.
+    """
 
     def __init__(self, folder: Path, ranks: int, flags: Iterable[str]) -> None:
         self.folder = folder
@@ -51,7 +57,7 @@ class Started:
             )
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Returns the processes that train, by rank."""
+        """Returns {rank: process} of the ranks, without the launcher."""
         processes = {}
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
@@ -60,7 +66,7 @@ class Started:
         return processes
 
     def losses(self) -> dict[int, float]:
-        """Returns the losses by step."""
+        """Returns {index of the step: loss} from metrics.jsonl."""
         path = self.folder / "run/metrics.jsonl"
         rows = {}
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -70,14 +76,19 @@ class Started:
         return rows
 
     def log(self) -> str:
-        """Returns what rank 0 has logged since this start."""
+        """Returns the text that rank 0 has logged since this start."""
         logged = self.log_file.read_bytes() if self.log_file.exists() else b""
         return logged[self.logged_before :].decode(errors="replace")
 
     def until(self, holds: Callable[[], bool], condition: str, patience: float = PATIENCE) -> float:
-        """Waits until something holds; returns the seconds that it took.
+        """Waits until a condition holds; returns the seconds of waiting.
 
-        Raises: SystemExit: if it does not.
+        Args:
+            holds: Function that returns whether the condition holds.
+            condition: Description of the condition, for the message.
+            patience: Largest number of seconds to wait.
+
+        Raises: SystemExit: if the condition does not hold in time, or the run ends before.
         """
         begin = time.time()
         while not holds():
@@ -91,7 +102,7 @@ class Started:
         return time.time() - begin
 
     def kill(self) -> None:
-        """Kills all of its processes."""
+        """Kills all processes of the run."""
         processes = [*self.process.children(recursive=True), self.process]
         for process in processes:
             with suppress(psutil.Error):
@@ -101,7 +112,10 @@ class Started:
 
 
 def save(folder: Path, ranks: int, flags: list[str]) -> None:
-    """Says how long saves are waited for, and whether the run goes on as it would have."""
+    """Prints how long training waits for saves, and whether a killed run resumes with equal losses.
+
+    Args: As for `Started`.
+    """
     flags = [*flags, "--runtime.keep_last", "1"]
     checkpoints = folder / "run/checkpoints"
 
@@ -109,9 +123,12 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
         return max((int(path.name[5:]) for path in checkpoints.glob("step_????????")), default=0)
 
     def goes_on(ranks: int) -> tuple[int, dict[int, float], float]:
-        """Returns where a start went on, its losses of `known` steps, and seconds to the second.
+        """Resumes the run for two steps.
 
-        Raises: SystemExit: if it has made no step that is known.
+        Returns: the step of the checkpoint, {step: loss} of steps that the killed run had made, and
+            the seconds until the second step.
+
+        Raises: SystemExit: if the resumed run has made none of these steps.
         """
         began, rows = step_of(), folder / "run/metrics.jsonl"
         # The killed run's rows of later steps would be taken for this start's.
@@ -151,7 +168,10 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
 
 
 def lost(folder: Path, ranks: int, flags: list[str]) -> None:
-    """Says how a run ends whose last rank is stopped, and one whose last rank is killed."""
+    """Prints how a run ends after its last rank was suspended, and after it was killed.
+
+    Args: As for `Started`.
+    """
     flags = [*flags, "--runtime.save_every", "100000", "--fresh"]
     flags += ["--runtime.watchdog_seconds", str(HUNG)]
     for name, number in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):

@@ -1,13 +1,13 @@
-"""Trains as fd_large/train.py does, from weights that cost little to draw: a part of gpu.sh.
+"""Trains like fd_large/train.py, from random weights that are quick to make. A part of gpu.sh.
 
     python benchmarks/gpu_train.py ARGUMENTS_OF_TRAIN...
 
-On one core 6.0B random numbers take three quarters of a minute. Here a parameter repeats the first
-million of its draws. They are not zeros, which a GPU multiplies with less power, and so faster.
-
-FD_GPU_TRAIN=clock turns DeepSpeed's clock on, which waits for the device; FD_GPU_TRAIN=unordered
-takes away the event after which ZeRO-3 gathers what the optimiser wrote. FD_GPU_MEMORY names a file
-that takes seconds, bytes in tensors and bytes held, twice a second.
+On one core, 6.0B random numbers take three quarters of a minute. Here a large parameter repeats the
+first million of its random numbers. Zeros would not do, since a GPU multiplies them with less
+power, and thus faster. FD_GPU_TRAIN=clock turns on DeepSpeed's throughput timer, which waits for
+the device. FD_GPU_TRAIN=unordered removes the event after which ZeRO-3 gathers the weights that the
+optimiser wrote. FD_GPU_MEMORY names a file to which the seconds, the allocated bytes and the
+reserved bytes are added twice a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _fill, _for_deepspeed = initialization.fill, config.for_deepspeed
 
 @torch.no_grad()
 def repeated(parameter: Tensor, draw: initialization.Draw, fan_in: int | None = None) -> None:
-    """Fills a parameter with the same draws again and again; arguments as of `fill`."""
+    """Fills a parameter with repetitions of the first `DRAWN` random numbers.
+
+    Args: As those of `initialization.fill`.
+    """
     if parameter.is_meta or parameter.numel() <= DRAWN or draw.kind == "constant":
         _fill(parameter, draw, fan_in)
         return
@@ -48,12 +51,15 @@ def repeated(parameter: Tensor, draw: initialization.Draw, fan_in: int | None = 
 
 
 def clocked(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a JSON for DeepSpeed in which its clock is on, as it comes."""
+    """Returns the JSON for DeepSpeed with its throughput timer turned on, as by default."""
     return {**_for_deepspeed(config), "timers": {"throughput": {"enabled": True}}}
 
 
 def note_memory(file: Path) -> None:
-    """Notes the memory of this process's GPU, or else of the process, until it ends."""
+    """Adds the memory of this process's GPU to a file, twice a second, until the process ends.
+
+    Without a GPU it is the memory of the process.
+    """
     process, begin = psutil.Process(), time.time()
     while True:
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: starting ranks, taking turns, medians with spread, written results."""
+"""Functions of all benchmarks, which start ranks, take turns, compute medians and write results."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ PEERS = {"zero0": "ddp", "zero1": "ddp", "zero2": "ddp", "zero3": "fsdp2", "hpz"
 
 
 def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> int:
-    """Runs a program on every rank and returns the exit code.
+    """Runs a program on every rank, and returns the exit code.
 
     Args:
         program: A Python file.
-        arguments: Its arguments.
-        ranks: Number of CPU ranks; with GPUs, there is one rank per GPU.
-        launcher: The command before `python FILE`, for example "srun --nodes=2". Empty: torchrun on
-            this machine.
+        arguments: The program's arguments.
+        ranks: Number of CPU ranks. On a machine with GPUs there is one rank per GPU instead.
+        launcher: The command before `python FILE`, for example "srun --nodes=2"; "" for torchrun
+            on this machine.
     """
     import torch
 
@@ -66,12 +66,12 @@ def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> i
 
 
 def step_parser(program: str, text: str, *, rounds: int) -> argparse.ArgumentParser:
-    """Returns the flags of a benchmark that times steps of several engines on ranks.
+    """Returns a parser with the flags of a benchmark that times steps of several engines.
 
     Args:
-        program: Its file, which names its results.
-        text: Its docstring; the first line is its description.
-        rounds: How often each engine is measured, unless told.
+        program: File of the benchmark, whose name the results have.
+        text: Docstring of the benchmark, whose first line is the description.
+        rounds: Default number of measured steps of each engine.
     """
     out = RESULTS / f"{Path(program).stem}.json"
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
@@ -87,21 +87,29 @@ def step_parser(program: str, text: str, *, rounds: int) -> argparse.ArgumentPar
 
 
 def parse(parser: argparse.ArgumentParser, *, quick: dict[str, Any]) -> argparse.Namespace:
-    """Reads the flags; --quick gives these defaults."""
+    """Returns the parsed flags of the command line.
+
+    Args:
+        parser: The parser, which has a flag --quick.
+        quick: Defaults that --quick sets, {name of the flag: value}.
+    """
     if parser.parse_args().quick:
         parser.set_defaults(**quick)
     return parser.parse_args()
 
 
 def turns(names: Sequence[Any], rounds: int) -> Iterator[list[Any]]:
-    """Yields the order of every round; each begins one place later, so that none always follows."""
+    """Yields the order of names in each round.
+
+    Each round starts one name later, so that no contender always follows the same other one first.
+    """
     for turn in range(rounds):
         first = turn % len(names)
         yield [*names[first:], *names[:first]]
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Returns median, quartiles and the samples themselves."""
+    """Returns the median and the quartiles of samples, and the samples themselves, for JSON."""
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
     return {
         "median": statistics.median(samples),
@@ -111,19 +119,21 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """Returns the spread of the ratio of samples that were taken in the same rounds."""
+    """Returns the `spread` of the ratios above / below, each of two samples of the same round."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def conditions(
     program: str, question: str, packages: Sequence[str] = ("torch", "deepspeed")
 ) -> dict[str, Any]:
-    """Returns what it takes to repeat a benchmark.
+    """Returns the conditions of a benchmark, which are needed to repeat it, for its JSON.
+
+    They are the question, the command, the machine, its load and the versions of packages.
 
     Args:
-        program: Its file.
-        question: Its docstring; the first line is kept.
-        packages: Installed packages on which the figures depend.
+        program: File of the benchmark.
+        question: Docstring of the benchmark, whose first line is the question.
+        packages: Packages whose versions affect the results.
     """
     import torch
 
@@ -149,13 +159,13 @@ def _version(package: str) -> str:
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON."""
+    """Writes results as JSON, to a folder that is created if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure without the upper and right lines of its axes."""
+    """Writes a matplotlib figure to a file, without the top and right sides of its axes."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -1,19 +1,17 @@
-"""What does the host do for a block of a model under ZeRO-3, and what under FSDP2 and DDP?
+"""How many calls does the host make for a block of a model under ZeRO-3, FSDP2 and DDP?
 
     python benchmarks/host_calls.py [--ranks 2] [--contenders zero3 fsdp2 ddp]
 
-Starts its own CPU ranks. Blocks of ViT-L and SwinV2-G, in a small width, learn from blocks like
-themselves, frozen and split over the ranks, or whole beside DDP. A step is counted with 6 and with
-12 blocks; a sixth of the difference is a block's. Counted are, in the teacher's forward, the
-student's forward and its backward:
-
-- calls of Python functions (sys.setprofile), of which those of C are not;
-- hooks of modules, around each forward;
-- launches: operations of torch that are no views;
-- gathers of weights. (Over gloo, ZeRO-3's are a broadcast of each rank's shard.)
-
-As in the full width, the four matrices of a block are gathered, and freed after each pass; what is
-smaller stays. Nothing is timed, so other work on the machine does not matter. Writes
+It starts its own CPU ranks. Blocks of ViT-L and SwinV2-G, of a small width, learn from equal frozen
+blocks, which are sharded over the ranks, or whole with DDP. A step is counted with 6 and with 12
+blocks; a sixth of the difference is the count of one block. These are counted in the teacher's
+forward, the student's forward and the student's backward:
+- calls of Python functions (by sys.setprofile), without those of C functions;
+- hooks of modules, before and after each forward;
+- launches, which are operations of torch other than views;
+- gathers of weights (with gloo, ZeRO-3 gathers by a broadcast of each rank's shard).
+As in the full width, the four matrices of a block are gathered and freed in each pass, and smaller
+parameters stay. Nothing is timed, so other work on the machine does not matter. Writes
 benchmarks/results/host_calls.json.
 """
 
@@ -57,7 +55,7 @@ COUNTS = ("python", "hooks", "launches", "gathers")
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +67,14 @@ def parse() -> argparse.Namespace:
 
 
 def the_run(model: str, blocks: int, *, placement: str, checkpoints: bool) -> Any:
-    """Returns a recipe whose student and teacher have so many blocks of a model."""
+    """Returns a recipe whose student and teacher have a given number of blocks.
+
+    Args:
+        model: The kind of blocks, a key of `MODELS`.
+        blocks: Number of blocks.
+        placement: As teacher.placement.
+        checkpoints: Whether every block of the student is checkpointed.
+    """
     from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
@@ -94,7 +99,14 @@ def the_run(model: str, blocks: int, *, placement: str, checkpoints: bool) -> An
 
 
 def build(name: str, run: Any) -> Callable[[Any], Any]:
-    """Builds a contender as `contenders.py` has it, and returns its step."""
+    """Returns the step of a contender of `contenders.py`.
+
+    ZeRO-3 gets the settings in `NARROW`, and FSDP2 also shards the teacher.
+
+    Args:
+        name: The contender.
+        run: The recipe.
+    """
     import contenders
     from engines import job_of, zero_engine
 
@@ -127,7 +139,10 @@ def build(name: str, run: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def phases(now: list[str]) -> Iterator[None]:
-    """Writes into `now[0]` which part of a step is running."""
+    """Keeps the name of the running part of a step in `now[0]` during the block.
+
+    The parts are "teacher", "forward", "backward" and "update".
+    """
     import torch
 
     from fd_large.tasks.distillation.task import Distillation
@@ -150,7 +165,13 @@ def phases(now: list[str]) -> Iterator[None]:
 
 
 def counted(step: Callable[[], Any]) -> Counter:
-    """Counts what the host does in two steps: Python's calls in one, the rest in the other."""
+    """Returns {(part of the step, kind of count): number} of a step.
+
+    It runs two steps, and counts calls of Python and hooks in one and the rest in the other.
+
+    Args:
+        step: Function that runs a step.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,7 +214,7 @@ def counted(step: Callable[[], Any]) -> Counter:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Counts all contenders; rank 0 writes the figures of a block."""
+    """Counts the steps of all contenders; rank 0 writes the counts of one block to --out."""
     from engines import noise
 
     from fd_large.engine.zero import start
@@ -228,7 +249,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the table."""
+    """Prints a table of the counts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -243,7 +264,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     if arguments.as_rank:
         return run_as_rank(arguments)

@@ -1,9 +1,10 @@
-"""What does a step of each recipe of record compute, move and keep? Written for `plan`.
+"""What does a step of each published recipe compute, move and keep in memory, as `plan` needs it?
 
     python benchmarks/keep_counts.py
 
-Counts every recipe on the meta device for every named card, with fused and with reference kernels,
-and writes fd_large/plan/kept_counts.json. Run it where a recipe, a model or a kernel changes.
+It counts every recipe on the meta device for every named card, with fused and with reference
+kernels, and writes fd_large/plan/kept_counts.json. It has to be run when a recipe, a model or a
+kernel changes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fd_large.recipes import registry  # noqa: E402
 
 
 def main() -> int:
-    """Counts and writes."""
+    """Counts the steps of all recipes, writes the counts and returns the exit code."""
     cards = {rates.capability: rates for rates in CARDS.values()}
     counts = {}
     for name in registry.RECIPES:

@@ -1,4 +1,4 @@
-"""How close do the fused kernels come to the memory bandwidth, and how close do others?
+"""How close do the fused kernels and others come to the memory bandwidth?
 
     python benchmarks/kernels.py [--quick]    # on a CUDA device
     python benchmarks/kernels.py --blocks     # whole blocks, and which kernels to delete
@@ -6,17 +6,17 @@
     TRITON_INTERPRET=1 python benchmarks/kernels.py --blocks --dry   # every line on a CPU, small
 
 Each operation runs forward and backward separately, at the shapes of a SwinV2-G stage (192 px,
-window 12, 32 images) and of ViT-B: our Triton kernels, plain torch, torch.compile of it, and, if
-installed, the LayerNorm of NVIDIA apex and of Liger; for attention, flex_attention. They take
-turns, and the cache is flushed before every sample. Bytes are the least that an operation can move:
-each input read once, each result written once. The share is that traffic per second over that of
-copying 1 GiB, reads and writes counted.
-
-`--blocks` times forward and backward of whole blocks of SwinV2-G and ViT-B in bfloat16: plain
-torch, the block through torch.compile, our kernels, and our kernels in compiled blocks; then
-without one kernel at a time, which torch.compile replaces, as a function and in the block. A kernel
-without which no block takes more than 1.03 times as long, each the faster of its two ways, is to be
-deleted.
+window 12, 32 images) and of ViT-B. The implementations are the package's Triton kernels, plain
+torch, torch.compile, and, if installed, the LayerNorm of NVIDIA apex and of Liger; for attention,
+flex_attention. They take turns, and the cache is flushed before every sample. The bytes of an
+operation are the least that it can move, with each input read once and each result written once.
+The share is these bytes per second divided by the bytes per second of copying 1 GiB, with reads and
+writes counted.
+`--blocks` times forward and backward of whole blocks of SwinV2-G and ViT-B in bfloat16: with plain
+torch, with torch.compile of the block, with the package's kernels, and with these kernels in
+compiled blocks. Then one kernel at a time is replaced by torch.compile, in an ordinary and in a
+compiled block. A kernel should be deleted if without it no block takes more than 1.03 times as
+long, where the faster of the two kinds of block counts.
 
 Writes benchmarks/results/kernels.json and .png, kernels_blocks.json, or kernels_aot.json.
 """
@@ -50,15 +50,16 @@ IMAGES = 32
 
 @dataclass
 class Question:
-    """One operation at one shape.
+    """Operation at one shape, whose implementations are compared.
 
     Attributes:
         name: Name in the table.
-        bytes_forward: Least traffic of a forward.
-        bytes_backward: Least traffic of a backward.
-        flops: Matrix FLOPs of a forward; a backward takes 2.5 times that.
-        inputs: Arguments of a contender; floating-point ones take a gradient.
-        contenders: Functions of the inputs, by name.
+        bytes_forward: Least number of bytes that a forward reads and writes.
+        bytes_backward: Least number of bytes that a backward reads and writes.
+        inputs: Arguments of the implementations; those in floating point need a gradient.
+        contenders: The implementations by name, which are functions of the inputs.
+        flops: FLOPs of matrix products in a forward; a backward has 2.5 times as many.
+        rows: Results, a row for each implementation and direction.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Question:
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
     parser.add_argument("--blocks", action="store_true", help="whole blocks, what to delete")
@@ -81,7 +82,10 @@ def parse() -> argparse.Namespace:
 
 
 def ahead_of_time() -> int:
-    """Compiles every case; prints and writes registers, shared memory and spills."""
+    """Compiles every case without a GPU; prints and writes registers, shared memory and spills.
+
+    Returns: the exit code, 1 if a kernel spills registers.
+    """
     import triton
     from aot import digest, usage
     from aot_cases import CASES
@@ -103,7 +107,7 @@ def ahead_of_time() -> int:
 
 
 def write(name: str, results: dict[str, Any]) -> None:
-    """Writes a result with what it takes to repeat it."""
+    """Writes results with their conditions to a file in the folder of results."""
     harness.write(
         harness.conditions(__file__, __doc__, ("torch", "triton")) | results, RESULTS / name
     )
@@ -111,12 +115,12 @@ def write(name: str, results: dict[str, Any]) -> None:
 
 @dataclass
 class BlockCase:
-    """A block and what it is called with.
+    """Block of a model with the arguments of its forward.
 
     Attributes:
         name: Name in the table.
-        block: On the device, in bfloat16.
-        arguments: The arguments of its forward; floating-point maps take a gradient.
+        block: The block, on the device, in bfloat16.
+        arguments: The arguments; some of the tensors require a gradient.
     """
 
     name: str
@@ -137,7 +141,17 @@ FASTEST = "triton"
 def swinv2_block(
     width: int, heads: int, side: int, window: int, stream: torch.dtype, device: str, images: int
 ) -> BlockCase:
-    """Returns a shifted block of a stage."""
+    """Returns a block of a SwinV2 stage with shifted windows.
+
+    Args:
+        width: Number of channels.
+        heads: Number of heads.
+        side: Side of the map in tokens.
+        window: Side of a window in tokens.
+        stream: Data type of the residual stream.
+        device: The device.
+        images: Number of images.
+    """
     from fd_large.backbones.swinv2.swinv2 import SwinV2
 
     net = SwinV2(width, (2,), (heads,), window_size=window, attention_memory="recompute")
@@ -154,7 +168,10 @@ def swinv2_block(
 
 
 def vit_block(width: int, heads: int, side: int, device: str, images: int) -> BlockCase:
-    """Returns a block of the paper's student: a shared table, LayerScale."""
+    """Returns a block of the paper's ViT student, with shared relative positions and LayerScale.
+
+    Args: As for `swinv2_block`.
+    """
     from fd_large.backbones.vit.vit import ViT
 
     net = ViT(
@@ -170,7 +187,7 @@ def vit_block(width: int, heads: int, side: int, device: str, images: int) -> Bl
 
 
 def block_cases() -> list[Callable[[], BlockCase]]:
-    """Returns the blocks of record, those first that are most of the time of a student."""
+    """Returns functions that make the timed blocks, those that dominate a student's time first."""
     f32 = torch.float32
     if DEVICE == "cpu":
         return [
@@ -186,10 +203,9 @@ def block_cases() -> list[Callable[[], BlockCase]]:
 
 
 def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
-    """Returns the ways of running a block: FD_KERNELS, and whether the block is compiled.
-
+    """Returns the ways to run a block, {name: (value of FD_KERNELS, whether to compile the block)}.
     Args:
-        names: The operations that it calls.
+        names: Names of the operations that the block calls.
     """
     settings = {
         "plain torch": ("reference", False),
@@ -206,7 +222,12 @@ def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
 
 
 def time_block(case: BlockCase, samples: int) -> list[dict[str, Any]]:
-    """Returns a row for each way of running a block; they take turns."""
+    """Returns a row for each way of running a block, which are timed in turns.
+
+    Args:
+        case: The block.
+        samples: Number of measured runs of each way.
+    """
     from fd_large.engine.block_wrappers import compile_blocks
     from fd_large.kernels import choose
 
@@ -256,13 +277,13 @@ def time_block(case: BlockCase, samples: int) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns of each kernel what its blocks take without it, and whether it is to be deleted.
+    """Decides for each kernel whether it is worth keeping.
 
     Args:
-        rows: What `time_block` returned for all blocks.
+        rows: The rows of `time_block` for all blocks.
 
-    Returns: kernel -> {"ratios": block -> time without it through that with it, "delete": bool}.
-        A kernel that some way did not run without is kept, as is one that nothing was timed of.
+    Returns: {kernel: {"ratios": {block: time without the kernel / time with it}, "delete": bool}}.
+        A kernel without any ratio is kept.
     """
     by_kernel: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
@@ -288,7 +309,11 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def whole_blocks(samples: int) -> int:
-    """Times all blocks; prints, writes, and says what to delete."""
+    """Times all blocks, and prints and writes which kernels to delete; returns the exit code.
+
+    Args:
+        samples: Number of measured runs of each way.
+    """
     rows: list[dict[str, Any]] = []
     for make in block_cases():
         timings = time_block(make(), samples)
@@ -307,7 +332,11 @@ def whole_blocks(samples: int) -> int:
 
 
 def norm_questions(compiled: bool) -> list[Question]:
-    """Returns questions of residual_norm, layer_norm and add_norm."""
+    """Returns the questions about residual_norm, layer_norm and add_norm.
+
+    Args:
+        compiled: Whether torch.compile is compared, too.
+    """
     from fd_large.kernels import residual_norm as rn
     from fd_large.kernels.add_norm import add_norm, add_norm_reference
 
@@ -369,7 +398,7 @@ def norm_questions(compiled: bool) -> list[Question]:
 
 
 def other_norms() -> dict[str, Callable]:
-    """Returns the LayerNorms of packages, if installed."""
+    """Returns the LayerNorms of apex and Liger by name, if they are installed."""
     from fd_large.kernels import choose
 
     norms: dict[str, Callable] = {}
@@ -385,9 +414,11 @@ def other_norms() -> dict[str, Callable]:
 
 
 def attention_questions(quick: bool) -> list[Question]:
-    """Returns questions of window attention at SwinV2's windows, beside flex_attention.
+    """Returns the questions about window attention, at the sizes of SwinV2's windows.
 
-    Quick runs flex_attention, which takes long to compile, at large windows only.
+    Args:
+        quick: Whether to compare flex_attention, which takes long to compile, at large windows
+            only.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -442,7 +473,7 @@ def attention_questions(quick: bool) -> list[Question]:
 
 
 def copy_bandwidth() -> float:
-    """Returns bytes per second, read and written, of copying 1 GiB."""
+    """Returns the bytes per second, read plus written, of copying 1 GiB on the device."""
     size = 2**20 if DEVICE == "cpu" else 2**30
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -451,7 +482,7 @@ def copy_bandwidth() -> float:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Returns the time of a call on the GPU."""
+    """Returns the seconds that a call takes on the GPU, or on the CPU with --dry."""
     if DEVICE == "cpu":
         began = time.perf_counter()
         call()
@@ -465,7 +496,13 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def answer(question: Question, samples: int, bandwidth: float) -> None:
-    """Times the contenders in turns and appends their rows."""
+    """Times the implementations of a question in turns, and adds their rows to `question.rows`.
+
+    Args:
+        question: The question.
+        samples: Number of measured runs of each implementation.
+        bandwidth: Bytes per second of a copy.
+    """
     flush = torch.empty(2**10 if DEVICE == "cpu" else 2**28, dtype=torch.uint8, device=DEVICE)
     times: dict[str, tuple[list[float], list[float]]] = {}
     failed = {}
@@ -506,7 +543,13 @@ def answer(question: Question, samples: int, bandwidth: float) -> None:
 
 
 def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, float]:
-    """Returns the seconds of a forward and of its backward, each with a cold cache."""
+    """Returns the seconds of a forward and of its backward, each with a cold cache.
+
+    Args:
+        call: The implementation.
+        inputs: The arguments of the implementation.
+        flush: Large tensor, which is written before each timing to empty the cache.
+    """
     results: list[Any] = []
     flush.zero_()
     forward = seconds(lambda: results.append(call(*inputs)))
@@ -518,7 +561,7 @@ def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, fl
 
 
 def line(row: dict[str, Any]) -> str:
-    """Returns a line of the table."""
+    """Returns the line of the table for a row of a question."""
     if "failed" in row:
         return f"{row['operation']:38} {'':8} {row['by']:15} did not run: {row['failed'][:80]}"
     work = f"{row['tflops']:7.1f}" if row["tflops"] else "      -"
@@ -529,7 +572,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws bars of the share of the copy's bandwidth, forward and backward."""
+    """Draws the bandwidth of each implementation, forward and backward, as a share of a copy's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -556,7 +599,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    """Runs what this machine can run."""
+    """Runs the measurement that the flags select; returns the exit code."""
     global DEVICE, IMAGES
     arguments = parse()
     if arguments.aot:

@@ -1,10 +1,11 @@
-"""What does layer-wise learning rate decay cost a step, and what would a group per layer cost?
+"""How much time of a step does layer decay cost in two parameter groups, and in one per layer?
 
     python benchmarks/layer_rates.py [--quick] [--ranks 2] [--stages 1 3]
 
-A SwinV2 of 50 blocks in three engines per ZeRO stage, side by side and in turns: without decay,
-with it (engine/zero/layer_decay.py: two parameter groups), and as in the official fine-tuning code,
-with a parameter group per layer and kind of weight decay. Figures are ratios within a round. Writes
+A SwinV2 of 50 blocks runs in three engines per ZeRO stage, in turns: without layer decay, with this
+package's layer decay in two parameter groups (engine/zero/layer_decay.py), and with a parameter
+group per layer and kind of weight decay, as in the official fine-tuning code. The results are
+ratios of times in the same round. Writes
 benchmarks/results/layer_rates.json and .png.
 """
 
@@ -31,14 +32,21 @@ WAYS = {
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = harness.step_parser(__file__, __doc__, rounds=15)
     parser.add_argument("--width", type=int, default=96, help="channels of the first stage")
     return harness.parse(parser, quick={"rounds": 3, "width": 32})
 
 
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns a group per layer and kind of weight decay, with its factor of the learning rate."""
+    """Returns a parameter group for each layer and kind of weight decay.
+
+    Its entry `scale` is the layer's factor of the learning rate.
+
+    Args:
+        task: The student with its loss.
+        weight_decay: The weight decay of decayed parameters.
+    """
     from fd_large.engine.zero.optimizer import parameter_groups
 
     names = {id(p): name for name, p in task.named_parameters()}
@@ -52,7 +60,7 @@ def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Builds all engines, lets them take turns; rank 0 reports."""
+    """Builds all engines and times them in turns; rank 0 writes and prints the results."""
     from engines import job_of, noise, seconds_in_turns, zero_engine
 
     from fd_large.engine.forward_backward import forward_backward
@@ -137,7 +145,10 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws seconds per step, one bar per way and stage; whiskers are quartiles."""
+    """Draws the seconds per step, with a bar for each kind of engine and ZeRO stage.
+
+    Whiskers are quartiles.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,7 +184,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     if arguments.as_rank:
         return run_as_rank(arguments)

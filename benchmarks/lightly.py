@@ -1,13 +1,14 @@
-"""A ResNet-18 from a ResNet-18, by fd_large and by lightly-train: k-NN, speed, memory, files.
+"""How do fd_large and lightly-train compare in distilling a ResNet-18 into a ResNet-18?
 
     python benchmarks/lightly.py --python VENV/bin/python [--data FOLDER] [--rounds 3]
 
 VENV has lightly-train and timm; FOLDER has the CIFAR-10 archives of FD_DATA, or is the official
-archive. Both distil the same teacher, which is trained here on the labels, on the same images of
-64 pixels, 390 steps of 128, on one CPU core and thread; crops and flips alone. All else is what
-each does by itself. Then fd_large's `evaluate` measures all students by k-NN. Speed is wall clock
-between the fifth and the last step, side by side in turns: leave the machine alone meanwhile.
-What is in --work is not made again. Writes benchmarks/results/lightly.json.
+archive. Both packages distil the same teacher, which this benchmark trains on the labels. They use
+the same images of 64 pixels with crops and flips only, for 390 steps of 128 images, on one CPU core
+and thread. All other settings are the defaults of each package. Then fd_large's `evaluate` measures
+all students by k-NN. Speed is by wall clock between the fifth and the last step, in turns, so that
+nothing else should run on the machine. Results in --work are not computed again. Writes
+benchmarks/results/lightly.json.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ lightly_train.pretrain(
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,9 +61,13 @@ def parse() -> argparse.Namespace:
 
 
 def write_images(data: Path, work: Path) -> None:
-    """Writes train/ and val/ with class folders, and unlabelled/ with the first images of train/.
+    """Writes train/ and val/ with class folders, and unlabelled/ and few/ without.
 
-    few/ has as many of these as the steps that are timed take.
+    unlabelled/ has the first images of train/, and few/ as many of them as the timed steps need.
+
+    Args:
+        data: The archives of CIFAR-10.
+        work: The folder to write to.
     """
     for name, images in zip(("train", "val"), read(data), strict=True):
         _write(images, work / name)
@@ -81,10 +86,14 @@ def _write(images: Images, folder: Path) -> None:
 
 
 def train_teacher(work: Path) -> None:
-    """Trains timm's ResNet-18 on the labels of train/ at 64 pixels, four epochs, by plain torch.
+    """Trains timm's ResNet-18 on the labels of train/ at 64 pixels for four epochs, in plain torch.
 
-    Its features are what a student learns; for lightly-train, which builds a head of 1,000 classes
-    and takes no file with another, the head is replaced by zeros of that shape.
+    It writes teacher.safetensors, and teacher_light.pt for lightly-train, which accepts only a
+    classifier of 1,000 classes: there the classifier is replaced by zeros of that shape. A student
+    learns the features before the classifier.
+
+    Args:
+        work: Folder of the images and of the files to write.
     """
     import timm
     import torch
@@ -121,7 +130,14 @@ def train_teacher(work: Path) -> None:
 
 
 def command(name: str, seed: int, steps: int, settings: argparse.Namespace) -> list[str]:
-    """Returns the command of a contender, into --work/NAME_SEED."""
+    """Returns the command that trains a contender, in the folder --work/NAME_SEED.
+
+    Args:
+        name: "ours" or "light".
+        seed: The seed.
+        steps: Number of steps; for another number than `STEPS`, the run is a timed one.
+        settings: The flags.
+    """
     work = settings.work
     data = work / ("unlabelled" if steps == STEPS else "few")
     out = work / f"{name}_{seed}" if steps == STEPS else work / f"timed_{name}"
@@ -143,7 +159,7 @@ def command(name: str, seed: int, steps: int, settings: argparse.Namespace) -> l
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of one thread."""
+    """Returns the environment variables of a process with one thread."""
     return {
         **os.environ,
         "PYTHONPATH": str(harness.ROOT),
@@ -153,7 +169,10 @@ def environment() -> dict[str, str]:
 
 
 def timed(name: str, settings: argparse.Namespace) -> dict[str, float]:
-    """Runs some steps; returns seconds to the fifth one, images a second after it, and memory."""
+    """Runs `TIMED` steps of a contender.
+
+    Returns: the seconds to the fifth step, the images per second after it, and the peak GiB.
+    """
     shutil.rmtree(settings.work / f"timed_{name}", ignore_errors=True)
     begin, at, text = time.perf_counter(), {}, ""
     process = subprocess.Popen(
@@ -173,7 +192,10 @@ def timed(name: str, settings: argparse.Namespace) -> dict[str, float]:
 
 
 def accuracies(settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Trains what is not there, and returns each contender's k-NN accuracies, by seed."""
+    """Trains missing students, and returns the k-NN accuracies of each contender, one per seed.
+
+    The teacher and a random ResNet-18 are measured, too.
+    """
     models: dict[str, list[str]] = {}
     for name in ("ours", "light"):
         models[name] = []
@@ -197,7 +219,7 @@ def accuracies(settings: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    """Makes what is missing, measures, and writes the table."""
+    """Trains missing models, measures and writes the results; returns the exit code."""
     settings = parse()
     settings.work.mkdir(exist_ok=True)
     if not (settings.work / "few").exists():

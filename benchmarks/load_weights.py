@@ -2,11 +2,11 @@
 
     python benchmarks/load_weights.py [--quick]
 
-Two CPU ranks load a ViT of more than 300M parameters from a .pth and from a .safetensors file and
-end with their share of bf16 weights and exact float32 masters. In turns, each in processes of its
-own: our loader, and the naive way, in which every rank reads the whole file into a whole float32
-model and splits it then. A thread samples how far anonymous memory (RssAnon) grows over its value
-just before building. Writes benchmarks/results/load_weights.json and .png.
+Two CPU ranks load a ViT of more than 300M parameters from a .pth and from a .safetensors file, and
+end with their shards of bf16 weights and exact float32 master weights. Two loaders take turns, each
+in new processes: this package's, and a naive one, by which every rank reads the whole file into a
+whole float32 model and partitions it afterwards. A thread samples how much anonymous memory
+(RssAnon) grows from just before building. Writes benchmarks/results/load_weights.json and .png.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ ALLOWANCE = 200e6
 
 
 class PeakMemory(threading.Thread):
-    """Samples this process's anonymous memory; `growth` is the peak over the value at the start."""
+    """Thread that samples the anonymous memory of this process, to find its peak growth.
+
+    Args:
+        seconds_between: Seconds between two samples.
+    """
 
     def __init__(self, seconds_between: float = 0.002) -> None:
         super().__init__(daemon=True)
@@ -44,13 +48,13 @@ class PeakMemory(threading.Thread):
         self.samples = 0
 
     def run(self) -> None:
-        """Until `stop`."""
+        """Samples the memory until `stop` is called."""
         while not self._done.wait(self._between):
             self._peak = max(self._peak, anonymous_bytes())
             self.samples += 1
 
     def stop(self) -> dict[str, int]:
-        """Returns bytes: the peak growth, and the growth that stays."""
+        """Stops sampling; returns the peak growth and the growth that stays (`after`), in bytes."""
         self._done.set()
         self.join()
         after = anonymous_bytes()
@@ -58,14 +62,14 @@ class PeakMemory(threading.Thread):
 
 
 def anonymous_bytes() -> int:
-    """Returns the memory of this process that no file backs."""
+    """Returns the bytes of this process's memory that no file backs (RssAnon)."""
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, one round")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
@@ -77,12 +81,15 @@ def parse() -> argparse.Namespace:
 
 
 def named(quick: bool) -> str:
-    """Returns the name of the model."""
+    """Returns the name of the loaded model, which is smaller with --quick."""
     return "vit_base_patch16" if quick else "vit_large_patch14"
 
 
 def write_files(folder: Path, name: str) -> dict[str, int]:
-    """Writes the model in both kinds of file; returns the number of its parameters."""
+    """Writes a model's random weights as weights.pth and weights.safetensors.
+
+    Returns: the number of parameters, and that of the largest tensor.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -96,7 +103,15 @@ def write_files(folder: Path, name: str) -> dict[str, int]:
 
 
 def load(path: Path, name: str, loader: str) -> dict[str, Any]:
-    """Loads on this rank; returns memory and seconds, and a hash of the masters of all ranks."""
+    """Loads a file on this rank; every rank calls it.
+
+    Args:
+        path: The file.
+        name: Name of the model.
+        loader: One of `LOADERS`.
+
+    Returns: seconds, memory in bytes, and a hash of all ranks' weights.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -161,7 +176,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
 
 
 def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[dict[str, Any]]:
-    """Loads once in fresh processes; returns what each rank measured."""
+    """Loads a file once in new processes; returns the measurements of each rank."""
     flags = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
     code = harness.start(__file__, *flags, ranks=RANKS)
     if code:
@@ -170,7 +185,12 @@ def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[
 
 
 def found_of(path: Path, rank: int) -> Path:
-    """Returns the file in which a rank leaves its numbers."""
+    """Returns the file to which a rank writes its measurements.
+
+    Args:
+        path: The file of weights.
+        rank: The rank.
+    """
     return path.with_name(f"found-{rank}.json")
 
 
@@ -211,13 +231,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def bound(sizes: dict[str, int]) -> int:
-    """Returns bytes: a rank's bf16 and master partitions, the largest tensor in float32, 300 MB."""
+    """Returns the bytes that a rank may take to load.
+
+    They are the rank's shards in bf16 and float32, the largest tensor in float32, and `ALLOWANCE`.
+
+    Args:
+        sizes: The result of `write_files`.
+    """
     share = -(-sizes["parameters"] // RANKS)
     return int((2 + 4) * share + 4 * sizes["largest_tensor"] + ALLOWANCE)
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or loads as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     name = named(arguments.quick)
     if arguments.as_rank:
@@ -264,7 +290,11 @@ def main() -> int:
 
 
 def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the largest peak of any rank and turn, and all that was measured."""
+    """Returns the largest peak of all ranks and loads, the seconds, and all single peaks.
+
+    Args:
+        turns: The measurements of each rank, for each load.
+    """
     seconds = [max(rank["seconds"] for rank in turn) for turn in turns]
     return {
         "peak_bytes": max(rank["peak_bytes"] for turn in turns for rank in turn),
@@ -276,7 +306,7 @@ def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> int:
-    """Prints the table; returns 1 if the loader is over the bound or the weights differ."""
+    """Prints the results; returns 1 if a bound is exceeded or the weights differ, else 0."""
     print(f"{results['net']}: {results['parameters']:,} parameters, {RANKS} ranks, ZeRO-3")
     files = list(results["loads"]["naive"])
     for file in files:

@@ -1,11 +1,12 @@
-"""What does a student save that encodes visible patches alone?
+"""How much time does a student save by encoding visible patches alone?
 
     python benchmarks/masked.py [--quick] [--width 192] [--ratio 0.75]
 
-Forward and backward of FD's ViT with its head and loss, 196 patches an image, on one core: whole
-images, mask tokens, visible patches alone, and these with a decoder, in turns. The teacher's map is
-given, so that this is the student's part. A figure is the processor's time, which other work on the
-machine stretches less than the clock's, of whole images over that of the same round. Writes
+It runs forward and backward of FD's ViT with its head and loss, 196 patches per image, on one core.
+Four cases take turns: whole images, mask tokens, visible patches alone, and visible patches with a
+decoder. The teacher's map is an input, so that only the student is timed. The results are ratios of
+the processor time of whole images to that of a case in the same round; other work on the machine
+changes processor time less than wall time. Writes
 benchmarks/results/masked.json.
 """
 
@@ -30,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds of a narrow model")
     parser.add_argument("--width", type=int, default=192, help="channels of the ViT of 12 blocks")
@@ -42,7 +43,12 @@ def parse() -> argparse.Namespace:
 
 
 def made(case: dict[str, Any], flags: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Returns the task of a case, and what a micro batch of it is."""
+    """Returns the task (student, head and loss) of a case, and the arguments of its forward.
+
+    Args:
+        case: Fields of the recipe's section `mask`.
+        flags: The flags.
+    """
     import torch
 
     from fd_large.backbones.feature_map import FeatureMap
@@ -67,7 +73,7 @@ def made(case: dict[str, Any], flags: argparse.Namespace) -> tuple[Any, dict[str
 
 
 def main() -> int:
-    """Times all cases in turns, prints and writes."""
+    """Times all cases in turns, prints and writes the results; returns the exit code."""
     import torch
 
     flags = parse()

@@ -1,9 +1,9 @@
-"""How many seconds of processor time until a user's mistake is told?
+"""How many seconds of processor time pass until a user's mistake is reported?
 
     python benchmarks/mistakes.py [--rounds 3] [--package FOLDER] [--out FILE]
 
-Makes each of twenty mistakes with `python -m fd_large train` in a process of its own, and notes its
-exit code, the first words that it ended with, and the processor seconds (user and system) of the
+It makes each of twenty mistakes with `python -m fd_large train`, each in a new process, and records
+the exit code, the last line of the error, and the processor seconds (user and system) of the
 process and its children. `--package` names another checkout, to compare two commits. Writes
 benchmarks/results/mistakes.json.
 """
@@ -28,7 +28,7 @@ PATIENCE = 120.0  # Seconds, so that a mistake that is accepted does not train t
 
 
 def mistakes(folder: Path) -> dict[str, list[str]]:
-    """Returns the flags of each mistake, and makes the files that they name.
+    """Returns {mistake: flags}, and writes the files that the flags name.
 
     Args:
         folder: An empty folder for these files.
@@ -70,7 +70,13 @@ def mistakes(folder: Path) -> dict[str, list[str]]:
 
 
 def flags_of(name: str, extra: list[str], folder: Path) -> list[str]:
-    """Returns the whole command of a mistake."""
+    """Returns the command and all its flags for a mistake, without `python -m fd_large`.
+
+    Args:
+        name: The mistake.
+        extra: The flags of the mistake.
+        folder: Folder for the run's folder.
+    """
     run = folder / ("stored" if name == "run with other settings" else "run")
     return [
         *("train", "--deepspeed_config", "zero1", "--runtime.run_dir", str(run)),
@@ -79,11 +85,11 @@ def flags_of(name: str, extra: list[str], folder: Path) -> list[str]:
 
 
 def measure(flags: list[str], package: Path) -> tuple[float, int, str]:
-    """Returns processor seconds, exit code and last line of a command.
+    """Returns processor seconds, exit code and last line on stderr of a command.
 
     Args:
-        flags: What follows `python -m fd_large`.
-        package: The checkout whose package is started.
+        flags: The arguments after `python -m fd_large`.
+        package: The checkout whose package is used.
     """
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     # The package stays compiled after a first start, as Python does it by itself.
@@ -107,7 +113,7 @@ def measure(flags: list[str], package: Path) -> tuple[float, int, str]:
 
 
 def main() -> int:
-    """Measures in rounds, prints and writes."""
+    """Measures all mistakes in rounds, prints and writes the results; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--package", type=Path, default=harness.ROOT, help="a checkout")

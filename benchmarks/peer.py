@@ -1,11 +1,11 @@
-"""The official Feature-Distillation code as a contender, from a checkout that the user names.
+"""Runs the official Feature-Distillation code as a contender, from a checkout of the user's.
 
-`git clone https://github.com/SwinTransformer/Feature-Distillation PATH`; its imports need timm,
-torchvision and tqdm. Nothing of it is copied here and no weights are loaded: it runs its own SwinV2
-student, Swin teacher (EsViT's class, random weights), loss and optimiser, in the order of its
-training loop: DDP, autocast, backward, clip, step, and the loss read on the host. It was written
-for float16 autocast; in bfloat16 it is run under bfloat16 autocast: float32 parameters and
-gradients, which DDP sends as float32.
+The checkout is made by `git clone https://github.com/SwinTransformer/Feature-Distillation PATH`,
+and needs timm, torchvision and tqdm. Its code is not copied here, and no weights are loaded. It
+runs its own SwinV2 student, Swin teacher (EsViT's class with random weights), loss and optimiser,
+in the order of its training loop: DDP, autocast, backward, clipping, step, and reading the loss on
+the host. It was written for float16 autocast. For bfloat16 it runs here with bfloat16 autocast,
+with float32 parameters and gradients, which DDP communicates in float32.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ NEEDED = ("models/feature_distillation.py", "models/esvit.py", "optimizer.py")
 
 
 def build_peer(setting: Setting) -> Step:
-    """Builds its model and step with the sizes of the setting.
+    """Returns the step of the official code, with models of the setting's sizes.
 
-    Raises: Unavailable: if it is not such a checkout, or a package that it imports is missing.
+    Raises: Unavailable: if the path is not such a checkout, a package that it imports is missing,
+        or it cannot build the student.
     """
     assert setting.peer_repo is not None
     for name in NEEDED:
@@ -58,7 +59,7 @@ def _step(
     config = _config(setting)
 
     def random_teacher(name: str, **_: Any) -> Any:
-        """Replaces the function that downloads weights."""
+        """Returns a teacher with random weights, in place of the function that loads weights."""
         shape = resolve(run.teacher.model, run.teacher.architecture)
         return esvit.WarpperSwinTransformer(
             img_size=run.data.image_size,  # Its default is 224.
@@ -99,7 +100,7 @@ def _step(
 
 
 def _config(setting: Setting) -> SimpleNamespace:
-    """Returns the part of its configuration that its build functions read."""
+    """Returns the part of the official code's configuration that its build functions read."""
     run, shape = setting.run, setting.run.student_architecture()
     space = SimpleNamespace
     swin = space(

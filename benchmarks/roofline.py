@@ -1,30 +1,30 @@
-"""Where do the time and bytes of a distillation step go, and what do fused kernels save?
+"""Which operations take the time and bytes of a distillation step, and what do kernels save?
 
     python benchmarks/roofline.py [--recipe fd_swinv2g] [--sizes 192:12 224:14] [--card h100]
                                   [--batch 32] [--json FILE]
 
-Runs a recipe's student (forward, backward) and teacher (forward) on the meta device, where tensors
-have shapes but no values, once with the reference kernels and once with the fused ones, and records
-what each operation computes and which bytes it reads and writes. No GPU is needed. Times are
-calculated: the longer of FLOPs / matmul rate and bytes / memory bandwidth of the named card.
+It runs a recipe's student (forward, backward) and teacher (forward) on the meta device, where
+tensors have shapes but no values, once with the reference kernels and once with the fused kernels.
+It records the FLOPs of each operation, and the bytes that the operation reads and writes. No GPU is
+needed. Times are calculated for the named card, as the longer of FLOPs / matmul rate and bytes /
+memory bandwidth.
 
 How it counts, one record per dispatched operation:
 
 - views and empty tensors cost nothing; each distinct input is read once (a dimension of stride 0
   counts as one element), each new output is written once, an in-place target is read and written;
 - a gather reads its index and at most as much of its source as it writes;
-- a fused operation counts as the kernels that it launches, and what torch does between them: each
-  launch reads or writes each of its tensors once, so that what one kernel leaves for another counts
-  twice;
+- a fused operation counts as the kernels that it launches and the operations of torch between them.
+  Each launch reads or writes each of its tensors once, so that a tensor that one kernel writes for
+  another counts twice;
 - caches and repeated reads inside a kernel are ignored.
 
-A fused operation is counted only in a case that its own rules call tested, whose kernels, both
-ways, benchmarks/results/kernels_aot.json records as compiled for this width (for attention: window,
-class token and head width) and these dtypes, fitting and without spills, and, for attention, in
-which a test compares it with the reference. Otherwise it counts as the reference and is listed
-below the table.
-
-Parameters are bfloat16, as on GPUs; nothing is recomputed. Writes benchmarks/results/roofline.json
+A fused operation counts as fused only in a case that meets these conditions: its own rules call the
+case tested; benchmarks/results/kernels_aot.json records its forward and backward kernels as
+compiled for this width (for attention: window, class token and head width) and these dtypes,
+within the shared memory and without spills; and, for attention, a test compares the case with the
+reference. Otherwise the operation counts as the reference, and is listed below the table.
+Parameters are bfloat16, as on GPUs. Nothing is recomputed. Writes benchmarks/results/roofline.json
 and .png.
 """
 
@@ -73,18 +73,18 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True)
 class Row:
-    """One operation, or the sum of several.
+    """Costs of an operation, or the sum of those of several operations.
 
     Attributes:
-        phase: One of PHASES.
-        stage: "stage 0" ..., or what else the module is.
-        kind: One of CLASSES.
-        op: Its name.
+        phase: Part of the step, one of `PHASES`.
+        stage: "stage N" of a Swin model, "blocks" of a ViT, or "ends" for all other modules.
+        kind: Class of the operation, one of `CLASSES`.
+        op: Name of the operation.
         flops: Floating-point operations of matrix products.
-        read: Bytes.
-        written: Bytes.
-        seconds: On the card.
-        calls: How many operations.
+        read: Bytes that are read.
+        written: Bytes that are written.
+        seconds: Calculated seconds on the card.
+        calls: Number of operations.
     """
 
     phase: str
@@ -109,15 +109,18 @@ class Row:
 
     @property
     def moved(self) -> int:
-        """Bytes read and written."""
+        """Bytes that are read or written."""
         return self.read + self.written
 
 
 class Counter(Recorder):
-    """Records every operation that computes or moves bytes while it is on.
+    """Recorder of every operation that computes or moves bytes within its `with` block.
 
-    A forward operation belongs to the innermost module that runs; its backward to the same one,
-    whose name hooks leave on the nodes of the graph.
+    A forward operation is assigned to the innermost running module. A backward operation is
+    assigned to the module of its forward, whose name hooks store on the nodes of the graph.
+
+    Args:
+        card: Rates that give the seconds.
     """
 
     def __init__(self, card: Rates) -> None:
@@ -128,7 +131,7 @@ class Counter(Recorder):
 
     @contextmanager
     def named(self, model: nn.Module) -> Iterator[None]:
-        """Follows the modules of a model."""
+        """Assigns operations to the modules of a model during the block."""
         handles = []
         for name, module in model.named_modules():
             handles.append(
@@ -155,7 +158,10 @@ class Counter(Recorder):
     def record(
         self, func: Any, known: Any, args: Any, kwargs: Any, outs: list[Tensor], out: Any
     ) -> None:
-        """Adds a row; a fused operation is a row for each of its kernels."""
+        """Adds a row for an operation, or a row for each kernel of a fused operation.
+
+        Args: As those of `Recorder.record`.
+        """
         if func.namespace == "fd_large":
             self._launch(known.name, args, kwargs)
             return
@@ -164,7 +170,10 @@ class Counter(Recorder):
         self._add(operation.name, operation.flops, operation.read, operation.written)
 
     def _launch(self, name: str, args: Any, kwargs: Any) -> None:
-        """Counts the kernels of a fused operation: runs its launches, which start nothing."""
+        """Adds a row for each kernel of a fused operation.
+
+        The operation's code runs, but its kernel launches are only recorded.
+        """
         from torch._library.custom_ops import OPDEFS
 
         places = {place_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -222,7 +231,7 @@ Proof = Callable[[str, dict[str, Any]], bool]
 
 
 def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
-    """Returns a function of an operation and its case: whether its kernels count as fused.
+    """Returns a function of an operation and its case, which tells whether fused kernels count.
 
     Args:
         recorded: The cases of kernels_aot.json.
@@ -271,7 +280,13 @@ def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
 
 @contextmanager
 def only(proven: Proof) -> Iterator[set[str]]:
-    """Makes unproven operations run on the reference; yields their names and cases."""
+    """Makes unproven operations use the reference kernels during the block.
+
+    Args:
+        proven: The result of `proof`.
+
+    Yields: a set to which the names and cases of these operations are added.
+    """
     known, refused = dict(choose._operations), set()
 
     def narrowed(op: str) -> Callable[..., str]:
@@ -303,11 +318,13 @@ def only(proven: Proof) -> Iterator[set[str]]:
 
 
 def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> list[Row]:
-    """Returns every operation of a step of a run, without recomputation, on the meta device.
+    """Returns a row for every operation of a run's step, without recomputation.
+
+    The step runs on the meta device.
 
     Args:
         run: The recipe.
-        batch: Images.
+        batch: Number of images.
         card: Rates that give the seconds.
         kernels: "reference" or "triton".
     """
@@ -343,7 +360,12 @@ def _rows(job: Any, batch: int, card: Rates) -> list[Row]:
 
 
 def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
-    """Returns the sums of rows by a key."""
+    """Returns {key: sum of the rows with this key}.
+
+    Args:
+        rows: The rows.
+        key: Function from a row to its key.
+    """
     total: dict[Any, Row] = {}
     for row in rows:
         name = key(row)
@@ -352,12 +374,17 @@ def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
 
 
 def beside(rows: list[Row], phases: tuple[str, ...]) -> int:
-    """Returns the bytes that all but the matrix products move in some phases."""
+    """Returns the bytes that operations other than matrix products move in some phases."""
     return sum(row.moved for row in rows if row.phase in phases and row.kind != "matmul")
 
 
 def variants(run: Run, sizes: list[tuple[int, int]]) -> Iterator[tuple[dict[str, Any], Run]]:
-    """Yields a label and a run for each size and type of residual stream."""
+    """Yields a label and a run for each size and data type of the residual stream.
+
+    Args:
+        run: The recipe.
+        sizes: Pairs (side of the images, side of a window); empty for those of the recipe.
+    """
     for image_size, window in sizes or [(run.data.image_size, 0)]:
         sized = run
         if window:
@@ -378,7 +405,12 @@ def variants(run: Run, sizes: list[tuple[int, int]]) -> Iterator[tuple[dict[str,
 
 
 def measured(rows: list[Row], batch: int) -> dict[str, Any]:
-    """Returns numbers per image: by phase and class, by stage, by operation."""
+    """Returns the costs per image, by phase and class, by stage, and by operation.
+
+    Args:
+        rows: The rows of a step.
+        batch: Number of images of the step.
+    """
 
     def numbers(row: Row) -> dict[str, Any]:
         return {
@@ -406,7 +438,7 @@ def measured(rows: list[Row], batch: int) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the table."""
+    """Prints a table of the results, and the operations that counted as the reference."""
     from rich.console import Console
     from rich.table import Table
 
@@ -493,7 +525,7 @@ def _of_student(case: dict[str, Any], kind: str, unit: str) -> float:
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
 
     def size(text: str) -> tuple[int, int]:
         pixels, _, window = text.partition(":")
@@ -513,7 +545,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Counts, prints, writes and draws."""
+    """Counts, prints, writes and draws the results; returns the exit code."""
     arguments = parse()
     if arguments.quick:
         arguments.sizes, arguments.batch = [], 4

@@ -22,9 +22,12 @@ SAME = ("model", "image_size", "micro_batch", "precision", "machine")
 
 
 def table_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a row per contender and number of ranks, fewest ranks first.
+    """Returns a row for each contender and number of ranks, the fewest ranks first.
 
-    Raises: SystemExit: if the runs do not measure the same thing.
+    Args:
+        runs: Results of throughput.py.
+
+    Raises: SystemExit: if the runs differ in a setting of `SAME`.
     """
     for key in SAME:
         if len({run[key] for run in runs}) > 1:
@@ -49,7 +52,7 @@ def table_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Prints one line per contender and one column per number of ranks."""
+    """Prints a table with a row for each contender and a column for each number of ranks."""
     from rich.console import Console
     from rich.table import Table
 
@@ -71,7 +74,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws images per second over ranks, both logarithmic, and the line of ideal scaling."""
+    """Draws images per second over ranks on logarithmic axes, with lines of ideal scaling."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +102,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def main() -> int:
-    """Reads the files, writes the table and the plot."""
+    """Reads the results, and writes the table and the plot; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="THROUGHPUT.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv")

@@ -1,11 +1,11 @@
-"""Do three teachers of 300M parameters beside a student take the memory that `plan` says?
+"""Do a student and three teachers of 300M parameters take the memory that `plan` predicts?
 
     python benchmarks/several_teachers_memory.py [--quick] [--placements sharded replicated]
 
-Starts its own CPU ranks. Three CLIP ViT-L/14 with random weights teach a ViT-B/16 at ZeRO-3, for
-each placement in processes of their own; --quick takes models of 11M parameters, and 2 GB in place
-of 12. After the first step, which makes the optimiser's moments, the bytes of all tensors are
-counted between two steps and, by torch's profiler, at their peak within one. Writes
+It starts its own CPU ranks. Three CLIP ViT-L/14 with random weights teach a ViT-B/16 at ZeRO-3, in
+new processes for each placement. --quick uses models of 11M parameters, which take 2 GB instead of
+12. After the first step, which creates the optimiser's moments, the bytes of all tensors are
+counted between two steps, and their peak within a step by torch's profiler. Writes
 benchmarks/results/several_teachers_memory.json.
 """
 
@@ -28,7 +28,7 @@ STUDENT_PIXELS, TEACHER_PIXELS = 96, 84
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="models of 11M parameters")
     parser.add_argument("--ranks", type=int, default=2)
@@ -40,7 +40,13 @@ def parse() -> argparse.Namespace:
 
 
 def the_run(placement: str, images: int, *, quick: bool) -> Any:
-    """Returns the recipe: three teachers that are alike, of float32 and random weights."""
+    """Returns the recipe with three equal teachers, in float32 and with random weights.
+
+    Args:
+        placement: Placement of the teachers.
+        images: Global batch size.
+        quick: Whether the models are small.
+    """
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
     from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
@@ -67,7 +73,7 @@ def the_run(placement: str, images: int, *, quick: bool) -> Any:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Steps and counts; rank 0 writes."""
+    """Runs steps and counts the bytes; rank 0 writes the results. Returns the exit code."""
     from engines import job_of, noise, zero_engine
     from tensor_storages import storages
     from torch.profiler import ProfilerActivity, profile
@@ -137,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Starts the ranks of each placement, or is one."""
+    """Starts the ranks of each placement, or runs as one rank; returns the exit code."""
     arguments = parse()
     if arguments.as_rank:
         return measure(arguments)

@@ -1,19 +1,19 @@
-"""How long does it take from the command to the first step, and what takes it?
+"""How long does it take from the command to the first step, and which parts take the time?
 
     python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [--package CHECKOUT]
         [--launchers deepspeed fd_large] [FLAGS of train.py]
 
-Starts the quick start, or the run of other flags, by DeepSpeed's launcher and by `python -m
-fd_large --ranks`, in turns, and stops it after its first step. A rank notes when it was started
-and what it was busy with since then; the processor seconds of rank 0 stand beside, and those of all
-processes until then, user's and system's, which a busy machine changes less than the time. Then
-the run is started once more: a restart, which ends the benchmark with an error if it tries micro
-batches or evaluates. --package measures another checkout in turns with this one.
-
-Forked ranks share what was imported before: that is in their first part, whose processor seconds
-only those of all have. DeepSpeed's launcher imports MLflow in both of its processes where that is
-installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. `train --help`, which
-needs no torch, is timed too. Writes benchmarks/results/startup.json.
+It starts the quick start, or the run of other flags, by DeepSpeed's launcher and by `python -m
+fd_large --ranks`, in turns, and stops the run after its first step. Rank 0 records when it was
+started, the parts of its work since then, and their processor seconds. The processor seconds (user
+and system) of all processes until the first step are measured, too, since a busy machine changes
+them less than wall time. Then the run is started once more. This restart ends the benchmark with an
+error if it tries micro-batches or evaluates. --package measures another checkout in turns with this
+one. Forked ranks share what was imported before the fork. The wall time of these imports is in the
+first part of a rank, but their processor seconds are only in the sum over all processes. If MLflow
+is installed, as by the extras `test` and `mlflow`, DeepSpeed's launcher imports it in both of its
+processes, and `--without mlflow` hides it. `train --help`, which needs no torch, is timed, too.
+Writes benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ SPARED = ("trying micro batches", "evaluation")
 
 
 def run_as_rank(timeline: Path) -> int:
-    """Trains as train.py does; rank 0 notes what it does when."""
+    """Trains like train.py; rank 0 records each part of the start.
+
+    Args:
+        timeline: File for the times at which parts began, with the processor seconds until then.
+    """
     sys.path[0] = os.environ[PACKAGE]
     from fd_large.cli.main import main
     from fd_large.ranks import activity
@@ -66,7 +70,12 @@ def run_as_rank(timeline: Path) -> int:
 
 
 def command_of(launcher: str, ranks: int) -> list[Any]:
-    """Returns the command that starts this file on so many ranks, without flags of train.py."""
+    """Returns the command that starts this file on ranks, without flags of train.py.
+
+    Args:
+        launcher: "deepspeed" or "fd_large".
+        ranks: Number of ranks.
+    """
     if launcher == "deepspeed":
         from fd_large.ranks.launch import free_port
 
@@ -81,10 +90,10 @@ def measure(
     """Returns the seconds of each part of a start and of a restart, until their first steps.
 
     Args:
-        command: Starts this file on ranks.
+        command: Command that starts this file on ranks.
         flags: Flags of train.py.
-        without: Packages that are taken for not installed.
-        package: The checkout that is started.
+        without: Packages that the processes cannot import.
+        package: The checkout whose package is used.
     """
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
     hidden = folder / "hidden"
@@ -106,7 +115,7 @@ def measure(
 
 
 def _cut_to_first_step(run: Path) -> None:
-    """Takes away what a run did after its first step until it was killed: a restart makes that."""
+    """Removes a run's steps and checkpoints after the first step, so that a restart makes them."""
     rows = run / "metrics.jsonl"
     rows.write_text(rows.read_text().splitlines(keepends=True)[0])
     for checkpoint in (run / "checkpoints").glob("step_*"):
@@ -117,7 +126,15 @@ def _cut_to_first_step(run: Path) -> None:
 def _start(
     command: list[Any], flags: list[str], folder: Path, package: Path, steps: int = 1
 ) -> dict[str, float]:
-    """Starts a run until it has made so many steps in all, and saved them; returns the parts."""
+    """Starts a run, and kills it when it has made and saved a number of steps.
+
+    Args:
+        command, flags, package: As for `measure`.
+        folder: Folder for the run's folder and the output.
+        steps: Number of steps of the run, including those of earlier starts.
+
+    Returns: the seconds of each part until the last of these steps.
+    """
     timeline, rows = folder / "timeline.json", folder / "run" / "metrics.jsonl"
     saved = folder / "run" / "checkpoints" / f"step_{steps:08d}"
     command = [
@@ -178,7 +195,7 @@ def _start(
 
 
 def processor_seconds(process: Any) -> float:
-    """Returns the user's and the system's seconds of a process, its children and theirs."""
+    """Returns the processor seconds (user and system) of a process and all its descendants."""
     seconds = 0.0
     for each in [process, *process.children(recursive=True)]:
         with suppress(Exception):  # It has just ended.
@@ -188,7 +205,11 @@ def processor_seconds(process: Any) -> float:
 
 
 def help_seconds(package: Path) -> dict[str, float]:
-    """Returns the seconds of `train --help`, and those of its processor."""
+    """Returns the wall seconds and the processor seconds of `train --help`.
+
+    Args:
+        package: The checkout whose package is used.
+    """
     command = [sys.executable, "-m", "fd_large", "train", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(package)}
     begin, before = time.time(), os.times()
@@ -198,7 +219,7 @@ def help_seconds(package: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measures in rounds, prints and writes."""
+    """Measures starts in rounds, prints and writes the results; returns the exit code."""
     import harness
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

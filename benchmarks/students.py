@@ -1,12 +1,13 @@
-"""How much of a step do several students from one teacher pass save against a run for each?
+"""How much time do two students save by sharing a teacher's forward, against separate runs?
 
     python benchmarks/students.py [--quick] [--ranks 2] [--stages 1 3]
 
-Two SwinV2 students learn from a SwinV2 teacher of several widths, in one group and each alone, side
-by side and in turns, and the teacher's forward by itself. What the group saves of the seconds of
-two runs is held against the teacher's share of their FLOPs, and of their seconds, each counted
-once: the second is all that there is to save. Figures are ratios within a round. Writes
-benchmarks/results/students.json and .png.
+Two SwinV2 students learn from a SwinV2 teacher of several widths, together and each alone, in
+turns; the teacher's forward is also timed by itself. Two separate runs compute the teacher twice,
+and a common run saves one of its forwards. The saved share of the seconds is therefore compared
+with the share that one forward of the teacher has in the FLOPs, and in the seconds, of the two
+runs. The results are ratios of times in the same round. Writes benchmarks/results/students.json and
+.png.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import harness
 
 WARM_UP = 2
 STUDENTS = {"wide": 64, "narrow": 32}
-"""Channels of a student's first stage."""
+"""Number of channels of each student's first stage, by the student's name."""
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = harness.step_parser(__file__, __doc__, rounds=12)
     parser.add_argument(
         "--teachers", type=int, nargs="+", default=[96, 192, 288], help="channels of first stages"
@@ -35,7 +36,13 @@ def parse() -> argparse.Namespace:
 
 
 def recipe(teacher: int, student: int, size: int) -> Any:
-    """Returns a run of a student and a teacher with so many channels in their first stages."""
+    """Returns the recipe of a SwinV2 student and a SwinV2 teacher.
+
+    Args:
+        teacher: Channels of the teacher's first stage.
+        student: Channels of the student's first stage.
+        size: Side of the images in pixels.
+    """
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
 
@@ -59,7 +66,12 @@ def recipe(teacher: int, student: int, size: int) -> Any:
 
 
 def teachers_share(runs: list[Any], images: int) -> float:
-    """Returns the teacher's forward as a share of all FLOPs of a step of each of the runs."""
+    """Returns the FLOPs of one forward of the teacher, as a share of the FLOPs of all runs' steps.
+
+    Args:
+        runs: The recipes, which have the same teacher.
+        images: Images of a step.
+    """
     from fd_large.engine.counting.count import count
     from fd_large.kernels.choose import Device
     from fd_large.tasks.jobs import job_of
@@ -72,7 +84,7 @@ def teachers_share(runs: list[Any], images: int) -> float:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Builds all engines, lets them take turns; rank 0 reports."""
+    """Builds all engines and times them in turns; rank 0 writes and prints the results."""
     import torch
     from engines import job_of, noise, seconds_in_turns, zero_engine
 
@@ -161,9 +173,9 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws what is saved, and the teacher's share of seconds, over its share of FLOPs.
+    """Draws the saved share of the seconds over the teacher's share of the FLOPs.
 
-    Whiskers are quartiles.
+    The teacher's share of the seconds is drawn, too; whiskers are quartiles.
     """
     import matplotlib
 
@@ -202,7 +214,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     if arguments.as_rank:
         return run_as_rank(arguments)

@@ -1,14 +1,14 @@
-"""How many images per second does a distillation step reach here, and how many do others?
+"""How many images per second do this engine and others reach in a distillation step?
 
     python benchmarks/throughput.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
         [--micro-batch 8] [--precision float32] [--contenders zero1 ddp ...] [--small]
         [--peer-repo PATH]
 
-Starts its own ranks (one per GPU, or `--ranks` CPU ranks; or with `--launcher "srun --nodes=4"`),
-builds all contenders side by side (contenders.py) and lets them take turns, so that other work on
-the machine affects all alike. The student is a SwinV2, the teacher a Swin of the same widths with
-random weights, whole on every rank; images are uint8 noise in memory, so that no loader is
-measured. `--ranks 1` compares the engine with the plain torch step.
+It starts its own ranks (one per GPU, or `--ranks` CPU ranks; or with `--launcher "srun
+--nodes=4"`), builds all contenders (contenders.py) in the same processes, and times them in turns,
+so that other work on the machine affects all alike. The student is a SwinV2, and the teacher a Swin
+of the same widths with random weights, whole on every rank. Images are uint8 noise in memory, so
+that no loader is measured. `--ranks 1` compares the engine with the plain torch step.
 
 Then each contender runs alone in fresh ranks, to measure its peak memory. Prints a table and writes
 benchmarks/results/throughput_RANKS_PRECISION.json, .csv and .png.
@@ -35,7 +35,7 @@ GIGABYTE = 1e9
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +69,12 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
-    """Returns the contenders in the order in which they are built."""
+    """Returns the names of the contenders in the order in which they are built.
+
+    Args:
+        arguments: The flags.
+        world: Number of ranks.
+    """
     contenders = arguments.contenders or [n for n in TITLES if n != "peer" or arguments.peer_repo]
     unknown = [name for name in contenders if name not in TITLES]
     if unknown:
@@ -82,7 +87,10 @@ def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Measures speed, or the memory of one contender; rank 0 writes the JSON."""
+    """Measures the speed of all contenders, or with --alone the memory of one.
+
+    Rank 0 writes the results to --out. Returns the exit code.
+    """
     from contenders import Setting, Unavailable, build, share
     from engines import noise, seconds_in_turns
 
@@ -130,7 +138,11 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def _memory(*, reset: bool = False) -> int:
-    """Returns the peak bytes of this rank since a reset, on its GPU or else in the process."""
+    """Returns this rank's peak of memory in bytes, on its GPU or else of its process.
+
+    Args:
+        reset: Whether to reset the peak before.
+    """
     import torch
 
     from fd_large.engine.memory import HostMemory
@@ -149,7 +161,15 @@ def _memory(*, reset: bool = False) -> int:
 def report(
     arguments: argparse.Namespace, setting: Any, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Returns figures of every contender; speeds are relative to the fastest complete one."""
+    """Returns the results, with the speed of each contender relative to the fastest.
+
+    On several ranks, the step without communication is never the fastest.
+
+    Args:
+        arguments: The flags.
+        setting: Models, batch and precision.
+        seconds: The seconds of each contender's steps.
+    """
     from fd_large.ranks import distributed
 
     world = distributed.world_size()
@@ -182,7 +202,10 @@ def report(
 
 
 def start_ranks(arguments: argparse.Namespace) -> int:
-    """Measures the speed of all side by side, then the memory of each alone; writes the results."""
+    """Measures the speed of all contenders together, then the memory of each in new ranks.
+
+    It writes and prints the results, and returns the exit code.
+    """
     words = [word for word in sys.argv[1:] if word != "--as-rank"]
     with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
         part = Path(folder) / "part.json"
@@ -220,7 +243,7 @@ def start_ranks(arguments: argparse.Namespace) -> int:
 
 
 def sorted_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (title, figures), the fastest first."""
+    """Returns the title and the results of each contender, the fastest first."""
     rows = results["contenders"].items()
     ordered = sorted(rows, key=lambda row: -row[1]["images_per_second"])
     return [(_title(name, results), row) for name, row in ordered]
@@ -231,7 +254,7 @@ def _title(name: str, results: dict[str, Any]) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the table."""
+    """Prints the table of all contenders, and those that were left out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -268,7 +291,7 @@ def _spread(sample: dict[str, Any]) -> str:
 
 
 def subtitle(results: dict[str, Any]) -> str:
-    """Describes what was measured, and where."""
+    """Returns the title of the table and the plot, with models, sizes and machine."""
     return (
         f"{results['model']} ({results['trained_parameters'] / 1e6:.1f}M trained), "
         f"{results['image_size']} px, {results['micro_batch']} images per rank, "
@@ -278,7 +301,7 @@ def subtitle(results: dict[str, Any]) -> str:
 
 
 def write_csv(results: dict[str, Any], path: Path) -> None:
-    """Writes one line per contender."""
+    """Writes a CSV file with a line for each contender, the fastest first."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
@@ -299,7 +322,10 @@ def write_csv(results: dict[str, Any], path: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws speed and, if measured, memory: one bar per contender; whiskers are quartiles."""
+    """Draws a bar for the speed of each contender and, if measured, for its memory.
+
+    Whiskers are quartiles.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -334,7 +360,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them with --as-rank; returns the exit code."""
     arguments = parse()
     return run_as_rank(arguments) if arguments.as_rank else start_ranks(arguments)
 

@@ -1,19 +1,19 @@
-"""Which models of timm teach, is their map the one that `forward_features` returns, which learn?
+"""Which models of timm can be teachers or students, and is the adapter's map that of timm?
 
     python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
     python benchmarks/timm_models.py --students [--work FILE] [--only PATTERN]
 
-The whole model of every name of `timm.list_models()` is run on the meta device at its own size,
-and what `forward_features` returns is read as the adapter reads it: a map, or a refusal. The
-smallest model of each class is then built as a teacher with random weights, in float32, and its map
-compared with timm's, also at another image size if it takes one; so is every other model, up to 400
-M parameters, of a class whose `forward_features` is not the last of `forward_intermediates`.
+Every model in `timm.list_models()` runs as a whole on the meta device, at its own image size. The
+adapter finds a feature map in the output of `forward_features`, or refuses the model. Then the
+smallest model of each class is built as a teacher with random weights, in float32, and its map is
+compared with timm's, also at another image size if the model takes one. If a class has another map
+in `forward_features` than the last of `forward_intermediates`, all its models of up to 400M
+parameters are compared.
 
-`--students` takes every name as a student: four images go forward and backward through it on the
-meta device in training, batch norms in groups of two, and each trained parameter has a gradient.
-
-Children with a limit on memory take the names in turn, so that a crash ends one of them. What is
-known is kept in FILE, a line a name, and not asked again. The table is written to
+`--students` tests every model as a student: four images pass forward and backward on the meta
+device in training mode, with batch norms in groups of two, and each trained parameter must get a
+gradient. Child processes with limited memory test the models, so that a crash ends only one child.
+Answers are kept in FILE, a line for each, and are not computed again. The table is written to
 benchmarks/results/timm_models.json.
 """
 
@@ -36,11 +36,14 @@ RESULT = Path(__file__).parent / "results" / "timm_models.json"
 NAMES_A_CHILD, CHILD_BYTES, CHILD_SECONDS = 120, 12 * 2**30, 1800
 LARGEST, TOLERANCE = 400_000_000, 1e-5
 SMALL_SIDE = 96
-"""Images for models that take any size, in the comparison of numbers."""
+"""Side in pixels of the images for models that take any size, where maps are compared."""
 
 
 def shapes_of(name: str) -> dict[str, Any]:
-    """Runs one whole model on the meta device, and finds the map in what it returns."""
+    """Runs a whole model on the meta device, and finds the feature map in its output.
+
+    Returns: shape and stride of the map, or under `refused` the reason why there is none.
+    """
     import timm
     import torch
 
@@ -63,7 +66,10 @@ def shapes_of(name: str) -> dict[str, Any]:
 
 
 def numbers_of(name: str) -> dict[str, Any]:
-    """Compares the map of one model with timm's, with random weights, at one or two sizes."""
+    """Compares the adapter's map of a model with timm's, with random weights, at one or two sizes.
+
+    Returns: the largest relative difference, as "at SIDE", or the reason of a refusal.
+    """
     import timm
     import torch
 
@@ -103,7 +109,10 @@ def numbers_of(name: str) -> dict[str, Any]:
 
 
 def student_of(name: str) -> dict[str, Any]:
-    """Trains one model on the meta device for one step, from random weights."""
+    """Runs forward and backward of a model as a student, on the meta device.
+
+    Returns: facts about the model; under `refused` or `difference`, the reason why it cannot train.
+    """
     import torch
 
     from fd_large.backbones import batch_norm
@@ -133,7 +142,13 @@ def student_of(name: str) -> dict[str, Any]:
 
 
 def is_last(whole: Any, images: Any, theirs: Any) -> bool:
-    """Whether a map is the last of `forward_intermediates`, with or without a final norm."""
+    """Whether a map is the last of timm's `forward_intermediates`, with or without a final norm.
+
+    Args:
+        whole: The model of timm.
+        images: The images.
+        theirs: The map, (B, N, C).
+    """
     import torch
 
     last = [len(whole.feature_info) - 1]
@@ -151,7 +166,12 @@ def is_last(whole: Any, images: Any, theirs: Any) -> bool:
 
 
 def in_tokens(features: Any, width: int) -> Any:
-    """(B, N, C) from what timm's families return: NLC, NHWC or NCHW."""
+    """Returns features of timm as tokens (B, N, C).
+
+    Args:
+        features: The features in the layout NLC, NHWC or NCHW.
+        width: Number of channels C.
+    """
     if features.dim() == 3:
         return features
     is_last = features.shape[-1] == width and features.shape[1] != width
@@ -159,7 +179,10 @@ def in_tokens(features: Any, width: int) -> Any:
 
 
 def scattered(net: Any) -> Any:
-    """Gives norms, biases and running statistics values away from their defaults."""
+    """Changes norms, biases and running statistics from their defaults to random values.
+
+    Returns: the model, which is changed in place.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -173,14 +196,19 @@ def scattered(net: Any) -> Any:
 
 
 def family_of(name: str) -> str:
-    """The module of timm that a model is made in."""
+    """Returns the name of the module of timm that defines a model."""
     import timm
 
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def child(task: str, work: Path) -> None:
-    """Answers for the names on standard input, a line each."""
+    """Answers a task for the names on standard input, and adds a line for each to a file.
+
+    Args:
+        task: "shapes", "numbers" or "student".
+        work: The file.
+    """
     import gc
 
     import torch
@@ -201,14 +229,27 @@ def child(task: str, work: Path) -> None:
 
 
 def known(work: Path, task: str) -> dict[str, dict[str, Any]]:
-    """The answers there are, the newest of each name."""
+    """Returns the newest answer for each name in the file of answers.
+
+    Args:
+        work: The file.
+        task: The task of the answers.
+    """
     lines = work.read_text().splitlines() if work.exists() else []
     answers = [json.loads(line) for line in lines]
     return {answer["name"]: answer for answer in answers if answer["task"] == task}
 
 
 def ask(task: str, names: list[str], work: Path) -> None:
-    """Has children answer for names, until each has an answer."""
+    """Runs child processes until the file has an answer for each name.
+
+    A name at which a child crashes gets the exit code as its answer.
+
+    Args:
+        task: The task.
+        names: The names of models.
+        work: The file of answers.
+    """
     left = list(names)
     while left:
         batch = left[:NAMES_A_CHILD]
@@ -235,7 +276,7 @@ def ask(task: str, names: list[str], work: Path) -> None:
 
 
 def in_turn(names: list[str]) -> list[str]:
-    """One name of each family after the other, so that what is known early is of all."""
+    """Returns names sorted so that families take turns, and early answers are of all families."""
     places: dict[str, int] = defaultdict(int)
     keys = []
     for name in names:
@@ -245,12 +286,16 @@ def in_turn(names: list[str]) -> list[str]:
 
 
 def kind_of(name: str, answer: dict[str, Any]) -> str:
-    """The family and class of a model."""
+    """Returns a model's family and class, as FAMILY.CLASS."""
     return f"{family_of(name)}.{answer['class']}"
 
 
 def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
-    """The smallest model that teaches of each class in each family."""
+    """Returns the smallest model with a map of each family and class.
+
+    Args:
+        answers: The answers of the task "shapes", by name.
+    """
     kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for name, answer in answers.items():
         if "map" in answer and answer["parameters"] <= LARGEST:
@@ -259,7 +304,7 @@ def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Asks for what is not known, and writes the table."""
+    """Finds the missing answers, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("timm_models.jsonl"))
     parser.add_argument("--only", default="*", help="pattern of names")
@@ -312,7 +357,14 @@ def write(
     numbers: dict[str, dict[str, Any]],
     version: str,
 ) -> None:
-    """Writes the table, by family, and prints a summary."""
+    """Writes the table of teachers by family, and prints a summary.
+
+    Args:
+        names: All names of models.
+        shapes: The answers of the task "shapes", by name.
+        numbers: The answers of the task "numbers", by name.
+        version: Version of timm.
+    """
     families: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = defaultdict(list)
     for name in (name for name in names if name in shapes):
@@ -349,7 +401,12 @@ def write(
 
 
 def write_students(names: list[str], answers: dict[str, dict[str, Any]]) -> None:
-    """Adds the names that can be students to the table, and prints their number."""
+    """Adds the numbers of models that can be students to the table, and prints them.
+
+    Args:
+        names: All names of models.
+        answers: The answers of the task "student", by name.
+    """
     reasons: dict[str, list[str]] = defaultdict(list)
     families: dict[str, dict[str, int]] = {}
     for name in (name for name in names if name in answers):

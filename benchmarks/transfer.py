@@ -2,12 +2,12 @@
 
     python benchmarks/transfer.py [--quick] [--ranks 2] [--seeds 3]
 
-Starts `transfer` on the stored run of a tiny SwinV2 and its teacher, a tiny ViT, with toy datasets
-that are made here in the layouts of ImageNet, ADE20K, COCO and NYUv2: fine-tuning, linear probe,
-segmentation, detection and depth for the student, its teacher and random weights, each a run of its
-own with a test at its end. Nothing was distilled, so that the scores say nothing of the paper; the
-seconds say what the command costs, and the recipe of each cell and the intervals of the differences
-what its table says of itself. Starts it a second time, when all is done. Writes
+It runs `transfer` on the stored run of a tiny SwinV2 and its teacher, a tiny ViT, with toy datasets
+in the layouts of ImageNet, ADE20K, COCO and NYUv2, which it makes. Student, teacher and random
+weights are trained for fine-tuning, linear probe, segmentation, detection and depth, each in a run
+of its own with a test at its end. Nothing was distilled, so that the scores mean nothing; the
+seconds show what the command costs. The results also have the recipe of each cell and the intervals
+of the differences. Then the command runs a second time, when all cells are finished. Writes
 benchmarks/results/transfer.json and a plot.
 """
 
@@ -29,7 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#5f5f5f")
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three steps of each training")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Makes the table twice, and keeps the seconds."""
+    """Runs the command twice, and writes the seconds; returns the exit code."""
     flags = parse()
     sys.path[:0] = map(str, (ROOT / "tests/support").iterdir())
     import transfer_toy
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws the seconds of each training, a group of bars for each column."""
+    """Draws a bar for the seconds of each training, in a group for each column."""
     from matplotlib.figure import Figure
 
     of_each = result["seconds_of_each_training"]
@@ -113,13 +113,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _seconds(run: Path) -> float:
-    """From the first file of a run to its last."""
+    """Returns the seconds of a training, from its first file to its last.
+
+    Args:
+        run: Folder of the run.
+    """
     times = [(run / name).stat().st_mtime for name in ("cell.json", "summary.json")]
     return times[1] - times[0]
 
 
 def _of_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell of the table: its recipe, how that differs from the first row's, its scores."""
+    """Returns the entries of a cell that are written to the results."""
     names = ("row", "column", "seed", "recipe", "unlike_first", "scores")
     return {name: cell[name] for name in names}
 

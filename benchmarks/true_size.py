@@ -1,20 +1,22 @@
-"""Does a model of billions train at its true size on this machine, and does `plan` foretell it?
+"""Does a model of billions of parameters train on this machine, with the memory of `plan`?
 
     python benchmarks/true_size.py [--quick] [--model swinv2_giant] [--config zero3_nvme] [--resume]
     python benchmarks/true_size.py --model swinv2_1b --teacher timm:vit_7b_patch16_dinov3 --learn
 
-Trains the student of `fd_swinv2g` (or another SwinV2) by the ordinary `train`, in one process, from
-a teacher of the same size, or another: a bfloat16 safetensors file with random weights, which the
-benchmark writes. Images are photographs that come with Python packages, one a step. Recorded are
-the seconds and the memory of each part, from the start to the last step; the bytes of all tensors
-between two steps, where they lie, beside those of `plan`; and each step's loss. With --resume the
-run saves after half of its steps, is killed while it writes its last checkpoint, and is started
-again: it must come to the same losses and gradient norms, to the bit. With --learn all steps have
-one batch, whose loss must fall. --quick is a small model.
+It trains the student of `fd_swinv2g` (or another SwinV2) by the ordinary `train`, in one process.
+The teacher is of the same or another size, with random weights in a bfloat16 safetensors file,
+which the benchmark writes. The images are photographs from Python packages, one per step. It
+records the seconds and the memory of each part of the run, from the start to the last step; the
+bytes of all tensors between two steps, in memory, in files and on disk, beside those that `plan`
+expects; and the loss of each step. With --resume, the run saves after half of its steps, is killed
+while it writes its last checkpoint, and is started again; its losses and gradient norms must then
+be equal to the bit. With --learn, all steps have the same batch, whose loss must fall. --quick uses
+a small model.
 
-All files lie in a folder of their own inside --scratch, which is removed: 2 bytes a parameter of
-the teacher; of the student 16 for what zero3_nvme keeps on a disk, and 12 for each of two
-checkpoints. A teacher of 7B beside a student of 1B takes 31 GB, beside one of 3B 62 GB. Writes
+All files are in a new folder inside --scratch, which is removed at the end. They take 2 bytes for
+each parameter of the teacher, and for each parameter of the student 16 bytes of state on disk (with
+zero3_nvme) and 12 bytes in each of two checkpoints. A teacher of 7B parameters with a student of 1B
+takes 31 GB, and with a student of 3B 62 GB. Writes
 benchmarks/results/true_size_MODEL.json, or _MODEL_from_TEACHER.json.
 """
 
@@ -50,7 +52,7 @@ PATIENCE = 3600.0  # Seconds without a new part of a run.
 
 
 def parse() -> argparse.Namespace:
-    """Reads the flags."""
+    """Returns the parsed flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_giant", help="student, and teacher")
     parser.add_argument("--teacher", default="", help="the teacher, where it is another model")
@@ -75,10 +77,10 @@ def parse() -> argparse.Namespace:
 
 
 class Parts(threading.Thread):
-    """Notes what this process is busy with, how long, and the most memory that it held meanwhile.
+    """Thread that records the parts of this process's work, with their time and peak memory.
 
     Args:
-        path: Takes a line for each part once it is over.
+        path: File to which a line is added at the end of each part.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +96,7 @@ class Parts(threading.Thread):
             time.sleep(0.05)
 
     def now(self, part: str) -> None:
-        """Another part begins, unless it is the one that lasts."""
+        """Ends the present part and begins another; does nothing if the part stays the same."""
         with self._lock:
             if part == self._part:
                 return
@@ -111,7 +113,7 @@ class Parts(threading.Thread):
             self._begin(part)
 
     def write(self, **line: Any) -> None:
-        """Adds a line to the file."""
+        """Adds an object to the file as a line of JSON."""
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -124,9 +126,9 @@ class Parts(threading.Thread):
 
 
 def resident() -> dict[str, int]:
-    """Returns the bytes of this process in memory: without a file behind them, and pages of files.
+    """Returns the bytes of this process in memory: `anonymous`, and `files` for pages of files.
 
-    Pages of files are dropped when memory is short.
+    The system drops pages of files when memory is short.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = {
@@ -139,14 +141,19 @@ def resident() -> dict[str, int]:
 
 
 def moved_bytes() -> tuple[int, int]:
-    """Returns the bytes that this process has read from disks and written to them."""
+    """Returns the bytes that this process has read from disks, and those that it has written."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counts = {name: int(count) for name, count in (line.split(": ") for line in lines)}
     return counts["read_bytes"], counts["write_bytes"]
 
 
 def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
-    """Returns the bytes of all tensors alive, by where they lie."""
+    """Returns the bytes of all existing tensors: in memory, in the teacher's file and on disk.
+
+    Args:
+        teacher: File of the teacher's weights, which is mapped.
+        state: Folder of the state on disk, whose files are mapped.
+    """
     from tensor_storages import storages
 
     names = {str(teacher): "teacher's file", str(state): "on disk"}
@@ -164,7 +171,13 @@ def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
 
 
 def train_and_note(folder: Path) -> int:
-    """Trains as the flags after `--` say; notes parts, tensors and the plan's figures."""
+    """Trains by the flags after `--`, and records parts, tensors and the bytes that `plan` expects.
+
+    Args:
+        folder: Folder of the record and the run.
+
+    Returns: the exit code.
+    """
     parts = Parts(folder / NOTES)
     parts.start()
     parts.now(IMPORTING)
@@ -178,7 +191,7 @@ def train_and_note(folder: Path) -> int:
     from fd_large.tasks.jobs import job_of
 
     class Watch(Hook):
-        """Keeps the parts of a step apart."""
+        """Hook that records the parts of a step, its loss and its tensors."""
 
         def on_start(self, setting: Setting) -> None:
             parts.write(planned=planned_bytes(run, setting.folder))
@@ -220,7 +233,7 @@ def train_and_note(folder: Path) -> int:
 
 
 def repeat_first_batch() -> None:
-    """Lets every step have the images, and the views, of the first one."""
+    """Makes every step use the images and the views of the first step."""
     from fd_large.data import sampler
 
     each = sampler.MicroBatches.__iter__
@@ -232,7 +245,12 @@ def repeat_first_batch() -> None:
 
 
 def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
-    """Returns the bytes that `plan` expects between two steps, by where they lie."""
+    """Returns the bytes that `plan` expects between two steps: in memory, in the file and on disk.
+
+    Args:
+        run: The recipe.
+        folder: Folder of the run, with deepspeed.json.
+    """
     import torch
 
     from fd_large.plan.memory import Placement, held
@@ -269,10 +287,14 @@ def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
 
 
 def write_teacher(path: Path, model: str) -> int:
-    """Writes a random teacher in bfloat16; returns its number of parameters.
+    """Writes random weights of a teacher in bfloat16; returns the number of parameters.
 
-    Every matrix is a stretch of one block of normal numbers, so that it takes seconds and no memory
-    to speak of.
+    Every matrix is a slice of one block of normal numbers, so that writing takes seconds and little
+    memory.
+
+    Args:
+        path: The file.
+        model: Name of the teacher's model.
     """
     import torch
 
@@ -296,7 +318,7 @@ def write_teacher(path: Path, model: str) -> int:
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a model's parameters; of a SwinV2 for 192 px in windows of 12."""
+    """Returns {name: shape} of a model's parameters; a SwinV2 has windows of 12 tokens."""
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.recipes.architectures import Architecture, resolve
 
@@ -305,12 +327,17 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_swin(name: str) -> bool:
-    """Whether a name is one of a SwinV2 of this package."""
+    """Whether a model's name is that of a SwinV2 of this package."""
     return name.startswith("swinv2")
 
 
 def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Returns the flags of `train`."""
+    """Returns the flags of `train` for the measured run.
+
+    Args:
+        arguments: The flags of the benchmark.
+        folder: Folder of the run and the teacher.
+    """
     flags = {
         "recipe": "fd_swinv2g",
         "deepspeed_config": arguments.config,
@@ -344,13 +371,13 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def notes_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns what the process that trains has noted."""
+    """Returns the lines that the training process has recorded."""
     path = folder / NOTES
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
-    """Starts the process that trains."""
+    """Starts the training process in a process group of its own."""
     run_flags = ["--as-run", folder, *(["--learn"] if arguments.learn else [])]
     command = [sys.executable, __file__, *run_flags, "--", *flags_of(arguments, folder)]
     threads = str(os.cpu_count())
@@ -366,9 +393,15 @@ def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
 
 
 def follow(process: subprocess.Popen, folder: Path, until: Any) -> None:
-    """Waits until something is true, shows each part meanwhile, and kills the process.
+    """Waits until a condition holds, prints the recorded lines meanwhile, and kills the process.
 
-    Raises: SystemExit: with the end of its output, if it ends before or stands still.
+    Args:
+        process: The training process.
+        folder: Folder of its record and output.
+        until: Function that returns whether the condition holds.
+
+    Raises: SystemExit: with the end of the output, if the process ends before, or records nothing
+        for `PATIENCE` seconds.
     """
     shown, since = len(notes_of(folder)), time.time()
     try:
@@ -388,12 +421,15 @@ def follow(process: subprocess.Popen, folder: Path, until: Any) -> None:
 
 
 def steps_of(notes: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
-    """Returns loss and gradient norm by step."""
+    """Returns {step: (loss, gradient norm)} from the recorded lines."""
     return {note["step"]: (note["loss"], note["grad_norm"]) for note in notes if "step" in note}
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains to the last step, and with --resume once more from the middle."""
+    """Trains to the last step; with --resume kills the run in its last save, and resumes it.
+
+    Returns: the recorded lines, and the comparison of the resumed run.
+    """
     (folder / STATE).mkdir()
     began = time.time()
     parameters = write_teacher(folder / TEACHER, arguments.teacher)
@@ -433,7 +469,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the record from what was noted."""
+    """Returns the results that follow from the recorded lines.
+
+    Args:
+        record: The result of `measure`.
+    """
     notes = record["notes"]
     planned = next(note["planned"] for note in notes if "planned" in note)
     last_note = [note for note in notes if "tensors" in note][-1]
@@ -466,7 +506,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results; returns the exit code."""
     arguments = parse()
     # So that nothing is left behind either way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
@@ -500,7 +540,7 @@ def main() -> int:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the figures."""
+    """Prints the results."""
     anonymous = results["anonymous_bytes_between_steps"]
     print(f"{results['model']}: {results['trained_parameters']:,} trained parameters")
     for part in results["parts"]:

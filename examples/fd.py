@@ -6,10 +6,10 @@ A frozen teacher turns an image into a map of tokens, and a new student learns t
 
     loss = smooth_l1(projection(student(image)), whiten(teacher(image)))
 
-Whitening takes mean and deviation out of each token. Drop path acts in the student alone. A test
-holds losses and weights of the package, which does this at any size, to this file: in float32 to
-the bit, and to 3e-7 of the loss where gradients are clipped. This student has absolute positions;
-the paper's blocks share a relative position bias.
+Whitening normalises each token to mean 0 and variance 1. Only the student has drop path. A test
+compares losses and weights of the package, which trains models of any size, with this file: they
+are equal to the bit in float32, or within 3e-7 of the loss if gradients are clipped. This student
+has absolute positions, while the blocks of the paper's student share a relative position bias.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ BETA, EPS = 2.0, 1e-5  # Of smooth L1, and of whitening; as in the official code
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Turns uint8 images (B, 3, H, W) into float32 ones of a mean and deviation per channel."""
+    """Returns uint8 images (B, 3, H, W) as float32, less `mean` and over `std` of each channel."""
     means, stds = (torch.tensor(row, device=images.device).view(1, 3, 1, 1) for row in (mean, std))
     return (images.float() / 255 - means) / stds
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention over (B, N, C) tokens, then an MLP."""
+    """Pre-norm transformer block, with attention over tokens (B, N, C) and an MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -52,13 +52,13 @@ class Block(nn.Module):
         )
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns (B, N, C); `keep` (2, B) scales the two branches of each image, 0 drops one."""
+        """Returns tokens (B, N, C); `keep` (2, B) scales each image's branches, and 0 drops one."""
         scales = (1.0, 1.0) if keep is None else keep[:, :, None, None]
         tokens = tokens + scales[0] * self.attention(self.norm1(tokens))
         return tokens + scales[1] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
 
     def attention(self, tokens: Tensor) -> Tensor:
-        """Returns softmax(q k / sqrt(d)) v, projected, as it stands on the whiteboard."""
+        """Returns softmax(q k / sqrt(d)) v for each head, projected to (B, N, C)."""
         batch, number, width = tokens.shape
         qkv = self.attn["qkv"](tokens).view(batch, number, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A plain ViT: images (B, 3, H, W) to (B, 1 + N, C) after the last norm, class token first."""
+    """Plain ViT, from images (B, 3, H, W) to normed tokens (B, 1 + N, C), the class token first."""
 
     def __init__(
         self, width: int, depth: int, heads: int, patch: int, image: int, drop_path: float = 0.0
@@ -83,7 +83,7 @@ class ViT(nn.Module):
         self.rates = [drop_path * i / max(depth - 1, 1) for i in range(depth) for _ in range(2)]
 
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Returns the tokens of normalised images; `keep` is what `draw_keep` returns."""
+        """Returns the tokens of normalised images; `keep` is a result of `draw_keep`, or None."""
         # Channels last: the convolution's result then is the tokens, without a copy.
         patches = self.patch_embed["proj"](pixels.to(memory_format=torch.channels_last))
         tokens = patches.permute(0, 2, 3, 1).flatten(1, 2)
@@ -94,13 +94,13 @@ class ViT(nn.Module):
         return self.norm(tokens)
 
     def draw_keep(self, batch: int) -> Tensor:
-        """Draws drop path (2 * depth, B): 0, or 1 / (1 - rate) where an image keeps a branch."""
+        """Draws each branch's scale (2 * depth, B): 0 if dropped, or else 1 / (1 - rate)."""
         rates = torch.tensor(self.rates)[:, None]
         return (torch.rand(len(self.rates), batch) >= rates).float() / (1 - rates)
 
 
 class Teacher(nn.Module):
-    """A frozen model of timm: uint8 images to the tokens of its last feature map (B, N, C)."""
+    """Frozen model of timm, from uint8 images to the tokens (B, N, C) of its last feature map."""
 
     def __init__(self, name: str, image: int, *, pretrained: bool) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the tokens of all places, with the class token in front if there is one."""
+        """Returns the tokens of all patches, after the class token if the model has one."""
         features = self.model.forward_features(normalise(images, self.mean, self.std))
         if features.ndim == 4:  # (B, H, W, C) of Swin, (B, C, H, W) of a CNN.
             is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -122,7 +122,7 @@ class Teacher(nn.Module):
 
 
 class Distilled(nn.Module):
-    """The student and its projection to the teacher's width: what is trained."""
+    """Trained module, which is the student and a projection to the teacher's width."""
 
     def __init__(self, student: ViT, teacher_width: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Distilled(nn.Module):
         self.projection = nn.Linear(student.width, teacher_width)
 
     def forward(self, images: Tensor, teacher_tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns the loss of uint8 images (B, 3, H, W) against (B, N, Ct) of the teacher."""
+        """Returns the loss of uint8 images (B, 3, H, W) against the teacher's tokens (B, N, Ct)."""
         tokens = self.projection(self.student(normalise(images, MEAN, STD), keep))
         if tokens.shape[1] == teacher_tokens.shape[1] + 1:
             tokens = tokens[:, 1:]  # The teacher has no class token: the student's learns nothing.
@@ -141,7 +141,7 @@ class Distilled(nn.Module):
 def learning_rate(
     step: int, *, peak: float, start: float, least: float, warmup: int, steps: int
 ) -> float:
-    """Linear warm-up, then half a cosine; as in the official loop the first two steps are alike."""
+    """Returns a step's rate of warm-up and cosine; as officially, the first two steps are equal."""
     t = max(step - 1, 0)
     if t < warmup:
         return start + t * (peak - start) / warmup
@@ -151,7 +151,7 @@ def learning_rate(
 def make_optimiser(
     model: nn.Module, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: no vector, bias, position or class token."""
+    """Returns an AdamW that decays matrices only, without positions and the class token."""
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
@@ -170,7 +170,7 @@ def train_step(
     rate: float,
     clip_norm: float,
 ) -> float:
-    """Makes one step at a learning rate and returns its loss."""
+    """Runs one step with the learning rate `rate`, and returns the loss."""
     for group in optimiser.param_groups:
         group["lr"] = rate
     loss = model(images, teacher_tokens, keep)
@@ -182,7 +182,7 @@ def train_step(
 
 
 def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
-    """Yields batches without end: random crops, flipped at random, uint8 (batch, 3, side, side)."""
+    """Yields endless batches of random, flipped crops, uint8 (batch, 3, side, side)."""
     crop = v2.Compose([v2.RandomResizedCrop(side, (0.4, 1.0)), v2.RandomHorizontalFlip()])
     while True:
         images = [Image.open(path).convert("RGB") for path in random.choices(paths, k=batch)]
@@ -199,7 +199,7 @@ def images_of(folder: str) -> list[Path]:
 
 
 def photographs() -> list[Path]:
-    """Returns the files of the two photographs that scikit-learn ships."""
+    """Returns the paths of the two photographs in scikit-learn's package."""
     import sklearn.datasets
 
     return sorted(Path(sklearn.datasets.__path__[0], "images").glob("*.jpg"))
