@@ -96,7 +96,7 @@ def receipt_of(rank: int) -> str:
 
 
 def complete(folder: Path) -> list[Stored]:
-    """Returns the complete checkpoints of a run whose manifest is undamaged, oldest first."""
+    """Returns a run's complete checkpoints that have an undamaged manifest, oldest first."""
     read = ((path, manifest_of(path)) for path in renamed(folder))
     return [Stored(path, manifest) for path, manifest in read if manifest is not None]
 

@@ -123,8 +123,8 @@ class Saver:
     ) -> None:
         """Copies the state to host memory, and starts a thread that writes the copy.
 
-        The method returns after the copy. If the state is not finite, nothing is written, and this
-        rank counts as failed.
+        The method returns after the copy. With `copies` False, the thread writes the state itself.
+        If the state is not finite, nothing is written, and this rank counts as failed.
 
         Args:
             manifest: Contents of manifest.json, without its own checksum.

@@ -289,7 +289,7 @@ class Beside(Protocol):
         """
 
     def blank(self) -> Any:
-        """Returns tensors of the shapes that `of` returns, for a position without usable image."""
+        """Returns tensors of the shapes that `of` returns, for positions without a usable image."""
 
 
 @dataclass(frozen=True)

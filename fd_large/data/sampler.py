@@ -177,7 +177,7 @@ def samples_at(
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Returns the number of steps in an epoch, in which an incomplete global batch is dropped."""
+    """Returns the number of steps in an epoch; a last, incomplete global batch is dropped."""
     return num_samples // global_batch_size
 
 

@@ -1,7 +1,7 @@
 """Chooses the sizes of communication buckets, and the blocks that ZeRO-3 gathers at once.
 
 A bucket must be large enough to hide a collective's fixed cost, and small enough that communication
-begins early. Stage 3 gathers at once the parameters of a block that fit a bucket.
+begins early. Stage 3 gathers all parameters of a block at once if they fit a bucket.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Computes the utilisation that a run reports: TFLOP/s, MFU and hardware utilisation.
 
 MFU is the FLOP/s that the run requires (student forward and backward, teacher forward), divided by
-the GPU's peak. Hardware utilisation also counts recomputation. For each of several students, its
-own FLOPs and an equal part of the shared frozen models' forward count, in the seconds of the common
-step. So the numbers of all students add up to the utilisation of the GPU.
+the GPU's peak. Hardware utilisation also counts recomputation. If several students train together,
+a student's number counts its own FLOPs and an equal part of the frozen models' FLOPs, over the
+seconds of the common step. So the numbers of all students add up to the utilisation of the GPU.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ TAGS = {
     "memory_bytes": "memory/rank_0_peak_bytes",
 }
 SECONDS_TO_FINISH = 30.0
-"""Seconds for which a run waits at its end until all points are sent."""
+"""Largest number of seconds for which a run waits at its end until all points are sent."""
 
 _keeping = threading.Lock()
 

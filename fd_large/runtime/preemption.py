@@ -56,10 +56,10 @@ _late: list[str] = []
 
 
 def asked_too_late() -> bool:
-    """Whether a run of this process had a reason to stop when it ended, since the last call.
+    """Whether a run of this process was asked to stop, and has ended, since the last call.
 
-    A run that is already ending does not stop early for this reason. So a command with several runs
-    calls this function after each run, and stops if the result is True.
+    A request that arrives when a run is already ending has no effect on this run. So a command with
+    several runs calls this function after each run, and stops if the result is True.
     """
     late = bool(_late)
     _late.clear()
@@ -75,7 +75,7 @@ class Preemption(Hook):
     Args:
         notice_seconds: Seconds from a scheduler's signal to the forced end of the process.
         launcher: Name of the launcher, which may kill the ranks earlier after a Ctrl-C.
-        leaving: Function that is called when there is a reason to stop, once, and possibly in a
+        leaving: Function that is called once, when there is a reason to stop, and possibly in a
             signal handler.
         write_status: Function that records in the run's folder with which status the run ended.
         leave: Function that ends the process with an exit code.
