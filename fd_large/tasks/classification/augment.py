@@ -1,9 +1,9 @@
 """RandAugment and random erasing as in timm, with random numbers that the caller draws.
 
-RandAugment is timm's `rand-mM-mstdS-inc1`. Two operations are drawn for an image, and each is
-applied with probability 1/2, at a magnitude drawn around M. They are drawn from the operations
-whose severity grows with the magnitude, and are timm's own code. The argument `draws` replaces
-timm's random numbers from Python's global generator.
+RandAugment is timm's `rand-mM-mstdS-inc1`. For an image, two operations are drawn from the
+operations whose severity grows with the magnitude. Each is applied with probability 1/2, at a
+magnitude drawn around M. The operations are timm's own code; the argument `draws` replaces timm's
+random numbers from Python's global generator.
 
 Sources: Cubuk et al., arXiv 1909.13719; Zhong et al., arXiv 1708.04896; timm/data/auto_augment.py
 and random_erasing.py (Apache-2.0).
@@ -43,7 +43,7 @@ Level = Callable[[float, float], tuple[float, ...]]
 
 
 def _enhance(share: float, sign: float) -> tuple[float, ...]:
-    """Returns the factor of a colour, contrast, brightness or sharpness operation."""
+    """Returns timm's argument for colour, contrast, brightness or sharpness, a factor >= 0.1."""
     return (max(0.1, 1.0 + sign * 0.9 * share),)
 
 

@@ -92,9 +92,9 @@ class ClassificationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task for counting; see `TrainingJob.models_on_shapes`.
+        """Constructs the task to count operations; see `TrainingJob.models_on_shapes`.
 
-        If the training images are not open yet, the number of classes is ImageNet's.
+        If the training images are not open yet, the task has ImageNet's number of classes.
         """
         if self._training is None:
             self._assumed_classes = IMAGENET_CLASSES
@@ -121,7 +121,10 @@ class ClassificationJob(TrainingJob):
         return [Evaluation(measure, self.run.eval.every)]
 
     def statistics(self) -> Statistics:
-        """Returns mean and deviation that normalise images, by the recipe or else ImageNet's."""
+        """Returns the mean and deviation that normalise images.
+
+        They are ImageNet's unless the recipe states others.
+        """
         stated = own_section(self.run).statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
@@ -129,7 +132,7 @@ class ClassificationJob(TrainingJob):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the training images."""
+        """Number of classes of the training images, or ImageNet's if `models_on_shapes` took it."""
         return self._assumed_classes or len(self.classes())
 
     def classes(self) -> tuple[str, ...]:

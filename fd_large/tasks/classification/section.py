@@ -1,4 +1,4 @@
-"""The recipe sections and the kinds of fine-tuning and linear probe; this file imports no torch."""
+"""The sections and `TaskKind`s of fine-tuning and linear probe; this file does not import torch."""
 
 from __future__ import annotations
 

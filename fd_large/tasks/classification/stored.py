@@ -18,7 +18,10 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredClassification(StoredRun):
-    """The stored run of a fine-tuning or of a linear probe, of which the latter has no student."""
+    """The stored run of a fine-tuning or of a linear probe.
+
+    A linear probe has no student that could be exported.
+    """
 
     job: ClassificationJob
     loss_name = "cross-entropy"

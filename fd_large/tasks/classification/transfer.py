@@ -85,8 +85,8 @@ class LinearTransfer(ClassificationTransfer):
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
         """Returns the recipes of the linear probes of a model, by their labels.
 
-        With "auto" there are three, on the mean of the patch tokens, on the class token, and on
-        the two concatenated. A model without class token has only the first.
+        With "auto" there are three recipes, which probe the mean of the patch tokens, the class
+        token, and the two concatenated. A model without class token has only the first recipe.
 
         Args:
             run: The recipe, with the model in the student's place.

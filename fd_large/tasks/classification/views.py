@@ -85,7 +85,13 @@ class LabelledViews:
         )
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
-        """Returns (B, count) random numbers in [0, 1), which depend on the name of the stream."""
+        """Returns (B, count) random numbers in [0, 1); another stream gives other numbers.
+
+        Args:
+            positions: (B,), positions in the epoch's order.
+            stream: Name of the stream.
+            count: Number of random numbers for each position.
+        """
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
 
 
@@ -210,7 +216,7 @@ class GroupedBatches(Dataset):
     group: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the groups of positions (B,) in the epoch's order, with the labels of these B."""
+        """Loads all groups that have any of the positions (B,), and the labels of the positions."""
         starts = np.unique(positions // self.group) * self.group
         every = (starts[:, None] + np.arange(self.group)).ravel()
         loaded = self.views.load(every)

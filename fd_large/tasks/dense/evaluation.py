@@ -45,7 +45,7 @@ class Model(Protocol):
         """
 
     def idle(self) -> None:
-        """Runs a dummy forward on a rank without an image, while other ranks predict theirs."""
+        """Runs a dummy forward on a rank without an image, while other ranks predict images."""
 
 
 class Drawn(NamedTuple):
@@ -160,7 +160,8 @@ def finite(value: float) -> float | None:
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
     """Returns the prediction (H, W) of this rank's image, or None if it has no readable image.
 
-    All ranks call it. They run equally many forwards, as ZeRO-3 needs, some with `Model.idle`.
+    All ranks call it. Since all ranks must run the same number of forwards under ZeRO-3, a rank
+    that needs fewer forwards also runs `Model.idle`.
     """
     size = (item.truth.shape[0], item.truth.shape[1])
     planned = model.views.num_forwards(*size, model.at_once) if item.views else 0

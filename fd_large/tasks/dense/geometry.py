@@ -47,7 +47,10 @@ class View:
         return self._cut(image)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the view of a mask (H, W) of 0 and 1; a pixel is 1 if at least half covered."""
+        """Returns the view of a mask (H, W) of zeros and ones.
+
+        If the mask is resized, a pixel is 1 if ones cover at least half of it.
+        """
         pixels = torch.from_numpy(np.ascontiguousarray(mask))
         if self.resized != self.original:
             covered = F.interpolate(

@@ -64,7 +64,7 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def training_views(self) -> Any:
-        """Returns what makes views of training images by the recipe (`TrainingViews`)."""
+        """Returns the `TrainingViews` of the recipe, which make views of training images."""
         raise NotImplementedError
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
@@ -81,7 +81,7 @@ class DenseJob(TrainingJob):
     def whole_images(self) -> str:
         """Returns the error message if the recipe tests whole images of any size, otherwise "".
 
-        It is used if the student accepts images of a single size only.
+        It is called only if the student accepts images of a single size.
         """
         raise NotImplementedError
 

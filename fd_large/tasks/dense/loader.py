@@ -110,13 +110,13 @@ class TestViews(Protocol):
     __test__ = False
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns the views of an image with a size in pixels."""
+        """Returns the views of an image that has the given height and width in pixels."""
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image with a size in pixels.
+        """Returns the number of forwards that predict an image.
 
         Args:
-            height, width: Size of the image.
+            height, width: Size of the image, in pixels.
             at_once: Number of windows in a forward.
         """
 

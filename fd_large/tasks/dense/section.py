@@ -41,7 +41,7 @@ def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
         where: The section, for the message.
         scale_range: The smallest and the largest scale.
 
-    Raises: ConfigError: if they are not.
+    Raises: ConfigError: if the range is invalid.
     """
     smallest, largest = scale_range
     require(
@@ -57,7 +57,8 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
 
     Args:
         where: The section, for the message.
-        test_size: The shorter and the longer side in pixels, or (0, 0).
+        test_size: The length of the shorter side and the largest length of the longer side, in
+            pixels; (0, 0) for the default.
 
     Raises: ConfigError: if the size is invalid.
     """

@@ -93,8 +93,8 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
         teacher: Rows and columns of the teacher's map.
         interpolation: One of `INTERPOLATIONS`.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if its value
-        is unknown.
+    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if the
+        interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(

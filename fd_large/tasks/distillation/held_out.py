@@ -226,7 +226,7 @@ class HeldOutViews:
 
         Args:
             images: (B, 3, S, S) uint8, the views.
-            numbers: Their B indices in `Crops`.
+            numbers: Indices of these B views in `Crops`.
         """
         maps = None
         if self._stored is not None:

@@ -238,7 +238,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
-        """How the user can make each field of the mask that has no effect take effect, by field."""
+        """For each field of the mask that has no effect, a sentence on which flags to set."""
         return self.run.mask.ignored_fields()
 
     @cached_property
@@ -251,7 +251,7 @@ class DistillationJob(TrainingJob):
     # --- before anything heavy ---
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe, in which teachers' and student's weights settle what was left open.
+        """Returns the recipe completed from the weights of teachers and student.
 
         If the recipe states no number of views, number and seed of the views are those of the
         caches that it reads.
@@ -297,7 +297,7 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _on_shapes(self) -> Mapping[str, TeacherOnShapes]:
-        """The teachers of the settled recipe by name, as models on the meta device."""
+        """The `TeacherOnShapes` of each teacher of the settled recipe, by name."""
         return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
@@ -671,7 +671,7 @@ class DistillationJob(TrainingJob):
 
 
 def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
-    """Returns the teachers of a recipe by name, as models on the meta device.
+    """Returns the `TeacherOnShapes` of each teacher of a recipe, by name.
 
     Args:
         run: The recipe, with settled models.

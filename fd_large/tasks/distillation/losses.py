@@ -93,15 +93,17 @@ class Loss:
         return self.per_image(*tokens).view(projected.shape[:2])
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns slope and curvature for a Newton step of a constant prediction, (C,) each.
+        """Returns slope and curvature for a Newton step of a constant prediction, or None.
 
-        Slope and curvature are summed over the images. A step of slope / curvature must not
-        overshoot the minimum, and a channel with curvature 0 is not moved. If a loss returns None,
-        the constant-prediction baseline predicts the mean of the targets.
+        A step of slope / curvature must not overshoot the minimum, and a channel with curvature 0
+        is not moved. If a loss returns None, the constant-prediction baseline predicts the mean of
+        the targets.
 
         Args:
             constant: (C,) float32, the prediction for every token.
             target: (B, N, C) float32.
+
+        Returns: slope and curvature, (C,) each, summed over the images.
         """
         return None
 
@@ -278,7 +280,10 @@ class WeightedSum(Loss):
         return self.terms
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the weighted sums of slopes and of curvatures, without losses that have none."""
+        """Returns the weighted sums of the losses' slopes and curvatures.
+
+        A loss whose `newton` returns None is left out.
+        """
         slope, curvature = torch.zeros_like(constant), torch.zeros_like(constant)
         for weight, loss in self.terms:
             if (part := loss.newton(constant, target)) is not None:
@@ -287,10 +292,11 @@ class WeightedSum(Loss):
 
 
 class ClsAndPatches(Loss):
-    """Mean of the same loss on the CLS token and on the patches, a sum of `Cosine` and `SmoothL1`.
+    """Mean of two losses, on the CLS token and on the patches, each of cosine and smooth L1.
 
-    The CLS token has as much weight as all patches together, and registers are left out. Source:
-    Sariyildiz et al. (UNIC), arXiv 2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
+    Each of the two is the weighted sum of `Cosine` and `SmoothL1`. So the CLS token has as much
+    weight as all patches together; registers are left out. Source: Sariyildiz et al. (UNIC), arXiv
+    2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
 
     Args:
         beta: See `Loss`.
@@ -439,10 +445,10 @@ class FunctionLoss(Loss):
 
 
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a slope and curvature, (C,) each, to minimise minus the cosine to unit vectors.
+    """Returns a slope and curvature, (C,) each, for a loss that is minus a sum of cosines.
 
-    The parabola that they describe has its minimum at the vector with the norm of the constant and
-    the direction of the unit vectors' sum.
+    The cosines are between a constant and unit vectors. A step by the result leads to the vector
+    with the norm of the constant and the direction of the unit vectors' sum.
 
     Args:
         constant: (C,), the present prediction.

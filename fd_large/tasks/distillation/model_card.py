@@ -134,7 +134,8 @@ def _losses(entry: NamedTeacher) -> str:
 def _loss(entry: NamedTeacher, kind: str) -> str:
     """Returns a target's loss in words.
 
-    The paper's loss is described; of another, the names of loss, normaliser and head are listed.
+    For the paper's loss it is a description, for another loss the names of loss, normaliser and
+    head.
     """
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):

@@ -386,7 +386,7 @@ def require_same_teachers(
     Args:
         entries: The recipe's entry of each teacher, by name.
         stored: What the manifest records of each teacher (`facts_of`), by name.
-        ours: Returns the present `facts_of` the teacher with a name.
+        ours: Returns what a manifest would record now of the teacher with a name.
 
     Raises: CheckpointError: if they differ; it names the differences.
     """
@@ -409,7 +409,7 @@ def _require_same_teacher(
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry in the recipe.
         theirs: What the manifest records of the teacher (`facts_of`).
-        ours: The teacher's present `facts_of`.
+        ours: What a manifest would record of the teacher now.
 
     Raises: CheckpointError: if they differ; it names the first difference.
     """

@@ -366,9 +366,9 @@ class Mask:
         return self.hides and self.student == "dropped" and self.tokens != "visible"
 
     def ignored_fields(self) -> dict[str, str]:
-        """Returns the fields that have no effect because of the values of other fields.
+        """Finds the fields that have no effect because of the values of other fields.
 
-        Returns: by the field's name, a sentence that says which flags to set.
+        Returns: for each, by its name, a sentence that says which flags to set.
         """
         names: dict[str, str] = {}
         if not self.decodes:
@@ -415,12 +415,20 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
 
 
 def source_flag(name: str) -> str:
-    """Returns the command-line flag of a teacher's source; an empty name is a single teacher's."""
+    """Returns the command-line flag of a teacher's source.
+
+    Args:
+        name: The teacher's name, or "" for a single teacher.
+    """
     return f"--teachers.{name}.source" if name else "--teacher.source"
 
 
 def called(name: str) -> str:
-    """Returns the words for a teacher in messages, "teacher NAME", or "teacher" without a name."""
+    """Returns the words for a teacher in messages, "teacher NAME" or "teacher".
+
+    Args:
+        name: The teacher's name, or "" for a single teacher.
+    """
     return f"teacher {name}" if name else "teacher"
 
 

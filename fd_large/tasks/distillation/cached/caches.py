@@ -326,13 +326,14 @@ class RunCaches:
     def early(self) -> dict[str, list[int]]:
         """Returns {`EARLY`: epochs} if the run stores maps, else an empty dictionary.
 
-        The epochs, counted from 1, are those that learnt from stored maps although a run that fills
-        the cache itself would have run its teachers. The list grows during the run.
+        These epochs, counted from 1, learnt from maps that were stored before the epoch began. A
+        run that fills the cache itself would have run its teachers in them. The list grows during
+        the run.
         """
         return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Restores the epochs that `early` returns from a checkpoint's manifest."""
+        """Takes the epochs that `early` returned for a checkpoint from its manifest."""
         self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 

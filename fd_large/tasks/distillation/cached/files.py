@@ -427,7 +427,7 @@ def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) ->
 
 
 def damaged(path: Path, got: str, expected: str, record: int | None = None) -> CacheError:
-    """Returns the error for a damaged shard, which only this rank may have met.
+    """Returns the error for a damaged shard, marked as an error of this rank alone.
 
     Args:
         path: The shard.

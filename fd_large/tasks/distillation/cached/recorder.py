@@ -25,7 +25,7 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class ToRecord:
-    """Adds to a batch's targets the records in which its maps are stored.
+    """Adds to a batch's targets the numbers of the records in which to store its maps.
 
     It implements the loader's `Beside`.
 

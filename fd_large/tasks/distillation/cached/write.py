@@ -257,8 +257,8 @@ class CacheWriter(ShardFiles):
 class _Shares:
     """The records of a rank's shards, divided into a `Place` for each forward.
 
-    All ranks have the same number of places; those of a rank with fewer records are empty at the
-    end.
+    All ranks have the same number of places. The last places of a rank with fewer records are
+    empty.
 
     Attributes:
         writer: Writer of the records.
@@ -397,7 +397,8 @@ def _finish(
 def _other_maps(stored: Header, expected: Header) -> str:
     """Returns the differences between two headers in words, for the message of `prepare`.
 
-    Only the first of these that differ are named: facts, sections of the teachers, other fields.
+    The facts that differ are named. If all facts are equal, the fields of the section `teacher`
+    that differ are named, and if these are equal too, all other fields.
     """
     words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
     facts, sections, all_ = [], [], []

@@ -106,7 +106,13 @@ class Ladder(MapHead):
 
 
 def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool) -> nn.Sequential:
-    """Returns two linear layers with GELU between them, and the layer norms that are wanted."""
+    """Returns two linear layers with GELU between them.
+
+    Args:
+        width, hidden, out_width: Channels before, between and after the layers.
+        pre_norm: Whether a layer norm comes first.
+        mid_norm: Whether a layer norm comes before the GELU.
+    """
     layers: list[nn.Module] = [nn.LayerNorm(width)] if pre_norm else []
     layers.append(Linear(width, hidden, draw=NORMAL))
     layers += [nn.LayerNorm(hidden)] if mid_norm else []

@@ -54,8 +54,7 @@ def make(
         name: A name in `HEADS`, or the user's own `module:FILE.py:NAME` (fd_large/doors.py).
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Returns the shapes of student and teacher for a `MapHead`; None for a target without
-            maps.
+        maps: Returns the shapes from which a `MapHead` is made; None if the head is no `MapHead`.
 
     Raises: ConfigError: if the head does not exist or does not fit.
     """

@@ -52,7 +52,7 @@ def _numbers_hidden(
 ) -> NDArray[np.int64]:
     """Draws how many patches of each image are hidden, (B,); for arguments see `masks`.
 
-    With the sampler `block` it is only an upper limit.
+    With the sampler `block` the number is only an upper limit.
     """
     if not mask.ratio_to and mask.share == 1:
         return np.full(np.shape(positions), hidden(mask, grid))

@@ -126,7 +126,7 @@ class Masked(Whole, Part):
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns "mask", (N, B) bool, whether each patch of each image is hidden.
+        """Draws a mask for each image, and returns it as "mask", (N, B) bool, True if hidden.
 
         If only visible patches are encoded, the result also has "visible", (V, B) int64, the
         indices of the visible patches.

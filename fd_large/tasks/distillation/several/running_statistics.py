@@ -141,7 +141,7 @@ class RunningStatistics(Float32Buffers):
 
     @property
     def divisor(self) -> Tensor:
-        """What divides tokens outside of a step: (2, C), for prefix tokens and for patches."""
+        """Divisor of centred tokens outside of a step, (2, C), for prefix tokens and patches."""
         return self._divisor(self.deviation)
 
     def undo(self) -> Undo:
@@ -181,7 +181,7 @@ class RunningStatistics(Float32Buffers):
         return step.variance.sqrt() + self._EPS
 
     def _divisor(self, deviation: Tensor) -> Tensor:
-        """Returns what divides tokens of the given deviations, (2, C)."""
+        """Returns the divisor of centred tokens, (2, C), from their deviations (2, C)."""
         return deviation + self._EPS
 
 

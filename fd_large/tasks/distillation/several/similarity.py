@@ -72,7 +72,8 @@ class SummaryQueue(Float32Buffers):
         Args:
             summaries: (B, C), of any norm.
 
-        Returns: flat (rows * C,) float64, the global batch with zeros at all other images.
+        Returns: the global batch of at most Q images, flat (images * C,) float64, with zeros at the
+            images of other micro-batches.
         """
         size = len(summaries)
         number = distributed.rank() * self._micro_batches + self._placed
@@ -92,7 +93,7 @@ class SummaryQueue(Float32Buffers):
 
     @torch.no_grad()
     def move(self) -> None:
-        """Stores the queue that begins with the step's summaries in `rows`."""
+        """Sets `rows` to the queue that `take` made, which begins with the step's summaries."""
         assert self._of_step is not None
         self.rows.copy_(self._of_step)
         self._of_step = None
@@ -170,13 +171,11 @@ def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Returns KL(teacher || student), where the softmax is over the last dimension of cosines.
+    """Returns KL(teacher || student), (...), of softmaxes over the last dimension of cosines.
 
     Args:
         student, teacher: (..., K), cosines; the teacher takes no gradient.
         temperature: Number by which cosines are divided.
-
-    Returns: (...).
     """
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)

@@ -102,7 +102,10 @@ class Weighted(Part):
         return Sum().combined(targets, losses) / len(self._names)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the number of kept pairs of a micro-batch, with the images' weights, (1,)."""
+        """Returns the number of kept pairs of a micro-batch, (1,).
+
+        A pair counts by the weight of its image, which `shares` of the task's `sight` gives.
+        """
         shares = task.sight.shares(prepared["drawn"], prepared["pixels"])
         zeros = prepared["pixels"].new_zeros(len(self._names), len(shares))
         kept_pairs = self._kept(zeros, prepared["maps"], prepared["drawn"])
