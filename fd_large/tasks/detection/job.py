@@ -99,8 +99,8 @@ class DetectionJob(TrainingJob):
         A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
         images, since its position table and its windows are made for that grid.
 
-        Raises: ConfigError: if the student has no stages to compute sequentially, or has batch
-            norms that use the statistics of a batch.
+        Raises: ConfigError: if the recipe sets `sequential_stages` for a student that lacks such
+            stages, or if the student has batch norms that use the statistics of a batch.
         """
         student, numbers = self.run.student, self.run.task.detection
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
@@ -135,9 +135,9 @@ class DetectionJob(TrainingJob):
     def initial_weights(self) -> InitialWeights:
         """Returns the weights that `student.init` provides for the student, pyramid and heads.
 
-        Pyramid and heads are included only if `student.init` is a detection run. Layers of pyramid
-        and heads whose shapes differ, for example because the number of classes does, start from
-        random weights.
+        Pyramid and heads are included only if `student.init` is a detection run. Two kinds of
+        layers then start from random weights: layers whose shapes differ, for example because the
+        number of classes does, and mask heads of a run whose dataset had no masks.
         """
         student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
         return {} if student is None else {"student": student, **self._initial_heads()}

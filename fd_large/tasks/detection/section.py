@@ -60,7 +60,7 @@ class Detection:
     nms: Literal["hard", "linear", "gaussian"] = "hard"
     # Overlap (intersection over union) from which hard and linear act.
     nms_iou: float = 0.5
-    # Boxes with this score or less are not reported.
+    # Boxes with this score or less are dropped before NMS.
     least_score: float = 0.05
     # Whether the score of a box is multiplied by the mean probability inside its mask: for the mask
     # AP, at the cost of the box AP (EVA-02's "maskness").

@@ -48,8 +48,8 @@ class StoredDetection(StoredRun):
         The test images are those of `DetectionJob.test_images`. Writes results.json, scores.json
         and plots into the folder.
 
-        Returns: the tables of the metrics and the written files; without tables and files on ranks
-            other than 0.
+        Returns: the tables of the metrics and the paths of the written files. On ranks other than 0
+            the result has neither tables nor files.
         """
         run, micro = self.run, self.run.batch.micro_batch_size
         classes = _classes(reader)

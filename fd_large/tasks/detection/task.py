@@ -215,10 +215,11 @@ class Detection(Task):
     def _maps(
         self, pixels: Tensor, sizes: Tensor, keep: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Returns three lists with an item for each pyramid level, finest first.
+        """Runs backbone, pyramid and proposal head.
 
-        The lists hold maps (B, C, H_l, W_l), and for the level's anchors the objectness logits
-        (B, A_l) and the box deltas (B, A_l, 4) from `RpnHead`.
+        Returns: three lists with an item for each pyramid level, finest first: maps
+            (B, C, H_l, W_l), objectness logits (B, A_l) and box deltas (B, A_l, 4) of the level's
+            anchors.
         """
         stages = features(self.student, pixels, keep)
         if self.attention is not None:

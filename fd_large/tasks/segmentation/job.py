@@ -78,7 +78,7 @@ class SegmentationJob(DenseJob):
         )
 
     def sources(self) -> Mapping[str, str]:
-        """Returns the sources of the weights of student and heads, by the recipe's fields."""
+        """Returns {field of the recipe: source of weights} for the student and the heads."""
         head_source = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
         return {**super().sources(), **head_source}
 

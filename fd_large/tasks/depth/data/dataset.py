@@ -54,7 +54,7 @@ class DepthSet(PairedImages):
     def truth(self, index: int) -> NDArray[np.float32]:
         """Reads the depths of the whole image `index`, (H, W) in metres; 0 where unknown.
 
-        Raises: DataError: if the depth file cannot be read, or has another image mode.
+        Raises: DataError: if the depth file cannot be read, or is not a 16-bit image.
         """
         numbers = read_numbers(self.truth_file(index), MODES, FILE, max_pixels=self.max_pixels)
         depths = numbers.astype(np.float32) / np.float32(self._scale)

@@ -95,7 +95,7 @@ class CocoSet(DivisibleImages):
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
-        """Returns the objects of image `index`, in its pixels, with segmentations as stored."""
+        """Returns the objects of image `index` in image pixels, with encoded segmentations."""
         arrays, place = self._listing.arrays, self.places[index]
         start, stop = arrays["first"][place : place + 2].tolist()
         crowd = arrays["crowd"][start:stop]

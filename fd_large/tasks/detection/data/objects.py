@@ -134,10 +134,10 @@ def read_objects(
     """Reads an annotation file in COCO's or Objects365's format into the arrays of a `CocoSet`.
 
     Images are sorted by id. The objects of an image are in the file's order. Image i has the
-    objects first[i] to first[i + 1] - 1. Object j has the polygons polygon_first[j] to
-    polygon_first[j + 1] - 1, and the run lengths rle[rle_first[j]:rle_first[j + 1]], of which at
-    least one is empty. Polygon k has the points point_first[k] to point_first[k + 1] - 1. The
-    arrays besides the names are
+    objects first[i] to first[i + 1] - 1. An object has polygons or run lengths, not both. Object j
+    has the polygons polygon_first[j] to polygon_first[j + 1] - 1, or the run lengths
+    rle[rle_first[j]:rle_first[j + 1]]. Polygon k has the points point_first[k] to
+    point_first[k + 1] - 1. The arrays besides the names are
 
         image_ids (images,) int64; sizes (images, 2) int32, height and width; first (images + 1,)
         boxes (objects, 4) float32; labels (objects,) int64; crowd (objects,) bool

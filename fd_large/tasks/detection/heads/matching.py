@@ -70,7 +70,7 @@ def match(
 
 
 def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
-    """Matches each object to its candidates of highest IoU, even if these overlap another more.
+    """Matches each object to its candidates of highest IoU, whatever else these overlap.
 
     Args:
         matched: (N,) int64, the result of `match`, which is changed in place.

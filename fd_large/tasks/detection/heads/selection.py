@@ -51,9 +51,9 @@ class Selection:
 
     Attributes:
         nms: "hard" drops a box that overlaps a selected box of its class by more than `iou`;
-            "linear" and "gaussian" lower the score of such a box (`soft_nms`).
+            "linear" and "gaussian" lower the scores of overlapping boxes (`soft_nms`).
         iou: IoU above which "hard" drops a box, and from which "linear" lowers its score.
-        least_score: Boxes with this score or less are dropped.
+        least_score: Boxes with this score or less are dropped before NMS.
         at_most: Largest number of boxes of an image.
         rescored: Whether a box's score is multiplied by the mean probability inside its mask.
     """

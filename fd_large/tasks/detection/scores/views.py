@@ -31,7 +31,7 @@ class TestViews(NamedTuple):
         short_side: Length of the shorter side at scale 1, in pixels.
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
-        flip: Whether each view is also seen mirrored.
+        flip: Whether the model also sees each view mirrored.
         merge: How several views are merged. "average": every view gets the best proposals of all
             views, and boxes, scores and masks are averaged (mmdetection 2). "areas": the boxes of
             all views are pooled before selection, with only some areas from each scale

@@ -102,7 +102,7 @@ class TestViews(NamedTuple):
         short_side: Length of the shorter side at scale 1, in pixels.
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
-        flip: Whether each view is also seen mirrored.
+        flip: Whether the model also sees each view mirrored.
         crop: Side of a window, in pixels; 0 for whole images.
         stride: Distance from window to window, in pixels.
     """

@@ -41,8 +41,9 @@ class Outcome(NamedTuple):
         errors: (N,) float64, the share of wrong pixels among each image's labelled pixels, in 0..1;
             NaN for an image that has no labelled pixels or could not be read.
         unread: Number of unreadable images, which are not scored.
-        areas: (N, 3, K) int64, for each image and class the number of labelled pixels that have the
-            class as both label and prediction, as label, and as prediction.
+        areas: (N, 3, K) int64, three counts of labelled pixels for each image and class: pixels
+            with the class as label and prediction, pixels with the class as label, and pixels with
+            the class as prediction.
     """
 
     scores: Scores
