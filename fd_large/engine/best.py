@@ -1,7 +1,7 @@
 """Finds the best evaluation of a run so far, and decides whether the run stops early.
 
-The state follows from the rows of evaluations.jsonl up to the present step, so an interrupted run
-decides like an uninterrupted one. All ranks use rank 0's numbers.
+The state follows from the lines of evaluations.jsonl up to the present step, so that a resumed run
+decides like an uninterrupted run. All ranks use rank 0's numbers.
 """
 
 from __future__ import annotations

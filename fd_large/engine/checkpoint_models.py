@@ -152,7 +152,7 @@ def _recorded_code(reader: Reader) -> dict[str, str]:
 
 
 def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> None:
-    """Logs a warning if the user's own file is not the one that made a run's model."""
+    """Logs a warning if the user's own file has changed since it made a run's model."""
     made_by = code_hash(reader, architecture)
     doors.warn_if_changed(architecture.code, made_by, model=str(reader.path))
 

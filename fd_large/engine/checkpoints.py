@@ -141,8 +141,9 @@ class Checkpoints:
         """Commits the checkpoint that is being written, if no rank is still writing.
 
         Args:
-            busy_anywhere, failed_anywhere, broken_anywhere: `flags`, each true if it is true on any
-                rank.
+            busy_anywhere: Whether any rank is still writing the checkpoint.
+            failed_anywhere: Whether any rank has failed to write the checkpoint.
+            broken_anywhere: Whether any rank has failed because its state is not finite.
 
         Returns: the seconds that the save took; None if no checkpoint was committed.
         """
@@ -160,7 +161,7 @@ class Checkpoints:
         Args:
             step: Number of finished steps.
             evaluated: Whether the evaluation that is due after this step, if any, was made.
-            prunes: Whether old checkpoints are deleted when this one is complete.
+            prunes: Whether old checkpoints are deleted when the new checkpoint is complete.
 
         Returns: the seconds that the previous save took, if this call had to wait for it, or, with
             state on a disk, the seconds that this save took. None if this call waited for no save,
@@ -247,7 +248,8 @@ class Checkpoints:
         Raises:
             CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints
                 is sound, or the newest sound checkpoint belongs to another model or training.
-            NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
+            NotFiniteError: If no checkpoint is sound, and a checkpoint has numbers that are not
+                finite.
         """
         place = store.checkpoints_of(self._folder)
         if place.is_symlink() and not kind_of(place):

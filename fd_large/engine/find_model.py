@@ -48,9 +48,8 @@ class NamedModel:
         trained_by: Job of the run whose student this model is, or None for other models.
         seed: Seed of the model's run, which decides random weights.
         weights: The sources that have opened the model's weights.
-        checkpoint: The checkpoint of the student. Recipe and weights must come from the same
-            checkpoint, and a run that still trains writes newer ones. None for models other than a
-            run's trained student.
+        checkpoint: The checkpoint from which recipe and weights of a run's trained student come;
+            while a run trains, its newest checkpoint may change in between. None for other models.
     """
 
     label: str
@@ -95,10 +94,11 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 
     Args:
         source: The folder of a run or of a checkpoint, for the run's student (with the average of
-            its weights if the run keeps one); RUN#NAME, for a model that the run uses and does not
-            train (RUN#teacher); RUN#scratch, for the run's student with random weights; weights, as
-            `teacher.source` takes them; or MODEL=SOURCE, for weights that do not show their model.
-            MODEL is a name in the table of models or timm:NAME, SOURCE is weights or `random`.
+            its weights if there is an average); RUN#NAME, for a model that the run uses and does
+            not train (RUN#teacher); RUN#scratch, for the run's student with random weights;
+            weights, as `teacher.source` takes them; or MODEL=SOURCE, for weights that do not show
+            their model. MODEL is a name in the table of models or timm:NAME, SOURCE is weights or
+            `random`.
         job_of: Makes the job of a stored recipe.
         image_size: Side of the model's images, in pixels, to which tables of positions are resized.
             0 stands for the side with which the model was trained.

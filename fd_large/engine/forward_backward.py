@@ -62,7 +62,7 @@ def arguments_of_step(
 
     Args:
         task: The trained Module, outside of its engine.
-        forward: Calls the task's `forward`, through its engine if it has one.
+        forward: Calls the task's `forward`, through the engine if there is an engine.
         batches: This rank's micro batches of the step, on any device.
         seed: See `prepared`.
         count: Number of the micro batches.

@@ -1,8 +1,8 @@
 """The interface by which the engine asks a task for samples, a Module, batches, evaluations.
 
 The engine builds, trains, stores and resumes any task through this interface, and imports no task.
-It is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the only one
-that every task has.
+It is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the only
+interface that every task has.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class TrainingJob:
         return {} if tensors is None else {"student": tensors}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields the micro batches of a rank and an epoch that `portion` selects.
+        """Yields a rank's micro batches, from the step that `portion` names to the epoch's end.
 
         By default a batch has one random view of each image, and no targets.
         """

@@ -114,7 +114,7 @@ class Trainer:
         plan: Length, batches and learning rates.
         hooks: Observers of the run, in the order in which they are called.
         setting: Facts that the hooks get before the first step.
-        checkpoints: The run's checkpoints, with the state restored if there was one.
+        checkpoints: The run's checkpoints; a resumed run has restored its state from them.
         evaluations: Measurements before, during and after training.
         layer_rates: Steps each layer at its own learning rate; None if all layers have the same.
         ema: Moving average of the weights, or None.

@@ -1,9 +1,11 @@
 """Opens a run: settles and checks its recipe, prepares its folder, builds its models and engine.
 
-A run passes through four stages, each a function of one run: `settle`, `check`, `enter`, `build`.
-`open_together` leads the runs of several students through each stage together. Between two stages
-it handles what the runs share: mistakes, images, frozen models, the start of DeepSpeed and the
-probe of a micro batch. The caller must have claimed the run's folder before the first stage.
+A run passes through four stages, each of which is a function: `settle` sets the fields of the
+recipe that the weights decide, `check` looks for the user's mistakes, `enter` prepares the run's
+folder, and `build` makes the engine. `open_together` leads the runs of several students through
+each stage together. Between two stages it handles what the runs share: mistakes, images, frozen
+models, the start of DeepSpeed and the probe of a micro batch size. The caller must have claimed the
+run's folder before the first stage.
 """
 
 from __future__ import annotations

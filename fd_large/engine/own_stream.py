@@ -6,8 +6,8 @@ kernels and their order within a stream are the same, and so are the results, to
 
 The streams meet in two places. New work waits for everything queued before on the current stream,
 so that the inputs of the work are ready. The stream that first reads a result waits for the work.
-Memory that one stream allocates and the other reads is recorded with the allocator, which could
-otherwise reuse the memory too early.
+If a stream reads memory of the other stream, the allocator is told, because it could otherwise
+reuse the memory too early.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
 
 
 class _Awaited(Mapping[str, T]):
-    """Results of work on another stream; the stream that first reads one waits for the work."""
+    """Results of work on another stream; a stream that reads a result first waits for the work."""
 
     def __init__(
         self, results: Mapping[str, T], stream: torch.cuda.Stream, device: torch.device

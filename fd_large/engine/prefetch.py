@@ -1,4 +1,4 @@
-"""Copies each micro batch to the device during the computation of the previous one."""
+"""Copies each micro batch to the device while the previous micro batch is computed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Prefetch:
         return batch
 
     def stage(self) -> None:
-        """Starts to copy the next micro batch; called after the last one's work is queued."""
+        """Starts to copy the next micro batch to the device; called while the device computes."""
         if self._stream is None or self._staged is not None:
             return
         batch = next(self._batches, None)

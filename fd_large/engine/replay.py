@@ -188,7 +188,9 @@ def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
 
 
 def _weights(folder: Path, step: int) -> Reader:
-    """Opens the newest sound checkpoint of at most `step` steps, or else the oldest later one.
+    """Opens the newest sound checkpoint of at most `step` steps.
+
+    If there is none, opens the oldest sound checkpoint of more steps.
 
     Raises: CheckpointError: if no checkpoint is sound.
     """

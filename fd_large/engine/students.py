@@ -121,7 +121,7 @@ def train_together(
 def _train_epoch(
     trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
 ) -> None:
-    """Trains from step `finished` to the end of its epoch, or until no student is at this step."""
+    """Trains from step `finished` to the end of its epoch, or until no student takes the step."""
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:

@@ -116,8 +116,8 @@ class Task(nn.Module):
         """Returns a micro batch's part of the sums over a step, (K,) float64; without gradient.
 
         Args:
-            forward: Calls this task's `forward`, through its engine if there is one. A task whose
-                sums need the student calls this function at the cost of a second forward.
+            forward: Calls this task's `forward`, through the engine if there is an engine. A task
+                whose sums need the student calls this function, which costs a second forward.
             prepared: Result of `prepare`.
         """
         sums = [part.sums(self, prepared) for part in self._parts_of_step]
@@ -146,7 +146,7 @@ class Task(nn.Module):
         """Called on all ranks before the first forward of a step.
 
         Args:
-            progress: Fraction of the run's steps that came before this one, in [0, 1).
+            progress: Fraction of the run's steps that came before this step, in [0, 1).
         """
         batch_norm.forget(self.norms)
         for part in self.parts:

@@ -101,8 +101,8 @@ def residual_norm(
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
         copy: Data type of the second result; None for that of x.
-        branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
-            so that its gradient needs no pass of its own. See `takes_bias`.
+        branch_bias: (C,), the bias of the branch's last layer. It is added here, before the norm,
+            and not in that layer, so that its gradient needs no separate pass (`takes_bias`).
 
     Returns: the sum (B, ..., C) in the dtype of x, and the sum in the dtype `copy`, written in the
         same pass. If the dtypes are equal, the two results share memory.
@@ -290,7 +290,7 @@ residual_norm_forward.register_autograd(
 
 
 class Twice(torch.autograd.Function):
-    """`residual_norm_forward` that returns its sum as two tensors over the same memory.
+    """Calls `residual_norm_forward`, and returns the sum as two tensors over the same memory.
 
     The gradients of the two tensors are summed in the backward kernel. For a single tensor that is
     used twice, torch would sum them in a separate pass. A custom operation of torch may not return

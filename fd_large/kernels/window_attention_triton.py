@@ -186,8 +186,8 @@ def softmax_gradient(
 ):  # fmt: skip
     """Returns a tile's dot products, softmax weights (recomputed from lse) and logits' gradient.
 
-    `rows` are queries and `columns` keys, or the reverse. For keys, `drows` or `dcolumns` holds v;
-    for queries, the gradient of the output.
+    `rows` are queries and `columns` keys, or the reverse. `drows` belongs to `rows` and `dcolumns`
+    to `columns`: for queries it is the gradient of the output, and for keys it is v.
     """
     product = dot(rows, tl.trans(columns), INTERPRETED)
     weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)

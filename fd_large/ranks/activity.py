@@ -41,7 +41,7 @@ class Work:
         _changed()
 
     def advance(self, amount: float = 1, description: str | None = None) -> None:
-        """Adds `amount` finished units, and replaces the description if one is passed."""
+        """Adds `amount` finished units, and replaces the description unless it is None."""
         self.reach(self.done + amount)
         self.what = without_secrets(description or self.what)
 

@@ -75,7 +75,7 @@ def start(
         timeout_seconds: Time that a collective waits for a rank before it fails.
         is_guest: Whether the process belongs to other code, such as a notebook, and is never ended.
 
-    Returns: the launch with which the group was made, by this call or an earlier one.
+    Returns: the launch with which this call or an earlier call made the group.
     Raises:
         LaunchError: If the ranks do not meet, or this rank has no GPU of its own.
     """
@@ -258,8 +258,8 @@ def _store_of(
     """Connects to the store at which the ranks meet, as soon as it exists.
 
     Ranks of one host meet on a socket that is bound to the loopback interface, whereas the stores
-    of torch and torchrun listen on all interfaces. If torchrun has a store, these ranks only read
-    the port of the socket from it.
+    of torch and torchrun listen on all interfaces. If torchrun has a store, these ranks use it only
+    to pass on the port of the socket.
 
     Args:
         launch: Place of this rank among all ranks.
@@ -556,7 +556,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(check: Callable[[], T]) -> T:
-    """Runs a check on every rank; if it fails on any rank, all ranks raise one error.
+    """Runs a check on every rank; if it fails on any rank, all ranks raise the same error.
 
     The error is that of the first rank whose check failed. Unless all ranks have this error, the
     message names the nodes of the ranks that have it, or, if there is one node, the first rank.

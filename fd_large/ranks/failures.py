@@ -82,7 +82,7 @@ class Store(Protocol):
         """Returns whether all of the keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Sets a key if its value is `expected`; "" stands for a key that does not exist."""
+        """Sets a key if its value is `expected`, or, for `expected` "", if it does not exist."""
 
 
 class Watch:

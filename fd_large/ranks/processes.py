@@ -98,7 +98,7 @@ def started(pid: int) -> int | None:
 
 
 def kernel() -> str:
-    """Returns the id of this machine's boot, or "" if the system does not give one."""
+    """Returns the id of this machine's boot, or "" if the system has no such id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

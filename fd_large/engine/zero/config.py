@@ -1,9 +1,9 @@
 """Reads the DeepSpeed JSON, checks it at every level against closed lists, and fills it.
 
 The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, learning
-rates, clipping and precision. A number that both could name is "auto" in the JSON. DeepSpeed never
-sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
-the top level), or a setting that its stage would ignore.
+rates, clipping and precision. A number that JSON and recipe could name is "auto" in the JSON.
+DeepSpeed never gets an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (at the
+top level it ignores unknown keys), or a setting that its stage would ignore.
 
 Mistakes in the JSON alone are found when it is read, without torch, together with mistakes in the
 flags. `check_owned` then checks the JSON against the recipe, and `fill` against ranks and model.
@@ -513,7 +513,7 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
 
 
 def _check_groups(numbers: RunNumbers) -> None:
-    """Checks that DeepSpeed can quantise the shards of all weights to 8 bits.
+    """Checks that DeepSpeed can quantise the shards of all trained weights to 8 bits.
 
     Raises: ConfigError: if a shard is no multiple of EIGHT_BIT_GROUP elements, for which DeepSpeed
         would fail an assertion.
@@ -551,7 +551,7 @@ def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix:
 def computes_in_bfloat16(precision: str) -> bool:
     """Returns whether a run with this `engine.precision` computes in bfloat16.
 
-    "auto" stands for bfloat16 on GPUs, and for float32, which is faster there, on CPUs.
+    "auto" is bfloat16 on GPUs, and float32 on CPUs, where float32 is faster.
     """
     if precision == "auto":
         from fd_large.ranks import distributed  # It imports torch.

@@ -60,8 +60,8 @@ def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
     Args:
         module: A module with whole or partitioned parameters.
         whole: {name: hash} of the tensors that ZeRO-3 keeps whole, as of the first call that found
-            them; this call adds new ones. DeepSpeed fetches these tensors at some forward, so that
-            only changes since then count.
+            them. This call adds tensors that are not in it yet. DeepSpeed fetches these tensors at
+            some forward, so that only changes since then count.
 
     Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
     """

@@ -86,7 +86,7 @@ class Float32Sums:
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Sums the remaining buckets over the ranks, and divides this rank's shard by their number.
+        """Sums the remaining buckets over the ranks, and divides this rank's shard to an average.
 
         Replaces DeepSpeed's `buffered_allreduce_fallback`, whose arguments are ignored.
         """

@@ -1,25 +1,28 @@
 """Reduces gradients for the optimiser in fewer passes than DeepSpeed 0.19.8 makes.
 
-Methods on the objects of one engine replace DeepSpeed's; the numbers stay the same.
+Methods of an engine's objects are replaced; the numbers stay the same.
 
 | stage        | DeepSpeed                                   | here                               |
 |--------------|---------------------------------------------|------------------------------------|
-| 0            | one rank: flattens, reduces, copies back    | leaves the gradients where they are|
-|              | flattens and reduces after backward, and    | copies each gradient into a bucket |
-|              | copies back                                 | and reduces beside backward        |
-|              | clips by a norm that it keeps to itself     | one norm, for clipping and the log |
-| 2, and 1 in  | copies gradients into buckets that are new  | copies them into buckets that stay,|
-| float32      | with every step, all-reduces these, copies  | or where the optimiser reads them; |
-|              | the rank's shard out of them, and joins it  | on few ranks (`MOST_OWNERS`) sends |
-|              | norm from float64 copies                    | each to the one that steps it      |
-|              | float32: steps a copy of the parameters,    | steps the parameters themselves    |
+| 0            | on one rank: flattens gradients, reduces    | on one rank: leaves gradients in   |
+|              | them, copies them back                      | place                              |
+|              | on several ranks: flattens and reduces      | copies each gradient into a bucket |
+|              | after backward, and copies back             | and reduces during backward        |
+|              | computes a norm for clipping alone          | one norm, for clipping and the log |
+| 2, and 1 in  | copies gradients into new buckets in every  | copies gradients into lasting      |
+| float32      | step, all-reduces the buckets, copies the   | buckets or into the shard; on few  |
+|              | rank's shard out of them                    | ranks (`MOST_OWNERS`) sends each   |
+|              |                                             | bucket to the rank that steps it   |
+|              | computes the norm from float64 copies       | sums squares by chunks in float32  |
+|              | in float32: steps a copy of the parameters, | in float32: steps the parameters   |
 |              | and copies it back                          |                                    |
-| 1, bfloat16  | adds float32 copies to zeros, zeroes twice  | writes the first micro batch       |
-|              | all-reduces a float32 copy of all gradients | sums them in place, by buckets,    |
-|              | after backward                              | beside backward, as above          |
+| 1, bfloat16  | zeroes the sums twice, and adds float32     | overwrites the sums with the first |
+|              | copies to them                              | micro batch                        |
+|              | all-reduces a float32 copy of all gradients | sums gradients in place during     |
+|              | after backward                              | backward, in buckets as above      |
 |              | norm and clipping of all, on every rank     | of the rank's shard                |
-| 3            | gathers each tensor that stays whole by     | the next forward pass gathers them |
-|              | itself after a step                         | with their neighbours              |
+| 3            | after a step gathers each tensor that stays | the next forward gathers these     |
+|              | whole, in a message each                    | tensors with their neighbours      |
 
 Everything else is reduced by DeepSpeed itself, also during backward: stage 3, and stages 1 and 2
 with the optimiser in host memory.

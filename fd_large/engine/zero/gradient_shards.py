@@ -42,7 +42,10 @@ class _Bucket(NamedTuple):
 
 
 class _Partition(list):
-    """List of this rank's flat gradients of a group, with the attribute that DeepSpeed reads."""
+    """List with this rank's flat gradients of a group as its only entry.
+
+    DeepSpeed reads either the entry or the attribute `flat_partition`, which is the same tensor.
+    """
 
     def __init__(self, flat: Tensor) -> None:
         super().__init__([flat])

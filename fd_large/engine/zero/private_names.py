@@ -77,7 +77,7 @@ def replace(owner: Any, name: str, new: Any) -> Any:
 
     Args:
         owner: The object or module that has the method or value.
-        name: Name of the attribute; for names of DeepSpeed, one that the test lists.
+        name: Name of the attribute. The test must list it if it belongs to DeepSpeed.
         new: The replacement.
 
     Raises: VersionError: if the owner lacks the name.

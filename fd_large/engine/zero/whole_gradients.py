@@ -93,9 +93,9 @@ class _Averages:
         parameter.grad = view
 
     def finish(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Reduces the remaining buckets after backward, and waits until all are reduced.
+        """Reduces the remaining buckets after backward, and waits until all buckets are reduced.
 
-        The arguments, of the method of DeepSpeed that this method replaces, are ignored.
+        It replaces a method of DeepSpeed, and ignores the arguments of that method.
         """
         for parameter, view in self._views.items():
             if parameter.grad is not view:
