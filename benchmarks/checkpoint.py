@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
 def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Returns the number of parameters, and the seconds of every save by the way of saving.
 
-    Every rank calls it, and the seconds are those of the slowest rank.
+    Every rank has to call this function, and the seconds are those of the slowest rank.
     """
     import torch
     from engines import zero_engine

@@ -38,7 +38,7 @@ def milliseconds(optimizer: torch.optim.Optimizer, on_gpu: bool) -> float:
 
 
 def main(build: bool) -> None:
-    """Prints the time of each implementation of AdamW, and which one is the fastest.
+    """Prints the time of each implementation of AdamW, and the name of the fastest.
 
     Args:
         build: Whether to compile DeepSpeed's AdamW instead.

@@ -27,7 +27,10 @@ BYTES, BYTES_ON_CPUS = 200_000_000, 2_000_000
 
 
 def milliseconds(act: Callable[[], None]) -> float:
-    """Returns the median time of a collective on the slowest rank; every rank calls it."""
+    """Returns the median time of a collective on the slowest rank.
+
+    Every rank has to call this function.
+    """
     times = []
     for _ in range(ROUNDS + 2):
         distributed.barrier()

@@ -1,4 +1,4 @@
-"""Reports what a training run of gpu.sh or gpu_runs.sh measured, and which questions it decides.
+"""Reports the measurements of a training run of gpu.sh or gpu_runs.sh, and decides questions.
 
     python benchmarks/gpu_rows.py NAME RUN_FOLDER LOG
 

@@ -1,4 +1,4 @@
-"""What does a step of each published recipe compute, move and keep in memory, as `plan` needs it?
+"""Counts the FLOPs, traffic and memory of a step of each published recipe, for `plan`.
 
     python benchmarks/keep_counts.py
 

@@ -187,7 +187,7 @@ def vit_block(width: int, heads: int, side: int, device: str, images: int) -> Bl
 
 
 def block_cases() -> list[Callable[[], BlockCase]]:
-    """Returns functions that make the timed blocks, those that dominate a student's time first."""
+    """Returns functions that make the timed blocks, in order of their share of a student's time."""
     f32 = torch.float32
     if DEVICE == "cpu":
         return [
@@ -204,6 +204,7 @@ def block_cases() -> list[Callable[[], BlockCase]]:
 
 def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
     """Returns the ways to run a block, {name: (value of FD_KERNELS, whether to compile the block)}.
+
     Args:
         names: Names of the operations that the block calls.
     """
@@ -277,7 +278,7 @@ def time_block(case: BlockCase, samples: int) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Decides for each kernel whether it is worth keeping.
+    """Decides for each kernel whether to keep or to delete the kernel.
 
     Args:
         rows: The rows of `time_block` for all blocks.

@@ -103,7 +103,9 @@ def write_files(folder: Path, name: str) -> dict[str, int]:
 
 
 def load(path: Path, name: str, loader: str) -> dict[str, Any]:
-    """Loads a file on this rank; every rank calls it.
+    """Loads a file on this rank.
+
+    Every rank has to call this function.
 
     Args:
         path: The file.

@@ -12,8 +12,7 @@ that other work on the machine affects all of them. Half-way the machine's rates
 (`engine/counting/rates.py`). `--clock cpu` counts processor time, which other work changes less. A
 result is the ratio of the shortest measured step to the prediction from the shortest phases, and
 the prediction from the rates alone is shown beside it. Teacher and student are the same model, and
-images are noise in memory. Writes
-benchmarks/results/plan_MODEL_RANKS.json.
+images are noise in memory. Writes benchmarks/results/plan_MODEL_RANKS.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which operations take the time and bytes of a distillation step, and what do kernels save?
+"""Which operations take the time of a distillation step, and how much do fused kernels save?
 
     python benchmarks/roofline.py [--recipe fd_swinv2g] [--sizes 192:12 224:14] [--card h100]
                                   [--batch 32] [--json FILE]
@@ -73,7 +73,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True)
 class Row:
-    """Costs of an operation, or the sum of those of several operations.
+    """Costs of an operation, or the total costs of several operations.
 
     Attributes:
         phase: Part of the step, one of `PHASES`.

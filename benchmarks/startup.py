@@ -1,4 +1,4 @@
-"""How long does it take from the command to the first step, and which parts take the time?
+"""How long is the time from the command to the first step, and which parts take the most?
 
     python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [--package CHECKOUT]
         [--launchers deepspeed fd_large] [FLAGS of train.py]
@@ -126,7 +126,7 @@ def _cut_to_first_step(run: Path) -> None:
 def _start(
     command: list[Any], flags: list[str], folder: Path, package: Path, steps: int = 1
 ) -> dict[str, float]:
-    """Starts a run, and kills it when it has made and saved a number of steps.
+    """Starts a run, and kills the run when a number of steps are made and saved.
 
     Args:
         command, flags, package: As for `measure`.

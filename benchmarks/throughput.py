@@ -87,7 +87,7 @@ def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Measures the speed of all contenders, or with --alone the memory of one.
+    """Measures the speed of all contenders, or with --alone the memory of one contender.
 
     Rank 0 writes the results to --out. Returns the exit code.
     """
@@ -254,7 +254,7 @@ def _title(name: str, results: dict[str, Any]) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the table of all contenders, and those that were left out."""
+    """Prints the table of all contenders, and the names of contenders that were left out."""
     from rich.console import Console
     from rich.table import Table
 

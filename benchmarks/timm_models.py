@@ -1,4 +1,4 @@
-"""Which models of timm can be teachers or students, and is the adapter's map that of timm?
+"""Which models of timm can be teachers or students, and is the adapter's map equal to timm's?
 
     python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
     python benchmarks/timm_models.py --students [--work FILE] [--only PATTERN]

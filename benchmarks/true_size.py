@@ -141,7 +141,7 @@ def resident() -> dict[str, int]:
 
 
 def moved_bytes() -> tuple[int, int]:
-    """Returns the bytes that this process has read from disks, and those that it has written."""
+    """Returns two numbers of bytes, which this process has read from disks and written to disks."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counts = {name: int(count) for name, count in (line.split(": ") for line in lines)}
     return counts["read_bytes"], counts["write_bytes"]
@@ -327,7 +327,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_swin(name: str) -> bool:
-    """Whether a model's name is that of a SwinV2 of this package."""
+    """Whether a model's name belongs to a SwinV2 of this package."""
     return name.startswith("swinv2")
 
 
@@ -426,7 +426,7 @@ def steps_of(notes: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains to the last step; with --resume kills the run in its last save, and resumes it.
+    """Trains to the last step; with --resume, kills the run in its last save and resumes the run.
 
     Returns: the recorded lines, and the comparison of the resumed run.
     """

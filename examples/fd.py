@@ -52,7 +52,7 @@ class Block(nn.Module):
         )
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns tokens (B, N, C); `keep` (2, B) scales each image's branches, and 0 drops one."""
+        """Returns tokens (B, N, C); `keep` (2, B) scales the branches, and 0 drops a branch."""
         scales = (1.0, 1.0) if keep is None else keep[:, :, None, None]
         tokens = tokens + scales[0] * self.attention(self.norm1(tokens))
         return tokens + scales[1] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
@@ -112,7 +112,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the tokens of all patches, after the class token if the model has one."""
+        """Returns the tokens of all patches, with a class token of the model first."""
         features = self.model.forward_features(normalise(images, self.mean, self.std))
         if features.ndim == 4:  # (B, H, W, C) of Swin, (B, C, H, W) of a CNN.
             is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"

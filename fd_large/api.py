@@ -59,7 +59,7 @@ class Result:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Lists of each metric's values, one value an evaluation, by the metric's name.
+        """Values of each metric by the metric's name, in a list with a value for each evaluation.
 
         The list `update` holds the number of finished steps at each evaluation.
         """
@@ -161,7 +161,7 @@ def distill(
     fresh: bool = False,
     **fields: Any,
 ) -> Result:
-    """Distils a teacher into a student, on this machine's first GPU, or the CPU if it has none.
+    """Distils a teacher into a student on this machine's first GPU, or on the CPU without a GPU.
 
     The same call resumes an interrupted run, and does nothing for a finished run.
 
@@ -396,7 +396,7 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _draw_report(folder: str) -> None:
-    """Draws the plots of a finished run; logs an error in drawing, and does not raise it."""
+    """Draws the plots of a finished run; an error in drawing is logged and not raised."""
     from fd_large.report.make import make_report
 
     try:

@@ -115,7 +115,7 @@ def is_allowed(source: str) -> bool:
 
 
 def reset() -> None:
-    """Forgets all permissions and imported modules, so that the state is that of a new process."""
+    """Forgets all permissions and imported modules, as if the process were new."""
     global _remembers
     _remembers = False
     for known in (_files, _names, _unchanged, _modules, _imported, _warned):
@@ -353,7 +353,9 @@ def hashes(tree: Any) -> dict[str, str]:
 
 
 def warn_if_changed(code: str, made_by: str, *, model: str) -> None:
-    """Logs a warning, once for each model and name, if the name's file has changed since.
+    """Logs a warning if the file of the code that made a model is no longer the same.
+
+    There is one warning for each model and name.
 
     Args:
         code: The name of the code that made the model; nothing is imported.

@@ -1,4 +1,4 @@
-"""The command `fd-large cache [RECIPE] OUT`, which the launchers of `train` start."""
+"""The command `fd-large cache [RECIPE] OUT`, which stores the maps of a recipe's teachers."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def _with_views(run: Run, views: int) -> Run:
 
 
 def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
-    """Writes the maps of a recipe's teachers that are not stored yet; every rank calls it.
+    """Writes the maps of a recipe's teachers that are not stored yet.
+
+    Every rank has to call this function.
 
     Args:
         run: The recipe; its section task.distillation defines the views.

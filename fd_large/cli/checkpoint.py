@@ -193,7 +193,10 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
 
 
 def export(run: str, out: str, deepspeed_config: str) -> int:
-    """Writes a run's newest checkpoint in DeepSpeed's format; every rank calls it."""
+    """Writes a run's newest checkpoint in DeepSpeed's format.
+
+    Every rank has to call this function.
+    """
     stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
     load(deepspeed_config)
@@ -208,7 +211,10 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
 
 def import_(source: str, run: str, deepspeed_config: str) -> int:
-    """Stores a checkpoint of DeepSpeed's format as a run's newest; every rank calls it."""
+    """Stores a checkpoint of DeepSpeed's format as a run's newest.
+
+    Every rank has to call this function.
+    """
     recipe_file(Path(run), where="checkpoint import")
     load(deepspeed_config)
     if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":

@@ -1,4 +1,4 @@
-"""The command `fd-large diagnose A [B ...] --data.root FOLDER`."""
+"""The command `fd-large diagnose A [B ...] --data.root FOLDER`, which examines models."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def look(check: Callable[[], Finding]) -> Finding:
-    """Returns the finding of a check, or a finding with the exception if the check raised one."""
+    """Returns the finding of a check, or a finding with the exception that the check raised."""
     try:
         return check()
     except Exception as error:

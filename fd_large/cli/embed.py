@@ -1,4 +1,4 @@
-"""The command `fd-large embed MODEL --data.root FOLDER --out FILE`."""
+"""The command `fd-large embed MODEL --data.root FOLDER --out FILE`, which writes features."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def main(arguments: list[str]) -> int:
 
 
 def embed(options: Embed) -> tuple[int, int]:
-    """Writes the table of features; every rank calls it.
+    """Writes the table of features.
+
+    Every rank has to call this function.
 
     Returns: the number of rows, and the side of the crops in pixels.
 

@@ -1,4 +1,4 @@
-"""The command `fd-large evaluate MODEL [MODEL ...] --task TASK --data.root FOLDER`."""
+"""The command `fd-large evaluate MODEL [MODEL ...] --task TASK`, which measures models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `fd-large export RUN --to FORMAT OUT`."""
+"""The command `fd-large export RUN --to FORMAT OUT`, which writes a student for a library."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
 
 def write(folder: Path) -> None:
     """Copies the Slurm scripts to a new or empty folder, and prints the next commands.
+
     Raises: ConfigError: if the folder is not empty, or cannot be written.
     """
     scripts = sorted(shipped.folder("slurm").glob("*.sh"))

@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
 
 
 def matching(part: str) -> list[str]:
-    """Returns the names of all models, timm's included, that contain a text in any case.
+    """Returns the names of all models, timm's included, that contain a text.
+
+    Upper and lower case do not matter.
 
     Raises: ConfigError: if no name contains the text.
     """

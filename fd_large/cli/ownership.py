@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def owning(run_dir: str) -> Iterator[Lease]:
-    """Starts the process group, and owns a run's folder during the block; every rank calls it.
+    """Starts the process group, and owns a run's folder during the block.
 
-    Rank 0 claims the folder before torch is imported, so that a refusal appears at once. The other
-    ranks get the result in a broadcast, so that a refusal ends all ranks together.
+    Every rank has to call this function. Rank 0 claims the folder before torch is imported, so that
+    a refusal appears at once. The other ranks get the result in a broadcast, so that a refusal ends
+    all ranks together.
 
     Args:
         run_dir: The run's folder.

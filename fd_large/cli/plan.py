@@ -141,7 +141,7 @@ def plan(
     probe: bool = False,
     kernels: Kernels = "fused",
 ) -> tuple[Workload, Machine, list[Estimate], list[Refused]]:
-    """Estimates the settings of a run on a cluster, and sorts those that fit.
+    """Estimates time and memory of a run on a cluster for many settings, and sorts the settings.
 
     Args:
         run: The recipe.
@@ -219,7 +219,10 @@ def _phases_key(run: Run, rates: Rates) -> str:
 
 
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
-    """Returns the frozen models in the published recipe of a run's name, or None without one."""
+    """Returns the frozen models of the published recipe that a run is named after.
+
+    The result is None if there is no recipe of this name.
+    """
     return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
 
 

@@ -1,4 +1,4 @@
-"""The command `fd-large predict RUN IMAGE ...`."""
+"""The command `fd-large predict RUN IMAGE ...`, which draws predictions for images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `fd-large statistics [RECIPE] OUT`, which the launchers of `train` start."""
+"""The command `fd-large statistics [RECIPE] OUT`, which measures a teacher's channels."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: str = "") -> None:
-    """Writes mean and covariance of a target's channels to a file; every rank calls it.
+    """Writes mean and covariance of a target's channels to a file.
+
+    Every rank has to call this function.
 
     Args:
         run: The recipe.

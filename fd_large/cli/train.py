@@ -1,4 +1,4 @@
-"""The command `fd-large train`, which launchers start as `deepspeed fd_large/train.py`."""
+"""The command `fd-large train`, which trains a recipe."""
 
 from __future__ import annotations
 
@@ -229,7 +229,9 @@ def train_run(
     then: Callable[[str], None] | None = None,
     named: Collection[str] | None = None,
 ) -> int:
-    """Owns the run's folder, trains the run and returns the exit code; every rank calls it.
+    """Owns the run's folder, trains the run and returns the exit code.
+
+    Every rank has to call this function.
 
     Args:
         run: The recipe.

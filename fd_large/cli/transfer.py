@@ -1,4 +1,4 @@
-"""The command `fd-large transfer RUN --imagenet DIR ...`, for the paper's Table 1."""
+"""The command `fd-large transfer RUN ...`, which makes the paper's Table 1."""
 
 from __future__ import annotations
 

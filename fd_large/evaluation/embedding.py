@@ -68,7 +68,9 @@ def embed(
     workers: int,
     max_pixels: int,
 ) -> int:
-    """Writes a table of features; every rank calls it.
+    """Writes a table of features.
+
+    Every rank has to call this function.
 
     Args:
         model: The model.

@@ -63,10 +63,10 @@ def extracted(
     data: Data,
     pools: Sequence[Pool] = ("mean",),
 ) -> Iterator[list[Features]]:
-    """Yields the features of images for each kind of pooling; every rank calls it.
+    """Yields the features of images for each kind of pooling.
 
-    The arrays are mapped from files that are removed after the block, so that the caller must copy
-    what is needed later.
+    Every rank has to call this function. The arrays are mapped from files that are removed after
+    the block, so that the caller must copy what is needed later.
 
     Args:
         forward, statistics, images, image_size, pools: See `probes.features.extract`.

@@ -332,6 +332,7 @@ def _rows(
 
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
     """Returns the predictions of a protocol's function, which may be the user's own or a plugin's.
+
     Raises: ConfigError: if the user's function raises an exception, or does not return one class
         for each test image.
     """

@@ -1,4 +1,5 @@
-"""Table of the protocols, besides those of the user's own (`--task module:FILE.py:NAME`).
+"""Table of the built-in protocols; users name their own as `--task module:FILE.py:NAME`.
+
 To add a protocol, add its file and an entry here. Nothing here imports torch, since the command
 line reads the flags and names.
 """

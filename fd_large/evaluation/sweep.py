@@ -159,7 +159,7 @@ class Sweep:
         return [name for name, is_edge in edges.items() if is_edge]
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the entry of summary.json, with the best trial and all trials."""
+        """Returns the entry of the sweep in summary.json, with the best trial and all trials."""
         return {
             **self._as_json(self.winner),
             "at_edge": self.at_edge(),
@@ -220,7 +220,9 @@ def sweep(
     *,
     column: str = "",
 ) -> tuple[int, list[Sweep]]:
-    """Trains the trials of every model's grid that are not finished; every rank calls it.
+    """Trains the trials of every model's grid that are not finished.
+
+    Every rank has to call this function.
 
     Args:
         models: The models.
@@ -401,7 +403,7 @@ def _finite(score: float | None) -> float | None:
 def _finished(trial: Trial, metric: Metric) -> Trial | None:
     """Returns a trial with the score that an earlier start recorded, or None if it is unfinished.
 
-    Every rank calls it.
+    Every rank has to call this function.
 
     Raises: ConfigError: if the trial's folder holds a trial of another recipe or other inputs.
     """

@@ -38,7 +38,7 @@ class TrainingFlags(Repeated):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptTrainingFlags(SweepFlags, TrainingFlags):
-    """Flags of protocols that train the whole model, including those of --sweep."""
+    """Flags of protocols that train the whole model, including --sweep and its grid."""
 
 
 @dataclass(frozen=True, kw_only=True)

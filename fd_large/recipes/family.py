@@ -52,6 +52,7 @@ def _is_plain(value: Any) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
     """Model of one family, with a value of every field, which is checked when an object is made.
+
     A subclass is a frozen dataclass whose docstring describes its fields under "Attributes:". A
     field that several families have must have the same type and description in all.
     """

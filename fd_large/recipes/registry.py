@@ -67,6 +67,7 @@ FINETUNING_RECIPE = "finetune_clip_vit_base"
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Facts of a recipe for the table of recipes, each of which is a line of its docstring.
+
     Duration and memory of a GPU were computed by `plan` for the recipe's own settings on A100s of
     80 GB (or 40 GB, if the line of the hardware says so), in nodes of 8 with eight 100 Gb/s network
     cards, and with the DeepSpeed JSON that the docstring names, or else zero1.json.

@@ -349,7 +349,10 @@ class Run:
 
     @property
     def frozen_dtype(self) -> str:
-        """The data type of all frozen models, "float32" if theirs differ, or "auto" without any."""
+        """The data type of the frozen models.
+
+        It is "float32" if the models have different data types, and "auto" without frozen models.
+        """
         dtypes = {getattr(model, "dtype", AUTO) for model in self.frozen_models.values()}
         return dtypes.pop() if len(dtypes) == 1 else "float32" if dtypes else AUTO
 

@@ -125,7 +125,7 @@ def _map_of(
     scale: float | None = None,
     **other: Any,
 ) -> Tensor:
-    """Returns the attention map (B, h, T, T) that `scaled_dot_product_attention` computes inside.
+    """Returns the attention map (B, h, T, T) of a call of `scaled_dot_product_attention`.
 
     Args: As those of `scaled_dot_product_attention`; there is no dropout.
     """

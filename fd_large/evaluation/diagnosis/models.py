@@ -152,6 +152,7 @@ def _of_recipe(named: NamedModel) -> Iterator[None]:
 
 def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[Task, StoredRun]:
     """Builds the task of a student's run with the checkpoint's weights, in evaluation mode.
+
     Args:
         named: The student.
         stored: The student's run.

@@ -89,7 +89,7 @@ class TransferFlags(SweepFlags):
 
 
 def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
-    """Returns the columns of the table, which are those whose dataset is given.
+    """Returns the columns whose dataset is given, in the order of the table.
 
     `--only` may select some of them.
 
@@ -116,7 +116,9 @@ def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
 def cells_of_table(
     flags: Any, columns: Sequence[Column], changes: Mapping[str, Changes]
 ) -> tuple[list[Row], list[Cell]]:
-    """Returns the rows, and all cells seed by seed; every rank calls it.
+    """Returns the rows, and all cells seed by seed.
+
+    Every rank has to call this function.
 
     Args:
         flags: Flags of the command.
