@@ -1,4 +1,4 @@
-"""Trainings of a task that begin from a named model, and their comparison.
+"""Makes the recipes of a task's trainings that begin from a named model, and compares the runs.
 
 `Transfer` is the third of the three classes of a task (`fd_large/recipes/task_kind.py`), used by
 the commands `evaluate` and `transfer`.

@@ -399,7 +399,10 @@ class LinearProbeJob(ClassificationJob):
         return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
 
     def norm_group(self) -> int:
-        """Returns 0, since the batch norms of the frozen model use loaded statistics."""
+        """Returns 0 for the number of images that share batch-norm statistics of the student.
+
+        The frozen model uses the statistics that were loaded with its weights.
+        """
         return 0
 
     def images_together(self) -> int:
@@ -445,7 +448,7 @@ class _GroupWarning(Hook):
         self._group = group
 
     def on_start(self, setting: Setting) -> None:
-        """Logs the warning on rank 0."""
+        """Logs a warning on rank 0 if the group size does not divide the micro-batch size."""
         size = setting.micro_batch_size
         if size % self._group and distributed.is_main():
             log.warning(

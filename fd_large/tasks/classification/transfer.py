@@ -25,7 +25,7 @@ from fd_large.tasks.transfer import Divisible, Transfer
 
 
 class ClassificationTransfer(Transfer):
-    """Fine-tunings that begin from named models."""
+    """Makes the recipes of fine-tunings that begin from models which the user names."""
 
     def starting_from(
         self,
@@ -80,7 +80,7 @@ class ClassificationTransfer(Transfer):
 
 
 class LinearTransfer(ClassificationTransfer):
-    """Linear probes that begin from named models."""
+    """Makes the recipes of linear probes on models which the user names."""
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
         """Returns the recipes of the linear probes of a model, by their labels.

@@ -133,8 +133,9 @@ class DenseJob(TrainingJob):
         return self.open_split(root or data.root, "val", "eval.root" if root else "data.root")
 
     def norm_group(self) -> int:
-        """Returns 0 for a frozen student, whose batch norms use loaded statistics.
+        """Returns the number of images that share statistics of the student's batch norms.
 
+        It is 0 for a frozen student, which uses the statistics that were loaded with its weights.
         For other students see `TrainingJob.norm_group`.
         """
         return 0 if self.section.frozen else super().norm_group()
@@ -250,7 +251,7 @@ class _PassWarning(Hook):
     """Warns at the start of training if a step consists of several micro-batches of each rank."""
 
     def on_start(self, setting: Setting) -> None:
-        """Logs the warning on rank 0."""
+        """Logs a warning on rank 0 if each rank has several micro-batches in a step."""
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
                 "batch norms see the %d images of a pass, of the step's %d: another number of "

@@ -64,7 +64,10 @@ class FeaturePyramid(NormedStages):
         self.laterals, self.outputs = _convolutions(widths, width)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a map (B, width, H, W) for each stage's map (B, H, W, C), and a coarser map."""
+        """Returns a map (B, width, H, W) for each stage's map (B, H, W, C), finest first.
+
+        A further map, with half the sides of the coarsest, comes last.
+        """
         normed = super().forward(maps)
         sides = [lateral(x) for x, lateral in zip(normed, self.laterals, strict=True)]
         total, pyramid = sides[-1], []

@@ -1,4 +1,4 @@
-"""Trainings of segmentation and depth that begin from named models."""
+"""Makes recipes of segmentation and depth that begin from models which the user names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fd_large.tasks.transfer import Transfer
 
 
 class DenseTransfer(Transfer):
-    """Trainings of dense tasks, for which the crop must fit the patch size of the named model."""
+    """Makes the recipes of dense tasks, whose crop must fit the patch size of the named model."""
 
     def starting_from(
         self,

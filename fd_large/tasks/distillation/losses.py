@@ -128,11 +128,11 @@ class SmoothL1(Loss):
     of_tokens = True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels, a scalar."""
+        """Returns the mean loss over tokens and channels, a scalar."""
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image, (B,)."""
+        """Returns the mean loss over the tokens and channels of each image, (B,)."""
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,11 +159,11 @@ class MeanSquaredError(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels, a scalar."""
+        """Returns the mean squared difference over tokens and channels, a scalar."""
         return F.mse_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image, (B,)."""
+        """Returns the mean squared difference of each image's tokens, (B,)."""
         return F.mse_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,11 +179,11 @@ class L1(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens and channels, a scalar."""
+        """Returns the mean absolute difference over tokens and channels, a scalar."""
         return F.l1_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens and channels of each image, (B,)."""
+        """Returns the mean absolute difference of each image's tokens, (B,)."""
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,11 +204,11 @@ class Cosine(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over tokens, a scalar."""
+        """Returns one minus the mean cosine over tokens, a scalar."""
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over the tokens of each image, (B,)."""
+        """Returns one minus the mean cosine of each image's tokens, (B,)."""
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,11 +228,11 @@ class CosineOfMap(Loss):
     reads_beta = False
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images, a scalar."""
+        """Returns one minus the mean cosine over images, a scalar."""
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each image, (B,)."""
+        """Returns one minus the cosine of each image's maps, (B,)."""
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,11 +311,11 @@ class ClsAndPatches(Loss):
         self._loss = WeightedSum([(cosine, Cosine()), (smooth_l1, SmoothL1(beta))])
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images, a scalar."""
+        """Returns the mean of `per_image`, a scalar."""
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each image, (B,)."""
+        """Returns the mean of the losses on each image's CLS token and patches, (B,)."""
         kinds = zip(self._kinds(projected), self._kinds(target), strict=True)
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 

@@ -84,7 +84,10 @@ def learned(
 
 
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
-    """Returns the rows of a teacher's table on its map, input and changed fields, by label.
+    """Returns rows of the model card's table on a teacher, as {label: words}.
+
+    The rows are on the teacher's map, its input, and fields that were changed; a row is left out if
+    it would say nothing.
 
     Args:
         entry: The teacher.
@@ -134,7 +137,7 @@ def _losses(entry: NamedTeacher) -> str:
 def _loss(entry: NamedTeacher, kind: str) -> str:
     """Returns a target's loss in words.
 
-    For the paper's loss it is a description, for another loss the names of loss, normaliser and
+    The words describe the paper's loss; for another loss they are the names of loss, normaliser and
     head.
     """
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}

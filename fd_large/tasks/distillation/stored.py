@@ -295,8 +295,9 @@ class StoredDistillation(StoredRun):
     ) -> Mapping[str, Shape]:
         """Returns the shapes of the tensors of a linear head, if the format "fd" is exported.
 
-        The result is empty for other formats, and for runs with several teachers, another head or a
-        mask. The shapes of the checkpoint's tensors are checked; in such runs only the student's.
+        For other formats the result is empty. It is also empty for a run with several teachers,
+        another head or a mask, in which only the shapes of the student's tensors are checked. In
+        other runs the shapes of all tensors of the checkpoint are checked.
 
         Args:
             reader: The checkpoint that is exported.

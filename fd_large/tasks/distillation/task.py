@@ -169,7 +169,7 @@ class Teachers:
         Args:
             images: (B, 3, H, W) uint8.
             given_maps: Maps by the teacher's name, and other targets of the batch.
-            training: Not used here, but by components that wrap this.
+            training: Whether the task is in training mode; `Teachers` does not use it.
         """
         maps = {
             name: model(images) for name, model in self.by_name.items() if name not in given_maps

@@ -338,7 +338,7 @@ class RunCaches:
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:
-    """Returns the facts that decide the held-out views, by a recipe's field or a description.
+    """Returns what decides the held-out views, as {field of the recipe or description: value}.
 
     Args:
         crops: The crops of each set of views, by the set's name.

@@ -151,8 +151,8 @@ class Header:
     """Description of a cache's contents, stored as cache.json.
 
     Attributes:
-        facts: Facts on teacher, images and views that decide the maps, by a recipe's field or a
-            description. A run that reads the cache must have the same facts.
+        facts: What decides the maps (teacher, images, views), as {field of the recipe or
+            description: value}. A run that reads the cache must have the same facts.
         teacher: The section `teacher` of the recipe that wrote the cache.
         precision: Precision of the stored maps, a name in `PRECISIONS`.
         tokens: Number of tokens of a map, N.

@@ -123,7 +123,7 @@ class ViewsToStore(Dataset):
 
 
 def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
-    """Returns the facts that decide the views of a dataset, by a recipe's field or a description.
+    """Returns what decides the training views, as {field of the recipe or description: value}.
 
     Args:
         settings: Settings of the views.

@@ -3,10 +3,10 @@
 The loss of a step is the mean over all kept pairs of image and teacher. Published code computes the
 mean on each rank, so that a pair has more weight on a rank that keeps few pairs, and the loss
 changes with the number of ranks. Here the number of kept pairs is known for the whole step before
-the student runs. The rule "drop" keeps an image's worst teacher, which has the largest loss, and
-each other teacher by an independent random number: the k-th number is for the k-th of the other
-teachers, in the teachers' order. So the number of kept teachers does not depend on the losses, and
-the distribution is the published one.
+the student runs. The rule "drop" keeps an image's worst teacher, which has the largest loss. It
+decides on each other teacher by an independent random number; the k-th number is for the k-th of
+the other teachers, in the teachers' order. So the number of kept teachers does not depend on the
+losses, and the distribution is the published one.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
 """
