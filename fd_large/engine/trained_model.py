@@ -63,8 +63,7 @@ class TrainedModel(nn.Module):
             image: A path; an image of Pillow; or uint8 pixels, as a tensor (3, H, W) or an array
                 (H, W, 3).
 
-        Raises: DataError: if the file is no image; ShapeError: if the pixels have another shape or
-            data type.
+        Raises: DataError: if the file is no image; ShapeError: for another shape or data type.
         """
         if isinstance(image, (str, os.PathLike)):
             path = Path(image)
