@@ -49,9 +49,9 @@ class Best:
     def of_folder(
         cls, folder: Path, finished: int, *, metric: str, lower_is_better: bool, patience: int
     ) -> Best:
-        """Reads a run's evaluations up to `finished` steps from its folder; all ranks must call it.
+        """Returns a `Best` with a run's evaluations up to `finished` steps, read from its folder.
 
-        The other arguments are those of the class.
+        All ranks must call this method. The other arguments are those of the class.
         """
         values: dict[int, float] = {}
         if distributed.is_main():

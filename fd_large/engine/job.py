@@ -314,7 +314,7 @@ class TrainingJob:
         return {**dict.fromkeys(_FOR_EVERY_TASK), **last}
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the task's entries of a checkpoint's manifest, JSON-safe."""
+        """Returns the task's entries of a checkpoint's manifest, which must be JSON-safe."""
         return {}
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ class Batches(Protocol):
     students: int
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns the next micro batch as the loader yielded it, and on the computing device."""
+        """Returns the next micro batch as the loader yielded it, and its copy on the device."""
 
     def completed(self, batch: Batch) -> Batch:
         """Returns `batch`, the last micro batch, for the present student.
@@ -68,7 +68,7 @@ class Prefetch:
         return self
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns the next micro batch as the loader yielded it, and on the computing device."""
+        """Returns the next micro batch as the loader yielded it, and its copy on the device."""
         if self._staged is None:
             batch = next(self._batches)
             return batch, batch.to(self._device)
@@ -100,7 +100,7 @@ class StepForSeveral:
         self._next = self._done = 0
 
     def rewind(self) -> None:
-        """Returns to the step's first micro batch, for the next student."""
+        """Goes back to the step's first micro batch, for the next student."""
         self._next = 0
 
     def stage(self) -> None:
@@ -109,7 +109,7 @@ class StepForSeveral:
             self._source.stage()
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """Returns the next micro batch as the loader yielded it, and on the computing device."""
+        """Returns the next micro batch as the loader yielded it, and its copy on the device."""
         if self._next == len(self._taken):
             self._taken.append(next(self._source))
         self._next += 1

@@ -136,7 +136,9 @@ class RiseAndFall(Schedule):
 
 @dataclass(frozen=True)
 class StepSchedule(Schedule):
-    """The peak, divided by ten at each drop and multiplied by the factor of a linear warm-up.
+    """The peak learning rate, divided by ten at each drop, with a linear warm-up.
+
+    The warm-up's factor is multiplied into the learning rate.
 
     Attributes:
         drops: Fractions of the run after which the learning rate falls, in rising order.

@@ -290,7 +290,7 @@ def _implementation(
 
 
 def _triton_problem(device_type: str, interpreted: bool, device: Device | None) -> str:
-    """Returns why our kernels cannot run on a device, or "" if they can."""
+    """Returns why this package's Triton kernels cannot run on a device, or "" if they can."""
     if device is not None:
         capability = device.capability
     elif device_type == "meta":

@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
-    """Returns the sizes to try: powers of two, then the least valid size and its doubles.
+    """Returns the micro batch sizes to try, in rising order.
+
+    They are powers of two below the least valid size, then this size, doubled again and again.
 
     Args:
         share: Images of a rank per step; a multiple of the micro batch size.

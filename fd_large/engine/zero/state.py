@@ -238,7 +238,7 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """Returns the range of elements that this rank stores of a tensor that all ranks hold whole."""
+    """Returns the range of elements of a whole tensor that this rank stores in a checkpoint."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
