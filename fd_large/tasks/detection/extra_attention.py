@@ -1,6 +1,6 @@
 """A global self-attention layer on the backbone's last map, before the pyramid, as in HTC++.
 
-The paper only names "an extra global self-attention layer on the last stage's output". The layer
+Swin's paper only names "an extra global self-attention layer on the last stage's output". The layer
 follows an open reimplementation (czczup/ViT-Adapter, configs/htc++), with norms before attention
 and MLP, 32 heads, an MLP four times as wide, and a norm at the end. The drop path of 0.3 in the
 reimplementation is left out.

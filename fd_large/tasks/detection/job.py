@@ -135,9 +135,9 @@ class DetectionJob(TrainingJob):
     def initial_weights(self) -> InitialWeights:
         """Returns the weights that `student.init` provides for the student, pyramid and heads.
 
-        Pyramid and heads are included only if `student.init` is a detection run. Two kinds of
-        layers then start from random weights: layers whose shapes differ, for example because the
-        number of classes does, and mask heads of a run whose dataset had no masks.
+        Pyramid and heads are included only if `student.init` is a detection run. Layers whose
+        shapes differ, such as layers for another number of classes, start from random weights. So
+        do the mask heads if the dataset of `student.init` had no masks.
         """
         student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
         return {} if student is None else {"student": student, **self._initial_heads()}

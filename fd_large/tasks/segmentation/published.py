@@ -112,8 +112,8 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
         to: The format, a name in the table `LAYOUTS`.
         heads: The heads and the test.
 
-    Raises: ConfigError: if the library's model cannot take its maps from the same blocks, or cannot
-        rescale them in the same way.
+    Raises: ConfigError: if a ViT is so shallow that its four blocks are not different, or if the
+        library rescales a ViT's maps by other factors.
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(

@@ -92,7 +92,7 @@ class Model(NamedTuple):
         return depths[0]
 
     def of_view(self, pixels: Tensor) -> Tensor:
-        """Predicts the depths of a resized image (1, 3, h, w), (1, h, w) in metres.
+        """Predicts the depths (1, h, w), in metres, of a resized image (1, 3, h, w) uint8.
 
         In a test by windows, pixels outside the published squares get the mean of further squares
         that cover them.

@@ -85,7 +85,7 @@ class CocoSet(DivisibleImages):
 
     @property
     def only(self) -> tuple[int, ...]:
-        """The ids of the images if this is a part of the split, or () if it is the whole split."""
+        """The ids of the images if the set is a part of the split, or () for the whole split."""
         is_part = len(self) < len(self._listing)
         return tuple(self._listing.arrays["image_ids"][self.places].tolist()) if is_part else ()
 

@@ -70,7 +70,9 @@ def match(
 
 
 def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
-    """Matches each object to its candidates of highest IoU, whatever else these overlap.
+    """Matches each object to its candidates of highest IoU.
+
+    A candidate is matched even if it overlaps another object more.
 
     Args:
         matched: (N,) int64, the result of `match`, which is changed in place.

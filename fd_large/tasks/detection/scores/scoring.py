@@ -210,9 +210,9 @@ def redrawn_aps(
         results: As for `score`.
         scores: Result of `score`.
 
-    Returns: for each of the names `box_AP` and `mask_AP`, the AP on the original images and the APs
-        on the D draws, (D,). Empty if classes times images exceed `MOST_REDRAWN`, which would take
-        half an hour.
+    Returns: {`box_AP` or `mask_AP`: (AP on the original images, APs on the D draws, (D,))} for the
+        scored kinds. Empty if classes times images exceed `MOST_REDRAWN`, which would take half an
+        hour.
     """
     from faster_coco_eval import COCOeval_faster
     from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate
