@@ -97,7 +97,7 @@ class StoredRun:
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the shapes of the task's tensors that are exported with the student's.
+        """Returns the shapes of the task's tensors that are exported together with the student.
 
         Args:
             reader: The checkpoint that is exported.
@@ -129,7 +129,7 @@ class StoredRun:
     # --- heads that predict other models' outputs ---
 
     def heads(self, reader: Reader) -> Mapping[str, nn.Module]:
-        """Returns heads that predict other models' feature maps from the student's, by name.
+        """Returns heads that predict other models' feature maps from the student's map, by name.
 
         Each head is called with the student and its normalised pixels, and returns a FeatureMap.
 

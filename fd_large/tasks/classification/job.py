@@ -123,7 +123,7 @@ class ClassificationJob(TrainingJob):
     def statistics(self) -> Statistics:
         """Returns the mean and deviation that normalise images.
 
-        They are ImageNet's unless the recipe states others.
+        They are the statistics of ImageNet unless the recipe states others.
         """
         stated = own_section(self.run).statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
@@ -132,7 +132,7 @@ class ClassificationJob(TrainingJob):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the training images, or ImageNet's if `models_on_shapes` took it."""
+        """Number of classes of the training images, or 1,000 if `models_on_shapes` assumed it."""
         return self._assumed_classes or len(self.classes())
 
     def classes(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Mix(NamedTuple):
     """How every image of a group is mixed with its partner.
 
     Attributes:
-        share: Fraction of an image's pixels and label that are its own; the rest is the partner's.
+        share: Fraction of pixels and label that an image keeps; the rest comes from its partner.
         box: Top, bottom, left and right of the box that is filled from the partner (CutMix), or
             None if each pixel is a weighted mean (mixup).
     """

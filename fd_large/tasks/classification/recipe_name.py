@@ -15,7 +15,7 @@ def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> 
     Args:
         architecture: Architecture of the model.
         run_recipe: Name of the recipe of the run that trained the model; "" for random weights;
-            None for weights from elsewhere, such as a teacher's.
+            None for weights from elsewhere, such as the weights of a teacher.
     """
     finetune_name = (run_recipe or "").replace("fd_", "finetune_", 1)
     if finetune_name in RECIPES and RECIPES[finetune_name]().task.name == "finetune":

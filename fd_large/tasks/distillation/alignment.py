@@ -29,8 +29,8 @@ def teacher_side(
     2. The side at which the grids are equal, if it is more than half the side of the student's
        images and at most twice the side in the teacher's training (larger images only show enlarged
        pixels).
-    3. The side in the teacher's training, if it is larger than the student's images, of which the
-       teacher's map would have fewer rows than the student's map.
+    3. The side in the teacher's training, if it is larger than the student's images, and if the
+       teacher's map of the student's images would have fewer rows than the student's map.
     4. The side of the student's images.
     5. The side in the teacher's training.
 

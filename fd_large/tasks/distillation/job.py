@@ -386,9 +386,9 @@ class DistillationJob(TrainingJob):
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
         """Returns the two sets of evaluation views, by the prefix of their metrics.
 
-        "held_out" has views of held-out images, and "unseen_crops" has views of training images
-        that training never uses. If training views recur, the views depend on `view_seed`, else on
-        the run's seed.
+        "held_out" has views of held-out images. "unseen_crops" has other crops of the training
+        images than any epoch of training. If training views recur, the evaluation views depend on
+        `view_seed`, else on the run's seed.
 
         Args:
             samples: The training images.

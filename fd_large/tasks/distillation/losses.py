@@ -212,7 +212,7 @@ class Cosine(Loss):
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a slope and curvature for which a single step reaches the best direction."""
+        """Returns a slope and curvature by which a single step reaches the best direction."""
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
         return _towards(constant, directions)
 
@@ -236,7 +236,7 @@ class CosineOfMap(Loss):
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a slope and curvature for which a single step reaches the best direction."""
+        """Returns a slope and curvature by which a single step reaches the best direction."""
         units = F.normalize(target.flatten(1), dim=-1).view_as(target)
         directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
         return _towards(constant, directions)

@@ -203,7 +203,7 @@ class NamedTeacher(Teacher, Objective):
 
     @classmethod
     def joined(cls, teacher: Teacher, objective: Objective) -> NamedTeacher:
-        """Returns an entry with the fields of a single teacher's two sections."""
+        """Returns an entry from the sections `teacher` and `objective` of a single teacher."""
         return cls(**_values(teacher), **_values(objective))
 
     def parted(self) -> tuple[Teacher, Objective]:

@@ -1,4 +1,4 @@
-"""Targets of a recipe; each compares a teacher's map or summary with the student's.
+"""Targets of a recipe, each of which compares maps or summaries of a teacher and the student.
 
 `NamedTarget` extends `Target` of task.py by names, kinds, prefix tokens and grids.
 """

@@ -242,8 +242,8 @@ class Distillation(Task):
         targets: The targets, learnt from the teachers' maps.
         sight: The component that runs the student; None for `Whole`.
         join: The component that combines the targets' losses; None for `Sum`.
-        statistics: Mean and deviation that normalise the student's pixels; the paper uses
-            ImageNet's for every student.
+        statistics: Mean and deviation that normalise the student's pixels; the paper uses the
+            statistics of ImageNet for every student.
     """
 
     def __init__(

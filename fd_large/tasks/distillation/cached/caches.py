@@ -206,7 +206,7 @@ class RunCaches:
         meeting.once(f"cache {folder}", lambda: self.readers[name].check_whole(where=where))
 
     def require_views(self, samples: ImageSource) -> None:
-        """Raises CacheError if a cache holds the maps of other views than the run's.
+        """Raises CacheError if a cache holds the maps of views that differ from the run's views.
 
         Args:
             samples: The training images of the run.

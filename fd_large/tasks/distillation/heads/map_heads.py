@@ -277,7 +277,7 @@ class ResizedMLP(MapHead):
 
 
 class UpsamplingMLP(MapHead):
-    """An `MLP` that predicts u x u patches of the teacher's map from each patch of the student's.
+    """An `MLP` that predicts u x u patches of the teacher's map from a patch of the student's map.
 
     Source: the option `fd_upsample_factor` of RADIO's heads (arXiv 2312.06709, in its code).
 
