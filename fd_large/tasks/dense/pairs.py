@@ -96,7 +96,7 @@ class PairedImages(DivisibleImages):
         return self._pairs.images[int(self.places[index, 0])]
 
     def read(self, index: int) -> bytearray:
-        """Returns the encoded bytes of the image with an index.
+        """Returns the encoded bytes of the image with the given index.
 
         Raises: DataError: if the file cannot be read.
         """
@@ -108,13 +108,13 @@ class PairedImages(DivisibleImages):
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:
-        """Reads the class or depth of each pixel of the image with an index, (H, W).
+        """Reads the class or depth of each pixel of the image with the given index, (H, W).
 
         Raises: DataError: if the file cannot be used.
         """
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
-        """Reads the image with an index, (3, H, W) uint8, and the truth of its pixels, (H, W).
+        """Reads the image with the given index, (3, H, W) uint8, and its truth, (H, W).
 
         Raises: DataError: if a file cannot be read, or if image and truth differ in size.
         """

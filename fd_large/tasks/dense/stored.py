@@ -82,7 +82,7 @@ class HeadTensors(Tensors):
         return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of the tensor with a name, without reading the tensor."""
+        """Returns the shape of the tensor with the given name, without reading the tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:

@@ -191,8 +191,8 @@ class TeacherOnShapes:
     def settled(self, *, follows: bool) -> NamedTeacher:
         """Returns the teacher's entry with image size and interpolation settled instead of "auto".
 
-        If the student's images have several sizes, for which the teacher needs images of several
-        other sizes, the teacher's image size stays "auto", and `sides` has the numbers.
+        In a run with several image sizes, the teacher's image size stays "auto" if the teacher
+        needs several sizes that are not all those of the student; `sides` then has the numbers.
 
         Args:
             follows: Whether the teacher's position embeddings may be resized to its images.

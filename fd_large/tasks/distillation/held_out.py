@@ -69,7 +69,7 @@ class Crops:
         return max(self.views, PANEL_IMAGES)
 
     def __call__(self, view: int) -> Tensor:
-        """Returns the view with an index, (3, S, S) uint8.
+        """Returns the view with the given index, (3, S, S) uint8.
 
         Raises: DataError: if the image cannot be used and `skip_bad` is False, or if no image in
             `TRIES` tries can be used.

@@ -455,7 +455,11 @@ class DistillationJob(TrainingJob):
     # --- the models ---
 
     def make_teacher(self, name: str) -> Frozen:
-        """Constructs the teacher with a name, with random weights; a single teacher is named ""."""
+        """Constructs a teacher with random weights.
+
+        Args:
+            name: The teacher's name, or "" for a single teacher.
+        """
         return self._on_shapes[name].make()
 
     def make_teachers(self) -> dict[str, Frozen]:
@@ -644,7 +648,7 @@ class DistillationJob(TrainingJob):
         return {**several, **self.caches.early()}
 
     def _facts_of(self, name: str) -> dict[str, Any]:
-        """Returns what a manifest records of the teacher with a name."""
+        """Returns what a manifest records of the teacher with the given name."""
         cache = self.caches.readers.get(name)
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 

@@ -51,7 +51,7 @@ class Known(NamedTuple):
     moving: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({})
 
     def loss(self, name: str, **numbers: float) -> losses.Loss:
-        """Returns the loss with a name; see `make_loss` for the arguments."""
+        """Returns the loss with the given name; see `make_loss` for the arguments."""
         return losses.make_loss(name, known=self.losses, **numbers)
 
     def loss_of(self, entry: NamedTeacher, kind: str) -> losses.Loss:
@@ -65,7 +65,7 @@ class Known(NamedTuple):
         return self.loss(entry.setting("loss", kind), beta=entry.beta, temperature=temperature)
 
     def normaliser(self, name: str, **options: Any) -> Normaliser:
-        """Returns the normaliser with a name; see `make_normaliser` for the arguments."""
+        """Returns the normaliser with the given name; see `make_normaliser` for the arguments."""
         return make_normaliser(name, running=self.moving, **options)
 
 
@@ -386,7 +386,7 @@ def require_same_teachers(
     Args:
         entries: The recipe's entry of each teacher, by name.
         stored: What the manifest records of each teacher (`facts_of`), by name.
-        ours: Returns what a manifest would record now of the teacher with a name.
+        ours: Returns what a manifest would record now of the teacher with the given name.
 
     Raises: CheckpointError: if they differ; it names the differences.
     """

@@ -391,7 +391,7 @@ def held_out_views(
 
 
 def _cut(crops: Mapping[str, Crops], name: str, view: int) -> Tensor:
-    """Returns the view with an index in a set of held-out views, (3, S, S) uint8."""
+    """Returns the view with the given index in a set of held-out views, (3, S, S) uint8."""
     return crops[name](view)
 
 

@@ -29,8 +29,8 @@ class SummaryQueue(Float32Buffers):
     """Queue of a teacher's summaries of the newest images, the same on all ranks.
 
     The summaries of a step are in the order of the images in the global batch. The queue is updated
-    once with each accepted step and is part of a checkpoint. lightly-train has another queue on
-    each rank, so that its loss depends on the number of ranks.
+    once with each accepted step and is part of a checkpoint. In lightly-train each rank has its own
+    queue, so that the loss depends on the number of ranks.
 
     Args:
         width: Number of channels of a summary, C.
