@@ -511,7 +511,7 @@ class DistillationJob(TrainingJob):
         return task
 
     def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
-        """Returns what decides a target's tokens besides the images, by name.
+        """Returns the settings and hashes that decide a target's tokens of given images, by name.
 
         Args:
             task: The task with the run's teachers.

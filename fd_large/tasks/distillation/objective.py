@@ -317,7 +317,7 @@ def target_facts(
     image_size: int,
     teacher_image_size: int,
 ) -> dict[str, Any]:
-    """Returns what decides a target's tokens besides the images, by name.
+    """Returns the settings and hashes that decide a target's tokens of given images, by name.
 
     Args:
         target: The target.

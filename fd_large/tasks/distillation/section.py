@@ -368,7 +368,7 @@ class Mask:
     def ignored_fields(self) -> dict[str, str]:
         """Finds the fields that have no effect because of the values of other fields.
 
-        Returns: for each, by its name, a sentence that says which flags to set.
+        Returns: a sentence that says which flags to set, by the field's name.
         """
         names: dict[str, str] = {}
         if not self.decodes:

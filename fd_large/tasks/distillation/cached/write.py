@@ -49,7 +49,7 @@ TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "s
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
-    """Returns what decides the map of a view besides the view, by the names of `TEACHER_FACTS`."""
+    """Returns the facts on a teacher that decide its map of a given view, by `TEACHER_FACTS`."""
     values = (
         teacher.fingerprint,
         entry.layer,
