@@ -108,18 +108,21 @@ def finish(
 
     device = distributed.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    labels = _labels(rows)
+    if labels is not None:
+        facts["constant_accuracy"] = _constant_accuracy(labels)
     summary = {
         **facts,
         "device": f"{distributed.world_size()} x {name}",
         "nets": [_as_json(row, _beside(row, rows), is_random) | spread(row.values) for row in rows],
     }
     write_json(folder / SUMMARY, summary)
-    _write_predictions(folder / "predictions.npz", rows)
+    _write_predictions(folder / "predictions.npz", labels, rows)
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
     shown = tables_of(summary, title)
     how = {**facts, **facts.get("settings", {})}
-    left_out = ("task", "settings")
+    left_out = ("task", "settings", "constant_accuracy")
     page = write_evaluation_page(
         folder / PAGE,
         title,
@@ -191,7 +194,20 @@ def _label(row: Row) -> str:
     return f"{row.model.label}, {row.feature}" if row.feature else row.model.label
 
 
-def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
+def _labels(rows: Sequence[Row]) -> NDArray[np.int64] | None:
+    """Returns the classes of the test images, (N,), or None if no row has them."""
+    return next((row.labels for row in rows if row.labels is not None), None)
+
+
+def _constant_accuracy(labels: NDArray[np.int64]) -> float:
+    """Returns the accuracy of always predicting the most common class, in per cent."""
+    import numpy as np
+
+    counts = np.bincount(labels[labels >= 0], minlength=1)
+    return float(100 * counts.max() / max(counts.sum(), 1))
+
+
+def _write_predictions(path: Path, labels: NDArray[np.int64] | None, rows: Sequence[Row]) -> None:
     """Writes an .npz file with the test images' labels, (N,), and predictions.
 
     The predictions of each row are (seeds, N).
@@ -204,6 +220,5 @@ def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
         for row in rows
         if row.right() is not None
     }
-    labels = next((row.labels for row in rows if row.labels is not None), None)
     if labels is not None:
         np.savez_compressed(unlinked(path), labels=labels, **predictions)

@@ -76,7 +76,12 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
             cells.append(shown(difference) if difference else "")
         table.add_row(*cells)
     differences = [model["difference"] for model in summary["nets"] if "difference" in model]
-    lines = list(said_of(differences))
+    lines = []
+    if "constant_accuracy" in summary:  # Earlier versions did not record it.
+        lines.append(
+            f"Always predicting the most common class scores {summary['constant_accuracy']:.2f}."
+        )
+    lines += said_of(differences)
     lines += [
         f"{MARK} {model['label']}: not trained as the first row, whose values are in brackets: "
         f"{in_words(model['unlike_first'])}."

@@ -20,6 +20,8 @@ def test_two_nets_in_one_table(labelled_images, tmp_path, capsys):
     assert [net["label"] for net in summary["nets"]] == ["efficientnet_lite0", "resnet18, random"]
     assert summary["task"] == "knn"
     assert (summary["classes"], summary["pictures"]) == (3, 12)
+    # Four test images of each class.
+    assert summary["constant_accuracy"] == pytest.approx(100 / 3)
     # Red, green and blue images.
     assert summary["nets"][0]["accuracy"] == [100.0]
     assert "difference" not in summary["nets"][0]
@@ -38,4 +40,6 @@ def test_two_nets_in_one_table(labelled_images, tmp_path, capsys):
     assert {"training images", "test images"} <= set(page.words)
     assert "pictures" not in page.words
     assert not (out / "features").exists()
-    assert "efficientnet_lite0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "efficientnet_lite0" in printed
+    assert "33.33" in printed
