@@ -31,6 +31,11 @@ class _Formatter(logging.Formatter):
         return without_secrets(super().format(record))
 
 
+_CLOCK = _Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
+# The output of a batch job goes to a file, and may span days.
+_DATED = _Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
 class _Terminal(logging.Handler):
     """Handler that prints fd_large's records and libraries' errors on the bar's console."""
 
@@ -38,7 +43,6 @@ class _Terminal(logging.Handler):
         # Warnings are the same on all ranks; an error may be one rank's own.
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
         self._prefix = f"rank {rank}: " if rank else ""
-        self.setFormatter(_Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "file_only", False):
@@ -47,8 +51,9 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = printable(self._prefix + self.format(record))
             console = terminal.console()
+            line = (_CLOCK if console.is_terminal else _DATED).format(record)
+            text = printable(self._prefix + line)
             # A terminal breaks lines within words, rich between them; a file has long lines.
             whole = getattr(record, "whole_lines", False) or not console.is_terminal
             console.print(text, soft_wrap=whole)
