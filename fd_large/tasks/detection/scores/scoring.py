@@ -77,7 +77,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the scores as a dict of JSON types, the content of scores.json."""
+        """Returns the scores as a dict of JSON types, which scores.json holds among others."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
