@@ -56,7 +56,9 @@ def read() -> tuple[Entries, str]:
     except FileNotFoundError:
         return {}, ""
     except OSError as error:
-        return {}, _sentence(path, (error.strerror or str(error)).lower(), "a list to read")
+        return {}, _sentence(
+            path, (error.strerror or str(error)).lower(), "a list that can be read"
+        )
     return entries, reason
 
 
@@ -108,14 +110,14 @@ def _believed(path: Path) -> tuple[Entries, str]:
         if not _is_list(entries):
             raise ValueError("JSON of another form")
     except ValueError as error:
-        return {}, _sentence(path, str(error)[:100], "what a start of yours wrote")
+        return {}, _sentence(path, str(error)[:100], "a list that fd_large wrote")
     return entries, ""
 
 
 def _sentence(path: Path, got: str, expected: str) -> str:
     return (
-        f"{path}: the list of code that you have allowed is not believed; got {got}, expected "
-        f"{expected}. Remove it, or mend it after reading it."
+        f"{path}: the list of code that you have allowed is ignored; got {got}, expected "
+        f"{expected}. Remove this file or folder, or correct it after reading it."
     )
 
 
@@ -127,9 +129,9 @@ def _open_to_others(status: os.stat_result, *, is_folder: bool) -> str:
         is_folder: Whether a folder is expected there; the other kind is a reason, too.
     """
     if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
-        return f"no {'folder' if is_folder else 'file'}"
+        return f"not a {'folder' if is_folder else 'file'}"
     if status.st_uid != os.geteuid():
-        return f"that of user {status.st_uid}"
+        return f"owner {status.st_uid}"
     return f"mode {stat.S_IMODE(status.st_mode):04o}" if status.st_mode & 0o022 else ""
 
 

@@ -198,14 +198,15 @@ def distill(
     if not run.frozen_models:
         raise ConfigError(
             f"recipe: not a distillation; got {run.name}, expected a recipe of distillation. "
-            "Train others by the command line (fd-large train), or by fd_large.evaluate(..., "
+            "Train other recipes by the command line (fd-large train), or by "
+            "fd_large.evaluate(..., "
             'task="finetune").'
         )
     if run.students:
         raise ConfigError(
             f"students: a run from Python has a single student; got {', '.join(run.students)}, "
-            "expected none. Train them by the command line, and take "
-            "fd_large.result(RUN/students/NAME)."
+            "expected no students section. Train several students by the command line, and read "
+            "each with fd_large.result(RUN/students/NAME)."
         )
     from fd_large.cli.train import check_names, train_run
 
@@ -334,8 +335,8 @@ def evaluate(
         code = command.evaluate(arguments, recipe_fields, run)
     if code:
         raise ConfigError(
-            f"evaluate: a training ended early; got exit code {code}, expected 0. See the logs in "
-            f"{out}."
+            f"evaluate: a training run ended early; got exit code {code}, expected 0. See the "
+            f"logs in {out}."
         )
     written = kind_of(summary) == "file" and summary.stat().st_mtime_ns != before
     return Evaluation(

@@ -185,7 +185,7 @@ def complaint(source: str, where: str) -> str:
         return ""
     module_name, name = _split(source)
     if not module_name or not name.isidentifier():
-        return f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete it."
+        return f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete the name."
     path = file_of(source)
     if path is None:
         try:
@@ -226,11 +226,11 @@ def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[s
         form = source if ":" in source else f"{source}:NAME"
         raise ConfigError(
             f"{where}: a file or module without {PREFIX!r} before it; got {source!r}, expected "
-            f"{PREFIX}{form}. Put {PREFIX} in front."
+            f"{PREFIX}{form}. Write {PREFIX} before the name."
         )
     raise ConfigError(
         f"{where}: no such name in {kind}; got {source!r}, "
-        f"{nearest(source, [*built_in, *plugins])}. Take one of these, or {FORMS}."
+        f"{nearest(source, [*built_in, *plugins])}. Use one of these, or {FORMS}."
     )
 
 
@@ -437,8 +437,8 @@ def _not_allowed(refused: Mapping[str, Path]) -> ConfigError:
     reason = allowed_code.read()[1]
     return ConfigError(
         f"{', '.join(refused)}: code without permission to run; got {files}, expected code named "
-        "on this command line, or unchanged since a start of yours that named it. Read it, then "
-        f"add --allow-code {files}." + (f"\n{reason}" if reason else "")
+        "on this command line, or unchanged since an earlier run of yours named it. Read the "
+        f"code, then add --allow-code {files}." + (f"\n{reason}" if reason else "")
     )
 
 
@@ -477,7 +477,7 @@ def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
         for some in (set(_defined_in(_tree(path))), names)
     )
     suggestion = nearest(name, defined or everything)
-    return f"{where}: no such name in {path}; got {name!r}, {suggestion}. Correct it."
+    return f"{where}: no such name in {path}; got {name!r}, {suggestion}. Correct the name."
 
 
 def _names_in(path: Path) -> set[str]:

@@ -54,13 +54,13 @@ PASSING = {
 }
 
 REFUSED = {
-    errno.EACCES: "Ask for the right to it (chmod, or the owner), or name another path.",
-    errno.EPERM: "Ask for the right to it (chmod, or the owner), or name another path.",
+    errno.EACCES: "Get permission (chmod, or ask the owner), or name another path.",
+    errno.EPERM: "Get permission (chmod, or ask the owner), or name another path.",
     errno.ENAMETOOLONG: "Name a shorter path: each part has at most 255 bytes.",
     errno.ENOENT: "Correct the path.",
     errno.ENOTDIR: "Correct the path: a part of it is a file.",
     errno.EISDIR: "Name a file.",
-    errno.ENOTEMPTY: "Name a folder that is empty or not there.",
+    errno.ENOTEMPTY: "Name an empty folder or a new path.",
     errno.EEXIST: "Name another path, or move what is there.",
     errno.ELOOP: "Correct the link, which leads back to itself.",
     errno.ENXIO: "Name a file or a folder.",
@@ -103,7 +103,7 @@ def retried(action: Callable[[], T], path: object) -> T:
         except OSError as error:
             if error.errno not in PASSING:
                 raise
-            log.warning("%s: %s; tried again in %g s", path, error.strerror, pause)
+            log.warning("%s: %s; trying again in %g s", path, error.strerror, pause)
             time.sleep(pause)
     try:
         return action()
@@ -112,8 +112,8 @@ def retried(action: Callable[[], T], path: object) -> T:
             raise
         raise StorageError(
             f"{path}: the file system does not answer; got {error.strerror} {len(PAUSES) + 1} "
-            "times, expected an answer. What is stored there stays: start the same command again "
-            "once the file system is well."
+            "times, expected an answer. Stored files are kept: start the same command again once "
+            "the file system answers."
         ) from error
 
 
@@ -135,13 +135,10 @@ def unusable(
     if error.errno in PASSING:
         return StorageError(
             f"{start}: the file system does not answer; got {reason}, expected an answer. Start "
-            "the same command again once the file system is well."
+            "the same command again once the file system answers."
         )
     remedy = REFUSED.get(error.errno or 0, "Name another path.")
-    return of(
-        f"{start}: cannot be used; got {reason}, expected a path that the file system gives. "
-        f"{remedy}"
-    )
+    return of(f"{start}: cannot be used; got {reason}, expected a path that can be used. {remedy}")
 
 
 def _start(where: str, name: str) -> str:
@@ -166,7 +163,10 @@ def kind_of(
         name that is too long; or if the path is empty or contains a NUL.
     """
     if not os.fspath(path):
-        raise of(f"{where or 'a path'}: empty; got '', expected a file or a folder. Name one.")
+        raise of(
+            f"{where or 'a path'}: empty; got '', expected the path of a file or a folder. "
+            "Give the path."
+        )
     try:
         mode = retried(lambda: os.stat(path), path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -175,7 +175,9 @@ def kind_of(
         raise unusable(where, error, path, of=of) from error
     except ValueError as error:  # A NUL in the path.
         start = _start(where, repr(os.fspath(path)))
-        raise of(f"{start}: cannot be used; got {error}, expected a path. Correct it.") from error
+        raise of(
+            f"{start}: cannot be used; got {error}, expected a path. Correct the path."
+        ) from error
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
@@ -356,7 +358,7 @@ def check_out(
         expected = f"a {holds} or a new name" if holds != "nothing" else "a new name"
         raise ConfigError(
             f"{where}: {out}: already exists; got {got}, expected {expected}. "
-            "Move it, or name another."
+            "Move what is there, or choose another name."
         )
     places = [out] if kind == "folder" else [*out.absolute().parents]
     folder = next(place for place in places if kind_of(place, where=where))

@@ -102,8 +102,8 @@ def _sentence(path: Path, got: str, before: _Stamp) -> str:
     return (
         f"weights: {path}: the file was cut or written over while its weights were in use; got "
         f"{got}, expected {before}. No machine is at fault. Restore the file, then start the same "
-        "command again, which goes on from its last checkpoint. Put new weights under a new name, "
-        "or rename them over the old."
+        "command again, which goes on from its last checkpoint. Write new weights under a new "
+        "name, or rename the new file over the old one."
     )
 
 

@@ -36,6 +36,7 @@ def deepspeed_config(config: str) -> Path:
     if name not in shipped:
         raise ConfigError(
             f"--deepspeed_config: no such file; got {config or 'nothing'}, expected the path of a "
-            f"JSON or a name: {nearest(name, shipped)}. Name one, for example zero3."
+            f"JSON or a name: {nearest(name, shipped)}. Set --deepspeed_config, for example to "
+            "zero3."
         )
     return shipped[name]

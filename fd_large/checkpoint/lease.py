@@ -136,9 +136,9 @@ class Lease:
             )
         if not self.root.is_absolute() and Path.cwd().is_relative_to(root):
             raise ConfigError(
-                f"--fresh: {self.root}: the current folder is inside of it and would be moved "
-                f"too; got {Path.cwd()}, expected a folder outside {root}. Start from another "
-                "folder."
+                f"--fresh: {self.root}: the current folder is inside this run folder and would be "
+                f"moved too; got {Path.cwd()}, expected a folder outside {root}. Start from "
+                "another folder."
             )
         number = 1
         while (old := root.with_name(f"{root.name}.old-{number}")).exists():
@@ -155,7 +155,7 @@ class Lease:
             empty.rmdir()
             raise OwnedError(
                 f"--fresh: {self.root}: another start made this folder at the same moment; got "
-                f"its files, expected none. The old files are in {old}. Start again."
+                f"its files, expected no files. The old run is in {old}. Start again."
             ) from None
         (old / OWNER).unlink(missing_ok=True)
         return old
@@ -206,7 +206,7 @@ class Lease:
                         os.utime(file.fileno())
                         missing = 0
                         continue
-                why = f"{owner} has taken it over"
+                why = f"{owner} has taken the folder over"
             except FileNotFoundError:
                 missing += 1
                 # If the folder is missing too, the file system is absent, perhaps for a while.
@@ -217,8 +217,8 @@ class Lease:
                 # The file system will answer again, or the heartbeat ends and the lease with it.
                 continue
             self._on_lost(
-                f"{self.folder}: this start no longer owns it; {why}. It ends without writing "
-                "anything more."
+                f"{self.folder}: this run no longer owns it; {why}. This process ends without "
+                "writing anything more."
             )
             return
 
@@ -350,9 +350,11 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
             watched = STALE_SECONDS if is_ahead else WATCH_SECONDS
             if not warned:
                 silence = (
-                    "shows a time ahead" if is_ahead else f"has been silent for {silent:.0f} s"
+                    "writes times in the future"
+                    if is_ahead
+                    else f"has written no heartbeat for {silent:.0f} s"
                 )
-                say(f"{folder}: its owner ({owner}) {silence}; watched for {watched:.0f} s")
+                say(f"{folder}: its owner ({owner}) {silence}; watching it for {watched:.0f} s")
                 warned = True
             if is_ahead and silent < STALE_SECONDS:
                 time.sleep(min(1.0, STALE_SECONDS / 10))
@@ -362,9 +364,9 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
                 if _chain(folder) != chain:
                     continue
                 silent += WATCH_SECONDS
-            why = f"no sign of life for {silent:.0f} s"
+            why = f"no heartbeat for {silent:.0f} s"
         if _succeed(folder, [each.start for each, _ in chain], this_process.start, aside):
-            return f"{folder}: taken over from a start that is dead: {owner}; {why}"
+            return f"{folder}: taken over from a dead run: {owner}; {why}"
 
 
 def _refuse_overlap(folder: Path, start: str) -> None:
@@ -382,7 +384,8 @@ def _refuse_overlap(folder: Path, start: str) -> None:
             _remove(folder, start)
             raise OwnedError(
                 f"{folder}: another start owns {other}, with which this run would share files; got "
-                f"{owner}, expected no owner. Let it end, or stop it (touch {other / 'stop'})."
+                f"{owner}, expected no owner. Let that run end, or stop it (touch "
+                f"{other / 'stop'})."
             )
 
 
@@ -408,15 +411,15 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
             f"{folder / 'owner.*.json'}; the run itself continues."
         )
     remedy = (
-        f"If it hangs for certain, end it: kill {owner.pid}."
+        f"If that process hangs, end it: kill {owner.pid}."
         if owner.is_seen
-        else f"If it is dead for certain: remove {folder / OWNER}, or wait: it is taken over "
-        f"{STALE_SECONDS:.0f} s after its last sign of life."
+        else f"If that process is dead, remove {folder / OWNER}, or wait: the folder is free "
+        f"{STALE_SECONDS:.0f} s after the last sign of life."
     )
     return OwnedError(
         f"{folder}: another start owns this folder; got {owner}, last sign of life {silent:.0f} s "
-        f"ago, expected no owner. Let it end, stop it (touch {folder / 'stop'}), or set another "
-        f"--runtime.run_dir. {remedy}"
+        f"ago, expected no owner. Let that run end, stop it (touch {folder / 'stop'}), or set "
+        f"another --runtime.run_dir. {remedy}"
     )
 
 
@@ -491,8 +494,8 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
             owner, beat = _read(path)
             if any(owner.start == before.start for before, _ in chain):
                 raise ConfigError(
-                    f"--runtime.run_dir: {path}: repeats the start of an earlier file; got "
-                    f"{owner.start} again, expected its successor. Remove {path}."
+                    f"--runtime.run_dir: {path}: names the same owner as an earlier owner file; "
+                    f"got {owner.start} again, expected the next owner. Remove {path}."
                 )
             chain.append((owner, beat))
             path = _next(folder, owner.start)

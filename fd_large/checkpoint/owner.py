@@ -114,7 +114,7 @@ class Owner:
             return f"Slurm has restarted job {self.job} since"
         if self.is_near:
             if self.pid == this_process.pid:
-                return "it was this process"
+                return "its process id is now that of this process"
             if processes.started(self.pid) not in (processes.HIDDEN, self.pid_started):
                 return f"process {self.pid} has ended"
         return ""

@@ -118,7 +118,7 @@ def on_main(action: Callable[[], T]) -> T:
             return action()
         except OSError as error:
             raise CheckpointError(
-                f"{error.filename}: not possible; got {error.strerror}, expected a folder of "
+                f"{error.filename}: cannot be changed; got {error.strerror}, expected a folder of "
                 "checkpoints that this user may change. Correct its permissions."
             ) from error
 
@@ -187,9 +187,9 @@ def _problem(path: Path, files: int) -> str:
             return f"{path}: {again}"
     for rank, _, problem in suspects:
         error: FDError = StorageError(
-            f"{path}: not the same file for all ranks; got for rank {rank}: {problem}, expected "
-            "what rank 0 reads, which is sound. Start the same command again; if the error "
-            "repeats, check the file system of that rank's node."
+            f"{path}: ranks read different contents; got on rank {rank}: {problem}, expected the "
+            "sound files that rank 0 reads. Start the same command again; if the error repeats, "
+            "check the file system of that rank's node."
         )
         error.agreed = True
         raise error

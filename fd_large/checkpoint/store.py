@@ -240,8 +240,8 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
         return None
     except OSError as error:
         raise CheckpointError(
-            f"{file}: cannot be read; got {error.strerror}, expected a readable file. Correct its "
-            "permissions, or its folder's."
+            f"{file}: cannot be read; got {error.strerror}, expected a readable file. Correct the "
+            "permissions of the file or its folder."
         ) from error
 
 

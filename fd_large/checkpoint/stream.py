@@ -83,7 +83,7 @@ def _problem(stored: store.Stored, kind: str) -> str | None:
         stamps = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
         return _problem_of(stored.path, stored.manifest["world_size"], kind, stamps)
     except FileNotFoundError as error:
-        return f"gone meanwhile ({error})"
+        return f"removed while it was read ({error})"
 
 
 @lru_cache
@@ -121,8 +121,8 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{reader.path}: a file is gone; got {error}, expected one that was there before. "
-            "If the run prunes checkpoints, use a newer checkpoint."
+            f"{reader.path}: a file has disappeared; got {error}, expected the file that was "
+            "there before. If the run prunes checkpoints, use a newer checkpoint."
         ) from error
 
 

@@ -222,7 +222,7 @@ class Saver:
                 lease=self._lease,
             )
         except (OSError, FDError) as error:
-            log.warning("old checkpoints stay: %s", error)
+            log.warning("old checkpoints could not be removed: %s", error)
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         rank = distributed.rank()

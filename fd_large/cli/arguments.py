@@ -356,13 +356,13 @@ class _Parser(Generic[Own]):
                 del values[name]
                 self._invalid.add(name)
                 self._mistakes.append(
-                    f"{self._command}: {usage}: empty; got '', expected a name. Name one."
+                    f"{self._command}: {usage}: empty; got '', expected a name. Give the name."
                 )
         if loose:
             self._mistakes.append(
                 f"{self._command}: unexpected argument; got {' '.join(loose)!r}, expected "
-                f"{self._usage or 'flags alone, --NAME VALUE'}. Leave it out, or name the flag "
-                "before it."
+                f"{self._usage or 'flags alone, --NAME VALUE'}. Leave the argument out, or write "
+                "its flag before it."
             )
         return values
 
@@ -389,7 +389,7 @@ class _Parser(Generic[Own]):
             entry = name.split(".")[1]
             log.warning(
                 "--%s: given twice, and the later value is used: %s. If you mean two entries, "
-                "give one another name than %r.",
+                "give the second a name other than %r.",
                 name,
                 " ".join(texts),
                 entry,
@@ -468,7 +468,7 @@ class _Parser(Generic[Own]):
             known = [*help.sections_of(self._task), help.ALL]
             raise ConfigError(
                 f"--help: no such section of a recipe; got {typed!r}, {nearest(typed, known)}. "
-                "Correct the name, or leave it out."
+                "Correct the name, or give --help alone."
             )
         return others, section
 

@@ -93,8 +93,8 @@ def main(arguments: list[str]) -> int:
 
 # Complete records stay and the others are written again, so the command may stop at any time.
 STOPPED = (
-    "cache: stopped before the end; got a signal, expected to store all maps. What is "
-    "stored stays. Start the same command again: it goes on from there."
+    "cache: stopped before the end; got a signal, expected to store all maps. Stored maps are "
+    "kept. Start the same command again to store the rest."
 )
 
 
@@ -112,7 +112,7 @@ def _with_views(run: Run, views: int) -> Run:
         "cache: the recipe has no teacher whose maps could be stored",
         f"{run.name} of the task {run.task.name}",
         "a recipe of distillation",
-        "Choose another",
+        "Choose such a recipe",
     )
     mosaics = {name: entry.mosaic for name, entry in run.taught_by.items()}
     check_storable(run.data.image_sizes, mosaics)
@@ -224,27 +224,28 @@ def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[s
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
     if fewest == math.inf:
-        when = "never at this rate"
+        when = "never at this read speed"
     elif fewest >= 1.05:
         when = f"if each view is used more than {fewest:.2g} times"
     return [
         ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),
         (
             "time to write",
-            f"about {clock(math.ceil(cost.writing_seconds))} on one {options.gpu}, for the teacher "
-            "alone; for this machine it is not reckoned, but its bar says it once writing begins",
+            f"about {clock(math.ceil(cost.writing_seconds))} on one {options.gpu}, for the "
+            "teacher alone; the progress bar estimates the time on this machine once writing "
+            "begins",
         ),
         ("disk", f"{size(cost.total_bytes)} ({options.precision})"),
         ("uses of a view", f"{cost.uses:.3g}, over all epochs and runs"),
         (
-            "time of an image",
+            "time per image",
             f"teacher {_ms(cost.teacher_seconds)}, the rest of a step {_ms(cost.student_seconds)}, "
-            f"reading its map {_ms(cost.read_seconds)} (one {options.gpu} that takes {micro_batch} "
-            f"at a time and reads {options.read_gb:g} GB/s)",
+            f"reading a map {_ms(cost.read_seconds)} (one {options.gpu}, micro-batches of "
+            f"{micro_batch}, reading {options.read_gb:g} GB/s)",
         ),
-        ("reading never waits", f"from {cost.least_rate / 1e9:.2g} GB/s for each rank on"),
+        ("reading keeps up", f"at {cost.least_rate / 1e9:.2g} GB/s or more for each rank"),
         ("saves time", when),
-        ("so here", _verdict(cost)),
+        ("verdict", _verdict(cost)),
     ]
 
 
@@ -252,12 +253,12 @@ def _verdict(cost: CachedTargets) -> str:
     """Returns a sentence on whether storing the maps saves time in the runs that read them."""
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
-        return f"it pays: {share} less time"
+        return f"cached targets pay: {share} less time"
     if cost.fewest_uses == math.inf:
-        return f"IT DOES NOT PAY: {share} more time"
+        return f"CACHED TARGETS DO NOT PAY: {share} more time"
     if cost.uses > cost.fewest_uses:
-        return f"it hardly pays: at most {100 * SECONDS_TOLERANCE:.0f} % less time"
-    return f"IT DOES NOT PAY: each view is used too seldom ({cost.uses:.3g})"
+        return f"cached targets hardly pay: at most {100 * SECONDS_TOLERANCE:.0f} % less time"
+    return f"CACHED TARGETS DO NOT PAY: each view is used too seldom ({cost.uses:.3g})"
 
 
 def _ms(seconds: float) -> str:

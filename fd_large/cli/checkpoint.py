@@ -80,7 +80,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
         damaged = "; ".join(_without_manifest(folder))
         raise ConfigError(
             f"checkpoint: {run}: no readable checkpoint; got "
-            f"{damaged or 'no complete checkpoint'}, expected one. "
+            f"{damaged or 'no complete checkpoint'}, expected a readable one. "
             f"{'Restore its files' if damaged else 'Train the run first'}."
         )
     return folder, checkpoints
@@ -118,7 +118,7 @@ def list_checkpoints(run: str) -> int:
             *(manifest.get(name, "none") for name in hashes),
         )
     if any((m["zero_stage"], m["world_size"]) == (0, 1) for m in manifests):
-        table.caption = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
+        table.caption = "ZeRO 0: with one rank in float32, stages 1 and 2 have nothing to shard."
         table.caption_justify = "left"
     tables().print(table)
     for problem in _without_manifest(folder):
@@ -174,14 +174,14 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     last, every = settings.get("keep_last"), settings.get("keep_every")
     if not isinstance(last, int) or not isinstance(every, int):
         raise ConfigError(
-            f"checkpoint prune: {path}: damaged; got keep_last {last!r} and keep_every {every!r} "
-            "of runtime, expected what the run wrote. Restore it."
+            f"checkpoint prune: {path}: damaged; got runtime.keep_last {last!r} and "
+            f"runtime.keep_every {every!r}, expected whole numbers. Restore the file."
         )
     keep = last if keep_last is None else keep_last
     if keep < 1:
         raise ConfigError(
             f"checkpoint prune: --keep_last: no checkpoint would stay; got {keep}, expected 1 or "
-            "more. To remove all, delete the run's folder."
+            "more. To remove all checkpoints, delete the run's folder."
         )
     newest = store.complete(folder)[-1]
     if problems := store.verify(newest):
@@ -206,7 +206,7 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
     steps = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
-        print(f"step {steps}: {out}")
+        print(f"step {steps}: written to {out}")
     return distributed.leave(0)
 
 
@@ -231,7 +231,7 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
             source, run, job_of, deepspeed_config=deepspeed_config, lease=lease
         )
     if distributed.is_main():
-        print(f"step {steps}: {run}")
+        print(f"step {steps}: imported into {run}")
     return distributed.leave(0)
 
 

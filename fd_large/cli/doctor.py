@@ -154,7 +154,7 @@ def _launcher() -> tuple[Finding, Launch | None]:
 
 def _meet(launch: Launch) -> Finding:
     if launch.world_size == 1:
-        return Finding("one process; several: srun -N2 python -m fd_large doctor", "-")
+        return Finding("one process; for several: srun -N2 python -m fd_large doctor", "-")
     try:
         from fd_large.ranks import distributed
 
@@ -165,7 +165,7 @@ def _meet(launch: Launch) -> Finding:
         text, _, remedy = str(error).removeprefix("launch: ").partition(" Choose ")
         return Finding(text, "STOPS", f"Choose {remedy}")
     except Exception as error:
-        return Finding(first_line(error), "STOPS", "Look at interfaces and variables below.")
+        return Finding(first_line(error), "STOPS", "Check the interfaces and variables below.")
     return look(lambda: _sum(seconds))
 
 
@@ -185,11 +185,11 @@ def _sum(meeting_seconds: float) -> Finding:
         right = float(distributed.sum_tensor(message)[0]) == distributed.world_size()
         fastest = min(fastest, time.perf_counter() - start)
     if distributed.any_rank(not right):
-        return Finding("a sum came out wrong", "STOPS", "Have the network looked at.")
+        return Finding("an all-reduce returned a wrong sum", "STOPS", "Have the network checked.")
     return Finding(
         f"{distributed.world_size()} ranks on {nodes} node{'s' if nodes > 1 else ''} met in "
-        f"{meeting_seconds:.1f} s; {'NCCL' if device.type == 'cuda' else 'gloo'} adds up 64 MiB in "
-        f"{1e3 * fastest:.0f} ms"
+        f"{meeting_seconds:.1f} s; {'NCCL' if device.type == 'cuda' else 'gloo'} all-reduces 64 "
+        f"MiB in {1e3 * fastest:.0f} ms"
     )
 
 

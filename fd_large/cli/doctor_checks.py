@@ -167,8 +167,9 @@ def devices() -> Finding:
         return Finding(f"torch: {first_line(error)}", "STOPS", "Install torch again.")
     if not torch.cuda.is_available():
         if kind_of("/proc/driver/nvidia/version"):
-            remedy = "Install a torch that is built for CUDA, and look at nvidia-smi."
-            return Finding("no GPU for torch, beside an NVIDIA driver", "missing", remedy, "no GPU")
+            remedy = "Install a torch that is built for CUDA, and check nvidia-smi."
+            text = "an NVIDIA driver, but no GPU that torch can use"
+            return Finding(text, "missing", remedy, "no GPU")
         remedy = "Fine for the quick start. A big model needs GPUs."
         return Finding("no GPU", "slow", remedy, "no GPU")
     names = []
@@ -177,7 +178,7 @@ def devices() -> Finding:
             float(torch.ones(8, device=f"cuda:{index}").sum())
         except RuntimeError as error:
             text = f"GPU {index} does not compute: {first_line(error)}"
-            return Finding(text, "STOPS", "Have the node looked at, or leave it out.")
+            return Finding(text, "STOPS", "Have the node checked, or train without it.")
         facts = torch.cuda.get_device_properties(index)
         names.append(f"{facts.name} ({facts.total_memory / 2**30:.0f} GiB)")
     text = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
@@ -212,8 +213,8 @@ def limits(world_size: int) -> Finding:
     text = f"{files} open files, locked memory {'unlimited' if unlimited else f'{locked >> 20} MB'}"
     if files < (needed := open_files_needed(world_size)):
         remedy = (
-            f"Rank 0 of {world_size} may need {needed}: have the hard limit raised (ulimit -Hn; "
-            "slurmd's LimitNOFILE; docker run --ulimit nofile)."
+            f"Rank 0 of {world_size} may need {needed} open files: have the hard limit raised "
+            "(ulimit -Hn; slurmd's LimitNOFILE; docker run --ulimit nofile)."
         )
         return Finding(text, "low", remedy)
     if not unlimited and _active_ports():
@@ -243,11 +244,11 @@ def interfaces() -> Finding:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    text = f"{', '.join(links) or 'lo alone'}; {host} is {address or 'not resolved'}"
+    text = f"{', '.join(links) or 'no interface but lo'}; {host} is {address or 'not resolved'}"
     if links and (not address or address.startswith("127.")) and not _named("GLOO_SOCKET_IFNAME"):
         remedy = (
             "Several nodes need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or a host name that "
-            "the others reach."
+            "the other nodes can reach."
         )
         return Finding(text, "check", remedy)
     return Finding(text)
@@ -259,7 +260,7 @@ def infiniband() -> Finding:
         return Finding("no device", "-")
     rates = Counter(_active_ports())
     if not rates:
-        return Finding("no port is active", "slow", "Have the node's fabric looked at.")
+        return Finding("no port is active", "slow", "Have the node's InfiniBand checked.")
     text = ", ".join(f"{count} x {rate}" for rate, count in rates.items())
     if os.environ.get("NCCL_IB_DISABLE") == "1":
         return Finding(f"{text}, unused", "slow", "unset NCCL_IB_DISABLE.", text)
@@ -310,7 +311,7 @@ def state_disk(folder: str) -> Finding:
     The disk stores 16 bytes of state for each parameter, and a step reads or writes 32 bytes.
     """
     if not folder:
-        return Finding("none named; --nvme_path FOLDER looks at one", "-")
+        return Finding("no folder given; --nvme_path FOLDER checks one", "-")
     try:
         unfit = disks.unfit_for_state(folder, 1)
     except ConfigError as error:
@@ -354,7 +355,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
         return Finding(text, "low", "Copies there take memory: name a disk with --local_disk.")
     if speed < _SLOW_DISK:
         return Finding(
-            text, "slow", "A stop waits until its checkpoint is written. Name another disk."
+            text, "slow", "A stop waits for its checkpoint to be written. Name a faster disk."
         )
     return Finding(text)
 
@@ -380,7 +381,7 @@ def listings() -> Finding:
             return Finding(f"kept in {folder}")
     except OSError as error:
         text = f"{folder} cannot be written: {error.strerror}"
-        remedy = "Every start walks over the dataset. Set FD_CACHE to a folder that can be written."
+        remedy = "Every start lists the dataset again. Set FD_CACHE to a writable folder."
         return Finding(text, "slow", remedy)
 
 

@@ -21,8 +21,8 @@ from fd_large.recipes.fields import at_least
 
 _FORMATS = (".parquet", ".npz", ".csv")
 _STOPPED = (
-    "embed: stopped before the end; got a signal, expected to embed all images. Whole parts stay. "
-    "Start the same command again: it goes on behind them."
+    "embed: stopped before the end; got a signal, expected to embed all images. Complete parts "
+    "are kept. Start the same command again to embed the rest."
 )
 
 

@@ -153,8 +153,8 @@ def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     check_workers(changes.get("data.workers", 0))
     if not options.models:
         raise ConfigError(
-            "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
-            "example runs/quickstart."
+            "evaluate: MODEL is missing; got no model, expected a run or weights. Name a model, "
+            "for example runs/quickstart."
         )
     root = {name: value for name, value in changes.items() if name == "data.root"}
     require_paths(paths_of_models(options.models) | root)
@@ -233,8 +233,8 @@ def _refuse(
         unused += [name for name in changes if name not in allowed]
         expected += [f"--{name}" for name in allowed]
     mistakes = [
-        f"{'MODEL' if name == 'models' else f'--{name}'}: not used by {label}; got it, expected "
-        f"only {', '.join(expected)}. Leave it out."
+        f"{'MODEL' if name == 'models' else f'--{name}'}: not used by {label}; got the flag, "
+        f"expected only {', '.join(expected)}. Leave it out."
         for name in unused
     ]
     if mistakes:

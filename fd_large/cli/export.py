@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
     if options.push:
         from fd_large.weights.push import push
 
-        print(f"uploaded, private: {push(Path(options.out), options.push)}")
+        print(f"uploaded to a private repository: {push(Path(options.out), options.push)}")
     return 0
 
 
@@ -237,7 +237,7 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
         except CheckpointError as error:
             if store.renamed(folder) == before:
                 raise
-            log.warning("export: %s The newest is taken.", error)
+            log.warning("export: %s The newest checkpoint is exported instead.", error)
 
 
 def _summary(folder: Path, step: int) -> dict[str, Any]:

@@ -79,7 +79,12 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
     _print_by_tyro(kind, command, getdoc(kind) or "")
     if of_recipe:
         names = ", ".join(name for name in sections_of(Task) if "." not in name)
-        print(_filled(f"Fields of the recipe are flags, too: see --help SECTION, of {names}."))
+        print(
+            _filled(
+                "Fields of the recipe are flags, too: see --help SECTION, with SECTION one "
+                f"of {names}."
+            )
+        )
 
 
 def print_sections(kind: type, command: str, base: Run, task: type[Task], section: str) -> None:
@@ -144,7 +149,9 @@ def print_overview(
     width = max(map(len, command_flags | flags))
     _print_rows("flags of the command", command_flags, width)
     _print_rows(f"flags of the recipe that are set often (values of {base.name})", flags, width)
-    _print_rows(f"its sections; {command} --help SECTION, or {ALL}, has every flag", about)
+    _print_rows(
+        f"sections of the recipe; {command} --help SECTION, or {ALL}, lists every flag", about
+    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
         if there := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
             raise ConfigError(
                 f"init: {folder}: not empty; got {first_names(there, 5)}, expected a new or empty "
-                "folder. Name another."
+                "folder. Name another folder."
             )
         for path in scripts:
             shutil.copy(path, folder)

@@ -29,26 +29,27 @@ COMMANDS = {
     "init": "Write the Slurm scripts to a folder of yours.",
     "recipes": "List the recipes: what each needs, takes and should give; or show one.",
     "models": "List the models that a student or a teacher may be.",
-    "statistics": "Measure a teacher's channels, for targets that are standardised or rotated.",
+    "statistics": "Measure statistics of a teacher's channels, for standardised or rotated "
+    "targets.",
     "cache": "Store a teacher's maps of fixed views, from which runs learn without the teacher.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
-    "runs": "List the runs below a folder: how each stands, and the best by a metric.",
-    "report": "Draw a run's curves and say what came out.",
+    "runs": "List the runs below a folder: the state of each, and the best by a metric.",
+    "report": "Draw a run's curves and summarise its results.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",
     "weights": "Inspect a file of weights, convert it to another format, or download it.",
     "export": "Write a run's student for timm or Hugging Face.",
-    "doctor": "Say what a run finds on this machine, and what to fix.",
-    "replay": "Run a step again that the guard refused.",
+    "doctor": "Check this machine for training, and say what to fix.",
+    "replay": "Repeat a step that the guard refused.",
     "predict": "Draw what a run's model sees in images: objects, classes or depth.",
     "embed": "Write the features of a folder's images to a table.",
     "evaluate": "Measure models on labelled images.",
-    "transfer": "Carry models on to labels, segmentation, detection and depth: one table.",
-    "diagnose": "Show attention, loss landscape and similar layers of models.",
+    "transfer": "Fine-tune runs on labels, segmentation, detection and depth, for one table.",
+    "diagnose": "Show attention, loss landscapes and layer similarity of models.",
 }
 
 _BEGIN = (
-    "Before a command, --ranks 2 runs it in two processes of this machine, one for each GPU.\n"
-    "To begin: train --deepspeed_config zero3, four minutes on CPUs too (docs/quickstart.md)."
+    "--ranks 2 before a command runs it in two processes on this machine, one per GPU.\nTo begin: "
+    "train --deepspeed_config zero3 takes four minutes, also on CPUs (docs/quickstart.md)."
 )
 
 RANKS = "--ranks"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _OTHERS = """\
-timm:NAME            any of timm; `models PART` lists those with PART in it
-module:FILE.py:NAME  code of your own (docs/extending.md)
-auto                 of a teacher: the model of its weights (docs/weights.md)"""
+timm:NAME            any model of timm; `models PART` lists names that have PART
+module:FILE.py:NAME  a model made by your own code (docs/extending.md)
+auto                 for a teacher: the model of its weights (docs/weights.md)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def matching(part: str) -> list[str]:
     if not matches:
         raise ConfigError(
             f"models: no matching name; got {part!r}, expected a part of a model's name, such as "
-            "convnext. Leave it out to list the models without timm's."
+            "convnext. Leave the part out to list all models except timm's."
         )
     return matches
 

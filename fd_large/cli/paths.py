@@ -109,9 +109,9 @@ def require_apart(run: Run, *, fresh: bool) -> None:
             continue
         images = Path(text).resolve()
         if folder == images:
-            wrong = f"it is the folder of images of {flag}"
+            wrong = f"the folder of the images of {flag}"
         elif fresh and images.is_relative_to(folder):
-            wrong = f"it is a parent folder that contains {flag}, which --fresh would move"
+            wrong = f"a parent folder of {flag}, which --fresh would move"
         else:
             continue
         error = ConfigError(
@@ -162,7 +162,7 @@ def _require_path(flag: str, text: str) -> None:
     if _CODE.search(text):
         raise ConfigError(
             f"{flag}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
-            "Put module: in front."
+            "Write module: before the path."
         )
     # A single word may be a source that an installed package provides.
     if "/" in text or text not in doors.installed("sources"):

@@ -80,10 +80,10 @@ class Plan(TakesRunFile, AllowsCode):
         positive("--network", self.network)
         require(
             self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0,
-            "--gpus: nodes of unequal size",
-            f"{self.gpus} in nodes of {self.gpus_per_node}",
-            "a multiple",
-            "Set --gpus_per_node",
+            "--gpus: the last node would be partly used",
+            f"{self.gpus} GPUs in nodes of {self.gpus_per_node}",
+            f"a multiple of {self.gpus_per_node}",
+            "Change --gpus, or set --gpus_per_node",
         )
 
 
@@ -122,11 +122,12 @@ def main(arguments: list[str]) -> int:
     if options.write:
         if not good:
             raise ConfigError(
-                "--write: no setting fits; got no settings to write, expected some. Use more GPUs."
+                "--write: no setting fits; got no settings to write, expected at least one. Use "
+                "more GPUs."
             )
         _write("--write", options.write, good[0].candidate.deepspeed())
         console.print(
-            f"wrote {options.write}, the same JSON as a file: --deepspeed_config {options.write}",
+            f"wrote the JSON of the first setting; to use it: --deepspeed_config {options.write}",
             soft_wrap=True,
         )
     return 0
@@ -254,10 +255,10 @@ def _as_trained(run: Run) -> Run:
     for name, section in from_source.items():
         require(
             section.model != AUTO or section.source not in ("", RANDOM),
-            f"{name}.model: auto needs weights that show their model",
+            f"{name}.model: auto takes the model from the weights, and there are none",
             f"{name}.source {section.source!r}",
-            "weights",
-            f"Set --{name}.source, or name a model",
+            "a source of weights",
+            f"Set --{name}.source, or --{name}.model to the name of a model",
         )
     # The student's weights change no shape.
     untrained = replace(run, student=replace(run.student, init=""))
@@ -272,5 +273,5 @@ def _write(flag: str, name: str, content: dict[str, Any]) -> None:
     except OSError as error:
         raise ConfigError(
             f"{flag}: cannot be written; got {error}, expected a file in a folder that can be "
-            "written. Name another one."
+            "written. Name another file."
         ) from None

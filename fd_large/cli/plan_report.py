@@ -69,7 +69,7 @@ def report(
     else:
         parts.append(
             Text(
-                "No setting fits; use more GPUs, cards with more memory, or a disk "
+                "No setting fits; use more GPUs, GPUs with more memory, or a disk "
                 "(--engine.nvme_path FOLDER, docs/disk.md).\n"
             )
         )
@@ -94,10 +94,10 @@ def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
     return Text(
         "State on a disk (ds_configs/zero3_nvme.json, every block checkpointed, 1 image at a "
         "time):\n"
-        f"  {needs.memory / 1e9:.1f} GB of memory a rank; {size(needs.disk)} on a node's disk, of "
-        f"which {folder} has {size(free)} free{'' if needs.disk <= free else ': TOO LITTLE'};\n"
-        f"  up to {figure(needs.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
-        "it is written with now\n"
+        f"  {needs.memory / 1e9:.1f} GB of memory a rank; {size(needs.disk)} on each node's disk "
+        f"({folder} has {size(free)} free{'' if needs.disk <= free else ': TOO LITTLE'});\n  up to "
+        f"{figure(needs.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that it is "
+        "written with now\n"
     )
 
 
@@ -146,7 +146,7 @@ def _best_table(
 ) -> Table:
     table = _table(
         "Settings that fit, fastest first\n"
-        f"(of those within {100 * SAME_TIME:.0f} %, what communicates least)"
+        f"(within {100 * SAME_TIME:.0f} %: least communication first)"
     )
     names = ["micro\nx accum.", "GB per\nrank", "step\ns", "hours", "GPU-\nhours"]
     if not narrow:
@@ -208,8 +208,8 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"{machine.rates.memory_bytes / 1e9:.0f} GB",
         f"  states {memory.states / 1e9:.1f}, teacher {memory.teacher / 1e9:.1f}, "
         f"activations {memory.activations / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}",
-        f"Time of a micro-batch: {longer} decides",
-        f"  {parts}, communication {seconds.communication * 1e3:,.0f}; after the last one "
+        f"Time of a micro-batch: limited by {longer}",
+        f"  {parts}, communication {seconds.communication * 1e3:,.0f}; after the last micro-batch "
         f"{seconds.finish * 1e3:,.0f}",
         *_said_of_times(load, machine),
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "

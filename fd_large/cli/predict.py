@@ -80,7 +80,7 @@ def predict(
     if score is not None and not (kind and kind.predicts_scores):
         raise ConfigError(
             f"--score: the predictions of the task {recipe.task.name} have no scores; got {score}, "
-            "expected none. Leave it out."
+            "expected no limit. Leave out --score."
         )
     missing = [path for path in images if kind_of(path, where="predict") != "file"]
     if missing:

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     _print_step(console, replayed, str(distributed.device()))
     _print_losses(console, replayed)
     if replayed.other_training:
-        console.print(f"NOT THE TRAINING of the run: {replayed.other_training}", style="red")
+        console.print(f"ANOTHER TRAINING than the run's: {replayed.other_training}", style="red")
     return 0
 
 
@@ -60,12 +60,12 @@ def _print_step(console: Console, replayed: Replayed, device: str) -> None:
     console.print(f"  {replayed.precision} on {device}")
     text = f"  weights: checkpoint of {weights} steps, "
     if weights == step:
-        console.print(f"{text}those of the step")
+        console.print(f"{text}the state before this step")
     elif weights < step:
-        text += f"{step - weights} earlier than the step: losses will differ"
-        console.print(f"{text}, unless these were refused too", style="yellow")
+        text += f"{step - weights} steps before this step: losses will differ"
+        console.print(f"{text}, unless the steps between were refused too", style="yellow")
     else:
-        text += f"{weights - step} LATER than the step (older ones are gone): losses will differ"
+        text += f"{weights - step} steps AFTER this step (older ones are gone): losses will differ"
         console.print(text, style="yellow")
 
 

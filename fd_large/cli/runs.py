@@ -79,14 +79,14 @@ def _listed(root: Path) -> list[ListedRun]:
     if kind != "folder":
         got = {"file": "a file", "other": "a pipe or a device", None: "nothing there"}[kind]
         raise ConfigError(
-            f"runs: {root}: no folder; got {got}, expected a folder with runs in it. Name one, for "
-            "example runs."
+            f"runs: {root}: not a folder; got {got}, expected a folder with runs in it. Name such "
+            "a folder, for example runs."
         )
     runs = [_read(folder) for folder in find_runs(root, _say)]
     if not runs:
         raise ConfigError(
-            f"runs: {root}: no run in it; got no folder with a recipe.json, expected one or more. "
-            "Name the folder that --runtime.run_dir is in, for example runs."
+            f"runs: {root}: no run in this folder; got no subfolder with a recipe.json, expected "
+            "one or more. Name the folder that --runtime.run_dir is in, for example runs."
         )
     return runs
 

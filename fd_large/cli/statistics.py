@@ -20,7 +20,7 @@ from fd_large.recipes.run import Run
 
 STOPPED = (
     "statistics: stopped before the end; got a signal, expected to measure all crops. Start the "
-    "same command again: it begins anew."
+    "same command again: it measures all crops anew."
 )
 
 
@@ -98,15 +98,16 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
 
     if not isinstance(job_of(run), DistillationJob):
         raise ConfigError(
-            f"--recipe: it has no targets to measure; got a recipe of {run.task.name}, expected "
-            "one of distillation. Choose another."
+            f"--recipe: the recipe has no targets to measure; got the task {run.task.name}, "
+            "expected a recipe of distillation. Choose such a recipe."
         )
     out_folder(Path(out).parent)
     entries = run.taught_by.items()
     labels = labels_of(run.taught_by)
     if target not in labels:
         names = [label for label in labels if label]
-        expected, remedy = "expected none: it has one teacher", "Leave it out."
+        expected = "expected no target, as the recipe has one teacher"
+        remedy = "Leave out --target."
         if names:
             expected, remedy = nearest(target, names), "Name one of these."
         raise ConfigError(

@@ -47,13 +47,13 @@ _OFTEN = {
     "recipe": "the run of record to start from; `recipes` lists them",
     "config": "a run file: YAML or JSON with fields of a recipe",
     "fresh": "start anew although the run's folder holds checkpoints",
-    "check": "a number of ranks: check the settings for it, train nothing",
+    "check": "check the settings for this number of ranks only",
     "profile": "steps to trace with torch's profiler, into RUN/profile/",
     "allow_code": "Python files of yours that a stored recipe may name",
     "student.model": "the model that is trained; `models` lists them",
     "student.init": "weights to start from: a file or a run",
-    "teacher.model": "the frozen model; auto: that of its weights",
-    "teacher.source": "its weights: a file, a folder, timm:, hf: or open_clip:NAME",
+    "teacher.model": "the frozen model; auto: the model of its weights",
+    "teacher.source": "the weights: a file, a folder, timm:, hf: or open_clip:NAME",
     "data.root": "training images: folder, tars, parquet or URL",
     "data.image_size": "side of the crop in pixels",
     "batch.global_batch_size": "images in a step, over all ranks",
@@ -172,18 +172,15 @@ def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: boo
     batch, size = run.batch.global_batch_size, run.batch.micro_batch_size
     field = "batch.global_batch_size"
     if field not in named and field in _to_fit(run, fresh=fresh):
-        images = "the number of images decides how many are in a step"
+        images = "the size of the dataset decides the images per step"
     else:
         check_division(
             global_batch_size=batch,
             micro_batch_size=1 if size == "auto" else size,
             world_size=ranks,
         )
-        images = f"{batch} images a step"
-    print(
-        f"{run.name}: nothing is wrong so far with {ranks} ranks; {images}, {size} in a pass of a "
-        "rank"
-    )
+        images = f"{batch} images per step"
+    print(f"{run.name}: no mistake found for {ranks} ranks; {images}, {size} per micro-batch")
 
 
 def require_names(run: Run) -> None:
@@ -270,7 +267,7 @@ def train_run(
             if not distributed.peer_is_gone(error):
                 raise
             lost = failures.heard()
-            reason = str(lost) if lost else "its own message says why"
+            reason = str(lost) if lost else "that rank's message says why"
             lost_rank = LostRankError(
                 "train: another rank has ended; got a closed connection, expected an answer "
                 f"({reason}). Start the same command again once that is fixed."
@@ -336,7 +333,9 @@ def say_how_to_go_on(run: Run) -> None:
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
     except FDError as error:
-        log.error("the run is saved, and the same command resumes it; progress unknown: %s", error)
+        log.error(
+            "the run is saved, and the same command resumes it; its progress is unknown: %s", error
+        )
     except Exception:
         log.exception("the run is saved, and the same command resumes it; its progress is unknown")
 

@@ -30,7 +30,7 @@ _UNKNOWN = "unknown flag; nearest: "
 # Fields that the command itself sets.
 _SET_HERE = {
     "data.root": "Name datasets by --imagenet, --ade20k and the like",
-    "eval.root": "Tests are those of the datasets",
+    "eval.root": "The datasets bring their own test images",
     "runtime.run_dir": "Set --out, in which each training has a folder",
 }
 
@@ -158,7 +158,7 @@ def transfer(options: Transfer, changes: Mapping[str, Changes]) -> int:
         return measured(table.TRANSFER, options, changes)
     if not options.runs:
         raise ConfigError(
-            "transfer: RUN is missing; got none, expected the folder of a run. Name one, for "
+            "transfer: RUN is missing; got no run, expected the folder of a run. Name a run, for "
             "example runs/mine."
         )
     folders = {f"--{name}": folder for name, folder in options.datasets.items()}

@@ -91,8 +91,8 @@ def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str)
         memory = f"{cost.memory_bytes / 1e9:.1f}" if cost.hours is not None else "-"
         each.add_row(run.name, row, f"{cost.steps:,}", str(cost.gpus), memory, time)
     lines = [
-        "Training alone: starts, tests and checkpoints are not in it. An epoch has the images of "
-        "the published dataset; --plan reads none."
+        "The hours count training alone: no starts, evaluations or checkpoints. An epoch has as "
+        "many images as the published dataset; --plan reads no images."
     ]
     if seeds > 1:
         lines.append(f"{seeds} seeds: {_sum(total, times=seeds)} GPU-hours.")

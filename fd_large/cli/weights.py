@@ -89,7 +89,7 @@ def inspect(source: str, model: str) -> int:
     if named and model != "auto":
         raise ConfigError(
             f"--model: the model is named twice; got {model}, and {named} before the file, "
-            "expected one of them. Leave one out."
+            "expected one name. Leave out --model, or the name before the file."
         )
     model = named or model
     for where, text in (("weights inspect", source), ("--model", model)):
@@ -149,8 +149,8 @@ def _require_alone(described: FamilyArchitecture, model: str, architecture: Arch
         set_by_hand.append("--model")
     if set_by_hand:
         raise ConfigError(
-            f"weights convert: the folder's own description is {name_of(described)}; got "
-            f"{', '.join(set_by_hand)}, expected no such flags. Leave them out."
+            f"weights convert: the folder itself states its model, {name_of(described)}; got "
+            f"{', '.join(set_by_hand)}, expected no such flags. Leave out these flags."
         )
 
 
@@ -170,10 +170,10 @@ def fetch(source: str, out: str) -> int:
             FrozenModel(source=out), sources_of(job_of), where="--teacher.source"
         )
     except FDError as error:
-        print(f"It is not a teacher by itself: {error}")
+        print(f"These weights cannot be a teacher without more flags: {error}")
         return 0
     model = name_of(resolve(settled.model, settled.architecture))
-    print(f"It holds a {model}: --teacher.source {out}")
+    print(f"The weights hold a {model}; to use them: --teacher.source {out}")
     return 0
 
 

@@ -268,7 +268,8 @@ class BlockImages:
         if window > self._cache.limit_bytes:
             log.warning(
                 "data.cache_gb: too small for the %.1f GB of blocks that are mixed at a time, so "
-                "that blocks are fetched repeatedly; got %g, expected %.1f or more",
+                "that blocks are fetched repeatedly; got %g, expected %.1f or more. Raise "
+                "--data.cache_gb",
                 window / 1e9,
                 self._cache.limit_bytes / 1e9,
                 2 * window / 1e9,

@@ -169,8 +169,8 @@ class CustomImages:
             labels = np.asarray(values)
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
-                f"{self._root}: labels() does not give labels; got {doors.cause(error)}, expected "
-                "a whole number for each image, and names or None. Correct the source."
+                f"{self._root}: labels() returns no usable labels; got {doors.cause(error)}, "
+                "expected a whole number for each image, and names or None. Correct the source."
             ) from error
         if labels.shape != (self._count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise DataError(
@@ -179,8 +179,8 @@ class CustomImages:
             )
         if names is not None and len(names) <= labels.max():
             raise DataError(
-                f"{self._root}: a label without a class; got {labels.max()}, expected less than "
-                f"the {len(names)} names. Correct the source."
+                f"{self._root}: a label without a class name; got label {labels.max()}, expected "
+                f"less than {len(names)}, the number of names. Correct the source."
             )
         return labels.astype(np.int64), None if names is None else tuple(map(str, names))
 

@@ -111,7 +111,7 @@ class ImageFolder:
             if not slash:
                 raise DataError(
                     f"{self._where}: an image without a class; got {self[start]!r}, expected a sub "
-                    "folder for each class. Move it into the folder of its class."
+                    "folder for each class. Move the image into the folder of its class."
                 )
             names.append(os.fsdecode(first))
             # The list is sorted, and "0" follows "/": the first name that is no longer below this.
@@ -235,8 +235,8 @@ def read_below(folder: str, name: str) -> bytearray:
         with suppress(DataError):
             return read_image(os.path.join(folder, *parts))
     raise DataError(
-        f"{folder}: no such image below it; got {name[:200]!r}, expected a "
-        "file that can be read. Put it there, or write the dataset with the images in it."
+        f"{folder}: no such image below this folder; got {name[:200]!r}, expected a file that can "
+        "be read. Put the image there, or write the dataset with the images inside it."
     )
 
 
@@ -277,8 +277,8 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
         except OSError as error:
             raise DataError(
                 f"{where}: a folder cannot be listed; got {error.strerror or error} for "
-                f"{os.path.join(root, folder)!r}, expected a readable folder. Correct its "
-                "permissions or remove it."
+                f"{os.path.join(root, folder)!r}, expected a readable folder. Correct the "
+                "permissions of this folder, or remove it."
             ) from error
         yield "folder", folder, status.st_mtime_ns
         here = above | {identity}

@@ -87,7 +87,7 @@ def training_part(root: str, *, where: str = "data.root") -> str:
         return root
     names = [place[len(root) :].strip("/") for place in tested]
     beside = " and ".join(name if name.endswith(_FILES) else f"{name}/" for name in names)
-    log.info("%s: %s; %s next to it is not used in training", where, train[0], beside)
+    log.info("%s: training uses %s, and not %s next to it", where, train[0], beside)
     return train[0]
 
 
@@ -242,8 +242,8 @@ def open_split(
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "
-        "test/, each with class folders or labelled tar shards, or parquet files called so. Set "
-        f"--{where} FOLDER, or for class folders without parts --{FIELD} 0.1."
+        "test/, each with class folders or labelled tar shards, or parquet files of these names. "
+        f"Set --{where} FOLDER, or for class folders without parts --{FIELD} 0.1."
     )
 
 
@@ -292,5 +292,5 @@ def _check_classes(images: LabelledImages, folder: str, where: str) -> None:
     if len(images.classes) < 2:
         raise DataError(
             f"{where}: a single class; got {', '.join(images.classes)} in {folder!r}, expected "
-            "several classes, a folder for each. Add the others."
+            "several classes, a folder for each. Add the other classes."
         )

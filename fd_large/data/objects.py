@@ -89,7 +89,8 @@ class Stored(NamedTuple):
         if now != self:
             raise DataError(
                 f"{self.url}: changed since it was listed; got {now.size} bytes ({now.stamp}), "
-                f"expected {self.size} ({self.stamp}). Restore it, or start again to list it anew."
+                f"expected {self.size} ({self.stamp}). Restore the object, or start again to list "
+                "the objects anew."
             )
         if self.is_remote:
             client, path = _client(self.url)
@@ -211,8 +212,8 @@ def _looked_up(url: str) -> Stored:
         )
     if facts.get("size") is None:
         raise DataError(
-            f"{url}: a server that does not say how long a file is; got no size, expected one. "
-            "Download the file, or use another server."
+            f"{url}: the server does not report the size of this file; got no size, expected a "
+            "number of bytes. Download the file, or use another server."
         )
     stamps = (facts.get(name) for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
     return Stored(url, int(facts["size"]), str(next(filter(None, stamps), "")).strip('"'))

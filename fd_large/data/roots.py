@@ -172,8 +172,8 @@ def _check_client(root: str, where: str) -> None:
     scheme = scheme_of(root)
     if "::" in root or scheme in _PROGRAMS:
         raise DataError(
-            f"{where}: a URL that needs another file to be read; got {root!r}, expected one of an "
-            "object store or a server. Name the images' own URL."
+            f"{where}: a URL that leads through another file or a program; got {root!r}, expected "
+            "the URL of an object store or a server. Name the images' own URL."
         )
     packages = " ".join(filter(None, ("fsspec", CLIENTS.get(scheme))))
     try:
@@ -183,7 +183,7 @@ def _check_client(root: str, where: str) -> None:
     except ImportError as error:
         raise DataError(
             f"{where}: {scheme}:// needs a package that is not installed; got {error}, expected "
-            f"it. Install it: pip install {packages}"
+            f"the package. Install it: pip install {packages}"
         ) from error
     except ValueError as error:
         raise DataError(
@@ -247,7 +247,7 @@ def _inside(text: str, where: str) -> tuple[Sequence[Any], str]:
         if max(map(len, ends)) > _MOST_DIGITS:
             raise DataError(
                 f"{where}: {{{text[:40]}}}: numbers that are too long; got more than "
-                f"{_MOST_DIGITS} digits, expected fewer. Correct them."
+                f"{_MOST_DIGITS} digits, expected fewer digits. Correct the numbers."
             )
         first, last = map(int, ends)
         step = 1 if first <= last else -1
@@ -303,8 +303,8 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
     divisor = math.gcd(*shares)
     if sum(shares) // divisor > MAX_PERIOD:
         raise DataError(
-            f"{where}: weights of too many digits; got {root!r}, expected such that the shares "
-            f"are whole numbers of {MAX_PERIOD:,} at most. Round them."
+            f"{where}: weights with too many digits; got {root!r}, expected a ratio of whole "
+            f"numbers that add up to at most {MAX_PERIOD:,}. Round the weights."
         )
     return tuple(
         WeightedRoot(name, path, share // divisor)
@@ -374,7 +374,7 @@ def _require_archive(root: str, where: str) -> None:
         except OSError as error:
             raise unusable(where, error, root, of=DataError) from error
         except (tarfile.HeaderError, ValueError, OverflowError):
-            wrong = "a file that is no tar archive, whatever it is called"
+            wrong = "a file that is not a tar archive in spite of its name"
     raise DataError(f"{where}: {wrong}; got {root!r}, expected {_FORMS}. Set --{where} FOLDER.")
 
 

@@ -57,7 +57,7 @@ class SavedDataset:
         if not len(dataset):
             raise DataError(
                 f"{where}: no image in the dataset; got {root!r} without rows, expected at least "
-                "one. Name another."
+                "one row. Name another dataset."
             )
         self._columns = find_columns(dataset.features.arrow_schema, where)
         self._len = len(dataset)

@@ -88,8 +88,8 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
     if not (objects := find_objects(root, where)):
         raise DataError(
             f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects "
-            "ending in .tar or .parquet at that URL or below it. Correct the URL; loose images "
-            "must be packed, or copied to a folder."
+            "ending in .tar or .parquet at that URL or below it. Correct the URL; pack single "
+            "images into shards, or copy them to a folder."
         )
     is_table = name_of(objects[0].url).lower().endswith(PARQUET)
     return (_open_tables if is_table else RemoteShards)(root, objects, where=where)

@@ -64,7 +64,7 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
             f"{where}: {'no column' if not images else 'several columns'} of images; got "
             f"{', '.join(images) or ', '.join(f'{f.name} ({f.type})' for f in schema)}, expected "
             f"one of bytes, or of bytes and path as Hugging Face writes them, called {IMAGES[0]}. "
-            "Rename it."
+            "Rename that column."
         )
     label = next((n for n, kind in features.items() if kind.get("_type") == "ClassLabel"), None)
     if label is None:
@@ -262,7 +262,7 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
     if mean > MAX_FILE_BYTES:
         raise DataError(
             f"{stored.url}: a cell too large for an image; got {mean} bytes, expected at most "
-            f"{MAX_FILE_BYTES}. Leave it out of column {column}."
+            f"{MAX_FILE_BYTES}. Remove this cell from column {column}."
         )
 
 
@@ -283,13 +283,13 @@ def _damaged(stored: Stored, error: Exception) -> Exception:
         return error
     if isinstance(error, MemoryError):
         return DataError(
-            f"{stored.url}: a row group that memory does not hold; got {first_line(error)}, "
-            f"expected images of at most {MAX_FILE_BYTES} bytes. Write it with fewer rows in a "
-            "group, leave it out, or start fewer loading processes."
+            f"{stored.url}: a row group that does not fit into memory; got {first_line(error)}, "
+            f"expected images of at most {MAX_FILE_BYTES} bytes. Write the file with fewer rows "
+            "in a group, leave the file out, or start fewer loading processes."
         )
     return DataError(
         f"{stored.url}: cannot be read as parquet; got {first_line(error)}, expected a whole file. "
-        "Write or fetch it again, or leave it out."
+        "Write or fetch the file again, or leave it out."
     )
 
 

@@ -71,7 +71,8 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
     if kind := _COMPRESSED.get(os.pread(file.fileno(), 2, 0)):
         raise DataError(
             f"{where}: a compressed shard; got {kind} for {path!r}, expected a plain tar file, "
-            "whose members can be read in place. Decompress it (images gain nothing)."
+            "whose members can be read in place. Decompress the shard (compression saves nothing "
+            "on images)."
         )
     images: list[Member] = []
     labels: dict[bytes, int] = {}
@@ -88,8 +89,8 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
                 labels[_key(name)] = int(text) if text.isdigit() else NO_LABEL
     except Torn as error:
         torn = without_secrets(
-            f"{path}: a shard that is not whole: {error}; {len(images)} images before that are "
-            "used. Fetch or write the shard again."
+            f"{path}: an incomplete shard: {error}; the {len(images)} images before that place "
+            "are used. Fetch or write the shard again."
         )
     return [TarImage(*image, labels.get(_key(image.name), NO_LABEL)) for image in images], torn
 

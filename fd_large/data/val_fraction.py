@@ -130,8 +130,8 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
     if not isinstance(images, ImageFolder):
         raise DataError(
             f"{FIELD}: only a folder of images can be divided by file names; got "
-            f"{type(images).__name__} for {where}, expected a folder. Leave it out, and use "
-            "separate train/ and val/ parts."
+            f"{type(images).__name__} for {where}, expected a folder. Leave out --{FIELD}, and "
+            "use separate train/ and val/ parts."
         )
     names = (images.name(index) for index in range(len(images)))
     return divided(names, part, fraction, root=images.root)
@@ -154,14 +154,14 @@ def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> N
     if not 0 < count < len(held_out):
         raise DataError(
             f"{FIELD}: a part without an image; got {count} of the {len(held_out)} images of "
-            f"{root!r} held out by {fraction}, expected some in both parts. Change "
+            f"{root!r} held out by {fraction}, expected at least one in each part. Change "
             f"--{FIELD}, or add images."
         )
     if part == "train":
         log.info(
             "%s: %d of %d images of %s are the test images here, by a hash of their names, and the "
-            "others the training images. A model that learned from %s before has seen them all, "
-            "unless it held out the same part",
+            "others the training images. A model that was trained on %s before has seen these "
+            "test images, unless it held out the same part",
             FIELD,
             count,
             len(held_out),

@@ -99,7 +99,7 @@ def _fairscale_wrapper() -> Callable[..., nn.Module]:
         from fairscale.nn.checkpoint import checkpoint_wrapper
     except ImportError:
         raise ConfigError(
-            "student.activation_checkpointing: offload needs fairscale; got no such package, "
+            "student.activation_checkpointing: offload needs fairscale; got no package fairscale, "
             "expected fairscale>=0.4.13. Run `pip install fd_large[offload]`, or set "
             "--student.activation_checkpointing every."
         ) from None

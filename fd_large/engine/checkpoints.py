@@ -115,7 +115,8 @@ class Checkpoints:
         # Those of an earlier start have their room.
         if most * each > free and (most - len(store.complete(self._folder))) * each > free:
             log.warning(
-                "%s: THEY DO NOT FIT. Make room, or keep fewer: --runtime.keep_last, keep_every",
+                "%s: THE CHECKPOINTS DO NOT FIT. Make room, or keep fewer with "
+                "--runtime.keep_last and --runtime.keep_every",
                 text,
             )
         else:
@@ -207,7 +208,11 @@ class Checkpoints:
             try:
                 store.amend(path, {"evaluated": True}, self._lease)
             except (OSError, FDError) as error:
-                log.warning("%s: a resume from it evaluates again: %s", path, error)
+                log.warning(
+                    "%s: could not be marked as evaluated, so that a resume evaluates again: %s",
+                    path,
+                    error,
+                )
 
     def mark_best(self, step: int) -> None:
         """Points `checkpoints/best` at the checkpoint of a step, now or when it is complete."""
@@ -254,21 +259,20 @@ class Checkpoints:
         place = store.checkpoints_of(self._folder)
         if place.is_symlink() and not kind_of(place):
             raise CheckpointError(
-                f"{place}: leads nowhere; got a link to {place.readlink()}, expected the folder "
+                f"{place}: a broken link; got a link to {place.readlink()}, expected the folder "
                 "of the checkpoints. Mount its disk, or remove the link to start over."
             )
         step, damaged, broken = self._restore_newest()
         if step is None and broken:
             raise NotFiniteError(
                 f"{place}: no checkpoint to resume from; got {'; '.join(broken[:3])}, expected "
-                "finite numbers. Put an older checkpoint back if you have a copy, or start over by "
-                "--fresh with a lower --optim.base_lr."
+                "finite numbers. Put an older checkpoint back if you have a copy, or start over "
+                "with --fresh and a lower --optim.base_lr."
             )
         if step is None and damaged:
             raise CheckpointError(
-                f"{place}: no checkpoint is sound; got "
-                f"{damaged[0]}, expected files as they were written. Restore them, or "
-                "--fresh to start over."
+                f"{place}: no sound checkpoint; got {damaged[0]}, expected the files as they were "
+                "written. Restore the files, or start over with --fresh."
             )
         return step or 0
 
@@ -354,8 +358,8 @@ class Checkpoints:
             names = sorted(n for n in sizes.keys() | stored.keys() if sizes.get(n) != stored.get(n))
             raise CheckpointError(
                 f"{reader.path}: belongs to another model; got {len(names)} tensors that differ "
-                f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
-                "--runtime.run_dir, or --fresh."
+                f"({', '.join(names[:3])}, ...), expected the tensors of this recipe. Set another "
+                "--runtime.run_dir, or start over with --fresh."
             )
         moments = set(kept_by(self._engine.gate.inner).moments)
         stored_moments = set(reader.manifest.get("moments", ADAMW_MOMENTS))
@@ -364,7 +368,7 @@ class Checkpoints:
                 f"{reader.path}: belongs to another optimiser; got "
                 f"{', '.join(sorted(stored_moments)) or 'nothing'} of each parameter, expected "
                 f"{', '.join(sorted(moments)) or 'nothing'}. Restore the file of optim.name, or "
-                "--fresh."
+                "start over with --fresh."
             )
         self._check_stored(reader.manifest)
         if reader.manifest.get("pictures") != self._facts["pictures"]:

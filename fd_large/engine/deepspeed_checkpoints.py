@@ -51,7 +51,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
     if not step:
         raise CheckpointError(
             f"checkpoint export: {run_dir}: no checkpoint yet; got no complete checkpoint, "
-            "expected one. Train the run first."
+            "expected at least one. Train the run first."
         )
     client_state = {UPDATES: step, STEPS: opened.checkpoints.optimizer_steps}
     opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{step}", client_state=client_state)
@@ -77,7 +77,7 @@ def _without_code() -> Iterator[None]:
 
 def _culprit(error: UnpicklingError) -> str:
     """Returns the name of the class that torch.load refused, from the error's message."""
-    return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "something of another kind"
+    return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "an object of another kind"
 
 
 def import_checkpoint(

@@ -137,7 +137,7 @@ def in_float32(
     with evaluating(engine):
         task, forward = engine.task, engine.deepspeed
         if engine.stage < 3 and engine.config["bf16"]["enabled"]:
-            with building_in_memory(subject="a float32 copy for a test is"):
+            with building_in_memory(subject="a float32 copy of the model for an evaluation is"):
                 task = forward = partition.build(
                     make_task, engine.config, partitioned=False, seed=0
                 )

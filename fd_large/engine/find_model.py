@@ -134,7 +134,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         if part not in models:
             raise ConfigError(
                 f"{source}: a run of {run.task.name} has no such part; got {part!r}, "
-                f"{nearest(part, [*models, _SCRATCH])}. Name one of these, or only the run."
+                f"{nearest(part, [*models, _SCRATCH])}. Name one of these parts, or only the run."
             )
         stored = models[part].section
         weights.settled[stored.source] = stored.statistics
@@ -174,8 +174,8 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
         if len({slug(model.label) for model in candidates}) == len(candidates):
             return list(candidates)
     raise ConfigError(
-        f"MODEL: the same model twice; got {', '.join(model.source for model in models)}, expected "
-        "different ones. Leave one out."
+        f"MODEL: the same model twice; got {', '.join(model.source for model in models)}, "
+        "expected different models. Leave one of them out."
     )
 
 

@@ -115,8 +115,8 @@ def frozen_maker(
     if before_norm and architecture.mean_norm == "also":
         raise ConfigError(
             "objective.layer: this model has no map before its final norm; got "
-            f"before_norm for {section.model}, expected last. Leave it out, or choose a ViT or "
-            "Swin model of this package."
+            f"before_norm for {section.model}, expected last. Leave out objective.layer, or "
+            "choose a ViT or Swin model of this package."
         )
     side = own_image_size or architecture.fixed_image_size
 
@@ -158,7 +158,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
     flags = where.removesuffix(".source")
     remedy = (
         f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to do "
-        "without."
+        "without these tensors."
     )
     if by_name(section.model) is None:  # The model's name was found from the file.
         remedy = (
@@ -166,7 +166,10 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
             "without tensors that the map does not need."
         )
     if not where.startswith("--"):
-        remedy = "Name the model of the file, as timm:NAME=FILE, or the file alone if it shows it."
+        remedy = (
+            "Name the model of the file, as timm:NAME=FILE, or the file alone if it shows "
+            "its model."
+        )
     return sources.resolve(source, where=where).fitted(
         resolve(section.model, section.architecture), allow=section.allow, remedy=remedy
     )

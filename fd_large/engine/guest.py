@@ -56,8 +56,8 @@ def guest() -> Iterator[None]:
 
     if torch.distributed.is_initialized():
         raise LaunchError(
-            "fd_large: the process already has a process group of torch.distributed; got one, "
-            "expected none. Destroy it first, or start another process."
+            "fd_large: the process already has a process group of torch.distributed; got a group, "
+            "expected none. Destroy this group first, or start another process."
         )
     threads = torch.get_num_threads()
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)

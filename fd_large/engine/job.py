@@ -155,7 +155,7 @@ class TrainingJob:
             if value != default:
                 raise ConfigError(
                     f"{name}: unused in this recipe; got {value!r}, expected "
-                    f"{default!r}. " + self.remedies.get(name, "Leave it out.")
+                    f"{default!r}. " + self.remedies.get(name, "Leave out this field.")
                 )
         is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size
         if is_own or self.run.optim.layer_decay != 1.0:

@@ -269,9 +269,9 @@ class Trainer:
         if agreed.broken and verdict.roll_back is None and not verdict.stop:
             if distributed.is_main():
                 log.error(
-                    "the run ends: its state is not finite, so that no later state could be "
-                    "saved. Start the same command again to resume from the last checkpoint. With "
-                    "--guard.enabled True a run rolls back by itself."
+                    "the run ends: its weights or moments are not finite, and no run can resume "
+                    "from such numbers. Start the same command again to resume from the last "
+                    "checkpoint. With --guard.enabled True a run rolls back by itself."
                 )
             verdict = replace(verdict, stop=GUARD)
         if verdict.stop:
@@ -398,8 +398,8 @@ class Trainer:
         if restored is None:
             if distributed.is_main():
                 log.error(
-                    "no sound checkpoint of at most %d steps to go back to: the run ends. Start it "
-                    "anew (--fresh) with a lower --optim.base_lr, or save more often "
+                    "the run ends: no sound checkpoint of at most %d steps to roll back to. Start "
+                    "over (--fresh) with a lower --optim.base_lr, or save more often "
                     "(--runtime.save_every).",
                     at_most,
                 )

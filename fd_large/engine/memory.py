@@ -112,10 +112,9 @@ def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> 
         if not _is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"engine: out of memory on rank {distributed.rank()} while {subject} built; got "
-            "too little room for parameters and optimiser, expected enough. Use "
-            f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
-            "ranks."
+            f"engine: out of memory on rank {distributed.rank()} while {subject} built; got too "
+            "little memory, expected room for parameters and optimiser. Use ds_configs/zero3.json "
+            f"or zero3_offload.json, {remedy}{', ' if remedy else ''}or more ranks."
         ) from error
 
 
@@ -139,7 +138,7 @@ def out_of_memory_named(size: int) -> Iterator[None]:
         )
         raise OutOfMemory(
             f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got {size} "
-            f"images per micro batch, expected fewer. {remedy}."
+            f"images per micro batch, expected fewer images. {remedy}."
         ) from error
 
 

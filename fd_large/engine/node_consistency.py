@@ -87,35 +87,37 @@ def software() -> dict[str, Fact]:
     commit = source_commit()
     code = f"{commit[:9] if commit else 'no commit'}, the files' hash {code_hash()[:8]}"
     same_code = "Use one checkout on a shared disk, or one image, on every node"
-    facts = {"code": Fact(code, "nodes: other code of fd_large", same_code, LaunchError)}
+    facts = {"code": Fact(code, "nodes: different code of fd_large", same_code, LaunchError)}
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     for name, number in versions.items():
-        problem = f"nodes: other versions of {name}"
+        problem = f"nodes: different versions of {name}"
         facts[name] = Fact(number, problem, _SAME_ENVIRONMENT, LaunchError)
     return facts
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
     """Returns this rank's GPU, CUDA, NCCL and driver as facts; kernels are chosen by them."""
-    same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
+    same_cards = (
+        "Use nodes of one kind (sbatch --constraint), or exclude the other nodes (--exclude)"
+    )
     if device.type != "cuda":
-        return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}
+        return {"card": Fact("no GPU", "ranks: different GPUs", same_cards, LaunchError)}
     memory = round(torch.cuda.get_device_properties(device).total_memory / 1e9)
     card = f"{torch.cuda.get_device_name(device)}, {memory} GB"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     facts = {
-        "card": Fact(card, "ranks: other cards", same_cards, LaunchError),
+        "card": Fact(card, "ranks: different GPUs", same_cards, LaunchError),
         "CUDA": Fact(
             str(torch.version.cuda or torch.version.hip),
-            "nodes: torch for other versions of CUDA",
+            "nodes: torch for different versions of CUDA",
             _SAME_ENVIRONMENT,
             LaunchError,
         ),
-        "NCCL": Fact(nccl, "nodes: other versions of NCCL", _SAME_ENVIRONMENT, LaunchError),
+        "NCCL": Fact(nccl, "nodes: different versions of NCCL", _SAME_ENVIRONMENT, LaunchError),
     }
     if driver := _driver():
-        remedy = "Where losses differ from those of one kind of node, this may be why"
-        facts["driver"] = Fact(driver, "nodes: other drivers", remedy, None)
+        remedy = "If losses differ from those on nodes of one kind, the drivers may be the cause"
+        facts["driver"] = Fact(driver, "nodes: different drivers", remedy, None)
     return facts
 
 
@@ -136,7 +138,7 @@ def compare(ranks: Sequence[_NodeFacts]) -> None:
     stops = [name for name in odd if facts_of[name].error is not None]
     for name, (nodes, got, most, expected) in odd.items():
         fact = facts_of[name]
-        also = f" (and other {', '.join(stops[1:])})" if stops[1:] and name == stops[0] else ""
+        also = f" (and different {', '.join(stops[1:])})" if stops[1:] and name == stops[0] else ""
         message = (
             f"{fact.what}; got {got} on {first_names(nodes)}{also}, expected {expected} as on "
             f"{most}. {fact.remedy}."
@@ -178,8 +180,8 @@ def weights_digest(source: str, weights: Sources) -> str:
                 size += _sample(file.fileno(), digest.update)
     except OSError as error:
         raise WeightsError(
-            f"weights: {source}: cannot be read; got {error.strerror or error}, expected a file. "
-            "Correct its permissions, or fetch it again."
+            f"weights: {source}: cannot be read; got {error.strerror or error}, expected a "
+            "readable file. Correct its permissions, or fetch the file again."
         ) from error
     return f"{size} bytes, hash {digest.hexdigest()[:8]}"
 

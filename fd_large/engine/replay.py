@@ -139,13 +139,14 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
         ]
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
-            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the file as "
-            "the guard wrote it. Replay another incident."
+            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the file that "
+            "the guard wrote. Replay another incident."
         ) from error
     if not micro_batches:
         raise ConfigError(
-            f"replay: {file}: its images are gone; got none, expected a rank's images. The "
-            f"newest {INCIDENTS_WITH_IMAGES} incidents keep theirs: replay one of them."
+            f"replay: {file}: the images of this incident are gone; got no images, expected those "
+            f"of a rank. The newest {INCIDENTS_WITH_IMAGES} incidents keep their images: replay "
+            "one of them."
         )
     return incident, micro_batches
 
@@ -204,7 +205,7 @@ def _weights(folder: Path, step: int) -> Reader:
         log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
     raise CheckpointError(
         f"replay: {store.checkpoints_of(folder)}: no sound checkpoint; got {complaint}, expected "
-        "one of the run's. Restore a checkpoint, preferably the newest before the incident."
+        "a sound checkpoint of the run. Restore one, preferably the newest before the incident."
     )
 
 
@@ -262,9 +263,9 @@ def _with_whole_groups(
         return micro_batches
     if len(kept_ranks := {micro_batch.rank for micro_batch in micro_batches}) < ranks:
         raise ConfigError(
-            f"replay: {file}: images that share statistics of batch norms lay on several ranks; "
-            f"got those of {len(kept_ranks)} of {ranks} ranks, expected all. Check the layers "
-            "named in the incident."
+            f"replay: {file}: images that share batch norm statistics were on several ranks; got "
+            f"the images of {len(kept_ranks)} of {ranks} ranks, expected all images. Check the "
+            "layers named in the incident."
         )
     batches = [micro_batch.batch for micro_batch in micro_batches]
     images, places = (

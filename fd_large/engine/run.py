@@ -226,7 +226,7 @@ def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
     if done and not finished:
         raise CheckpointError(
             f"{checkpoints_of(folder)}: no checkpoint; got a finished run, expected its "
-            "checkpoints. Restore its checkpoints, or --fresh to start over."
+            "checkpoints. Restore these checkpoints, or start over with --fresh."
         )
     if done and (finished >= total or (best is not None and best.exhausted)):
         why = f" ({best.reason()})" if finished < total and best else ""
@@ -306,11 +306,11 @@ def _log_other_length(
         if not changed or not distributed.is_main():
             return
         rows = rows_before(folder / METRICS, finished)
-        last = f" after {rows[-1]['learning_rate']:.3g} at the last one" if rows else ""
+        last = f" (the last step had {rows[-1]['learning_rate']:.3g})" if rows else ""
         log.warning(
             "%s: ANOTHER SCHEDULE from here on: the run continues from step %d to step %d, where "
-            "its schedule ends. The learning rate of the next step is %.3g%s. The result differs "
-            "from a run with this length from the start.",
+            "its schedule ends. The learning rate of the next step is %.3g%s. The result will "
+            "differ from that of a run that began with this length.",
             ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()),
             finished,
             schedule.total,

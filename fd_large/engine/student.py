@@ -68,8 +68,8 @@ def make_student(
     if not student.norm_batch and not student.init and batch_norm.norms_of(net):
         raise ConfigError(
             f"student.norm_batch: {student.model} has batch norms, and random weights have no "
-            "running statistics; got 0 without --student.init, expected a number of images. Set "
-            "--student.norm_batch 32, or --student.init to trained weights."
+            "running statistics; got norm_batch 0 without --student.init, expected a number of "
+            "images. Set --student.norm_batch 32, or --student.init to trained weights."
         )
     return net
 
@@ -128,8 +128,8 @@ def check_norm_batch(
         near = " or ".join(str(size) for size in nearest_divisors(images, group) if size > 1)
         raise ConfigError(
             "student.norm_batch: the group of images with shared statistics must divide the "
-            f"global batch; got {group} of {images}, expected a divisor. Set --student.norm_batch "
-            f"{near}."
+            f"global batch; got groups of {group} in a batch of {images}, expected a divisor. Set "
+            f"--student.norm_batch {near}."
         )
     if group * net.fewest_places < FEWEST_VALUES:
         least = -(-FEWEST_VALUES // net.fewest_places)
@@ -138,8 +138,8 @@ def check_norm_batch(
             f"--student.norm_batch {enough}" if enough else f"--batch.global_batch_size {least}"
         )
         raise ConfigError(
-            f"student.norm_batch: too few values for statistics; got {group} images of "
-            f"{net.fewest_places} places in the smallest map of {student.model}, expected "
+            f"student.norm_batch: too few values for batch norm statistics; got {group} images of "
+            f"{net.fewest_places} positions in the smallest map of {student.model}, expected "
             f"{FEWEST_VALUES} values. Set {remedy}, or a larger --data.image_size."
         )
     share, micro_batch = images // world_size, batch.micro_batch_size
@@ -148,9 +148,10 @@ def check_norm_batch(
         smaller = f", or --student.norm_batch {' or '.join(map(str, inside))}" if inside else ""
         whole = f"{group} or {share}" if share % group == 0 else str(share)
         raise ConfigError(
-            "batch.micro_batch_size: a pass would split a group of images with shared statistics; "
-            f"got {micro_batch} images with groups of {group}, expected a multiple of {group}, or "
-            f"a rank's whole share of {share}. Set --batch.micro_batch_size {whole}{smaller}."
+            "batch.micro_batch_size: a micro batch would split a group of images with shared "
+            f"statistics; got {micro_batch} images with groups of {group}, expected a multiple of "
+            f"{group}, or all {share} images of a rank. Set --batch.micro_batch_size "
+            f"{whole}{smaller}."
         )
     return group
 
@@ -193,7 +194,7 @@ def student_weights(
         without=without,
         allow=student.init_allow,
         remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
-        "--student.init_allow NAMES to do without.",
+        "--student.init_allow NAMES to do without these tensors.",
     )
 
 
@@ -241,9 +242,9 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
     if mistakes := [name for name in fields if name not in allowed]:
         raise ConfigError(
             "\n".join(
-                f"--student.{name}: the named models decide it; got a value of your own, expected "
-                f"of student.* only {', '.join(allowed)}. Leave it out, or train: "
-                "docs/evaluation.md."
+                f"--student.{name}: the evaluated models decide this field; got a value of your "
+                f"own, expected only {', '.join(allowed)} of student.*. Leave the field out, or "
+                "train with it (docs/evaluation.md)."
                 for name in mistakes
             )
         )

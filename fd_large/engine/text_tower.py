@@ -95,8 +95,8 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
     width, expected = embeddings.shape[1], classes.vectors.shape[1]
     if width != expected:
         raise ConfigError(
-            f"{_WHERE}: the head's summary is not in the space of the texts; got {width} "
-            f"channels, expected {expected} as in the text tower. Train with "
+            f"{_WHERE}: the head's summary is not in the embedding space of the texts; got "
+            f"{width} channels, expected {expected} as in the text tower. Train with "
             "--teachers.NAME.summary.layer embedding, and name the text tower of that teacher."
         )
     vectors = classes.vectors.to(embeddings.device)
@@ -112,14 +112,14 @@ def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
     except ImportError as error:
         raise WeightsError(
             f"{_WHERE}: a package for this text tower is not installed; got {first_line(error)} "
-            f"for {source}, expected it. pip install 'fd_large[open_clip]' or "
+            f"for {source}, expected the package. Run pip install 'fd_large[open_clip]' or "
             "'fd_large[transformers]'."
         ) from error
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{_WHERE}: no usable text tower; got {first_line(error)[:300]} for {source}, "
             "expected the folder of a CLIP of transformers with its tokenizer, or of open_clip, "
-            "hf:REPO, or open_clip:ARCH/TAG. Name one."
+            "hf:REPO, or open_clip:ARCH/TAG. Name such a source."
         ) from error
 
 

@@ -77,7 +77,7 @@ class TrainedModel(nn.Module):
         if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
             raise ShapeError(
                 f"preprocess: not an image; got {image.dtype} {tuple(image.shape)}, expected uint8 "
-                "pixels, a tensor (3, H, W) or an array (H, W, 3). Convert it."
+                "pixels, a tensor (3, H, W) or an array (H, W, 3). Convert the image."
             )
         return central_view(image, self.image_size)
 

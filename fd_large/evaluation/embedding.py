@@ -177,11 +177,12 @@ def _begin(folder: Path, settings: dict[str, object]) -> None:
     differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         raise ConfigError(
-            f"--out: {folder} holds features of other settings; got {', '.join(differing)} that "
-            "differ, expected the same. Remove the folder to start over, or name another --out."
+            f"--out: {folder} holds features of other settings; got other values of "
+            f"{', '.join(differing)}, expected the same values. Remove the folder to start over, "
+            "or name another --out."
         )
     if done:
-        log.info("--out: continuing after %d parts of an earlier start", done)
+        log.info("--out: continuing after %d parts that an earlier start wrote", done)
 
 
 def _is_there(folder: Path) -> bool:

@@ -63,7 +63,7 @@ class FrozenFlags(Pooled, Batched):
     def __post_init__(self) -> None:
         require(
             bool(self.features) and len(set(self.features)) == len(self.features),
-            "--features: each at most once, and at least one",
+            "--features: a name is repeated, or none is given",
             " ".join(self.features) or "nothing",
             f"{OWN_FEATURES}, NAME or NAME.summary of the run's teachers",
         )
@@ -244,7 +244,8 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
     if tuple(features) != (OWN_FEATURES,) and not any(heads):
         raise ConfigError(
             f"--features: none of the models has heads; got {' '.join(features)}, expected a "
-            "run of distillation, or an export of one that has a folder heads. Leave it out."
+            "run of distillation, or an export of one that has a folder heads. Leave out "
+            "--features."
         )
     for model, chosen in zip(models, heads, strict=True):
         net: Any  # A type checker does not know the methods of a backbone.

@@ -98,7 +98,7 @@ def _real(images: LabelledImages) -> LabelSet:
             raise DataError(
                 f"--labels: not a validation image of ImageNet; got {Path(images[index]).name}, "
                 "expected names such as ILSVRC2012_val_00000001.JPEG, by which ReaL's labels are "
-                "found. Keep the files' own names, or leave it out."
+                "found. Keep the files' own names, or leave out --labels."
             )
         right.append(of_number[int(named[1]) - 1])
     return LabelSet(images, right, all_classes=True)
@@ -148,7 +148,7 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
         return {folder: of_label[label] for folder, label in labels.items() if label in of_label}
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise DataError(
-            f"data.root: {mappings}: not ObjectNet's maps of classes; got {type(error).__name__} "
+            f"data.root: {mappings}: not ObjectNet's class mappings; got {type(error).__name__} "
             f"{error}, expected the files of its download. Fetch them again."
         ) from error
 
@@ -170,8 +170,8 @@ def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]
     if unknown := sorted(names - by_name.keys(), key=str):
         raise DataError(
             f"data.root: classes that the model was not trained for; got {unknown[0]} and "
-            f"{len(unknown) - 1} more beside its {len(classes)}, expected its own, or ImageNet's "
-            "for a model of ImageNet. Name another set, or another model."
+            f"{len(unknown) - 1} more, expected the model's own {len(classes)} classes, or "
+            "ImageNet's for a model of ImageNet. Use another dataset, or another model."
         )
     return [tuple(by_name[name] for name in of_image) for of_image in right.right]
 

@@ -39,8 +39,8 @@ def _measure(request: Request) -> Result:
     models = request.flags.models
     if len(models) > 1:
         raise ConfigError(
-            f"evaluate: only one run at a time can be scored; got {' '.join(models)}, expected "
-            "one. Name one."
+            f"evaluate: only one run at a time can be scored; got {' '.join(models)}, expected a "
+            "single run. Name one run."
         )
     path, changes = Path(models[0]), request.changes
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)

@@ -68,9 +68,10 @@ class SweepFlags:
         usual = SweepFlags.sweep_rates, SweepFlags.sweep_decays
         require(
             self.sweep or (self.sweep_rates, self.sweep_decays) == usual,
-            "--sweep: left out, but its grid is given",
+            "--sweep: missing, although a grid of the sweep is given",
             f"{self.sweep_rates} and {self.sweep_decays}",
-            "--sweep beside them",
+            "--sweep too",
+            "Add --sweep",
         )
 
 
@@ -189,15 +190,16 @@ def check_fields(changes: Mapping[str, Any]) -> None:
     Raises: ConfigError: with a line for each of these fields.
     """
     mistakes = {
-        "optim.layer_decay": "the sweep decides it; got a value of your own, expected none. Set "
-        "--sweep_decays.",
+        "optim.layer_decay": "the sweep decides it; got a value of your own, expected no value. "
+        "Set --sweep_decays.",
         **dict.fromkeys(
             ("eval.best_metric", "eval.patience"),
-            "the last runs would be chosen by the test images; got a value of your own, expected "
-            "none. Leave it out.",
+            "the final runs would be chosen by the test images; got a value of your own, expected "
+            "no value. Leave the field out.",
         ),
         "data.val_fraction": "the sweep holds out a part of the training images by itself; got a "
-        "value of your own, expected none, and separate test images. Leave it out.",
+        "value of your own, expected no value, and separate test images. "
+        "Leave the field out.",
     }
     lines = [f"--{name}: {mistake}" for name, mistake in mistakes.items() if changes.get(name)]
     if lines:
@@ -267,9 +269,9 @@ def sweep(
     if distributed.is_main():
         terminal.console().print(
             f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
-            f"training images of {images.root}, {' + '.join(str(len(grid)) for grid in grids)} for "
-            f"the models in turn, by {', '.join(names)}; then "
-            f"{num_runs} runs on all of them: {num_trials - done + num_runs} runs in all",
+            f"training images of {images.root}, {' + '.join(str(len(grid)) for grid in grids)} "
+            f"for the models in turn, by {', '.join(names)}; then {num_runs} runs on all training "
+            f"images: {num_trials - done + num_runs} runs to do",
             soft_wrap=True,
         )
     sweeps = []
@@ -323,7 +325,7 @@ def _trials_of(
                     run = with_point(recipe, rate, decay, named)
                 except ConfigError as error:
                     raise ConfigError(
-                        f"--sweep_rates {rate:g}: of {recipe.name}, {error}"
+                        f"--sweep_rates {rate:g}: with the recipe {recipe.name}: {error}"
                     ) from None
                 run = _held_out(run, images.root, where)
                 trials.append(Trial(rate, decay, RecordedRun("trial.json", "a trial", run, inputs)))

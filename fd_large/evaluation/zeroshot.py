@@ -275,8 +275,8 @@ def _open_clip(name: str, remedy: str) -> Any:
         import open_clip
     except ImportError as error:
         raise ConfigError(
-            f"--task zeroshot: {name} is of a package that is not installed; got {error}, expected "
-            f"open_clip. pip install 'fd_large[open_clip]', or set {remedy}."
+            f"--task zeroshot: {name} needs a package that is not installed; got {error}, "
+            f"expected open_clip. Run pip install 'fd_large[open_clip]', or set {remedy}."
         ) from error
     return getattr(open_clip, name)
 

@@ -156,7 +156,7 @@ def _off(call: Call, device: torch.device) -> str | None:
         exact = _run(call, values, wide=torch.float32 if narrow else torch.float64)
         eager = _run(call, values)
     except torch.OutOfMemoryError:
-        log.debug("%s: not checked, the reference takes more memory than there is", label)
+        log.debug("%s: not checked, as the reference does not fit into memory", label)
         return None
     try:
         fused = _run(call, values, fused=True)

@@ -192,7 +192,7 @@ def _wishes(text: str) -> tuple[str, dict[str, str]]:
         if wish not in _WISHES:
             raise ConfigError(
                 f"FD_KERNELS: unknown implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set "
-                "it to one of these or unset it."
+                "FD_KERNELS to one of these, or unset it."
             )
         if not is_single:
             general = wish
@@ -202,7 +202,7 @@ def _wishes(text: str) -> tuple[str, dict[str, str]]:
         if op not in _operations:
             raise ConfigError(
                 f"FD_KERNELS: unknown operation; got {op!r}, {nearest(op, tuple(_operations))}. "
-                "Name one of these, or none for all."
+                "Name one of these, or no operation to set all of them."
             )
         single[op] = wish
     return general, single

@@ -131,7 +131,7 @@ def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[
         if tensor is not None and tensor.shape != shape:
             raise ShapeError(
                 f"{where}: {name} does not fit {beside}; got {tuple(tensor.shape)}, expected "
-                f"{tuple(shape)}. Pass one that does."
+                f"{tuple(shape)}. Pass a tensor of that shape."
             )
 
 

@@ -77,8 +77,8 @@ class Phases:
             return cls(seconds=seconds, update=float(plain["update"]), images=int(plain["images"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{where}: phases: not written by --probe; got {error!r}, expected seconds of each "
-                "phase, as fixed and an image. Measure them again."
+                f"{where}: phases: not written by --probe; got {error!r}, expected the seconds of "
+                "each phase, fixed and per image. Measure the phases again."
             ) from None
 
 

@@ -112,7 +112,7 @@ def rates_of(gpu: str, file: str = "") -> Rates:
     """
     if gpu not in CARDS:
         raise ConfigError(
-            f"--gpu: unknown card; got {gpu!r}, {nearest(gpu, CARDS)}. Take one, or "
+            f"--gpu: unknown GPU; got {gpu!r}, {nearest(gpu, CARDS)}. Use one of these, or "
             "measure yours: plan --probe writes a file for --rates."
         )
     if not file:

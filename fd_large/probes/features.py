@@ -194,5 +194,6 @@ def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
         size = num_images * (4 * width + 8)
         raise ConfigError(
             f"{paths[0].parent}: no room for the features of {num_images:,} images; got "
-            f"{error}, expected {size / 1e9:.3g} GB. Free them, or choose another folder."
+            f"{error}, expected {size / 1e9:.3g} GB of free space. Free this space, or choose "
+            "another folder."
         ) from error

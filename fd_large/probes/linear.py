@@ -99,7 +99,7 @@ def evaluate(
     if not count:
         raise DataError(
             f"data.root: too few training images for a probe; got {len(order)}, expected at "
-            f"least {HELD_OUT}, one of which is held out. Use more."
+            f"least {HELD_OUT}, one of which is held out. Use more images."
         )
     layers = _fit(train, order[count:], num_classes, probe, probe.rates, progress)
     held_out = [

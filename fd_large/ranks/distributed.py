@@ -86,7 +86,8 @@ def start(
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise LaunchError(
             "DS_ACCELERATOR: no GPU that torch can use on this node; got 'cuda', expected a GPU. "
-            "Unset the variable to train on CPUs, or see what the doctor says about devices."
+            "Unset the variable to train on CPUs, or run python -m fd_large doctor and read its "
+            "line on devices."
         )
     # As early as possible: a launcher that ends before this is not noticed.
     watch_launcher(failures.tell, failures.LONGEST_WAIT_SECONDS)
@@ -177,8 +178,8 @@ def _take_gpu(launch: Launch) -> None:
     """
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and launch.world_size > 1:
         raise LaunchError(
-            "CUDA_DEVICE_MAX_CONNECTIONS: collectives of several groups in one queue may wait for "
-            "each other forever; got 1, expected 2 or more. Unset it."
+            "CUDA_DEVICE_MAX_CONNECTIONS: collectives of several process groups in one queue may "
+            "deadlock; got 1, expected 2 or more. Unset the variable."
         )
     # Images of many sizes and gathered weights leave gaps in segments of fixed sizes. torch reads
     # this when it first allocates on the GPU.
@@ -186,10 +187,10 @@ def _take_gpu(launch: Launch) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if launch.local_rank >= (visible := torch.cuda.device_count()):
         raise LaunchError(
-            f"launch: local rank {launch.local_rank} has no GPU; got {visible} that it sees, "
-            f"expected {launch.local_world_size}. Start no more ranks than a node has GPUs and let "
-            "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is cut "
-            "in slices (MIG) a process sees one: start one rank a node there, or turn MIG off."
+            f"launch: local rank {launch.local_rank} has no GPU; got {visible} visible GPUs, "
+            f"expected {launch.local_world_size}. Start no more ranks than a node has GPUs and "
+            "let each see all of them (srun: --gres=gpu:N, not --gpus-per-task). With MIG a "
+            "process sees only one slice: start one rank per node, or turn MIG off."
         )
     torch.cuda.set_device(launch.local_rank)
 
@@ -610,10 +611,10 @@ def node_group(node_size: int) -> dist.ProcessGroup:
         first = rank() // node_size * node_size
         if len(set(hosts[first : first + node_size])) > 1:
             raise LaunchError(
-                f"engine.node_size: ranks {first} to {first + node_size - 1} are not on one node; "
-                f"got hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, expected "
-                "one. Place ranks block by block (mpirun --map-by, srun --distribution=block), or "
-                "correct --engine.node_size."
+                f"engine.node_size: ranks {first} to {first + node_size - 1} are not on the same "
+                f"node; got hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, "
+                "expected a single host. Place ranks block by block (mpirun --map-by, srun "
+                "--distribution=block), or correct --engine.node_size."
             )
         _nodes.add(node_size)
     return neighbours(node_size)

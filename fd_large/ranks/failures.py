@@ -39,7 +39,7 @@ EXITS_FOLDER = "FD_LARGE_EXITS"
 LONGEST_WAIT_SECONDS = 1800.0
 """How long a collective waits for a rank before it fails."""
 SECONDS_BETWEEN_LOOKS = 1.0
-_GONE = "it, or the node that it ran on, is gone"
+_GONE = "its process, or the node of that process, is gone"
 GRACE_SECONDS = 5.0
 """Seconds in which the main thread may end by itself, with its own message and exit code."""
 SECONDS_TO_CONNECT_AGAIN = 5.0
@@ -207,7 +207,7 @@ class Watch:
             lost = self._lost_neighbour(store)
             if lost is None:
                 return None
-            ending = Ending(lost, Exit.LOST, "it was killed, or ended without a word")
+            ending = Ending(lost, Exit.LOST, "its process was killed, or ended without a message")
             store.compare_set(_END, "", json.dumps(ending))
         return _ending_of(store.get(_END))
 
@@ -258,7 +258,7 @@ class Watch:
         write_exit_file(code_after(ending), reason)
         # The terminal shows what rank 0 says, and another rank only where it cannot.
         extra = {"file_only": self._rank != 0 and not speaks_for(ending)}
-        log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
+        log.error("rank %d ends because %s", self._rank, reason, extra=extra)
         # A hung rank's watchdog writes its own.
         for write in last_words if ending.code != Exit.AGAIN else ():
             write(reason)
@@ -270,7 +270,9 @@ def _ending_of(text: bytes) -> Ending:
         rank, code, reason = parse_json(text)
         if (type(rank), type(code), type(reason)) == (int, int, str):
             return Ending(rank, code, printable(" ".join(reason.split())))
-    return Ending(0, Exit.LOST, "the store at which the ranks met holds what no rank wrote")
+    return Ending(
+        0, Exit.LOST, "the store over which the ranks met holds an entry that no rank wrote"
+    )
 
 
 def code_after(ending: Ending | None) -> Exit:

@@ -33,8 +33,9 @@ def check_alone() -> None:
     launch = find_launch()
     if launch.launcher != "python" or launch.world_size > 1:
         raise LaunchError(
-            f"--ranks: ranks of another launcher; got {launch.world_size} by {launch.launcher}, "
-            "expected a process of its own. Leave out --ranks, or the other launcher."
+            f"--ranks: another launcher has already started ranks; got {launch.world_size} by "
+            f"{launch.launcher}, expected a single process. Leave out --ranks, or the other "
+            "launcher."
         )
 
 

@@ -91,8 +91,8 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
     token = read_bytes(name, where=where, of=LaunchError, remedy=remedy).decode(errors="replace")
     if not re.fullmatch("[0-9A-Za-z]{16,256}", token.strip()):
         raise LaunchError(
-            f"{where}: {name}: not a token; got another text, expected 16 letters or digits at "
-            f"least. {remedy}"
+            f"{where}: {name}: not a token; got another text, expected at least 16 letters or "
+            f"digits. {remedy}"
         )
     return token.strip()
 
@@ -167,9 +167,9 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
         return int(text)
     except ValueError:
         raise LaunchError(
-            f"launch: {name}: not an integer; got {text!r}, expected one. Start all ranks with one "
-            "of deepspeed, torchrun, srun or mpirun, or unset RANK, WORLD_SIZE and LOCAL_RANK to "
-            "run a single process."
+            f"launch: {name}: not an integer; got {text!r}, expected a whole number. Start all "
+            "ranks with one of deepspeed, torchrun, srun or mpirun, or unset RANK, WORLD_SIZE and "
+            "LOCAL_RANK to run a single process."
         ) from None
 
 
@@ -270,8 +270,8 @@ def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
     world = MPI.COMM_WORLD
     if world.size != world_size:
         raise LaunchError(
-            f"launch: mpi4py counts other ranks than mpirun; got {world.size}, expected "
-            f"{world_size}. {remedy}"
+            f"launch: mpi4py and mpirun disagree on the number of ranks; got {world.size}, "
+            f"expected {world_size}. {remedy}"
         )
     place = None
     if world.rank == 0:
@@ -317,8 +317,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise LaunchError(
-                f"launch: SLURM_STEP_TASKS_PER_NODE: no numbers of tasks; got {part!r}, expected a "
-                "form like 8(x2),4. Start the ranks with srun."
+                f"launch: SLURM_STEP_TASKS_PER_NODE: not numbers of tasks per node; got {part!r}, "
+                "expected a form like 8(x2),4. Start the ranks with srun."
             )
         counts += [int(match[1])] * int(match[2] or 1)
     if sum(counts) != world_size or node_rank >= len(counts):

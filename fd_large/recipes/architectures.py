@@ -259,8 +259,8 @@ def whole(values: dict[str, Any]) -> FamilyArchitecture:
     missing = sorted(needed - model_fields.keys())
     if missing:
         raise ConfigError(
-            f"model: {family} is a family, whose models have no values of their own; got none for "
-            f"{', '.join(missing)}, expected every field. Set them by --teacher.architecture or "
+            f"model: {family} is a family, not a model; got no values for {', '.join(missing)}, "
+            "expected a value of every field. Set these fields by --teacher.architecture or "
             "--student.architecture, or name a model."
         )
     _refuse_foreign(model_fields, family, family)

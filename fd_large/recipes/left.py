@@ -30,9 +30,7 @@ class Left(NamedTuple):
 
 
 LEFT = {
-    "optim.max_seconds": Left(
-        "0.9.0", 0, "Name a number of steps with --optim.max_steps, and leave it out."
-    ),
+    "optim.max_seconds": Left("0.9.0", 0, "Set a number of steps with --optim.max_steps instead."),
     "data.stage_to": Left(
         "0.9.0",
         "",
@@ -54,7 +52,7 @@ def refusal(name: str, value: Any) -> str | None:
     if left is None:
         return None
     return (
-        f"{name}: left in version {left.version}; got {value}, expected no such field. "
+        f"{name}: removed in version {left.version}; got {value}, expected no such field. "
         f"{left.remedy}"
     )
 

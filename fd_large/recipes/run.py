@@ -253,7 +253,7 @@ class Run:
                 bool(_NAME.fullmatch(name)),
                 f"students.{name}: not a name for a student",
                 repr(name),
-                "small letters, digits and underscores that begin with a letter",
+                "small letters, digits and underscores, beginning with a letter",
                 "Choose another name",
             )
         if read := self.task.kind():
@@ -289,7 +289,7 @@ class Run:
             if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:
                 raise ConfigError(
                     f"teachers.{name}: not a name for a teacher; got {name!r}, expected small "
-                    f"letters, digits and underscores that begin with a letter, not ending in "
+                    f"letters, digits and underscores, beginning with a letter, not ending in "
                     f"_summary, and none of {', '.join(_TAKEN)}. Choose another name."
                 )
         settings = _set_fields({n: getattr(self, n) for n in _OF_ONE_TEACHER})

@@ -139,7 +139,7 @@ def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str])
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if name in names:
-            twice.append(f"{line}: {name}: given twice; expected once. Remove one.")
+            twice.append(f"{line}: {name}: given twice; expected once. Remove one of the two.")
         names.add(name)
         lines[name] = line
         _note_lines(value, f"{name}.", lines, twice)

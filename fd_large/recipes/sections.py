@@ -310,7 +310,7 @@ class Data:
         named = " ".join(map(str, self.image_sizes))
         require(
             len(set(self.image_sizes)) == len(self.image_sizes),
-            "data.image_sizes: each size at most once",
+            "data.image_sizes: a size is given more than once",
             named,
             "different numbers",
         )
@@ -408,7 +408,8 @@ class Optim:
         check_types(self, "optim")
         require(
             self.name != "muon",
-            "optim.name: Muon turns whole matrices, and ZeRO steps shards that are cut anywhere",
+            "optim.name: Muon works on whole matrices, but ZeRO updates shards that may cut a "
+            "matrix anywhere",
             repr(self.name),
             "an optimiser that acts element by element",
             "Use adamw or lars",
@@ -437,7 +438,7 @@ class Optim:
         steps = self.schedule == "steps"
         require(
             bool(self.drops) == steps and all(0 < drop < 1 for drop in self.drops),
-            f"optim.drops: not those of optim.schedule {self.schedule}",
+            f"optim.drops: do not fit optim.schedule {self.schedule}",
             self.drops,
             "shares of the run between 0 and 1" if steps else "none",
             beside=("optim.schedule",),
@@ -573,7 +574,7 @@ class Eval:
         at_least("eval.patience", self.patience, 0, "evaluations")
         require(
             bool(self.best_metric) or not self.patience,
-            "eval.patience: needs a number to compare evaluations by",
+            "eval.patience: needs a metric to compare evaluations by",
             self.patience,
             "0 while eval.best_metric is empty",
             "set --eval.best_metric, for example held_out_loss",

@@ -118,7 +118,7 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
         run = override(run, _decided(run, images, ranks, named))
         batch, optim = run.batch.global_batch_size, run.optim
         steps = optim.max_steps or optim.epochs * _steps_an_epoch(run, images)
-        held_out = "no image is held out (--eval.root names such)"
+        held_out = "no image is held out (to hold images out, set --eval.root)"
         if run.data.val_fraction and run.eval.root:
             held_out = f"{run.data.val_fraction:.0%} of them held out"
         elif run.eval.root:
@@ -217,4 +217,4 @@ def _kind(run: Run) -> Kind:
 
 
 def _reason(run: Run, named: Collection[str]) -> str:
-    return "as set" if "optim.base_lr" in named else f"that of a model of {_kind(run)}"
+    return "as set" if "optim.base_lr" in named else f"the rate for a model of {_kind(run)}"

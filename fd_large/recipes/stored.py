@@ -15,7 +15,7 @@ from fd_large.recipes.run import LENGTH, Run
 from fd_large.recipes.sections import FOLLOWING, STUDENTS
 from fd_large.recipes.small_data import fitted_fields
 
-_REMEDY = "Restore it, or use the release that wrote it."
+_REMEDY = "Restore the file, or use the release that wrote it."
 
 
 def recipe_file(folder: str | Path, *, where: str) -> Path:
@@ -32,7 +32,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     if students := sorted(recipe.parent for recipe in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
         raise ConfigError(
             f"{where}: {folder}: a run with several students; got their common folder, expected "
-            f"one student's. Name {' or '.join(map(str, students))}."
+            f"the folder of one student. Name {' or '.join(map(str, students))}."
         )
     if kind != "file":
         raise ConfigError(

@@ -130,7 +130,7 @@ class RemoteCurves(Curves):
         self._thread.join(SECONDS_TO_FINISH)
         if self._thread.is_alive():
             log.warning(
-                "%s does not answer: its last points are missing there; RUN/metrics.jsonl has all",
+                "%s does not answer and lacks the last points; RUN/metrics.jsonl has all points",
                 self.name,
             )
 

@@ -71,13 +71,15 @@ def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
         return got, "a folder on a local disk of each node"
     kind = file_system(path)
     if kind in IN_MEMORY:
-        return f"a folder in memory ({kind})", "one on a disk"
+        return f"a folder in memory ({kind})", "a folder on a disk"
     if kind in OVER_A_NETWORK:
-        return f"a folder over a network ({kind})", "one on a local disk"
+        return f"a folder over a network ({kind})", "a folder on a local disk"
     with refused(folder, 1), tempfile.TemporaryFile(dir=path) as file:
         os.posix_fallocate(file.fileno(), 0, 1)
     if (free := shutil.disk_usage(path).free) < needed:
-        return f"{free / 1e9:,.2f} GB free", f"{needed / 1e9:,.2f} GB for all that is kept there"
+        return f"{free / 1e9:,.2f} GB free", (
+            f"{needed / 1e9:,.2f} GB for the state and weights kept there"
+        )
     return None
 
 

@@ -300,8 +300,8 @@ class Guard(Hook):
         if distributed.is_main():
             log.error(
                 "guard: the run ends: %s, after %d roll-back%s (--guard.roll_backs)."
-                " See what %s says and start the same command again, or anew "
-                "with a lower --optim.base_lr.",
+                " See the incidents in %s, and start the same command again, or a new run with a "
+                "lower --optim.base_lr.",
                 f"its state is not finite at step {update.index + 1}"
                 if broken
                 else f"steps {past.refused[0] + 1} to {update.index + 1} were refused one after "
@@ -324,9 +324,11 @@ class Guard(Hook):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / INCIDENT, self._incident)
             log.warning(
-                "guard: %s: weights and moments are those of %d steps "
-                "again, and the run goes on with the next data (roll-back %d of %d)",
-                "the state is not finite" if self._broken else f"{refused} refused in a row",
+                "guard: %s: weights and moments are restored to those after %d steps, and the run "
+                "continues with the next data (roll-back %d of %d)",
+                "the state is not finite"
+                if self._broken
+                else f"{refused} steps were refused in a row",
                 restored,
                 len(roll_backs),
                 self._limits.roll_backs,
@@ -394,7 +396,7 @@ def _in_words(incident: dict[str, Any], abnormal: list[Finding], folder: Path) -
         where += "is not finite"
     return (
         f"guard: step {incident['index'] + 1} skipped: {why}; worst on rank {rank}{more} ({host})"
-        f"{where}; python -m fd_large replay {folder}"
+        f"{where}; to repeat the step: python -m fd_large replay {folder}"
     )
 
 

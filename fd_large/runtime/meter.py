@@ -236,7 +236,12 @@ class Meter(Hook):
         except OSError as error:
             if size is not None and self._setting.owned():
                 os.truncate(self._rows_file, size)
-            log.error("%s: %d rows wait: %s", self._rows_file, len(self._unwritten), error)
+            log.error(
+                "%s: %d rows could not be written yet: %s",
+                self._rows_file,
+                len(self._unwritten),
+                error,
+            )
             return
         self._unwritten = []
 

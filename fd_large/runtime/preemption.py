@@ -130,10 +130,10 @@ class Preemption(Hook):
         self._slowest = seconds
         if seconds + MARGIN_SECONDS > self._notice:
             log.warning(
-                "runtime.notice_seconds: A SAVE DOES NOT FIT between a pre-emption and its end: "
-                "about %.0f s to write, %.0f s of notice; such a stop would lose the steps since "
-                "the last checkpoint. Request more notice (sbatch --signal=B:USR1@%d and "
-                "--runtime.notice_seconds %d) or save more often (--runtime.save_every).",
+                "runtime.notice_seconds: A SAVE DOES NOT FIT between the signal and the end of "
+                "the job: about %.0f s to write, %.0f s of notice; such a stop would lose the "
+                "steps since the last checkpoint. Request more notice (sbatch --signal=B:USR1@%d "
+                "and --runtime.notice_seconds %d) or save more often (--runtime.save_every).",
                 seconds,
                 self._notice,
                 *[round(seconds + 2 * MARGIN_SECONDS)] * 2,
@@ -143,8 +143,8 @@ class Preemption(Hook):
         patience = SECONDS_AFTER_CTRL_C.get(self._launcher)
         if patience is not None and seconds + MARGIN_SECONDS > patience:
             log.warning(
-                "Ctrl-C: %s kills its ranks %.0f s later, a save takes about %.0f s: it may lose "
-                "the steps since the last checkpoint. Stop the run with touch %s instead.",
+                "Ctrl-C: %s kills its ranks after %.0f s, and a save takes about %.0f s: Ctrl-C "
+                "may lose the steps since the last checkpoint. Stop the run with touch %s instead.",
                 self._launcher,
                 patience,
                 seconds,

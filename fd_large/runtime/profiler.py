@@ -110,8 +110,8 @@ def _write(finished: profile, setting: Setting, name: str) -> None:
         return
     log.info("profile: %s; open it in ui.perfetto.dev or TensorBoard", path)
     log.info(
-        "profile: communication took %.1f %% of the traced time; in %.1f %% nothing was computed "
-        "meanwhile",
+        "profile: communication took %.1f %% of the traced time; in %.1f %% of the traced time "
+        "ranks communicated without computing",
         100 * shares["communication"],
         100 * shares["communication_alone"],
     )

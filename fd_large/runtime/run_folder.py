@@ -84,7 +84,7 @@ def open_folder(
         except OSError as error:
             problem = (
                 f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
-                "written. Choose another."
+                "written. Choose another folder."
             )
     if problem := distributed.broadcast_object(problem):
         raise ConfigError(problem)

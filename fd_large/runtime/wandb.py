@@ -29,7 +29,7 @@ class WandB(RemoteCurves):
         self._step = setting.first_update
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             raise PermissionError(
-                "no key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+                "no API key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
             )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "fd_large",

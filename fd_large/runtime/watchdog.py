@@ -187,7 +187,7 @@ class Watchdog(Hook):
         while not self._over.wait(self._interval):
             for seconds, name in slow_images.longer_than(self._limit / 4):
                 if name not in reported:
-                    words = "one image has kept a process that loads for %.0f s: %s"
+                    words = "a loading process has been reading one image for %.0f s: %s"
                     # The disk of the log may be what hangs.
                     briefly(log.warning, words, seconds, name, seconds=self._interval)
                 reported.add(name)
@@ -200,7 +200,9 @@ class Watchdog(Hook):
                 try:
                     self._last_words(silence.seconds)
                     kill_workers()
-                    failures.tell(Exit.AGAIN, f"it has not moved for {silence.seconds:.0f} s")
+                    failures.tell(
+                        Exit.AGAIN, f"its training has not moved for {silence.seconds:.0f} s"
+                    )
                 finally:
                     self._leave(Exit.AGAIN)
                 return
@@ -232,17 +234,19 @@ class Watchdog(Hook):
         frames = sys._current_frames()
         images = slow_images.longer_than(self._limit / 4)
         log.error(
-            "watchdog: rank %d (%s) has not moved for %.0f s, %s: %s. It ends with exit code %d; "
-            "the same command goes on from the last checkpoint. If it waits in a collective, "
-            "another rank may be the cause: its log has no such line, or other stacks. If it is "
-            "only slow, raise --runtime.watchdog_seconds.%s",
+            "watchdog: rank %d (%s) has not moved for %.0f s, %s: %s. This rank ends with exit "
+            "code %d; the same command resumes from the last checkpoint. If this rank waits in a "
+            "collective, another rank may be the cause: the log of that rank has no such line, or "
+            "other stacks. If the step is only slow, raise --runtime.watchdog_seconds.%s",
             distributed.rank(),
             distributed.node_name(),
             self._quiet,
             self._where,
             standpoint(frames[self._training]) if self._training in frames else "it has ended",
             Exit.AGAIN,
-            "".join(f" An image is read for {seconds:.0f} s: {name}." for seconds, name in images),
+            "".join(
+                f" One image has been read for {seconds:.0f} s: {name}." for seconds, name in images
+            ),
         )
         log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
 
@@ -284,7 +288,7 @@ def standpoint(frame: FrameType) -> str:
     place = " called from ".join(
         "{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], package_call])
     )
-    return f"its training thread stands in {place}"
+    return f"its training thread is in {place}"
 
 
 def stacks(frames: dict[int, FrameType]) -> str:

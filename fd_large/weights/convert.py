@@ -58,13 +58,13 @@ def write(
     if to != "fd" and out.suffix not in (".safetensors", ".pth"):
         raise WeightsError(
             f"weights convert: {out}: unknown kind of file; got {out.suffix!r}, expected a name "
-            "that ends in .safetensors or .pth. Rename it."
+            "that ends in .safetensors or .pth. Rename the output."
         )
     if to == "official" and family_of(architecture).published is None:
         raise WeightsError(
             f"weights convert: no official repository has this model; got "
-            f"{architecture.own_name}, expected a ViT, BEiT, Swin or SwinV2. Convert it to fd or "
-            "timm."
+            f"{architecture.own_name}, expected a ViT, BEiT, Swin or SwinV2. Convert the weights "
+            "to fd or timm."
         )
     theirs = _timm(architecture) if to == "timm" else None
     rows = theirs.rows(architecture) if theirs else ()
@@ -102,11 +102,11 @@ def _timm(architecture: FamilyArchitecture) -> Export:
     Raises: WeightsError: if timm has no such model.
     """
     export = family_of(architecture).exports.get("timm")
-    lacks = export.lacks_place(architecture) if export else "none of this family"
+    lacks = export.lacks_place(architecture) if export else "timm has no model of this family"
     if export is None or lacks:
         raise WeightsError(
-            f"weights convert: timm has no such model; got a {architecture.family} model, expected "
-            f"one that timm has: {lacks}. Convert it to fd or official."
+            f"weights convert: timm has no such model; got a {architecture.family} model "
+            f"({lacks}), expected a model that timm has. Convert the weights to fd or official."
         )
     return export
 

@@ -80,7 +80,7 @@ class Fitted:
         self.match = match(shapes, self._expected, allow=allow, resize=resize)
         self.may_be_missing = frozenset(self.match.allowed) & expected.keys()
         for name in self.match.allowed:
-            side = "in the file alone" if name in pieces else "missing, as it was initialised"
+            side = "in the file alone" if name in pieces else "missing, and left as initialised"
             self._notes.append(f"{name}: {side} (allowed)")
         if complaints := self.match.complaints:
             raise WeightsError(
@@ -137,7 +137,7 @@ class Fitted:
                 )
 
 
-_REMEDY = "Name the model that the file holds, or allow the differences by name."
+_REMEDY = "Name the model that the file holds, or allow these tensors by name."
 
 
 @dataclass
@@ -275,8 +275,8 @@ def check_finite(name: str, tensor: Tensor, label: str, where: str) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         raise WeightsError(
             f"{where}: {label}: invalid numbers; got {bad} of {tensor.numel():,} elements NaN or "
-            f"infinite in {name}, expected finite ones. Fetch the file again, or use an earlier "
-            "one of the run that wrote it."
+            f"infinite in {name}, expected finite elements. Fetch the file again, or use an "
+            "earlier file of the run that wrote it."
         )
 
 

@@ -91,7 +91,7 @@ def _from_hub(repository: str, where: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{where}: cannot be fetched from Hugging Face; got {first_line(error)} for "
-            f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. "
+            f"{repository}, expected OWNER/NAME of a repository that is cached or can be reached. "
             "Download its files elsewhere, and give the path of their folder."
         ) from error
 
@@ -113,7 +113,7 @@ def _from_open_clip(name: str, where: str) -> Located:
         tags = package.list_pretrained_tags_by_model(architecture)
         raise WeightsError(
             f"{where}: open_clip has no such weights of {architecture}; got {tag!r}, expected one "
-            f"of {', '.join(tags) or 'none: it has none'}. Name it as "
+            f"of {', '.join(tags) or 'none: it has no weights'}. Name the weights as "
             f"{OPEN_CLIP}{architecture}/TAG."
         )
     try:
@@ -121,8 +121,8 @@ def _from_open_clip(name: str, where: str) -> Located:
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{where}: cannot be fetched from open_clip; got {first_line(error)} for {name}, "
-            "expected weights in the cache or within reach. Download the file elsewhere, and give "
-            "its path and --teacher.architecture.activation."
+            "expected weights that are cached or can be reached. Download the file elsewhere, and "
+            "give its path and --teacher.architecture.activation."
         ) from error
     # open_clip's entry for the weights says which activation they were trained with.
     quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
@@ -159,8 +159,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         aside.rename(out)
     except OSError as error:
         raise WeightsError(
-            f"{_WHERE}: {out}: cannot be written; got {error}, expected a place with room for the "
-            "weights. Choose another."
+            f"{_WHERE}: {out}: cannot be written; got {error}, expected a folder with room for "
+            "the weights. Choose another folder."
         ) from error
     return files, licence or UNKNOWN
 
@@ -201,8 +201,9 @@ def _folder_of_hub(repository: str, folder: Path) -> str:
     except Exception as error:  # The hub's client raises many kinds.
         raise WeightsError(
             f"{_WHERE}: cannot be fetched from Hugging Face; got {first_line(error)} for "
-            f"{repository}, expected OWNER/NAME of a repository within reach. Run this where there "
-            "is a network, and log in by `hf auth login` where the repository asks for it."
+            f"{repository}, expected OWNER/NAME of a repository that can be reached. Run this "
+            "command where there is a network, and log in with `hf auth login` if the repository "
+            "requires a login."
         ) from error
     return licence_of_card(folder / CARD)
 

@@ -85,7 +85,7 @@ def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: Wi
     """Returns, in words, the reason why a library's format cannot hold a model, or ""."""
     exports = family_of(architecture).exports
     if to not in exports:
-        return f"a {architecture.family} model, of which it has none"
+        return f"a {architecture.family} model, which has no export of this kind"
     rule = exports[to].window_rule
     if rule and rule != window_rule:
         return f"window_rule {window_rule}, expected {rule}"
@@ -109,8 +109,8 @@ def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitec
         side = architecture.image_size
         raise ConfigError(
             f"--image_size: the positions of this {architecture.family} model are made for its "
-            f"images; got {image_size}, expected {side}. Export it at {side}; for another size "
-            "train it there, with --student.init RUN, which resizes them."
+            f"images; got {image_size}, expected {side}. Export the model at {side}; for another "
+            "size train at that size with --student.init RUN, which resizes the positions."
         )
     return other
 
@@ -209,7 +209,7 @@ def parse_size(text: str) -> int:
     if size < 1 or (match and match[2] == "B"):
         raise ConfigError(
             f"--shard_size: not a file size; got {text!r}, expected a number with KB, MB, GB or "
-            "TB. For example, write 5GB."
+            "TB. Write for example 5GB."
         )
     return size
 

@@ -45,8 +45,8 @@ def check_packages(to: To) -> None:
     if missing := [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]:
         raise ConfigError(
             f"export: --to {to}: packages are not installed; got no {', '.join(missing)}, expected "
-            f"{', '.join(_PACKAGES[to])}. pip install 'fd_large[{to}]', or use --to program, which "
-            "needs torch alone."
+            f"{', '.join(_PACKAGES[to])}. Run pip install 'fd_large[{to}]', or use --to program, "
+            "which needs torch alone."
         )
 
 
@@ -177,9 +177,10 @@ def _compare(
     # Not `error > bound`, which is false for NaN.
     if got.shape != expected.shape or not bool(error <= _TOLERANCE):
         raise ConfigError(
-            f"export: --to {to}: the graph of this {architecture.family} model is off the model; "
-            f"got {error:.2g} of the largest value for one image, expected at most {_TOLERANCE:g}. "
-            "Its forward depends on more than its images: correct it, or use --to fd."
+            f"export: --to {to}: the graph of this {architecture.family} model differs from the "
+            f"model; got an error of {error:.2g} of the largest value for one image, expected at "
+            f"most {_TOLERANCE:g}. The forward depends on more than the images: correct it, or "
+            "use --to fd."
         )
 
 
@@ -190,8 +191,8 @@ def _untraced(architecture: FamilyArchitecture, to: To, error: Exception) -> Con
     return ConfigError(
         f"export: --to {to}: this {architecture.family} model cannot be traced; got "
         f"{type(error).__name__} {message[:200].rstrip('.')}, expected a forward whose steps "
-        "depend neither on values nor on the number of images. Use --to fd, or --to timm or hf "
-        "where the model is theirs."
+        "depend neither on values nor on the number of images. Use --to fd, or --to timm or --to "
+        "hf if that library has the model."
     )
 
 

@@ -93,7 +93,7 @@ def inspect(
         if model != "auto":
             raise ConfigError(
                 f"--model: the weights are of {name_of(stored.architecture)}, which has its own "
-                f"names of tensors; got {model}, expected auto. Leave it out."
+                f"names of tensors; got {model}, expected auto. Leave out --model."
             )
         return _of_own(source, stored)
     resolved = sources.resolve(source)
@@ -258,7 +258,7 @@ def table(inspection: Inspection) -> Any:
     row("format", f"{inspection.form}: {inspection.what}{origin}")
     if inspection.other_part:
         beside = inspection.other_part
-        row("part", f"{OTHER[beside]}; the {beside} too is in the file: #{beside}")
+        row("part", f"{OTHER[beside]}; the file holds the {beside} too: #{beside}")
     published = inspection.match is not None or not inspection.own
     row("published model" if published else "model", inspection.named or "none of the named models")
     if inspection.facts is not None:

@@ -50,7 +50,8 @@ def load_model(
     if stored is None:
         raise WeightsError(
             f"{where}: {folder}: not an export of this project; got no config.json that describes "
-            "one, expected a folder of export or of weights convert --to fd. Name another."
+            "an export, expected a folder of export or of weights convert --to fd. Name such a "
+            "folder."
         )
     net = build(
         stored.architecture,

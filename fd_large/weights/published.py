@@ -262,9 +262,9 @@ def in_our_names(
     doubtful = not explained and part != "projector"
     if doubtful and (beyond := published.beyond(shapes)):
         raise WeightsError(
-            f"{where}: {source} ({line.what}): a model of another kind than its names say; "
-            f"got {beyond}, expected what a {family.architecture.family} model has. A folder "
-            "with its config.json is read as it is. If timm has the model, set "
+            f"{where}: {source} ({line.what}): another model than the names of its tensors "
+            f"suggest; got {beyond}, expected only what a {family.architecture.family} model has. "
+            "A folder with its config.json is read as it is. If timm has the model, set "
             f"{_model_flag(where)} timm:NAME with this file."
         )
     return PublishedWeights(
@@ -296,8 +296,8 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
     if empty:
         raise WeightsError(
             f"{where}: empty tensors; got {len(empty)} of {len(shapes)}, "
-            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a "
-            "model in shards (ZeRO-3) has empty tensors: gather it before saving."
+            f"{empty[0]} {shapes[empty[0]]} the first, expected whole tensors. state_dict() of a "
+            "sharded model (ZeRO-3) has empty tensors: gather the model before saving."
         )
     name = family.architecture.family
     if "patch_embed.proj.weight" not in shapes:
@@ -307,9 +307,9 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
         return family.published.recognise(shapes, file)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{where}: shapes of no {name} model; got patch_embed.proj.weight "
-            f"{shapes['patch_embed.proj.weight']} and others ({error}), expected (width, 3, patch, "
-            "patch) and tables of its kind. Use the weights of another model."
+            f"{where}: not the shapes of a {name} model; got patch_embed.proj.weight "
+            f"{shapes['patch_embed.proj.weight']} and others ({error}), expected (width, 3, "
+            "patch, patch) and tables of such a model. Use the weights of another model."
         ) from error
 
 

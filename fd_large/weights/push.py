@@ -27,14 +27,16 @@ def check_push(repository: str) -> None:
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
             f"--push: not a repository's name; got {repository!r}, expected OWNER/NAME, such as "
-            "my-group/swinv2-giant. Name one that is not there yet."
+            "my-group/swinv2-giant. Name a repository that does not exist yet."
         )
     api = _api()
     with _explained(repository, "Nothing was exported."):
         api.whoami()
         exists = api.repo_exists(repository)
     if exists:
-        raise _there(repository, "Nothing was exported: name another, or export without --push.")
+        raise _there(
+            repository, "Nothing was exported: name another repository, or export without --push."
+        )
 
 
 def push(folder: Path, repository: str) -> str:
@@ -43,7 +45,7 @@ def push(folder: Path, repository: str) -> str:
     Raises: ConfigError, WeightsError: see `check_push`. The folder stays on disk after an error.
     """
     api = _api()
-    later = f"{folder} is written: upload it later, hf upload {repository} {folder}"
+    later = f"{folder} is written: to upload it later, run hf upload {repository} {folder}"
     with _explained(repository, f"{later}."):
         # Private, since only its owner can decide whether the student may be public.
         address = api.create_repo(repository, private=True)
@@ -83,13 +85,13 @@ def _explained(repository: str, remedy: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise WeightsError(
-            "--push: no token of Hugging Face on this machine; got none, expected one that may "
-            f"write to {repository}. Run hf auth login, or set HF_TOKEN. {remedy}"
+            "--push: no token of Hugging Face on this machine; got none, expected a token that "
+            f"may write to {repository}. Run hf auth login, or set HF_TOKEN. {remedy}"
         ) from error
     except OfflineModeIsEnabled as error:
         raise WeightsError(
             "--push: Hugging Face is switched off here; got HF_HUB_OFFLINE=1, expected a network. "
-            f"Unset it. {remedy}"
+            f"Unset this variable. {remedy}"
         ) from error
     except Exception as error:  # Its errors of the network depend on its version.
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -102,6 +104,6 @@ def _explained(repository: str, remedy: str) -> Iterator[None]:
                 f"with write access there (huggingface.co/settings/tokens). {remedy}"
             ) from error
         raise WeightsError(
-            f"--push: cannot be uploaded to {repository}; got {message}, expected a server within "
-            f"reach. {remedy}"
+            f"--push: cannot be uploaded to {repository}; got {message}, expected a server that "
+            f"can be reached. {remedy}"
         ) from error

@@ -159,7 +159,8 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
     if part not in PARTS:
         raise WeightsError(
             f"{where}: unknown part of a weights file; got #{part}, expected one of "
-            f"{', '.join('#' + known for known in PARTS)}. Name one, or leave it out."
+            f"{', '.join('#' + known for known in PARTS)}. Name one of these parts, or leave out "
+            "the part."
         )
     return name, part
 
@@ -221,7 +222,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     got = f"a folder without {', '.join(_FOLDER_FILES)}" if kind == "folder" else "nothing there"
     raise WeightsError(
         f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file, or "
-        "a folder of Hugging Face's. Check the path."
+        "a folder of Hugging Face. Check the path."
     )
 
 
@@ -269,7 +270,7 @@ def _unwrapped(
         contents = contents[key]
     if not isinstance(contents, Mapping) or not contents:
         raise WeightsError(
-            f"{where}: no tensors by name in the file; got {type(contents).__name__}, expected a "
+            f"{where}: no named tensors in the file; got {type(contents).__name__}, expected a "
             "mapping of names to tensors. Save the model's state_dict()."
         )
     strange = sorted(
@@ -339,7 +340,8 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
         if kind_of(file, where=where, of=WeightsError) != "file":
             raise WeightsError(
                 f"{where}: {path}: one of its files is missing; got {len(files)} names without "
-                f"{name[:_NAME_SHOWN]}, expected them all beside the index. Fetch the files again."
+                f"{name[:_NAME_SHOWN]}, expected all of them beside the index. Fetch the files "
+                "again."
             )
         if file.suffix == ".safetensors":
             entries |= _safetensors(file)

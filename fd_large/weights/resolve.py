@@ -154,7 +154,7 @@ class ResolvedWeights:
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise WeightsError(
                 f"{self.where}: {self.source[:200]}: no such file; got a name of more than "
-                f"{_LONGEST_NAME} bytes, expected the path of a file. Check it."
+                f"{_LONGEST_NAME} bytes, expected the path of a file. Check the path."
             )
         if self.brought:
             return None
@@ -394,7 +394,7 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
         where: Field that the user set.
     """
     log.info(
-        "%s: %s holds a student and a teacher: the %s is taken; %s#%s is the other",
+        "%s: %s holds a student and a teacher: the %s is used; for the other, name %s#%s",
         where,
         name,
         taken,
@@ -419,4 +419,4 @@ def remedy_for(architecture: FamilyArchitecture) -> str:
     Args:
         architecture: The model of the weights.
     """
-    return f"Set --student.model {name_of(architecture)}, which it holds."
+    return f"Set --student.model {name_of(architecture)}, the model of these weights."

@@ -287,10 +287,10 @@ def reconcile(
     for note in published.complete(values, settling):
         log.info("%s: %s", where, note)
     if conflicts:
-        whose = f"the model {name}" if named is not None else "what was set"
+        whose = f"the model {name}" if named is not None else "the set fields"
         raise WeightsError(
             f"{where}: {weights.what}: not the model of the run; got "
-            f"{', '.join(sorted(conflicts))} of {whose}, expected the same. "
+            f"{', '.join(sorted(conflicts))} of {whose}, expected equal values. "
             f"{_name_another(section, family)}"
         )
     unset = {field for field, value in values.items() if value is None}
@@ -313,7 +313,7 @@ def _nothing_shows(
     start, remedy = f"--{section}." if section else "--", "Set"
     if section is None:
         remedy = (
-            f"Name the folder that this writes: python -m fd_large weights convert "
+            "Convert the weights, and name the folder DIR: python -m fd_large weights convert "
             f"{weights.source} DIR --to fd"
         )
     flags = [f"{start}architecture.{field} {_placeholder(field)}" for field in fields]
@@ -322,8 +322,8 @@ def _nothing_shows(
         flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
         missing.append("image statistics")
     return WeightsError(
-        f"{where}: {weights.what}: its tensors and config.json do not show all fields; got no"
-        f" {', '.join(missing)}, expected every field of a "
+        f"{where}: {weights.what}: its tensors and config.json do not determine all fields of the "
+        f"model; got no {', '.join(missing)}, expected every field of a "
         f"{weights.family.architecture.family} model. {remedy} {' '.join(flags)}"
     )
 

@@ -98,8 +98,9 @@ class Configuration:
                     whole(fields)
             except (TypeError, ConfigError) as error:
                 raise WeightsError(
-                    f"{self._where}: {self._folder / 'config.json'}: fields of no architecture; "
-                    f"got {error}, expected what fd_large wrote. Use the release that wrote it."
+                    f"{self._where}: {self._folder / 'config.json'}: not the fields of an "
+                    f"architecture; got {error}, expected the fields that fd_large wrote. Use the "
+                    "release that wrote it."
                 ) from error
             code_hash = record.get("code_sha256", "")
             return Stated(architecture, _statistics(record), own=True, code_hash=code_hash)
@@ -156,11 +157,11 @@ class Configuration:
         if self._library == "timm" or (self._library and self._library == library):
             if self._reader is None or self._reader.published is not published:
                 raise WeightsError(
-                    f"{where}: {self._folder / 'config.json'}: another model than one with these "
-                    f"names of tensors; got {self._called}, expected the model of the file. "
-                    "--teacher.model auto takes the model of the folder as a teacher; "
-                    "--student.model timm:NAME is a student of timm. If the file does not belong "
-                    "there, move it away."
+                    f"{where}: {self._folder / 'config.json'}: another model than the one whose "
+                    f"tensors are beside it; got {self._called}, expected the model of the "
+                    "tensors. --teacher.model auto takes the model of the folder as a teacher; "
+                    "--student.model timm:NAME makes a student of timm. If config.json does not "
+                    "belong there, move it away."
                 )
             stated = _stated(published, self._library, config, where) or Architecture()
             return Stated(stated, self._statistics())
@@ -225,8 +226,8 @@ class Configuration:
         config = read_json(path, where=self._where)
         if too_deep := _deeper(config):
             raise WeightsError(
-                f"{self._where}: {path}: more blocks than a model has; got {too_deep}, expected at "
-                f"most {MOST_BLOCKS}. Fetch the file again."
+                f"{self._where}: {path}: more blocks than a model can have; got {too_deep}, "
+                f"expected at most {MOST_BLOCKS}. Fetch the file again."
             )
         config = config if isinstance(config, dict) else {}
         # For a whole segmentation model of transformers, the configuration of its backbone.
@@ -253,9 +254,9 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
         ValueError,
     ) as error:
         raise WeightsError(
-            f"{where}: the configuration in {folder}: not what its format has; got "
-            f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
-            "again, or move it away and set --teacher.architecture.*."
+            f"{where}: the configuration in {folder}: not valid for its format; got "
+            f"{type(error).__name__} {error}, expected the file as it was published. Fetch the "
+            "file again, or move it away and set --teacher.architecture.*."
         ) from error
 
 
@@ -319,9 +320,9 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     arguments = config.get("model_args") or {}
     if unknown := strange_arguments(arguments):
         raise WeightsError(
-            f"{where}: config.json: an argument of timm's models that is not passed on; got "
-            f"model_args {', '.join(unknown)[:200]}, expected plain values, no larger than models "
-            f"have, of {', '.join(sorted(ARGUMENTS))}. Remove it, or set --teacher.source "
+            f"{where}: config.json: an argument that is not passed to timm; got model_args "
+            f"{', '.join(unknown)[:200]}, expected plain values, no larger than models have, of "
+            f"{', '.join(sorted(ARGUMENTS))}. Remove the argument, or set --teacher.source "
             "timm:NAME."
         )
     text = json.dumps(arguments, sort_keys=True)
@@ -330,8 +331,8 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{where}: config.json: timm cannot make this model; got {first_line(error)} for "
-            f"timm's {config['architecture'][:100]!r} with {text[:200]}, expected a folder as timm "
-            "writes it. Fetch it again."
+            f"timm's {config['architecture'][:100]!r} with {text[:200]}, expected a folder as "
+            "timm writes it. Fetch the folder again."
         ) from error
 
 

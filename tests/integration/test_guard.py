@@ -110,7 +110,7 @@ def test_the_run_says_what_happened(stopped: Path) -> None:
     log = (stopped / "run/logs/rank_00000.log").read_text()
     assert "step 4 skipped: its loss is nan" in log
     assert "worst on rank 1 (" in log
-    assert "those of 8 steps again, and the run goes on with the next data" in log
+    assert "those after 8 steps, and the run continues with the next data" in log
     assert "the run ends: steps 14 to 15 were refused one after the other" in log
     rows = [json.loads(x) for x in (stopped / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows if row.get("skipped")] == list(SPOILT)

@@ -16,7 +16,11 @@ PROGRAM = Path(__file__).parent / "programs" / "lost_ranks.py"
     ("how", "code", "told"),
     [
         ("mistake", 2, "rank 2 has failed (exit code 2): data.root: one image is damaged;"),
-        ("killed", -signal.SIGKILL, "rank 2 has failed (exit code 1): it was killed, or ended "),
+        (
+            "killed",
+            -signal.SIGKILL,
+            "rank 2 has failed (exit code 1): its process was killed, or ended ",
+        ),
     ],
 )
 def test_peers_in_a_collective_that_never_returns_end(

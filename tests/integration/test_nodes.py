@@ -44,7 +44,11 @@ def test_a_node_that_differs_is_named(pictures: Path, tmp_path: Path) -> None:
 
     assert first["alike"] is second["alike"] is None
     for name, words in {
-        "code": ("LaunchError: nodes: other code", "hash 01234567 on n2, expected", "as on n1."),
+        "code": (
+            "LaunchError: nodes: different code",
+            "hash 01234567 on n2, expected",
+            "as on n1.",
+        ),
         "versions": ("other versions of torch; got 1.2.3 on n2 (and other deepspeed, ", "as on n1"),
         "weights": ("WeightsError: --teacher.source: the nodes see different weights", " on n2, "),
         "gone": ("WeightsError: n2: ", "one.safetensorsx: no such file"),

@@ -111,9 +111,10 @@ def largest_that_fits(
         less = [size for size in range(2, fitting + 1) if share % size == 0]
         smaller = f"--student.norm_batch {less[-1]}, or " if less else ""
         raise OutOfMemory(
-            "student.norm_batch: a group of images with shared batch norm statistics does not "
-            f"fit; got groups of {together} images and memory for {fitting}, expected a whole "
-            f"group. Set {smaller}--student.activation_checkpointing every, or use more GPUs."
+            "student.norm_batch: a group of images with shared batch norm statistics does not fit "
+            f"into memory; got groups of {together} images and memory for {fitting}, expected a "
+            f"whole group. Set {smaller}--student.activation_checkpointing every, or use more "
+            "GPUs."
         )
     if not best:
         raise OutOfMemory(
@@ -228,7 +229,8 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
             other = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
             if other:
                 log.info(
-                    "%s: %d images were found with other settings (%s); trying micro batches again",
+                    "%s: the micro batch of %d images was found with other settings (%s); trying "
+                    "micro batches again",
                     file,
                     size,
                     ", ".join(other),

@@ -59,8 +59,8 @@ def measure(
     """
     if job.run.data.image_sizes:
         log.warning(
-            "--probe: %s draws the size of its images step by step. It is not timed, and the rates "
-            "of single operations stand for it",
+            "--probe: %s draws another image size at each step. Its steps are not timed; their "
+            "time is computed from the rates of single operations",
             job.run.name,
         )
         return None
@@ -81,8 +81,9 @@ def measure(
     sizes = _sizes(counts, job.images_together(), ROOM * free_bytes - model_bytes, on_gpu=on_gpu)
     if not sizes:
         log.warning(
-            "--probe: %s has no room on one device: a micro-batch takes %.1f GB, and %.1f are free."
-            " It is not timed, and the rates of single operations stand for it",
+            "--probe: %s does not fit on one device: a micro-batch takes %.1f GB, and %.1f GB are "
+            "free. Its steps are not timed; their time is computed from the rates of single "
+            "operations",
             job.run.name,
             (model_bytes + counts.peak_at(1)) / 1e9,
             free_bytes / 1e9,

@@ -141,14 +141,14 @@ def _build(name: str) -> str | None:
         if _is_built(builder.name):
             return None
         if not builder.is_compatible(verbose=False):
-            return "it does not build: its compiler or libraries are missing"
+            return "the operation does not build: its compiler or libraries are missing"
         with _turn(builder.name) as turn:
             if _is_built(builder.name):
                 return None
             log.info("compiling DeepSpeed's %s in %s", name, folder())
             return _compile(name, folder() / f"{builder.name}.log", turn)
     except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
-        return f"it does not build: {named(error)}"
+        return f"the operation does not build: {named(error)}"
 
 
 def _compile(name: str, log_file: Path, turn: int) -> str | None:
@@ -165,7 +165,7 @@ def _compile(name: str, log_file: Path, turn: int) -> str | None:
         try:
             code = process.wait(BUILD_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"it does not build within {BUILD_SECONDS:.0f} s"
+            return f"the operation does not build within {BUILD_SECONDS:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -174,7 +174,7 @@ def _compile(name: str, log_file: Path, turn: int) -> str | None:
         return None
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     wrong = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no output"]
-    return f"it does not build: {wrong[0].strip()[:200]} ({log_file})"
+    return f"the operation does not build: {wrong[0].strip()[:200]} ({log_file})"
 
 
 def _load(name: str) -> str | None:
@@ -183,7 +183,7 @@ def _load(name: str) -> str | None:
         with _turn(builder.name):
             builder.load(verbose=False)
     except Exception as error:  # Builders raise many kinds.
-        return f"it does not load: {named(error)}"
+        return f"the operation does not load: {named(error)}"
     return None
 
 
@@ -212,12 +212,14 @@ def _turn(name: str) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                _wait(until, f"another start compiles in {root}")
+                _wait(until, f"another process compiles in {root}")
         lock = root / name / "lock"
         while kind_of(lock):
             # Other nodes, and programs that take no turns, write to a folder of the user's.
             if root == _own_folder() or _unchanged_seconds(lock.parent) > BUILD_SECONDS:
-                log.warning("%s: left by a start that ended while it compiled; removed", lock)
+                log.warning(
+                    "%s: this lock of a process that ended while it compiled was removed", lock
+                )
                 lock.unlink(missing_ok=True)
             else:
                 _wait(until, f"{lock} is held by another program")

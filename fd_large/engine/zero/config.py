@@ -135,10 +135,10 @@ _OWNED_ELSEWHERE = {
     "fp16": "Training is bfloat16 or float32: set --engine.precision",
     "torch_autocast": "Training is bfloat16 or float32: set --engine.precision",
     "amp": "Training is bfloat16 or float32: set --engine.precision",
-    "compile": "Remove it: DeepCompile needs DeepSpeed's own compiled operations for CUDA, and was "
-    "not tried; --engine.compile blocks compiles the student's blocks",
-    "checkpoint": "Remove it: the run folder decides how checkpoints are written",
-    "elasticity": "Remove it: the recipe's global batch holds for any number of ranks",
+    "compile": "Remove the key: DeepCompile needs DeepSpeed's own compiled operations for CUDA, "
+    "and was never tested here; --engine.compile blocks compiles the student's blocks",
+    "checkpoint": "Remove the key: the run folder decides how checkpoints are written",
+    "elasticity": "Remove the key: the recipe's global batch holds for any number of ranks",
 }
 
 
@@ -214,11 +214,11 @@ def check(config: Any, *, where: str) -> None:
 def _wrong_keys(config: Any) -> Iterator[str]:
     """Yields a line for each unknown key and for each value of a wrong kind."""
     if not isinstance(config, dict):
-        yield f"the file is not an object; got {config!r}, expected {{...}}. Correct it."
+        yield f"the file is not an object; got {config!r}, expected {{...}}. Correct the file."
         return
     for key in (key for key in config if key in _OWNED_ELSEWHERE):
         yield (
-            f"{key} is not the JSON's to set; got {config[key]!r}, expected no such key. "
+            f"{key} must not be set in the JSON; got {config[key]!r}, expected no such key. "
             f"{_OWNED_ELSEWHERE[key]}."
         )
     known = {key: value for key, value in config.items() if key not in _OWNED_ELSEWHERE}
@@ -238,15 +238,17 @@ def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
         if key not in keys:
             yield f"{name}: no such key; {nearest(key, keys)}. Correct or remove it."
         elif value == AUTO and name not in _FILLED:
-            remedy = "Give one or remove the key"
+            remedy = "Give a value, or remove the key"
             if name == "activation_checkpointing":
                 remedy = f"Remove the key, and set {_CHECKPOINTING}"
             yield (
-                f'{name}: the run does not fill this "auto", and DeepSpeed would take it for a '
-                f'value; got "auto", expected {keys[key][0]}. {remedy}.'
+                f'{name}: the run does not fill this "auto", and DeepSpeed would use the text as '
+                f'a value; got "auto", expected {keys[key][0]}. {remedy}.'
             )
         elif value != AUTO and not keys[key][1](value):
-            yield f"{name}: invalid value; got {value!r}, expected {keys[key][0]}. Correct it."
+            yield (
+                f"{name}: invalid value; got {value!r}, expected {keys[key][0]}. Correct the value."
+            )
 
 
 def _ignored(config: dict[str, Any]) -> Iterator[str]:
@@ -258,14 +260,14 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
     for key in (key for key in zero if key in silent):
         yield (
             f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
-            f"{zero[key]!r}, expected no such key. Remove it or change the stage."
+            f"{zero[key]!r}, expected no such key. Remove the key, or change the stage."
         )
     block = config.get("activation_checkpointing", {})
     if settings := sorted(key for key, value in block.items() if value not in (False, None)):
         yield (
             "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
-            f"this engine does not use; got {', '.join(settings)}, expected none. Set "
-            f"{_CHECKPOINTING}."
+            f"this engine does not use; got {', '.join(settings)}, expected no settings there. "
+            f"Set {_CHECKPOINTING}."
         )
     heard = {key: value for key, value in zero.items() if key not in silent}
     block, weights = heard.get("offload_optimizer", {}), heard.get("offload_param", {})
@@ -275,9 +277,10 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
     if block.get("device") != "nvme":
         if weights.get("device") == "nvme":
             yield (
-                "zero_optimization.offload_param.device: weights are on a disk beside the "
-                f"optimiser's state; got nvme, and {block.get('device', 'none')!r} for "
-                "offload_optimizer.device, expected nvme for both. Use ds_configs/zero3_nvme.json "
+                "zero_optimization.offload_param.device: weights can be on a disk only "
+                "together with the optimiser's state; got nvme, and "
+                f"{block.get('device', 'none')!r} for offload_optimizer.device, "
+                "expected nvme for both. Use ds_configs/zero3_nvme.json "
                 'with "offload_param": {"device": "nvme"}.'
             )
         elif "nvme_path" in block:
@@ -288,15 +291,15 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
             )
     elif stage != 3:
         yield (
-            "zero_optimization.offload_optimizer.device: only stage 3 keeps its state on a disk; "
-            f"got nvme at stage {stage}, expected stage 3. Use ds_configs/zero3_nvme.json."
+            "zero_optimization.offload_optimizer.device: only stage 3 can keep its state on a "
+            f"disk; got nvme at stage {stage}, expected stage 3. Use ds_configs/zero3_nvme.json."
         )
     else:
         for place, (keys, known) in blocks.items():
             for other in sorted(keys.keys() - known):
                 yield (
-                    f"{place}.{other}: files are mapped into memory, not copied by buffers; got "
-                    f"{keys[other]!r}, expected no such key. Remove it."
+                    f"{place}.{other}: files are mapped into memory, not copied through buffers; "
+                    f"got {keys[other]!r}, expected no such key. Remove the key."
                 )
 
 
@@ -467,7 +470,8 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     if zero.get("zero_quantized_gradients") and numbers.node_size >= numbers.world_size:
         raise ConfigError(
             "zero_optimization.zero_quantized_gradients: DeepSpeed quantises gradients between "
-            f"nodes only; got one node of {numbers.world_size} ranks, expected several. Remove it."
+            f"nodes only; got one node of {numbers.world_size} ranks, expected several nodes. "
+            "Remove the key."
         )
     if zero.get("zero_quantized_weights"):
         _check_groups(numbers)
@@ -482,8 +486,8 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
 def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
     if stage_of(config) == 0 and bfloat16:
         raise ConfigError(
-            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there "
-            "is 3.9e-2 off); got stage 0 and bfloat16, expected stage 1. Use "
+            "zero_optimization.stage: stage 0 trains in float32 only (there DeepSpeed's bfloat16 "
+            "has an error of 3.9e-2); got stage 0 and bfloat16, expected stage 1. Use "
             "ds_configs/zero1.json, or --engine.precision float32."
         )
 
@@ -505,8 +509,9 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
     where = "zero_optimization.offload_optimizer"
     if (nvme_path(config) or AUTO) == AUTO and not folder:
         raise ConfigError(
-            f"{where}.nvme_path: got no folder, expected one on a local disk with 16 bytes a "
-            "parameter free, 18 with the weights there. Set --engine.nvme_path FOLDER."
+            f"{where}.nvme_path: no folder is set; got none, expected a folder on a local disk "
+            "with 16 bytes free per parameter, or 18 if the weights are there too. Set "
+            "--engine.nvme_path FOLDER."
         )
     block = config["zero_optimization"]["offload_optimizer"]
     _check_same(block, "nvme_path", folder, "--engine.nvme_path", f"{where}.")
@@ -524,7 +529,7 @@ def _check_groups(numbers: RunNumbers) -> None:
         raise ConfigError(
             f"zero_optimization.zero_quantized_weights: DeepSpeed groups shards by {of} elements; "
             f"got tensors of {', '.join(map(str, odd[:3]))}{' ...' if odd[3:] else ''} elements "
-            f"over {ranks} ranks, expected shards of multiples of {of}. Remove it."
+            f"over {ranks} ranks, expected shards of multiples of {of}. Remove the key."
         )
 
 
@@ -574,7 +579,7 @@ def ranks_of_a_node(stated: int, local_world_size: int) -> int:
     size = stated or local_world_size
     if distributed.world_size() % size:
         raise ConfigError(
-            f"engine.node_size: nodes of unequal size; got {size} for {distributed.world_size()} "
-            "ranks, expected a divisor. Set --engine.node_size."
+            f"engine.node_size: does not divide the ranks into nodes of equal size; got {size} "
+            f"for {distributed.world_size()} ranks, expected a divisor. Set --engine.node_size."
         )
     return size

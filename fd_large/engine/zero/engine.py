@@ -138,7 +138,7 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
     ):
         raise ConfigError(
             f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
-            "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
+            "working quantiser. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
         )
 
 
@@ -162,6 +162,6 @@ def _checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int) ->
     elif mode != "off":
         why = "the student has fewer blocks than student.checkpoint_every" if blocks else ""
         log.warning(
-            "student.activation_checkpointing: no activation is recomputed, as %s",
-            why or "the student has no blocks for which that is known to be right",
+            "student.activation_checkpointing: no activations are recomputed, because %s",
+            why or "recomputation is not known to be correct for any block of the student",
         )

@@ -133,11 +133,11 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
             return _made(kind, groups, settings)
         if optim.fused != "auto":
             raise ConfigError(
-                f"optim.fused: {kind}'s AdamW does not work here; got {reason}, expected a working "
-                "one. Set --optim.fused auto."
+                f"optim.fused: {kind}'s AdamW does not work here; got {reason}, expected a "
+                "working AdamW. Set --optim.fused auto."
             )
         if on_gpu and kind == "deepspeed":
-            log.warning("optimiser: DeepSpeed's FusedAdam is left out on all ranks: %s", reason)
+            log.warning("optimiser: DeepSpeed's FusedAdam is not used on any rank: %s", reason)
         passed_over.append(f"; not {kind}'s: {reason}")
     raise AssertionError("torch's AdamW always works")
 
@@ -204,7 +204,7 @@ def _off(kind: str, settings: dict[str, Any]) -> str | None:
     if error <= limit:
         return None
     return (
-        f"its steps are {error:.1e} off those of plain AdamW, which are at most "
+        f"its steps differ by {error:.1e} from those of plain AdamW, which are at most "
         f"{exact.abs().max():.1e}"
     )
 

@@ -54,7 +54,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
         _, first, _ = _trial(make, [(8,)], device, steps=1, still=True)
     except Exception as error:  # The user's code may raise anything.
         raise _unfit(
-            optim, f"does not step; got {doors.cause(error)}", "an optimiser of torch"
+            optim, f"cannot make a step; got {doors.cause(error)}", "an optimiser of torch"
         ) from error
     if optim.weight_decay and "weight_decay" not in group:
         raise _unfit(
@@ -66,7 +66,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
             optim,
             "does not act element by element; got different steps for parts of a tensor and for "
             "the whole",
-            "the same, since ZeRO steps parts",
+            "equal steps, since ZeRO updates parts",
         )
     moments, count = {}, None
     for name, value in state.items():
@@ -145,4 +145,6 @@ def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
 
 
 def _unfit(optim: Optim, problem: str, expected: str) -> ConfigError:
-    return ConfigError(f"optim.name: {optim.name} {problem}, expected {expected}. Take another.")
+    return ConfigError(
+        f"optim.name: {optim.name} {problem}, expected {expected}. Use another optimiser."
+    )

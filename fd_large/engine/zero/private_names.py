@@ -120,6 +120,6 @@ def _refused(path: str, got: str, package: str) -> VersionError:
     tested = TESTED[package]
     return VersionError(
         f"{package} {version(package)}: {path.rpartition(':')[2]} differs from the version that "
-        f"this package needs; got {got}, expected that of {package} {tested}. pip install "
+        f"fd_large needs; got {got}, expected that of {package} {tested}. Run pip install "
         f"'{package}=={tested}'."
     )

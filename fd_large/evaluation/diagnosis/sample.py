@@ -91,7 +91,7 @@ class Sample:
                     views[size].append(central_view(image, size))
             if not numbers:
                 raise DataError(
-                    "data.root: no image of a batch can be used; got errors only, expected "
+                    "data.root: no image of a batch can be used; got no readable image, expected "
                     "images that can be decoded. See the warnings above."
                 )
             yield Views(numbers, {size: torch.stack(cut) for size, cut in views.items()})

@@ -48,7 +48,7 @@ def script(name: str) -> str:
             return str(path)
     raise ConfigError(
         f"--slurm: no {name} here; got {Path.cwd()}, expected the repository or the folder of the "
-        "Slurm scripts. Write one: python -m fd_large init DIR."
+        "Slurm scripts. Write the scripts to a folder: python -m fd_large init DIR."
     )
 
 
@@ -136,7 +136,7 @@ def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> boo
     if jobs:
         last = submit_table(flags.out, jobs, options=flags.sbatch, environ=environ)
         console.print(
-            f"{flags.out}: job {last} makes the table once they have ended", soft_wrap=True
+            f"{flags.out}: job {last} makes the table once these jobs have ended", soft_wrap=True
         )
     return bool(jobs)
 
@@ -176,6 +176,7 @@ def _call(
         return subprocess.run(words, capture_output=True, text=True, check=False, env=environ)
     except FileNotFoundError:
         raise ConfigError(
-            f"--slurm: no {words[0]} here; got a machine without Slurm, expected one that submits "
-            "jobs. Leave --slurm out, or log in there."
+            f"--slurm: no command {words[0]} on this machine; got a machine without Slurm, "
+            "expected one that submits jobs. Leave --slurm out, or start the command on such a "
+            "machine."
         ) from None

@@ -71,7 +71,11 @@ class TransferFlags(SweepFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not (self.sweep and self.slurm), "--sweep: its trials cannot be jobs", "--slurm", "none"
+            not (self.sweep and self.slurm),
+            "--sweep: its trials cannot be Slurm jobs",
+            "--sweep with --slurm",
+            "one of the two",
+            "Leave one of them out",
         )
         at_least("--seeds", self.seeds, 1, "repetitions")
         require(bool(self.rows), "--rows: no row", "none", "at least one")
@@ -79,7 +83,11 @@ class TransferFlags(SweepFlags):
             require(name in COLUMNS, "--only: no such column", name, ", ".join(COLUMNS))
         slurm.check_options(self.sbatch)
         require(
-            self.slurm or not self.sbatch, "--sbatch: no job is submitted", self.sbatch, "--slurm"
+            self.slurm or not self.sbatch,
+            "--sbatch: no job is submitted without --slurm",
+            self.sbatch,
+            "--slurm beside it",
+            "Add --slurm, or leave out --sbatch",
         )
 
     @property
@@ -153,11 +161,11 @@ def _measure(request: Request) -> Result:
     why = cells_.named(refused)
     if not cells:
         raise ConfigError(
-            f"transfer: nothing can be trained; got {why}, expected a cell that can. "
-            "Set --rows or --only to others, or name another run."
+            f"transfer: nothing can be trained; got {why}, expected at least one cell that can be "
+            "trained. Set --rows or --only to others, or name another run."
         )
     if refused and distributed.is_main():
-        log.warning("transfer: left out, because they cannot be trained: %s", why)
+        log.warning("transfer: these cells are left out, because they cannot be trained: %s", why)
     first = {cell.column.name: cell for cell in reversed(cells)}
     # Mistakes in datasets are reported before hours of training.
     jobs = [job_of(cell.recorded.run) for cell in reversed(first.values())]
@@ -192,9 +200,10 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
     columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
     if not columns:
         raise ConfigError(
-            "--sweep: no column to which it applies; got "
+            "--sweep: no column that can be swept; got "
             f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected one of "
-            f"{', '.join(name for name, entry in COLUMNS.items() if entry.held_out)}. Leave it out."
+            f"{', '.join(name for name, entry in COLUMNS.items() if entry.held_out)}. Leave out "
+            "--sweep."
         )
     config = flags.deepspeed_config
     train = partial(recorded_runs.train, deepspeed_config=config, train_run=request.train)
@@ -267,7 +276,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[
         if code:
             distributed.of_main(partial(recorded.write, failure=reason))
             worst = max(worst, code)
-            log.error("%s: FAILED: %s; the others go on", folder, reason)
+            log.error("%s: FAILED: %s; the other trainings go on", folder, reason)
     return worst
 
 

@@ -61,7 +61,7 @@ def test_what_rank_0_reads_as_it_should_be_is_not_set_aside(folder, stored, name
     stored(1, 2)
     before, answers = names(), iter(["rank_00000.safetensors has checksum 0, expected 1", None])
     monkeypatch.setattr(read, "damage", lambda path, rank: next(answers))
-    with pytest.raises(StorageError, match=r"for rank 0") as caught:
+    with pytest.raises(StorageError, match=r"on rank 0") as caught:
         newest_sound(folder)
     assert caught.value.exit_code == 75
     assert names() == before

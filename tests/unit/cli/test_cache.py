@@ -58,15 +58,15 @@ def test_the_plan_of_a_recipe_of_record_counts_no_step(monkeypatch, capsys):
     assert main(["cache", "quickstart", "out", "--plan", "--images", "6"]) == 0
     said = capsys.readouterr().out
     assert "6 images x 1 views" in said
-    assert "it pays: 1" in said
+    assert "cached targets pay: 1" in said
 
 
 @pytest.mark.parametrize(
     ("teacher", "uses", "told"),
     [
-        (1.0, 10.0, "it pays: 45 % less time"),
-        (1.0, 1.0, "IT DOES NOT PAY: each view is used too seldom (1)"),
-        (0.01, 10.0, "it hardly pays: at most 2 % less time"),
+        (1.0, 10.0, "cached targets pay: 45 % less time"),
+        (1.0, 1.0, "CACHED TARGETS DO NOT PAY: each view is used too seldom (1)"),
+        (0.01, 10.0, "cached targets hardly pay: at most 2 % less time"),
     ],
 )
 def test_the_verdict_agrees_with_the_uses_from_which_it_pays(teacher, uses, told):
@@ -81,7 +81,7 @@ def test_the_verdict_agrees_with_the_uses_from_which_it_pays(teacher, uses, told
     )
     said = dict(cache._rows(cost, cache.Cache(recipe="quickstart", out="out"), 16))
     assert said["saves time"] == "if each view is used more than once"
-    assert said["so here"] == told
+    assert said["verdict"] == told
     assert said["time to write"].startswith(f"about 0:0{math.ceil(6 * teacher)} on one h100")
 
 

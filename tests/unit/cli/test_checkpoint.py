@@ -33,7 +33,7 @@ def test_list_shows_a_row_for_each(run, capsys):
 
 
 def test_list_says_why_a_run_on_one_rank_is_at_stage_0(run, tmp_path, capsys):
-    words = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
+    words = "ZeRO 0: with one rank in float32, stages 1 and 2 have nothing to shard."
     assert main(["checkpoint", "list", str(run)]) == 0
     assert words not in " ".join(capsys.readouterr().out.split())
     store_tensors(tmp_path, {"w": torch.zeros(500)}, update=8, ranks=1, stage=0)

@@ -115,7 +115,7 @@ def test_a_gpu_machine_whose_torch_sees_none(monkeypatch):
     assert doctor_checks.devices().verdict == "slow"
     monkeypatch.setattr(doctor_checks, "kind_of", lambda path: "file" if "nvidia" in path else None)
     found = doctor_checks.devices()
-    assert (found.verdict, "beside an NVIDIA driver" in found.found) == ("missing", True)
+    assert (found.verdict, "an NVIDIA driver, but no GPU" in found.found) == ("missing", True)
 
 
 def test_a_gpu_that_does_not_compute_stops(monkeypatch):

@@ -149,7 +149,7 @@ def test_a_folder_of_images_is_no_folder_of_a_run(field, tmp_path, monkeypatch):
         start("all/images/run", fresh)
         start("run", fresh)
     start("all", fresh=False)
-    with pytest.raises(ConfigError, match=f"contains {field}"):
+    with pytest.raises(ConfigError, match=f"a parent folder of {field}"):
         start("all", fresh=True)
 
 

@@ -29,7 +29,7 @@ def test_a_recipe_of_record_needs_no_torch(gpu, tmp_path):
     )
     assert f"64 x {CARDS[gpu].name} on 8 nodes, 8 x 400 Gb/s per node" in done.stdout
     assert ("fused kernels" in done.stdout) == (gpu == "h100")
-    assert "\n(of those within 1 %, what communicates least)" in done.stdout
+    assert "\n(within 1 %: least communication first)" in done.stdout
     assert "36.2 GB per checkpoint" in done.stdout
     written = json.loads((tmp_path / "ds" / "mine.json").read_text())
     assert written["zero_optimization"]["stage"] in (2, 3)
@@ -49,7 +49,7 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("--gpus 12", ["--gpus:", "got 12 in nodes of 8"]),
+        ("--gpus 12", ["--gpus:", "got 12 GPUs in nodes of 8"]),
         ("--gpus 0", ["--gpus:", "got 0"]),
         ("--gpus -3", ["--gpus:", "got -3"]),
         ("--network 0", ["--network:"]),

@@ -35,4 +35,4 @@ def test_a_target_where_a_recipe_has_one_teacher(tmp_path, capsys):
     assert main(["statistics", *words, "--target", "clop"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("--target: ")
-    assert line.endswith("Leave it out.")
+    assert line.endswith("Leave out --target.")

@@ -103,16 +103,16 @@ def test_a_command_tells_it_without_torch(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "told"),
     [
-        ("--check 64", 0, "64 ranks; 2048 images a step, 32 in a pass"),
+        ("--check 64", 0, "64 ranks; 2048 images per step, 32 per micro-batch"),
         ("--check 512", 2, "expected a multiple of 16384 (512 x 32)"),
         ("--check 512 --batch.global_batch_size 16384", 0, "512 ranks; 16384 images"),
-        ("--check 512 --batch.micro_batch_size auto", 0, "auto in a pass"),
+        ("--check 512 --batch.micro_batch_size auto", 0, "auto per micro-batch"),
         ("--check 6 --batch.micro_batch_size auto", 2, "batch.global_batch_size: "),
         ("--check 64 --optim.name adamv", 2, "optim.name: "),
         ("--check 64 --data.root /no/such", 2, "data.root: "),
         ("--check -1", 2, "--check: "),
         # Its batch follows from its images, unless it is named.
-        ("--check 7 --recipe small_data", 0, "7 ranks; the number of images decides"),
+        ("--check 7 --recipe small_data", 0, "7 ranks; the size of the dataset decides"),
         ("--check 7 --recipe small_data --batch.global_batch_size 64", 2, "multiple of 7 (7 x 1)"),
         ("--check 7 --recipe small_data --batch.global_batch_size 63", 0, "7 ranks; 63 images"),
     ],

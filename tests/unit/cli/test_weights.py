@@ -190,4 +190,4 @@ def test_fetch_says_what_there_is_and_whether_it_teaches(tmp_path, capsys, monke
     assert f"--teacher.source {tmp_path / 'out'}" in said
     monkeypatch.setattr(download, "fetch", lambda source, out: ([], "mit"))
     assert cli.main(["weights", "fetch", "hf:some/one", str(tmp_path / "none")]) == 0
-    assert "not a teacher by itself: " in capsys.readouterr().out
+    assert "cannot be a teacher without more flags: " in capsys.readouterr().out

@@ -178,7 +178,7 @@ def test_a_shard_that_is_cut_is_read_as_far_as_it_is_sound(store, shards, monkey
     store.upload(shards, "bucket-torn", "")
     source = open_images("s3://bucket-torn/*.tar")
     (torn,) = source.torn
-    assert torn.startswith("s3://bucket-torn/train-000.tar: a shard that is not whole: ")
+    assert torn.startswith("s3://bucket-torn/train-000.tar: an incomplete shard: ")
     assert 17 <= len(source) < 26
     monkeypatch.setattr(remote_shards, "_write", None)  # What is known is not read again.
     assert open_images("s3://bucket-torn/*.tar").torn == source.torn

@@ -53,7 +53,7 @@ def test_loose_pictures_win_over_the_archive_they_came_from(shards, caplog):
         ("m-{0..3}.tar", r"got 'm-0\.tar' from 'm-\{0\.\.3\}\.tar'"),
         ("m-*.tar", r"got 'm-\*\.tar'"),
         ("labels.tar", r"no image in labels\.tar; "),
-        ("note.tar", r"no image in note\.tar \(note\.tar: a shard that is not whole: "),
+        ("note.tar", r"no image in note\.tar \(note\.tar: an incomplete shard: "),
         ("packed.tar", r"got gzip for 'packed\.tar'"),
         ("builtin:photos", "got 'builtin:photos'"),
     ],

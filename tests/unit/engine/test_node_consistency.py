@@ -27,7 +27,7 @@ from fd_large.weights.resolve import Sources
 
 def node(name, code="abc", images="7 images"):
     return name, {
-        "code": Fact(code, "nodes: other code", "Use one checkout", LaunchError),
+        "code": Fact(code, "nodes: different code", "Use one checkout", LaunchError),
         "images": Fact(images, "data.root: other images", "Copy them", DataError),
     }
 
@@ -126,7 +126,7 @@ def test_a_card_is_compared_with_what_drives_it(monkeypatch):
 
 
 def test_another_driver_is_said_and_another_triton_stops(monkeypatch, caplog):
-    driver = {"driver": Fact("570.86.15", "nodes: other drivers", "Look there", None)}
+    driver = {"driver": Fact("570.86.15", "nodes: different drivers", "Look there", None)}
     other = {"driver": driver["driver"]._replace(value="550.54.14")}
     compare([("a", driver), ("b", other), ("c", driver)])
     assert "got 550.54.14 on b, expected 570.86.15 as on a" in caplog.text

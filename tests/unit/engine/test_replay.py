@@ -129,7 +129,7 @@ def no_teacher(folder):
         (lambda folder, at: shutil.rmtree(at), "incident not found"),
         (lambda folder, at: (at / "incident.json").write_text("{"), r"incident\.json: "),
         (lambda folder, at: (at / "incident.json").write_text("[]"), r"incident\.json: "),
-        (lambda folder, at: (at / "rank_00000.safetensors").unlink(), "images are gone"),
+        (lambda folder, at: (at / "rank_00000.safetensors").unlink(), "images of this incident"),
         (lambda folder, at: (at / "rank_00000.safetensors").write_text("x"), "damaged"),
         (lambda folder, at: (folder / "recipe.json").unlink(), "not in its run"),
         (lambda folder, at: (folder / "deepspeed.json").unlink(), r"deepspeed\.json"),

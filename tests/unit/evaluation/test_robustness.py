@@ -93,7 +93,7 @@ def test_objectnet_has_the_classes_that_are_imagenets(tmp_path):
     assert (len(found.images), found.all_classes) == (3, False)
     assert columns_of(found, SYNSETS) == [(409, 530), (765,), (765,)]
     (tmp_path / "mappings/objectnet_to_imagenet_1k.json").write_text('{"Alarm": "no such"}')
-    with pytest.raises(DataError, match="not ObjectNet's maps"):
+    with pytest.raises(DataError, match="not ObjectNet's class mappings"):
         open_set(str(tmp_path), "folders")
 
 

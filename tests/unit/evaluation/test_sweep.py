@@ -269,9 +269,9 @@ def test_what_cannot_be_swept(images, vit, trained, tmp_path, capsys):
     )
     cases = {
         "--optim.layer_decay: the sweep decides it": [*both, "--optim.layer_decay", "0.5"],
-        "--eval.best_metric: the last runs would be": [*both, "--eval.best_metric", "test_top1"],
+        "--eval.best_metric: the final runs would be": [*both, "--eval.best_metric", "test_top1"],
         "--data.val_fraction: the sweep holds out": [*both, "--data.val_fraction", "0.2"],
-        "--sweep_rates 1e-06: of finetune_clip_vit_base": [
+        "--sweep_rates 1e-06: with the recipe finetune_clip_vit_base": [
             *(*both, "--sweep_rates", "1e-6", "--optim.min_lr", "1e-6")
         ],
         "--sweep: only a folder of images": ["--data.root", f"module:{tmp_path}/source.py:Source"],
@@ -280,7 +280,7 @@ def test_what_cannot_be_swept(images, vit, trained, tmp_path, capsys):
         assert main(["evaluate", vit, *WORDS, *more]) == 2
         assert said in capsys.readouterr().err
     assert main(["evaluate", "x", "--task", "finetune", "--sweep_rates", "3"]) == 2
-    assert "--sweep: left out" in capsys.readouterr().err
+    assert "--sweep: missing" in capsys.readouterr().err
     assert main(["evaluate", "vit_base_patch16=random", "--task", "knn", "--sweep"]) == 2
     assert "--sweep: not used by knn" in capsys.readouterr().err
     official = ["--task", "linear", "--protocol", "official", "--sweep"]

@@ -277,7 +277,7 @@ def test_what_no_rank_wrote_ends_the_ranks_and_not_the_watch_alone(
     ranks = Ranks(2).start()
     ranks.store.keys["end"] = text.encode(errors="surrogateescape")
     assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
-    assert "holds what no rank wrote" in caplog.text
+    assert "holds an entry that no rank wrote" in caplog.text
 
 
 def test_escape_sequences_in_the_store_reach_no_terminal(caplog: pytest.LogCaptureFixture) -> None:

@@ -108,7 +108,7 @@ def test_it_says_at_the_start_whether_a_save_fits(started, caplog):
     # A launcher that kills its ranks soon after a Ctrl-C.
     caplog.clear()
     started(checkpoint_bytes=10**15, launcher="torchrun")
-    assert "torchrun kills its ranks 30 s later" in caplog.text
+    assert "torchrun kills its ranks after 30 s" in caplog.text
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -95,5 +95,5 @@ def test_without_a_key_training_goes_on(folder, make_setting, run_updates, monke
     wandb.teardown()
     monkeypatch.setenv("NETRC", str(folder / "no_netrc"))
     run_updates([Meter([WandB()])], make_setting(), 4)
-    assert "wandb gets no further points: no key; run `wandb login`" in caplog.text
+    assert "wandb gets no further points: no API key; run `wandb login`" in caplog.text
     assert not (folder / "trackers.json").exists()

@@ -81,7 +81,7 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     assert waits == "watchdog: rank 0 waits for no collective"
     assert "rank 0" in line
     assert "has not moved for 0 s, after step 4 of 10" in line
-    assert "its training thread stands in" in line
+    assert "its training thread is in" in line
     assert "thread MainThread" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in capfd.readouterr().err

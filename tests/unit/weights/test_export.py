@@ -244,7 +244,7 @@ def test_a_run_that_trains_on_prunes_what_is_exported(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(stream, "newest", pruned)
     export(tmp_path, "timm")
-    assert "step_00000003: a file is gone" in caplog.text
+    assert "step_00000003: a file has disappeared" in caplog.text
     assert "| steps | 4 " in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -136,7 +136,7 @@ def test_a_graph_that_is_off_the_model_is_refused(tmp_path, monkeypatch):
             return self.net(images * self.calls)
 
     monkeypatch.setattr(graph_export, "build", lambda *a, **k: Counting(build(*a, **k)))
-    with pytest.raises(ConfigError, match=r"vit .*off the model; got "):
+    with pytest.raises(ConfigError, match=r"vit .*differs from the model; got "):
         export(tmp_path, "program")
     assert not (tmp_path / "out").exists()
 

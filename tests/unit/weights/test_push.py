@@ -73,7 +73,7 @@ def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloads.__getitem__)
     found, _ = run_code(card, tmp_path, tmp_path)
     assert found["tokens"].shape == (1, 17, 32)
-    assert f"uploaded, private: {hub.url}/{REPOSITORY}" in capsys.readouterr().out
+    assert f"uploaded to a private repository: {hub.url}/{REPOSITORY}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["fd", "timm"])
@@ -134,10 +134,10 @@ def test_a_token_that_only_reads_is_met_at_the_upload(hub, export, tmp_path):
 
 def test_no_network(hub, export, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(WeightsError, match=r"--push: .*within reach. Nothing"):
+    with pytest.raises(WeightsError, match=r"--push: .*can be reached. Nothing"):
         export()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE=1.*Unset it"):
+    with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE=1.*Unset this"):
         export()
     assert not (tmp_path / "out").exists()
 

@@ -174,7 +174,7 @@ def test_a_damaged_config_is_named(tmp_path):
         opened(tmp_path / "net")
     bad = {"fd_large": {"architecture": {"colour": 1}}}
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
-    with pytest.raises(WeightsError, match="no architecture"):
+    with pytest.raises(WeightsError, match="not the fields of an"):
         opened(tmp_path / "net")
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_config_is_named(tmp_path):
 def test_a_malformed_configuration_is_one_sentence(config, tmp_path):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"not what its format has|config"):
+    with pytest.raises(WeightsError, match=r"not valid for its format|config"):
         opened(tmp_path / "net.pth")
 
 

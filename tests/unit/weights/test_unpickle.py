@@ -56,7 +56,7 @@ def looped():
         (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".", "damaged"),
         (b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".", "damaged"),
         (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "damaged"),
-        (b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"N.", "no tensors by name"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"N.", "no named tensors"),
         (b"\x80\x02\x82\x01.", "damaged.*EXT1"),
         (b"\x80\x05\x97.", "damaged.*NEXT_BUFFER"),
         (b"\x80\x02(i" + b"os\nsystem\n.", "got os system"),

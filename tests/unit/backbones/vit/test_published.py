@@ -449,7 +449,7 @@ def test_a_file_of_dinos_training_is_its_teacher(tmp_path, caplog):
     torch.save({"student": student, "teacher": whole, "epoch": 3}, path)
     with caplog.at_level(logging.INFO):
         net, teacher = loaded(path, num_heads=(2,))
-    assert f"the teacher is taken; {path}#student is the other" in caplog.text
+    assert f"the teacher is used; for the other, name {path}#student" in caplog.text
     assert teacher.source == f"{path}#teacher"  # The recipe says it from here on.
     assert teacher.statistics[:3] == (0.485, 0.456, 0.406)
     assert net.norm.weight.equal(state["norm.weight"])

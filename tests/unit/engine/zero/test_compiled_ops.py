@@ -71,7 +71,9 @@ def test_an_error_without_text_is_told_by_its_class(loaded, monkeypatch):
 
     builder = SimpleNamespace(name="some_op", is_compatible=lambda verbose: True, load=load)
     monkeypatch.setattr(compiled_ops, "_builder", lambda name: builder)
-    assert compiled_ops.load("SomeOp").startswith("it does not load: AssertionError (on ")
+    assert compiled_ops.load("SomeOp").startswith(
+        "the operation does not load: AssertionError (on "
+    )
 
 
 def test_it_is_built_once_on_the_nodes_own_disk(loaded, tmp_path, monkeypatch):
@@ -133,7 +135,7 @@ def test_a_start_beside_another_that_compiles_waits_its_turn(loaded, monkeypatch
     monkeypatch.setattr(compiled_ops, "BUILD_SECONDS", 0.5)
     with open(turn) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another start compiles" in compiled_ops.load("SomeOp")
+        assert "another process compiles" in compiled_ops.load("SomeOp")
     assert compiled_ops.load("SomeOp") is None
 
 

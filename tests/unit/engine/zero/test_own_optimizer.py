@@ -188,7 +188,7 @@ def test_a_built_in_one_is_a_line_in_its_table(monkeypatch, own, make_engine):
     [
         ("Lamb", "element by element"),
         ("Clipping", "element by element"),
-        ("LBFGS", "does not step"),
+        ("LBFGS", "cannot make a step"),
         ("Adagrad", "before the first step"),
         ("NAdam", "'mu_product'"),
         ("Reserved", "'master'"),

@@ -503,5 +503,7 @@ def test_mistakes_in_datasets_and_in_what_the_models_decide(toy, trained, tmp_pa
     assert "no annotations of the split" in said
     assert "no images with labels" in said
     assert main([*words, "--coco.student.architecture.mlp_ratio", "2"]) == 2
-    assert "--student.architecture.mlp_ratio: the named models decide" in capsys.readouterr().err
+    assert (
+        "--student.architecture.mlp_ratio: the evaluated models decide" in capsys.readouterr().err
+    )
     assert not trained
