@@ -4,10 +4,12 @@
 
 On one core, 6.0B random numbers take three quarters of a minute. Here a large parameter repeats the
 first million of its random numbers. Zeros would not do, since a GPU multiplies them with less
-power, and thus faster. FD_GPU_TRAIN=clock turns on DeepSpeed's throughput timer, which waits for
-the device. FD_GPU_TRAIN=unordered removes the event after which ZeRO-3 gathers the weights that the
-optimiser wrote. FD_GPU_MEMORY names a file to which the seconds, the allocated bytes and the
-reserved bytes are added twice a second.
+power, and thus faster.
+
+FD_GPU_TRAIN=clock turns on DeepSpeed's throughput timer, which waits for the device.
+FD_GPU_TRAIN=unordered removes the event after which ZeRO-3 gathers the weights that the optimiser
+wrote. FD_GPU_MEMORY names a file to which the seconds, the allocated bytes and the reserved bytes
+are added twice a second.
 """
 
 from __future__ import annotations

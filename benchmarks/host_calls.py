@@ -6,10 +6,12 @@ It starts its own CPU ranks. Blocks of ViT-L and SwinV2-G, of a small width, lea
 blocks, which are sharded over the ranks, or whole with DDP. A step is counted with 6 and with 12
 blocks; a sixth of the difference is the count of one block. These are counted in the teacher's
 forward, the student's forward and the student's backward:
+
 - calls of Python functions (by sys.setprofile), without those of C functions;
 - hooks of modules, before and after each forward;
 - launches, which are operations of torch other than views;
 - gathers of weights (with gloo, ZeRO-3 gathers by a broadcast of each rank's shard).
+
 As in the full width, the four matrices of a block are gathered and freed in each pass, and smaller
 parameters stay. Nothing is timed, so other work on the machine does not matter. Writes
 benchmarks/results/host_calls.json.

@@ -12,6 +12,7 @@ flex_attention. They take turns, and the cache is flushed before every sample. T
 operation are the least that it can move, with each input read once and each result written once.
 The share is these bytes per second divided by the bytes per second of copying 1 GiB, with reads and
 writes counted.
+
 `--blocks` times forward and backward of whole blocks of SwinV2-G and ViT-B in bfloat16: with plain
 torch, with torch.compile of the block, with the package's kernels, and with these kernels in
 compiled blocks. Then one kernel at a time is replaced by torch.compile, in an ordinary and in a

@@ -5,10 +5,12 @@
 
 With --public nothing is timed. The time model is compared with published measurements of other
 software on GPUs (public_rates.py), and the exit code is 1 if a clean measurement is outside of its
-predicted range. Otherwise the benchmark starts its own CPU ranks (or one per GPU), and builds an
-engine at ZeRO 1, 2 and 3 (on one rank at 0 and 3). Each round times the phases of a step without an
-engine (`engine/counting/phases.py`), and then the steps of all engines with each micro-batch, so
-that other work on the machine affects all of them. Half-way the machine's rates are measured
+predicted range.
+
+Otherwise the benchmark starts its own CPU ranks (or one per GPU), and builds an engine at ZeRO 1, 2
+and 3 (on one rank at 0 and 3). Each round times the phases of a step without an engine
+(`engine/counting/phases.py`), and then the steps of all engines with each micro-batch, so that
+other work on the machine affects all of them. Half-way the machine's rates are measured
 (`engine/counting/rates.py`). `--clock cpu` counts processor time, which other work changes less. A
 result is the ratio of the shortest measured step to the prediction from the shortest phases, and
 the prediction from the rates alone is shown beside it. Teacher and student are the same model, and

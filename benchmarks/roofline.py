@@ -24,6 +24,7 @@ case tested; benchmarks/results/kernels_aot.json records its forward and backwar
 compiled for this width (for attention: window, class token and head width) and these dtypes,
 within the shared memory and without spills; and, for attention, a test compares the case with the
 reference. Otherwise the operation counts as the reference, and is listed below the table.
+
 Parameters are bfloat16, as on GPUs. Nothing is recomputed. Writes benchmarks/results/roofline.json
 and .png.
 """

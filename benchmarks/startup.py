@@ -9,9 +9,11 @@ started, the parts of its work since then, and their processor seconds. The proc
 and system) of all processes until the first step are measured, too, since a busy machine changes
 them less than wall time. Then the run is started once more. This restart ends the benchmark with an
 error if it tries micro-batches or evaluates. --package measures another checkout in turns with this
-one. Forked ranks share what was imported before the fork. The wall time of these imports is in the
-first part of a rank, but their processor seconds are only in the sum over all processes. If MLflow
-is installed, as by the extras `test` and `mlflow`, DeepSpeed's launcher imports it in both of its
+one.
+
+Forked ranks share what was imported before the fork. The wall time of these imports is in the first
+part of a rank, but their processor seconds are only in the sum over all processes. If MLflow is
+installed, as by the extras `test` and `mlflow`, DeepSpeed's launcher imports it in both of its
 processes, and `--without mlflow` hides it. `train --help`, which needs no torch, is timed, too.
 Writes benchmarks/results/startup.json.
 """

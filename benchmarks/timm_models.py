@@ -12,8 +12,10 @@ parameters are compared.
 
 `--students` tests every model as a student: four images pass forward and backward on the meta
 device in training mode, with batch norms in groups of two, and each trained parameter must get a
-gradient. Child processes with limited memory test the models, so that a crash ends only one child.
-Answers are kept in FILE, a line for each, and are not computed again. The table is written to
+gradient.
+
+Child processes with limited memory test the models, so that a crash ends only one child. Answers
+are kept in FILE, a line for each, and are not computed again. The table is written to
 benchmarks/results/timm_models.json.
 """
 

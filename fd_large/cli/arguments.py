@@ -5,6 +5,7 @@ argument if it is marked `Positional`. Fields of a nested dataclass are flags wi
 the type `dict[str, Section]` takes entries whose names the user chooses
 (`--teachers.NAME.model VALUE`). A command with a recipe also takes the fields of `recipes/run.py`
 as flags.
+
 tyro converts the values, and prints the help from the fields' types and comments. This file
 reports all mistakes at once, each in a sentence with the nearest known names. If a flag is
 repeated, its last value counts; for a flag such as `--teachers.NAME.model` a warning is logged. A

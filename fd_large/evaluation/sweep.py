@@ -7,6 +7,7 @@ at the recipe's own values. Random weights have no layer decay. A trial trains o
 the training images and is tested on the rest, which a hash of the file names chooses
 (data/val_fraction.py). Training with the best setting then uses all training images and every
 seed, and only these runs are tested on the test images.
+
 Each trial is a separate run below OUT/sweep. A finished trial leaves its score in a record but no
 checkpoints, so that the same command, started again, continues where it stopped. A folder with a
 different trial is refused. A diverged trial is finished, too.

@@ -1,20 +1,22 @@
 """Depth on NYUv2 with a distilled student: MIM-Depth's decoder, or a linear layer.
 
-The paper reports CLIP ViT-B/16 0.416 m RMSE, 0.352 m after feature distillation, and publishes no
-configuration. The settings here are those of MIM-Depth, whose decoder stands on SwinV2.
+The paper reports an RMSE of 0.416 m for CLIP ViT-B/16 and of 0.352 m after feature distillation,
+and publishes no configuration. The settings here are those of MIM-Depth, whose decoder was made for
+SwinV2.
 
-Common to all but the linear layer: crops of 480 of the 480 x 640 pixels, flips, changed colours, a
-strip of depth in a quarter of the images (CutDepth, which here shows metres where the published
-code shows millimetres modulo 256); pixels between 0 and 1; AdamW with betas .9/.999, weight decay
-.05 and no clipping; a batch of 24; 25 epochs, of which 12 rise from 3e-5 to 5e-4, 12 fall back and
-one stays there; each merging counts as a layer where rates decay with depth; tests by two square
-windows and flip, in the crop of NYUv2. An epoch is the 24,231 training images.
+All recipes but the linear layer have these settings: crops of 480 x 480 of the 480 x 640 pixels,
+flips, changed colours, and a strip of depth in a quarter of the images (CutDepth, which here shows
+metres, while the published code shows millimetres modulo 256); pixels between 0 and 1; AdamW with
+betas .9/.999, weight decay .05 and no clipping; a batch of 24; 25 epochs, in which the learning
+rate rises from 3e-5 to 5e-4 for 12, falls back for 12 and stays at 3e-5 for one. With layer decay,
+each patch merging counts as a layer. Tests use two square windows and flips, in the crop of NYUv2.
+An epoch is the 24,231 training images.
 
 Source: Xie et al., arXiv 2205.13543; SwinTransformer/MIM-Depth-Estimation @59ba08d.
 
-The decoder's batch norms see all 24 images, where the published runs' see those of one GPU. The
-published runs compute in float32; here `engine.precision` decides, which on GPUs is bfloat16 with a
-float32 loss.
+The decoder's batch norms use the statistics of all 24 images, while those of the published runs use
+the images of one GPU. The published runs compute in float32. Here `engine.precision` decides, which
+on GPUs means bfloat16 with a float32 loss.
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
 Duration and memory are computed by `plan` (docs/scaling.md), not measured.
@@ -71,11 +73,12 @@ def nyuv2_vit_base() -> Run:
     Memory: 4.5 GB of each GPU
     Result: NYUv2 0.352 m RMSE (paper); CLIP itself 0.416
 
-    How the paper put a depth head on a ViT is not public; what is here is ours: the decoder on the
-    last block's map after a new norm, of stride 16 where a SwinV2's has 32, so that the depth is
-    doubled once less by interpolation. MIM-Depth's settings of a SwinV2-B: layer decay .9, drop
-    path .3. A table of relative positions for each block, resized to 30 x 30 patches. Pixels stay
-    between 0 and 1, where the student was distilled on normalised ones.
+    How the paper attached a depth head to a ViT is not public, so the model here is our own. The
+    decoder takes the last block's map after a new norm. This map has stride 16, while a SwinV2's
+    has stride 32, so that the depth is doubled once less by interpolation. The settings are those
+    of MIM-Depth for a SwinV2-B: layer decay .9 and drop path .3. Each block has a table of relative
+    positions, resized to 30 x 30 patches. Pixels stay between 0 and 1, while the student was
+    distilled on normalised pixels.
     """
     return _nyuv2(vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
 
@@ -88,8 +91,9 @@ def nyuv2_swinv2_base() -> Run:
     Memory: 5.0 GB of each GPU
     Result: not published (SwinV2-B of SimMIM: 0.304 m RMSE)
 
-    MIM-Depth's settings of a SwinV2-B: layer decay .9, drop path .3, windows of 30, 30, 30 and 15
-    after those of 12, 12, 12 and 6, no shift in the last two stages.
+    The settings are those of MIM-Depth for a SwinV2-B: layer decay .9, drop path .3, windows of 30,
+    30, 30 and 15 tokens instead of 12, 12, 12 and 6 in the distillation, and no shifted windows in
+    the last two stages.
     """
     return _nyuv2(_swinv2("swinv2_base", 0.3), layer_decay=0.9, head_width=128)
 
@@ -102,7 +106,7 @@ def nyuv2_swinv2_large() -> Run:
     Memory: 6.9 GB of each GPU
     Result: not published (SwinV2-L of SimMIM: 0.287 m RMSE)
 
-    MIM-Depth's settings of a SwinV2-L: layer decay .85, drop path .5.
+    The settings are those of MIM-Depth for a SwinV2-L: layer decay .85 and drop path .5.
     """
     return _nyuv2(_swinv2("swinv2_large", 0.5), layer_decay=0.85, head_width=192)
 
@@ -115,10 +119,10 @@ def nyuv2_swinv2_giant() -> Run:
     Memory: 25.0 GB of each GPU
     Result: not published
 
-    No settings of this size are published: MIM-Depth's of a SwinV2-L (layer decay .85, drop path
-    .5), with as many channels behind the decoder as the first stage has. It takes no checkpoints of
-    blocks: `plan` says 25 GB for each GPU. Run it with ds_configs/zero3.json
-    (slurm/nyuv2_swinv2g.sh).
+    No settings for this size are published. These are MIM-Depth's for a SwinV2-L (layer decay .85,
+    drop path .5), with as many channels after the decoder as the first stage has. Activation
+    checkpointing is not needed, since `plan` expects 25 GB on each GPU. Run it with
+    ds_configs/zero3.json (slurm/nyuv2_swinv2g.sh).
     """
     return _nyuv2(_swinv2("swinv2_giant", 0.5), layer_decay=0.85, head_width=512)
 
@@ -131,11 +135,11 @@ def nyuv2_linear() -> Run:
     Memory: 2.7 GB of each GPU
     Result: not published
 
-    The length, batch, rate and loss (lambda .85) of DINOv3's probe (configs/config-nyu.yaml), whose
-    layer sorts depth into 256 bins and whose schedule is another: here batch norm and one layer
-    give the depth itself, and the rate falls in a straight line. Pixels are normalised as the
-    student was distilled; no CutDepth. The student does not change, nor its memory: its masters and
-    moments are kept.
+    Length, batch, learning rate and loss (lambda .85) are those of DINOv3's probe
+    (configs/config-nyu.yaml). DINOv3's layer predicts 256 bins of depth and has another schedule.
+    Here batch norm and one layer predict the depth itself, and the learning rate falls linearly.
+    Pixels are normalised as in the student's distillation, and there is no CutDepth. The student
+    does not change, but its master weights and moments still take memory.
     """
     section = Depth(
         head="linear", frozen=True, loss_lambda=0.85, cut_depth=0.0, test_windows=2, test_crop="nyu"

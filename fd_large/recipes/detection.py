@@ -1,22 +1,24 @@
 """Detection with a distilled student: Mask R-CNN, Cascade Mask R-CNN, HTC; boxes and masks.
 
-The paper reports CLIP ViT-B/16 45.0 box and 39.8 mask AP, 48.2 and 42.5 after feature distillation,
-and 64.2 box AP on test-dev for SwinV2-G, and publishes no configuration of either. The settings
-here follow the published recipes of the same backbones, each with its reason.
+The paper reports 45.0 box AP and 39.8 mask AP for CLIP ViT-B/16, 48.2 and 42.5 after feature
+distillation, and 64.2 box AP on test-dev for SwinV2-G. It publishes no configuration for them. The
+settings here follow published recipes of the same backbones, and each recipe gives its reasons.
 
-Common to all: large-scale jitter (.1 to 2.0), crops of one size, flips; AdamW; a cosine instead of
-steps down at 8/9 and 11/12 of the run, ending where those end, at a hundredth of the peak; warm-up
-from a thousandth of it; gradients clipped at a norm of 1.0 (ours: none is published). Heads as
-ViTDet's: two convolutions for proposals; four and a linear layer for boxes; four for masks;
-LayerNorm. Biases are not decayed, where detectron2 decays them, and what a crop lacks is grey (128)
-before normalising, where ViTDet's padding is 0 after it.
+All recipes have these settings: large-scale jitter (.1 to 2.0), crops of one size, and flips;
+AdamW; a warm-up from a thousandth of the peak learning rate, and then a cosine to a hundredth of
+it, where the published schedules end, too, after steps at 8/9 and 11/12 of the run; gradients
+clipped at a norm of 1.0 (our choice, since none is published). The heads are ViTDet's, with
+LayerNorm: two convolutions for proposals, four convolutions and a linear layer for boxes, and four
+convolutions for masks. Biases are not decayed, while detectron2 decays them. A crop that exceeds
+its image is filled with grey (128) before normalisation, while ViTDet pads with 0 afterwards.
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights. A
-window other than that of the distillation needs nothing more: SwinV2's position biases are computed
-anew, on coordinates scaled by the window of the file. An epoch is the 118,287 images of train2017.
-Duration and memory are computed by `plan` (docs/scaling.md), not measured; it counts
-micro-batches of one image. Work is 3 forward passes' worth of backbone and of pyramid and heads (of
-Mask R-CNN 0.56 TFLOP at 1024 px, 0.94 at 1536).
+window of another size than in the distillation needs no further flag, because SwinV2 computes its
+position biases for the new window, from coordinates scaled by the old one. An epoch is the 118,287
+images of train2017.
+Duration and memory are computed by `plan` (docs/scaling.md), not measured; `plan` counts
+micro-batches of one image. Work is three times the FLOPs of a forward of the backbone, pyramid and
+heads (pyramid and heads of Mask R-CNN take 0.56 TFLOP at 1024 px, and 0.94 at 1536).
 """
 
 from __future__ import annotations
@@ -79,14 +81,14 @@ def coco_mask_rcnn_vit_base() -> Run:
     Memory: 7.2 GB of each GPU
     Result: not published with these settings (ViTDet, MAE's weights: 51.6 box, 45.9 mask)
 
-    The paper reports 48.2 box and 42.5 mask AP, for CLIP itself 45.0 and 39.8, and for MAE's
-    weights 46.5 and 40.9, by settings that it does not publish and no public recipe reproduces.
-    These are another, longer schedule, ViTDet's for a ViT-B: a figure above 48.2 is no gain over
-    the paper, and the difference to CLIP need not be the paper's. coco_mask_rcnn_vit_base_12ep is
-    probably nearer to it. 1024 px, windows of 14 tokens except in blocks 2, 5, 8 and 11, a simple
-    pyramid, 1e-4 at batch 64, weight decay .1, layer decay .7, drop path .1, 100 epochs. The window
-    is the grid of the distillation (architecture.image_size 224 / 16), so that the shared position
-    table fits inside it.
+    The paper reports 48.2 box AP and 42.5 mask AP, 45.0 and 39.8 for CLIP itself, and 46.5 and 40.9
+    for MAE's weights. It does not publish the settings, and no public recipe reproduces these
+    results. This recipe has ViTDet's longer schedule for a ViT-B. A result above 48.2 is therefore
+    no gain over the paper, and the difference from CLIP may differ from the paper's.
+    coco_mask_rcnn_vit_base_12ep is probably nearer to the paper. The settings are 1024 px, windows
+    of 14 tokens except in blocks 2, 5, 8 and 11, a simple pyramid, 1e-4 at batch 64, weight decay
+    .1, layer decay .7, drop path .1 and 100 epochs. A window has the size of the distillation's
+    grid (architecture.image_size 224 / 16), so that the shared position table fits the window.
     Work: 3 x (0.92 + 0.56) TFLOP x 1.18e7 images = 5.3e19 FLOP.
     """
     return _detector(
@@ -108,12 +110,13 @@ def coco_mask_rcnn_vit_base_12ep() -> Run:
     Memory: 7.2 GB of each GPU
     Result: not published with these heads (CAE's, MAE's weights: 48.4 box, 42.6 mask)
 
-    The schedule of CAE's detectors (Atten4Vis/CAE, Mask R-CNN 1x): 3e-4 at batch 32, a tenth of it
-    after 9 and after 11 epochs, 500 steps of warm-up from a thousandth, weight decay .05, layer
-    decay .75, drop path .2, no clipping. The paper's figures (coco_mask_rcnn_vit_base) lie between
-    those of such short schedules, by what is published of MAE. Model, heads, jittered crops and
-    tests are those of coco_mask_rcnn_vit_base. CAE has images of 480 to 800 x 1333 px, attention
-    over the whole image, a pyramid of deconvolutions, GIoU, and 16-bit floats.
+    The schedule is that of CAE's detectors (Atten4Vis/CAE, Mask R-CNN 1x): 3e-4 at batch 32,
+    divided by ten after 9 and after 11 epochs, 500 steps of warm-up from a thousandth of the rate,
+    weight decay .05, layer decay .75, drop path .2, and no clipping. To judge by published results
+    of MAE, the paper's results (coco_mask_rcnn_vit_base) come from a similarly short schedule.
+    Model, heads, jittered crops and tests are those of coco_mask_rcnn_vit_base. CAE itself has
+    images of 480 to 800 x 1333 px, attention over the whole image, a pyramid of deconvolutions,
+    GIoU, and 16-bit floats.
     Work: 3 x (0.92 + 0.56) TFLOP x 1.42e6 images = 6.3e18 FLOP.
     """
     base_lr = 3e-4 * 512 / 32
@@ -143,8 +146,9 @@ def coco_mask_rcnn_swinv2_tiny() -> Run:
     Memory: 4.3 GB of each GPU
     Result: not published
 
-    AdamW 1e-4 at batch 16, weight decay .05, 36 epochs, tests at 800 x 1333, as in the detectors of
-    Swin and the ablations of SwinV2; drop path .2, as Swin-T's; training crops of 1024 px.
+    AdamW with 1e-4 at batch 16, weight decay .05, 36 epochs, and tests at 800 x 1333 are as in the
+    detectors of Swin and the ablations of SwinV2. Drop path .2 is Swin-T's. Training crops have
+    1024 px.
     Work: 3 x (0.21 + 0.56) TFLOP x 4.26e6 images = 9.9e18 FLOP.
     """
     return _detector(
@@ -165,8 +169,9 @@ def coco_mask_rcnn_swinv2_base() -> Run:
     Memory: 6.0 GB of each GPU
     Result: not published
 
-    As coco_mask_rcnn_swinv2_tiny, with drop path .3. ViTDet's Swin-B, pre-trained on labels of
-    ImageNet-22K and with cascaded heads, has 53.9 box and 46.2 mask AP.
+    The settings are those of coco_mask_rcnn_swinv2_tiny, with drop path .3. ViTDet's Swin-B, which
+    was pre-trained on labels of ImageNet-22K and has cascaded heads, reaches 53.9 box AP and 46.2
+    mask AP.
     Work: 3 x (0.70 + 0.56) TFLOP x 4.26e6 images = 1.6e19 FLOP.
     """
     return replace(
@@ -182,16 +187,16 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     Memory: 16.2 GB of each GPU
     Result: not published (paper's G, HTC++ and Objects365: 64.2 box)
 
-    The SwinV2 paper's schedule on COCO: 1536 px, window 32, 6e-4 at batch 96, weight decay .05,
-    45,000 steps, tests at 1100 px. The paper first trained on Objects365, with cascaded heads,
-    soft-NMS and several scales in the test, which are not here. Its smaller models train the
-    backbone at a tenth of the learning rate: here layer decay .87, its value in classification,
-    which over 50 blocks leaves the first one .0008 of the rate, and is the guess that may cost
-    most; theirs is --optim.layer_decay 1 --optim.backbone_rate 0.1. Drop path .3 and the average of
-    the weights are ours.
-    Stages 1 and 2 compute their attention for few windows at a time: the logits of one block of
-    stage 1 are 9.7 GB per image in float32. Every block is checkpointed: 4 forward passes' worth.
-    Run it with ds_configs/zero3_hpz.json.
+    The schedule is the SwinV2 paper's on COCO: 1536 px, window 32, 6e-4 at batch 96, weight decay
+    .05, 45,000 steps, and tests at 1100 px. That paper first trained on Objects365, and had
+    cascaded heads, soft-NMS and several scales in the test, which this recipe has not. Its smaller
+    models train the backbone at a tenth of the learning rate, which would be --optim.layer_decay 1
+    --optim.backbone_rate 0.1. Here the layer decay is .87, the paper's value in classification.
+    Over 50 blocks it leaves .0008 of the rate for the first block, and is the choice that may cost
+    most. Drop path .3 and the average of the weights are our choices.
+    Stages 1 and 2 compute their attention for few windows at a time, since the logits of one block
+    of stage 1 are 9.7 GB per image in float32. Every block is checkpointed, so that a step computes
+    4 times a forward of the backbone. Run it with ds_configs/zero3_hpz.json.
     Work: (4 x 51.3 + 3 x 0.94) TFLOP x 4.26e6 images = 8.9e20 FLOP.
     """
     return _detector(
@@ -235,8 +240,8 @@ def coco_cascade_vit_base() -> Run:
     Memory: 7.4 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 54.0 box, 46.7 mask)
 
-    coco_mask_rcnn_vit_base with ViTDet's cascade: detectron2's form, L1, one box for a proposal.
-    ViTDet trains both alike.
+    The settings are those of coco_mask_rcnn_vit_base, with ViTDet's cascade: detectron2's form, L1,
+    and one box for each proposal. ViTDet trains both kinds of heads alike.
     Work: 3 x (0.92 + 0.88) TFLOP x 1.18e7 images = 6.4e19 FLOP.
     """
     return _with_heads(coco_mask_rcnn_vit_base(), **_VITDET)
@@ -250,9 +255,9 @@ def coco_cascade_vit_large() -> Run:
     Memory: 19.8 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 57.6 box, 50.0 mask)
 
-    ViTDet's settings of a ViT-L: 1e-4 at batch 64, weight decay .1, layer decay .8, drop path .4,
-    100 epochs. The student has patches of 14 pixels and windows of 16 tokens; five windows each way
-    are 1120 px, to which ViTDet's 1024 px would be padded.
+    The settings are ViTDet's for a ViT-L: 1e-4 at batch 64, weight decay .1, layer decay .8, drop
+    path .4, and 100 epochs. The student has patches of 14 pixels and windows of 16 tokens. Five
+    windows in each direction are 1120 px, to which ViTDet's 1024 px would be padded.
     Work: 3 x (4.68 + 1.12) TFLOP x 1.18e7 images = 2.1e20 FLOP.
     """
     run = _detector(
@@ -276,10 +281,11 @@ def coco_cascade_swinv2_base() -> Run:
     Memory: 6.9 GB of each GPU
     Result: not published (Swin-B, labels of ImageNet-1K: 51.9 box, 45.0 mask)
 
-    coco_mask_rcnn_swinv2_base with the cascade of Swin's own detectors: mmdetection's form, GIoU, a
-    box for each class. They train 36 epochs at 1e-4 and batch 16, weight decay .05, drop path .3,
-    and test at 800 x 1333, as here; their images are whole, of 480 to 800 px
-    (--task.detection.whole_size 480 800 1333), where these are jittered as all here.
+    The settings are those of coco_mask_rcnn_swinv2_base, with the cascade of Swin's own detectors:
+    mmdetection's form, GIoU, and a box for each class. Swin's detectors also train 36 epochs with
+    1e-4 at batch 16, weight decay .05 and drop path .3, and test at 800 x 1333. They train on whole
+    images of 480 to 800 px (--task.detection.whole_size 480 800 1333), while this recipe has
+    jittered crops like all recipes here.
     Work: 3 x (0.70 + 1.12) TFLOP x 4.26e6 images = 2.3e19 FLOP.
     """
     return _with_heads(coco_mask_rcnn_swinv2_base(), **_SWIN)
@@ -293,9 +299,10 @@ def coco_cascade_swinv2_large() -> Run:
     Memory: 8.6 GB of each GPU
     Result: not published (SwinV2-L with HTC++ at 1536 px: 58.8 box, 51.1 mask)
 
-    SwinV2's schedule of its L: 4e-4 at batch 64, weight decay .05, 36 epochs, a tenth of the
-    learning rate for the backbone; that is here layer decay .87, as in the giant's. Drop path .4 as
-    in ViTDet's Swin-L. Size, window and heads as coco_cascade_swinv2_base.
+    The schedule is SwinV2's for its L: 4e-4 at batch 64, weight decay .05, and 36 epochs. SwinV2
+    trains the backbone at a tenth of the learning rate; here a layer decay of .87 replaces this, as
+    in coco_mask_rcnn_swinv2_giant. Drop path .4 is that of ViTDet's Swin-L. Size, window and heads
+    are those of coco_cascade_swinv2_base.
     Work: 3 x (1.52 + 1.12) TFLOP x 4.26e6 images = 3.4e19 FLOP.
     """
     run = _detector(
@@ -318,13 +325,14 @@ def o365_cascade_swinv2_giant() -> Run:
     Memory: 12.5 GB of each GPU
     Result: not published
 
-    SwinV2's settings: 1.2e-3 at batch 96, weight decay .05, 67,500 steps (3.7 epochs of 1.74
-    million images), window 32, images of "[800, 1024]", HTC++ without masks. Without masks HTC++ is
-    a cascade with a layer of attention before the pyramid; GIoU and one box for a proposal are
-    those of its open re-builds. The sizes are not explained: here large-scale jitter and crops of
-    1024 px. Layer decay, drop path and the average of the weights as in
-    coco_mask_rcnn_swinv2_giant, warm-up of a thousand steps: none is published. The mask heads
-    learn nothing. Tests take 80,000 images: give a part of them as --eval.root.
+    The settings are SwinV2's: 1.2e-3 at batch 96, weight decay .05, 67,500 steps (3.7 epochs of
+    1.74 million images), window 32, images of "[800, 1024]", and HTC++ without masks. Without
+    masks, HTC++ is a cascade with a layer of attention before the pyramid. GIoU and one box for
+    each proposal are those of its open re-implementations. The paper does not explain the image
+    sizes; here there are large-scale jitter and crops of 1024 px. Layer decay, drop path and the
+    average of the weights are those of coco_mask_rcnn_swinv2_giant, and the warm-up takes a
+    thousand steps, since none of these is published. The mask heads are not trained. The test set
+    has 80,000 images: give a part of them as --eval.root.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
     Work: (4 x 22.8 + 3 x 1.17) TFLOP x 6.48e6 images = 6.1e20 FLOP.
     """
@@ -351,15 +359,16 @@ def coco_htc_swinv2_giant() -> Run:
     Memory: 18.1 GB of each GPU
     Result: not published (paper's G: 64.2 box; SwinV2-G: 63.1 box, 54.4 mask; several scales)
 
-    `--student.init` is the run of o365_cascade_swinv2_giant, of which backbone, pyramid and the
-    heads that fit go on. All but the heads is coco_mask_rcnn_swinv2_giant: SwinV2's schedule, which
-    trained HTC++. Of HTC++ what is public: HTC, a layer of attention before the pyramid, InstaBoost
-    (copy_instances), soft-NMS. GIoU, one box for a proposal, linear decay from an IoU of .5 and
-    scores from .001 are those of the open re-builds (CBNetV2, ViT-Adapter), objects copied in half
-    of the images ViT-Adapter's. The re-builds' box heads have batch norms where these have
-    LayerNorm, and the layer of attention has no drop path here. The semantic branch learns
-    COCO-Stuff's maps; without them set --task.detection.semantic_classes 0. The paper's test takes
-    several scales.
+    `--student.init` is the run of o365_cascade_swinv2_giant, from which backbone, pyramid and all
+    heads of the same shape start. Everything but the heads is as in coco_mask_rcnn_swinv2_giant,
+    with SwinV2's schedule, by which HTC++ was trained. Public facts about HTC++ are HTC, a layer of
+    attention before the pyramid, InstaBoost (copy_instances) and soft-NMS. GIoU, one box for each
+    proposal, linear decay from an IoU of .5 and scores from .001 are those of the open
+    re-implementations (CBNetV2, ViT-Adapter), and copied objects in half of the images are
+    ViT-Adapter's. The re-implementations' box heads have batch norms, while these have LayerNorm,
+    and the layer of attention has no drop path here. The semantic branch learns COCO-Stuff's maps;
+    without these maps, set --task.detection.semantic_classes 0. The paper's test has several
+    scales.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
     Work: (4 x 51.3 + 3 x 3.16) TFLOP x 4.26e6 images = 9.1e20 FLOP.
     """

@@ -3,12 +3,12 @@
 Source: "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature Distillation"
 (arXiv 2205.14141), its code (SwinTransformer/Feature-Distillation) and README.
 
-Common to all six: ImageNet-1K, 1,281,167 images, 224 px; global batch 2048 (16 GPUs x 128), so
-1,281,167 // 2048 = 625 steps per epoch; AdamW with betas .9/.999, eps 1e-8 and weight decay .05;
-gradients clipped at a norm of 3.0; drop path in the student only; smooth L1 with beta 2. Learning
-rates are per 512 images: at 2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The published runs
-computed in float16 autocast, whose residual stream is float32; so is ours, with bfloat16 matrix
-products.
+All six runs have these settings: ImageNet-1K, 1,281,167 images, 224 px; a global batch of 2048 (16
+GPUs x 128), so that an epoch has 1,281,167 // 2048 = 625 steps; AdamW with betas .9/.999, eps 1e-8
+and weight decay .05; gradients clipped at a norm of 3.0; drop path in the student only; smooth L1
+with beta 2. Learning rates are per 512 images, so that at 2048 the ViT runs peak at 3e-4 x 4 =
+1.2e-3. The published runs computed in float16 autocast with a float32 residual stream. Here the
+residual stream is float32, too, and matrix products are in bfloat16.
 
 Duration and memory are computed by `plan` (docs/scaling.md), not measured. Work is FLOPs per
 image (3 x student + teacher, 2 per multiply-add) x 300 x 1,281,167 images.
@@ -95,7 +95,8 @@ def fd_clip_vit_base_100ep() -> Run:
     Memory: 12.7 GB of each GPU
     Result: no figure known (300 epochs: 85.0)
 
-    A short run regularises less: drop path .1, and crops of at least .67 of the image.
+    A short run needs less regularisation, so that drop path is .1, and crops have at least .67 of
+    the image.
     """
     return _into_vit(
         "vit_base_patch16",
@@ -157,8 +158,8 @@ def fd_esvit_swin_base() -> Run:
     Result: ImageNet-1K fine-tuned 83.9 -> 85.1
 
     Also published: ADE20K 47.3 -> 48.9 (from a summary of the paper's third version).
-    Learning rates of the paper's only Swin run: 2e-4 / 1e-6 / 1e-5 per 512 images, 8e-4 / 4e-6 /
-    4e-5 here.
+    The learning rates (peak / start / end) are those of the paper's only Swin run: 2e-4 / 1e-6 /
+    1e-5 per 512 images, which are 8e-4 / 4e-6 / 4e-5 at this batch.
     Work: 4 x 32.6 GFLOP x 3.84e8 images = 5.0e19 FLOP.
     """
     return distillation(

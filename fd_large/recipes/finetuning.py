@@ -1,20 +1,23 @@
 """Fine-tuning on ImageNet: the paper's students, SwinV2 up to 3B, and CLIP itself.
 
-Source, where a recipe names no other: the configurations of SwinTransformer/Feature-Distillation
-(finetune/*.yaml) and its README.
+If a recipe names no other source, its settings are from the configurations of
+SwinTransformer/Feature-Distillation (finetune/*.yaml) and its README.
 
-Common to the six students of these configurations: 224 px; AdamW with betas .9/.999 and weight
-decay .05; gradients clipped at a norm of 5.0; the learning rates that warm-up starts and the cosine
-ends at are equal; 100 epochs with a warm-up of 20 (50 with 5 for the large model); RandAugment
-m9-mstd0.5-inc1, erasing .25, mixup .8, CutMix 1.0 (switched at .5), smoothing .1; tests on the
-middle crop of 256/224 of the size, bicubic. 128 images on each of 16 GPUs (README, and
-finetune/*esvit*.yaml). One position table per block, copied from the one that distillation shared.
-The official code normalises CLIP's students by ImageNet's statistics in training and by CLIP's in
-tests; here both are those that the weights were trained with.
+The six students of these configurations have common settings: 224 px; AdamW with betas .9/.999 and
+weight decay .05; gradients clipped at a norm of 5.0; equal learning rates at the start of the
+warm-up and at the end of the cosine; 100 epochs with a warm-up of 20 (50 with 5 for the large
+model); RandAugment m9-mstd0.5-inc1, erasing .25, mixup .8, CutMix 1.0 (switched at .5), smoothing
+.1; tests on the centre crop of images resized to 256/224 of the size, bicubic; 128 images on each
+of 16 GPUs (README, and finetune/*esvit*.yaml). Each block has its own position table, which starts
+as a copy of the table that all blocks shared in distillation. The official code normalises CLIP's
+students by ImageNet's statistics in training and by CLIP's in tests; here training and tests have
+the statistics with which the weights were trained.
 
-Train them with ds_configs/zero1.json: under ZeRO-3 in bfloat16 the tests are in bfloat16 too, else
-in float32. `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from
-random weights. Duration and memory are computed by `plan` (docs/scaling.md), not measured.
+Train these recipes with ds_configs/zero1.json. Tests are in float32, except under ZeRO-3 in
+bfloat16, where they are in bfloat16.
+`--student.init RUN_OR_FILE` names the weights to fine-tune; without it the model starts from random
+weights.
+Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations
@@ -138,7 +141,7 @@ def finetune_esvit_swin_base() -> Run:
     Memory: 9.4 GB of each GPU
     Result: ImageNet-1K 85.1; EsViT itself 83.9
 
-    64 images per GPU, which the authors call a mistake of theirs: a global batch of 1024.
+    The global batch is 1024, with 64 images per GPU, which the authors call a mistake of theirs.
     Work: 3 x 32.6 GFLOP x 1.28e8 images = 1.3e19 FLOP.
     """
     return _finetune(
@@ -154,10 +157,11 @@ def finetune_clip_vit_large_22k() -> Run:
     Memory: 36.9 GB of each GPU
     Result: no figure of its own; ImageNet-1K 88.3 after finetune_clip_vit_large_22k_1k
 
-    The paper's settings are not published. These are those of BEiTv2's ViT-L, which was distilled
-    from CLIP too (beit2/get_started_for_image_classification.md of microsoft/unilm): 90 epochs, of
-    which 20 of warm-up from 0, 6e-4 at batch 4096 down to 1e-6, layer decay .75, drop path .2, no
-    clipping. The dataset has no test images: --data.val_fraction 0.002 holds some out.
+    The paper's settings are not published. These settings are for BEiTv2's ViT-L, which was
+    distilled from CLIP, too (beit2/get_started_for_image_classification.md of microsoft/unilm): 90
+    epochs, of which 20 are warm-up from 0, 6e-4 at batch 4096 with a decay to 1e-6, layer decay
+    .75, drop path .2, and no clipping. The dataset has no test images; --data.val_fraction 0.002
+    holds some images out.
     Work: 3 x 162 GFLOP x 14.2e6 images x 90 = 6.2e20 FLOP.
     """
     return _intermediate(
@@ -178,9 +182,9 @@ def finetune_clip_vit_large_22k_1k() -> Run:
     Memory: 20.6 GB of each GPU
     Result: ImageNet-1K 88.3
 
-    BEiTv2's settings for a ViT-L after ImageNet-22K: 20 epochs, 7e-5 at batch 1024, layer decay .8,
-    drop path .25, no mixing. --student.init RUN takes the backbone; the classifier, and the norm
-    before it, are new (BEiTv2 keeps that norm).
+    The settings are BEiTv2's for a ViT-L after ImageNet-22K: 20 epochs, 7e-5 at batch 1024, layer
+    decay .8, drop path .25, and no mixing. --student.init RUN loads the backbone; the classifier
+    and the norm before it are new (BEiTv2 keeps that norm).
     Work: 3 x 162 GFLOP x 2.6e7 images = 1.2e19 FLOP.
     """
     return _after_intermediate(image_size=224)
@@ -194,8 +198,9 @@ def finetune_clip_vit_large_22k_1k_336() -> Run:
     Memory: 22.5 GB of each GPU
     Result: ImageNet-1K 89.0
 
-    As finetune_clip_vit_large_22k_1k: BEiT changes nothing but the size. The tables of relative
-    positions are resized from 16 x 16 to 24 x 24 patches, as published (docs/weights.md).
+    The settings are those of finetune_clip_vit_large_22k_1k, since BEiT changes nothing but the
+    size. The tables of relative positions are resized from 16 x 16 to 24 x 24 patches, as published
+    (docs/weights.md).
     Work: 3 x 382 GFLOP x 2.6e7 images = 2.9e19 FLOP.
     """
     return _after_intermediate(image_size=336)
@@ -236,9 +241,10 @@ def finetune_swinv2_base() -> Run:
     Memory: 9.4 GB of each GPU
     Result: not published (the paper's SwinV2-B, a student of EsViT: 85.1)
 
-    The settings of the paper's SwinV2-B (finetune_esvit_swin_base), with windows of 14 after those
-    of 12 (6 in the last stage) in distillation, as SimMIM fine-tunes its SwinV2-B: that one, of
-    another teacher, with layer decay .75, drop path .1 and batch 2048.
+    The settings are those of the paper's SwinV2-B (finetune_esvit_swin_base). Windows have 14
+    tokens instead of 12 (6 in the last stage) in distillation, as when SimMIM fine-tunes its
+    SwinV2-B. SimMIM's model, of another pre-training, has layer decay .75, drop path .1 and batch
+    2048.
     """
     return _finetune(
         "swinv2_base",
@@ -258,8 +264,8 @@ def finetune_swinv2_large() -> Run:
     Memory: 23.6 GB of each GPU
     Result: not published
 
-    SimMIM's settings of a Swin-L (configs/simmim of microsoft/Swin-Transformer): rates as of the
-    base models at batch 2048, layer decay .7, drop path .2.
+    The settings are SimMIM's for a Swin-L (configs/simmim of microsoft/Swin-Transformer): the
+    learning rates of the base models at batch 2048, layer decay .7, and drop path .2.
     Work: 3 x 72 GFLOP x 1.28e8 images = 2.8e19 FLOP.
     """
     return _finetune(
@@ -280,12 +286,13 @@ def finetune_swinv2_giant() -> Run:
     Result: ImageNet-1K 89.4 (paper); SwinV2-G itself 89.2, at a size that is not published
 
     The only published settings of a SwinV2-G on ImageNet-1K are those of arXiv 2111.09883 (90.17
-    after labels of ImageNet-22K): 640 px, 10 epochs, 2.1e-5 at batch 576, drop path .5. Not
-    published: the window (40 here, which divides all maps but the last, one window of 20), warm-up
-    (1 epoch here), layer decay (.87 here, that of its training on ImageNet-22K), weight decay (.05
-    here) and clipping (5 here), both of the base models, and the rate's end. They are those of a
-    model that had learnt the labels of ImageNet-22K, which a distilled one has not. Every block is
-    checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
+    after training on labels of ImageNet-22K): 640 px, 10 epochs, 2.1e-5 at batch 576, and drop path
+    .5. These are not published: the window (here 40, which divides all maps but the last, which is
+    one window of 20), the warm-up (here 1 epoch), layer decay (here .87, as in its training on
+    ImageNet-22K), weight decay (here .05) and clipping (here 5), both as for the base models, and
+    the final learning rate. The published settings are for a model that was trained on the labels
+    of ImageNet-22K, unlike a distilled model. Every block is checkpointed. Run it with
+    ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
     Work: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
     """
     return _finetune(
@@ -311,10 +318,10 @@ def finetune_clip_vit_base_plain() -> Run:
     Result: ImageNet-1K 85.7, tested with the average of the weights
 
     Source: Dong et al., "CLIP itself is a strong fine-tuner", arXiv 2212.06138, and its scripts: a
-    small learning rate, no mixing, no drop path, no clipping, an average of the weights. The
-    official classifier normalises every token before the mean, here the mean is normalised; the
-    authors freeze the embedding of patches at 224 px, here it learns at .0013 of the rate. Name the
-    weights: --student.init FILE or open_clip:ViT-B-16/openai.
+    small learning rate, no mixing, no drop path, no clipping, and an average of the weights. The
+    official classifier normalises every token before the mean, while here the mean is normalised.
+    The authors freeze the patch embedding at 224 px, while here it is trained at .0013 of the
+    learning rate. Name the weights by --student.init FILE or open_clip:ViT-B-16/openai.
     """
     return _plain(
         "clip_vit_base_patch16", base_lr=1.5e-4, layer_decay=0.60, epochs=50, warmup_epochs=10
@@ -329,7 +336,7 @@ def finetune_clip_vit_large_plain() -> Run:
     Memory: 40.9 GB of each GPU
     Result: ImageNet-1K 88.0, tested with the average of the weights
 
-    Source: as finetune_clip_vit_base_plain.
+    Source: that of finetune_clip_vit_base_plain.
     """
     return _plain(
         "clip_vit_large_patch14", base_lr=1e-4, layer_decay=0.65, epochs=30, warmup_epochs=5

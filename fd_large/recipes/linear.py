@@ -1,8 +1,8 @@
 """The linear probe of Feature-Distillation, with the settings of MAE's.
 
-Source: main_linear.py of SwinTransformer/Feature-Distillation for the method. No configuration of
-it is published, so that the paper's figures (CLIP's student 80.1) cannot be reproduced. The
-settings are those of He et al. (MAE), arXiv 2111.06377, appendix A.1, whose probe it follows.
+Source: main_linear.py of SwinTransformer/Feature-Distillation for the method. Its configuration is
+not published, so that the paper's results (80.1 for CLIP's student) cannot be reproduced. The
+settings are those of He et al. (MAE), arXiv 2111.06377, appendix A.1, whose probe the code follows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def linear_probe() -> Run:
     Result: no figure known: its settings are not the paper's
 
     Work: 35.1 GFLOP x 1.15e8 images = 4.0e18 FLOP, at an assumed 200 TFLOP/s per GPU. MAE's
-    learning rate is 0.1 for 256 images: 0.2 for 512. Name the weights: --student.init RUN_OR_FILE.
+    learning rate is 0.1 per 256 images, which is 0.2 per 512 images. Name the weights by
+    --student.init RUN_OR_FILE.
     """
     return Run(
         name=UNNAMED,

@@ -1,12 +1,13 @@
 """Masked distillation from CLIP: published runs, as far as they are published.
 
-EVA, dBOT and MaskAlign ship their training code; MaskDistill has none, and its settings are those
-of the one open reproduction (drkostas/MaskDistill-PyTorch). What this package does differently is
-said with each.
+EVA, dBOT and MaskAlign publish their training code. MaskDistill does not, and its settings are
+those of the one open reproduction (drkostas/MaskDistill-PyTorch). Each recipe lists the differences
+of this package.
 
-No free gain: at 300 epochs from the same teacher the reproduction of MaskDistill fine-tunes to 84.8
-(ADE20K 52.6), Feature Distillation without a mask to 85.0 (51.7), and its linear probe is at 76.3
-against 80.1. Measure k-NN, linear and fine-tuning beside each other (docs/masked.md).
+Masking does not improve everything. After 300 epochs with the same teacher, the reproduction of
+MaskDistill fine-tunes to 84.8 (ADE20K 52.6), and Feature Distillation without a mask to 85.0
+(51.7). The linear probe reaches 76.3 for MaskDistill and 80.1 for Feature Distillation. Compare
+students by k-NN, linear probe and fine-tuning (docs/masked.md).
 
 Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
@@ -47,12 +48,14 @@ def maskalign_vit_base() -> Run:
     Memory: 6.0 GB of each GPU
     Result: ImageNet-1K fine-tuned 85.4 (its model card; five levels)
 
-    Source: Xue et al., arXiv 2211.08887, and its code (OpenDriveLab/maskalign): AdamW .9 / .95,
-    6e-4 at 1,024 images, cosine to 1e-5 after 20 epochs, no clipping, drop path .1, crops from .2;
-    smooth L1 with beta 1 on whitened tokens, of visible patches and the class token; no decoder.
-    Not the same here: the last level alone, where MaskAlign learns the last five of CLIP by a
-    learnt mixture of the student's blocks; patches are dropped at random, where it keeps those that
-    CLIP attends to; learnt positions, where its are fixed.
+    Source: Xue et al., arXiv 2211.08887, and its code (OpenDriveLab/maskalign): AdamW with betas .9
+    / .95, 6e-4 at 1,024 images, a cosine to 1e-5 after 20 epochs of warm-up, no clipping, drop path
+    .1, crops from .2 of the area; smooth L1 with beta 1 on whitened tokens of visible patches and
+    the class token; no decoder.
+    Differences here: the student learns the last level of CLIP, while MaskAlign learns the last
+    five levels by a trained mixture of the student's blocks. Patches are dropped at random, while
+    MaskAlign keeps patches that CLIP attends to. Positions are trained, while MaskAlign's are
+    fixed.
     Not published: k-NN, the linear probe, ADE20K.
     """
     return _masked(
@@ -87,12 +90,13 @@ def maskdistill_vit_base() -> Run:
     Also published: ADE20K 52.6, COCO Mask R-CNN 44.4 / 40.1 in 12 epochs (the reproduction); ADE20K
     53.8 (the paper, as the reproduction quotes it). Without a mask, `fd_clip_vit_base`, the linear
     probe is at 80.1.
-    Source: arXiv 2210.10615, without code; configs/pretrain.yaml of the reproduction: AdamW .9 /
-    .999, 1.5e-3 at 2,048 images, cosine to 1e-5 after 10 epochs, clipped at 3, drop path .1,
-    LayerScale .1, a shared relative bias, crops from .2, colour .4; rectangles over 40%; smooth L1
-    with beta 1 on tokens before CLIP's final norm, each with variance 1.
-    Not the same here: tokens of the global batch count alike, whatever the number of GPUs; the loss
-    is computed in float32, not in bfloat16.
+    Source: arXiv 2210.10615, without code, and configs/pretrain.yaml of the reproduction: AdamW
+    with betas .9 / .999, 1.5e-3 at 2,048 images, a cosine to 1e-5 after 10 epochs of warm-up,
+    gradients clipped at 3, drop path .1, LayerScale .1, a shared relative position bias, crops from
+    .2 of the area, colour jitter .4; rectangular masks over 40% of the patches; smooth L1 with beta
+    1 on tokens before CLIP's final norm, each with variance 1.
+    Differences here: all tokens of the global batch have equal weight, whatever the number of GPUs.
+    The loss is computed in float32, not in bfloat16.
     """
     return _masked(
         Student(model="vit_base_patch16", drop_path_rate=0.1),
@@ -117,13 +121,13 @@ def dbot_clip_vit_base() -> Run:
 
     Also published: COCO cascade 53.6 in its 3x schedule.
     Source: Liu et al., arXiv 2209.03917, and its code (liuxingbin/dbot, branch beit, PRETRAIN.md):
-    AdamW .9 / .98, 3e-3 at 4,096 images, 10 epochs of warm-up, clipped at 3, drop path .1,
-    LayerScale .1, a shared relative bias, crops from .4, colour .4; rectangles over 78 of 196
-    patches; the cosine of masked tokens.
-    Not the same here: the map after CLIP's final norm is learnt, where dBOT projects it to 512
-    channels; tokens of the global batch count alike.
-    Not published: k-NN, the linear probe; the rates at the ends of the schedule are the code's
-    defaults, which were not read.
+    AdamW with betas .9 / .98, 3e-3 at 4,096 images, 10 epochs of warm-up, gradients clipped at 3,
+    drop path .1, LayerScale .1, a shared relative position bias, crops from .4 of the area, colour
+    jitter .4; rectangular masks over 78 of 196 patches; the cosine loss on masked tokens.
+    Differences here: the target is the map after CLIP's final norm, which dBOT projects to 512
+    channels. All tokens of the global batch have equal weight.
+    Not published: k-NN and the linear probe. The learning rates at the ends of the schedule are
+    defaults of dBOT's code, which we have not read; ours may differ.
     """
     return _masked(
         Student(model="vit_base_patch16", drop_path_rate=0.1),
@@ -154,14 +158,16 @@ def eva_vit_giant() -> Run:
 
     Also published: ImageNet-V2 81.6, -A 86.2, -R 88.3, -Sketch 67.7 (fine-tuned); ADE20K 62.3.
     Source: Fang et al., arXiv 2211.07636, and its code (baaivision/EVA, EVA-01/eva/README.md):
-    AdamW .9 / .98, 1e-3 at 4,096 images, two epochs of warm-up, clipped at 3, drop path .1,
-    absolute positions, no LayerScale, crops from .2; rectangles over 105 of 256 patches; the cosine
-    of masked tokens.
-    Not the same here: the map after CLIP's final norm is learnt, where EVA projects it to 768
-    channels; tokens of the global batch count alike, where EVA weighs GPUs; CLIP's input and the
-    student's are normalised each by its own statistics; bfloat16 in place of float16.
-    Not published: k-NN and the linear probe of this model (only of EVA-CLIP after it); the rates at
-    the ends of the schedule are the code's defaults, which were not read.
+    AdamW with betas .9 / .98, 1e-3 at 4,096 images, two epochs of warm-up, gradients clipped at 3,
+    drop path .1, absolute positions, no LayerScale, crops from .2 of the area; rectangular masks
+    over 105 of 256 patches; the cosine loss on masked tokens.
+    Differences here: the target is the map after CLIP's final norm, which EVA projects to 768
+    channels. All tokens of the global batch have equal weight, while EVA weighs all GPUs equally.
+    The images of CLIP and of the student are normalised by different statistics. Computation is in
+    bfloat16 instead of float16.
+    Not published: k-NN and the linear probe of this model (they are published for EVA-CLIP). The
+    learning rates at the ends of the schedule are defaults of EVA's code, which we have not read;
+    ours may differ.
     """
     return _masked(
         Student(

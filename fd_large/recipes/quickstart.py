@@ -17,27 +17,28 @@ def quickstart() -> Run:
 
     The teacher is trained on ImageNet; only its part up to stride 8 is built (55,504 parameters).
     Its map is the output of a block without a final norm; whitening gives every token the same
-    scale. The photographs come from the scikit-image and scikit-learn wheels: 18 to learn from,
-    nine of them grey, and two, a cat and a pagoda, held out. Student and teacher are split over the
-    ranks, as for three billion parameters.
+    scale. The photographs come from the scikit-image and scikit-learn wheels. 18 are for
+    training, nine of them grey, and two, a cat and a pagoda, are held out. Student and teacher are
+    sharded over the ranks, as for three billion parameters.
 
-    Two figures come out, each the loss divided by that of the constant-prediction baseline: on the
-    held-out photographs, and on crops of the training photographs that training never saw. The
-    second is the easier one.
+    The run has two results, which are ratios of the loss to the loss of the constant-prediction
+    baseline: one on the held-out photographs, and one on crops of the training photographs that
+    were not used in training. The second is easier.
 
     Why these numbers:
-    student: patch 4 and one merging give the teacher's stride; window 8 divides both maps (32 and
-        16 tokens per side); at width 48 a step takes half a second on one core. No drop path: a
-        few hundred steps do not overfit so small a model.
-    data: no colour jitter. 400 steps without it ended at .70 held out and .53 on unseen crops,
-        with it (strength .4, a fifth of the views grey) at .73 and .58; 800 without it at .59 and
-        .41, so that nothing overfits in the 400 steps that the run has.
-    optim: a learning rate of 4e-3 at this batch (the field is per 512 images), better than 2e-3
-        over 400 steps and than 8e-3 over 200; it halves towards the end, because the loss is still
-        falling there: a cosine to zero wastes the last third of a short run. A step takes about
-        .8 s of one core: 400 of them, four minutes on two slow cores, less than three on idle ones.
-    eval: 32 views of each set, a second of two cores: enough to show the course of the run.
-    batch: 16 is divisible by 1, 2, 4, 8 and 16 ranks.
+    student: patches of 4 pixels and one merging give the teacher's stride. Window 8 divides both
+        maps (32 and 16 tokens per side). At width 48 a step takes half a second on one core. There
+        is no drop path, since a few hundred steps do not overfit a small model.
+    data: there is no colour jitter. 400 steps without it ended at .70 held out and .53 on unseen
+        crops, and with it (strength .4, a fifth of the views grey) at .73 and .58. 800 steps
+        without it ended at .59 and .41, so that the run does not overfit in its 400 steps.
+    optim: the learning rate is 4e-3 at this batch (the field is per 512 images), which was better
+        than 2e-3 over 400 steps and than 8e-3 over 200. The rate falls to a half only, because the
+        loss still falls at the end, and a cosine to zero wastes the last third of a short run. A
+        step takes about .8 s of one core, so that 400 steps take four minutes on two slow cores,
+        and less than three on two idle cores.
+    eval: 32 views of each set take a second of two cores, and show the course of the run.
+    batch: 16 images can be divided among 1, 2, 4, 8 and 16 ranks.
     """
     return Run(
         name=UNNAMED,

@@ -1,16 +1,16 @@
 """Segmentation on ADE20K with a distilled student: UPerNet, or a linear layer.
 
-The paper reports CLIP ViT-B/16 49.5 mIoU, 51.7 after feature distillation (52.8 in an earlier
-version) and 61.4 for SwinV2-G, and publishes no configuration of any. The settings here follow the
-published recipes of the same backbones, each with its source.
+The paper reports 49.5 mIoU for CLIP ViT-B/16, 51.7 after feature distillation (52.8 in an earlier
+version) and 61.4 for SwinV2-G, and publishes no configuration. The settings here follow published
+recipes of the same backbones, and each recipe names its source.
 
-Common to all: images scaled by 0.5 to 2, crops in which no class has more than three quarters,
-flips, photometric distortion; AdamW with betas .9/.999 and no clipping; a learning rate that falls
-in a straight line to 0 over all steps, with 1500 steps of warm-up from a millionth of the peak
-multiplied into it; a second head of weight 0.4; losses over all pixels; 150 classes, 0 in the label
-files ignored. Images are resized with antialiasing and their colours changed in one way through
-HSV, where mmsegmentation's distortion goes through it twice. A step is one pass on 8 GPUs: batch
-norms in the heads see its whole batch. An epoch is the 20,210 training images.
+All recipes have these settings: images scaled by 0.5 to 2, crops in which no class has more than
+three quarters of the pixels, flips, and photometric distortion; AdamW with betas .9/.999 and no
+clipping; a learning rate that falls linearly to 0 over all steps, multiplied by a warm-up of 1500
+steps from a millionth; an auxiliary head of weight 0.4; losses over all pixels; 150 classes, with
+label 0 ignored. Images are resized with antialiasing, and their colours are converted to HSV once,
+while mmsegmentation's distortion converts them twice. A step is one pass on 8 GPUs, and batch norms
+in the heads use the statistics of the whole batch. An epoch is the 20,210 training images.
 
 Sources: SwinTransformer/Swin-Transformer-Semantic-Segmentation @87e6f90 (configs/swin);
 microsoft/unilm @768a3c8 (beit/, beit2/ semantic_segmentation); arXiv 2111.09883 (SwinV2-G).
@@ -77,10 +77,10 @@ def ade20k_upernet_vit_base() -> Run:
     Memory: 6.1 GB of each GPU
     Result: ADE20K 51.7 mIoU; CLIP itself 49.5 (the paper, by settings that it does not publish)
 
-    The paper's settings are most likely those of ade20k_upernet_vit_base_mae. These are those of
-    BEiTv2's ViT-B, which was also distilled from CLIP (53.1): 512 px, 5e-5 at batch 16, layer decay
-    .75, drop path .15, weight decay .05, 768 channels; a table of relative positions for each
-    block, resized to 32 x 32 patches; tests by windows of 512 px, 341 apart.
+    The paper's settings are most likely those of ade20k_upernet_vit_base_mae. This recipe has the
+    settings of BEiTv2's ViT-B, which was also distilled from CLIP (53.1): 512 px, 5e-5 at batch 16,
+    layer decay .75, drop path .15, weight decay .05, and 768 channels. Each block has a table of
+    relative positions, resized to 32 x 32 patches. Tests use windows of 512 px at a stride of 341.
     """
     return _ade20k(
         vit("vit_base_patch16", 0.15),
@@ -101,11 +101,11 @@ def ade20k_upernet_vit_base_mae() -> Run:
     Memory: 6.1 GB of each GPU
     Result: MAE's weights 48.1 mIoU (MAE and the paper); unknown for CLIP and its student
 
-    The paper's table has the figure that MAE published, 48.1, beside CLIP's 49.5 and its student's
-    51.7, without their settings. All three were most likely trained with MAE's settings, which are
-    published (arXiv 2111.06377, and in mmsegmentation): 512 px, 1e-4 at batch 16, layer decay
+    The paper's table has MAE's published result, 48.1, beside 49.5 for CLIP and 51.7 for its
+    student, without settings. All three models were most likely trained with MAE's settings, which
+    are published (arXiv 2111.06377, and in mmsegmentation): 512 px, 1e-4 at batch 16, layer decay
     .65, drop path .1, weight decay .05, 768 channels, a table of relative positions for each block,
-    windows of 512 px, 341 apart.
+    and tests with windows of 512 px at a stride of 341.
     """
     return _ade20k(
         vit("vit_base_patch16", 0.1),
@@ -126,8 +126,9 @@ def ade20k_upernet_vit_large() -> Run:
     Memory: 10.9 GB of each GPU
     Result: not published
 
-    BEiTv2's settings of a ViT-L (56.7): 4e-5 at batch 16, layer decay .9, drop path .2, weight
-    decay .05, 1024 channels. 518 px, as 512 are no multiple of 14, at the rate of 512.
+    The settings are BEiTv2's for a ViT-L (56.7): 4e-5 at batch 16, layer decay .9, drop path .2,
+    weight decay .05, and 1024 channels. Images have 518 px instead of BEiTv2's 512, which is no
+    multiple of 14.
     """
     return _ade20k(
         vit("vit_large_patch14", 0.2),
@@ -148,9 +149,9 @@ def ade20k_upernet_swinv2_base() -> Run:
     Memory: 5.9 GB of each GPU
     Result: not published (Swin-B on labels of ImageNet-1K: 48.1)
 
-    Swin-B's settings: 512 px, 6e-5 at batch 16, no layer decay, drop path .3, weight decay .01
-    (biases are not decayed here), 512 channels, tests on whole images. The windows of 16 tokens
-    divide all four maps of 512 px.
+    The settings are Swin-B's: 512 px, 6e-5 at batch 16, no layer decay, drop path .3, weight decay
+    .01 (biases are not decayed here), 512 channels, and tests on whole images. At 512 px, windows
+    of 16 tokens divide the maps of all four stages.
     """
     return _ade20k(
         Student(
@@ -173,12 +174,12 @@ def ade20k_upernet_swinv2_giant() -> Run:
     Memory: 10.6 GB of each GPU
     Result: ADE20K 61.4 mIoU (paper); SwinV2-G itself 59.9, both with several scales in the test
 
-    SwinV2's settings: 640 px, window 40, 4e-5 at batch 32, 80,000 steps, drop path .4. Not
-    published: layer decay (none here), weight decay (.05 here), warm-up (1500 steps here). The
-    paper tests at 896 px with windows of 56: evaluate RUN --student.architecture.window_size 56
-    --task.segmentation.test_size 896 3584 --task.segmentation.test_flip True, and several
-    --task.segmentation.test_scales, which are not published. Every block is checkpointed. Run it
-    with ds_configs/zero3_hpz.json.
+    The settings are SwinV2's: 640 px, window 40, 4e-5 at batch 32, 80,000 steps, and drop path .4.
+    Layer decay (here none), weight decay (here .05) and warm-up (here 1500 steps) are not
+    published. The paper tests at 896 px with windows of 56: evaluate RUN
+    --student.architecture.window_size 56 --task.segmentation.test_size 896 3584
+    --task.segmentation.test_flip True, with several --task.segmentation.test_scales, which are not
+    published. Every block is checkpointed. Run it with ds_configs/zero3_hpz.json.
     """
     return _ade20k(
         Student(
@@ -204,9 +205,10 @@ def ade20k_linear() -> Run:
     Memory: 3.6 GB of each GPU
     Result: not published
 
-    DINOv3's setting (configs/config-ade20k-linear-training.yaml): batch norm and one layer, 512 px,
-    1e-3 at batch 16, 40,000 steps, windows 341 apart. The student does not change, nor its memory:
-    its masters and moments are kept. Weight decay .001, the schedule and the crops are ours.
+    The settings are DINOv3's (configs/config-ade20k-linear-training.yaml): batch norm and one
+    layer, 512 px, 1e-3 at batch 16, 40,000 steps, and windows at a stride of 341. Weight decay
+    .001, the schedule and the crops are our choices. The student does not change, but its master
+    weights and moments still take memory.
     """
     return _ade20k(
         vit("vit_base_patch16", 0.0),

@@ -1,11 +1,12 @@
 """Students of several teachers: published runs, as far as they are published, and our own.
 
-UNIC, Theia and SAK ship their training code; their numbers are from it. What this package does
-differently is said with each. NVIDIA, Meta and others publish no training code of RADIO, EUPE and
-AMoE: the agglomerative runs and the proxy follow their idea, and their settings are our own.
+UNIC, Theia and SAK publish their training code, from which the settings are taken. Each recipe
+lists the differences of this package. NVIDIA, Meta and others publish no training code of RADIO,
+EUPE and AMoE. The agglomerative recipes and the proxy follow the ideas of these models, with
+settings of our own.
 
-Teachers of timm come with the name of their weights, which are downloaded at the start; those of
-other families want `--teachers.NAME.source`.
+Recipes name the weights of teachers from timm, which are downloaded at the start. Teachers of other
+families need `--teachers.NAME.source`.
 
 Duration and memory are computed by `plan` (docs/scaling.md), not measured. Work is FLOPs per
 image (3 x student and heads + teachers, 2 per multiply-add) x images.
@@ -34,14 +35,15 @@ def unic_vit_base() -> Run:
     Memory: 21.7 GB of each GPU
     Result: ImageNet-1K classification 83.8, ADE20K linear 39.6 (its README)
 
-    Source: Sariyildiz et al., arXiv 2408.05088, and its code (naver/unic, main_unic.py): AdamW .9 /
-    .99, weight decay .03, 3e-4 per 256 images, cosine to 1e-6 after 10 epochs, no clipping, drop
-    path .1; a ladder of projectors for CLS token and patches, each normalised by running statistics
-    of its own; half cosine and half smooth L1 with beta 1; a teacher that is not an image's worst
-    is dropped with probability one half.
-    Not the same here: colours change without the published probability of .8, and nothing is
-    blurred or solarised; bfloat16 in place of float16; CLS token and positions are not decayed;
-    DeiT-III is timm's, whose map has no CLS token.
+    Source: Sariyildiz et al., arXiv 2408.05088, and its code (naver/unic, main_unic.py): AdamW with
+    betas .9 / .99, weight decay .03, 3e-4 per 256 images, a cosine to 1e-6 after 10 epochs of
+    warm-up, no clipping, drop path .1; a ladder of projectors for class token and patches, whose
+    targets are normalised by separate running statistics; half cosine and half smooth L1 with beta
+    1; for each image, every teacher but the one with the largest loss is dropped with probability
+    one half.
+    Differences here: colours always change, not with the published probability of .8, and images
+    are not blurred or solarised. Computation is in bfloat16 instead of float16. Class token and
+    positions are not decayed. DeiT-III is timm's, whose map has no class token.
     Work: 330 GFLOP x 2.56e8 images = 8.5e19 FLOP.
     """
     learnt: dict[str, Any] = {
@@ -83,12 +85,13 @@ def theia_vit_base() -> Run:
     Result: published for robots (CortexBench), not for ImageNet
 
     Source: Shang et al., arXiv 2407.20179, and its code (bdaiinstitute/theia, frame_level.yaml,
-    cdiv.yaml, lconv.yaml): AdamW, 2e-3 per 512 images, constant after a tenth of the run, weight
-    decay .01, no clipping; .9 of the cosine of whole maps and .1 of smooth L1, a third for each
-    teacher; standardised channels.
-    Not the same here: running statistics in place of files (`fd-large statistics` makes those, and
-    the normaliser is then standardise); teachers run with the student, where Theia reads features
-    from disk; an image may be mirrored; its default takes a tenth of ImageNet-1K.
+    cdiv.yaml, lconv.yaml): AdamW, 2e-3 per 512 images, constant after a warm-up of a tenth of the
+    run, weight decay .01, no clipping; .9 of the cosine loss of whole maps and .1 of smooth L1,
+    with a weight of one third for each teacher; standardised channels.
+    Differences here: channels are standardised by running statistics, while Theia reads statistics
+    from files (`fd-large statistics` writes such files, for the normaliser standardise). Teachers
+    run with the student, while Theia reads features from disk. Images may be flipped. Theia's
+    default uses a tenth of ImageNet-1K.
     Work: 836 GFLOP x 6.4e7 images = 5.4e19 FLOP.
     """
     learnt: dict[str, Any] = {
@@ -129,11 +132,12 @@ def sak_vit_base() -> Run:
     Result: published after its second stage, on Pascal-Context and NYUv2
 
     Source: Lu et al., arXiv 2410.14633, and its code (innovator-zero/SAK, BB_s1.yml): AdamW, 1e-3,
-    weight decay .01, cosine to 1e-5 after two epochs, no clipping; .9 of the cosine of whole maps
-    and .1 of smooth L1, raw targets, a plain sum; the map of fewer places is resized to the other.
-    The number of GPUs is not published.
-    Not the same here: the last map of each teacher alone, where SAK learns four levels, and no
-    adapters for each teacher in the student; crops from .08 of an image.
+    weight decay .01, a cosine to 1e-5 after two epochs of warm-up, no clipping; .9 of the cosine
+    loss of whole maps and .1 of smooth L1, on targets that are not normalised, summed over
+    teachers; the map with fewer tokens is resized to the other map. The number of GPUs is not
+    published.
+    Differences here: the student learns the last map of each teacher, while SAK learns four levels,
+    and has no adapters for each teacher. Crops have at least .08 of an image.
     Work: 1,537 GFLOP (SAM alone 970) x 3.84e7 images = 5.9e19 FLOP.
     """
     learnt: dict[str, Any] = {
@@ -172,9 +176,10 @@ def agglomerative_vit_large() -> Run:
     Memory: 45.7 GB of each GPU
     Result: not trained yet
 
-    The student's run is FD's own into ViT-L (fd_clip_vit_large). Each teacher has a head of two
-    layers for its map, whitened, and those with a summary one for it, by the cosine alone: RADIO's
-    objective before PHI-S (arXiv 2312.06709). SAM teaches its map alone.
+    The student's settings are those of FD's ViT-L (fd_clip_vit_large). For each teacher, a head of
+    two layers learns the whitened map. For CLIP and DINOv2, another head learns the summary by the
+    cosine loss. This is RADIO's objective before PHI-S (arXiv 2312.06709).
+    SAM teaches its map alone.
     Work: (3 x 162 + 162 + 590 + 2,988 of SAM) GFLOP x 3.84e8 images = 1.6e21 FLOP.
     """
     return _agglomerative(
@@ -196,8 +201,8 @@ def agglomerative_swinv2_giant() -> Run:
     Memory: 47.8 GB of each GPU
     Result: not trained yet
 
-    The student's run is fd_swinv2g's, with ds_configs/zero3_hpz.json. Its map at 192 px has 6 x 6
-    places, to which those of the teachers are resized.
+    The student's settings are those of fd_swinv2g, with ds_configs/zero3_hpz.json. Its map at 192
+    px has 6 x 6 tokens, and the teachers' maps are resized to this grid.
     Work: (4 x 743 + 162 + 393 + 2,988) GFLOP x 3.84e8 images = 2.5e21 FLOP.
     """
     return _agglomerative(
@@ -222,9 +227,9 @@ def proxy_vit_giant() -> Run:
     Memory: 21.5 GB of each GPU
     Result: not trained yet
 
-    EUPE's idea (arXiv 2603.22387): several large teachers into one proxy, and the proxy into small
-    students, which learn more from it than from the teachers themselves. Its code is not published;
-    the teachers are its own, the settings are ours.
+    The idea is EUPE's (arXiv 2603.22387): several large teachers are distilled into one proxy, and
+    the proxy into small students, which learn more from the proxy than from the teachers. EUPE's
+    code is not published; the teachers are EUPE's, and the settings are our own.
 
     Work: (4 x 600 + 2 x 1,000 + 438) GFLOP x 3.84e8 images = 1.9e21 FLOP.
 
@@ -255,8 +260,8 @@ def proxy_vit_base() -> Run:
     Memory: 15.2 GB of each GPU
     Result: not trained yet
 
-    One teacher by the paper's own objective. The proxy sees images of 196 px, at which its grid of
-    patches of 14 is the student's.
+    The proxy is the only teacher, by the objective of the FD paper. It sees images of 196 px, so
+    that its grid of patches of 14 pixels equals the student's grid.
     """
     return distillation(
         Student(model="vit_base_patch16", drop_path_rate=0.2),

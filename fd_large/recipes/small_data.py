@@ -65,27 +65,27 @@ def small_data() -> Run:
     Duration: 600 steps for 1,000 images; 400 at least
     Result: its held-out loss relative to a constant prediction, which should fall below 1
 
-    Set --data.root. The teacher is the quick start's unless --teacher.source names another, the
-    student a ResNet-18 unless --student.model does. A line at the start says what follows from the
-    number of images and devices. What a flag or a run file sets stays, and a run goes on with what
-    it began with.
+    Set --data.root. The teacher is that of the quick start unless --teacher.source names another,
+    and the student is a ResNet-18 unless --student.model names another. A line at the start tells
+    which values follow from the number of images and devices. Values that a flag or a run file sets
+    are kept, and a resumed run keeps the values of its start.
 
     Why these numbers:
     batch: a sixteenth of the images, as a power of two from 32 to 256, and a multiple of the ranks.
-        Then an epoch has 8 steps at least, and batch norms have 32 images.
-    length: 40 epochs, or 400 steps where that is more: as many as the quick start has.
-    optim: a rate of 1e-3 for a convolutional network and for a ViT, 4e-3 for a Swin, whatever the
-        batch. 300 photographs, a map of stride 8 and these numbers brought a ResNet-18 to .40 of
-        the constant's loss on other photographs (400 steps, 17 minutes on a busy core); other
-        rates were not compared there. With the last map of the same teacher (stride 32) it was
-        still worse than a constant after 200 steps: with so few images take an earlier map, by
-        --teacher.architecture.feature_stride 8. The rate rises over a twentieth of the run and
-        falls to a tenth. The quick start takes these rates, too, for another student than its own.
-        A ViT-Ti on these photographs at 64 px came to .920 in 40 steps at 1e-3, .944 at 4e-3 and
-        .918 at 2.5e-4 (one seed).
-    data: crops of 128 px, as in the quick start, for a CPU; on a GPU set --data.image_size 224. A
-        tenth of the images is held out, by the names of their files, unless the folder has train/
-        and val/, or --eval.root names others.
+        Then an epoch has at least 8 steps, and batch norms have 32 images.
+    length: 40 epochs, or 400 steps if that is more, which is the length of the quick start.
+    optim: the learning rate is 1e-3 for a convolutional network and for a ViT, and 4e-3 for a Swin,
+        whatever the batch. With 300 photographs, a map of stride 8 and these values, a ResNet-18
+        reached .40 of the constant's loss on other photographs (400 steps, 17 minutes on a busy
+        core); other rates were not compared. With the last map of the same teacher (stride 32), the
+        student was still worse than a constant after 200 steps. With few images, take an earlier
+        map by --teacher.architecture.feature_stride 8. The rate rises over a twentieth of the run
+        and falls to a tenth. The quick start has these rates, too, for another student than its
+        own. A ViT-Ti on these photographs at 64 px reached .920 in 40 steps at 1e-3, .944 at 4e-3
+        and .918 at 2.5e-4 (one seed).
+    data: crops have 128 px, as in the quick start, for a CPU; on a GPU set --data.image_size 224. A
+        tenth of the images is held out, by the names of the files, unless the folder has train/ and
+        val/, or --eval.root names other images.
     """
     run = Run(
         name=UNNAMED,

@@ -1,6 +1,7 @@
 """Columns of the table of `transfer`, with their tasks, recipes and the paper's scores.
 
 To add a column, add an entry to `COLUMNS` and, for a new dataset, a flag in table.py.
+
 Source of the scores: Wei et al., arXiv 2205.14141. The scores of CLIP ViT-B/16 are in Table 1 of
 the ICCV version. The others are in the repository's README and, for ADE20K, in a summary of the
 third version.
