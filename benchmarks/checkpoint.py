@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py [--quick]
 
 Two CPU ranks hold a SwinV2 of more than 100M parameters with master weights and moments under
-ZeRO-3. They save in three ways in turns: with this package (a copy to host memory, which a thread
-then writes), with this package while training waits for the thread, and with DeepSpeed's
+ZeRO-3. The ranks save in three ways in turns: with this package (a copy to host memory, which a
+thread then writes), with this package while training waits for the thread, and with DeepSpeed's
 `save_checkpoint`. Then a small run is killed and started again by the same command. Writes
 benchmarks/results/checkpoint.json and .png.
 """

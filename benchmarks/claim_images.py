@@ -50,7 +50,7 @@ class Images(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Numbers of images without labels, for fine-tuning, for choosing rates and for tests."""
+    """Numbers of images: unlabelled, for fine-tuning, for choosing the rate, and for tests."""
 
     unlabelled: int
     labelled: int

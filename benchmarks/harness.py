@@ -126,9 +126,9 @@ def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
 def conditions(
     program: str, question: str, packages: Sequence[str] = ("torch", "deepspeed")
 ) -> dict[str, Any]:
-    """Returns the conditions of a benchmark, which are needed to repeat it, for its JSON.
+    """Returns the conditions of a benchmark for its JSON, which are needed to repeat the benchmark.
 
-    They are the question, the command, the machine, its load and the versions of packages.
+    The conditions are the question, the command, the machine, its load and the packages' versions.
 
     Args:
         program: File of the benchmark.

@@ -169,7 +169,8 @@ def phases(now: list[str]) -> Iterator[None]:
 def counted(step: Callable[[], Any]) -> Counter:
     """Returns {(part of the step, kind of count): number} of a step.
 
-    It runs two steps, and counts calls of Python and hooks in one and the rest in the other.
+    Two steps run. In the first, launches and gathers are counted, and in the second, calls of
+    Python functions and hooks.
 
     Args:
         step: Function that runs a step.

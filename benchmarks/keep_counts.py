@@ -3,8 +3,8 @@
     python benchmarks/keep_counts.py
 
 It counts every recipe on the meta device for every named card, with fused and with reference
-kernels, and writes fd_large/plan/kept_counts.json. It has to be run when a recipe, a model or a
-kernel changes.
+kernels, and writes fd_large/plan/kept_counts.json. Run the script again when a recipe, a model or
+a kernel changes.
 """
 
 from __future__ import annotations

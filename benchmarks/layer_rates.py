@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
     """Returns a parameter group for each layer and kind of weight decay.
 
-    Its entry `scale` is the layer's factor of the learning rate.
+    The entry `scale` of a group is the layer's factor of the learning rate.
 
     Args:
         task: The student with its loss.

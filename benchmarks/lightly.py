@@ -88,9 +88,9 @@ def _write(images: Images, folder: Path) -> None:
 def train_teacher(work: Path) -> None:
     """Trains timm's ResNet-18 on the labels of train/ at 64 pixels for four epochs, in plain torch.
 
-    It writes teacher.safetensors, and teacher_light.pt for lightly-train, which accepts only a
-    classifier of 1,000 classes: there the classifier is replaced by zeros of that shape. A student
-    learns the features before the classifier.
+    The weights are written to teacher.safetensors, and to teacher_light.pt for lightly-train, which
+    accepts only a classifier of 1,000 classes: there the classifier is replaced by zeros of that
+    shape. A student learns the features before the classifier.
 
     Args:
         work: Folder of the images and of the files to write.

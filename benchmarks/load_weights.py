@@ -233,9 +233,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def bound(sizes: dict[str, int]) -> int:
-    """Returns the bytes that a rank may take to load.
+    """Returns the bytes of memory that a rank may take to load the model.
 
-    They are the rank's shards in bf16 and float32, the largest tensor in float32, and `ALLOWANCE`.
+    The limit is the sum of the rank's shards in bf16 and float32, the largest tensor in float32,
+    and `ALLOWANCE`.
 
     Args:
         sizes: The result of `write_files`.

@@ -1,11 +1,12 @@
 """Runs the official Feature-Distillation code as a contender, from a checkout of the user's.
 
 The checkout is made by `git clone https://github.com/SwinTransformer/Feature-Distillation PATH`,
-and needs timm, torchvision and tqdm. Its code is not copied here, and no weights are loaded. It
-runs its own SwinV2 student, Swin teacher (EsViT's class with random weights), loss and optimiser,
-in the order of its training loop: DDP, autocast, backward, clipping, step, and reading the loss on
-the host. It was written for float16 autocast. For bfloat16 it runs here with bfloat16 autocast,
-with float32 parameters and gradients, which DDP communicates in float32.
+and needs timm, torchvision and tqdm. The official code is not copied here, and no weights are
+loaded. The contender has the official SwinV2 student, Swin teacher (EsViT's class with random
+weights), loss and optimiser, in the order of the official training loop: DDP, autocast, backward,
+clipping, step, and reading the loss on the host. The official code was written for float16
+autocast. For bfloat16, the contender runs with bfloat16 autocast, and with float32 parameters and
+gradients, which DDP communicates in float32.
 """
 
 from __future__ import annotations

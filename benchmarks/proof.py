@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 class Proof:
-    """Parts of the ablation; each is a command whose files are in the work folder."""
+    """Runner of the ablation; its methods, except `run`, are the parts, with files in `work`."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         quick = arguments.quick

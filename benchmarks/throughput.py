@@ -204,7 +204,7 @@ def report(
 def start_ranks(arguments: argparse.Namespace) -> int:
     """Measures the speed of all contenders together, then the memory of each in new ranks.
 
-    It writes and prints the results, and returns the exit code.
+    Returns: the exit code, after the results were written and printed.
     """
     words = [word for word in sys.argv[1:] if word != "--as-rank"]
     with tempfile.TemporaryDirectory(prefix="throughput_") as folder:

@@ -13,11 +13,11 @@ while it writes its last checkpoint, and is started again; its losses and gradie
 be equal to the bit. With --learn, all steps have the same batch, whose loss must fall. --quick uses
 a small model.
 
-All files are in a new folder inside --scratch, which is removed at the end. They take 2 bytes for
-each parameter of the teacher, and for each parameter of the student 16 bytes of state on disk (with
-zero3_nvme) and 12 bytes in each of two checkpoints. A teacher of 7B parameters with a student of 1B
-takes 31 GB, and with a student of 3B 62 GB. Writes
-benchmarks/results/true_size_MODEL.json, or _MODEL_from_TEACHER.json.
+All files are in a new folder inside --scratch, which is removed at the end. The files take 2 bytes
+for each parameter of the teacher, and for each parameter of the student 16 bytes of state on disk
+(with zero3_nvme) and 12 bytes in each of two checkpoints. A teacher of 7B parameters with a student
+of 1B takes 31 GB, and with a student of 3B 62 GB. Writes benchmarks/results/true_size_MODEL.json,
+or _MODEL_from_TEACHER.json.
 """
 
 from __future__ import annotations

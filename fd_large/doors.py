@@ -88,7 +88,7 @@ def is_own(source: str) -> bool:
 
 
 def absolute(source: str) -> str:
-    """Returns a name with the path of its file made absolute; any other name is unchanged."""
+    """Returns `module:FILE.py:NAME` with an absolute path, and any other name unchanged."""
     where, name = _split(source)
     if not is_own(source) or not _is_path(where):
         return source

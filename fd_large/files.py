@@ -152,7 +152,8 @@ def kind_of(
 ) -> Literal["file", "folder", "other"] | None:
     """Returns the kind of file at a path, with links followed, or None if nothing exists there.
 
-    It replaces `Path.exists` and similar methods, which raise or hide errors of the file system.
+    Use this instead of `Path.exists` and similar methods, which raise or hide errors of the file
+    system.
 
     Args:
         path: The path; "other" is a pipe, a device or a socket.

@@ -64,7 +64,8 @@ def hold(model: object, paths: Iterable[Path]) -> None:
 def check(model: object) -> None:
     """Raises an error if a file of a model's weights was changed in place since it was opened.
 
-    It costs a stat call for each file; network file systems cache its result for some seconds.
+    The check makes a stat call for each file. Network file systems cache the result of a stat call
+    for some seconds.
 
     Raises: WeightsError: with exit code 3, on this rank alone.
     """

@@ -540,7 +540,7 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 def _own_task(arguments: Sequence[str]) -> str:
     """Returns the absolute name of the user's own task in the last --task.name.
 
-    It is "" if the flag is missing, or names a task of the package or none at all.
+    If the flag is missing, or does not name a task of the user's own, the result is "".
 
     Raises: ConfigError: if the task cannot be imported.
     """

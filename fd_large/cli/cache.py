@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class Cache(TakesRunFile, AllowsCode):
     """Store the maps of a recipe's teachers for fixed views of data.root.
 
-    Runs then learn from them without the teachers: --teacher.source cached:OUT. It takes the
-    flags and the launcher of such a run; a repeated start continues, on any number of ranks.
-    With eval.root it stores the maps of held-out views as well.
+    Runs then learn from the stored maps, without the teachers: --teacher.source cached:OUT. The
+    command takes the flags and the launcher of a run. Started again, it continues where it
+    stopped, on any number of ranks. With eval.root, it also stores the maps of held-out views.
     """
 
     # Recipe of the runs that are to use the maps (or --recipe NAME).

@@ -190,9 +190,10 @@ def measured(
 
 
 def _protocol_of_run(options: Evaluate) -> Protocol:
-    """Returns the protocol of `--task auto`.
+    """Returns the protocol of `--task auto`, by the task of the first model's run.
 
-    It is the protocol that fits the task of the first model's run, or k-NN if there is none.
+    Without a run, or if `evaluate` neither scores runs of the task nor trains models by the task,
+    the result is k-NN.
     """
     folder = run_of_checkpoint(options.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":

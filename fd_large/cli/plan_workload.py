@@ -117,7 +117,7 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
     """Returns the bytes of a micro-batch that a run's students share, by its number of images.
 
-    They are the images and the outputs of the frozen models.
+    The students share the images and the outputs of the frozen models.
     """
 
     from fd_large.engine.counting.count import shared_bytes

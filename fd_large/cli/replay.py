@@ -1,4 +1,4 @@
-"""The command `fd-large replay FILE`, which repeats a refused step."""
+"""The command `fd-large replay FILE`, which repeats a training step that the guard refused."""
 
 from __future__ import annotations
 

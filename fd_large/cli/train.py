@@ -164,7 +164,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
     """Refuses mistakes that would end a run on `ranks` ranks before its first step.
 
-    If there are none, it prints the global batch size and the micro-batch size.
+    Without mistakes, the global batch size and the micro-batch size are printed.
     """
     require_apart(run, fresh=fresh)
     if not fresh:

@@ -135,9 +135,14 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
 
 
 def _require_alone(described: FamilyArchitecture, model: str, architecture: Architecture) -> None:
-    """Refuses the options of `convert` that name a model, for a folder that describes its model.
+    """Checks that `convert` can take the model which a folder of weights describes.
 
-    Raises: ConfigError: if such options are given, or the model is made by the user's own code.
+    Args:
+        described: The model that the folder describes.
+        model: The value of --model, which must be "auto".
+        architecture: The fields --architecture.NAME, none of which may be set.
+
+    Raises: ConfigError: if the flags name a model, or the user's own code makes the folder's model.
     """
     if described.code:
         raise ConfigError(

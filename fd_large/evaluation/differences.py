@@ -13,8 +13,8 @@ def as_json(difference: Difference, *, is_random: bool = True) -> dict[str, Any]
 
     The entry has the mean, its interval, and whether the difference is shown, which needs an
     interval that excludes 0. The interval accounts for the choice of test images and, if the
-    scores depend on a seed, of seeds. If they depend on a seed and there is only one, the
-    difference is not shown.
+    scores depend on a seed, of seeds. With a single seed, a difference of scores that depend on
+    the seed is not shown.
 
     Args:
         difference: The difference, with the intervals of `probes.paired`.

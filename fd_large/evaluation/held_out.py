@@ -1,9 +1,10 @@
 """Finds out whether compared models were trained on the images that a sweep holds out.
 
 A sweep holds images out of its own trials. But a student that was distilled on the same folder,
-or a teacher that an earlier run trained on the folder, has seen these images. Its accuracy on them
-is less reliable than the accuracy of a model that never saw them. With `--data.root FOLDER/train
---data.val_fraction 0.1`, distillation holds out the same images as a sweep.
+or a teacher that an earlier run trained on the folder, has seen these images. Accuracies of such
+models on held-out images are less reliable than those of models that never saw the images. With
+`--data.root FOLDER/train --data.val_fraction 0.1`, distillation holds out the same images as a
+sweep.
 """
 
 from __future__ import annotations

@@ -87,9 +87,9 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
 
 
 def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
-    """Yields a run's training, and the trainings behind the weights that the run started from.
+    """Yields a run's training, and the trainings behind the weights that the run loaded.
 
-    These are the initial weights of the student and the weights of the teachers.
+    A run loads the initial weights of the student and the weights of the teachers.
 
     Args:
         folder: Folder of the run.

@@ -181,10 +181,9 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the row with which `row` is compared.
+    """Returns the row with which `row` is compared: the first row of the same pooling.
 
-    It is the first row of the same pooling, or the first row of the table if `row` is the first
-    row of its pooling.
+    The first row of each pooling is compared with the first row of the table.
     """
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind

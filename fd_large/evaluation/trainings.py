@@ -136,7 +136,7 @@ def _recipes_of(
     """Returns the recipes to train for each model, each starting from the model's weights.
 
     Without --sweep, all models have the one recipe that fits the first model. With --sweep, a model
-    has the recipes that fit any of the models, and its own comes first.
+    has the recipes that fit any of the models, and the recipe that fits the model itself is first.
     """
     fitting = [flags.recipe or _fitting(model, kind) for model in models]
     for name in fitting:

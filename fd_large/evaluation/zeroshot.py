@@ -189,8 +189,8 @@ def _own_projection(model: NamedModel) -> Tensor | None:
 def _embedding_of(model: NamedModel, clip: str) -> Callable[..., Any]:
     """Returns the function by which a model computes image embeddings in the space of a CLIP.
 
-    It takes a backbone and normalised images, and returns a FeatureMap of 1 x 1 tokens. It is the
-    student's head for the CLIP's embedding, or applies the CLIP's own projection.
+    The function takes a backbone and normalised images, and returns a FeatureMap of 1 x 1 tokens.
+    A student has a head for the CLIP's embedding, and a CLIP its own projection.
 
     Args:
         model: The model.
@@ -231,10 +231,14 @@ def _projected(projection: Tensor, net: Any, pixels: Tensor) -> FeatureMap:
 
 
 def _source(model: NamedModel, clip: str) -> str:
-    """Returns the source of the CLIP's weights, for its text tower.
+    """Returns the source of the weights of the CLIP whose text tower is needed.
 
-    It is the source of the model itself if the model is a CLIP, or that of the teacher named `clip`
-    of the model's run.
+    If the model itself is a CLIP, its own source is returned; otherwise the source of the teacher
+    in the model's run.
+
+    Args:
+        model: The model to evaluate.
+        clip: Name of the teacher in the run.
 
     Raises: ConfigError: if the run does not name the source.
     """

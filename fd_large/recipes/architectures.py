@@ -1,8 +1,8 @@
 """Table of named models, and the section of a recipe that describes a model. Imports no torch.
 
-The section is the dataclass `Architecture`. It has the fields of all families, which are None if
-unset, and is made from the families' own dataclasses (`backbones/NAME/architecture.py`), in which
-each field is declared and described. `resolve` turns a model's name and a section into the
+The section is the dataclass `Architecture`, which has the fields of all families; unset fields are
+None. `Architecture` is made from the families' own dataclasses (`backbones/NAME/architecture.py`),
+in which each field is declared and described. `resolve` turns a model's name and a section into the
 dataclass of the model's family.
 """
 

@@ -119,8 +119,8 @@ def nyuv2_swinv2_giant() -> Run:
     Memory: 25.0 GB of each GPU
     Result: not published
 
-    No settings for this size are published. These are MIM-Depth's for a SwinV2-L (layer decay .85,
-    drop path .5), with as many channels after the decoder as the first stage has. Activation
+    No settings for this size are published. The recipe has MIM-Depth's for a SwinV2-L (layer decay
+    .85, drop path .5), with as many channels after the decoder as the first stage has. Activation
     checkpointing is not needed, since `plan` expects 25 GB on each GPU. Run it with
     ds_configs/zero3.json (slurm/nyuv2_swinv2g.sh).
     """

@@ -287,11 +287,11 @@ def finetune_swinv2_giant() -> Run:
 
     The only published settings of a SwinV2-G on ImageNet-1K are those of arXiv 2111.09883 (90.17
     after training on labels of ImageNet-22K): 640 px, 10 epochs, 2.1e-5 at batch 576, and drop path
-    .5. These are not published: the window (here 40, which divides all maps but the last, which is
-    one window of 20), the warm-up (here 1 epoch), layer decay (here .87, as in its training on
-    ImageNet-22K), weight decay (here .05) and clipping (here 5), both as for the base models, and
-    the final learning rate. The published settings are for a model that was trained on the labels
-    of ImageNet-22K, unlike a distilled model. Every block is checkpointed. Run it with
+    .5. The following are not published: the window (here 40, which divides all maps but the last,
+    which is one window of 20), the warm-up (here 1 epoch), layer decay (here .87, as in its
+    training on ImageNet-22K), weight decay (here .05) and clipping (here 5), both as for the base
+    models, and the final learning rate. The published settings are for a model that was trained on
+    the labels of ImageNet-22K, unlike a distilled model. Every block is checkpointed. Run it with
     ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
     Work: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
     """
@@ -336,7 +336,7 @@ def finetune_clip_vit_large_plain() -> Run:
     Memory: 40.9 GB of each GPU
     Result: ImageNet-1K 88.0, tested with the average of the weights
 
-    Source: that of finetune_clip_vit_base_plain.
+    The source and its settings are described in finetune_clip_vit_base_plain.
     """
     return _plain(
         "clip_vit_large_patch14", base_lr=1e-4, layer_decay=0.65, epochs=30, warmup_epochs=5

@@ -1,8 +1,9 @@
 """The linear probe of Feature-Distillation, with the settings of MAE's.
 
-Source: main_linear.py of SwinTransformer/Feature-Distillation for the method. Its configuration is
-not published, so that the paper's results (80.1 for CLIP's student) cannot be reproduced. The
-settings are those of He et al. (MAE), arXiv 2111.06377, appendix A.1, whose probe the code follows.
+Source: main_linear.py of SwinTransformer/Feature-Distillation for the method. The configuration of
+the probe is not published, so that the paper's results (80.1 for CLIP's student) cannot be
+reproduced. The settings are those of He et al. (MAE), arXiv 2111.06377, appendix A.1, whose probe
+the code follows.
 """
 
 from __future__ import annotations

@@ -104,9 +104,8 @@ class Task(_TaskSections):
     def class_for(cls, values: Mapping[str, Any]) -> type[Task]:
         """Returns the class for the values of the section `task`.
 
-        If they name a task of the user's own, it is a subclass with a field for the section of
-        that task.
-        If this process may not import the code, this field is a plain dict.
+        For a task of the user's own, the result is a subclass with a field for the section of the
+        task. If this process may not import the task's code, the field is a plain dict.
         """
         name = values.get("name", Task.name)
         if not isinstance(name, str) or name in TASKS:
@@ -335,7 +334,8 @@ class Run:
     def frozen_models(self) -> dict[str, FrozenModel]:
         """The frozen models of the run by section, as "teacher" or "teachers.NAME".
 
-        If this process may not import the task's code, these are the sections that are set.
+        If this process may not import the task's code, all sections of frozen models are returned
+        that differ from their defaults.
         """
         kind = self.task.kind()
         sections = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -349,9 +349,9 @@ class Run:
 
     @property
     def frozen_dtype(self) -> str:
-        """The data type of the frozen models.
+        """The data type of the frozen models, or "auto" without frozen models.
 
-        It is "float32" if the models have different data types, and "auto" without frozen models.
+        If the models have different data types, the result is "float32".
         """
         dtypes = {getattr(model, "dtype", AUTO) for model in self.frozen_models.values()}
         return dtypes.pop() if len(dtypes) == 1 else "float32" if dtypes else AUTO
@@ -556,7 +556,7 @@ def _with_other_model(
 ) -> Student | FrozenModel:
     """Returns a model's section in which fields that new values invalidate are reset.
 
-    These are described in `Run.with_fields`.
+    `Run.with_fields` describes which values invalidate which fields.
 
     Args:
         section: The section.
@@ -625,7 +625,7 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _usual(section: Any) -> Any:
-    """Returns a section of the same class with all defaults; a student's model is then ""."""
+    """Returns a section of the same class with all defaults; the model of a student is ""."""
     return type(section)(model="") if isinstance(section, Student) else type(section)()
 
 

@@ -48,7 +48,7 @@ class Given:
     def where(self, name: str) -> str:
         """Returns where a field is set, as the beginning of a message such as "run.yaml:12: ".
 
-        It is "" for values from Python.
+        For values from Python, the result is "".
         """
         if not self.path:
             return ""

@@ -489,7 +489,7 @@ class Optim:
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
         """Returns the learning rates of a step with a global batch size.
 
-        They are the rates at the peak, at the start of the warm-up and at the end of the schedule.
+        The three rates are for the peak, the start of the warm-up and the end of the schedule.
         """
         scale = global_batch_size / RATE_BATCH_SIZE
         return self.base_lr * scale, self.warmup_lr * scale, self.min_lr * scale

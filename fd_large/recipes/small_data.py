@@ -139,9 +139,10 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
 
 
 def fitted_fields(run: Run) -> tuple[str, ...]:
-    """Returns the names of the fields that `fit` may change in a run, which are none for others.
+    """Returns the names of the fields that `fit` may change in a run.
 
-    They exist for the recipe `small_data`, and for the quick start with another student.
+    Only runs of the recipe `small_data`, and of the quick start with another student, have fields
+    that may change. For other runs the result is ().
     """
     if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
         return ()
@@ -188,8 +189,9 @@ def _unnamed(values: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
 def _batch(images: int, ranks: int) -> int:
     """Returns the global batch size for a number of images.
 
-    It is a sixteenth of the images as a power of two from 32 to 256, at most the number of images,
-    and rounded up to a multiple of the ranks.
+    The size is a power of two from 32 to 256 near a sixteenth of the images. With fewer than 32
+    images, it is the largest power of two that does not exceed their number. The size is then
+    rounded up to a multiple of the ranks.
     """
     fewest, most = _BATCHES
     sixteenth = 2 ** round(math.log2(max(images, 16) / 16))
@@ -206,7 +208,8 @@ def _steps_an_epoch(run: Run, images: Images) -> int:
 def _rate(run: Run, batch: int) -> dict[str, float]:
     """Returns the learning rates by the full names of their fields.
 
-    They are stated per 512 images, so that the peak at this batch size is the one in `PEAKS`.
+    The values are rates per 512 images, chosen so that the peak rate at this batch size is the rate
+    in `PEAKS`.
     """
     base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
     return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}

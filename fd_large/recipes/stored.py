@@ -92,10 +92,10 @@ def require_same_settings(run: Run) -> None:
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     """Returns a run in which fields that follow others have their values of the stored run.
 
-    These are the ends of the learning rate schedule and the warm-up, if base_lr is the same: in a
-    run of an earlier version, they did not follow base_lr. Fields that were fitted to the images
-    (`small_data.fit`) have their stored values, too. Without a stored run, the run is returned
-    unchanged.
+    The ends of the learning rate schedule and the warm-up have their stored values if base_lr is
+    the same, since they did not follow base_lr in runs of earlier versions. Fields that were fitted
+    to the images (`small_data.fit`) have their stored values, too. Without a stored run, the run is
+    returned unchanged.
 
     Args:
         run: The run that the user requests now.

@@ -31,8 +31,8 @@ class TaskKind:
             `module:FILE.py:NAME`, and `name` is then only the name of the task's section.
         folder: Name of the task's folder in `tasks/`; "" for the user's own task.
         job: Class of the task's jobs (`TrainingJob` in engine/job.py), which the engine trains, as
-            a dotted name in tasks/, or as the class itself for the user's own task. It is imported
-            when it is first needed, as are `stored` and `transfer`.
+            a dotted name in tasks/, or as the class itself for the user's own task. The classes
+            `job`, `stored` and `transfer` are imported when they are first needed.
         stored: Class of the task's stored runs (`StoredRun` in tasks/stored_run.py), given like
             `job`; "" if commands can only export the student.
         transfer: Class by which trainings start from models that the user names (`Transfer` in

@@ -245,7 +245,7 @@ def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _group(files: RunFiles) -> Path:
-    """Returns the folder of the run's command, which several students of a run share."""
+    """Returns the folder of the whole run, also for a student with a folder of its own in it."""
     return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
@@ -307,7 +307,7 @@ def _evaluates(files: RunFiles) -> bool:
 def _commands(files: RunFiles) -> list[str]:
     """Returns the words of the command line before a command, such as ["fd-large"].
 
-    They call the program as the run was started.
+    The words call the program in the way in which the run was started.
     """
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
@@ -419,8 +419,8 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 def _train_script(first: str) -> str:
     """Returns the path of train.py for a launcher's command.
 
-    It is relative to the root of a clone, or the path in the installed package if the run was
-    started from there and the current folder is no clone.
+    The path is relative to the root of a clone. If the run was started from the installed package,
+    and the current folder is no clone, the path leads into the package.
 
     Args:
         first: The program in the run's command.
@@ -434,8 +434,8 @@ def _train_script(first: str) -> str:
 def _program(name: str) -> str:
     """Returns how to call a program that is installed in the folder of this Python.
 
-    It is the program's name if $PATH leads to this program or the program does not exist there, or
-    else its path.
+    The result is the program's path. If $PATH already leads to this folder, or the folder has no
+    such program, the result is the name alone.
     """
     beside = Path(sys.executable).parent / name
     program_path = shutil.which(name)

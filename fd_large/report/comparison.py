@@ -159,7 +159,7 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
     """Returns changed fields as text, "FIELD VALUE (OTHER VALUE), ...".
 
     Args:
-        changes: {field: (the other value, in brackets; the value)}.
+        changes: {field: (OTHER VALUE, VALUE)}.
     """
     return ", ".join(
         f"{name} {_plain(value)} ({_plain(other)})" for name, (other, value) in changes.items()
@@ -178,7 +178,7 @@ def _plain(value: Any) -> str:
 def _grid(models: list[dict[str, Any]]) -> Table:
     """Returns the table of a sweep, with a column for each multiple of the learning rate.
 
-    It has a row for each model, recipe and layer decay.
+    The table has a row for each model, recipe and layer decay.
 
     Args:
         models: The entries of the models in summary.json.

@@ -132,8 +132,8 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 def table(models: list[Model]) -> list[list[str]]:
     """Returns the rows of the table, each with a label and a text for every model.
 
-    They have the models' sizes, means of the attention measures over layers, and losses. A measure
-    that no model has is left out.
+    The rows are the models' sizes, means of the attention measures over layers, and losses. A
+    measure that no model has is left out.
     """
     heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
     rows = [
@@ -192,8 +192,8 @@ def notes(models: list[Model]) -> list[str]:
 def _supervised_controls(models: list[Model]) -> list[str]:
     """Returns a note for each model with relative positions, on supervised models to compare with.
 
-    These have the same kinds of position encodings, and were trained on labels from random weights.
-    If there are none, the note says so.
+    Models to compare with have the same kinds of position encodings, and were trained on labels
+    from random weights. If no such model is in the diagnosis, the note says so.
     """
     sentences = []
     for model in models:
@@ -251,7 +251,7 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
 def _near(part: Landscape) -> numpy.ndarray:
     """Returns the change of the loss on each batch, (batches,), by steps of length 0.1.
 
-    It is averaged over all directions and both signs of the step.
+    The change is averaged over all directions and both signs of the step.
     """
     near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)

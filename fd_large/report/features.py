@@ -38,7 +38,7 @@ class Basis(NamedTuple):
 
 
 def fit_basis(tokens: numpy.ndarray) -> Basis:
-    """Returns the basis of tokens (..., C).
+    """Returns the first three principal components of tokens (..., C), with the range of each.
 
     The sign of each component is chosen so that its entry of largest magnitude is positive.
     """

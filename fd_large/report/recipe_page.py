@@ -89,7 +89,7 @@ def _row(name: str, path: str) -> str:
 def _recipe(name: str) -> list[str]:
     """Returns the lines of a recipe's section on its page.
 
-    They are its summary, facts and settings, followed by the rest of its docstring.
+    The section has the recipe's summary, facts and settings, and the rest of its docstring.
     """
     run, facts = registry.get(name), registry.facts(name)
     _, *body = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()

@@ -82,7 +82,7 @@ class RunFiles:
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Fields that differ from the published recipe, {field: (the run's value, the recipe's)}.
 
-        It is empty if there is no recipe of the name.
+        The result is empty if no recipe has the run's name.
         """
         usual = {name: field.idle for name, field in LEFT.items()}
         try:
@@ -104,7 +104,7 @@ class RunFiles:
     def measured(self) -> list[str]:
         """Names of the evaluated metrics to show, in order.
 
-        These are the metrics with a label in environment.json, or all metrics if none has one.
+        Metrics with a label in environment.json are shown, or all metrics if none has a label.
         """
         names = list(dict.fromkeys(key for row in self.evaluations for key in row))
         listed = [name for name in self._metrics if name in names]

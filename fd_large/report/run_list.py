@@ -134,7 +134,7 @@ class ListedRun:
     def main_metric(self) -> str:
         """The metric that chooses the best checkpoint, or else the first evaluated metric.
 
-        It is "" if no metric was evaluated.
+        If no metric was evaluated, the result is "".
         """
         section = self.recipe.get("eval")
         named = section.get("best_metric") if isinstance(section, dict) else None

@@ -60,7 +60,7 @@ def plot_figure(
 ) -> Figure:
     """Returns an empty figure with fixed margins; all lengths are in inches.
 
-    It is for the report of a run, which draws half a dozen figures: the automatic layout of
+    The report of a run draws half a dozen figures by this function, since the automatic layout of
     `new_figure` takes as long as the drawing.
     """
     from matplotlib.figure import Figure

@@ -45,8 +45,8 @@ def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
 def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
     """Returns the attention-weighted distance from query to key: (B, h), in tokens.
 
-    It is the mean over queries q of sum_k A(q, k) |q - k|, where A is the attention among patches.
-    Prefix tokens are neither queries nor keys.
+    The distance is the mean over queries q of sum_k A(q, k) |q - k|, where A is the attention among
+    patches. Prefix tokens are neither queries nor keys.
     """
     per_query = (among_patches(attention, positions) * distances(positions)[:, None]).sum(-1)
     queries = (positions.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
@@ -138,7 +138,7 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
 def translation_score(average: Tensor, window: tuple[int, int]) -> float:
     """Returns the share of an average map that depends only on the offset, from about 0 to 1.
 
-    It is the share of the variance of the P x P entries that `nearest_offset_map` explains:
+    This is the share of the variance of the P x P entries that `nearest_offset_map` explains:
     1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), with n
     entries and p offsets. By this adjustment for degrees of freedom, maps of noise score 0 on
     average.

@@ -225,7 +225,7 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 def _positions(backbone: nn.Module) -> str:
     """Returns the kinds of a model's position encodings, such as "absolute and relative" or "none".
 
-    They are found by the names of parameters and modules.
+    The kinds are recognised by the names of parameters and modules.
     """
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]

@@ -91,8 +91,8 @@ class Cell(NamedTuple):
     Attributes:
         row: The model.
         column: The task.
-        recorded: The run of the cell. Its record also has the user's changes that may affect a
-            score, {field: (the recipe's value, the user's value)}.
+        recorded: The run of the cell. The record of the run also has the user's changes that may
+            affect a score, {field: (the recipe's value, the user's value)}.
     """
 
     row: Row
@@ -292,7 +292,7 @@ def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns the content of the table's summary.json, which has no scores.
 
-    It also has the cells that earlier starts trained from the same weights in other columns.
+    The file also lists cells of other columns that earlier starts trained from the same weights.
 
     Args:
         out: Folder of the table.
@@ -402,7 +402,7 @@ def _is_of_record(run: Run) -> bool:
 def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
     """Returns the cells that cannot be trained, {(row's label, column's name): the reason}.
 
-    It builds the model of each cell without weights, so that the reason appears before hours of
+    The model of each cell is built without weights, so that the reason appears before hours of
     other trainings. Columns of ImageNet are not tried, since their heads fit any model.
     """
     import torch

@@ -99,9 +99,9 @@ class Column(NamedTuple):
         return [name for name in registry.RECIPES if self.recipes and name.startswith(self.recipes)]
 
     def recipe(self, architecture: FamilyArchitecture, run_recipe: str | None) -> str:
-        """Returns the name of the recipe for a model.
+        """Returns the name of the column's recipe whose model is most similar to a model.
 
-        It is the recipe whose model is of the same kind (ViT or Swin) if there is one, and then
+        Recipes for the same kind of model (ViT or Swin) come first, then the recipe whose model is
         nearest in width, and then in depth.
 
         Args:

@@ -42,7 +42,7 @@ def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[st
 def single_class(run: Path) -> bool:
     """Whether the model of a run predicts the same class for every test image.
 
-    It is False if the run has no stored predictions.
+    Without stored predictions of the run, the result is False.
 
     Args:
         run: Folder of the run.
@@ -74,7 +74,7 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
     """Returns a score of a run's newest evaluation with its bootstrap samples.
 
-    The result is None if the run has not stored them.
+    If the run has stored no samples, the result is None.
     """
     from fd_large.probes import redrawn
 
