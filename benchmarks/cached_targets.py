@@ -47,7 +47,8 @@ def parse() -> argparse.Namespace:
 def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any]]:
     """Returns how much storing changes the maps of each model, by the model's label.
 
-    The smooth L1 of each precision is entry `floor`, and its ratio to predicting zero the next.
+    In the entry of a model, `floor` has the smooth L1 between stored and exact maps for each
+    precision, and `share_of_zero_prediction` its ratio to the smooth L1 of a prediction of zero.
 
     Args:
         names: The models, as `evaluate` takes them.

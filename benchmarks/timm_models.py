@@ -205,10 +205,10 @@ def family_of(name: str) -> str:
 
 
 def child(task: str, work: Path) -> None:
-    """Answers a task for the names on standard input, and adds a line for each to a file.
+    """Tests the models named on standard input, and adds a line of results for each to a file.
 
     Args:
-        task: "shapes", "numbers" or "student".
+        task: Test, "shapes" (`shapes_of`), "numbers" (`numbers_of`) or "student" (`student_of`).
         work: The file.
     """
     import gc

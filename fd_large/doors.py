@@ -416,7 +416,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
     Args:
         source: The name.
         path: The file.
-        digest: SHA-256 of the file; "" to take the hash of the imported or present text.
+        digest: SHA-256 of the file; "" to use the result of `_hash`.
     """
     if _is_named(source, path):
         return True

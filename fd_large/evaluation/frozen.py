@@ -122,7 +122,7 @@ Classify = Callable[[FrozenFeatures], Classified]
 
 
 class _How(NamedTuple):
-    """The arguments of `of_features` that `_measure` needs; their meaning is given there."""
+    """The arguments of `of_features` that `_measure` needs; `of_features` describes them."""
 
     classify: Classify
     pools: tuple[Pool, ...]

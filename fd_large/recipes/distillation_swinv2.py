@@ -182,10 +182,9 @@ def fd_swinv2g() -> Run:
     `--teacher.placement replicated --student.activation_checkpointing off`. With the same flags and
     zero2.json, which `plan` prefers and slurm/fd_swinv2g.sh uses, it is 33.2 GB and 1,700 to 2,600
     GPU-hours. The recipe does not have these settings as long as no GPU has confirmed the numbers:
-    with plain torch kernels the GPU-hours double (4,800 to 7,800 in the first line), and
-    the lines without checkpoints take 2.2 GB more. "States" include hpZ's second copy of the
-    weights, which is sharded over the ranks of a node, so that the backward pass gathers inside the
-    node.
+    with plain torch kernels the GPU-hours double (4,800 to 7,800 in the first line), and the lines
+    without checkpoints take 2.2 GB more. "States" include hpZ's second copy of the weights, which
+    is sharded over the ranks of a node, so that the backward pass gathers inside the node.
 
     On larger cards with a faster network, `plan` chooses other settings:
 

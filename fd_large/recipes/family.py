@@ -260,7 +260,7 @@ class WindowedTransformer(Transformer):
 
     @property
     def kind(self) -> Kind:
-        """The operation that mixes the model's tokens, which is attention in windows."""
+        """The operation that mixes the model's tokens: "windows", for attention in windows."""
         return "windows"
 
     @property

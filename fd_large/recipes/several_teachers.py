@@ -178,8 +178,8 @@ def agglomerative_vit_large() -> Run:
 
     The student's settings are those of FD's ViT-L (fd_clip_vit_large). For each teacher, a head of
     two layers learns the whitened map. For CLIP and DINOv2, another head learns the summary by the
-    cosine loss. This is RADIO's objective before PHI-S (arXiv 2312.06709).
-    SAM teaches its map alone.
+    cosine loss. This is RADIO's objective before PHI-S (arXiv 2312.06709). SAM
+    teaches its map alone.
     Work: (3 x 162 + 162 + 590 + 2,988 of SAM) GFLOP x 3.84e8 images = 1.6e21 FLOP.
     """
     return _agglomerative(

@@ -174,7 +174,7 @@ def charts(drawn: Iterable[str]) -> str:
 
 @cache
 def _parts() -> Any:
-    """Returns the module of the macros in page.html, which return HTML."""
+    """Returns the template page.html as an object whose functions are its macros."""
     from jinja2 import Environment, FileSystemLoader
 
     def plain(value: Any) -> Any:

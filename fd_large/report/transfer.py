@@ -285,9 +285,9 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """Returns the difference of the scores of rows a and b, over the seeds that both have.
+    """Returns the difference of the scores of rows a and b, over the seeds that both rows have.
 
-    The result is None if they have no seed in common.
+    The result is None if the rows have no seed in common.
     """
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]

@@ -200,7 +200,7 @@ def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task
 def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
     """Returns the drift loss, which compares a model's map with the map at its trained weights.
 
-    It exists for every model. Each channel is divided by its standard deviation over tokens and
+    Every model has this loss. Each channel is divided by its standard deviation over tokens and
     images. Normalising each token, as in training, would let large but nearly constant channels
     dominate, as in CLIP, so that equal changes of the other channels would look small.
     """

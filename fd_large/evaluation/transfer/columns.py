@@ -102,7 +102,8 @@ class Column(NamedTuple):
         """Returns the name of the column's recipe whose model is most similar to a model.
 
         Recipes for the same kind of model (ViT or Swin) come first, then the recipe whose model is
-        nearest in width, and then in depth.
+        nearest in width, and then in depth. In a column with `recipes` empty, the result is the
+        recipe that `evaluate --task finetune` chooses.
 
         Args:
             architecture: Architecture of the trained model.

@@ -193,8 +193,8 @@ def _measure(request: Request) -> Result:
 def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
     """Runs the sweep in each column to which it applies, over the recipes of all rows.
 
-    Returns: the exit code, and the cells, in which those of a swept column have the best setting
-        for their row; no cells if the code is not 0.
+    Returns: the exit code; and all cells, or none if the code is not 0. A cell of a swept column
+        has the best setting for its row.
     """
     flags, chosen = request.flags, {id(cell): cell for cell in cells}
     columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
