@@ -14,7 +14,8 @@ Every backbone is a Module with
     blocks(), in order of execution;
     layer_id(name) and last_layer, for layer-wise learning rates;
     outside_blocks(), modules inside blocks that the blocks' own forwards do not call;
-    no_weight_decay() and no_weight_decay_keywords(), names and substrings of names of parameters;
+    no_weight_decay(), names of the parameters that get no weight decay;
+    no_weight_decay_keywords(), substrings that mark names of further such parameters;
 and, if it has stages, stages(images, keep), which returns the map of each stage, stage_widths and
 stage_strides. A model used only as a teacher needs no methods for training.
 

@@ -3,13 +3,13 @@
 In training each channel is normalised by the mean and variance over a group of images, whichever
 ranks and micro-batches hold these images. Sums over the positions of an image's map are taken
 first, in float32, and added over the images of a group in float64, so that the number of ranks
-changes only float64 rounding. Running statistics are updated once in each accepted step, by the
-mean over its groups, with unbiased variances.
+changes only float64 rounding. Running statistics are updated once in each step that is not skipped,
+by the means and unbiased variances of the step's groups, averaged over the images of the step.
 
-A norm records the statistics of a step in its backward. Backward runs once for each forward, even
-if the forward is recomputed. It does not run for an evaluation, for a trial, or for the first pass
-of a step that repeats its forwards in a second pass. If neither input nor parameters of a norm need
-gradients, the statistics are recorded in the training forward.
+A norm records the statistics of a step in the norm's backward. Backward runs once for each forward,
+even if the forward is recomputed. Backward does not run for an evaluation, for a trial, or for the
+first pass of a step that repeats its forwards in a second pass. If neither input nor parameters of
+a norm need gradients, the statistics are recorded in the training forward.
 
 Source: Ioffe and Szegedy, arXiv 1502.03167.
 """
@@ -41,7 +41,7 @@ class Groups:
 
     Args:
         size: Number of images in a group. 0: no groups, so that training also uses the running
-            statistics. PASS: all images of a pass, on all ranks, are one group.
+            statistics. PASS: the images of one micro-batch of every rank are one group.
 
     Attributes:
         images: Number of images in the present forward, set for a model that may flatten other
@@ -58,11 +58,12 @@ class Groups:
         """Lets groups span several ranks if a micro-batch is not a multiple of the group.
 
         This is possible only if a step has a single micro-batch on each rank. In all other cases
-        each micro-batch begins with a new group. A collective.
+        each micro-batch begins with a new group. This method is a collective.
 
         Args:
-            global_batch: Images of a step on all ranks, a multiple of the group's size.
-            micro_batch: Images of a rank in one pass.
+            global_batch: Number of images in a step, over all ranks; a multiple of the group's
+                size.
+            micro_batch: Number of images in a micro-batch of one rank.
         """
         whole_share = micro_batch * distributed.world_size() == global_batch
         if self.size <= 0 or micro_batch % self.size == 0 or not whole_share:
@@ -76,7 +77,12 @@ class Groups:
             self._ranks = distributed.neighbours(ranks)
 
     def of(self, images: int, device: torch.device) -> Tensor:
-        """Returns the index of the group of each image on this rank in a pass, (B,) int64."""
+        """Returns for each image of a micro-batch the row of its group in `sums`, (B,) int64.
+
+        Args:
+            images: B, the number of images in the micro-batch of this rank.
+            device: Device of the result.
+        """
         if self.size == PASS:
             return torch.zeros(images, dtype=torch.int64, device=device)
         return (torch.arange(images, device=device) + self._first) // self.size
@@ -84,7 +90,8 @@ class Groups:
     def sums(self, of_images: Tensor) -> Tensor:
         """Sums values (B, K) float64 over the images of each group, and returns (groups, K).
 
-        If groups span ranks, images of other ranks are included, and the call is a collective.
+        If groups span ranks, the sums include the images of other ranks, and this method is a
+        collective.
         """
         images, before = len(of_images), self._first % self.size
         number = -(-(before + images) // self.size) if self.size != PASS else 1

@@ -27,15 +27,19 @@ class Options:
     """Options of a model besides its architecture; a family ignores options it does not need.
 
     Attributes:
-        drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.
+        drop_path_rate: Drop rate of the last block's residual branches, in [0, 1). The rates of the
+            blocks rise linearly, from 0 in the first block.
         size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
         window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models have
             another rule than "masked".
-        shift_stages: Whether odd blocks of each stage shift their windows; empty for all.
-        stage_windows: Side of a window in each stage, in tokens; empty for `window_size` in all.
-        attention_memory: "keep" or "recompute" attention maps for backward.
-        sequential_stages: Number of stages, from the first, that hold the attention maps of only a
-            few windows at a time; 0 is none.
+        shift_stages: For each stage, whether every second block shifts its windows; empty if blocks
+            of all stages do.
+        stage_windows: For each stage, the side of a window in tokens; empty if it is `window_size`
+            in all stages.
+        attention_memory: "keep" stores attention maps until backward; "recompute" computes them
+            again in backward.
+        sequential_stages: Number of stages, counted from the first, that have the attention maps of
+            only a few windows in memory at a time; 0 means no stage.
         is_trained: Whether the model is a student, which has to be deterministic in training.
         resizes_positions: Whether each forward resizes a ViT's positions to its images; other
             families have no such positions.

@@ -132,7 +132,10 @@ class HierarchicalBackbone(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """The number of the last layer, see `layer_id`."""
+        """The number of the last layer, which has the final norm: number of blocks + 1.
+
+        Layers are numbered by `layer_id`, for layer-wise learning rates.
+        """
         return sum(self.depths) + 1
 
     def layer_id(self, name: str) -> int:
@@ -227,7 +230,12 @@ class HierarchicalBackbone(nn.Module):
         )
 
     def stages(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Maps images to the map of each stage, (B, H_s, W_s, C_s); see `forward`."""
+        """Returns each stage's map (B, H_s, W_s, C_s), before patch merging and without final norm.
+
+        Args:
+            images: (B, 3, H, W), normalised images of any float dtype.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
+        """
         # The module is called, not forward, so that the hooks of ZeRO-3 run.
         return self(images, keep, every_stage=True)
 
@@ -302,7 +310,10 @@ class HierarchicalBackbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one stage; the backbone calls `downsample`, the patch merging, after them."""
+    """The blocks of one stage, and the patch merging `downsample` after the blocks, or None.
+
+    `forward` runs the blocks alone; the backbone calls `downsample`.
+    """
 
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
         super().__init__()

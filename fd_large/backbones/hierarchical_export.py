@@ -12,7 +12,9 @@ NAMES = "the names of the Swin-Transformer repository"
 
 
 def lacks(a: WindowedTransformer, pads: bool) -> str:
-    """Returns, in words, a feature of the model that timm and transformers lack, or "" if none.
+    """Returns why timm and transformers cannot hold the model, or "" if they can.
+
+    The reason is a text for a message, such as "absolute positions, expected none".
 
     Args:
         a: The model.

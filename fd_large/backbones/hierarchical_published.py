@@ -93,10 +93,11 @@ AGREE = {"depths": _has_first, "num_heads": _has_first}
 
 
 def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
-    """Adapts a file's tensors to a model with only the first stages, such as FD's stage-3 target.
+    """Adapts a file's tensors to a model that has only the first stages of the file's model.
 
-    The file's later stages, the merging before them and the final norm are left out, since that
-    norm belongs to a wider map. The model's final norm gets weight 1 and bias 0.
+    Feature-Distillation's teacher for targets from stage 3 is such a model. The file's later
+    stages, the patch merging before these stages and the file's final norm, which belongs to a
+    wider map, are left out. The model's final norm gets weight 1 and bias 0.
 
     Args:
         pieces: {our name: rule that makes the tensor} of the file.
@@ -121,7 +122,10 @@ def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]
 
 
 def recognised(shapes: Shapes) -> dict[str, Any]:
-    """Returns {field: value} of the fields that Swin's and SwinV2's tensors show in the same way.
+    """Returns {field: value} of the architecture fields that shapes show alike in Swin and SwinV2.
+
+    These fields are the width, depths, patch size, MLP ratio, and the presence of query, key and
+    value biases, of a norm of the patches, and of absolute positions.
 
     Args:
         shapes: Shapes of the tensors, by our names.
@@ -168,7 +172,9 @@ def window_and_size(
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns `norm_eps`, `image_size` and `window_size` from transformers' `config.json`.
+    """Returns {field: value} of the architecture fields in transformers' config.json of a Swin.
+
+    The fields are `norm_eps`, `image_size` (pixels) and `window_size` (tokens) of a Swin or SwinV2.
 
     Raises: WeightsError: for an unsupported activation; the message begins with `where`.
     """
@@ -181,7 +187,10 @@ def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_fields(net: Any) -> dict[str, Any]:
-    """Returns `norm_eps`, `image_size` and `window_size` of timm's Swin or SwinV2 module."""
+    """Returns {field: value} of the architecture fields of timm's Swin or SwinV2 module.
+
+    The fields are `norm_eps`, `image_size` (pixels) and `window_size` (tokens).
+    """
     blocks = [stage.blocks[0] for stage in net.layers]
     return {
         "window_size": max(block.window_size[0] for block in blocks),

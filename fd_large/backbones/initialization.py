@@ -114,8 +114,8 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
     Args:
         parameter: Tensor of any shape, float dtype and device.
         draw: Distribution of the values.
-        fan_in: Number of inputs of the layer, for "fan_in_uniform". None takes it from the shape of
-            `parameter`, which is then a weight.
+        fan_in: Number of inputs of the layer, for "fan_in_uniform". None: `parameter` is a weight
+            (out, ...), and its number of elements per output is used.
     """
     if parameter.is_meta:
         return

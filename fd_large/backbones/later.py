@@ -10,10 +10,13 @@ from fd_large.imports import for_good, without
 
 
 def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
-    """Returns a function that imports a family's file when it is called, and calls its function.
+    """Returns a function that imports a family's file, and calls a function of the file.
+
+    The file is imported only when the returned function is called. It takes positional arguments,
+    and returns the result of the file's function.
 
     Args:
-        folder: Name of the family's folder, which is also the name of its library.
+        folder: Name of the family's folder, which is also the name of the library that it uses.
         file: Name of the file in the folder, without `.py`.
         function: Name of the function in the file.
         hides: Optional packages that are hidden during the import, to save time.

@@ -42,13 +42,15 @@ class Linear(nn.Linear):
 class BranchEnd(Linear):
     """The last linear layer of a residual branch, which may leave its bias to the norm after it.
 
-    If the norm's fused kernel adds the bias, the gradient of the bias needs no pass of its own.
+    If the fused kernel of the norm adds the bias, this kernel also computes the gradient of the
+    bias, which otherwise needs another pass over the gradient of the output.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Maps (..., in) to (..., out), and returns the bias (out,) if the norm has to add it.
+        """Maps (..., in) to (..., out); returns the result, and the bias if it is not added yet.
 
-        The second element is None if the bias is already added.
+        Returns: the result, and the bias (out,) that the norm after this layer has to add to it;
+            None if the bias is already added.
         """
         x = x.to(self.weight.dtype)
         if takes_bias(x, self.out_features):
@@ -104,7 +106,8 @@ class LayerNorm(nn.Module):
 class ResidualNorm(LayerNorm):
     """LayerNorm of a residual branch and its addition to the residual stream (SwinV2's post-norm).
 
-    They are one module, so that ZeRO-3 gathers the norm's weight.
+    Norm and addition are one module, so that ZeRO-3 gathers the norm's weight before the kernel
+    that computes both.
     """
 
     def forward(
@@ -118,9 +121,10 @@ class ResidualNorm(LayerNorm):
 
         Args:
             x: (B, ..., C), the residual stream.
-            branch: The pair that `BranchEnd` returns.
+            branch: Result (B, ..., C) of the residual branch, and a bias (C,) that is still to be
+                added to it, or None.
             scale: (B,), drop path's factors; None without drop path.
-            dtype: Dtype of the second result; None is the dtype of x.
+            dtype: Dtype of the second result.
         """
         values, rest = branch
         return residual_norm(
@@ -129,9 +133,10 @@ class ResidualNorm(LayerNorm):
 
 
 class AddNorm(LayerNorm):
-    """Addition of a residual branch to the stream, and the LayerNorm after it (pre-norm blocks).
+    """Adds a residual branch to the residual stream, then computes a LayerNorm (pre-norm blocks).
 
-    They are one module, so that ZeRO-3 gathers the norm's weight.
+    Addition and norm are one module, so that ZeRO-3 gathers the norm's weight before the kernel
+    that computes both.
     """
 
     def forward(
@@ -240,7 +245,11 @@ class Mlp(nn.Module):
         self.fc2 = last(hidden, width, draw=end)
 
     def forward(self, x: Tensor) -> Any:
-        """Maps (..., C) to (..., C); if the last layer is a `BranchEnd`, returns its pair."""
+        """Maps (..., C) to (..., C).
+
+        If the last layer is a `BranchEnd`, the result is a pair: the mapped tensor, and the bias
+        (C,) that is still to be added to it, or None.
+        """
         return self.fc2(self.activation(self.fc1(x)))
 
 

@@ -112,8 +112,10 @@ def resize_positions(
     Args:
         positions: (1, prefix + n * n, C), with rows of prefix tokens first.
         prefix: Number of class and distillation tokens, whose rows stay unchanged.
-        side: Side of the new grid.
-        margin, antialias: See `fit_positions`.
+        side: Side of the new grid, in patches.
+        margin: Number added to the sides of the new grid when the scale factors are computed
+            (DINO's 0.1).
+        antialias: Whether the filter is widened for a smaller grid (DINOv2 with registers).
         where: Field that the user set, for the message.
 
     Returns: (1, prefix + side * side, C), in float32 or wider.

@@ -164,7 +164,8 @@ class Published:
             file nor a configuration nor the user gives.
         free: Fields in which a model may differ from its file, because position tables are resized
             or coordinates are scaled.
-        ours: {field: value} of fields that no weights file determines.
+        ours: {field: default value} of the fields that the user may choose freely, since they
+            decide only how this package uses the weights.
         agree: {field: function that returns whether weights fit}. Its arguments are the file's
             value, the model's value and the depths of the file. Values of other fields have to be
             equal.

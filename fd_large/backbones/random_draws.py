@@ -21,8 +21,8 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
         name: Its name in the recipe.
         where: Field that the user set, for messages.
         has_groups: Whether batch norms of torch and timm will normalise by groups
-            (`batch_norm.adopt`). They are accepted then if they have running statistics and a
-            momentum; otherwise every batch norm is refused.
+            (`batch_norm.adopt`). If True, those that have running statistics and a momentum are
+            accepted; if False, every batch norm is refused.
 
     Raises: ConfigError: naming the first refused module.
     """

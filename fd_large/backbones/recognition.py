@@ -12,11 +12,14 @@ from fd_large.recipes.family import MOST_BLOCKS
 
 
 def count_of(shapes: Shapes, pattern: str) -> int:
-    """Returns the number of layers that tensor names show.
+    """Returns the number of layers that tensor names show; 0 if no name matches the pattern.
 
-    It is one more than the largest number in the pattern's first group, or 0 if no name matches.
+    Args:
+        shapes: Shapes of the tensors, by our names.
+        pattern: Regular expression for the start of a name; its first group is the number of the
+            layer, from 0.
 
-    Raises: ValueError: if it is more than `MOST_BLOCKS`.
+    Raises: ValueError: if there are more than `MOST_BLOCKS` layers.
     """
     matches = (re.match(pattern, name) for name in shapes)
     count = max((int(match[1]) + 1 for match in matches if match), default=0)
@@ -43,7 +46,8 @@ def qkv_bias(shapes: Shapes, attention: str) -> str:
         shapes: Shapes of the tensors, by our names.
         attention: Prefix of the names of the module's tensors.
 
-    Returns: "fused", "qkv", "qv" or "none".
+    Returns: "fused" for one bias vector of query, key and value together, "qkv" for a vector of
+        each, "qv" for a vector of query and of value, or "none".
     """
     if f"{attention}qkv.bias" in shapes:
         return "fused"
@@ -72,9 +76,14 @@ _ACTIVATIONS = {
 
 
 def size_to_compare(known: Architecture) -> dict[str, int]:
-    """Returns {"image_size": arbitrary valid size}, so that shapes can be computed without it.
+    """Returns {"image_size": an arbitrary valid size in pixels}, or {} if none can be chosen.
 
-    Returns {} if shapes depend on the image size, or the patch size is unknown.
+    With it, the shapes of a model can be computed whose image size is unknown. None can be chosen
+    if the model has absolute positions, whose shape depends on the image size, or its patch size is
+    unknown.
+
+    Args:
+        known: The known fields of the model's architecture.
     """
     if known.patch_size is None or known.absolute_position:
         return {}

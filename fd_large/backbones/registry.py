@@ -71,7 +71,9 @@ def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
 def own_image_size(name: str, architecture: FamilyArchitecture) -> int:
     """Returns the side in pixels of the images that a model was trained with; 0 if unknown.
 
-    Args: See `statistics_of`.
+    Args:
+        name: Name of the model in `recipes.architectures`.
+        architecture: The model.
     """
     stated = getattr(architecture, "image_size", 0)
     if stated:

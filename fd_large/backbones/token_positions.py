@@ -19,8 +19,9 @@ class TokenPositions(NamedTuple):
     """The positions in the image of the tokens of one layer's attention maps.
 
     Attributes:
-        index: (nW, T) int64, the number of each token of each window in the grid, row by row;
-            PREFIX for prefix tokens, PADDING for tokens outside the image.
+        index: (nW, T) int64, for each of nW windows of T tokens the number of each token in the
+            grid, counted row by row from 0; PREFIX for prefix tokens, PADDING for tokens outside
+            the image.
         grid: Rows and columns of the layer's tokens.
         window: Rows and columns of a window; equal to `grid` if there are no windows.
         whole: (nW,) bool, True for a window without padding whose tokens are adjacent in the image

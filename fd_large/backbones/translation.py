@@ -149,8 +149,9 @@ class Output(NamedTuple):
 def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
     """Returns the exported tensors that are made from one of our tensors.
 
-    The first row that matches decides name and form. If it is a row of query, key or value, there
-    is an exported tensor for each of the three that has a row.
+    The first row of the table that matches our name decides the exported name and form. If this row
+    is for the query, key or value part of our tensor, one tensor is exported for each of these
+    three parts that has a row.
 
     Args:
         name: Our name of the tensor.
@@ -178,8 +179,9 @@ class Piece:
     Attributes:
         sources: Names of the file's tensors, which are joined along their first axis; empty for a
             constant.
-        form: See `Row`.
-        value: Value of a constant.
+        form: Form of the tensor in the file, one of `form` of `Row`; "" if it is the same as in the
+            model.
+        value: Value of all elements of a constant.
         length: Number of elements of a constant.
     """
 

@@ -33,18 +33,22 @@ class CustomArchitecture(FamilyArchitecture):
         """Returns the architecture of the model that a class or function makes.
 
         Args:
-            rest: The class or function, see the attribute `function`.
+            rest: The class or function: path/to/file.py:NAME, package.module:NAME, or the name of
+                an installed package's entry point.
         """
         return cls(function=rest)
 
     @property
     def code(self) -> str:
-        """The name by which `doors.load` finds the class or function."""
+        """The class or function by the name that `doors.load` takes.
+
+        For example, it is module:path/to/file.py:NAME, or the name of an entry point.
+        """
         return f"{doors.PREFIX}{self.function}" if ":" in self.function else self.function
 
     @property
     def own_name(self) -> str:
-        """The model's name as the user gave it, see `code`."""
+        """The model's name: `module:` and the class or function, or the name of an entry point."""
         return self.code
 
     def at(self, image_size: int) -> Self:

@@ -59,7 +59,10 @@ def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matc
 
 
 def _without_folders(architecture: CustomArchitecture) -> CustomArchitecture:
-    """Returns the architecture without the folders in the path of its code, for published files."""
+    """Returns the architecture with the code's path shortened to the name of the file.
+
+    Published files thus do not show the folders of the user's machine.
+    """
     return replace(architecture, function=architecture.function.rpartition("/")[2])
 
 

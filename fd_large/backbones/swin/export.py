@@ -20,9 +20,9 @@ def _timm_has_no_place(a: SwinArchitecture) -> str:
 
 
 def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
-    """Returns, in words, a feature of the model that the Swin of mmsegmentation or UPerNet lacks.
+    """Returns why mmsegmentation's Swin and transformers' UPerNet cannot hold the model, in words.
 
-    Returns "" if there is none. The argument `pads` is not used.
+    Returns "" if they can. The argument `pads` is not used.
     """
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
     if side < a.window_size:

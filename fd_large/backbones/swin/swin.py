@@ -1,13 +1,14 @@
 """Swin Transformer (first version): pre-norm blocks, dot-product attention, position tables.
 
-Parameter names are those of the Swin-Transformer and EsViT repositories. A model of three stages is
-FD's stage-3 target, without merging after the last stage and with a final norm of its width.
+Parameter names are those of the Swin-Transformer and EsViT repositories. A model with three stages
+has no patch merging after the third stage, and a final norm of the third stage's width.
+Feature-Distillation (FD) uses such a model as the teacher for targets from stage 3.
 
 timm's Swin gives the same result only if windows divide every map. Otherwise timm's padding takes
-part in attention, and the image size for which a timm model is built decides whether its windows
-shift. For images of 140x100 pixels, timm's maps differ by half of their largest value from the maps
-of `window_rule` "masked", and by a quarter from the maps of "official". Students that pad therefore
-need this module.
+part in attention, and the image size for which a timm model is built decides whether the model's
+windows shift. For images of 140x100 pixels, timm's maps differ from the maps of `window_rule`
+"masked" by half of the largest value in the maps, and from the maps of "official" by a quarter of
+it. Students that pad therefore need this module.
 
 Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 """
@@ -208,7 +209,7 @@ class WindowAttention(nn.Module):
         self.proj = Linear(width, width, draw=draw)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """Maps (B, H, W, C) to the same shape, given the windows over the map."""
+        """Maps tokens x, (B, H, W, C), to the same shape by attention within `windows`."""
         table = self.relative_position_bias_table
         out = window_attention(
             self.qkv(windows.pad(x)),
@@ -223,9 +224,14 @@ class WindowAttention(nn.Module):
         return self.proj(windows.crop(out))
 
     def attention_maps(self, x: Tensor, windows: Windows) -> tuple[Tensor, TokenPositions]:
-        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+        """Returns the attention maps of a map cut into windows, and the positions of their tokens.
 
-        Args: See `forward`.
+        Args:
+            x: (B, H, W, C), the input of `forward`.
+            windows: Windows over the map.
+
+        Returns: the maps, (B, nW, h, T, T) float32, for h heads and nW windows of T tokens; and the
+            positions of the windows' tokens in the image.
         """
         padded = windows.pad(x)
         maps = attention_maps(

@@ -1,13 +1,15 @@
 """The fields of a SwinV2 model, and the models that have a name.
 
-The window of a named model follows the image size for which the model is meant: 14 at 224 px (tiny
-to large) and 12 at 192 px (1b, huge, giant). A map of stage 3 is then a single window, and so is a
-map of stage 4. A recipe that trains at another image size sets `window_size`.
+The side of a window of a named model follows the image size for which the model is meant: 14 tokens
+at 224 px (tiny to large) and 12 tokens at 192 px (1b, huge, giant). A map of stage 3 is then a
+single window, and so is a map of stage 4. A recipe that trains at another image size sets
+`window_size`.
 
-Sources: Liu et al., arXiv 2111.09883 (widths of tiny to large, huge, giant); its code repository
-for the rest of tiny to large. Heads of huge and giant are not published: a head width of 32
-continues the rule of the smaller models. The width 448 of the model of 1.06B parameters is inferred
-from the parameter count of the public "giant" weights of the SimMIM scaling study.
+Sources: Liu et al., arXiv 2111.09883 (widths of tiny to large, huge, giant); the paper's code
+repository for the other fields of tiny to large. The number of heads of huge and giant is not
+published: a head width of 32 continues the rule of the smaller models. The width 448 of the model
+of 1.06B parameters is inferred from the parameter count of the public "giant" weights of the SimMIM
+scaling study.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ class SwinV2Architecture(WindowedTransformer):
     """A SwinV2 model.
 
     Attributes:
-        pretrained_window_sizes: Window of each stage in pre-training, by which the coordinates of
-            the position bias are scaled; 0 is the present window.
-        extra_norm_every: A LayerNorm on the main path follows every k-th block of a stage; 0 turns
-            it off.
+        pretrained_window_sizes: For each stage, the side in tokens of a window in pre-training, by
+            which the coordinates of the position biases are scaled; 0 means the side of the window
+            that is in use.
+        extra_norm_every: Number k, for a LayerNorm on the main path after every k-th block of a
+            stage; 0 means no such norms.
         shared_position_bias: Whether the blocks of a stage share one position-bias MLP instead of
             having one each.
     """
@@ -62,7 +65,11 @@ class SwinV2Architecture(WindowedTransformer):
     def overridden(self, values: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
-        If the number of stages changes, each stage's window of pre-training becomes 0.
+        If `depths` is among the values and `pretrained_window_sizes` is not, the latter becomes 0
+            for every stage.
+
+        Args:
+            values: {field: new value}.
 
         Raises: ConfigError: if the values do not fit the other fields.
         """
@@ -71,10 +78,12 @@ class SwinV2Architecture(WindowedTransformer):
         return replace(self, **values)
 
     def with_window(self, window_size: int) -> Self:
-        """Returns a trained model with windows of `window_size` tokens.
+        """Returns a trained model for windows with a side of `window_size` tokens.
 
-        The size may be unchanged, for use on larger maps. The coordinates of the position biases
-        stay scaled by the windows of training, each at most as large as its stage's map.
+        The coordinates of the position biases stay scaled by the windows of the training, since
+        these are written to `pretrained_window_sizes`. This is needed even if `window_size` does
+        not change, if the model is used on larger images: in training, the window of a stage was at
+        most as large as the stage's map.
         """
         trained = trained_windows(
             self.pretrained_window_sizes, self.window_size, self.image_size // self.patch_size
@@ -94,13 +103,17 @@ class SwinV2Architecture(WindowedTransformer):
 def trained_windows(
     stated: tuple[int, ...], window_size: int, tokens_a_side: int
 ) -> tuple[int, ...]:
-    """Returns the window by which each stage of a trained model scales its coordinates, in tokens.
+    """Returns for each stage the window side by which a trained model scales its coordinates.
+
+    These are the coordinates of the position biases. The side is in tokens.
 
     Args:
-        stated: The model's `pretrained_window_sizes`; 0 stands for the window of its training.
-        window_size: The model's window in training. The window of a stage is at most as large as
-            the stage's map.
-        tokens_a_side: Side of the first stage's map, in tokens.
+        stated: For each stage, the value of `pretrained_window_sizes` of the model. It is the
+            result if it is not 0. For 0, the result is the side of a window in training, which was
+            `window_size`, or the side of the stage's map if that is smaller; windows of one token
+            have no distances to scale, and the result 0.
+        window_size: Side of a window in training, in tokens.
+        tokens_a_side: Side of the first stage's map in training, in tokens.
     """
     windows = [min(window_size, tokens_a_side // 2**stage) for stage in range(len(stated))]
     # Within windows of one token there is no distance to scale.

@@ -84,7 +84,8 @@ FORMATS = {
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
     """Returns the architecture fields that a file's tensors show.
 
-    `norm_eps` is never shown; windows only if the file has tables of coordinates.
+    No tensor shows `norm_eps`. Tensors show the fields of windows only if the file has tables of
+    coordinates.
 
     Args:
         shapes: Shapes of the file's tensors, by our names.
@@ -192,13 +193,13 @@ def _adapt(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
 def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
     """Fills the image size and the windows of pre-training in place; returns notes for the log.
 
-    Without absolute positions no tensor depends on the image size. If it is not known, it becomes
-    the size with a full window in the last stage. Coordinates are scaled by the file's windows of
-    pre-training, whatever window the model has.
+    An unknown image size of a model without absolute positions, whose tensors do not depend on this
+    size, becomes the size at which the map of the last stage is one window. The windows of
+    pre-training become those of the file, whatever window the model has, unless the user set them.
 
     Args:
         values: {field: value} of the model, None in undecided fields.
-        settling: What is known of the model.
+        settling: Fields that the file and the user state.
     """
     window, stages = values["window_size"], len(values["depths"] or ())
     if values["image_size"] is None and not values["absolute_position"]:

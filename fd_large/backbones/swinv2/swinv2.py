@@ -63,8 +63,8 @@ class SwinV2(HierarchicalBackbone):
         in_chans: Channels of the images.
         image_size: Side or (height, width) in pixels of the images for which absolute positions are
             made; may be None if the model has no absolute positions.
-        pretrained_window_sizes: As in `SwinV2Architecture`; None means the present window in every
-            stage.
+        pretrained_window_sizes: As in `SwinV2Architecture`; None means that every stage scales
+            coordinates by the side of the window that is in use.
 
     Raises: ConfigError: for values that do not fit each other.
     """
@@ -296,12 +296,15 @@ class CosineAttention(nn.Module):
     def forward(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps (B, H, W, C) to the same shape, as the pair that `BranchEnd` returns.
+        """Maps tokens (B, H, W, C) to the same shape by attention within windows.
 
         Args:
-            x: (B, H, W, C).
+            x: (B, H, W, C), the tokens.
             windows: Windows over the map, with side w.
             position_table: ((2w - 1)^2, h) float32, the position bias of each offset and head.
+
+        Returns: the mapped tokens, and the bias (C,) of the last layer if it is still to be added
+            to them, or None.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
@@ -321,9 +324,15 @@ class CosineAttention(nn.Module):
     def attention_maps(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+        """Returns the attention maps of a map cut into windows, and the positions of their tokens.
 
-        Args: See `forward`.
+        Args:
+            x: (B, H, W, C), the input of `forward`.
+            windows: Windows over the map, with side w.
+            position_table: ((2w - 1)^2, h) float32, the position bias of each offset and head.
+
+        Returns: the maps, (B, nW, h, T, T) float32, for nW windows of T = w^2 tokens; and the
+            positions of the windows' tokens in the image.
         """
         padded = windows.pad(x)
         maps = attention_maps(
@@ -357,8 +366,8 @@ class PositionMlp(nn.Sequential):
 
         Args:
             window: w, the side of the window in tokens.
-            pretrained_window: Side of the window in pre-training, by which coordinates are scaled;
-                0 is the window itself.
+            pretrained_window: Side in tokens of the window in pre-training, by which coordinates
+                are scaled; 0 means `window`.
             device: Device of the result.
         """
         # Under ZeRO-3 (whose parameters have a number) modules must be called in the same order in
@@ -384,7 +393,14 @@ class PositionBias(nn.Module):
         self.cpb_mlp = PositionMlp(num_heads, scheme)
 
     def forward(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
-        """Returns the position bias of every offset in a window, see `PositionMlp.table`."""
+        """Returns the position bias of every offset in a window, ((2w - 1)^2, h) float32.
+
+        Args:
+            window: w, the side of the window in tokens.
+            pretrained_window: Side in tokens of the window in pre-training, by which coordinates
+                are scaled; 0 means `window`.
+            device: Device of the result.
+        """
         return self.cpb_mlp.table(window, pretrained_window, device)
 
 
@@ -397,10 +413,10 @@ class Downsample(PatchMerging):
         self.norm = LayerNorm(2 * width, norm_eps)
 
     def forward(self, stream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps the residual stream, a pair of (B, H, W, C), to (B, ceil(H/2), ceil(W/2), 2C).
+        """Maps the residual stream from (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C).
 
-        The pair is in the dtype of the residual stream and in the dtype of the weights, and so is
-        the result.
+        Both `stream` and the result are pairs of tensors with equal values: the first is in the
+        dtype of the residual stream, the second in the dtype of the weights.
         """
         x, narrow = stream
         return self.norm(self.reduction(super().forward(narrow)), x.dtype, narrow.dtype)

@@ -77,7 +77,8 @@ def why_refused(name: str) -> str:
 def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Returns the sorted names of the arguments that are refused, and never passed on to timm.
 
-    An argument is refused if it is not in `ARGUMENTS` or its value is not plain.
+    An argument is refused if its name is not in `ARGUMENTS`, or its value is not None, a bool, a
+    bounded number, a short text or a short list of these.
     """
     return sorted(
         name
@@ -130,7 +131,10 @@ class TimmArchitecture(FamilyArchitecture):
 
     @property
     def kind(self) -> Kind:
-        """The operation that mixes tokens, guessed from timm's name of the model."""
+        """The operation that mixes tokens: "windows", "attention" or "convolutions".
+
+        It is guessed from timm's name of the model.
+        """
         if "swin" in self.timm_name:
             return "windows"
         return "attention" if _ATTENTION.search(self.timm_name) else "convolutions"

@@ -58,8 +58,9 @@ class Kept(nn.Module):
 def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
     """Makes a block take the model's drop-path factors as an argument of each forward.
 
-    Each forward starts its `Kept` modules at their first row. The block's class is replaced by a
-    subclass, because activation checkpointing calls the forward of either the module or its class.
+    Each forward of the block makes the block's `Kept` modules start again at their first row of the
+    factors. The block's class is replaced by a subclass, because activation checkpointing calls the
+    forward of either the module or the module's class.
 
     Args:
         block: The block.

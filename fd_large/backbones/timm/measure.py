@@ -95,11 +95,12 @@ class _Seen(NamedTuple):
     """The facts that one forward and backward on the meta device show.
 
     Attributes:
-        order: See `sites` of `Measured`.
-        owner: See `owners` of `Measured`.
-        growing: Paths of modules that take a list as an argument. They cannot be recomputed, since
-            the list may have grown by then.
-        fewest_places: See `Measured`.
+        order: (path, drop rate) of the drop-path module of each call in a forward, in order.
+        owner: {path of a drop-path module: path of the block that gets its factors}.
+        growing: Paths of modules that take a list as an argument. These modules cannot be
+            recomputed in backward, since the list may have grown by then.
+        fewest_places: Number of positions of the smallest map that a batch norm normalises; 0
+            without batch norms.
     """
 
     order: tuple[tuple[str, float], ...]

@@ -30,8 +30,9 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """Builds a whole timm model with random weights, without network access.
 
     Args:
-        name: timm's name of the model, with arguments after it (`TimmArchitecture.timm_name`).
-        arguments: Further arguments, which override the arguments after the name.
+        name: timm's name of the model, after which arguments may follow as JSON
+            (`TimmArchitecture.timm_name`).
+        arguments: Further arguments of `timm.create_model`, which override those in `name`.
 
     Raises:
         ConfigError: If timm lacks the model, refuses the arguments after its name, or cannot return
@@ -178,8 +179,8 @@ class Layout(NamedTuple):
         grid: Rows and columns of the map.
         width: Channels of the map.
         stride: Pixels per token, each way.
-        is_regular: Whether the stride is that of the last stage, so that the stride gives the grid
-            for other image sizes too.
+        is_regular: Whether `stride` is the stride that timm states for the model's last stage. If
+            so, `stride` also gives the grid for images of other sizes.
         num_prefix_tokens: Number of tokens before the tokens of the map.
         is_channels_last: Whether a map with rows and columns as separate axes has channels last.
     """

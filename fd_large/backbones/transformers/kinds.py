@@ -87,7 +87,7 @@ TEXT_KINDS = {
 
 
 def kind_of(name: str, where: str) -> Kind:
-    """Returns the kind of a `model_type`.
+    """Returns the entry of the table of supported models for transformers' `model_type` `name`.
 
     Raises: WeightsError: if models of this type are not supported as teachers.
     """
@@ -140,7 +140,17 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 
 
 def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns the result of `fields_of`, given the kind instead of the `model_type`."""
+    """Returns the fields in a configuration that define the model, and names of unknown fields.
+
+    Args:
+        kind: The type of the model.
+        config: Contents of config.json.
+        where: Field that the user set, for messages.
+
+    Returns: the known fields of the type's configuration as JSON, and the sorted names of other
+        fields, except those that do not change the model.
+    Raises: WeightsError: for values that no published model has.
+    """
     from inspect import signature
 
     package = library(where)

@@ -350,7 +350,8 @@ _HF_TYPES = (
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
     """Returns the architecture fields that a file's tensors show.
 
-    `activation` and `norm_eps` are never shown; the number of heads only by a position table.
+    No tensor shows `activation` or `norm_eps`. Only a table of relative positions shows the number
+    of heads.
 
     Args:
         shapes: Shapes of the file's tensors, by our names.

@@ -236,8 +236,9 @@ class ViT(nn.Module):
         Args:
             images: (B, 3, H, W), any float dtype.
             keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
-            places: (B, V) int64, numbers, row by row, of the patches of each image that are
-                encoded. Other patches are dropped after positions are added. None encodes all.
+            places: (B, V) int64, for each image the numbers of the V patches that are encoded,
+                where patches are counted row by row from 0. Other patches are dropped after
+                positions are added. None encodes all patches.
 
         Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream, without
             registers. With `places`, there are V patch tokens instead of N, in the order given.
@@ -445,11 +446,12 @@ class Attention(nn.Module):
 
         Args:
             x: (B, N, C), the tokens.
-            table: Position table as `image_attention` takes it, or, if `window` is not 0, as
-                `window_attention` takes it; or the position biases of each image, (B, h, N, N).
-                Not used if the block has its own table.
+            table: Table of relative positions, float32, of the shape that `image_attention` takes,
+                or, if `window` is not 0, `window_attention`; or the position biases of each image,
+                (B, h, N, N); or None. Not used if the block has its own table.
             grid: Rows and columns of the patches.
-            window: See `Block.forward`.
+            window: Side in tokens of the windows within which patches attend, without prefix
+                tokens; 0 means that every token attends to all tokens.
         """
         projected = added = None
         if self.k_bias is not None:
@@ -481,9 +483,16 @@ class Attention(nn.Module):
     def attention_maps(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns the attention maps (B, nW, h, T, T), float32, and the positions of their tokens.
+        """Returns the attention maps, (B, nW, h, T, T) float32, and the positions of their tokens.
 
-        Args: See `forward`.
+        The nW windows have T tokens each; without windows, nW is 1 and T is N.
+
+        Args:
+            x: (B, N, C), the input of `forward`.
+            table: Table of relative positions, (R, h), or None; not used if the block has its own
+                table.
+            grid: Rows and columns of the patches.
+            window: Side of the windows in tokens; 0 means no windows.
         """
         if self.relative_position_bias_table is not None:
             table = self.relative_position_bias_table
