@@ -58,14 +58,14 @@ class OwnedError(ConfigError):
 
 
 class Lease:
-    """A start's right to write the folder of a run.
+    """The right of one start (launch) of a run to write the run's folder.
 
-    Rank 0 gets its lease from `claim`, which also starts the thread of the heartbeat. The other
-    ranks make a lease with rank 0's start ID, which has no heartbeat.
+    Rank 0 gets its lease from `claim`, which also starts the thread of the heartbeat. Each other
+    rank makes a lease without a heartbeat, with the ID of the same start.
 
     Args:
         folder: The run's folder.
-        start: ID of the start.
+        start: ID of the start, which all ranks share.
 
     Attributes:
         root: The owned folder, which is the run's folder, or the folder of several students'
@@ -84,9 +84,9 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def owned(self) -> bool:
-        """Whether owner.json still names this start; also True if owner.json cannot be read.
+        """Whether owner.json still names this lease's start (launch of the run) as the owner.
 
-        The result is False if owner.json is missing.
+        The result is False if owner.json is missing, and True if it exists and cannot be read.
         """
         try:
             return _read(self.root / OWNER)[0].start == self.start
@@ -96,18 +96,24 @@ class Lease:
             return True
 
     def inside(self, folder: Path) -> Lease:
-        """Returns a lease for a run's folder inside the owned folder, kept alive by this lease."""
+        """Returns a lease for a run's folder inside the owned folder, such as a student's folder.
+
+        The new lease has no owner.json of its own: it is valid as long as this lease is.
+        """
         inner = Lease(folder, self.start)
         inner.root = self.root
         return inner
 
     def must_own(self) -> None:
-        """Raises OSError, as a failed write does, if this start no longer owns the folder."""
+        """Raises OSError if owner.json is gone or names another start (launch) as the owner.
+
+        The error is an OSError so that callers handle it like a failed write.
+        """
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
     def will_leave(self) -> None:
-        """Tells a following start to wait while this start saves and ends.
+        """Makes the next launch that claims the folder wait while this launch saves and ends.
 
         Only rank 0's lease does this; the leases of other ranks do nothing. The method may be
         called in a signal handler.
@@ -116,9 +122,9 @@ class Lease:
             self._messages.put("leaving")
 
     def start_anew(self) -> Path | None:
-        """Moves a folder with files aside, and makes an empty folder with the same owner.
+        """Renames the owned folder if it has files, and makes an empty folder in its place.
 
-        Only rank 0 calls this method.
+        The new folder has the same owner. Only rank 0 calls this method.
 
         Returns: the new path of the old folder, or None if the folder had no files to keep.
         Raises:
@@ -163,8 +169,8 @@ class Lease:
     def release(self) -> None:
         """Ends the heartbeat and removes owner.json.
 
-        Then the folder and its parents are removed, as far as this start made them and they are
-        empty. If the file system hangs, nothing is removed.
+        Then the folder and its parents are removed, if `claim` made them and they are empty. If the
+        file system hangs, nothing is removed. Leases without a heartbeat do nothing.
         """
         if self._thread is None:
             return
@@ -375,8 +381,9 @@ def _refuse_overlap(folder: Path, start: str) -> None:
     The run of several students and a run of one of its students overlap. Each start claims its own
     folder first, so that of two starts at least one sees the other's claim.
 
-    Raises: OwnedError: if an overlapping run has a living owner; this start's owner.json is removed
-        first.
+    Raises:
+        OwnedError: if an overlapping run has a living owner; this start's owner.json is removed
+            first.
     """
     others = [folder.parents[1]] if folder.parent.name == STUDENTS else []
     for other in (*others, *folder.glob(f"{STUDENTS}/*")):
@@ -439,10 +446,10 @@ def _is_copy(folder: Path, owner: Owner) -> bool:
 
 
 def _foreign(folder: Path) -> str:
-    """Returns the name of a file because of which a folder without recipe.json is not a run's.
+    """Returns the name of a file that no run would leave in a folder without recipe.json, or "".
 
-    The result is "" if all files may come from a start that was killed before it wrote its
-    recipe.json.
+    A launch that was killed before it wrote recipe.json leaves only a few kinds of files. Any other
+    file shows that the folder is not a run's folder.
     """
     for path in sorted(folder.iterdir()):
         if path.name == LOGS and path.is_dir():
@@ -485,7 +492,7 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
     Returns: for each start in order, its owner record and the time of the file; empty if the folder
         has no owner.
-    Raises: ConfigError: if a start occurs twice, which files written by starts do not show.
+    Raises: ConfigError: if a start occurs twice, which is impossible unless others wrote the files.
     """
     chain: list[tuple[Owner, float]] = []
     path = folder / OWNER

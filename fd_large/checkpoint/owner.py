@@ -104,7 +104,7 @@ class Owner:
         return self.is_near and processes.started(self.pid) != processes.HIDDEN
 
     def why_dead(self, this_process: Owner) -> str:
-        """Returns why the owner is dead, as far as this process can see, or "" if it may be alive.
+        """Returns why the owner is dead, or "" if this process cannot see that the owner is dead.
 
         Args:
             this_process: The record of this process.

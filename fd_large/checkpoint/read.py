@@ -109,8 +109,9 @@ class Reader:
 def on_main(action: Callable[[], T]) -> T:
     """Runs an action on rank 0, and returns the result on all ranks; all ranks must call it.
 
-    Raises: FDError: on all ranks, if the action raises an FDError or an OSError; an OSError becomes
-        a CheckpointError.
+    Raises:
+        FDError: on all ranks, if the action raises an FDError or an OSError; an OSError becomes a
+            CheckpointError.
     """
 
     def told() -> T:
@@ -126,17 +127,19 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
-    """Finds the newest checkpoint without damage, and sets newer checkpoints aside.
+    """Finds the newest checkpoint without damage, and renames newer ones, which are damaged.
 
-    All ranks must call this function. Each file is checked by one rank. A checkpoint counts as
-    damaged only if rank 0 also finds the damage, since a read error of one rank is not damage.
+    Renamed checkpoints stay for inspection (`store.set_aside`). If all checkpoints are damaged,
+    none is renamed. All ranks must call this function. Each file is checked by one rank. A
+    checkpoint counts as damaged only if rank 0 also finds the damage, since a read error of one
+    rank is not damage.
 
     Args:
         folder: The run's folder.
-        at_most: Largest allowed step of the checkpoint; None for no limit.
+        at_most: Step after which checkpoints are ignored and not renamed; None for no limit.
 
     Returns: a reader of the checkpoint, or None if there is none without damage; a message about
-        the damage of each newer checkpoint.
+        each damaged checkpoint that is newer.
     Raises: StorageError, CheckpointError: on all ranks, if a checkpoint cannot be read for now.
     """
     complaints: list[str] = []
@@ -197,9 +200,18 @@ def _problem(path: Path, files: int) -> str:
 
 
 def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
-    """Calls `store.damage`, and repeats the check up to `TRIES` times while it finds damage.
+    """Checks a rank's file of tensors in a checkpoint, up to `TRIES` times while it finds damage.
 
-    On a network file system, the files of another node may take time to appear.
+    The check is repeated because on a network file system the files of another node may take time
+    to appear.
+
+    Args:
+        path: The checkpoint's folder.
+        rank: The rank that wrote the file.
+        kinds: Kinds of tensors whose bytes are checked; None to check the whole file.
+
+    Returns: a message about the damage, or None if there is none.
+    Raises: StorageError, CheckpointError: if a file exists but cannot be read, which is no damage.
     """
     for _ in range(TRIES - 1):
         if store.damage(path, rank, kinds) is None:

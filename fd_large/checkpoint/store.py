@@ -117,7 +117,8 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
         path: Folder of the checkpoint, the link to the best checkpoint, or a temporary folder
             (`.part`).
 
-    Returns: the manifest, or None if manifest.json is missing, damaged, or of another step.
+    Returns: the manifest, or None if manifest.json is missing or damaged, or if its step is not
+        that in the folder's name.
     Raises: StorageError, CheckpointError: if manifest.json exists and cannot be read.
     """
     text = _read(path / "manifest.json", _text)
@@ -191,8 +192,8 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
         size: The expected size in bytes.
         parts: "file" for the checksum of the whole file alone; else "header" and kinds of tensors.
 
-    Returns: the size in bytes; the checksum of each part that could be computed, which is empty if
-        the size is not as expected or the file has no valid header.
+    Returns: the size in bytes; {part: its checksum}, which is empty if the size is not as expected
+        or the file has no valid header, and which lacks kinds without a tensor in the file.
     """
     status = file.stat()
     num_bytes = status.st_size
@@ -217,8 +218,8 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
 def _text(file: Path) -> bytes:
     """Returns the first `JSON_BYTES` bytes of a file, and does not block on a named pipe.
 
-    The kind of the file is not looked up, since another request for each file of each rank would
-    keep a file server busy.
+    Whether the file is a named pipe is not looked up first, since another request for each file of
+    each rank would keep a file server busy.
     """
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as text:
         return text.read(JSON_BYTES) or b""
@@ -293,8 +294,9 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
             folder.
 
     Returns: the folder of the complete checkpoint.
-    Raises: OSError, StorageError: if a rank's file is missing, the disk is full or does not answer,
-        or the run has a new owner.
+    Raises:
+        OSError, StorageError: if a rank's file is missing, the disk is full or does not answer, or
+            the run has a new owner.
     """
     if lease:
         manifest = {**manifest, "start": lease.start}
@@ -348,8 +350,9 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
         lease: The start's right to write the run's folder; None if no other process can write the
             folder.
 
-    Raises: OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or
-        the run has a new owner.
+    Raises:
+        OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or the
+            run has a new owner.
     """
     if lease:
         lease.must_own()
@@ -439,9 +442,13 @@ def _remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes the temporary folders of a killed start, and finishes its interrupted `commit`.
+    """Removes temporary folders that a killed launch of the run left in its checkpoints' folder.
 
-    It must be called before any rank writes a checkpoint.
+    A `commit` that was interrupted while it replaced a checkpoint is finished. This function must
+    be called before any rank writes a checkpoint.
+
+    Args:
+        folder: The run's folder.
     """
     names = [checkpoints_of(folder) / name for name in _listed(checkpoints_of(folder))]
     for path in names:

@@ -69,7 +69,16 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
 
 
 def newest_of_main(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens the checkpoint that rank 0 finds by `newest` on all ranks; all ranks must call it."""
+    """Returns, on each rank, a reader of the same checkpoint, which rank 0 finds by `newest`.
+
+    All ranks must call this function.
+
+    Args:
+        folder: The run's folder, or the folder of one of its checkpoints.
+        where: Name of the configuration field or argument with this folder, for messages.
+
+    Raises: FDError: on all ranks, if `newest` raises an error.
+    """
     path = on_main(lambda: newest(folder, where=where).path)
     return newest(path, where=where)
 
@@ -114,8 +123,9 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
         shape: Shape of the tensor.
         kind: Kind of weights, "master" or "ema".
 
-    Raises: CheckpointError: if a file no longer exists because a training run has pruned the
-        checkpoint, or cannot be read.
+    Raises:
+        CheckpointError: if a file of the checkpoint cannot be read, or no longer exists because a
+            training run has pruned the checkpoint.
     """
     try:
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)
@@ -132,8 +142,8 @@ def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> N
     Args:
         reader: The checkpoint.
         shapes: Shapes of the model's tensors, by name.
-        prefix: Beginning of the tensors' names in the checkpoint, which the model's names lack;
-            tensors with other names are ignored.
+        prefix: Text in front of the model's names in the checkpoint, such as "student."; tensors
+            in the checkpoint without this text are ignored.
 
     Raises: CheckpointError: if names or sizes differ.
     """

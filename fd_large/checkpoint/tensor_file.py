@@ -187,7 +187,7 @@ class TensorFile:
     def checksum(self, kinds: Collection[str]) -> Checksums:
         """Returns checksums of the header and of some kinds of tensors.
 
-        The checksum `file` is left empty, and kinds without a tensor in the file have none.
+        In the result, `file` is "", and `kinds` lacks the kinds of which the file has no tensor.
         """
         sums = {}
         for kind in kinds:

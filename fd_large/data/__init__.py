@@ -2,6 +2,6 @@
 
 This folder has the sources of images (`source.py` defines their interface and lists them), the
 decoders, the views, the order of an epoch, the loader, the labels, and the cache on a node's disk.
-Changes to samples for a single task (boxes, masks) are in the task's folder. This folder imports
+Code for the samples of a single task (boxes, masks) is in the task's folder. This folder imports
 no model, engine or task.
 """

@@ -68,7 +68,8 @@ class BadImages:
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
     """Whether a run must stop, because the fraction of bad samples exceeds `max_bad_fraction`.
 
-    While fewer than `FEWEST_SAMPLES` samples were tried, the fraction is taken of that number.
+    The fraction is the number of bad samples divided by the number of tried samples, or by
+    `FEWEST_SAMPLES` while fewer samples were tried.
 
     Args:
         count: The counts, summed over ranks so that all ranks get the same result.
@@ -82,7 +83,8 @@ def agreed_error(
 ) -> DataError | None:
     """Returns the error that ends the run, or None if the run may go on.
 
-    All ranks must call this function, since it gathers the names, and all get the same result.
+    All ranks must call this function, since it gathers the names of all ranks. All ranks get the
+    same result.
 
     Args:
         count: The counts, summed over ranks.

@@ -31,7 +31,7 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
     """Opens a weighted sum of datasets as one source; returns None if `root` is no weighted sum.
 
     Args:
-        root: Value of `data.root`.
+        root: Value of `data.root`, such as "0.7 /data/a + 0.3 /data/b" for a weighted sum.
         where: Name of the configuration field with this value, for messages.
         open_part: Function that opens a dataset, given the dataset's root and a name for messages.
 
@@ -138,7 +138,15 @@ class _Order:
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the indices of the images at positions (B,) of the epoch's order, (B,) int64."""
+        """Returns which images an epoch has at some positions.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions in the epoch's order.
+
+        Returns: (B,) int64, indices of images.
+        """
         images = np.empty(len(positions), np.int64)
         parts = self._pattern[positions % len(self._pattern)]
         turns = self._turns(epoch, positions)

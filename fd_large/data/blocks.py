@@ -304,10 +304,11 @@ class BlockImages:
             ) from error
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Starts to fetch blocks in a background thread, until half of the cache's limit is used.
+        """Starts to fetch the blocks that are needed next, in a background thread.
 
         Args:
-            numbers: Numbers of the blocks that are needed next, in this order.
+            numbers: Numbers of these blocks, in the order in which they are needed. Only the first
+                of them are fetched, which together take at most half of the cache's limit.
         """
         process = self._here()
         if process.wanted == (numbers := list(numbers)):
@@ -413,8 +414,8 @@ def block_key(stored: Stored, part: int) -> str:
     """Returns the name of a block in the cache.
 
     Args:
-        stored: The file or object that contains the block; the name depends on its path or URL,
-            size and stamp.
+        stored: The file or object that contains the block. The name depends on the path or URL of
+            this file, its size in bytes, and its modification time or ETag.
         part: Index of the block in the file.
     """
     text = f"{stored!r} {part}"

@@ -37,7 +37,8 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
     """Opens the user's own source, or returns None if `root` names a file or folder instead.
 
     Args:
-        root: Value of the configuration field, in the form that doors.py describes.
+        root: Value of the configuration field, such as "module:PATH/TO/FILE.py:NAME". (doors.py
+            describes all forms of a name for the user's own code.)
         where: Name of the configuration field, for messages.
         part: "train" or "val" for a part of a labelled dataset; "" for all images.
 
@@ -141,7 +142,7 @@ class CustomImages:
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
     def _try(self) -> None:
-        """Raises DataError if none of `_TRIED` images can be read."""
+        """Raises DataError if none of `_TRIED` images of the source can be read."""
         problems = []
         for place in self._spread(_TRIED):
             try:
@@ -152,7 +153,7 @@ class CustomImages:
         raise problems[0]
 
     def _spread(self, count: int) -> list[int]:
-        """Returns at most `count` indices, spread evenly from the first image to the last."""
+        """Returns the indices of at most `count` images, spread evenly over the whole source."""
         places: list[int] = np.unique(np.linspace(0, self._count - 1, count).astype(int)).tolist()
         return places
 

@@ -80,12 +80,20 @@ def _rows_in_order(header: object) -> bool:
 
 
 def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -> torch.Tensor:
-    """Decodes the first `num_rows` rows of a JPEG or a few more, as (3, rows, W) uint8.
+    """Decodes only the upper rows of a JPEG: the first `num_rows` rows and a few rows below them.
 
-    The rows are equal, to the bit, to those of the whole image. A smaller height is written into
-    the header for the time of the decoding. libjpeg stops at this height, and skips the rest of the
-    scan up to the end marker, so that a truncated file is still noticed. One more row of coded
-    units is decoded, because the chroma of the last row is interpolated with the row below.
+    The rows are equal, to the bit, to the same rows of an image that is decoded whole. A smaller
+    height is written into the header of `encoded` during the decoding. libjpeg stops at this
+    height, and skips the rest of the scan up to the end marker, so that a truncated file is still
+    noticed. One more row of coded units is decoded, because the chroma of the last row is
+    interpolated with the row below.
+
+    Args:
+        encoded: The bytes of the file.
+        header: The header of the file.
+        num_rows: Number of needed rows, counted from the top.
+
+    Returns: (3, rows, W) uint8, with rows >= `num_rows` unless the image has fewer.
     """
     step = header.row_step
     height = min(header.height, (-(-num_rows // step) + 1) * step)

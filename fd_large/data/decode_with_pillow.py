@@ -28,7 +28,12 @@ _PILLOW_MODES = (
 def decode_with_pillow(
     encoded: bytes | bytearray, where: str, *, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decodes an image by Pillow; see `decode.decode` for the arguments.
+    """Decodes the bytes of an image file by Pillow to RGB pixels, in the image's EXIF orientation.
+
+    Args:
+        encoded: The bytes of an image file.
+        where: Name of the image in error messages.
+        max_pixels: Images with more pixels are refused before they are decoded.
 
     Returns: (H, W, 3) uint8.
     Raises: DataError: if Pillow cannot read the image, or the image has too many pixels.

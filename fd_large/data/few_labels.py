@@ -2,8 +2,8 @@
 
 The choice depends on a seed and on the names of the images below their folder or in their tar
 files, so that all models of a comparison learn from the same images, on any machine. The images
-chosen for a smaller number are also among the images chosen for a larger number. In other sources,
-the index of an image replaces its name.
+chosen for a smaller number are also among the images chosen for a larger number. In sources that
+are neither folders nor local tar files, an image is chosen by its index instead of its name.
 """
 
 from __future__ import annotations

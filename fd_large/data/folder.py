@@ -206,14 +206,14 @@ class OpenFile:
 
 
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
-    """Yields the parts of each path below a dataset's folder at which an image may lie.
+    """Yields each path below a dataset's folder at which an image may lie, split into its parts.
 
-    The first folders of the name may not exist on this disk, so that they are dropped one by one.
-    A leading "/" and every ".." are dropped, so that no name leads outside of the folder. Links
-    are followed as usual.
+    For the name "/data/cats/1.jpg" the paths are data/cats/1.jpg, cats/1.jpg and 1.jpg, since the
+    first folders of a name may not exist on this disk. A leading "/" and every ".." are dropped, so
+    that no name leads outside of the folder. Links are followed as usual.
 
     Args:
-        name: Name of the image in a file of the dataset.
+        name: Name of the image, as a file of the dataset (such as a table) has it.
     """
     if len(name) > _LONGEST_NAME or "\0" in name:
         return

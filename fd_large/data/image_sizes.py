@@ -29,7 +29,7 @@ class ImageSizes(NamedTuple):
 
         Args:
             epoch: Epoch, counted from 0.
-            position: A position of the step in the epoch's order.
+            position: Position in the epoch's order of any image of the step.
         """
         step = position // self.global_batch_size
         draw = float(uniforms(self.seed, epoch, [step], "image_size", 1)[0, 0])

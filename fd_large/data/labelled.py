@@ -54,7 +54,7 @@ class LabelledImages:
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Starts to fetch the blocks with these numbers; the images must be read in blocks."""
+        """Starts to fetch the blocks with these numbers, for images that are read in blocks."""
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
@@ -126,9 +126,14 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
 
 
 def open_held_out(root: str, val_fraction: float, *, where: str) -> ImageSource:
-    """Opens the images of a folder that `open_training` leaves out, without labels.
+    """Opens the images of a folder that `open_training` leaves out for tests, without labels.
 
-    The arguments are those of `open_training`.
+    Args:
+        root: A folder of images without parts.
+        val_fraction: Fraction of the images that is left out, as given to `open_training`.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Raises: DataError: if the folder cannot be used, or has the parts `train` and `val` or `test`.
     """
     return _part(root, "val", val_fraction, where)
 
@@ -164,14 +169,15 @@ def open_labelled(
 
     Args:
         root: The dataset; see `open_images`.
-        classes: Names of the training set's classes, for opening a test set; None to use the
-            classes of the dataset itself.
+        classes: Names of the classes by which labels are numbered: for a test set, the classes of
+            the training set. None for the classes of the dataset itself.
         part: Part of a user's own source to open, "train" or "val"; "" for all images. Other
             sources ignore it.
         where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the dataset does not exist, if the dataset or an image in it has no label,
-        or if `classes` lacks a class of the dataset.
+    Raises:
+        DataError: if the dataset does not exist, if the dataset or an image in it has no label, or
+            if `classes` lacks a class of the dataset.
     """
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
@@ -212,7 +218,8 @@ def open_split(
         root: The folder or URL of a dataset with both parts, a user's own source with both parts,
             or, if `val_fraction` is not 0, a folder of class folders.
         split: "train" or "val".
-        classes: Names of the training set's classes, for opening a test part.
+        classes: Names of the classes by which labels are numbered: for a test part, the classes of
+            the training part. None for the classes of the opened part itself.
         val_fraction: Fraction of the images that make the test part of a folder without parts;
             the names of the files decide which images these are. 0 for a dataset with parts.
         where: Name of the configuration field that holds the root, for messages.
@@ -248,17 +255,18 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Returns the roots with which `open_images` opens a part of a dataset.
+    """Returns the places of a part of a dataset, as roots for `open_images`.
 
-    A root of a part is a folder or URL below the dataset's root, or a pattern of files whose names
-    begin with the name of the part, such as "train-00000-of-00002.parquet".
+    A place is a folder or URL below the dataset's root, or a pattern of files whose names begin
+    with the name of the part, such as "train-00000-of-00002.parquet".
 
     Args:
         root: The dataset.
         split: "train" or "val".
         where: Name of the configuration field that holds the root, for messages.
 
-    Returns: the roots, of which one suffices; empty if the part is missing.
+    Returns: the places, of which callers open the first; empty if the part is missing. There may
+        be several, since the test part may be named `val`, `validation` or `test`.
     """
     if is_url(root):
         start = root.rstrip("/") + "/"

@@ -104,10 +104,10 @@ def listed(
 ) -> Listing:
     """Returns the listing of a dataset, from the cache if the dataset is unchanged, else a new one.
 
-    If all ranks call this function together (in a meeting, `meeting.py`), rank 0 makes the listing
-    for all ranks that see the same dataset. On a node with a disk of its own, the first rank of the
-    node makes the listing for the node. The other ranks map the listing's file, or receive the
-    contents of the file if they cannot map it. Outside a meeting each rank makes its own listing.
+    If all ranks call this function within `ranks.meeting.meet`, rank 0 makes the listing for all
+    ranks that see the same dataset. If the dataset is on a disk of each node, the first rank of a
+    node makes the listing for its node. The other ranks map the listing's file, or receive the
+    contents of the file if they cannot map it. Outside `meet` each rank makes its own listing.
 
     Of several concurrent runs, one run makes the listing and the other runs wait for the file.
     Without file locks each run makes its own listing, and the last file stays. If the cache folder
@@ -253,7 +253,8 @@ class _Note(NamedTuple):
 def _identity(anchor: str) -> tuple[int, ...]:
     """Returns numbers that identify a file or folder; empty if its status cannot be read.
 
-    They are equal on all clients of a file system, and differ for a copy on another file system.
+    The numbers are equal on all clients of a file system, and differ for a copy of the file on
+    another file system.
     """
     try:
         status = os.stat(anchor)

@@ -119,7 +119,7 @@ def build_loader(
 
 
 def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> DataLoader:
-    """Returns a loader of the batch of each item of `places`, in order.
+    """Returns a loader that yields a batch for each item of `places`, in the order of the items.
 
     Args:
         batches: Dataset that takes an item of `places` and returns a batch; runs in the loading
@@ -144,9 +144,10 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
 
 @dataclass(frozen=True)
 class _Carried(Dataset):
-    """Dataset that returns an FDError of `batches` as its item instead of raising the error.
+    """Dataset with the items of `batches`, or an FDError in place of an item that cannot be made.
 
-    torch would add the traceback of the loading process to an error that is raised there.
+    The training process raises the error (`_Loader`). If a loading process raised it, torch would
+    add the traceback of the loading process to the message.
     """
 
     batches: Dataset
@@ -159,7 +160,7 @@ class _Carried(Dataset):
 
 
 class _Loader(DataLoader):
-    """DataLoader that raises an error which `_Carried` returned as a batch."""
+    """DataLoader that raises each error that `_Carried` has returned in place of a batch."""
 
     def __iter__(self) -> Any:
         # The loading processes start here, so their signals are blocked here.

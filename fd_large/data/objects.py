@@ -160,7 +160,9 @@ def find_objects(root: str, where: str) -> list[Stored]:
         root: The URL; see `find`.
         where: Name of the configuration field that holds the URL, for messages.
 
-    Raises: DataError: if tar shards and parquet files are found together, or as `find` does.
+    Raises:
+        DataError: if both kinds are at the URL, a named file is missing, or a needed package is not
+            installed.
     """
     objects = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
     kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in objects}

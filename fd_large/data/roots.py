@@ -151,8 +151,9 @@ def require(package: str, source: str, where: str) -> None:
         source: Kind of dataset that needs the package, for messages.
         where: Name of the configuration field that holds the root, for messages.
 
-    Raises: DataError: if the package is missing, or if the release of pyarrow may run code that is
-        in a file. The message has the command that installs the package.
+    Raises:
+        DataError: if the package is missing, or if the release of pyarrow may run code that is in a
+            file. The message has the command that installs the package.
     """
     if find_spec(package) is None:
         raise DataError(
@@ -202,8 +203,9 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
         pattern: A path or URL that may have braces.
         where: Name of the configuration field that holds the pattern, for messages.
 
-    Raises: DataError: if the pattern stands for more than a million names, or a number in it has
-        too many digits.
+    Raises:
+        DataError: if the pattern stands for more than a million names, or a number in it has too
+            many digits.
     """
     parts = _parts(pattern, where)
     written = ([format(choice, spec) for choice in choices] for choices, spec in parts)
@@ -213,8 +215,9 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 def check_braces(pattern: str, *, where: str) -> None:
     """Checks the braces of a pattern without expanding them.
 
-    Raises: DataError: if the pattern stands for more than a million names, or a number in it has
-        too many digits.
+    Raises:
+        DataError: if the pattern stands for more than a million names, or a number in it has too
+            many digits.
     """
     _parts(pattern, where)
 
@@ -277,8 +280,9 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
         root: Value of `data.root`.
         where: Name of the configuration field with this value, for messages.
 
-    Raises: DataError: if a term is malformed, two datasets have the same name, or the weights need
-        whole numbers whose sum exceeds `MAX_PERIOD`.
+    Raises:
+        DataError: if a term is malformed, two datasets have the same name, or the weights need
+            whole numbers whose sum exceeds `MAX_PERIOD`.
     """
     texts = root.split(" + ")
     matches = [_TERM.fullmatch(text.strip()) for text in texts]

@@ -31,10 +31,10 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
     """Returns the samples at some positions of the epoch's order, a permutation of all samples.
 
     A position is written as two digits to the base `side`, where side**2 >= num_samples. The digits
-    pass through a Feistel network with Philox as the round function. If the resulting number is not
-    below num_samples, it passes through the network again until it is (cycle walking). Both steps
-    are bijections, and fewer than 2 * sqrt(num_samples) + 1 numbers are too large, so that few have
-    to pass again.
+    pass through a Feistel network with Philox as the round function. A result that is not below
+    num_samples passes through the network again, until the result is below num_samples (cycle
+    walking). Both steps are bijections. Fewer than 2 * sqrt(num_samples) + 1 results are too large,
+    so that few positions pass through the network again.
 
     Args:
         num_samples: Number of samples of the whole dataset.
@@ -101,7 +101,15 @@ class Blocks:
         return number, sample - (int(self.ends[number - 1]) if number else 0)
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the indices of the samples at positions (B,) of the epoch's order, (B,) int64."""
+        """Returns which samples an epoch has at some positions.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions in the epoch's order.
+
+        Returns: (B,) int64, indices of samples.
+        """
         blocks, ends, starts = self._layout(seed, epoch)
         samples = np.empty(len(positions), np.int64)
         windows = np.searchsorted(starts, positions, side="right") - 1
@@ -128,9 +136,10 @@ class Blocks:
         return int(self.order(seed, epoch, np.array([place]))[0])
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
-        """Returns the numbers of the blocks of a position's window, then of the next window.
+        """Returns the numbers of the blocks that are needed at a position and soon after it.
 
-        After the last window of an epoch comes the first window of the next epoch.
+        They are the blocks of the position's window, and then the blocks of the next window. After
+        the last window of an epoch, the next window is the first window of the next epoch.
         """
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
@@ -165,9 +174,17 @@ class Blocks:
 def samples_at(
     source: Any, seed: int, epoch: int, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Returns the indices of a source's samples at positions (B,) of the epoch's order, (B,) int64.
+    """Returns which samples of a source an epoch has at some positions.
 
-    If the source is read in blocks, it starts to fetch the blocks that are needed next.
+    If the source is read in blocks, it also starts to fetch the blocks that are needed next.
+
+    Args:
+        source: The `ImageSource`.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        positions: (B,), positions in the epoch's order.
+
+    Returns: (B,) int64, indices of samples.
     """
     blocks: Blocks | None = getattr(source, "blocks", None)
     if blocks is None:

@@ -61,8 +61,8 @@ class TarShards:
                 tar files.
             where: Name of the configuration field that holds the root, for messages.
 
-        Raises: DataError: if a shard is missing, unreadable or compressed, or no shard has an
-            image.
+        Raises:
+            DataError: if a shard is missing, unreadable or compressed, or no shard has an image.
         """
         self._root, self._where = root, where
         self._anchor, self._rest = _anchor(root)

@@ -80,8 +80,8 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
         root: URL of a file or a folder, or a pattern of URLs.
         where: Name of the configuration field that holds the URL, for messages.
 
-    Raises: DataError: if there are no such files, the store refuses a request, or a package is
-        missing.
+    Raises:
+        DataError: if there are no such files, the store refuses a request, or a package is missing.
     """
     if not is_url(root):
         return None

@@ -80,8 +80,8 @@ def cells(column: pa.Array) -> list[tuple[Any, str]]:
     Args:
         column: An arrow array of binary, or of structs with `bytes` and perhaps `path`.
 
-    Returns: for each cell the bytes as an arrow buffer, or None if there are none; and the path,
-        or "" if there is none.
+    Returns: for each cell its bytes as an arrow buffer, or None if the cell has no bytes; and its
+        path, or "" if the cell has no path.
     """
     paths: Any = [None] * len(column)
     if pa.types.is_struct(column.type):
@@ -105,7 +105,7 @@ def labels_of(
         where: Name of the configuration field that holds the root, for messages.
 
     Returns: (num_rows,) int64; the names of the classes, or None if they are not known.
-    Raises: DataError: if a row has no class, or a number is not that of a class.
+    Raises: DataError: if a row has no class, or its number is negative or past the last class.
     """
     if column.null_count:
         raise DataError(

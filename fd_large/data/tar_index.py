@@ -130,8 +130,9 @@ def members(file: BinaryIO) -> Iterator[Member]:
     Args:
         file: The archive, at its beginning.
 
-    Raises: Torn: after the last whole member, if the archive is truncated or damaged, or the file
-        is not a tar archive.
+    Raises:
+        Torn: after the last whole member, if the archive is truncated or damaged, or the file is
+            not a tar archive.
     """
     end = os.fstat(file.fileno()).st_size
     try:

@@ -65,12 +65,13 @@ class Part:
 class DivisibleImages(ABC):
     """Base class of a dataset whose images can be divided into training images and test images.
 
-    `len(dataset)` is the number of used images, and `dataset[i]` is the path of used image i.
+    The images in use are all images of the dataset, or those of one part. `len(dataset)` is the
+    number of images in use, and `dataset[i]` is the path of the i-th image in use.
 
     Attributes:
         folder: The folder of the images.
-        places: (N, ...), a row for each used image, with what the subclass needs to find the image
-            and the other parts of its sample.
+        places: (N, ...), a row for each image in use, with what the subclass needs to find the
+            image and the other parts of its sample.
         fingerprint: A hash of the images.
     """
 
@@ -83,13 +84,13 @@ class DivisibleImages(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Returns the path of used image `index`."""
+        """Returns the path of an image by its index among the images in use."""
 
     def part(self, part: str, fraction: float) -> Self:
         """Returns the dataset of the training images or of the test images.
 
         Args:
-            part: "train" or "val".
+            part: "train" for the training images, "val" for the test images.
             fraction: Fraction of the images that are held out for tests. If it is 0, the dataset
                 itself is returned.
 

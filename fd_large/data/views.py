@@ -164,10 +164,10 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Returns a random crop box, uniform in area and log aspect as torchvision's RandomResizedCrop.
 
-    The first of `NUM_TRIES` boxes that fits into the image is taken. If none fits, the largest
-    central box with an allowed aspect is taken. torchvision draws the position of the box after its
-    size. Here the position is drawn before, which gives the same distribution with a fixed number
-    of draws.
+    The aspect is width / height, from 3/4 to 4/3. The first of `NUM_TRIES` boxes that fits into the
+    image is taken. If none fits, the largest central box with an allowed aspect is taken.
+    torchvision draws the position of the box after its size. Here the position is drawn before,
+    which gives the same distribution with a fixed number of draws.
 
     Args:
         height: Height of the image, in pixels.

@@ -59,8 +59,9 @@ def window_attention(
             a few windows at a time.
 
     Returns: (B, H, W, C), dtype of qkv.
-    Raises: ConfigError: if `memory` is "keep" in training on a GPU and the Triton kernels do not
-        run, because the attention maps would fill the GPU's memory.
+    Raises:
+        ConfigError: if `memory` is "keep" in training on a GPU and the Triton kernels do not run,
+            because the attention maps would fill the GPU's memory.
     """
     height, width = qkv.shape[1:3]
     layout = Layout(num_heads, height, width, (window, window), shift, cosine)

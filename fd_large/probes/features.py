@@ -117,8 +117,10 @@ def extract(
         between: Called before each batch on every rank; may raise to stop.
 
     Returns: the features for each kind of pooling, in the order of `pools`.
-    Raises: DataError: if more than `max_bad_fraction` of the images cannot be used; ConfigError:
-        if the disk of the folder is full, or the map has no class token and a pooling needs it.
+    Raises:
+        DataError: if the fraction of images that cannot be used exceeds `max_bad_fraction`.
+        ConfigError: if the disk of the folder is full, or the map has no class token and a pooling
+            needs it.
     """
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()

@@ -173,8 +173,9 @@ def leave(code: int) -> int:
 def _take_gpu(launch: Launch) -> None:
     """Makes this rank's GPU the current device, with expandable memory segments.
 
-    Raises: LaunchError: if this rank has no GPU of its own, or if CUDA_DEVICE_MAX_CONNECTIONS puts
-        the collectives of all process groups into one queue.
+    Raises:
+        LaunchError: if this rank has no GPU of its own, or if CUDA_DEVICE_MAX_CONNECTIONS puts the
+            collectives of all process groups into one queue.
     """
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and launch.world_size > 1:
         raise LaunchError(

@@ -192,8 +192,9 @@ def _checked(launch: Launch) -> Launch:
 def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
     """Returns `launch`, of srun or mpirun, if the environment does not contradict it.
 
-    Raises: LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK, which srun and mpirun do not set,
-        contradicts the launch, or if a number of the launch is out of range.
+    Raises:
+        LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK, which srun and mpirun do not set,
+            contradicts the launch, or if a number of the launch is out of range.
     """
     for name, value in (
         ("RANK", launch.rank),

@@ -203,8 +203,9 @@ class _Meeting:
 
         After a failed check, waits at most _GRACE_SECONDS for the checks of the other ranks.
 
-        Raises: the exception of this rank's check, if it is not an FDError; LostRankError if the
-            check of another rank raises an exception that is not an FDError.
+        Raises:
+            LostRankError: if the check of another rank raises an exception that is not an FDError.
+            Exception: any exception of this rank's check that is not an FDError.
         """
         pause, deadline = 0.02, float("inf")
         while True:
