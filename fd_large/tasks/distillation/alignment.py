@@ -27,21 +27,23 @@ def teacher_side(
 
     1. The side of the student's images, if the two grids are equal at this side.
     2. The side at which the grids are equal, if it is more than half the side of the student's
-       images and at most twice the side in the teacher's training (larger images only show enlarged
-       pixels).
+       images and at most twice the side in the teacher's training, or at most twice the side of the
+       student's images if the side in training is unknown. Larger images would only show enlarged
+       pixels.
     3. The side in the teacher's training, if it is larger than the student's images, and if the
        teacher's map of the student's images would have fewer rows than the student's map.
     4. The side of the student's images.
     5. The side in the teacher's training.
 
-    In cases 3 to 5 the teacher's map is resized.
+    If the teacher accepts none of these sides, the result is the side of the student's images. In
+    cases 3 to 5 the grids differ, so that a map must be resized.
 
     Args:
         student: Rows and columns of the student's map.
         grid_at: Returns the teacher's grid for images of a side, or None if the teacher rejects
             this side.
-        image_size: Side of the student's images.
-        own_size: Side of the images in the teacher's training; 0 if unknown.
+        image_size: Side of the student's images, in pixels.
+        own_size: Side of the images in the teacher's training, in pixels; 0 if unknown.
     """
     here, own_grid = grid_at(image_size), grid_at(own_size) if own_size else None
     if here == student:
@@ -70,12 +72,14 @@ def align(
     tokens differ, or `with_prefix` is False, both maps lose their prefix tokens.
 
     Different grids are made equal by `interpolation`. With "bilinear" the teacher's map is resized
-    to the student's grid, before whitening, so that the targets have unit variance per token. With
-    "bilinear_student" the student's map is resized to the teacher's grid, after its head, as in
-    lightly-train. With "bilinear_larger" the map with fewer patches is resized to the other grid,
-    as in SAK.
+    to the student's grid. With "bilinear_student" the student's map, which has passed the head, is
+    resized to the teacher's grid, as in lightly-train. With "bilinear_larger" the map with fewer
+    patches is resized to the grid with more patches, as in SAK (arXiv 2410.14633). The teacher's
+    map must not be whitened yet, so that every target token has unit variance after resizing.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none".
+    Raises:
+        ShapeError: if the grids differ and interpolation is "none".
+        ConfigError: if the interpolation is unknown.
     """
     if not with_prefix or student.num_prefix_tokens != teacher.num_prefix_tokens:
         student, teacher = (
@@ -93,8 +97,9 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
         teacher: Rows and columns of the teacher's map.
         interpolation: One of `INTERPOLATIONS`.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if the
-        interpolation is unknown.
+    Raises:
+        ShapeError: if the grids differ and interpolation is "none".
+        ConfigError: if the interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(
@@ -115,7 +120,13 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
 
 
 def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
-    """Returns a map resized to another grid by bilinear interpolation; prefix tokens are kept."""
+    """Returns a map resized to another grid by bilinear interpolation; prefix tokens are kept.
+
+    Args:
+        map_: The map.
+        grid: Rows and columns of the result's patches.
+        antialias: Whether the interpolation filters the map before it makes a grid smaller.
+    """
     if map_.grid == grid:
         return map_
     prefix, patches = _split(map_)

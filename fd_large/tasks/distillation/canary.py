@@ -8,8 +8,8 @@ start. The time of a short matrix product that waits for no other rank shows how
 The cost of a check is estimated by arithmetic, for the 1.06B teacher in bf16 on one H100. The hash
 of a replicated teacher (a sharded one is hashed in parts) makes about 10 passes over 16 bytes per
 element, 1.06e9 x 160 B at 3 TB/s = 0.06 s, and a dozen kernel launches for each of 1,000 tensors,
-0.1 s. The map of two images takes 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s. Seven products of
-2 x 4096^3 = 0.14 TFLOP each take 0.003 s, and two collectives are small. A total of 0.2 s
+0.1 s. The map of two images takes 2 x 0.6 TFLOP at a tenth of the peak, 0.01 s. Seven products of
+2 x 4096^3 = 0.14 TFLOP each take 0.003 s together, and two collectives are small. A total of 0.2 s
 every 500 steps is below 1% of training time if a step takes 0.04 s or more; steps of the 3B run
 take seconds. On one CPU core (measured) the hash takes 0.006 s per million elements.
 """
@@ -76,8 +76,8 @@ class Canary(Hook):
         every: Number of steps between two checks.
         teacher: Name of the teacher, for messages, or "" for a single teacher.
         shard_of: Returns "PART HASH" of this rank's shard of the teacher; ranks that hold the same
-            shard return the same PART. All ranks call it.
-        map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
+            shard return the same PART. It is called on all ranks.
+        map_of: Returns the teacher's map (B, N, C) of a fixed batch. It is called on all ranks.
         seconds: Returns how long a fixed computation takes on this rank; None to leave the speed to
             another teacher's canary.
     """
@@ -160,7 +160,10 @@ class Canary(Hook):
             self._report(done, changed, differs, max(far for _, far in reports))
 
     def _distance(self) -> float:
-        """Returns the norm of this rank's map minus its first map, relative to the first's norm."""
+        """Returns how far this rank's map is from its map at the start.
+
+        The distance is the norm of the difference, divided by the norm of the map at the start.
+        """
         now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
         return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()
 
@@ -191,7 +194,10 @@ class Canary(Hook):
         )
 
     def _check_speed(self) -> None:
-        """Logs the ranks that were slow in this check and in the check before."""
+        """Logs the ranks that were slow both in this check and in the check before.
+
+        A rank is slow if its matrix product took more than `SLOW` times the median over ranks.
+        """
         if self._seconds is None:
             return
         self._checks += 1
@@ -238,9 +244,10 @@ def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[C
 
 
 def _odd_holders(shards: list[str]) -> list[int]:
-    """Returns the ranks whose hash differs from most ranks that hold the same shard.
+    """Returns the ranks whose hash differs from the hash of most ranks that hold the same shard.
 
-    If no hash has a majority among these ranks, all of them are returned.
+    If the ranks that hold a shard have different hashes and none of these has a majority, all these
+    ranks are returned.
 
     Args:
         shards: "PART HASH" of each rank.

@@ -1,7 +1,7 @@
 """The feature panel, which shows the maps of a few held-out images before and after training.
 
-The run writes its arrays as pictures/features_before.npz and pictures/features_after.npz, so that
-the report needs neither the models nor torch.
+The run writes the panel's arrays as pictures/features_before.npz and pictures/features_after.npz,
+so that the report needs neither the models nor torch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def feature_panel(
 
     Returns: tensors in host memory, by name: "images" is (n, S, S, 3) uint8. "teacher" is the
         teacher's normalised map and "student" the student's projected map, (n, h, w, C) float32
-        each. In a run with several teachers the maps of each are teacher_NAME and student_NAME.
+        each, with h x w patches. In a run with several teachers the names of a teacher's two maps
+        are "teacher_NAME" and "student_NAME".
     """
     student_tokens: dict[str, Tensor] = {}
     shown = [target for target in task.targets if target.kind == MAP]

@@ -1,4 +1,4 @@
-"""Settles the image sides and grids of student and teachers, and checks that heads fit them."""
+"""Chooses the image sides and grids of student and teachers, and checks that heads fit them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
         of_side: Returns the model's grid for images of (height, width).
         side: Side of the images, in pixels.
 
-    Raises: ShapeError: if the model accepts no images of this side; it names the model.
+    Raises: ShapeError: if the model accepts no images of this side; the message names the model.
     """
     try:
         return of_side(side, side)
@@ -68,8 +68,8 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
     Args:
         net: The student, on the meta device.
         side: Side of the student's images, in pixels.
-        several: Whether the run has several image sizes; the forward then runs too, since some
-            models reject a size only there.
+        several: Whether the run has several image sizes. If True, the student's forward runs too,
+            since some models reject an image size only in their forward.
 
     Raises: ShapeError: if the student accepts no images of this side.
     """
@@ -89,13 +89,13 @@ class TeacherOnShapes:
 
     Args:
         name: The teacher's name, or "" for a single teacher.
-        entry: The teacher's entry, with a settled model.
-        student: The student's section, settled.
+        entry: The teacher's entry in the recipe; only `settled` accepts the model "auto".
+        student: The student's section of the recipe, with all fields set that its weights decide.
         image_size: Side of the student's images, in pixels; in a run with several sides, the side
             in evaluations.
         sizes: All sides of the student's images in a run with several sides; otherwise empty.
-        around: Wraps the teacher (as for mosaics), from the teacher, its entry and the side of the
-            student's images; None for no wrapper.
+        around: Called with the teacher, its entry and the side of the student's images; returns the
+            teacher in a wrapper, as `Mosaic`. None for no wrapper.
     """
 
     def __init__(
@@ -112,9 +112,10 @@ class TeacherOnShapes:
         self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
     def make(self) -> Frozen:
-        """Constructs the teacher with random weights, for the settled image sizes.
+        """Constructs the teacher with random weights, for the image sizes `image_size` and `sides`.
 
-        Raises: ConfigError: if the entry's model is still "auto", as before the weights are opened.
+        Raises: ConfigError: if the entry's model or image size is still "auto", since the weights
+            have not been opened yet.
         """
         return self._made(self.entry, self._image_size, self.sides)
 
@@ -163,7 +164,7 @@ class TeacherOnShapes:
     def sides(self) -> dict[int, int]:
         """Side of the teacher's images for each side of the student's images, in pixels.
 
-        It is empty unless the student's images have several sides.
+        The dictionary is empty unless the student's images have several sides.
         """
         if not self._sizes:
             return {}
@@ -175,9 +176,12 @@ class TeacherOnShapes:
 
     @property
     def image_size(self) -> int:
-        """Side of the teacher's images in evaluations; see `frozen_maker` for the meaning of 0.
+        """Side of the teacher's images in evaluations, in pixels.
 
-        Raises: ConfigError: if the side is still "auto", as before the weights are opened.
+        0 stands for the side of the student's images or, for a teacher whose table of positions
+        allows only one side, for this side.
+
+        Raises: ConfigError: if the side is still "auto", since weights have not been opened yet.
         """
         size = self.sides.get(self._image_size, self.entry.teacher_image_size)
         if not isinstance(size, int):
@@ -189,13 +193,16 @@ class TeacherOnShapes:
         return size
 
     def settled(self, *, follows: bool) -> NamedTeacher:
-        """Returns the teacher's entry with image size and interpolation settled instead of "auto".
+        """Returns the teacher's entry, in which an "auto" image size or interpolation is chosen.
 
-        In a run with several image sizes, the teacher's image size stays "auto" if the teacher
-        needs several sizes that are not all those of the student; `sides` then has the numbers.
+        In a run with several image sizes, a chosen image size is 0 if the teacher's images always
+        have the side of the student's images, and a number if the teacher's images have one side.
+        In all other cases the image size stays "auto", and `sides` has the teacher's image sizes.
+        The entry is returned unchanged if its model is "auto".
 
         Args:
-            follows: Whether the teacher's position embeddings may be resized to its images.
+            follows: Whether the teacher's position embeddings may be resized to the side of the
+                teacher's images.
         """
         entry, image_size = self.entry, self._image_size
         is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
@@ -256,7 +263,7 @@ class TeacherOnShapes:
             student_grid: Rows and columns of the student's map.
             size: Side of the student's images, in pixels.
 
-        Returns: the side, and the grid or None if the teacher rejects the side.
+        Returns: (side, grid); the grid is None if the teacher rejects the side.
         """
         side, grid, _ = self._meeting(entry, student_grid, size, follows=False)
         return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
@@ -264,7 +271,7 @@ class TeacherOnShapes:
     def _meeting(
         self, entry: NamedTeacher, student_grid: Grid, size: int, *, follows: bool
     ) -> tuple[int, Grid | None, NamedTeacher]:
-        """Chooses the teacher's image side, if it is "auto", and finds the grid at the side.
+        """Chooses the side of the teacher's images if it is "auto", and finds the teacher's grid.
 
         Args:
             entry: The teacher's entry.
@@ -272,15 +279,16 @@ class TeacherOnShapes:
             size: Side of the student's images, in pixels.
             follows: See `settled`.
 
-        Returns: the side of the teacher's images (0 as for `frozen_maker`); the grid of its map, or
-            None if it rejects the side; and its entry, with position embeddings for the side.
+        Returns: (side, grid, entry). The side of the teacher's images is 0 if they are not resized.
+            The grid of the teacher's map is None if the teacher rejects the side. The entry is the
+            teacher's, with position embeddings for the side if these must be resized.
         """
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """Returns the teacher's grid for a side (0 as for `frozen_maker`), and its entry.
+            """Returns the teacher's grid for images of a side, and the entry that accepts the side.
 
-            The grid is None if the teacher rejects the side.
+            The side is 0 if images are not resized. The grid is None if the teacher rejects it.
             """
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):

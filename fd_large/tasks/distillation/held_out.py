@@ -53,7 +53,8 @@ class Crops:
 
     Attributes:
         source: The images.
-        views: Number of views to evaluate; `len` is at least `PANEL_IMAGES`.
+        views: Number of views to evaluate. `len` is at least `PANEL_IMAGES`, the number of views in
+            the feature panel.
         settings: Settings of the views; colours are not changed.
         seed: Seed of the order and of the crops.
         skip_bad: Whether an unusable image is replaced by the next image, in at most `TRIES` tries.
@@ -86,7 +87,11 @@ class Crops:
         raise AssertionError("one try at least")
 
     def name_of(self, view: int) -> str:
-        """Returns the name of the image from which a view is cut, if no image was replaced."""
+        """Returns the name of the image from which a view is cut.
+
+        With `skip_bad`, the view of an unusable image is cut from a later image, whose name is not
+        returned.
+        """
         return self.source[self._image(view)]
 
     def _image(self, view: int) -> int:
@@ -135,7 +140,7 @@ class HeldOutViews:
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
         """Returns the means of the loss and of the task's metrics over all views, by name.
 
-        All ranks call it, and the result is the same on all ranks.
+        All ranks must call this method, and the result is the same on all ranks.
 
         Args:
             engine: The engine of the task that is measured.
@@ -157,9 +162,10 @@ class HeldOutViews:
         return dict(zip(names, means.tolist(), strict=True))
 
     def best_constant(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Returns the constant-prediction baseline's losses on these views, by the metrics' names.
+        """Returns the losses of the constant-prediction baseline on these views, by metric name.
 
-        They are the task's loss, and the loss on each target with a label. All ranks call it.
+        These losses are the loss of the task, and the unweighted loss of each target with a label
+        (`constant_prediction_losses`). All ranks must call this method.
 
         Args:
             engine: The engine of the task.
@@ -183,9 +189,10 @@ class HeldOutViews:
         return {f"{self.name}_{key}": loss for key, loss in baselines.items()}
 
     def tokens(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
-        """Yields a target's normalised teacher tokens (B, N, C) float32 and their weight, by batch.
+        """Yields (tokens, weight) for each batch, with the normalised teacher tokens of a target.
 
-        The weight is 1, or 0 for a batch that only keeps the number of forwards equal on all ranks.
+        The tokens are (B, N, C) float32. The weight is 1, or 0 for a batch that a rank without
+        views left repeats, so that all ranks run the same number of forwards.
 
         Args:
             engine: The engine of the task.
@@ -222,7 +229,9 @@ class HeldOutViews:
             yield prepared, weight, len(images)
 
     def _batch(self, images: Tensor, numbers: Sequence[int]) -> Batch:
-        """Returns a batch on the device, whose targets are the stored maps of the views, if any.
+        """Returns a batch on the device, whose targets are the stored maps of the views.
+
+        If the teachers compute the maps, the batch has no targets.
 
         Args:
             images: (B, 3, S, S) uint8, the views.
@@ -246,10 +255,11 @@ def held_out_losses(
     micro_batch_size: int,
     stored: Callable[[str, Crops], Any],
 ) -> Evaluation:
-    """Makes the evaluation that measures the losses on all sets of views; all ranks call it.
+    """Makes the evaluation that measures the losses on all sets of views.
 
-    The last evaluation also measures the constant-prediction baseline. The evaluations before the
-    first step and after the last also return the feature panel, which shows views of the first set.
+    The evaluation after the last step also measures the constant-prediction baseline. The
+    evaluations before the first step and after the last step also return the feature panel, which
+    shows views of the first set. All ranks must call this function.
 
     Args:
         crops: The views of each set, by the prefix of the set's metrics.
@@ -285,15 +295,16 @@ def constant_prediction_losses(
 ) -> list[float]:
     """Returns for each target the loss of the best prediction that is the same for all tokens.
 
-    A constant prediction is a vector of the target's C channels. These losses are the
+    Such a prediction is a vector of the target's C channels. These losses are the
     constant-prediction baseline: a student that learnt only the mean of its targets has about these
-    losses. If a loss has slope and curvature (`Loss.newton`), Newton steps lead from the mean
-    towards the minimum.
+    losses. The search begins at the mean of the target's tokens. If the loss has a slope and a
+    curvature (`Loss.newton`), Newton steps lead from the mean towards the minimum; otherwise the
+    mean is the prediction.
 
     Args:
         task: The task with the targets, in evaluation mode.
         batches: Called once per pass over the views; yields (result of the task's `prepare`,
-            weight), where padding has weight 0.
+            weight). The weight is 0 for a repeated batch that must not count, else 1.
         summed: Sums a tensor over the ranks.
 
     Returns: the unweighted loss of each of `task.targets`.
@@ -331,7 +342,12 @@ class _Search:
         self._last, self.least, self.done = float("nan"), float("inf"), False
 
     def add(self, tokens: Tensor, weight: int) -> None:
-        """Adds a batch's tokens (B, N, C) float32 to the sums of a pass; padding has weight 0."""
+        """Adds a batch to the sums of a pass.
+
+        Args:
+            tokens: (B, N, C) float32, the normalised teacher tokens of the batch.
+            weight: 1, or 0 for a repeated batch that must not count.
+        """
         if self.done:
             return
         if self._constant is None:
@@ -351,7 +367,7 @@ class _Search:
     def step(self, summed: Callable[[Tensor], Tensor]) -> None:
         """Ends a pass, and moves the constant unless the search has converged.
 
-        All ranks call it.
+        All ranks must call this method.
 
         Args:
             summed: Sums a tensor over the ranks.

@@ -131,7 +131,9 @@ def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
 
 
 def sight_of(mask: Mask, student: nn.Module, image_size: int) -> Whole:
-    """Returns the component `sight` (task.py), with or without hidden patches.
+    """Returns the object that runs the student (`sight` of `Distillation`).
+
+    The result is a `Masked` if the mask hides patches, else a `Whole`.
 
     Args:
         mask: The recipe's section `mask`.
@@ -153,17 +155,18 @@ def composed(
     sight: Any = None,
     statistics: Statistics = IMAGENET,
 ) -> Distillation:
-    """Returns the task, in which a recipe may replace the paper's components (task.py).
+    """Returns the task, composed of the paper's method and the further features of a recipe.
 
     Args:
         student: A backbone of `fd_large.backbones`.
         teachers: Functions from uint8 images to a map, or cached teachers, by name.
-        targets: The targets, learnt from the teachers' maps.
+        targets: What the student learns: for each target a teacher's map or summary, a head and a
+            loss.
         weighting: The rule that chooses each image's teachers.
         taught: Whether each teacher teaches each dataset; the result of `teaches`.
         mosaics: Names of the teachers that run on mosaics of images.
         teachers_beside: Whether the teachers run on a separate CUDA stream.
-        sight: The component that runs the student; None to show whole images.
+        sight: The object that runs the student, from `sight_of`; None to show whole images.
         statistics: Mean and deviation that normalise the student's pixels.
     """
     shown: Any = Teachers(teachers)
@@ -209,8 +212,8 @@ class DistillationJob(TrainingJob):
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
         """Whether a step can be replayed from its images alone.
 
-        It is False in a run that reads or stores maps, or that chooses teachers by dataset, since
-        the record of an incident has neither maps nor datasets.
+        The result is False in a run that reads or stores maps, or that chooses teachers by dataset,
+        since the record of an incident has neither maps nor datasets.
         """
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
@@ -238,7 +241,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
-        """For each field of the mask that has no effect, a sentence on which flags to set."""
+        """Sentences on which flags to set, by the name of a mask's field that has no effect."""
         return self.run.mask.ignored_fields()
 
     @cached_property
@@ -253,8 +256,8 @@ class DistillationJob(TrainingJob):
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teachers and student.
 
-        If the recipe states no number of views, number and seed of the views are those of the
-        caches that it reads.
+        If the recipe states no number of views and reads caches, the number and the seed of the
+        views are those of the caches.
         """
         settle = super().settle
         entries = self.run.taught_by
@@ -277,17 +280,17 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def settled(self) -> Run:
-        """The recipe with the teachers' image sizes and interpolations settled."""
+        """The recipe, in which "auto" image sizes and interpolations of teachers are chosen."""
         return self._with_grids(self.run)
 
     def _with_grids(self, run: Run) -> Run:
-        """Returns the recipe with the teachers' image sizes and interpolations settled.
+        """Returns a recipe, in which "auto" image sizes and interpolations of teachers are set.
 
-        Position embeddings of a teacher may be resized to its images, unless this job's recipe
-        sets the size of the embeddings (architecture.image_size).
+        A teacher's position embeddings may be resized to the side of the teacher's images, unless
+        the recipe of this job sets the size of the embeddings (architecture.image_size).
 
         Args:
-            run: The recipe, with settled models.
+            run: The recipe, with the models and architectures that the weights decide.
         """
         entries = {
             name: teacher.settled(follows=self.run.taught_by[name].architecture.image_size is None)
@@ -303,8 +306,8 @@ class DistillationJob(TrainingJob):
     def check(self) -> None:
         """Checks the recipe before a run, and raises an FDError for what cannot work.
 
-        It opens held-out and labelled images, opens all weights, and tries losses and normalisers
-        on a few random tokens.
+        This method opens held-out and labelled images, opens all weights, and tries losses and
+        normalisers on a few random tokens.
         """
         run, entries = self.run, self.run.taught_by.items()
         beside = run.task.distillation.teacher_stream
@@ -355,10 +358,10 @@ class DistillationJob(TrainingJob):
         return {**teacher_sources, **super().sources()}
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images, and checks that the caches hold the maps of their views.
+        """Opens the training images, and checks that caches hold the maps of the images' views.
 
-        The images are those of `data.root`. If it has train/ and also val/ or test/, only train/ is
-        used, since users often name the folder of a whole dataset.
+        The images are those of the folder `data.root`. If the folder has train/ and also val/ or
+        test/, only train/ is used, since users often name the folder of a whole dataset.
         """
         data = self.run.data
         samples = open_training(data.root, val_fraction=data.val_fraction)
@@ -370,7 +373,12 @@ class DistillationJob(TrainingJob):
         return samples
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns the loader of an epoch's views, and of their stored maps if the run has any."""
+        """Returns the loader of an epoch's views, and of the views' stored maps if there are any.
+
+        Args:
+            samples: The training images.
+            epoch: Number of the epoch, counted from 0.
+        """
         usual, fixed, data = super().view_batches(samples, epoch), self.caches.fixed, self.run.data
         if fixed is None:
             return usual
@@ -384,11 +392,11 @@ class DistillationJob(TrainingJob):
         return replace(usual, fixed=fixed, beside=beside)
 
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
-        """Returns the two sets of evaluation views, by the prefix of their metrics.
+        """Returns the two sets of evaluation views, by the prefix of the sets' metrics.
 
-        "held_out" has views of held-out images. "unseen_crops" has other crops of the training
-        images than any epoch of training. If training views recur, the evaluation views depend on
-        `view_seed`, else on the run's seed.
+        "held_out" has views of held-out images. "unseen_crops" has crops of the training images
+        that no epoch of training uses. If epochs repeat training views, the evaluation views depend
+        on `view_seed`, else on the run's seed.
 
         Args:
             samples: The training images.
@@ -403,9 +411,10 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _held_out_images(self) -> ImageSource:
-        """The images of `eval.root`, or their part that `data.val_fraction` holds out.
+        """The images of `eval.root`, or only a part of these images.
 
-        The part is used if `eval.root` is also `data.root` and the fraction is not 0.
+        If `eval.root` is also `data.root` and `data.val_fraction` is not 0, the part is the images
+        that this fraction holds out of training.
         """
         data, root = self.run.data, self.run.eval.root
         if root == data.root and data.val_fraction:
@@ -429,9 +438,11 @@ class DistillationJob(TrainingJob):
     def tensor_sizes(self) -> TensorSizes:
         """Returns the sizes of the task's tensors and of the teachers' tensors.
 
-        It also checks that grids and heads fit all image sizes.
+        This method also checks that grids and heads fit all image sizes.
 
-        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
+        Raises:
+            ShapeError: if the maps of student and teacher cannot be aligned.
+            ConfigError: if a head does not fit.
         """
         with torch.device("meta"):
             teachers = self.make_teachers()
@@ -495,7 +506,11 @@ class DistillationJob(TrainingJob):
         self.caches.record(placed)
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Uses the teachers and caches that another student's job has built."""
+        """Uses the teachers and caches of another job, which trains another student.
+
+        Args:
+            other: The job, whose `build` has run.
+        """
         assert isinstance(other, DistillationJob)
         self.teachers, self.caches = other.teachers, other.caches
 
@@ -527,13 +542,16 @@ class DistillationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
-        """Constructs the task, and returns it with the teachers that are not read from caches."""
+        """Constructs the task and the teachers' models, with random weights.
+
+        Returns: the task, and the models of the teachers whose maps are not read from caches.
+        """
         teachers = self.make_teachers()
         models = tuple(teachers[name] for name in teachers if name not in self.caches)
         return self.task_around(teachers | self.caches.teachers()), models
 
     def task_around(self, teachers: Mapping[str, AnyTeacher]) -> Distillation:
-        """Constructs the task, with student and heads of random weights, and given teachers.
+        """Constructs the task with the given teachers; student and heads have random weights.
 
         Args:
             teachers: The teachers by name.
@@ -562,7 +580,11 @@ class DistillationJob(TrainingJob):
     # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro-batches of views; for the rule own_data also with each image's dataset."""
+        """Yields micro-batches of views.
+
+        If `weighting.rule` is "own_data", the targets of a micro-batch also have the number of each
+        image's dataset.
+        """
         batches = super().batches(samples, portion)
         own_data = self.run.weighting.rule == "own_data"
         return with_datasets(batches, samples) if own_data else batches
@@ -618,7 +640,7 @@ class DistillationJob(TrainingJob):
         """Returns the metrics for summary.json, by name.
 
         Args:
-            first: Metrics of the evaluation before training, of which the held-out loss is used.
+            first: Metrics of the evaluation before training; only the held-out loss is used.
             last: Metrics of the newest evaluation.
         """
         newest = {name: value for name, value in last.items() if name != "held_out_best_constant"}
@@ -642,7 +664,11 @@ class DistillationJob(TrainingJob):
         return {**first_entries, "teacher": None, "teachers": teachers, **self.caches.early()}
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns what a manifest records of each teacher (`facts_of`), and `RunCaches.early`."""
+        """Returns what a manifest records of each teacher, and the result of `RunCaches.early`.
+
+        A teacher's record is the result of `facts_of`. With several teachers the records are by
+        name under the key "teachers".
+        """
         facts = {name: self._facts_of(name) for name in self.run.taught_by}
         several = {"teachers": facts} if self.run.teachers else facts[ONLY]
         return {**several, **self.caches.early()}
@@ -678,7 +704,7 @@ def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
     """Returns the `TeacherOnShapes` of each teacher of a recipe, by name.
 
     Args:
-        run: The recipe, with settled models.
+        run: The recipe, with the models and architectures that the weights decide.
     """
     data = run.data
     return {

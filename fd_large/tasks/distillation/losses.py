@@ -37,8 +37,8 @@ class Loss:
 
     Attributes:
         label: Label in logs and plots.
-        reads_beta, reads_temperature: Whether the loss uses the number; a recipe that sets an
-            unused number is refused.
+        reads_beta, reads_temperature: Whether the loss uses `beta` or `temperature`; a recipe that
+            sets the one that is not used is refused.
         temperature: `objective.temperature`, which `make_loss` sets after construction.
         of_tokens: Whether the loss is a mean over the losses of single tokens (`per_token`).
         in_sums: Whether a weighted sum of losses may have the loss as a term.
@@ -56,7 +56,9 @@ class Loss:
         self.beta = beta
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Prepares the loss for its target, and is called once; by default it does nothing.
+        """Prepares the loss for its target; the method of this base class does nothing.
+
+        The target calls this method once.
 
         Args:
             teacher: The teacher's name, or "" for a single teacher.
@@ -77,7 +79,7 @@ class Loss:
         raise NotImplementedError
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each image, (B,); their mean is the result of `__call__`.
+        """Returns the loss of each image, (B,); the mean over images is the result of `__call__`.
 
         Args: As for `__call__`.
         """
@@ -93,11 +95,11 @@ class Loss:
         return self.per_image(*tokens).view(projected.shape[:2])
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns slope and curvature for a Newton step of a constant prediction, or None.
+        """Returns the loss's slope and curvature at a constant prediction, or None.
 
-        A step of slope / curvature must not overshoot the minimum, and a channel with curvature 0
-        is not moved. If a loss returns None, the constant-prediction baseline predicts the mean of
-        the targets.
+        They are used for Newton steps: slope / curvature is subtracted from the prediction, which
+        must not overshoot the minimum; a channel with curvature 0 is not changed. If the result is
+        None, the constant-prediction baseline predicts the mean of the targets.
 
         Args:
             constant: (C,) float32, the prediction for every token.
@@ -108,10 +110,12 @@ class Loss:
         return None
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor | None:
-        """Returns the loss, computed with whitening by a fused kernel; None without such a kernel.
+        """Returns the loss, a scalar, by a kernel that fuses it with whitening.
+
+        The result is None if the loss has no such kernel.
 
         Args:
-            projected: (B, N, C), of any floating-point dtype.
+            projected: (B, N, C), the student's tokens after the head, of any floating-point dtype.
             tokens: (B, N, C), the teacher's tokens before whitening.
             eps: Constant that whitening adds to the variance of a token.
         """
@@ -119,8 +123,9 @@ class Loss:
 
 
 class SmoothL1(Loss):
-    """The mean over tokens and channels of smooth L1, quadratic below `beta` and linear above.
+    """The mean of smooth L1 over tokens and channels.
 
+    Smooth L1 is quadratic in differences below `beta`, and linear in differences above `beta`.
     Source: Wei et al., arXiv 2205.14141.
     """
 
@@ -148,7 +153,10 @@ class SmoothL1(Loss):
         return slope.sum(0) * scale, curvature.sum(0) * scale
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor:
-        """Returns the loss by the fused kernel, or in plain torch where the kernel cannot run."""
+        """Returns the loss on whitened teacher tokens, a scalar, by a fused kernel.
+
+        Where the kernel cannot run, plain torch computes the loss.
+        """
         return whitened_loss(projected, tokens, beta=self.beta, eps=eps)
 
 
@@ -189,7 +197,8 @@ class L1(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of parabolas that bound the loss from above.
 
-        The steps are those of iteratively reweighted least squares, and lead towards the median.
+        Steps of slope / curvature are those of iteratively reweighted least squares, and lead
+        towards the median of the targets.
         """
         difference = (constant - target).flatten(0, -2)
         scale = len(target) / target.numel()
@@ -212,7 +221,10 @@ class Cosine(Loss):
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a slope and curvature by which a single step reaches the best direction."""
+        """Returns a slope and curvature, (C,) each, for a step to the best constant prediction.
+
+        A single step of slope / curvature leads to the best direction; the norm has no effect.
+        """
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
         return _towards(constant, directions)
 
@@ -236,7 +248,10 @@ class CosineOfMap(Loss):
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a slope and curvature by which a single step reaches the best direction."""
+        """Returns a slope and curvature, (C,) each, for a step to the best constant prediction.
+
+        A single step of slope / curvature leads to the best direction; the norm has no effect.
+        """
         units = F.normalize(target.flatten(1), dim=-1).view_as(target)
         directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
         return _towards(constant, directions)
@@ -292,11 +307,12 @@ class WeightedSum(Loss):
 
 
 class ClsAndPatches(Loss):
-    """Mean of two losses, on the CLS token and on the patches, each of cosine and smooth L1.
+    """Mean of the loss on the CLS token and the loss on the patches.
 
-    Each of the two is the weighted sum of `Cosine` and `SmoothL1`. So the CLS token has as much
-    weight as all patches together; registers are left out. Source: Sariyildiz et al. (UNIC), arXiv
-    2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
+    Both are the weighted sum of `Cosine` and `SmoothL1`. Therefore the CLS token has as much weight
+    as all patches together; registers are left out. Without a CLS token the loss is that on the
+    patches. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv
+    2503.14405, whose beta is 1.
 
     Args:
         beta: See `Loss`.
@@ -315,12 +331,12 @@ class ClsAndPatches(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean of the losses on each image's CLS token and patches, (B,)."""
+        """Returns for each image the mean of the losses on CLS token and on patches, (B,)."""
         kinds = zip(self._kinds(projected), self._kinds(target), strict=True)
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the means over CLS token and patches of the slopes and of the curvatures."""
+        """Returns the slope and curvature, each the mean of those on CLS token and on patches."""
         derivatives = [
             torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)
         ]
@@ -328,7 +344,10 @@ class ClsAndPatches(Loss):
         return slope, curvature
 
     def _kinds(self, tokens: Tensor) -> list[Tensor]:
-        """Splits tokens (B, N, C) into CLS tokens, if there are any, and patches."""
+        """Returns [CLS token, patches] of tokens (B, N, C), or [patches] without a CLS token.
+
+        Other prefix tokens (registers) are left out.
+        """
         patches = tokens[:, self.num_prefix_tokens :]
         return [tokens[:, :1], patches] if self.num_prefix_tokens else [patches]
 
@@ -447,8 +466,8 @@ class FunctionLoss(Loss):
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Returns a slope and curvature, (C,) each, for a loss that is minus a sum of cosines.
 
-    The cosines are between a constant and unit vectors. A step by the result leads to the vector
-    with the norm of the constant and the direction of the unit vectors' sum.
+    The cosines are between the constant prediction and unit vectors. Subtracting slope / curvature
+    from the prediction keeps its norm, and gives it the direction of the sum of the unit vectors.
 
     Args:
         constant: (C,), the present prediction.

@@ -2,8 +2,9 @@
 
 The job uses this folder through `RunCaches`, and the task through `FromStored` (read.py).
 
-The held-out views have a separate cache of the same format, in the subfolder held_out. So it can be
-written later, and the training maps stay valid if other evaluation data is chosen.
+The maps of held-out views are in a separate cache of the same format, in the subfolder held_out.
+Therefore they can be written later than the maps of training views, which stay valid if other
+evaluation data is chosen.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ log = logging.getLogger(__name__)
 class RunCaches:
     """The caches on disk that a run reads, or fills with its teachers' maps.
 
-    The run reads the caches that are the sources of its teachers, and opens each on first use.
+    A teacher whose source in the recipe is cached:FOLDER has its maps read from the cache FOLDER,
+    which is opened on first use.
 
     Args:
         entries: The recipe's entry of each teacher, by name.
@@ -76,8 +78,8 @@ class RunCaches:
 
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
-        stores: Whether the run stores maps; the maps of each of several teachers go into a
-            subfolder with the teacher's name.
+        stores: Whether the run stores maps in the folder `task.distillation.cache`. With several
+            teachers each has a subfolder with its name.
         recorders: Recorders around the teachers whose maps are stored, by name.
     """
 
@@ -131,14 +133,15 @@ class RunCaches:
 
     @property
     def fixed(self) -> FixedViews | None:
-        """The generator of the recurring views, or None if every epoch draws new views."""
+        """Generator of views that later epochs repeat; None if every epoch draws new views."""
         views = self._section
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns the section, with number and seed of the views from the cache that is read.
+        """Returns the section with the number and the seed of the views that a cache states.
 
-        The section is returned unchanged if it states a number of views, or if no cache is read.
+        The section is returned unchanged if it states a number of views itself, or if the run reads
+        no cache.
         """
         if section.views or not self.folders:
             return section
@@ -147,12 +150,18 @@ class RunCaches:
         return replace(section, **fields)
 
     def facts(self, samples: ImageSource) -> dict[str, Any]:
-        """Returns the `view_facts` of the run, whose views must recur."""
+        """Returns the settings that decide the training views, as `view_facts` does.
+
+        The run must repeat its views in later epochs (`fixed` must not be None).
+        """
         assert self.fixed is not None
         return view_facts(self._settings, self.fixed, samples)
 
     def views_to_store(self, samples: ImageSource) -> ViewsToStore:
-        """Returns a loader of the recurring views, for writing a cache."""
+        """Returns a loader of the training views whose maps are written to a cache.
+
+        The run must repeat its views in later epochs (`fixed` must not be None).
+        """
         assert self.fixed is not None
         return ViewsToStore(
             partial(training_view, samples, self._settings, self.fixed),
@@ -167,7 +176,7 @@ class RunCaches:
     ) -> Iterator[Callable[[], None]]:
         """Yields functions that raise an error for an incomplete cache or a conflicting setting.
 
-        All ranks must call every function.
+        All ranks must call each of these functions.
 
         Args:
             data: The recipe's section `data`.
@@ -193,7 +202,9 @@ class RunCaches:
         Args:
             name: The name of the teacher whose maps the cache holds.
 
-        Raises: ConfigError: if the run also stores maps; CacheError: if the cache is incomplete.
+        Raises:
+            ConfigError: if the run also stores maps.
+            CacheError: if the cache is incomplete.
         """
         where, folder = source_flag(name), self.folders[name]
         require(
@@ -243,16 +254,17 @@ class RunCaches:
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
     ) -> StoredMaps | ToRecord | None:
-        """Returns what the loader adds to the images of an epoch; all ranks call it.
+        """Returns what the loader adds to the images of an epoch; all ranks must call this method.
 
-        The result is a `ToRecord`, so that the epoch stores maps, if the epoch's view comes for the
-        first time and some of the view's maps are missing. Otherwise it is a `StoredMaps`, which
-        reads the view's maps. It is None if the run neither reads nor stores maps.
+        If the run neither reads nor stores maps, the result is None. If the run stores maps, the
+        epoch is the first with its view, and some of the view's maps are missing, the result is a
+        `ToRecord`, by which the epoch's steps store the maps. Otherwise the result is a
+        `StoredMaps`, which reads the view's maps; maps that are still missing are written first.
 
         Args:
             epoch: Number of the epoch, counted from 0.
             samples: The images.
-            options: Further arguments of `write_cache`, for maps that are still missing.
+            options: Further arguments of `write_cache`, which writes the missing maps.
         """
         if self.fixed is None or not (self.folders or self.recorders):
             return None
@@ -300,11 +312,11 @@ class RunCaches:
         )
 
     def held_out(self, name: str, crops: Crops) -> StoredMaps | None:
-        """Returns the reader of the stored maps of a held-out set, or None if there is no cache.
+        """Returns the reader of the stored maps of held-out views, or None if no cache is read.
 
         Args:
-            name: The set's name.
-            crops: The set's views.
+            name: Name of the set of held-out views.
+            crops: The views of this set.
         """
         return StoredMaps(self._held_out, name, crops.name_of) if self._held_out else None
 
@@ -324,21 +336,23 @@ class RunCaches:
         }
 
     def early(self) -> dict[str, list[int]]:
-        """Returns {`EARLY`: epochs} if the run stores maps, else an empty dictionary.
+        """Returns {`EARLY`: numbers of epochs} if the run stores maps, else an empty dictionary.
 
-        These epochs, counted from 1, learnt from maps that were stored before the epoch began. A
-        run that fills the cache itself would have run its teachers in them. The list grows during
-        the run.
+        The numbers, counted from 1, are of epochs that were the first with their view, but whose
+        maps had all been stored before. In a run that began with an empty cache, the teachers would
+        have run in these epochs. The list grows during the run.
         """
         return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Takes the epochs that `early` returned for a checkpoint from its manifest."""
+        """Adds the epochs in a checkpoint's manifest to the epochs that `early` returns."""
         self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:
-    """Returns what decides the held-out views, as {field of the recipe or description: value}.
+    """Returns the settings that decide the held-out views, as {name: value}.
+
+    A name is a field of the recipe, or words such as "seed of the views".
 
     Args:
         crops: The crops of each set of views, by the set's name.
@@ -364,7 +378,9 @@ def held_out_writer(
     *,
     precision: str,
 ) -> CacheWriter:
-    """Returns the writer of a cache for a teacher's maps of held-out views; all ranks call it.
+    """Returns the writer of a cache for a teacher's maps of held-out views.
+
+    All ranks must call this function.
 
     Args:
         folder: The cache of the teacher's maps of training views.

@@ -1,8 +1,9 @@
 """The files of a cache of teachers' maps: a header, and shards of records of equal size.
 
-FOLDER/cache.json describes the contents. A record is the stored map of an image, and a set has a
-record for each image, all for the same view. FOLDER/SET-SHARD.safetensors holds the records of a
-set from number SHARD * `records_per_shard` on. The tensors of a shard have a row for each record:
+FOLDER/cache.json describes the contents. A record is the stored map of a view of an image. A set
+holds the records of all images for one view of each. FOLDER/SET-SHARD.safetensors holds the records
+of a set from number SHARD * `records_per_shard` on. The tensors of a shard have a row for each of
+its R records; a map has N tokens of C channels:
 
     values (R, N, C)    the tokens, in a type of `PRECISIONS`
     scales (R, N, 2)    shift and factor of each token; (R, N, 0) under fp32
@@ -151,8 +152,9 @@ class Header:
     """Description of a cache's contents, stored as cache.json.
 
     Attributes:
-        facts: What decides the maps (teacher, images, views), as {field of the recipe or
-            description: value}. A run that reads the cache must have the same facts.
+        facts: The settings that decide the maps (teacher, images, views), as {name: value}; a name
+            is a field of the recipe, or words such as "seed of the views". A run that reads the
+            cache must have the same settings.
         teacher: The section `teacher` of the recipe that wrote the cache.
         precision: Precision of the stored maps, a name in `PRECISIONS`.
         tokens: Number of tokens of a map, N.
@@ -285,7 +287,10 @@ class ShardFile:
         os.close(self.descriptor)
 
     def begin(self) -> None:
-        """Writes the header, and sets the file's final size; several processes may do so."""
+        """Writes the shard's header, and sets the file's final size.
+
+        Several processes may call this method for the same file.
+        """
         self._move(self._write, memoryview(self.layout.header), 0)
         os.ftruncate(self.descriptor, self.layout.size)
 
@@ -340,7 +345,9 @@ class ShardFile:
 
 
 class ShardFiles:
-    """The open shards of a cache. Above `_MOST_OPEN`, the least recently used shard is closed.
+    """The shards of a cache, of which at most `_MOST_OPEN` are open at a time.
+
+    To open another shard, the least recently used shard is closed.
 
     Args:
         folder: Folder of the cache.

@@ -1,8 +1,8 @@
 """Reads the records of a cache, verifies their checksums, and replaces teachers by cached maps.
 
-A record holds a map and a thumbnail of the teacher's view. A run compares the thumbnail with its
-own view. So it finds an image that was replaced under its old name, or a view that is cropped
-differently, before it learns from the map.
+A record holds a map, and a thumbnail of the view from which the teacher computed the map. A run
+compares the thumbnail with its own view. Thus an image that was replaced under its old name, or a
+view that is cropped differently, is found before the student learns from the map.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCE = 2
 
 
 class CacheReader(ShardFiles):
-    """Reads the records of a cache and verifies their checksums; it can be pickled.
+    """Reader of a cache's records, which verifies their checksums and can be pickled.
 
     Args:
         folder: Folder of the cache.
@@ -84,7 +84,7 @@ class CacheReader(ShardFiles):
             name: Name of the set.
             record: Number of the record in the set.
 
-        Raises: CacheError: if the file is damaged; it names the file and the record.
+        Raises: CacheError: if the file is damaged; the message names the file and the record.
         """
         file, row = self._place(name, record)
         rows = self._empty(1)
@@ -143,12 +143,13 @@ class StoredMaps:
     def of(self, index: int, view: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the stored maps of an image's view, by the teacher's name.
 
-        Each map is a pair of values (N, bytes of C values) uint8 and scales (N, 2) float32, which
-        `CachedTeacher.of_stored` decodes.
+        Each map is a pair (values, scales), which `CachedTeacher.of_stored` decodes. values are
+        (N, K) uint8, where K is the number of bytes of a token's C stored values; scales are (N, 2)
+        float32, or (N, 0) for maps stored as fp32.
 
         Args:
             index: Index of the image.
-            view: (3, S, S) uint8, the run's view, which must look like the thumbnail.
+            view: (3, S, S) uint8, the run's view, which must agree with the stored thumbnail.
 
         Raises:
             DataError: if the image could not be used when the cache was written.
@@ -182,7 +183,7 @@ class StoredMaps:
 
 
 def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns zeros shaped like a stored map, as values uint8 and scales float32."""
+    """Returns zeros shaped like a stored map, the pair (values, scales) of `StoredMaps.of`."""
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
@@ -215,7 +216,9 @@ class CachedTeacher:
 
         Args:
             images: (B, 3, S, S) uint8, not used here.
-            stored: Values (B, N, bytes of C values) uint8, and scales (B, N, 2), from the loader.
+            stored: The pair (values, scales) from the loader. values are (B, N, K) uint8, where K
+                is the number of bytes of a token's C stored values; scales are (B, N, 2) float32,
+                or (B, N, 0) for maps stored as fp32.
         """
         header, (values, scales) = self.reader.header, stored
         encoded = Stored(values.view(PRECISIONS[header.precision]), scales)
@@ -232,26 +235,26 @@ class CachedTeacher:
 
 
 class FromStored:
-    """Wraps the component `teachers` (task.py): turns what a batch stores into teachers' maps.
+    """Wraps `Distillation.teachers`, and takes maps from a cache or stores maps in it.
 
-    The loader gives a batch stored maps, or the numbers of records in which to store maps. A
-    `CachedTeacher` decodes a stored map. A `Recorder` does so too, or computes the map from the
-    images and stores it.
+    The loader adds to a batch stored maps, or the numbers of records in which to store maps. A
+    `CachedTeacher` decodes stored maps. A `Recorder` decodes stored maps too; given the numbers of
+    records, it computes the maps from the images and stores them.
 
     Args:
-        teachers: The wrapped component.
+        teachers: The wrapped object.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns `given_maps` with the teachers' maps instead of what the loader added.
+        """Returns `given_maps`, in which stored maps and numbers of records have become maps.
 
         Args:
             images: (B, 3, H, W) uint8.
-            given_maps: Stored maps or numbers of records by the teacher's name, and other targets
-                of the batch. A FeatureMap is returned unchanged.
+            given_maps: What the loader added: by the teacher's name a stored map or the numbers of
+                records, and other targets of the batch. A FeatureMap is returned unchanged.
             training: Whether the task is in training mode.
         """
         maps = {
@@ -263,14 +266,17 @@ class FromStored:
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
-    """Returns the entry of a cached teacher with the model and settings that made its maps.
+    """Returns the entry of a cached teacher, with the model and settings by which maps were made.
+
+    The fields model, architecture, statistics, residual_dtype, layer and teacher_image_size are
+    taken from the cache.
 
     Args:
         entry: The teacher's entry, whose source is a cache.
         where: The flag of the source, for messages.
 
-    Raises: CacheError: if there is no cache, or if the recipe sets one of these fields to another
-        value.
+    Raises: CacheError: if there is no cache, or if the entry sets one of the six fields to another
+        value than the cache has.
     """
     header = Header.read(Path(cached_folder(entry.source)), where=where)
     made_by = from_plain(Teacher, dict(header.teacher), "teacher.")
@@ -304,7 +310,7 @@ def require_same_views(header: Header, views: Mapping[str, Any], *, where: str) 
         views: The facts on the run's views, by name.
         where: The recipe's field that names the cache, for messages.
 
-    Raises: CacheError: if facts differ; it names the differences.
+    Raises: CacheError: if facts differ; the message names the differences.
     """
     stored = {name: header.facts[name] for name in views}
     if other := differences(stored, views):

@@ -1,8 +1,8 @@
 """Stores a teacher's maps during the first epochs of a run, and reads them afterwards.
 
-In the first epochs each rank writes the maps of its own micro-batches. Some maps may then be
-missing (of images beyond the last full batch) or incomplete (after a crash). They are written
-before an epoch uses the view for the second time.
+In the first epoch with a view, each rank writes the maps of its own micro-batches. Some maps may
+then be missing (of images beyond the last full batch) or incomplete (after a crash). These maps are
+written before the next epoch with the same view.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class ToRecord:
-    """Adds to a batch's targets the numbers of the records in which to store its maps.
+    """Adds to a batch the numbers of the records in which to store the maps of its images.
 
-    It implements the loader's `Beside`.
+    The class implements the loader's interface `Beside`.
 
     Args:
         names: Names of the teachers whose maps are stored.
@@ -38,7 +38,10 @@ class ToRecord:
         self._names, self._view = names, view
 
     def of(self, index: int, view: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Returns the view, the record and the thumbnail of an image, by the teacher's name.
+        """Returns where to store the maps of an image, by the teacher's name.
+
+        Each value has the tensors "view" and "record", the numbers of the view and of the record,
+        and "thumbnail", (64,) uint8.
 
         Args:
             index: Index of the image, which is also the number of its record.
@@ -52,7 +55,7 @@ class ToRecord:
         return dict.fromkeys(self._names, place)
 
     def blank(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the result of `of` for a position without a usable image, with record -1."""
+        """Returns the result of `of` for a position without a usable image; "record" is -1."""
         return self.of(-1, torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
@@ -76,7 +79,7 @@ class Recorder:
     def begin(
         self, folder: Path, entry: NamedTeacher, facts: Mapping[str, Any], *, precision: str
     ) -> CacheReader:
-        """Prepares a folder for the maps; all ranks call it.
+        """Prepares a folder for the maps; all ranks must call this method.
 
         Args:
             folder: The folder.
@@ -85,7 +88,8 @@ class Recorder:
             precision: Precision of the stored maps.
 
         Returns: the reader of the folder's maps.
-        Raises: CacheError: if the folder has other contents, or if its disk is too small.
+        Raises: CacheError: if the folder holds maps of other settings, if it cannot be written, or
+            if its disk is too small.
         """
         header = header_of(self._teacher, entry, facts, precision=precision)
         self.writer, reader = CacheWriter(folder, header), CacheReader(folder, header)
@@ -120,12 +124,15 @@ class Recorder:
         return map_
 
     def is_whole(self, view: int) -> bool:
-        """Whether all maps of a view are stored; all ranks call it and return the same."""
+        """Returns whether all maps of a view are stored, the same on all ranks.
+
+        All ranks must call this method.
+        """
         assert self.writer is not None
         return distributed.broadcast_object(not self.writer.unfinished(set_of(view)))
 
     def complete(self, view: int, views: ViewsToStore, **options: Any) -> None:
-        """Writes the missing maps of a view; all ranks call it.
+        """Writes the missing maps of a view; all ranks must call this method.
 
         Args:
             view: Number of the view.

@@ -52,7 +52,8 @@ class Place(NamedTuple):
 
     Attributes:
         name: Name of the set.
-        records: Numbers of the records; if empty, the rank still runs the forward.
+        records: Numbers of the records. If there are none, the rank still runs the forward, on
+            black images.
     """
 
     name: str
@@ -63,9 +64,9 @@ class ToStore(NamedTuple):
     """The views of the records of a `Place`.
 
     Attributes:
-        images: (batch_size, 3, S, S) uint8; black if a record's image cannot be used, and after the
-            last record.
-        thumbnails: (batch_size, 64) uint8.
+        images: (batch_size, 3, S, S) uint8. A view is black if its image cannot be used; rows after
+            the last record are black too.
+        thumbnails: (batch_size, 64) uint8, the thumbnails of `images`.
         bad: For each record, why its image cannot be used; "" for a usable image.
     """
 
@@ -77,12 +78,12 @@ class ToStore(NamedTuple):
 def training_view(
     source: ImageSource, settings: ViewSettings, fixed: FixedViews, name: str, index: int
 ) -> Tensor:
-    """Returns a recurring view of an image, (3, S, S) uint8.
+    """Returns a view of an image that later epochs repeat, (3, S, S) uint8.
 
     Args:
         source: The images.
         settings: Settings of the views.
-        fixed: Generator of the recurring views.
+        fixed: Generator of the views.
         name: Name of the set of records, which gives the number of the view (`set_of`).
         index: Index of the image.
 
@@ -95,11 +96,11 @@ def training_view(
 class ViewsToStore(Dataset):
     """Dataset of the views for each forward, in batches that all have the same size.
 
-    The last batch is filled up with black images, so that its maps are computed like all others.
+    A batch with fewer records is filled up with black images.
 
     Attributes:
-        cut: Makes the view (3, image_size, image_size) uint8 of a record from the name of its set
-            and its number; raises DataError if the image cannot be used.
+        cut: Returns a record's view, (3, image_size, image_size) uint8, given the name of the
+            record's set and the number of the record; raises DataError if the image cannot be used.
         image_size: Side of a view, in pixels.
         batch_size: Number of images of a forward.
     """
@@ -123,11 +124,13 @@ class ViewsToStore(Dataset):
 
 
 def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
-    """Returns what decides the training views, as {field of the recipe or description: value}.
+    """Returns the settings that decide the training views, as {name: value}.
+
+    A name is a field of the recipe, or words such as "hash of the list of images".
 
     Args:
         settings: Settings of the views.
-        fixed: Generator of the recurring views.
+        fixed: Generator of the views, which later epochs repeat.
         samples: The images.
     """
     return {
@@ -153,10 +156,12 @@ def batch_size(micro_batch_size: int | Literal["auto"]) -> int:
 
 
 def check_fixed_views(views: int, *, image_mixup: bool) -> None:
-    """Raises ConfigError if images are mixed while views recur, since mixtures do not recur.
+    """Raises ConfigError if images are mixed in a run that repeats views.
+
+    Mixtures of images are not repeated.
 
     Args:
-        views: Number of recurring views of each image.
+        views: Number of views of each image that later epochs repeat.
         image_mixup: Whether images are mixed.
     """
     require(
@@ -171,9 +176,9 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
 def check_stored_summary(
     name: str, entry: NamedTeacher, gives_summary: Callable[[str], bool]
 ) -> None:
-    """Raises ConfigError if maps are stored while the student learns a summary that maps lack.
+    """Raises ConfigError if the student learns a summary that a stored map does not contain.
 
-    Such a summary is an embedding, or a summary that the model returns besides its map.
+    Such a summary is an embedding, or a summary that the teacher's model returns besides its map.
 
     Args:
         name: The teacher's name, or "" for a single teacher.

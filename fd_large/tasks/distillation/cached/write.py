@@ -49,7 +49,10 @@ TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "s
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
-    """Returns the facts on a teacher that decide its map of a given view, by `TEACHER_FACTS`."""
+    """Returns the facts on a teacher that decide its map of a given view, as {name: value}.
+
+    The names are `TEACHER_FACTS`.
+    """
     values = (
         teacher.fingerprint,
         entry.layer,
@@ -90,7 +93,7 @@ def header_of(
     precision: str,
     sets: Mapping[str, int] | None = None,
 ) -> Header:
-    """Returns the header of a cache of a teacher's maps; all ranks call it.
+    """Returns the header of a cache of a teacher's maps; all ranks must call this function.
 
     Args:
         teacher: The teacher, which runs on a grey image to find the shape of its map.
@@ -128,7 +131,7 @@ class CacheWriter(ShardFiles):
         Args:
             where: The argument that names the folder, for messages.
 
-        Raises: CacheError: if the folder holds another cache, or cannot be written.
+        Raises: CacheError: if the folder holds maps of other settings, or cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +302,7 @@ def write_cache(
     only: str = "",
     between: Callable[[], None] = lambda: None,
 ) -> int:
-    """Writes the maps that a cache lacks; all ranks call it.
+    """Writes the maps that a cache lacks; all ranks must call this function.
 
     Args:
         writer: Writer of the cache, whose folder rank 0 prepares here.
@@ -313,8 +316,10 @@ def write_cache(
             written stay, and the next call writes the others.
 
     Returns: the number of records that this call wrote, over all ranks.
-    Raises: CacheError: if the folder has other contents, or if the disk is too small; DataError:
-        if too many images cannot be used.
+    Raises:
+        CacheError: if the folder holds maps of other settings, if a file cannot be written, or if
+            the disk is too small.
+        DataError: if too many images cannot be used.
     """
     unfinished = prepared(writer, where=where, only=only)
     own_shards = unfinished[distributed.rank() :: distributed.world_size()]
@@ -349,13 +354,14 @@ def write_cache(
 
 
 def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[str, int]]:
-    """Prepares the folder of a cache on rank 0; all ranks call it.
+    """Prepares the folder of a cache on rank 0; all ranks must call this function.
 
     Args:
         writer, where, only: See `write_cache`.
 
     Returns: (set, number) of each incomplete shard, the same on every rank.
-    Raises: CacheError: if the folder has other contents, or if its disk is too small.
+    Raises: CacheError: if the folder holds maps of other settings, if it cannot be written, or if
+        its disk is too small.
     """
 
     def prepare() -> list[tuple[str, int]]:
@@ -397,8 +403,8 @@ def _finish(
 def _other_maps(stored: Header, expected: Header) -> str:
     """Returns the differences between two headers in words, for the message of `prepare`.
 
-    The facts that differ are named. If all facts are equal, the fields of the section `teacher`
-    that differ are named, and if these are equal too, all other fields.
+    The words name the facts that differ. If no facts differ, they name the fields of the section
+    `teacher` that differ, and if no such fields differ, all fields of the header that differ.
     """
     words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
     facts, sections, all_ = [], [], []

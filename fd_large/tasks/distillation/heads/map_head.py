@@ -20,7 +20,7 @@ WHERE = "objective.head"
 
 
 class MapShapes(NamedTuple):
-    """What the constructor of a `MapHead` is told about student and teacher, besides the widths.
+    """The shapes that the constructor of a `MapHead` gets besides the widths.
 
     Attributes:
         student_grid: Rows and columns of the student's map.
@@ -113,7 +113,7 @@ def with_blocks(
 
 
 class HeardBlocks:
-    """Wraps the component `sight` (task.py) to also collect the maps after the student's blocks."""
+    """Wraps `Distillation.sight`, to also collect the maps after the student's blocks."""
 
     def __init__(self, sight: Any) -> None:
         self._sight = sight

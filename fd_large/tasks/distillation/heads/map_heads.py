@@ -123,14 +123,13 @@ def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool
 class Convolutional(MapHead):
     """Two convolutions with norms and ReLU, and a last layer, between two square grids.
 
-    Each norm is a layer norm over a whole map, with a factor for each channel and position. So the
-    head fits a single pair of grids, while the student accepts other grids too. Source: Shang et
-    al. (Theia), arXiv 2407.20179, whose translators are made for sides of 14, 16 and 64; here the
-    same layers take all grids of the same proportions.
+    Each norm is a layer norm over a whole map, with a factor for each channel and position.
+    Therefore a head works for a single pair of grids alone. Source: Shang et al. (Theia), arXiv
+    2407.20179, whose translators are made for grids of side 14, 16 and 64.
 
-    The two convolutions keep the side of the grid, or make it four times as large or as small.
-    Before them, a transposed convolution adds a border if the teacher's grid needs it. A side is
-    halved by a single convolution.
+    The teacher's grid must have the side n, n + 2, 4 n, 4 (n + 2), n / 2 or n / 4, where n is the
+    side of the student's grid. For n + 2 and 4 (n + 2) a transposed convolution first adds a border
+    of one patch. For n / 2 there is one convolution instead of two.
 
     Args:
         width: Channels of the student's tokens.
@@ -141,7 +140,7 @@ class Convolutional(MapHead):
             leave these out.
         last_side: Side of the last convolution's kernel; 1 for a linear layer.
 
-    Raises: ConfigError: if a grid is not square, or if the proportion of the grids is another.
+    Raises: ConfigError: if a grid is not square, or if the teacher's grid has another side.
     """
 
     def __init__(
@@ -277,14 +276,17 @@ class ResizedMLP(MapHead):
 
 
 class UpsamplingMLP(MapHead):
-    """An `MLP` that predicts u x u patches of the teacher's map from a patch of the student's map.
+    """An `MLP` that predicts several patches of the teacher's map from each patch of the student.
+
+    Each patch of the student predicts factor x factor patches, where the teacher's grid has
+    `factor` times as many rows and columns as the student's grid.
 
     Source: the option `fd_upsample_factor` of RADIO's heads (arXiv 2312.06709, in its code).
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
-        maps: Grids of student and teacher; the teacher's has u times as many rows and columns.
+        maps: Grids of student and teacher, which decide the factor.
         hidden: See `MLP`.
         inner: See `MLP`.
         pre_norm: See `MLP`.
@@ -319,11 +321,11 @@ class UpsamplingMLP(MapHead):
         )
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns a grid with u times the rows and columns of the student's grid."""
+        """Returns a grid with `factor` times the rows and columns of the student's grid."""
         return self.factor * student[0], self.factor * student[1]
 
     def forward(self, student: FeatureMap) -> FeatureMap:
-        """Returns a map of patches with u times the rows and columns of the student's map.
+        """Returns a map of patches with `factor` times the rows and columns of the student's map.
 
         Args:
             student: The student's map; its prefix tokens are left out.

@@ -15,7 +15,7 @@ from fd_large.tasks.distillation.heads.map_head import WHERE
 
 
 def linear(width: int, teacher_width: int) -> nn.Module:
-    """Returns the paper's head, a 1x1 convolution as a linear layer.
+    """Returns a linear layer, the head of Feature Distillation (Wei et al., arXiv 2205.14141).
 
     It has torch's default initialisation, as published.
     """

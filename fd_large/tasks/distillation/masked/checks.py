@@ -69,7 +69,11 @@ def mask_checks(
 
 
 def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
-    """Raises ConfigError if the student cannot hide patches, or if the mask hides all or none."""
+    """Raises ConfigError if the student or the image size does not fit the mask.
+
+    The student must be able to hide patches. The mask must hide some patches but not all, and at
+    least as many as the smallest rectangle has.
+    """
     has_patches = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
     require(
         has_patches if mask.student == "token" else getattr(student, "encodes_some", False),

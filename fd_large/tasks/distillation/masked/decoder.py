@@ -33,8 +33,8 @@ class MaskToken(nn.Module):
 
         Args:
             tokens: (B, H, W, C), patches.
-            mask: (B, h, w) bool, whether patches are hidden. If it is coarser than the patches,
-                each element is for a rectangle of patches.
+            mask: (B, h, w) bool, True if hidden. If h and w are smaller than H and W, each element
+                is for a rectangle of patches.
         """
         for axis in (1, 2):
             size = tokens.shape[axis]
@@ -44,9 +44,9 @@ class MaskToken(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transformer that predicts the tokens of all patches from visible patches, as MAE and dBOT do.
+    """Transformer that predicts the tokens of all patches from the tokens of visible patches.
 
-    Source: He et al., arXiv 2111.06377; Liu et al., arXiv 2209.03917.
+    Source: He et al. (MAE), arXiv 2111.06377; Liu et al. (dBOT), arXiv 2209.03917.
 
     Args:
         width: Number of channels of the student's tokens, C.

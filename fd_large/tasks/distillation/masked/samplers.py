@@ -1,6 +1,7 @@
 """Masks of hidden patches; the mask of an image is a function of (seed, epoch, position) alone.
 
-So the numbers of ranks and of micro-batches, and a resume, do not change a mask.
+Here the position is that of the image in the epoch's order. Therefore neither a resume nor other
+numbers of ranks or micro-batches change a mask.
 
 Source: He et al. (MAE), arXiv 2111.06377 (random); Bao et al. (BEiT), arXiv 2106.08254, in the code
 of EVA (blocks), and Peng et al. (BEiT v2), arXiv 2208.06366 (blocks, then single patches).
@@ -50,9 +51,9 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
 def _numbers_hidden(
     mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike
 ) -> NDArray[np.int64]:
-    """Draws how many patches of each image are hidden, (B,); for arguments see `masks`.
+    """Draws the number of hidden patches of each image, (B,); for arguments see `masks`.
 
-    With the sampler `block` the number is only an upper limit.
+    With the sampler `block` an image may have fewer hidden patches than this number.
     """
     if not mask.ratio_to and mask.share == 1:
         return np.full(np.shape(positions), hidden(mask, grid))
@@ -63,7 +64,9 @@ def _numbers_hidden(
 
 
 def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
-    """Returns the number of hidden patches of an image, or its upper limit for the sampler `block`.
+    """Returns the number of hidden patches of an image.
+
+    With the sampler `block` an image may have fewer hidden patches than this number.
 
     Args:
         mask: The recipe's section `mask`.
@@ -101,8 +104,8 @@ def block_mask(
         draw: Generator of random numbers.
         grid: Rows and columns of the patches.
         number: Largest number of hidden patches.
-        min_patches: Number of patches of the smallest rectangle. The area is drawn between it and
-            the number of patches left to hide, even if the latter is smaller.
+        min_patches: Smallest area of a rectangle, in patches. The area is drawn between this number
+            and the number of patches that remain to be hidden, even if the latter is smaller.
         exact: Whether single patches are hidden too if the rectangles hide fewer than `number`.
     """
     masked = np.zeros(grid, dtype=np.bool_)
@@ -121,7 +124,8 @@ def _hide_rectangle(draw: random.Random, masked: Bools, least: int, most: int) -
     Args:
         draw: Generator of random numbers.
         masked: (H, W) bool, the mask, which is changed.
-        least, most: Bounds of the rectangle's area; it must also hide at most `most` new patches.
+        least, most: Bounds of the rectangle's area in patches. The rectangle must also hide at most
+            `most` patches that were not hidden before.
 
     Returns: the number of newly hidden patches; 0 if no rectangle was found in `_ATTEMPTS` tries.
     """

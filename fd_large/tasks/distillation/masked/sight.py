@@ -80,7 +80,7 @@ class Counted(NamedTuple):
 
 
 class Masked(Whole, Part):
-    """The component `sight` (task.py) of a student from which patches are hidden.
+    """Runs a student from which patches are hidden (`sight` of `Distillation`).
 
     A hidden patch is replaced by a learnt token, or is not encoded at all (`mask.student`). Without
     a drawn mask, as in evaluation, the student sees the whole image.
@@ -118,18 +118,30 @@ class Masked(Whole, Part):
         return {name: module for name, module in learnt.items() if module is not None}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns this component if the number of counted tokens must be summed over a step."""
+        """Returns (self,) if counted tokens must be summed over the images of a step, else ().
+
+        The sum is needed if images may have different numbers of counted patches, and the loss is a
+        mean over the counted tokens of the step.
+        """
         return (self,) if self._differ else ()
 
     def width(self, student: nn.Module) -> int:
-        """Returns the number of channels of the heads' input."""
+        """Returns the number of channels of the heads' input.
+
+        With a decoder this is the decoder's width, else the student's width.
+        """
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Draws a mask for each image, and returns it as "mask", (N, B) bool, True if hidden.
+        """Draws the mask of each image in a batch.
 
-        If only visible patches are encoded, the result also has "visible", (V, B) int64, the
-        indices of the visible patches.
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions of the images in the epoch's order.
+
+        Returns: {"mask": (N, B) bool, True for a hidden patch}. If the student encodes only visible
+            patches, also "visible": (V, B) int64, the row-major indices of the visible patches.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
         sight = {"mask": drawn.T.contiguous()}
@@ -157,8 +169,8 @@ class Masked(Whole, Part):
             keep: (num_sites, B) bool, or None for no drop path.
             drawn: The result of `draws`; empty to show whole images.
 
-        Returns: a map of all patches; zeros stand for patches that were not encoded if there is no
-            decoder.
+        Returns: a map of all patches. Without a decoder, the tokens of patches that were not
+            encoded are zeros.
         """
         if self._token is not None and "mask" in drawn:
             mask = drawn["mask"].T.unflatten(1, self._grid)
@@ -195,9 +207,10 @@ class Masked(Whole, Part):
         return self._token(patches, mask)
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Any:
-        """Returns the comparison restricted to the counted tokens; a summary always counts.
+        """Returns the comparison restricted to the tokens that count in the loss (`mask.tokens`).
 
-        Without a drawn mask the comparison is returned unchanged.
+        In the comparison of a summary all tokens count. If `drawn` has no mask, the comparison is
+        returned unchanged.
         """
         if "mask" not in drawn:
             return comparison
@@ -217,8 +230,9 @@ class Masked(Whole, Part):
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
         """Returns the weight of each image in a mean over images, (B,).
 
-        It is the number of counted patches if a loss is a mean over counted tokens of the step and
-        images differ in this number; otherwise it is 1.
+        The weight is the number of the image's counted patches if images may have different numbers
+        of counted patches and the loss is a mean over the counted tokens of the step. Otherwise the
+        weight is 1.
         """
         if not self._differ or "mask" not in drawn:
             return pixels.new_ones(len(pixels), dtype=torch.float32)
@@ -238,16 +252,29 @@ class Masked(Whole, Part):
 
     @staticmethod
     def _totals_of(patches: Tensor) -> Tensor:
-        """Returns the numbers of counted patches and of images, (2,), from `_counted_patches`."""
+        """Returns the number of counted patches and the number of images, (2,) float64.
+
+        Args:
+            patches: (B, N) bool, whether a patch counts in the loss.
+        """
         of_images = patches.sum(1).double()
         return torch.stack([of_images.sum(), torch.ones_like(of_images).sum()])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Stores the step's numbers of counted patches, of images and of micro-batches."""
+        """Stores the totals of a step.
+
+        Args:
+            totals: (2,), the numbers of counted patches and of images in the whole step.
+            micro_batches: Number of micro-batches of the step on all ranks.
+        """
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the numbers that `take` stored in an earlier step or trial."""
+        """Drops the numbers that `take` stored in an earlier step or trial.
+
+        Args:
+            progress: Fraction of the run's steps that are done; not used.
+        """
         self._totals: Tensor | None = None
         self._micro_batches = 1
 
@@ -255,7 +282,7 @@ class Masked(Whole, Part):
 def _filled(map_: FeatureMap, places: Tensor) -> FeatureMap:
     """Returns a map of all patches, in which patches that were not encoded are zeros.
 
-    Loss and heads of single tokens then need no special case.
+    Losses and heads that work on single tokens then need no special case.
 
     Args:
         map_: A map with the visible patches alone, but with the grid of all patches.
