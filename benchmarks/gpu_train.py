@@ -60,7 +60,7 @@ def clocked(config: dict[str, Any]) -> dict[str, Any]:
 def note_memory(file: Path) -> None:
     """Adds the memory of this process's GPU to a file, twice a second, until the process ends.
 
-    Without a GPU it is the memory of the process.
+    Without a GPU, the resident memory of the process is added instead.
     """
     process, begin = psutil.Process(), time.time()
     while True:

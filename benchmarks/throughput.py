@@ -163,7 +163,8 @@ def report(
 ) -> dict[str, Any]:
     """Returns the results, with the speed of each contender relative to the fastest.
 
-    On several ranks, the step without communication is never the fastest.
+    On several ranks, the step without communication does not count as the fastest, since it trains
+    a different model on each rank.
 
     Args:
         arguments: The flags.

@@ -70,7 +70,8 @@ def shapes_of(name: str) -> dict[str, Any]:
 def numbers_of(name: str) -> dict[str, Any]:
     """Compares the adapter's map of a model with timm's, with random weights, at one or two sizes.
 
-    Returns: the largest relative difference, as "at SIDE", or the reason of a refusal.
+    Returns: {"at SIDE": the largest relative difference, or the adapter's refusal} for each image
+        size; the model's name; and the result of `is_last`.
     """
     import timm
     import torch
@@ -231,7 +232,7 @@ def child(task: str, work: Path) -> None:
 
 
 def known(work: Path, task: str) -> dict[str, dict[str, Any]]:
-    """Returns the newest answer for each name in the file of answers.
+    """Returns {name of a model: newest answer} from the file of answers.
 
     Args:
         work: The file.
@@ -306,7 +307,7 @@ def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Finds the missing answers, and writes the table."""
+    """Tests the models without a stored answer, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("timm_models.jsonl"))
     parser.add_argument("--only", default="*", help="pattern of names")

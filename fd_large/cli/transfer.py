@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separates flags of a single column, such as --ade20k.optim.epochs 3, from the other flags.
 
-    Returns: the other flags; and the flags of each column, without the column's name, by the name.
+    Returns: the other flags; and {name of a column: its flags, without the name}.
     """
     common: list[str] = []
     of_columns: dict[str, list[str]] = {}

@@ -70,8 +70,8 @@ def train(
         train_run: Function that trains a run, (run, deepspeed_config=...) -> exit code.
 
     Returns: the exit code, and the content of summary.json, which is empty if the run is not
-        finished. The code of a finished run is 75 if a signal to stop came too late for it, so
-        that no further run starts.
+        finished. The code of a finished run is 75 if a signal to stop came at its end, so that
+        no further run starts.
     """
     from fd_large.engine.zero import start
     from fd_large.ranks import distributed

@@ -59,7 +59,7 @@ class Images(NamedTuple):
 
 
 def small_data() -> Run:
-    """A folder of own images, hundreds to some ten thousands, into a ResNet-18.
+    """A folder of your own images, hundreds to some ten thousands, into a ResNet-18.
 
     Hardware: two CPU cores for hundreds of images, one or two GPUs for more; at most 1 GB a device
     Duration: 600 steps for 1,000 images; 400 at least
