@@ -115,13 +115,13 @@ def transfer_of(task: str) -> Transfer:
 
 
 def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Module]:
-    """Returns the heads of a run, or of an export of a run's student, by name.
+    """Returns {name: head} of a run, or of an export of a run's student (`StoredRun.heads`).
 
-    See `StoredRun.heads`. The result is empty if there is no folder, or if an export has no heads.
+    The result is empty if `folder` is None, or if the run or the export has no heads.
 
     Args:
         job: The job of the run; None for an export.
-        folder: Folder of the weights (`NamedModel.folder`), or None if they are in no folder.
+        folder: Folder of the weights (`NamedModel.folder`); None if the weights are in no folder.
 
     Raises: FDError: if the heads cannot be read.
     """
@@ -137,7 +137,11 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
 
 
 def _class_of(face: str | Callable[[Any], Any]) -> Any:
-    """Returns a class that a `TaskKind` names: a dotted name below tasks/, or the class itself."""
+    """Returns the class that a field of a `TaskKind` gives.
+
+    Args:
+        face: The field: a dotted name below tasks/, whose module is imported, or the class itself.
+    """
     if callable(face):
         return face
     module, _, name = face.rpartition(".")
@@ -145,11 +149,13 @@ def _class_of(face: str | Callable[[Any], Any]) -> Any:
 
 
 def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function of the user's own task so that each exception becomes a ConfigError.
+    """Wraps a function of the user's own task so that it raises no exceptions but FDErrors.
+
+    An FDError is passed on, and any other exception becomes a ConfigError.
 
     Args:
         task: Value of `task.name` in the recipe, for the message.
-        function: The function; an FDError that it raises stays as it is.
+        function: The function to wrap.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""The table of tasks. To add a task, add its folder in `tasks/` and its kind in this file.
+"""The table of tasks. To add a task, add its folder in `tasks/` and its `TaskKind` in this file.
 
 Like the `section.py` of each task, this file does not import torch, and recipes may import it.
 """
@@ -25,8 +25,8 @@ def kind_of(name: str) -> TaskKind:
     Args:
         name: Value of `task.name` in a recipe.
 
-    Raises: ConfigError: if the task does not exist, cannot be imported, or is no `TaskKind` with a
-        name of its own.
+    Raises: ConfigError: if the task does not exist, cannot be imported, is no `TaskKind`, or is the
+        user's own and has the name of a built-in task.
     """
     kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
     if not isinstance(kind, TaskKind):

@@ -43,7 +43,7 @@ class Predicted(NamedTuple):
         path: The image file.
         text: The prediction in a few words.
         drawn: Path of the drawn image; None if the image file could not be read.
-        problem: Reason that the image could not be read, or "".
+        problem: Reason that the image could not be read; "" if it could be read.
     """
 
     path: str
@@ -56,11 +56,11 @@ class StoredRun:
     """What commands can do with a task's stored run: export, scores, diagnosis, predictions.
 
     Args:
-        job: The job of the run's recipe; no model is built.
+        job: The job of the run's recipe. The constructor builds no model.
 
     Attributes:
-        job: The job.
-        run: The recipe.
+        job: The job of the run's recipe.
+        run: The run's recipe.
     """
 
     loss_name: ClassVar[str] = ""
@@ -73,13 +73,14 @@ class StoredRun:
     # --- export ---
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns the export of the student, or of the student with its task's heads, to a library.
+        """Describes an export: of the student alone, or together with the heads of its task.
 
         Args:
             architecture: The student's architecture, with the image size of the export.
-            to: The library.
+            to: The library or format of the export, a value of the flag `--to`.
 
-        Returns: None if the format is a graph, which can hold any model.
+        Returns: how tensors and configuration are translated for the library. None if the format is
+            a graph, which can hold any model.
         Raises: ConfigError: if the library lacks this model.
         """
         if LIBRARIES[to].heads:
@@ -101,20 +102,20 @@ class StoredRun:
 
         Args:
             reader: The checkpoint that is exported.
-            student: Shapes of the student's tensors, by their names in the student.
-            to: The library.
+            student: {name in the student: shape} of the student's tensors.
+            to: The library or format of the export, a value of the flag `--to`.
 
-        Returns: shapes by the tensors' names in the checkpoint.
-        Raises: CheckpointError: if the checkpoint is not of this recipe's models.
+        Returns: {name in the checkpoint: shape}.
+        Raises: CheckpointError: if the checkpoint has other models than this run's recipe.
         """
         return {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the text on the task in the model card of an export.
+        """Returns what the model card of an export says about the task: title, text and metrics.
 
         Args:
-            manifest: The checkpoint's manifest.
-            to: The library.
+            manifest: The manifest of the exported checkpoint.
+            to: The library or format of the export, a value of the flag `--to`.
         """
         metrics = {
             name.replace("/", "_"): label for name, label in self.job.metrics.items() if "/" in name
@@ -129,9 +130,10 @@ class StoredRun:
     # --- heads that predict other models' outputs ---
 
     def heads(self, reader: Reader) -> Mapping[str, nn.Module]:
-        """Returns heads that predict other models' feature maps from the student's map, by name.
+        """Returns {name: head}; a head predicts another model's feature map from the student's map.
 
-        Each head is called with the student and its normalised pixels, and returns a FeatureMap.
+        Each head is called with the student and the student's normalised pixels, and returns a
+        FeatureMap.
 
         Args:
             reader: A checkpoint of the run.
@@ -149,7 +151,10 @@ class StoredRun:
 
     @staticmethod
     def exported_heads(folder: Path) -> Mapping[str, nn.Module]:
-        """Returns the heads that `export_heads` wrote, by name.
+        """Reads the heads that `export_heads` wrote, and returns them as {name: head}.
+
+        Args:
+            folder: The folder that `export_heads` filled.
 
         Raises: WeightsError: if the folder is damaged.
         """
@@ -158,14 +163,14 @@ class StoredRun:
     # --- the whole task ---
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the run's model on its test images; all ranks call it.
+        """Scores the run's model on the run's test images; all ranks must call this method.
 
         Args:
             reader: A checkpoint of the run.
             folder: Folder of the results, which all ranks see and which is made if it is missing
                 (`out_folder`).
 
-        Returns: the scores on rank 0, where alone the result is used.
+        Returns: the scores on rank 0. The result of other ranks is not used.
         Raises: ConfigError: if the task does not score stored runs.
         """
         raise ConfigError(
@@ -182,7 +187,8 @@ class StoredRun:
             reader: A checkpoint of the run.
             images: Paths of image files.
             folder: Folder of the results, which is made if it is missing (`out_folder`).
-            least_score: Smallest score of an object that is drawn and written.
+            least_score: Smallest score of an object that is drawn and written; used only by tasks
+                whose predictions have scores.
 
         Raises: ConfigError: if the task predicts nothing that can be drawn.
         """
@@ -193,7 +199,7 @@ class StoredRun:
         )
 
     def classes(self) -> tuple[str, ...] | None:
-        """Returns the names of the classes, or None if the loss needs no labels.
+        """Returns the names of the task's classes, or None if the task's loss needs no labels.
 
         Raises: FDError: if the training images, from whose folders the names come, are missing.
         """
@@ -204,13 +210,14 @@ class StoredRun:
     ) -> Callable[[], Mapping[str, float]]:
         """Returns a function that computes the loss and its terms on given images.
 
-        Each call uses the task's weights at that time; the frozen models run only once, when the
-        function is made.
+        Each call of this function uses the weights that the task has at the time of the call. The
+        frozen models run only once, when the function is made.
 
         Args:
             task: The job's task, in evaluation mode.
             images: (B, 3, S, S) uint8, on the device.
-            labels: (B,) int64, indices into `classes`, on the device; None without labels.
+            labels: (B,) int64, indices into the result of `classes`, on the device; None if the
+                loss needs no labels.
 
         Returns: a function without arguments that returns values by name; the first is `loss_name`.
         """

@@ -40,7 +40,7 @@ class Divisible(NamedTuple):
 class Transfer:
     """Makes the recipes of a task's trainings that begin from models which the user names.
 
-    It also says which metrics of the trainings are compared.
+    The class also says which metrics of these trainings are compared.
     """
 
     def starting_from(
@@ -54,19 +54,20 @@ class Transfer:
     ) -> Run:
         """Returns a recipe whose student is a named model.
 
-        The attention window and the rules of image sizes stay those of the recipe, unless the
-        model's family lacks them. Blocks have separate position biases if the blocks of the
-        recipe's student do.
+        The student keeps the recipe's attention window and the recipe's rules of image sizes,
+        unless the family of the named model has no such settings. If each block of the recipe's
+        student has its own position bias, each block of the new student has one too.
 
         Args:
             run: The recipe.
-            model: The model and its weights, settled.
+            model: The named model and the source of its weights. Fields that the weights decide
+                must be filled in (`settle_model`).
             image_size: Side of the model's images, in pixels.
             trained_as: The student's section in the run that trained the model; None if no run
                 trained it.
             fields: Fields of the student that the user set in the recipe.
 
-        Raises: ConfigError: if the user set a field that the named model decides.
+        Raises: ConfigError: if `fields` has a field that the named model decides.
         """
         base, recipe_architecture = run.student, run.student_architecture()
         decided = [f for f in fields if f in _OF_THE_MODEL or f.startswith("architecture.")]
@@ -87,13 +88,13 @@ class Transfer:
 
         Args:
             architecture: Architecture of the model.
-            run_recipe: Name of the recipe of the run that trained the model; "" for random weights
-                without a run; None for weights from elsewhere.
+            run_recipe: Name of the recipe of the run that trained the model; "" if the model has
+                random weights, which no run trained; None if the weights come from elsewhere.
         """
         raise NotImplementedError
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
-        """Returns the recipes of the trainings of a model that are compared, by their labels.
+        """Returns {label: recipe} of the trainings of a model whose results are compared.
 
         Args:
             run: The recipe, with the model in the student's place.
@@ -110,10 +111,10 @@ class Transfer:
         return Divisible(job.run.data.root, ImageFolder(images.folder), images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the metrics of a finished run that `evaluate` compares.
+        """Returns the metrics of a finished run that the command `evaluate` compares.
 
         Args:
-            summary: Content of its summary.json.
+            summary: Content of the run's summary.json.
 
         Returns: the accuracy in per cent, and a dictionary of further metrics by name.
         """

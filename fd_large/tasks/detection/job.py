@@ -78,7 +78,7 @@ class DetectionJob(TrainingJob):
     def check(self) -> None:
         """Opens the test images, checks that they can be scored, and checks the weights' headers.
 
-        Raises: FDError: for the user's mistake.
+        Raises: FDError: if the recipe, the images or the weights cannot be used.
         """
         super().check()
         if "_categories" not in vars(self):
@@ -135,9 +135,9 @@ class DetectionJob(TrainingJob):
     def initial_weights(self) -> InitialWeights:
         """Returns the weights that `student.init` provides for the student, pyramid and heads.
 
-        Pyramid and heads are included only if `student.init` is a detection run. Layers whose
-        shapes differ, such as layers for another number of classes, start from random weights. So
-        do the mask heads if the dataset of `student.init` had no masks.
+        Pyramid and heads are included only if `student.init` is a detection run. A layer starts
+        from random weights if its shape in that run differs, for example by another number of
+        classes. Mask heads start from random weights if that run's dataset had no masks.
         """
         student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
         return {} if student is None else {"student": student, **self._initial_heads()}
@@ -216,7 +216,7 @@ class DetectionJob(TrainingJob):
     ) -> Sequence[Evaluation]:
         """Returns the evaluation by COCO's metrics, which writes into RUN/evaluations.
 
-        Before the first step it does nothing, since new heads detect nothing.
+        Before the first step, the evaluation does nothing, since new heads detect nothing.
         """
         run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
@@ -261,9 +261,10 @@ class DetectionJob(TrainingJob):
         return StoredStudent(architecture, LEFT_OUT, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the manifest's entries "categories", {id in the annotations: name}, and "masks".
+        """Returns the entries "categories" and "masks" of the manifest.
 
-        "masks" is True if the training images have masks, so that the mask heads are trained.
+        "categories" is {id in the annotations, as text: name}. "masks" is True if the training
+        images have masks, so that the mask heads are trained.
         """
         return {
             "categories": {str(number): name for number, name in self._categories.items()},
@@ -278,15 +279,17 @@ class DetectionJob(TrainingJob):
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """Opens the test images.
 
-        If `eval.root` is set, the test images are its val split. If not, and `data.val_fraction` is
-        above 0, they are the part of the train split of `data.root` that this fraction holds out.
-        If neither is set, they are the val split of `data.root`.
+        If the recipe sets `eval.root`, the test images are the val split of `eval.root`. If it sets
+        only `data.val_fraction`, they are the part of `data.root`'s train split that this fraction
+        holds out. If it sets neither, they are the val split of `data.root`.
 
         Args:
             classes: Names of the classes that the detector learns or has learnt, by label.
-            where: The field to name in messages; "" for the field that names the images' folder.
+            where: The recipe's field to name in messages; "" for the field that names the folder of
+                the images.
 
-        Raises: DataError or ConfigError: if the images cannot be used or have other classes.
+        Raises: DataError or ConfigError: if the images cannot be used, or have other classes than
+            `classes`.
         """
         data, root = self.run.data, self.run.eval.root
         where = where or ("eval.root" if root else "data.root")
@@ -329,7 +332,7 @@ def jitter_of(run: Run) -> Jitter:
 
 
 def selection_of(run: Run) -> Selection:
-    """Returns the settings of the recipe by which reported boxes are selected."""
+    """Returns the recipe's settings for the selection of the boxes that the detector reports."""
     section = run.task.detection
     return Selection(
         nms=section.nms,

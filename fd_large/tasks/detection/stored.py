@@ -81,7 +81,14 @@ class StoredDetection(StoredRun):
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws boxes and masks of the objects detected in images with a score >= `least_score`."""
+        """Draws boxes and masks of detected objects on images, and writes predictions.json.
+
+        Args:
+            reader: A checkpoint of the run.
+            images: Paths of image files.
+            folder: Folder of the results, which is made if it is missing.
+            least_score: Smallest score of an object that is drawn and written.
+        """
         model, device = model_of(self.run, self.task(reader).see), distributed.device()
         class_names = _classes(reader)
 
@@ -121,5 +128,5 @@ class StoredDetection(StoredRun):
 
 
 def _classes(reader: Reader) -> tuple[str, ...]:
-    """Returns the names of the classes in the order of their labels, from a checkpoint."""
+    """Reads the names of the classes from a checkpoint; they are in the order of the labels."""
     return tuple(reader.manifest["categories"].values())

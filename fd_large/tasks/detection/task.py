@@ -50,8 +50,9 @@ class Ask(NamedTuple):
     Attributes:
         what: The result for each image: "proposals" (`Proposals`), "candidates" (`Candidates`), or
             "masks" (mask probabilities (n, M, M) float32).
-        boxes: (n, 4) float32 for each image. With "candidates", they replace the image's own
-            proposals, unless None. With "masks", they are the boxes that get masks.
+        boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels. With "masks", the
+            boxes whose masks are predicted. With "candidates", boxes that replace the image's own
+            proposals, or None to use the image's own proposals.
         labels: (n,) int64 for each image, the classes of `boxes`; used with "masks" only.
     """
 
@@ -65,7 +66,7 @@ class Detection(Task):
 
     Args:
         student: A backbone. Its final norm is removed, and so are the class tokens of a ViT.
-        num_classes: K.
+        num_classes: Number of classes, K.
         heads: A name in the table `HEADS`, or heads of the user's own (`module:FILE.py:NAME`).
         heads_settings: Further keyword arguments of built-in heads, by name.
         width: Channels of the pyramid and the heads.
@@ -156,15 +157,15 @@ class Detection(Task):
     ) -> tuple[Tensor, dict[str, Tensor]] | list[Any]:
         """Returns the loss and its terms, or the results of a test if `targets` is None.
 
-        Computing the loss is a collective.
+        If `targets` is not None, all ranks must call this method.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             sizes: (B, 2) int64, height and width of each image without its padding.
             keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
             targets: The target of each image, in training.
-            draws: In training, uniform random numbers (B, count) for the samples of "anchors" and
-                of "proposals".
+            draws: In training, {"anchors": array, "proposals": array}: uniform random numbers in
+                [0, 1), (B, count), by which anchors and proposals are sampled.
             ask: Without targets, the request for other results than `Detections`.
 
         Returns: with targets (loss, {name: term}), scalars; without targets a list with the
@@ -264,7 +265,7 @@ class Detection(Task):
 
 
 def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns this rank's loss and its terms from sums and counts; a collective.
+    """Returns this rank's loss and its terms from sums and counts; all ranks must call it.
 
     DeepSpeed averages gradients over the ranks. Each rank therefore divides the sum of a term by
     the mean count per rank. The average over the ranks is then the total sum divided by the total

@@ -53,7 +53,7 @@ class Segmentation(DenseTask):
 
     Args:
         student: A backbone. Its final norm is removed, unless the head is linear.
-        num_classes: K.
+        num_classes: Number of classes, K.
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
         auxiliary_weight: Weight of the auxiliary head's loss; 0 for no auxiliary head.

@@ -52,7 +52,7 @@ class CocoSet(DivisibleImages):
     Attributes:
         annotations: Path of the JSON file.
         findings: Objects and images that were left out or clipped.
-        fingerprint: A hash of names, categories and objects.
+        fingerprint: A hash of the images' names, the categories and the objects.
         has_masks: Whether the objects have segmentations, which Objects365 lacks.
         category_ids: For each label, the category's id in the file.
         category_names: For each label, the category's name.
@@ -85,7 +85,7 @@ class CocoSet(DivisibleImages):
 
     @property
     def only(self) -> tuple[int, ...]:
-        """The ids of the images if the set is a part of the split, or () for the whole split."""
+        """The ids of the images if they are only a part of the split; () for the whole split."""
         is_part = len(self) < len(self._listing)
         return tuple(self._listing.arrays["image_ids"][self.places].tolist()) if is_part else ()
 
@@ -110,7 +110,7 @@ class CocoSet(DivisibleImages):
         )
 
     def target(self, index: int) -> Target:
-        """Returns the target of the whole image `index` at its own size, with decoded masks."""
+        """Returns the target of image `index`, whole and at its own size, with decoded masks."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
     def check_semantic(self, num_classes: int, *, where: str) -> None:
@@ -186,8 +186,8 @@ class CocoSet(DivisibleImages):
 def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
     """Opens a split of a dataset in COCO's layout, and logs its contents and findings.
 
-    In the split "train", images are left out that have no file, or no objects other than crowds,
-    as in the reference recipes. Any other split is for evaluation, and all its images must exist.
+    In the split "train", an image is left out if its file is missing, or if it has no objects
+    other than crowds. Any other split is for evaluation, and all its images must exist.
 
     Args:
         root: The dataset's folder, in the layout of COCO (`train2017/` with
@@ -253,9 +253,10 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
 
 
 def _stamp(path: str) -> list[int]:
-    """Returns size and modification time (ns) of a file or folder, [0, 0] if it does not exist.
+    """Returns the size in bytes and the modification time in nanoseconds of a file or folder.
 
     The values change when the file is written, or when an entry of the folder is added or removed.
+    The result is [0, 0] if there is no such file or folder.
     """
     try:
         status = os.stat(path)
@@ -272,8 +273,8 @@ class _Files:
         folder: Folder of the images, relative to the root.
 
     Attributes:
-        stamps: The `_stamp` of each listed folder before it was listed, by its path relative to the
-            root.
+        stamps: {path of a listed folder, relative to the root: the folder's `_stamp` just before
+            the folder was listed}.
     """
 
     def __init__(self, root: str, folder: str) -> None:

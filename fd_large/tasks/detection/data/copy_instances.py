@@ -46,10 +46,11 @@ def copy_instances(
         image: (3, H, W) uint8.
         objects: The image's n objects, with segmentations.
         draws: (n, `DRAWS_PER_OBJECT`) uniform random numbers in [0, 1).
-        classes: (H, W), the class of each pixel for a semantic branch, or None. Uncovered pixels
-            become unlabelled.
+        classes: (H, W), the class of each pixel for a semantic branch, or None. A pixel that an
+            object uncovers becomes unlabelled (255).
 
-    Returns: the new image, the objects left in it, and the new classes, or None without `classes`.
+    Returns: the new image; the objects that are still visible in the new image; the new classes,
+        or None if `classes` is None.
     """
     view = whole_view(objects.height, objects.width)
     before = np.zeros(view.size, dtype=bool)
@@ -123,6 +124,9 @@ def _window(mask: NDArray[np.uint8], corner: NDArray[np.int64]) -> tuple[slice, 
 def _groups(boxes: NDArray[np.floating]) -> NDArray[np.int64]:
     """Groups objects whose boxes overlap, directly or through other objects.
 
+    Args:
+        boxes: (n, 4), the objects' boxes: left, top, right, bottom.
+
     Returns: (n,), for each object the lowest index of an object in its group.
     """
     overlap = (
@@ -147,7 +151,7 @@ def _moves(
     The transform of a group is the entry at the group's index; other entries are not used.
 
     Args:
-        boxes: (n, 4), the objects.
+        boxes: (n, 4), the objects' boxes: left, top, right, bottom.
         groups: (n,), the result of `_groups`.
         size: Height and width of the image.
         draws: (n, `DRAWS_PER_OBJECT`) uniform random numbers in [0, 1).
@@ -190,11 +194,12 @@ def _moved_mask(
     Args:
         mask: (h, w), the mask in a window of the image.
         corner: Left and top of the window.
-        box: The object's box.
-        move: (3, 3), the transform.
+        box: The object's box: left, top, right, bottom.
+        move: (3, 3), the transform, in pixels of the image.
         size: Height and width of the image.
 
-    Returns: the new mask in a window around it, and the window's left and top.
+    Returns: the transformed mask, (h', w'), in a new window around the mask; left and top of the
+        new window.
     """
     left, top, right, bottom = box
     corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
@@ -210,7 +215,12 @@ def _moved_mask(
 
 
 def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
-    """Returns the bilinearly interpolated colours at points (n, 2) of an image, (3, n) uint8."""
+    """Returns the bilinearly interpolated colours at points of an image, (3, n) uint8.
+
+    Args:
+        image: (3, H, W) uint8.
+        points: (n, 2), x and y in pixels.
+    """
     grid = points / np.array(image.shape[:0:-1]) * 2 - 1
     colours = F.grid_sample(
         image[None].float(),
@@ -237,6 +247,8 @@ def _pull_push(colours: Tensor, known: Tensor) -> Tensor:
     Args:
         colours: (1, 3, H, W) float32, multiplied by `known`.
         known: (1, 1, H, W) float32, the share of each pixel that is known, 0 to 1.
+
+    Returns: (1, 3, H, W) float32.
     """
     if known.shape[-1] * known.shape[-2] == 1:
         return colours / known

@@ -48,7 +48,7 @@ def build_training_loader(
     semantic_classes: int = 0,
     copy_probability: float = 0.0,
 ) -> DataLoader:
-    """Returns a loader of one rank's micro-batches, from a step of an epoch to the epoch's end.
+    """Returns a loader of one rank's micro-batches, from a given step to the end of an epoch.
 
     Args:
         source: Images and objects.
@@ -66,7 +66,8 @@ def build_training_loader(
         and the bottom, and with `Targets`. The samples do not depend on the number of ranks or
         workers.
     Raises:
-        ConfigError: if batch sizes do not divide.
+        ConfigError: if the global batch size is not a multiple of the micro-batch size times the
+            number of ranks.
         DataError: if the global batch is larger than the dataset.
     """
     order = None
@@ -128,7 +129,10 @@ def grouped_order(
 
 @dataclass(frozen=True)
 class _Samples(Dataset):
-    """Dataset that maps the positions of a micro-batch, (B,), to a `Batch`; used in the workers."""
+    """Dataset whose item for B positions in the epoch's order, an array (B,), is a `Batch`.
+
+    The loading processes use the dataset.
+    """
 
     source: CocoSet
     jitter: Jitter
@@ -196,7 +200,10 @@ class _Samples(Dataset):
 
 
 def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Pads masks (n, h, w) to the canvas; masks (n, 0, 0) of a dataset without masks stay empty."""
+    """Pads masks (n, h, w) with zeros, at right and bottom, to the size `canvas` (height, width).
+
+    Masks (n, 0, 0), which a dataset without masks has, are returned unchanged.
+    """
     return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
 
@@ -259,9 +266,10 @@ def build_evaluation_loader(
 
 @dataclass(frozen=True)
 class _Resized(Dataset):
-    """Dataset that maps positions in `order`, (B,), to an `EvaluationBatch`; used in the workers.
+    """Dataset whose item for B positions in the array `order` is an `EvaluationBatch`.
 
-    The position -1 stands for an image that only fills up the batch.
+    `order` has the images' indices in the order of the evaluation. The position -1 stands for an
+    image that only fills up the batch. The loading processes use the dataset.
     """
 
     source: CocoSet

@@ -38,21 +38,30 @@ class Findings:
     """The objects and images that were left out or clipped, by the kind of defect.
 
     Attributes:
-        counts: Number of objects or images for each kind.
-        names: Ids or file names of the first `NUM_NAMED` for each kind.
+        counts: {kind of defect: number of objects or images with this defect}.
+        names: {kind of defect: ids or file names of the first `NUM_NAMED` objects or images with
+            this defect}.
     """
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: str, name: object) -> None:
-        """Counts a defective object or image, and keeps its name if it is among the first."""
+        """Counts an object or image with a defect, and keeps the first `NUM_NAMED` names.
+
+        Args:
+            kind: Kind of the defect, as words for a message.
+            name: Id or file name of the object or image.
+        """
         self.counts[kind] += 1
         if len(self.names[kind]) < NUM_NAMED:
             self.names[kind].append(str(name))
 
     def lines(self) -> list[str]:
-        """Returns a line of text for each kind, with the number and the first names."""
+        """Returns a line of text for each kind of defect.
+
+        A line has the number of objects or images with the defect, and the names of the first.
+        """
         return [
             f"{count} {kind}: {', '.join(self.names[kind])}"
             + (" ..." if count > len(self.names[kind]) else "")
@@ -313,7 +322,7 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """Raised to leave out an annotation, given the kind of its defect and the annotation's id."""
+    """Raised to leave out an annotation; its arguments are the kind of defect and the id."""
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:

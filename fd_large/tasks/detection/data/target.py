@@ -34,8 +34,9 @@ class Target(NamedTuple):
         masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) if the dataset has no masks.
         crowd_boxes: (m, 4) float32, regions in which single objects are not annotated.
         image_id: The image's id in the dataset.
-        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, including COCO-Stuff's
-            stuff classes; 255 if unknown. (0, 0) if the recipe has no semantic branch.
+        semantic: (ceil(h / 8), ceil(w / 8)) uint8 for an image of h x w pixels without padding: the
+            class of every eighth pixel, including COCO-Stuff's stuff classes; 255 if unknown.
+            (0, 0) if the recipe has no semantic branch.
     """
 
     boxes: Tensor
@@ -121,7 +122,12 @@ def nothing(image_id: int) -> Target:
 
 
 def _boxes_in(view: View, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Maps boxes (n, 4) from the image's pixels to the view's; a box may lie outside the view."""
+    """Maps boxes from pixels of the image to pixels of the view; a box may lie outside the view.
+
+    Args:
+        view: The view of the image.
+        boxes: (n, 4): left, top, right, bottom.
+    """
     corners = view.points(boxes.reshape(-1, 2)).reshape(-1, 4)
     return corners[:, [2, 1, 0, 3]] if view.flipped else corners
 
@@ -143,14 +149,14 @@ def bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
 def fill(
     segmentation: list[NDArray[np.float64]] | bytes, view: View
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Returns the mask of an object in a view, as a window and its position.
+    """Returns the mask of an object in a view, cut out as a window with its position.
 
     Args:
         segmentation: Polygons of the object, or compressed run lengths, in the image's pixels.
         view: The view of the image.
 
-    Returns: the mask (h, w), 0 or 1, in a window of the view, and the left and top of the window.
-        The window surrounds polygons, and is the whole view for run lengths.
+    Returns: the mask (h, w), 0 or 1, in a window of the view; left and top of the window, (2,). For
+        polygons, the window is a rectangle around them. For run lengths, it is the whole view.
     """
     height, width = view.size
     if isinstance(segmentation, bytes):

@@ -90,8 +90,9 @@ class ShortestEdge:
         Args:
             min_short_side: Smallest length of the shorter side, in pixels.
             max_short_side: Largest length of the shorter side, in pixels.
-            long_side: Upper limit of the longer side, in pixels. Where it is exceeded, the image is
-                made smaller, even if the shorter side then falls below its range.
+            long_side: Upper limit of the longer side, in pixels. An image whose longer side would
+                exceed this limit is made smaller, even if its shorter side then has less than
+                `min_short_side` pixels.
         """
         assert 0 < min_short_side <= max_short_side
         self._short_sides, self._long_side = (min_short_side, max_short_side), long_side

@@ -1,6 +1,9 @@
-"""Box coders, which express boxes as deltas from proposals, with smaller units in later stages.
+"""Box coders, which express boxes as deltas from proposals.
 
-Sources: torchvision's coder, which is detectron2's; mmdetection's delta_xywh_bbox_coder.py.
+The units of the deltas are smaller in the later stages of a cascade.
+
+Sources: torchvision's box coder, which computes the same as detectron2's; mmdetection's
+delta_xywh_bbox_coder.py.
 """
 
 from __future__ import annotations
@@ -14,16 +17,16 @@ BoxCoder = get("torchvision.models.detection._utils:BoxCoder")
 
 
 class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
-    """mmdetection's box coder, which lets a side grow or shrink at most by the factor 1000 / 16."""
+    """mmdetection's box coder; a side of a box grows or shrinks at most by the factor 1000 / 16."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Applies k deltas to each of N boxes.
 
         Args:
             rel_codes: (N, 4 * k), the deltas.
-            boxes: (N, 4).
+            boxes: (N, 4): left, top, right, bottom.
 
-        Returns: (N, 4 * k), the k resulting boxes of each box.
+        Returns: (N, 4 * k), the k resulting boxes for each of the N boxes.
         """
         places, sizes = rel_codes.unflatten(1, (-1, 4)).split(2, dim=2)
         least = -self.bbox_xform_clip * self.weights[2]  # The unit of height is that of width.

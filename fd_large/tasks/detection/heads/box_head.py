@@ -35,7 +35,7 @@ class BoxHead(nn.Module):
     """Head of four convolutions and a linear layer that predicts a proposal's class and box.
 
     Args:
-        num_classes: K; class K is the background.
+        num_classes: Number of classes, K; index K stands for the background.
         width: Channels of the pyramid and the convolutions; the linear layer has four times as
             many.
         class_agnostic: True if a proposal has a single box for all classes, False if it has a box
@@ -69,10 +69,10 @@ class Sampled(NamedTuple):
     N and P are the numbers of rois and of matched rois (positives) in the batch.
 
     Attributes:
-        rois: (n, 4) float32 for each image, positives first.
+        rois: (n, 4) float32 for each image: left, top, right, bottom in pixels; positives first.
         labels: (N,) int64, the class of each roi; K for background.
         objects: (p,) int64 for each image, the index of the object of each positive.
-        boxes: (P, 4) float32, the box of the object of each positive.
+        boxes: (P, 4) float32, for each positive the box of its object: left, top, right, bottom.
         numbers: (n,) int64 for each image, the index of each roi in the list of the proposals
             followed by the boxes of the objects.
     """
@@ -85,7 +85,7 @@ class Sampled(NamedTuple):
 
     @property
     def positives(self) -> list[Tensor]:
-        """For each image the rois that match an object, (p, 4)."""
+        """For each image the rois that match an object, (p, 4): left, top, right, bottom."""
         return [roi[: len(of)] for roi, of in zip(self.rois, self.objects, strict=True)]
 
     @property
@@ -112,11 +112,11 @@ def sample_rois(
     """Samples proposals for the losses, after adding the boxes of the objects to the proposals.
 
     Args:
-        proposals: (n, 4) float32 for each image; n may be 0.
+        proposals: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may be 0.
         targets: The target of each image.
         draws: (B, 2 * rois_per_image) uniform random numbers in [0, 1).
         rois_per_image: Largest number of sampled proposals of an image.
-        num_classes: K.
+        num_classes: Number of classes, K.
         positive_iou: Smallest IoU at which a proposal matches an object.
         best_for_each: Whether an object is matched to the proposal that overlaps it most, even if
             this proposal overlaps another object more (`give_best`).
@@ -141,9 +141,9 @@ def match_rois(
     """Matches all rois to objects without sampling, and drops unmatched rois inside crowds.
 
     Args:
-        rois: (n, 4) float32 for each image; n may be 0.
+        rois: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may be 0.
         targets: The target of each image.
-        num_classes: K.
+        num_classes: Number of classes, K.
         positive_iou: Smallest IoU at which a roi matches an object.
     """
     parts = []
@@ -171,7 +171,7 @@ def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes
     Args:
         parts: For each image its candidates (n, 4), its target, the result of `match` for the
             candidates, and the sampled indices of candidates.
-        num_classes: K.
+        num_classes: Number of classes, K.
     """
     rois, labels, objects, boxes, numbers = [], [], [], [], []
     for candidates, target, matched, chosen in parts:
@@ -206,11 +206,11 @@ def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
 
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
-    """Returns the deltas of each roi for its class, (R, 4).
+    """Returns for each of R rois the box deltas that belong to its class, (R, 4).
 
     Args:
-        deltas: (R, K, 4), or (R, 1, 4) if class-agnostic.
-        labels: (R,) int64, the classes.
+        deltas: (R, K, 4), deltas for each of K classes, or (R, 1, 4), deltas for all classes.
+        labels: (R,) int64, the class of each roi, 0 to K - 1.
     """
     if deltas.shape[1] == 1:
         return deltas[:, 0]
@@ -233,8 +233,8 @@ def box_losses(
         deltas: (R, K, 4) float32, or (R, 1, 4) if class-agnostic.
         sampled: The sampled proposals with their targets.
         coder: Box coder that defines the units of the deltas.
-        box_loss: "l1" and "smooth_l1" (quadratic below 1) compare deltas; "giou" compares boxes,
-            and is multiplied by 10.
+        box_loss: "l1" and "smooth_l1" (quadratic below 1) compare deltas. "giou" compares boxes;
+            this loss is multiplied by 10.
     """
     labels, foreground = sampled.labels, sampled.foreground
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
@@ -255,8 +255,8 @@ def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
     device, and which does not work on the meta device.
 
     Args:
-        boxes: (N, 4).
-        others: (N, 4).
+        boxes: (N, 4): left, top, right, bottom.
+        others: (N, 4): left, top, right, bottom.
 
     Source: Rezatofighi et al., arXiv 1902.09630.
     """

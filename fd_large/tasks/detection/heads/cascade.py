@@ -72,7 +72,8 @@ class Form(NamedTuple):
         samples_again: True if every stage draws its own sample and has its own mask head, False if
             all stages share the first stage's sample and mask head.
         gradient_scale: Factor of a stage's gradient at the pooled box features.
-        averages_logits: Whether a test averages logits over the stages, not probabilities.
+        averages_logits: True if a test averages the logits of the stages, False if it averages
+            the probabilities.
     """
 
     coders: tuple[Any, ...]
@@ -92,7 +93,7 @@ class Stage(NamedTuple):
     """The output of a box head for its rois.
 
     Attributes:
-        rois: (n, 4) float32 for each image.
+        rois: (n, 4) float32 for each image: left, top, right, bottom in pixels.
         logits: (R, K + 1) float32. R is the number of rois, or 1 if there are none.
         deltas: (R, K, 4) float32, or (R, 1, 4) if class-agnostic.
     """
@@ -120,7 +121,7 @@ class CascadeHeads(nn.Module):
     """Three box heads in sequence, with a mask head for each stage or a single mask head.
 
     Args:
-        num_classes: K.
+        num_classes: Number of classes, K.
         width: Channels of the pyramid and the heads.
         rois_per_image: Number of proposals sampled from each image for the losses.
         form: A name in the table `FORMS`.
@@ -157,7 +158,7 @@ class CascadeHeads(nn.Module):
 
     @property
     def samples_per_image(self) -> int:
-        """Number of samples that `terms` draws from each image."""
+        """Number of samples, of up to `rois_per_image` boxes each, that `terms` draws per image."""
         samples = NUM_STAGES if self.form.samples_again else 1
         return 2 * samples if self.interleaved else samples
 
@@ -183,10 +184,13 @@ class CascadeHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            proposals: (n, 4) float32 for each image; n may be 0.
+            proposals: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may
+                be 0.
             sizes: (B, 2), height and width of each image without its padding.
             targets: The target of each image.
             draws: (B, draws_per_image) uniform random numbers in [0, 1).
+
+        Returns: {name of the loss: (the loss summed over the samples, number of samples)}.
         """
         features = self._features(maps, strides)
         terms = {**self._semantic_terms(features, targets)}
@@ -237,7 +241,8 @@ class CascadeHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            proposals: (n, 4) float32 for each image; n may be 0.
+            proposals: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may
+                be 0.
             sizes: (B, 2), height and width of each image without its padding.
         """
         features = self._features(maps, strides)
@@ -268,7 +273,7 @@ class CascadeHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            boxes: (n, 4) float32 for each image; n may be 0.
+            boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may be 0.
             labels: (n,) int64 for each image, classes of the boxes.
         """
         cuts = self._mask_cuts(self._features(maps, strides), boxes)
@@ -310,11 +315,20 @@ class CascadeHeads(nn.Module):
         return pool(features.maps, features.strides, boxes, MASK_SIDE)
 
     def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
-        """Returns the logits (R, K, M, M) of mask head `number` for pooled features `cuts`."""
+        """Returns the logits (R, K, M, M) of the mask head with the index `number`.
+
+        Args:
+            number: Index of the mask head, counted from 0.
+            cuts: (R, width, 14, 14), pooled features of R boxes.
+        """
         return self.mask_heads[number](cuts)
 
     def _all_masks(self, cuts: Tensor) -> list[Tensor]:
-        """Returns the logits (R, K, M, M) of every mask head for pooled features `cuts`."""
+        """Returns the logits (R, K, M, M) of each mask head.
+
+        Args:
+            cuts: (R, width, 14, 14), pooled features of R boxes.
+        """
         return [head(cuts) for head in self.mask_heads]
 
     def _box_terms(self, number: int, stage: Stage, sampled: Sampled) -> Terms:
@@ -339,14 +353,16 @@ class CascadeHeads(nn.Module):
         return {f"mask_{number + 1}": (weight * loss, len(of_masks.labels))}
 
     def _refined(self, number: int, stage: Stage, labels: Tensor, sizes: Tensor) -> list[Tensor]:
-        """Returns the boxes (n, 4) of each image, refined by a stage and clipped to the image.
+        """Returns a stage's rois after refinement by the stage, clipped to the image.
 
         Args:
             number: Index of the stage, counted from 0.
             stage: The stage's rois and output.
-            labels: (R,) int64, the class whose box is used for each roi; not used if
+            labels: (R,) int64, the class whose box is used for each roi; not used if the heads are
                 class-agnostic.
             sizes: (B, 2), height and width of each image without its padding.
+
+        Returns: (n, 4) for each image: left, top, right, bottom in pixels.
         """
         counts = [len(roi) for roi in stage.rois]
         deltas = deltas_of(stage.deltas[: sum(counts)].detach(), labels)
@@ -365,11 +381,12 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Tensor]:
-        """Returns the boxes (n, 4) of each image that the next stage gets as its input.
+        """Returns the boxes of each image that the next stage gets as its input.
 
         The boxes are the sampled rois, refined by this stage. If the next stage draws its own
-        sample, which adds the boxes of the objects, rois that came from boxes of objects are
-        dropped here. If the next stage draws no sample, refined boxes without area are dropped.
+        sample, it adds the boxes of the objects again; rois that came from boxes of objects are
+        therefore dropped here. If the next stage draws no sample, refined boxes without area are
+        dropped.
 
         Args:
             number: Index of the stage, counted from 0.
@@ -377,6 +394,8 @@ class CascadeHeads(nn.Module):
             sampled: The sample that the stage was run on.
             proposals: (n, 4) for each image, the boxes that the sample was drawn from.
             sizes: (B, 2), height and width of each image without its padding.
+
+        Returns: (n, 4) for each image: left, top, right, bottom in pixels.
         """
         of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
         labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)

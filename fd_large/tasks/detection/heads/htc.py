@@ -35,7 +35,7 @@ class HtcHeads(CascadeHeads):
     """The heads of HTC: three box heads, three connected mask heads, and a semantic branch.
 
     Args:
-        num_classes: K.
+        num_classes: Number of classes, K.
         width: Channels of the pyramid and the heads.
         rois_per_image: Number of proposals sampled from each image in each stage for the box
             losses, and again for the mask loss.
@@ -113,5 +113,10 @@ class HtcHeads(CascadeHeads):
 
 
 def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Returns the features of boxes pooled from the semantic embedding, (R, C, 14, 14)."""
+    """Returns the features of R boxes, pooled from the semantic embedding: (R, C, 14, 14).
+
+    Args:
+        embedding: (B, C, H, W), the embedding of the `SemanticBranch`.
+        boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels.
+    """
     return pool_one(embedding, SEMANTIC_STRIDE, boxes, MASK_SIDE)

@@ -32,7 +32,7 @@ class MaskHead(nn.Module):
     """Head of four convolutions and a transposed convolution that predicts a mask for each class.
 
     Args:
-        num_classes: K.
+        num_classes: Number of classes, K.
         width: Channels of the pyramid and the convolutions.
     """
 
@@ -54,7 +54,7 @@ class MaskHead(nn.Module):
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """Returns each box's mask of its class, (n, M, M), for the first n of R boxes.
+    """Returns the masks (n, M, M) of the first n of R boxes, each for the class of the box.
 
     Args:
         masks: (R, K, M, M), a mask for each box and class; R >= n.
@@ -67,7 +67,7 @@ class Taught(NamedTuple):
     """The P boxes of a batch that a mask head trains on, with their targets.
 
     Attributes:
-        rois: (p, 4) float32 for each image, boxes that match an object.
+        rois: (p, 4) float32 for each image, boxes that match an object: left, top, right, bottom.
         labels: (P,) int64, the class of each box.
         masks: (P, 28, 28) float32, the target mask inside each box, 0 or 1.
     """
@@ -95,7 +95,11 @@ def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
 
 
 def most_taught(sampled: Sampled) -> Taught:
-    """Returns mask targets, all zeros, for the result of `most_sampled`."""
+    """Returns mask targets of the largest possible number, all zeros, to count FLOPs and memory.
+
+    Args:
+        sampled: The result of `most_sampled`.
+    """
     labels = sampled.labels[sampled.foreground]
     side = 2 * MASK_SIDE
     return Taught(sampled.positives, labels, sampled.boxes.new_zeros(len(labels), side, side))
@@ -136,7 +140,7 @@ def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tenso
     Args:
         masks: (n, H, W) uint8, the masks of an image's n objects.
         numbers: (r,) int64, the index of the object whose mask is cropped to each box.
-        boxes: (r, 4) float32, in pixels.
+        boxes: (r, 4) float32: left, top, right, bottom in pixels.
         side: Height and width of a resized mask.
     """
     needed, place = numbers.unique(return_inverse=True)

@@ -39,13 +39,13 @@ def match(
     A candidate matches the object that it overlaps most, if their IoU is large enough.
 
     Args:
-        boxes: (n, 4), the objects; n may be 0.
+        boxes: (n, 4), the objects' boxes: left, top, right, bottom; n may be 0.
         crowd_boxes: (m, 4), regions whose objects are not annotated. A background candidate is
             ignored if at least `CROWD_SHARE` of its area lies in a crowd.
-        candidates: (N, 4).
+        candidates: (N, 4): left, top, right, bottom.
         positive_iou: Smallest IoU at which a candidate matches an object.
-        negative_iou: IoU below which a candidate is background. Between the two thresholds it is
-            ignored.
+        negative_iou: IoU below which a candidate is background. A candidate whose IoU is between
+            the two thresholds is ignored.
         best_for_each: Whether the candidate of highest IoU with an object also matches if this IoU
             is below `positive_iou`. The candidate then matches the object that it overlaps most,
             which may be another object.
@@ -76,9 +76,9 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
 
     Args:
         matched: (N,) int64, the result of `match`, which is changed in place.
-        boxes: (n, 4), the objects.
-        candidates: (N, 4).
-        positive_iou: Smallest IoU at which an object is matched in this way.
+        boxes: (n, 4), the objects' boxes: left, top, right, bottom.
+        candidates: (N, 4): left, top, right, bottom.
+        positive_iou: An object is matched in this way if the highest IoU is at least this value.
 
     Source: mmdetection's MaxIoUAssigner with match_low_quality.
     """

@@ -36,7 +36,7 @@ def pool(
     Args:
         maps: At least four levels, finest first, (B, C, H, W) each; only the first four are used.
         strides: Stride of each level, in pixels.
-        boxes: (n, 4) float32 for each image, in pixels.
+        boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels.
         side: Height and width of the pooled features of a box.
 
     Returns: (R, C, side, side) in the dtype of the maps. R is the number of boxes, at least 1.
@@ -51,7 +51,18 @@ def pool(
 
 
 def pool_one(level: Tensor, stride: float, boxes: Sequence[Tensor], side: int) -> Tensor:
-    """Returns the features of boxes as `pool` does, from a single map (B, C, H, W)."""
+    """Returns the features of boxes, pooled from a single map.
+
+    For a batch without boxes, the features of a dummy box are returned.
+
+    Args:
+        level: (B, C, H, W), the map.
+        stride: Stride of the map, in pixels.
+        boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels.
+        side: Height and width of the pooled features of a box.
+
+    Returns: (R, C, side, side) in the dtype of the map. R is the number of boxes, at least 1.
+    """
     return _cut(level, stride, _rois(boxes)[1], side).to(level.dtype)
 
 
@@ -59,7 +70,8 @@ def _rois(boxes: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
     """Returns boxes in the two forms that pooling needs, at least one box.
 
     Args:
-        boxes: (n, 4) for each image. If all are empty, a dummy box is added to the first image.
+        boxes: (n, 4) for each image: left, top, right, bottom. If no image has a box, a dummy box
+            is added to the first image.
 
     Returns: the boxes (n, 4) for each image, and all boxes in one tensor (R, 5), whose first column
         is the index of the box's image.
@@ -79,9 +91,12 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns for each level the indices of its boxes among the boxes of the batch.
+    """Returns for each level the indices of its boxes among all boxes of the batch.
 
-    On the meta device, where boxes have no size, the boxes are shared equally among the levels.
+    The size of a box decides from which level its features are pooled.
+
+    On the meta device, where the sizes of boxes are unknown, each level gets an equal number of
+    boxes.
     """
     if boxes[0].is_meta:
         every = torch.arange(sum(map(len, boxes)), device="meta")

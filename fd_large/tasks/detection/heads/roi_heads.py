@@ -48,7 +48,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         boxes: (R, K, 4) float32, a box of each proposal for each class, or (R, 1, 4), a box for
-            all classes; in pixels, not clipped to the image.
+            all classes: left, top, right, bottom in pixels, not clipped to the image.
         scores: (R, K) float32, the probability of each class, 0 to 1.
     """
 
@@ -60,7 +60,7 @@ def of_images(boxes: Tensor, scores: Tensor, counts: Sequence[int]) -> list[Cand
     """Splits boxes (N, 4 * C) and scores (N, K) of a batch into the `Candidates` of each image.
 
     Args:
-        boxes: The boxes, C for each proposal.
+        boxes: The boxes, C for each proposal: one for each class, or one for all classes.
         scores: The scores of the K classes.
         counts: Number of proposals of each image; their sum is N.
     """
@@ -72,7 +72,7 @@ class RoIHeads(nn.Module):
     """The heads of Mask R-CNN: a box head and a mask head.
 
     Args:
-        num_classes: K.
+        num_classes: Number of classes, K.
         width: Channels of the pyramid and the heads.
         rois_per_image: Number of proposals sampled from each image for the losses.
     """
@@ -103,11 +103,14 @@ class RoIHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            proposals: (n, 4) float32 for each image; n may be 0.
+            proposals: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may
+                be 0.
             sizes: (B, 2), height and width of each image without its padding, to which a cascade
                 clips refined boxes; ignored here.
             targets: The target of each image.
             draws: (B, draws_per_image) uniform random numbers in [0, 1).
+
+        Returns: {name of the loss: (the loss summed over the samples, number of samples)}.
         """
         sampled = sample_rois(
             proposals,
@@ -132,7 +135,16 @@ class RoIHeads(nn.Module):
     def _terms(
         self, maps: Sequence[Tensor], strides: Sequence[float], sampled: Sampled, of_masks: Taught
     ) -> Terms:
-        """Returns the losses "cls", "box" and "mask" of sampled proposals with their targets."""
+        """Returns the losses "cls", "box" and "mask" of sampled proposals.
+
+        Args:
+            maps: Levels of the pyramid, finest first.
+            strides: Stride of each level, in pixels.
+            sampled: The sampled proposals, with the targets of classes and boxes.
+            of_masks: The sampled proposals that match an object, with the target masks.
+
+        Returns: {name of the loss: (the loss summed over the samples, number of samples)}.
+        """
         logits, deltas = self.box(pool(maps, strides, sampled.rois, BOX_SIDE))
         classes, boxes = box_losses(logits, deltas, sampled)
         masks = self.mask(pool(maps, strides, of_masks.rois, MASK_SIDE))
@@ -155,7 +167,8 @@ class RoIHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            proposals: (n, 4) float32 for each image; n may be 0.
+            proposals: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may
+                be 0.
             sizes: (B, 2), height and width of each image without its padding.
         """
         counts = [len(proposal) for proposal in proposals]
@@ -177,7 +190,7 @@ class RoIHeads(nn.Module):
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Stride of each level, in pixels.
-            boxes: (n, 4) float32 for each image; n may be 0.
+            boxes: (n, 4) float32 for each image: left, top, right, bottom in pixels; n may be 0.
             labels: (n,) int64 for each image, classes of the boxes.
         """
         logits = self.mask(pool(maps, strides, boxes, MASK_SIDE))

@@ -63,12 +63,14 @@ class RpnHead(nn.Module):
 def anchors_of(
     grids: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Returns the anchors of each level, (H * W * A, 4) float32, ordered as `RpnHead` returns them.
+    """Returns the anchors of each level, three for each position, in the order that `RpnHead` uses.
 
     Args:
         grids: Height and width of each level's map.
         strides: Stride of each level, in pixels.
         device: Device of the result.
+
+    Returns: (H * W * 3, 4) float32 for each level: left, top, right, bottom in pixels.
     """
     with torch.inference_mode(False):
         # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.
@@ -81,7 +83,10 @@ def anchors_of(
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """Returns anchors of area side^2 centred at (0, 0), one per aspect ratio: (A, 4) float32."""
+    """Makes an anchor of area side^2, centred at (0, 0), for each of the A aspect ratios.
+
+    Returns: (A, 4) float32: left, top, right, bottom.
+    """
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height
     return torch.stack([-width, -height, width, height], dim=1) / 2
@@ -91,7 +96,7 @@ class Proposals(NamedTuple):
     """The proposals of one image, by falling score.
 
     Attributes:
-        boxes: (n, 4) float32, in pixels.
+        boxes: (n, 4) float32: left, top, right, bottom in pixels.
         scores: (n,) float32, logits of objectness.
     """
 
@@ -114,7 +119,7 @@ def propose(
     Args:
         logits: (B, A_l) float32 for each level, objectness of its A_l anchors.
         deltas: (B, A_l, 4) float32 for each level, offsets of the boxes from the anchors.
-        anchors: (A_l, 4) for each level.
+        anchors: (A_l, 4) for each level: left, top, right, bottom in pixels.
         sizes: (B, 2), height and width of each image without its padding, to which boxes are
             clipped.
         before_nms: Largest number of a level's boxes that go into NMS, those of highest logit.
@@ -142,7 +147,12 @@ def propose(
 
 
 def cut_to(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clips boxes (B, N, 4) to their images, whose heights and widths are `sizes`, (B, 2)."""
+    """Clips the boxes of each image to the image.
+
+    Args:
+        boxes: (B, N, 4): left, top, right, bottom in pixels.
+        sizes: (B, 2), height and width of each image.
+    """
     limits = sizes.flip(1).to(boxes.dtype).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -161,12 +171,12 @@ def rpn_terms(
     Args:
         logits: (B, A) float32, objectness of the A anchors of all levels.
         deltas: (B, A, 4) float32, predicted offsets of the boxes from the anchors.
-        anchors: (A, 4).
+        anchors: (A, 4): left, top, right, bottom in pixels.
         targets: The target of each image.
         draws: (B, 2 * anchors_per_image) uniform random numbers in [0, 1).
         anchors_per_image: Largest number of sampled anchors of an image.
 
-    Returns: for each name, the loss summed over the batch, and the number of sampled anchors.
+    Returns: {name of the loss: (the loss summed over the batch, number of sampled anchors)}.
     """
     where, labels, positives, target_deltas = [], [], [], []
     for i, target in enumerate(targets):

@@ -35,9 +35,9 @@ class Chosen(NamedTuple):
     """The selected boxes of an image, by falling score, before their masks are predicted.
 
     Attributes:
-        boxes: (n, 4) float32.
-        scores: (n,) float32.
-        labels: (n,) int64.
+        boxes: (n, 4) float32: left, top, right, bottom in pixels.
+        scores: (n,) float32, 0 to 1.
+        labels: (n,) int64, 0 to K - 1.
     """
 
     boxes: Tensor
@@ -68,8 +68,9 @@ class Selection:
         """Selects the detections of an image from the boxes of its R proposals in K classes.
 
         Args:
-            boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4), a box for all classes.
-            scores: (R, K) float32.
+            boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4), a box for all classes:
+                left, top, right, bottom in pixels.
+            scores: (R, K) float32, the probability of each class, 0 to 1.
             size: (2,), height and width of the image without its padding, to which boxes are
                 clipped.
         """
@@ -80,7 +81,13 @@ class Selection:
         return self.of_boxes(cut[row, column], scores[row, label], label)
 
     def of_boxes(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Chosen:
-        """Selects up to `at_most` of boxes (N, 4) with scores (N,) and labels (N,), by NMS."""
+        """Selects boxes of an image by NMS, at most as many as the field `at_most` says.
+
+        Args:
+            boxes: (N, 4): left, top, right, bottom.
+            scores: (N,), 0 to 1.
+            labels: (N,) int64, the class of each box; boxes of different classes do not interact.
+        """
         if self.nms == "hard":
             selected = batched_nms(boxes, scores, labels, self.iou)[: self.at_most]
             scores = scores[selected]
@@ -91,9 +98,14 @@ class Selection:
         return Chosen(boxes[selected], scores, labels[selected])
 
     def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
-        """Combines selected boxes and their masks (n, M, M) into detections, by falling score.
+        """Combines selected boxes and their masks into detections, by falling score.
 
-        If the field `rescored` is set, the function `rescored` is first applied to the scores.
+        If the field `rescored` is True, each score is first multiplied by the mean probability
+        inside the mask.
+
+        Args:
+            chosen: The n selected boxes.
+            masks: (n, M, M) float32, mask probabilities on a grid over each box.
         """
         if not self.rescored:
             return Detections(*chosen, masks)

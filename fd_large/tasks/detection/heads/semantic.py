@@ -45,7 +45,10 @@ class SemanticBranch(nn.Module):
         self.classes = Convolution(width, num_classes, 1, draw=he_uniform())
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps five levels (B, C, H_l, W_l) to logits and an embedding of the second level's size.
+        """Maps the pyramid to class logits and an embedding, both of the second level's size.
+
+        Args:
+            maps: (B, C, H_l, W_l) for each of five levels l = 0 to 4, finest first.
 
         Returns: logits (B, S, H_1, W_1) float32, and an embedding (B, C, H_1, W_1).
         """

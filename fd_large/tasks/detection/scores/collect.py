@@ -1,4 +1,4 @@
-"""Converts detections to COCO's results format, and writes those of a rank to a file."""
+"""Converts detections to COCO's results format, and writes the results of a rank to a file."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         masks: (n, M, M) float32, mask probabilities on a grid over each box.
-        boxes: (n, 4) float32, in pixels of the image.
+        boxes: (n, 4) float32: left, top, right, bottom in pixels of the image.
         height: Height of the image.
         width: Width of the image.
 
@@ -95,22 +95,22 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
-    """Returns coordinates of pixel centres along an axis of a box, for `grid_sample`.
+    """Returns the positions of pixel centres relative to a box along one axis, for `grid_sample`.
 
     Args:
-        start: First pixel.
-        stop: The pixel after the last.
-        low: Edge of the box that has the coordinate -1.
-        high: Edge of the box that has the coordinate 1.
+        start: Index of the first pixel along the axis.
+        stop: Index of the last pixel, plus 1.
+        low: Left or upper edge of the box in pixels, a scalar; it gets the coordinate -1.
+        high: Right or lower edge of the box in pixels, a scalar; it gets the coordinate 1.
 
-    Returns: (stop - start,), the coordinate of each pixel's centre.
+    Returns: (stop - start,), the coordinate of each pixel's centre, -1 to 1 inside the box.
     """
     centres = torch.arange(start, stop, device=low.device, dtype=low.dtype) + 0.5
     return (centres - low) / (high - low) * 2 - 1
 
 
 def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
-    """Writes this rank's results to a file in a folder, and on rank 0 the note; a collective.
+    """Writes this rank's results to a file; rank 0 also writes the note. All ranks must call it.
 
     Results go through a file for each rank, since an all-gather would send the masks of thousands
     of images to every rank.
@@ -118,7 +118,7 @@ def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
     Args:
         results: This rank's results.
         folder: A folder on storage that all ranks share.
-        note: Facts about the results of all ranks, which mark the folder as unscored.
+        note: Facts about the results of all ranks. Its file marks the folder as not yet scored.
 
     Raises: DataError: on every rank, if a rank cannot write its file.
     """

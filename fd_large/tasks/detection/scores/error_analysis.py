@@ -1,8 +1,8 @@
 """Finds missed objects and false detections in each image.
 
-A detection is right if its box has an IoU of at least `LEAST_IOU` with an object of its class that
-no detection of higher score was matched to. A detection in a crowd of its class is neither right
-nor wrong, as in the official evaluation. Torch is not imported.
+Detections are matched to objects in the order of falling score. A detection is right if its box has
+an IoU of at least `LEAST_IOU` with an object of its class that is not matched yet. Otherwise it is
+wrong, unless it lies in a crowd of its class, as in the official evaluation. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """Returns the ids of up to `count` images with errors, in falling order of their errors."""
+    """Returns the ids of up to `count` images with errors, those with the most errors first."""
     by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
     return [number for number in by_errors[:count] if compared[number].num_errors]
 
@@ -87,10 +87,15 @@ def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compar
 
 
 def _iou(detections: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
-    """Returns the IoU of each detection and object, (detections, objects), 0 for different classes.
+    """Returns the IoU of each detection with each object, (detections, objects).
 
-    With `crowd`, the objects are crowds, and the value is the share of the detection's area that
-    lies inside the crowd.
+    The IoU of a detection and an object of different classes is 0.
+
+    Args:
+        detections: Detections in COCO's results format.
+        objects: Annotations of the ground truth.
+        crowd: If True, the objects are crowds, and the result is the share of the detection's area
+            that lies inside the crowd, in place of the IoU.
     """
     if not detections or not objects:
         return np.zeros((len(detections), len(objects)))

@@ -33,7 +33,7 @@ def evaluate(
     draw: bool,
     between: Callable[[], None] = lambda: None,
 ) -> ScoringProcess:
-    """Runs the detector on all images, and starts to score the detections; a collective.
+    """Runs the detector on all images, and starts to score the detections; all ranks must call it.
 
     Args:
         model: The detector, in evaluation mode, with its test settings.
@@ -92,7 +92,14 @@ def evaluate(
 
 
 def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) -> ScoringProcess:
-    """Starts the process that scores the detections in a folder; arguments as in `evaluate`."""
+    """Starts the process that scores the detections of all ranks in a folder.
+
+    Args:
+        images: The test images and their objects.
+        folder: Folder of the detections, on storage that all ranks share; also for the results.
+        draw: Whether to plot the worst images, some other images, and precision-recall curves.
+        max_pixels: Images with more pixels are drawn as grey.
+    """
     paths = {images.image_id(index): images[index] for index in range(len(images))} if draw else {}
     return ScoringProcess(
         folder, images.annotations, images=paths, max_pixels=max_pixels, only=images.only
@@ -100,14 +107,14 @@ def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) ->
 
 
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
-    """Finds the newest evaluation of a run whose detections are not scored yet; a collective.
+    """Finds a run's newest evaluation with unscored detections; all ranks must call it.
 
     The detections of an unscored evaluation that is older than a scored evaluation are out of date,
     and are deleted.
 
     Args:
         folder: The run's folder of evaluations.
-        last: Evaluations of later steps are ignored.
+        last: Evaluations of later steps than this step are ignored.
 
     Returns: the step and the folder of the evaluation, or None if there is no such evaluation.
     """

@@ -44,7 +44,8 @@ class Request(NamedTuple):
     Attributes:
         folder: Folder with each rank's result file, and with the `Note`.
         annotations: Path of the ground truth.
-        images: {id as text: path} of the images, of which some are drawn; empty draws none.
+        images: {id as text: path} of the images, of which some are drawn; if empty, nothing is
+            drawn.
         max_pixels: Images with more pixels are drawn as grey.
         only: The ids of the images that count; empty for all.
     """
@@ -137,7 +138,10 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 
 def main() -> None:
-    """Reads a request from standard input, scores it, and writes the answer to the given file."""
+    """Reads a `Request` from standard input, and writes the scores to the open file ANSWER.
+
+    The request also has the process id of the parent, with which this process ends.
+    """
     request = parse_json(sys.stdin.read())
     _end_with(request.pop("parent"))
     answer: dict[str, Any]

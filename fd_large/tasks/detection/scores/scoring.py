@@ -77,7 +77,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the scores as a dict of JSON types, which scores.json holds among others."""
+        """Returns the scores as a dict of JSON types, whose entries are part of scores.json."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
@@ -206,13 +206,14 @@ def redrawn_aps(
     it contains the image.
 
     Args:
-        ground_truth: As for `score`.
-        results: As for `score`.
-        scores: Result of `score`.
+        ground_truth: Result of `read_ground_truth`.
+        results: Detections in these images, in COCO's format.
+        scores: Result of `score` for these detections.
 
-    Returns: {`box_AP` or `mask_AP`: (AP on the original images, APs on the D draws, (D,))} for the
-        scored kinds. Empty if classes times images exceed `MOST_REDRAWN`, which would take half an
-        hour.
+    Returns: {name: (AP on the original images, APs on the D draws as an array (D,))}. The names are
+        `box_AP` and `mask_AP`, as far as `scores` has boxes and masks. The result is empty if the
+        number of classes times the number of images exceeds `MOST_REDRAWN`, since the computation
+        would take too long.
     """
     from faster_coco_eval import COCOeval_faster
     from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate
@@ -296,15 +297,15 @@ def _count(
     """Matches the detections of some classes to the objects, and computes precision and recall.
 
     Args:
-        ground_truth: As for `score`.
-        results: As for `score`.
+        ground_truth: Result of `read_ground_truth`.
+        results: Detections in these images, in COCO's format.
         categories: Ids of the classes.
         key: "bbox" or "segmentation".
         iou_type: The library's name for `key`, "bbox" or "segm".
 
-    Returns: precision, with the axes IoU, recall, class, area and largest number of detections,
-        and recall, with the axes IoU, class, area and largest number of detections; -1 without
-        objects.
+    Returns: precision, an array with the axes IoU, recall, class, area, largest number of
+        detections; recall, an array with the axes IoU, class, area, largest number of detections.
+        Both are -1 where a class has no objects.
     """
     from faster_coco_eval import COCOeval_faster
 
@@ -328,8 +329,8 @@ def _loaded(
     """Returns two `COCO` instances of faster-coco-eval, with objects and with detections.
 
     Args:
-        ground_truth: As for `score`.
-        results: As for `score`.
+        ground_truth: Result of `read_ground_truth`.
+        results: Detections in these images, in COCO's format.
         categories: Ids of the classes whose objects and detections are loaded.
         key: "bbox" or "segmentation", the only one of the two fields that detections get.
     """

@@ -32,12 +32,14 @@ STDERR = 2
 
 
 class ScoringProcess(Pending):
-    """A process, started by rank 0, that scores all ranks' detections; all ranks have the object.
+    """A separate process that scores the detections of all ranks.
+
+    All ranks construct the object, but only rank 0 starts the process.
 
     Args:
         folder: Folder with each rank's result file, and with the `Note`.
         annotations: Path of the ground truth.
-        images: {id: path} of the images, of which some are drawn; empty draws none.
+        images: {id: path} of the images, of which some are drawn; if empty, nothing is drawn.
         max_pixels: Images with more pixels are drawn as grey.
         only: The ids of the images that count; empty for all.
     """
@@ -114,7 +116,9 @@ class ScoringProcess(Pending):
         return self._scored is not None and self._scored.done()
 
     def scored(self, meanwhile: Callable[[], None] = lambda: None) -> Scored | None:
-        """Waits for the process, and returns the scores on rank 0, None elsewhere; a collective.
+        """Waits for the process, and returns the scores on rank 0, and None on other ranks.
+
+        All ranks must call this method.
 
         Args:
             meanwhile: Called repeatedly on all ranks during the wait; may raise to end the wait.
@@ -127,12 +131,20 @@ class ScoringProcess(Pending):
         return scored
 
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
-        """Waits for COCO's metrics and returns them by names like `box_AP`; a collective."""
+        """Waits for COCO's metrics, and returns them on all ranks, by names like `box_AP`.
+
+        All ranks must call this method.
+
+        Args:
+            meanwhile: Called repeatedly on all ranks during the wait; may raise to end the wait.
+
+        Raises: DataError: on all ranks, if the scoring failed.
+        """
         scored = self.scored(meanwhile)
         return distributed.broadcast_object(scored.scores.named() if scored else {})
 
     def forget(self) -> None:
-        """Deletes the note and the ranks' result files, on rank 0."""
+        """Deletes, on rank 0, the note and the result files of all ranks."""
         if distributed.is_main():
             forget_shards(self._folder)
 

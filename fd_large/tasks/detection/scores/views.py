@@ -82,11 +82,21 @@ class ShownView(NamedTuple):
     areas: str
 
     def to_original(self, boxes: Tensor, place: int) -> Tensor:
-        """Maps boxes (..., 4) of image `place` of the batch from this view to original pixels."""
+        """Maps boxes of an image from pixels of this view to pixels of the original image.
+
+        Args:
+            boxes: (..., 4): left, top, right, bottom.
+            place: Index of the image in the batch.
+        """
         return self._mirror(boxes, place) * self._ratio(place)
 
     def from_original(self, boxes: Tensor, place: int) -> Tensor:
-        """Maps boxes (..., 4) of image `place` of the batch from original pixels to this view."""
+        """Maps boxes of an image from pixels of the original image to pixels of this view.
+
+        Args:
+            boxes: (..., 4): left, top, right, bottom.
+            place: Index of the image in the batch.
+        """
         return self._mirror(boxes / self._ratio(place), place)
 
     def _ratio(self, place: int) -> Tensor:
@@ -187,7 +197,10 @@ class Model(NamedTuple):
         return candidates
 
     def _shared_proposals(self, views: Sequence[ShownView]) -> list[Tensor]:
-        """Returns each image's best proposals from all its views, (n, 4), in original pixels."""
+        """Pools the proposals of each image from all its views, and selects the best by NMS.
+
+        Returns: (n, 4) for each image: left, top, right, bottom in pixels of the original image.
+        """
         boxes: list[list[Tensor]] = []
         scores: list[list[Tensor]] = []
         for view in views:
@@ -236,7 +249,12 @@ def merged(
 
 
 def in_areas(boxes: Tensor, areas: str) -> Tensor:
-    """Whether each box (..., 4) has one of the areas, given as letters of `AREAS`: (...) bool."""
+    """Returns for each box whether its area is in one of the given ranges, (...) bool.
+
+    Args:
+        boxes: (..., 4): left, top, right, bottom in pixels.
+        areas: Letters, each of which names a range in the table `AREAS`.
+    """
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     inside = torch.zeros_like(area, dtype=torch.bool)
     for low, high in map(AREAS.__getitem__, areas):
@@ -245,7 +263,7 @@ def in_areas(boxes: Tensor, areas: str) -> Tensor:
 
 
 def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
-    """Mirrors masks (..., M, M) back if `are_mirrored`; else returns them unchanged."""
+    """Mirrors masks (..., M, M) left to right if `are_mirrored`; else returns them unchanged."""
     return masks.flip(-1) if are_mirrored else masks
 
 

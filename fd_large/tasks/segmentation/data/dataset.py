@@ -43,7 +43,7 @@ class SegmentationSet(PairedImages):
 
     Args:
         pairs: The images and their label files.
-        num_classes: K.
+        num_classes: Number of classes, K.
         ignore_value: See `class_labels`.
         reduce_zero_label: See `class_labels`.
         max_pixels: Images and label files with more pixels are refused.
@@ -95,7 +95,7 @@ def open_segmentation(
         root: The dataset's folder, in the layout of ADE20K, Cityscapes or COCO-Stuff, or with the
             folders images/SPLIT and labels/SPLIT, or SPLIT/images and SPLIT/labels.
         split: "train" or "val".
-        num_classes: K.
+        num_classes: Number of classes, K.
         ignore_value: See `class_labels`.
         reduce_zero_label: See `class_labels`.
         max_pixels: Images and label files with more pixels are refused.

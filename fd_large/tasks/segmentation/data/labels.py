@@ -21,7 +21,7 @@ def class_labels(
 
     Args:
         numbers: (H, W), the numbers in the label file.
-        num_classes: K.
+        num_classes: Number of classes, K.
         ignore_value: The number that marks ignored pixels.
         reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1, as
             in ADE20K; False if class k has the number k.

@@ -17,7 +17,7 @@ class Classifier(nn.Module):
 
     Args:
         width: Channels of the map, C.
-        num_classes: K.
+        num_classes: Number of classes, K.
     """
 
     def __init__(self, width: int, num_classes: int):

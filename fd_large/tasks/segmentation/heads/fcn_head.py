@@ -18,7 +18,7 @@ class FcnHead(nn.Module):
     Args:
         in_width: Channels of the map.
         width: Channels of the head.
-        num_classes: K.
+        num_classes: Number of classes, K.
     """
 
     def __init__(self, in_width: int, width: int, num_classes: int):

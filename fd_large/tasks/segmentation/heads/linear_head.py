@@ -18,7 +18,7 @@ class LinearHead(nn.Module):
 
     Args:
         width: Channels of the last map.
-        num_classes: K.
+        num_classes: Number of classes, K.
     """
 
     def __init__(self, width: int, num_classes: int):

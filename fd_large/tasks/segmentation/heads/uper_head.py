@@ -25,7 +25,7 @@ class UperHead(nn.Module):
     Args:
         widths: Channels of the maps, finest first.
         width: Channels of the head.
-        num_classes: K.
+        num_classes: Number of classes, K.
         pools: Sides of the square grids to which the last map is pooled.
     """
 

@@ -24,7 +24,7 @@ def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Args:
         predicted: (..., H, W), any integer dtype, predicted classes.
         labels: Of the same shape, true classes or `IGNORED`.
-        num_classes: K.
+        num_classes: Number of classes, K.
 
     Returns: (K, K) int64; entry (i, j) is the number of pixels with label i and prediction j.
     """
