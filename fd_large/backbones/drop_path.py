@@ -42,8 +42,8 @@ def branch_scales(
     if keep.shape != (len(rates), batch_size):
         raise ShapeError(
             f"drop path: keep must have a row per site and a column per image; got "
-            f"{tuple(keep.shape)}, expected {(len(rates), batch_size)}. Draw it for "
-            "the model's drop_path_rates and this batch."
+            f"{tuple(keep.shape)}, expected {(len(rates), batch_size)}. Draw keep for the model's "
+            "drop_path_rates and this batch."
         )
     return keep.to(device, torch.float32) / _kept_shares(rates, device)
 

@@ -106,7 +106,7 @@ class HierarchicalBackbone(nn.Module):
             if image_size is None:
                 raise ConfigError(
                     "architecture.image_size: absolute positions need the image size; got none, "
-                    "expected pixels. Set it, or leave absolute_position off."
+                    "expected pixels. Set architecture.image_size, or leave absolute_position off."
                 )
             rows, columns = self._patch_grid(*_pair(image_size))
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, rows * columns, self.embed_dim))

@@ -22,11 +22,11 @@ def lacks(a: WindowedTransformer, pads: bool) -> str:
     """
     if pads and not _fits(a):
         return (
-            f"size_rule pad, which masks what {a.image_size} px leaves empty, expected an image "
-            "size that fits"
+            f"size_rule pad, which masks the padding at {a.image_size} px, expected an image size "
+            "without padding"
         )
     if not a.patch_norm:
-        return "no norm after the patch embedding, expected one"
+        return "no norm after the patch embedding, expected a norm"
     if a.absolute_position:
         return "absolute positions, expected none"
     return "" if a.norm_eps == 1e-5 else f"norm_eps {a.norm_eps:g}, expected 1e-05"

@@ -117,7 +117,7 @@ def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]
         if not (beyond or name.startswith((f"layers.{stages - 1}.downsample.", "norm."))):
             stage_pieces[name] = piece
     return stage_pieces | fresh_norm(target.architecture.width), [
-        f"the first {stages} of {len(depths)} stages, and a final norm that only normalises"
+        f"the first {stages} of {len(depths)} stages, and a final norm with weight 1 and bias 0"
     ]
 
 

@@ -163,7 +163,7 @@ def square_side(cells: int, *, where: str = "weights") -> int:
         raise WeightsError(
             f"{where}: positions are not on a square grid; got {cells} positions, expected a "
             "square number. Only square grids are resized: set --teacher.architecture.image_size "
-            "as in the file."
+            "to the image size of the file."
         )
     return side
 

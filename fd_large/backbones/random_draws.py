@@ -26,16 +26,17 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
 
     Raises: ConfigError: naming the first refused module.
     """
-    remedy = "take a norm of single images"
+    remedy = "use a norm of single images"
     if has_groups:
-        remedy = "take torch's batch norms with a momentum and running statistics"
+        remedy = "use torch's batch norms with a momentum and running statistics"
     for part, module in net.named_modules():
         draws = isinstance(module, _DropoutNd) and module.p > 0
         if draws or (isinstance(module, _BatchNorm) and not (has_groups and _is_known(module))):
             raise ConfigError(
                 f"{where}: a module makes steps depend on rank, micro batch or resume; got "
-                f"{type(module).__name__} {part!r} in {name}, expected none. Remove dropout (a "
-                f"student may use drop path by its argument `keep` instead), and {remedy}."
+                f"{type(module).__name__} {part!r} in {name}, expected no such module. Remove "
+                "dropout (a student may use drop path by its argument `keep` instead), and "
+                f"{remedy}."
             )
 
 

@@ -116,7 +116,7 @@ def build(
     if chosen.window_rule != "masked" and not architecture.can_pad:
         raise ConfigError(
             f"student.window_rule: not available for a {architecture.family} model; got "
-            f"{chosen.window_rule!r}, expected 'masked'. Leave it out."
+            f"{chosen.window_rule!r}, expected 'masked'. Leave out student.window_rule."
         )
     if seed is None:
         return family.build(architecture, chosen)

@@ -104,9 +104,9 @@ def worse_than_constant(files: RunFiles) -> str:
     _, constants = files.evaluated("held_out_best_constant")
     return (
         f"The student is worse than a constant on held-out images: its loss is {losses[-1]:.4f}, "
-        f"that of the best map that is the same everywhere {constants[-1]:.4f}. Try more "
-        "steps, another learning rate (a lower one if the loss rose), and larger images if a map "
-        "has but a few tokens (data.image_size)."
+        f"and the loss of the best constant prediction is {constants[-1]:.4f}. Try more steps, "
+        "another learning rate (a lower one if the loss rose), and larger images if a map has "
+        "only a few tokens (data.image_size)."
     )
 
 
@@ -117,7 +117,7 @@ def stopped_text(files: RunFiles) -> str:
         return f"stopped before anything was saved. To start again:\n  {command}"
     total = files.summary.get("total_updates")
     of = f" of {total}" if total else ""
-    return f"stopped and saved after step {files.saved}{of}. To go on from there:\n  {command}"
+    return f"stopped and saved after step {files.saved}{of}. To resume:\n  {command}"
 
 
 def when_measured(files: RunFiles, name: str) -> str:
@@ -154,7 +154,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
             text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
             views = files.recipe.get("eval", {}).get("views")
             if isinstance(views, int) and views < FEW_VIEWS:
-                text += f" (fitted to these {views} views, so too low; --eval.views takes more)"
+                text += f" (fitted to these {views} views, so too low; more by --eval.views)"
         if not name.endswith("_best_constant"):
             rows.append((files.words(name), text))
     if best := summary.get("best"):
@@ -330,8 +330,8 @@ def _frozen(name: str, section: dict[str, Any], side: int) -> str:
     if section["source"] == "random":
         name = name.replace("teacher ", "teachers.")
         return (
-            f"{model} with RANDOM weights: shows the machinery works, no more; "
-            f"give a real one with --{name}.source FILE"
+            f"{model} with RANDOM weights: shows only that training runs; set real weights with "
+            f"--{name}.source FILE"
         )
     return f"{model} from {section['source']}"
 

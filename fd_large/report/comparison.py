@@ -61,7 +61,7 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
         table.add_column("+-", justify="right")
         table.add_column("seeds", justify="right", overflow="fold")
     if compared := any("difference" in model for model in summary["nets"]):
-        table.add_column("less the first", overflow="fold")
+        table.add_column("minus the first", overflow="fold")
     for model in summary["nets"]:
         mark = f" {MARK}" if model.get("unlike_first") else ""
         cells = [Text(model["label"]), *([Text(model["recipe"] + mark)] if trained else [])]
@@ -83,7 +83,7 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
         )
     lines += said_of(differences)
     lines += [
-        f"{MARK} {model['label']}: not trained as the first row, whose values are in brackets: "
+        f"{MARK} {model['label']}: other settings than the first row (its values in brackets): "
         f"{in_words(model['unlike_first'])}."
         for model in summary["nets"]
         if model.get("unlike_first")
@@ -102,15 +102,20 @@ def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for label, runs in trainings.items():
         if runs:
             yield (
-                f"{label}: the images that chose were in the training of {', '.join(runs)}; a "
-                "choice by them is not fair against a row that never saw them."
+                f"{label}: the held-out images that chose the settings were training images of "
+                f"{', '.join(runs)}; such a choice is not fair to a row that never saw them."
             )
     if sweeps and not any(trainings.values()):
-        yield "No run that is known to have led to a model trained on the images that chose."
+        yield (
+            "As far as is known, no run that led to a model was trained on the images that "
+            "chose the settings."
+        )
     for label, sweep in sweeps.items():
         if weights := sweep.get("held_out_not_known"):
             unknown = ", ".join(weights)
-            yield f"{label}: nothing says whether they were in the training of {unknown}."
+            yield (
+                f"{label}: it is not known whether these images were in the training of {unknown}."
+            )
 
 
 def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -128,7 +133,7 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if any(difference["needs_seeds"] for difference in differences):
         yield (
             "One seed: in brackets is the 95% interval over other test images alone. The spread of "
-            "seeds is not known, so no model is called better; --seeds 3 measures it."
+            "seeds is not known, so no model is called better; --seeds 3 measures that spread."
         )
     elif differences and not of_both:
         yield (
@@ -210,12 +215,12 @@ def _grid(models: list[dict[str, Any]]) -> Table:
             cells = [of_rates.get(rate, "") for rate in rates]
             table.add_row(Text(model["label"]), Text(recipe), f"{decay:g}", *cells, best)
     lines = [
-        "Rates are multiples of the recipe's, whose own rate (x 1) and decay are in the grid. The "
-        "best of each model was then trained on all training images."
+        "Rates are multiples of the recipe's learning rate; the grid has the recipe's own rate (x "
+        "1) and decay. The best setting of each model was then trained on all training images."
     ]
     lines += [
         f"{model['label']}: the best is at an edge of the grid "
-        f"({' and '.join(model['sweep']['at_edge'])}); a wider one may hold a better."
+        f"({' and '.join(model['sweep']['at_edge'])}); a wider grid may hold a better setting."
         for model in models
         if model["sweep"]["at_edge"]
     ]
@@ -281,4 +286,4 @@ def _seeds(summary: dict[str, Any]) -> str:
     count = len(summary["nets"][0]["accuracy"])
     if count == 1:
         return "one number for each model"
-    return f"{count} seeds; a dot is one, a line their mean \u00b1 standard deviation"
+    return f"{count} seeds; a dot is one seed, a line the mean \u00b1 standard deviation"

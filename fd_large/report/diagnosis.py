@@ -277,7 +277,7 @@ def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
         low, high, note = _range(models, landscape, _bands, _own)
         _note(panel, note)
         panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-        panel.set_xlabel("step, in lengths of the weights", fontsize=style.TEXT_SIZE)
+        panel.set_xlabel("step, in norms of the weights", fontsize=style.TEXT_SIZE)
         panel.set_ylabel(landscape["loss"], fontsize=style.TEXT_SIZE)
     return figure
 

@@ -29,15 +29,15 @@ SENTENCES = {
         "How far a head looks: the distance from a patch to what it attends to, weighted by the "
         "attention, in pixels of the images that the model gets (CLS and other prefix tokens left "
         "out); a dot is a head, the line their mean. Short distances are local heads, long ones "
-        "global; in windows none is longer than a window.",
+        "global; in windowed models no distance is longer than a window.",
     ),
     "head_similarity": (
         "Similarity of heads",
-        "The cosine between the attention maps of two heads of a layer, the mean over pairs and "
-        "images, of whole maps and (dashed) of those among patches, without CLS and the like: at 1 "
-        "all heads do the same, and where all of them attend to CLS their whole maps are alike. "
-        "Grey is the deep third of the layers, in which the paper's students have more diverse "
-        "heads than a CLIP teacher.",
+        "The cosine between the attention maps of two heads of a layer, averaged over pairs of "
+        "heads and over images: for whole maps, and (dashed) for attention among patches, without "
+        "CLS and other prefix tokens. At 1 all heads do the same; where all heads attend to CLS, "
+        "their whole maps are alike. Grey is the deep third of the layers, in which the paper's "
+        "students have more diverse heads than a CLIP teacher.",
     ),
     "average_attention": (
         "Average attention",
@@ -57,19 +57,20 @@ SENTENCES = {
     ),
     "landscape": (
         "Loss landscapes, curves",
-        "A loss as the weights move along random directions, each filter as far as it is long: a "
-        "line is the mean over batches along a direction, its band the standard deviation, from "
-        "batch to batch, of what a step changes, the dot the model itself. Flat around the dot "
-        "means that small changes of the weights do little harm; panels of a row whose losses can "
-        "be compared (see the list below the table) have vertical axes that cover equally large "
-        "ranges, but for a model that is far steeper or flatter than the others, over whose panel "
-        "it says so, and losses of different rows cannot be compared.",
+        "The loss as the weights move along random directions; at step 1 each filter has moved by "
+        "its own norm. A line is the mean over batches along one direction, its band the standard "
+        "deviation between batches of the change in loss, and the dot the model itself. Flat "
+        "around the dot means that small changes of the weights do little harm. Panels of a row "
+        "whose losses can be compared (see the list below the table) have vertical axes that "
+        "cover equally large ranges; the panel of a model that is far steeper or flatter than the "
+        "others says so. Losses of different rows cannot be compared.",
     ),
     "landscape_map": (
         "Loss landscapes, maps",
         "The same over the plane of two such directions, on the first batch, the model in the "
-        "middle. Wide, round contours are an even valley, narrow or ragged ones a hard one; a "
-        "model that is far steeper or flatter than the others has a scale of its own here too.",
+        "middle. Wide, round contours are an even valley, narrow or ragged contours a hard "
+        "valley; a model that is far steeper or flatter than the others has a scale of its own "
+        "here too.",
     ),
     "cka": (
         "Similarity of layers",
@@ -151,7 +152,7 @@ def table(models: list[Model]) -> list[list[str]]:
         parts = [landscape_of(model, kind) for model in models]
         if any(value for part in parts if part for value in part["value"]):
             rows.append([kind, *(_of_batches(part, own_losses) for part in parts)])
-            rows.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
+            rows.append(["- change at step 0.1", *(_of_batches(part, _near) for part in parts)])
         else:  # The change of a map is 0 at the model's own weights.
             rows.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
     return [row for row in rows if set(row[1:]) != {"none"}]
@@ -164,8 +165,8 @@ def notes(models: list[Model]) -> list[str]:
     if len(images) > 1:
         sentences.append(
             f"Losses are means over {len(images)} batches, {sum(images)} images in all, +- the "
-            "standard deviation from batch to batch; steps are in lengths of the weights, to both "
-            f"sides of {len(models[0]['landscapes'][0]['curves'])} random directions."
+            "standard deviation from batch to batch; steps are in norms of the weights, to both "
+            f"sides along {len(models[0]['landscapes'][0]['curves'])} random directions."
         )
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for model in models:
@@ -207,14 +208,14 @@ def _supervised_controls(models: list[Model]) -> list[str]:
         if beside:
             sentences.append(
                 f"{model['label']}: compare its score with that of {_and(beside)}, with "
-                f"{model['positions']} positions too, which learnt labels from random weights: "
-                "what is above that, the positions alone do not explain."
+                f"{model['positions']} positions too and trained on labels from random weights: "
+                "the positions alone do not explain a higher score."
             )
         else:
             sentences.append(
-                f"{model['label']}: no run with {model['positions']} positions that learnt labels "
-                "from random weights stands beside it; without one its score does not show what it "
-                "learnt otherwise."
+                f"{model['label']}: no run with {model['positions']} positions that was trained "
+                "on labels from random weights is compared here; without such a run the score "
+                "does not show what the model learnt otherwise."
             )
     return sentences
 

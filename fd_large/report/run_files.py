@@ -193,7 +193,7 @@ def read_run(folder: str | Path, *, newest_row: bool = False) -> RunFiles:
 def _object(path: Path) -> dict[str, Any]:
     if not kind_of(path, where=_WHERE):
         return {}
-    remedy = "Remove it and report again."
+    remedy = "Remove the file and report again."
     content = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
     for kind, names in _KINDS.items():
         for name in names:
@@ -208,7 +208,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    remedy = "Restore it and report again."
+    remedy = "Restore the file and report again."
     recipe = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
     if not isinstance(recipe.get("name"), str) or not isinstance(recipe.get("data"), dict):
         raise _damaged(path, "a recipe without name or data", "what the run wrote", remedy)
@@ -224,7 +224,7 @@ def _summary(path: Path) -> dict[str, Any]:
         and all(_is_number(best.get(name)) for name in ("update", "value"))
     ):
         expected = "an object with update, metric and value"
-        remedy = "Remove it and report again."
+        remedy = "Remove the file and report again."
         raise _damaged(path, f"best {json.dumps(best)[:40]}", expected, remedy)
     return summary
 
@@ -243,9 +243,11 @@ def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
     # The last line of a run that goes on, or was killed, may be torn.
     if lines and not lines[-1].raw.endswith(b"\n"):
         lines.pop()
-    remedy = "Resume the run, which leaves out such lines and keeps the others; or delete them."
+    remedy = (
+        "Resume the run, which leaves out such lines and keeps the others; or delete these lines."
+    )
     if damaged := [line for line in lines if line.row is None]:
-        raise _damaged(path, f"{numbers_of(damaged)} that cannot be read", "rows alone", remedy)
+        raise _damaged(path, f"{numbers_of(damaged)} that cannot be read", "rows only", remedy)
     rows = [line.row for line in lines if line.row is not None]
     for line, row in zip(lines, rows, strict=True):
         for name in numbers:

@@ -57,7 +57,7 @@ def write_run_page(files: RunFiles) -> Path:
             html.tiles(_tiles(files)),
             html.section("Curves", html.charts(_charts(files))),
             html.section("Images", *_pictures(files)),
-            html.section("What came out", html.table(closing_rows(files))),
+            html.section("Results", html.table(closing_rows(files))),
             html.section("Next", html.commands((s["why"], s["command"]) for s in steps)),
             html.section("Incidents", *_incidents(files)),
             html.section("Models that were not trained", html.table(_frozen(files))),
@@ -219,7 +219,9 @@ def _pictures(files: RunFiles) -> Iterator[str]:
             caption = caption.replace("before and after training", "before training")
         yield html.picture(path, path.stem.replace("_", " "), caption)
     if len(paths) > MOST_PICTURES:
-        yield html.paragraph(f"{len(paths) - MOST_PICTURES} more are in {files.folder}/{PICTURES}.")
+        yield html.paragraph(
+            f"{len(paths) - MOST_PICTURES} more images are in {files.folder}/{PICTURES}."
+        )
 
 
 def _incidents(files: RunFiles) -> Iterator[str]:
@@ -243,9 +245,10 @@ def _incidents(files: RunFiles) -> Iterator[str]:
     if not rows:
         yield html.paragraph("None: no step was skipped.")
         return
-    yield html.table(rows[-MOST_INCIDENTS:], head=("step", "what was off", "what was done"))
+    yield html.table(rows[-MOST_INCIDENTS:], head=("step", "abnormal values", "what was done"))
     replay = (
-        f"Each has a folder in {files.folder}/incidents; the command replay runs its step again."
+        f"Each incident has a folder in {files.folder}/incidents; the command replay repeats its "
+        "step."
     )
     yield html.paragraph(f"{len(rows)} in all. {replay}")
 
@@ -254,7 +257,7 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
     rows = []
     for name, section in files.frozen_models.items():
         rows.append((name, full_name(section)))
-        weights = "RANDOM: shows that the machinery works, no more"
+        weights = "RANDOM: shows only that training runs"
         rows.append(("weights", weights if section["source"] == "random" else section["source"]))
         shown = {"changed fields": changed_words(section)}
         shown |= {key: section.get(key) for key in _OF_FROZEN}
@@ -277,7 +280,8 @@ def _settings(files: RunFiles) -> Iterator[str]:
     if rows:
         yield html.table(rows, head=("field", "this run", "recipe"))
         yield html.paragraph(
-            "Some follow others or the weights that the run starts from. All settings: recipe.json."
+            "Some fields follow other fields, or the weights that the run starts from. All "
+            "settings: recipe.json."
         )
     else:
         yield html.paragraph("None. All settings: recipe.json.")

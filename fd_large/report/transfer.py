@@ -107,8 +107,8 @@ def write_table(
     except (KeyError, TypeError) as error:
         got = f"{'another' if there else 'no'} {SUMMARY}"
         raise ConfigError(
-            f"--out: {folder}: not a table; got {got}, expected a transfer's folder. Name the "
-            "--out of transfer."
+            f"--out: {folder}: not the folder of a table; got {got}, expected a folder that "
+            "transfer wrote. Set --out to that folder."
         ) from error
     for cell in cells:
         # The folder may have been moved, or the command runs in another folder than the trainings.
@@ -419,8 +419,8 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
         if unlike := cell.get("unlike_first"):
             yield (
-                f"{MARK} {labels[cell['row']]}, {titles[cell['column']]}: not trained as the first "
-                f"row, whose values are in brackets: {in_words(unlike)}."
+                f"{MARK} {labels[cell['row']]}, {titles[cell['column']]}: other settings than the "
+                f"first row (its values in brackets): {in_words(unlike)}."
             )
 
 

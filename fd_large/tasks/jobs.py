@@ -65,8 +65,8 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     for former, now in _FORMER.items():
         if hasattr(job, former):
             raise ConfigError(
-                f"task.name: {type(job).__name__}.{former} is not asked by this version; got a job "
-                f"that has it, expected {now}. Move it there."
+                f"task.name: {type(job).__name__}.{former} is not called by this version; got a "
+                f"job with this method, expected {now}. Move the method there."
             )
     for method in _BEFORE_A_RUN:
         setattr(job, method, _said(name, getattr(job, method)))
@@ -86,9 +86,10 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
         for method, now in _OF_A_STORED_RUN.items():
             if hasattr(job, method):
                 raise ConfigError(
-                    f"task.name: {type(job).__name__}.{method} is not asked by this version; got a "
-                    "job that has it, expected a subclass of fd_large.tasks.stored_run.StoredRun "
-                    f"with {now}(). Move it there, and name it: TaskKind(stored=...)."
+                    f"task.name: {type(job).__name__}.{method} is not called by this version; got "
+                    "a job with this method, expected a subclass of "
+                    f"fd_large.tasks.stored_run.StoredRun with {now}(). Move the method there, "
+                    "and name the class in TaskKind(stored=...)."
                 )
         # A job of the user's own that is one of ours is stored as ours is.
         bases = {f"{base.__module__}.{base.__qualname__}" for base in type(job).__mro__}
@@ -108,8 +109,8 @@ def transfer_of(task: str) -> Transfer:
     if not kind.transfer:
         raise ConfigError(
             f"transfer: this task cannot begin from a named model; got {task}, expected one of "
-            f"{', '.join(name for name, kind in TASKS.items() if kind.transfer)}. Name a recipe of "
-            "one of them."
+            f"{', '.join(name for name, kind in TASKS.items() if kind.transfer)}. Name a recipe "
+            "of one of these tasks."
         )
     return _class_of(kind.transfer)()
 
@@ -167,8 +168,8 @@ def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # The user's code may raise anything.
             raise ConfigError(
                 f"task.name: {task} fails before the run; got {doors.cause(error)}, expected a "
-                "TrainingJob that makes its Module; what it reads of task.SECTION is the section "
-                "of its TaskKind. Correct the file."
+                "TrainingJob that makes its Module; its task.SECTION is the section of its "
+                "TaskKind. Correct the file."
             ) from error
 
     return call

@@ -88,8 +88,9 @@ class StoredRun:
                 f"--to {form}" for form, library in LIBRARIES.items() if not library.heads
             )
             raise ConfigError(
-                f"export: --to {to}: holds a model with its heads; got a run of the task "
-                f"{self.run.task.name}, expected a task whose heads it has. Use one of {able}."
+                f"export: --to {to}: this format holds a model with its heads; got a run of the "
+                f"task {self.run.task.name}, expected a task whose heads it can hold. Use one of "
+                f"{able}."
             )
         student = self.run.student
         pads = student.size_rule == "pad"
@@ -195,7 +196,7 @@ class StoredRun:
         raise ConfigError(
             f"predict: the task {self.run.task.name} has no predictions to draw; got "
             f"{self.run.name}, expected a run of detection, segmentation or depth. python -m "
-            "fd_large recipes lists them."
+            "fd_large recipes lists their recipes."
         )
 
     def classes(self) -> tuple[str, ...] | None:

@@ -66,8 +66,8 @@ def build_custom(
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
             f"{where}: the model cannot be made; got {doors.cause(error)}, expected a torch Module "
-            f"from {architecture.function}. Correct the code; it is called on the meta device too, "
-            "where tensors have no values."
+            f"from {architecture.function}. Correct the code; the function is called on the meta "
+            "device too, where tensors have no values."
         ) from error
     needed = _NEEDED + (_NEEDED_TO_TRAIN if options.is_trained else ())
     lacks = [name for name in needed if not hasattr(net, name)]

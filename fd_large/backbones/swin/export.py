@@ -26,9 +26,12 @@ def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
     """
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
     if side < a.window_size:
-        return f"position tables of fewer than {a.window_size} tokens, expected equal ones"
+        return f"position tables of fewer than {a.window_size} tokens, expected tables of one size"
     if a.absolute_position or not a.patch_norm:
-        return "absolute positions, or no norm after the patch embedding, expected a norm alone"
+        return (
+            "absolute positions, or no norm after the patch embedding, expected that norm and "
+            "no absolute positions"
+        )
     return "" if a.norm_eps == 1e-5 else f"norm_eps {a.norm_eps:g}, expected 1e-05"
 
 

@@ -27,7 +27,7 @@ def _lacks(a: SwinV2Architecture, pads: bool) -> str:
     if a.has_extra_norms:
         return f"extra_norm_every {a.extra_norm_every}, expected no norms on the main path"
     if a.shared_position_bias:
-        return "a shared position bias, expected one per block"
+        return "a shared position bias, expected a bias per block"
     return shared.lacks(a, pads)
 
 
@@ -43,7 +43,7 @@ def _timm_lacks(a: SwinV2Architecture, pads: bool) -> str:
     lacks = _lacks(a, pads)
     if lacks or not _timm_has_no_place(a):
         return lacks
-    return f"a swinv2 model of which timm has no like: {_timm_has_no_place(a)}"
+    return f"a swinv2 model that timm does not have: {_timm_has_no_place(a)}"
 
 
 def _timm_config(a: SwinV2Architecture, statistics: Statistics) -> dict[str, Any]:

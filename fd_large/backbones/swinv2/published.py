@@ -212,10 +212,7 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
         return []
     known = getattr(settling.known, field)
     if known is None and settling.is_named:
-        return [
-            f"nothing in the file shows its windows: it is taken for one of window {window}, as "
-            "the model has"
-        ]
+        return [f"the file does not show its window size: window {window} of the model is assumed"]
     if known is None:
         return []
     before = settling.known

@@ -54,7 +54,7 @@ _ATTENTION = re.compile(
 _NO_MAP = {
     "coat_(tiny|mini|small)|crossvit_|efficientvim_": "gives several tensors, not one map",
     "pit_": "gives its class token alone",
-    "inception_(v3|v4|resnet_v2)": "has a grid that its stride does not tell",
+    "inception_(v3|v4|resnet_v2)": "has a grid that does not follow from its stride",
 }
 """Why a model of timm has no map, by patterns of names: docs/timm.md has all, as counted."""
 _DRAWS = "sapiens2"
@@ -70,7 +70,7 @@ def why_refused(name: str) -> str:
         if re.match(pattern, name):
             return f"refused: it {reason}"
     if _DRAWS in name:
-        return "as a teacher alone: it draws random numbers of its own in training"
+        return "only as a teacher: it draws random numbers of its own in training"
     return ""
 
 

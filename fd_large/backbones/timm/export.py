@@ -29,7 +29,9 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
     last = strides(architecture.timm_name)[-1]
     if architecture.feature_stride in (0, last):
         return ""
-    return f"the map at stride {architecture.feature_stride}, where timm's ends at {last}"
+    return (
+        f"the map at stride {architecture.feature_stride}, but timm's model ends at stride {last}"
+    )
 
 
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:

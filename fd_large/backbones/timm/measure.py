@@ -240,6 +240,6 @@ def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) ->
 
 def _refused(name: str, got: str) -> ConfigError:
     return ConfigError(
-        f"student.model: {name} cannot be trained independently of ranks and recomputation; "
-        f"got {got}, expected none. Use it as a teacher, or choose another model."
+        f"student.model: training {name} would depend on ranks and recomputation; got {got}, "
+        "expected none. Use it as a teacher, or choose another model."
     )

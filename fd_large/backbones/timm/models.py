@@ -50,7 +50,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
             raise
         raise ConfigError(
             f"{_WHERE}: timm cannot make this model; got {first_line(error)} for {name[:300]}, "
-            f"expected arguments of {timm_name}. Leave them out."
+            f"expected arguments of {timm_name}. Leave these arguments out."
         ) from error
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
@@ -89,7 +89,7 @@ def check_name(name: str) -> None:
     if Version(timm.__version__) < Version(OLDEST):
         raise VersionError(
             f"timm: a release that is too old, and may run code from a model's configuration; got "
-            f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
+            f"{timm.__version__}, expected {OLDEST} or later. Run pip install 'timm>={OLDEST}'."
         )
     name = split_arguments(name)[0]
     if not timm.is_model(name):
@@ -102,7 +102,7 @@ def check_name(name: str) -> None:
 def near_names(name: str) -> str:
     """Returns the model names of timm that are similar to an unknown name, in words."""
     near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
-    return f"nearest: {', '.join(near)}" if near else "expected one of its names"
+    return f"nearest: {', '.join(near)}" if near else "expected a name that timm knows"
 
 
 def config_of(name: str) -> Any:
@@ -283,8 +283,8 @@ def _watched(
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ShapeError(
             f"{_WHERE}: {name} does not accept images of this size; got {side}x{side} pixels "
-            f"({first_line(error)}), expected a size that it "
-            "takes. Set --data.image_size, or of a teacher --teacher.architecture.image_size."
+            f"({first_line(error)}), expected a size that it accepts. Set --data.image_size, or "
+            "for a teacher --teacher.architecture.image_size."
         ) from error
     unused: list[str] = []
     for path, module in net.named_modules(remove_duplicate=False):

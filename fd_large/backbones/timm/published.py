@@ -86,13 +86,15 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
             sources = pieces[key].sources
             pieces[key] = _Resized(sources, name=key, new_shape=expected[key], resize=resize)
         if other:
-            notes.append(f"resized by timm for {architecture.image_size} pixels: {len(other)}")
+            notes.append(
+                f"resized by timm for {architecture.image_size} pixels: {len(other)} tensors"
+            )
     return Matched(
         pieces,
         expected,
         notes,
         f"timm's {name}",
-        "Name the model that the file holds: --student.model timm:NAME, or of a teacher "
+        "Name the model that the file holds: --student.model timm:NAME, or for a teacher "
         "--teacher.model timm:NAME.",
     )
 
@@ -222,8 +224,8 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     name = with_arguments(name, pooled if shapes[0] != shapes[1] else arguments)
     if len(sides) != 1:
         raise WeightsError(
-            f"{where}: config.json: images are not square; got img_size {size}, expected one "
-            "side. Use another model."
+            f"{where}: config.json: images are not square; got img_size {size}, expected equal "
+            "sides. Use another model."
         )
     return Architecture(timm_name=name, feature_stride=0, image_size=sides.pop())
 
@@ -294,8 +296,8 @@ def _load(name: str, where: str) -> Loaded:
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{where}: timm cannot get the weights; got {first_line(error)} for timm:{name}, "
-            "expected them in its cache or within reach. Download the file elsewhere, and give "
-            f"its path and --teacher.model timm:{name}."
+            "expected weights that are cached or can be reached. Download the file elsewhere, and "
+            f"give its path and --teacher.model timm:{name}."
         ) from error
 
 

@@ -243,14 +243,14 @@ class TimmBackbone(nn.Module):
             side = self.fixed_size
             raise ShapeError(
                 f"{self.name}: takes only one image size; got {height}x{width} pixels, expected "
-                f"{side}x{side}. Set --data.image_size {side}, or of a teacher "
+                f"{side}x{side}. Set --data.image_size {side}, or for a teacher "
                 f"--objective.teacher_image_size {side}."
             )
         grid = self._stage.grid(height, width)
         if grid is None:
             raise ShapeError(
                 f"{self.name}: the image does not divide into tokens; got {height}x{width} pixels, "
-                f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
+                f"expected multiples of the stride {self.stride}. Set --data.image_size, or for a "
                 "teacher --objective.teacher_image_size."
             )
         return grid
@@ -296,12 +296,13 @@ class TimmBackbone(nn.Module):
         elif self.fixed_size:
             got = f"a model for images of {self.fixed_size} pixels"
         elif idle := unused_by_stages(self.name, self._given_stride, tuple(self._stages)):
-            got = f"a part after them, which would not be trained ({idle[0]})"
+            got = f"layers after the stages, which would not be trained ({idle[0]})"
         else:
             return
         raise ConfigError(
             f"student.model: the stages of {self.name} do not make a pyramid; got {got}, expected "
-            "a convolutional model with stages, such as timm:convnextv2_atto. Choose another."
+            "a convolutional model with stages, such as timm:convnextv2_atto. Choose another "
+            "model."
         )
 
     def stages(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:

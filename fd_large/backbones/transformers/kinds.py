@@ -112,12 +112,12 @@ def library(where: str) -> Any:
     except ImportError as error:
         raise WeightsError(
             f"{where}: transformers is not installed; got a folder of one of its models, expected "
-            "the package. pip install 'fd_large[transformers]'."
+            "the package. Run pip install 'fd_large[transformers]'."
         ) from error
     if Version(transformers.__version__) < Version(OLDEST):
         raise VersionError(
             f"{where}: a release of transformers that is too old, and may run code named in a "
-            f"model's folder; got {transformers.__version__}, expected {OLDEST} or later. pip "
+            f"model's folder; got {transformers.__version__}, expected {OLDEST} or later. Run pip "
             "install 'fd_large[transformers]'."
         )
     return transformers

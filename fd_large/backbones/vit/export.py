@@ -45,13 +45,17 @@ def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
 
 def _timm_has_no_place(a: ViTArchitecture) -> str:
     if a.num_registers and (is_beit(a) or (a.class_token and a.class_position)):
-        return "its registers are of a ViT whose class token has no position"
+        return "only its ViTs without a position of the class token have registers"
     if is_beit(a) and not a.class_position:
         return "the class token of its BEiT has a position"
     if is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
-        return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
-    return "its ViT has one vector for the three biases" if a.qkv_bias == "qkv" else ""
+        return (
+            ""
+            if fits
+            else "its BEiT has q and v biases, a class token, and no norm before the blocks"
+        )
+    return "its ViT has one bias vector for query, key and value" if a.qkv_bias == "qkv" else ""
 
 
 def _timm_lacks(a: ViTArchitecture, pads: bool) -> str:
@@ -62,9 +66,9 @@ def _timm_lacks(a: ViTArchitecture, pads: bool) -> str:
     if is_beit(a) and a.activation != "gelu":
         return f"activation {a.activation}, expected gelu"
     if not is_beit(a) and a.patch_bias == a.pre_norm_layer:
-        return "a patch bias beside a norm before the blocks (or neither), expected one"
+        return "a patch bias and a norm before the blocks, or neither, expected exactly one of them"
     lacks = _timm_has_no_place(a)
-    return f"a vit model of which timm has no like: {lacks}" if lacks else ""
+    return f"a vit model that timm does not have: {lacks}" if lacks else ""
 
 
 def _timm_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
@@ -120,8 +124,8 @@ def _hugging_face_lacks(a: ViTArchitecture, pads: bool) -> str:
     if fits and a.patch_bias and not a.pre_norm_layer:
         return ""
     return (
-        "a vit model of another make, expected q and v biases with relative positions, or absolute "
-        "positions without layer scale; with a class token, and no norm before"
+        "a vit model of another design, expected q and v biases with relative positions, or "
+        "absolute positions without layer scale; with a class token, and no norm before the blocks"
     )
 
 
@@ -153,8 +157,8 @@ def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
     if fits and not a.pre_norm_layer and a.activation == "gelu" and a.mlp_ratio % 1 == 0:
         return ""
     return (
-        "a vit model of another make, expected a BEiT (no absolute positions, q and v biases) or "
-        "an MAE (absolute positions, one bias), with a class token and a whole mlp_ratio"
+        "a vit model of another design, expected a BEiT (no absolute positions, q and v biases) "
+        "or an MAE (absolute positions, one bias), with a class token and a whole mlp_ratio"
     )
 
 

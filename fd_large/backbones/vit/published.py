@@ -416,20 +416,20 @@ def _beyond(shapes: Shapes) -> str:
     if has_tables or "patch_embed.proj.weight" not in shapes:
         return ""
     if "pos_embed" not in shapes:
-        return "no positions at all: rotary ones leave no tensor"
+        return "no positions at all (rotary positions leave no tensor)"
     prefix = sum(name in shapes for name in ("cls_token", "dist_token"))
     if not prefix:
         return (
-            "no class token: SigLIP's with another GELU and timm's with norms after the branches "
-            "have the same names"
+            "no class token: SigLIP's ViTs with another GELU, and timm's with norms after the "
+            "branches, have the same names"
         )
     count = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
     if "reg_token" in shapes and not side_of(count) and not side_of(count - prefix):
         return "positions of its register tokens"
     if "reg_token" not in shapes and side_of(count) and not side_of(count - prefix):
         return (
-            "positions without one for the class token, as in DeiT III, FlexiViT and some models "
-            "with rotary positions, which no name tells apart"
+            "no position for the class token, as in DeiT III, FlexiViT and some models with "
+            "rotary positions, which have the same names"
         )
     return ""
 
@@ -540,7 +540,8 @@ def _adapt(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]]:
     if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in target.dropped):
         pieces = pieces | fresh_norm(target.architecture.embed_dim)
         notes.append(
-            "the file has no norm for tokens, only one for their mean: a norm that only normalises"
+            "the file has no norm for tokens, only one for their mean: the final norm has weight "
+            "1 and bias 0"
         )
     if target.found.distillation_token:
         is_kept = target.architecture.keep_distillation_token

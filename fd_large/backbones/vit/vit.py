@@ -114,7 +114,7 @@ class ViT(nn.Module):
         if resizes_positions and relative_position == "block":
             raise ConfigError(
                 "architecture.relative_position: several image sizes need a single table of "
-                "positions; got 'block', expected 'shared' or 'none'. Set it, or leave "
+                "positions; got 'block', expected 'shared' or 'none'. Set one of these, or leave "
                 "--data.image_sizes out."
             )
         self.resizes_positions = resizes_positions

@@ -426,7 +426,8 @@ class LinearProbeJob(ClassificationJob):
             raise CheckpointError(
                 "student.init: not the model that this probe began with; got hash "
                 f"{self._hash}, expected {manifest.get('frozen_hash')} "
-                f"({manifest.get('frozen_source')}). Give that file, or --fresh."
+                f"({manifest.get('frozen_source')}). Set --student.init to that model, or start "
+                "over with --fresh."
             )
 
     def stored_student(self) -> StoredStudent:

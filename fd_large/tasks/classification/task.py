@@ -166,8 +166,8 @@ class FrozenFeature(nn.Module):
         super().__init__()
         if pool != "mean" and not model.num_prefix_tokens:
             raise ConfigError(
-                "task.linear.pool: the model's map has no class token (that of a timm model leaves "
-                f"it out, and --protocol cached measures it); got {pool}, expected mean. Set "
+                "task.linear.pool: the model's map has no class token (timm models leave it out; "
+                f"--protocol cached measures it); got {pool}, expected mean. Set "
                 "--task.linear.pool mean."
             )
         self.model, self.norm, self.statistics = model, norm_of_mean(model), statistics

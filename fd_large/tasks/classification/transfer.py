@@ -66,9 +66,9 @@ class ClassificationTransfer(Transfer):
         images = open_split(data.root, "train").images
         if not isinstance(images, ImageFolder):
             raise DataError(
-                "--sweep: only a folder of images is divided by the names of its files; got "
+                "--sweep: only a folder of images can be divided by file names; got "
                 f"{type(images).__name__} for data.root, expected train/ with a folder for each "
-                "class. Leave --sweep out, and name rates by --optim.base_lr."
+                "class. Leave --sweep out, and set a learning rate by --optim.base_lr."
             )
         # Refuses a fraction that leaves a part empty.
         places_of(images, "train", data.val_fraction, where="data.root")

@@ -254,8 +254,8 @@ class _PassWarning(Hook):
         """Logs a warning on rank 0 if each rank has several micro-batches in a step."""
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
-                "batch norms see the %d images of a pass, of the step's %d: another number of "
-                "passes changes the result",
+                "batch norms see %d of the %d images of a step at a time: another number of micro "
+                "batches changes the result",
                 setting.micro_batch_size * setting.world_size,
                 setting.global_batch_size,
             )

@@ -170,7 +170,7 @@ def read_numbers(
             return np.array(file).astype(np.int32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path}: cannot be decoded; got {error}, expected {expected}. Fetch it again."
+            f"{path}: cannot be decoded; got {error}, expected {expected}. Fetch the file again."
         ) from error
 
 
@@ -206,15 +206,16 @@ def pairs_in_folders(
     stems = [_stem(path, image_root).removesuffix(layout.image_tail) for path in images]
     if not stems:
         raise DataError(
-            f"{where}: no images beside {kind}; got PNGs alone in {image_root}, expected JPEGs, of "
-            f"which PNGs of the same stem hold the {kind}. Set --{where} to another folder."
+            f"{where}: no images beside {kind}; got PNGs alone in {image_root}, expected JPEGs, "
+            f"each with a PNG of the same stem that holds its {kind}. Set --{where} to another "
+            "folder."
         )
     missing = [stem for stem in stems if stem not in numbers]
     if missing:
         raise DataError(
             f"{where}: images without {kind} in {truth_root}; got {len(missing)} of {len(stems)} "
             f"({missing[0]}), expected a file {missing[0]}{layout.truth_tail}.png. Unpack the "
-            f"{kind} there, or take the images away."
+            f"{kind} there, or remove these images."
         )
     both = of_images.fingerprint + of_truths.fingerprint
     return Pairs(

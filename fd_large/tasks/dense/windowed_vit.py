@@ -50,8 +50,8 @@ def check(vit: ViT) -> None:
     if vit.has_relative_position and vit.rel_pos_bias is None:
         raise ConfigError(
             "architecture.relative_position: a windowed ViT needs one table of relative positions "
-            "for all blocks, or none; got 'block', expected 'shared' or 'none'. Leave it as the "
-            "model was distilled."
+            "for all blocks, or none; got 'block', expected 'shared' or 'none'. Keep the value "
+            "with which the model was distilled."
         )
 
 

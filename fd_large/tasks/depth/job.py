@@ -94,8 +94,8 @@ class DepthJob(DenseJob):
         if self.section.test_windows:
             return ""
         return (
-            f"task.depth.test_windows: {self.run.student.model} sees images of one size; got 0, "
-            "expected 2 or more. Set --task.depth.test_windows 2."
+            f"task.depth.test_windows: {self.run.student.model} accepts only one image size; got "
+            "0, expected 2 or more. Set --task.depth.test_windows 2."
         )
 
     def measure(self, model: Model, images: DepthSet, between: Callable[[], None]) -> Outcome:

@@ -105,7 +105,7 @@ class DetectionJob(TrainingJob):
         student, numbers = self.run.student, self.run.task.detection
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
             raise ConfigError(
-                f"task.detection.sequential_stages: {student.model} has no such stages; got "
+                f"task.detection.sequential_stages: {student.model} has no sequential stages; got "
                 f"{numbers.sequential_stages}, expected 0. Leave it out."
             )
         net = make_student(student, sequential_stages=numbers.sequential_stages)
@@ -304,7 +304,7 @@ class DetectionJob(TrainingJob):
             raise DataError(
                 f"{where}: {images.annotations} has other classes than the training set; got "
                 f"{names[label]!r} for label {label}, expected {classes[label]!r}. Give its "
-                "categories the names and the order of the training's."
+                "categories the names and the order of the training set."
             )
         return images
 
@@ -317,8 +317,9 @@ def check_classes(run: Run, images: CocoSet) -> None:
     num_categories, expected = len(images.category_ids), run.task.detection.num_classes
     if num_categories != expected:
         raise ConfigError(
-            f"task.detection.num_classes: not that of {images.annotations}; got {expected}, "
-            f"expected {num_categories}. Set --task.detection.num_classes {num_categories}."
+            f"task.detection.num_classes: not the number of classes in {images.annotations}; got "
+            f"{expected}, expected {num_categories}. Set --task.detection.num_classes "
+            f"{num_categories}."
         )
 
 

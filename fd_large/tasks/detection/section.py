@@ -131,7 +131,7 @@ class Detection:
             )
         require(
             self.cascade_form == "mmdet" or self.class_agnostic,
-            "task.detection.class_agnostic: excluded by cascade_form detectron2",
+            "task.detection.class_agnostic: not possible with cascade_form detectron2",
             self.class_agnostic,
             "true",
             beside=("task.detection.cascade_form",),
@@ -146,7 +146,7 @@ class Detection:
         )
         require(
             self.whole_size == (0, 0, 0) or self.scale_range == (0.1, 2.0),
-            "task.detection.scale_range: excluded by whole_size",
+            "task.detection.scale_range: not possible with whole_size",
             self.scale_range,
             "only one of the two to be set",
             beside=("task.detection.whole_size",),
@@ -160,7 +160,7 @@ class Detection:
                 and len(self.test_areas) == len(self.test_scales)
                 and all(areas and not set(areas) - set("sml") for areas in self.test_areas)
             ),
-            "task.detection.test_areas: not one for each scale",
+            "task.detection.test_areas: not one entry for each scale",
             self.test_areas,
             f"for each of {len(self.test_scales)} scales some of the letters s, m and l, with "
             "--task.detection.test_merge areas",
@@ -216,7 +216,7 @@ KIND = TaskKind(
     next_steps=(
         ("all of COCO's numbers, and pictures", ("evaluate", "{run}", "--out", "{run}/evaluation")),
         (
-            "what it sees in an image of yours",
+            "predictions for an image of your own",
             ("predict", "{run}", "IMAGE.jpg", "--out", "{run}/predictions"),
         ),
     ),

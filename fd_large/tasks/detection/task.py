@@ -102,7 +102,7 @@ class Detection(Task):
         if extra_attention and not has_stages(student):
             raise ConfigError(
                 "task.detection.extra_attention: the student has no map of stride 32; got "
-                f"{type(student).__name__}, expected a Swin or SwinV2. Leave it out."
+                f"{type(student).__name__}, expected a Swin or SwinV2. Leave out extra_attention."
             )
         last_width = student.stage_widths[-1] if extra_attention else 0
         self.attention = ExtraAttention(last_width) if extra_attention else None

@@ -112,10 +112,10 @@ class Canary(Hook):
             self._changed = True
             if distributed.is_main():
                 log.error(
-                    "canary: %s IS NOT THE SAME ON ALL RANKS at the start: %s; got different "
-                    "bits than on ranks with the same part, expected equal ones. The run ends. "
-                    "Start the same command again without that node, or, if its processors "
-                    "differ by design, with --runtime.canary_every 0.",
+                    "canary: %s IS NOT THE SAME ON ALL RANKS at the start: %s; got other bits "
+                    "than on ranks with the same part, expected equal bits. The run ends. Start "
+                    "the same command again without that node, or, if its processors differ by "
+                    "design, with --runtime.canary_every 0.",
                     self._called,
                     self._names(odd),
                 )
@@ -177,7 +177,9 @@ class Canary(Hook):
             distance: Largest distance of a rank's map from its first map (`_distance`).
         """
         if changed:
-            evidence = f"on {self._names(changed)}: the bits held there are not those of the start"
+            evidence = (
+                f"on {self._names(changed)}: the bits of the weights are not those of the start"
+            )
         else:
             evidence = (
                 f"on {self._names(differs)}: the weights have the bits of the start, but the map "
@@ -210,8 +212,8 @@ class Canary(Hook):
                 self._named[rank] = self._checks
                 if distributed.is_main():
                     log.warning(
-                        "canary: %s is slow: a fixed product took it %.3g ms, the median of the "
-                        "ranks is %.3g ms, twice in a row; every step waits for it",
+                        "canary: %s is slow: a fixed matrix product took it %.3g ms, while the "
+                        "median rank took %.3g ms, twice in a row; every step waits for this rank",
                         self._places[rank],
                         1e3 * seconds[rank],
                         1e3 * usual,

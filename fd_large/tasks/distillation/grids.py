@@ -140,7 +140,7 @@ class TeacherOnShapes:
             f"{where.removesuffix('.source')}.model: auto means the model that the weights belong "
             "to",
             f"{where} {entry.source!r}",
-            "opened weights",
+            "a source of weights",
             f"Set {where}, or name a model",
         )
         assert isinstance(side, int)
@@ -187,8 +187,8 @@ class TeacherOnShapes:
         if not isinstance(size, int):
             field = f"teachers.{self.name}" if self.name else "objective"
             raise ConfigError(
-                f"{field}.teacher_image_size: not known of this run; got {size!r}, expected a side "
-                "in pixels, which a run records. Name the teacher by its own source instead."
+                f"{field}.teacher_image_size: the run does not record this size; got {size!r}, "
+                "expected a side in pixels. Name the teacher by its own source instead."
             )
         return size
 
@@ -346,8 +346,8 @@ def check_fit(
                     raise
                 raise ConfigError(
                     f"{HEAD_WHERE}: {chosen} is made for a single image size; got "
-                    f"data.image_sizes {' '.join(map(str, sizes))}, expected none. Leave them out, "
-                    "or take a head of single tokens, such as mlp."
+                    f"data.image_sizes {' '.join(map(str, sizes))}, expected no such sizes. Leave "
+                    "out data.image_sizes, or use a head of single tokens, such as mlp."
                 ) from error
     for name, entry in entries.items():
         teacher, title = teachers[name], called(name)

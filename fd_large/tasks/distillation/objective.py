@@ -393,8 +393,8 @@ def require_same_teachers(
     if stored.keys() != entries.keys():
         raise CheckpointError(
             "teachers: not the teachers that this run began with; got "
-            f"{', '.join(entries)}, expected {', '.join(stored) or 'one teacher'}. "
-            "Give those, or --fresh."
+            f"{', '.join(entries)}, expected {', '.join(stored) or 'one teacher'}. Name these "
+            "teachers, or start over with --fresh."
         )
     for name, entry in entries.items():
         _require_same_teacher(name, entry, stored[name], ours(name))
@@ -419,19 +419,20 @@ def _require_same_teacher(
         ):
             raise CheckpointError(
                 f"{field_of(name, 'target_statistics', kind)}: not the file that this "
-                f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
-                "Give that file, or --fresh."
+                f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. Set that "
+                "file, or start over with --fresh."
             )
     if theirs.get("cached_targets") != ours.get("cached_targets"):
         raise CheckpointError(
             f"{source_flag(name).removeprefix('--')}: not the cached targets that this run "
             f"began with; got {ours.get('cached_targets')}, expected "
-            f"{theirs.get('cached_targets')}. Give those, or --fresh."
+            f"{theirs.get('cached_targets')}. Name these cached targets, or start over with "
+            "--fresh."
         )
     if theirs.get("teacher_hash") != ours["teacher_hash"]:
         raise CheckpointError(
             f"{source_flag(name).removeprefix('--')}: not the teacher that this run began "
             f"with; got hash {ours['teacher_hash']}, expected "
-            f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
-            "file, or --fresh."
+            f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Name that teacher, "
+            "or start over with --fresh."
         )

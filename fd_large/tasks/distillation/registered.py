@@ -27,7 +27,7 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
                 raise ConfigError(
                     f"teachers.{name}: not a name for a teacher; got the name of a method of "
                     "torch's modules, expected a name that says which teacher it is. Choose "
-                    "another one."
+                    "another name."
                 )
             place.add_module(name, nn.ModuleDict())
         place = getattr(place, name)

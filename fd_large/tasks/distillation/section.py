@@ -182,23 +182,23 @@ class NamedTeacher(Teacher, Objective):
         at_least(f"{self.place}.mosaic", self.mosaic, 0, "images")
         require(
             not self.mosaic or self.targets == (MAP,),
-            f"{self.place}.mosaic: a mosaic has one summary, which is of no image",
+            f"{self.place}.mosaic: a mosaic has a single summary, which belongs to no image",
             f"{self.mosaic} with targets {' '.join(self.targets)}",
             f"0, or targets {MAP}",
             beside=(f"{self.place}.targets",),
         )
         require(
             bool(self.targets) and len(set(self.targets)) == len(self.targets),
-            f"{self.place}.targets: each at most once, and one at least",
+            f"{self.place}.targets: a target is repeated, or none is given",
             " ".join(self.targets) or "nothing",
             f"{MAP}, {SUMMARY} or both",
         )
         require(
             SUMMARY in self.targets or self.summary == Summary(),
             f"{self.place}.summary: the summary is not learnt",
-            f"settings of it and the targets {' '.join(self.targets)}",
-            "its fields left out",
-            f"Leave out its fields, or set --{self.place}.targets {MAP} {SUMMARY}",
+            f"settings of the summary with the targets {' '.join(self.targets)}",
+            "no settings of the summary",
+            f"Leave out the fields of the summary, or set --{self.place}.targets {MAP} {SUMMARY}",
         )
 
     @classmethod
@@ -333,8 +333,9 @@ class Mask:
             beside=("mask.ratio",),
         )
         require(0 < self.share <= 1, "mask.share: invalid share", self.share, "a number in (0, 1]")
-        for name in ("min_patches", "decoder_width", "decoder_depth", "decoder_heads"):
-            at_least(f"mask.{name}", getattr(self, name), 1, "of them")
+        units = {"min_patches": "patches", "decoder_width": "channels", "decoder_depth": "blocks"}
+        for name, unit in (units | {"decoder_heads": "heads"}).items():
+            at_least(f"mask.{name}", getattr(self, name), 1, unit)
         require(
             self.decoder_width % self.decoder_heads == 0 == self.decoder_width % 4,
             "mask.decoder_width: does not divide into attention heads and positions",
@@ -344,9 +345,9 @@ class Mask:
         )
         require(
             not (self.varies and self.student == "dropped"),
-            "mask.sampler: images in which as many patches are visible can be encoded together",
+            "mask.sampler: only images with equally many visible patches can be encoded together",
             "block, mask.ratio_to or mask.share, by which images differ, with mask.student dropped",
-            "random or block_exact, and one ratio of all images",
+            "random or block_exact, and one ratio for all images",
             beside=("mask.student", "mask.ratio_to", "mask.share"),
         )
 
@@ -497,7 +498,7 @@ class Views:
         check_types(self, "task.distillation")
         require(
             bool(self.views) or not self.cache,
-            "task.distillation.cache: only views that come again can be stored",
+            "task.distillation.cache: only recurring views can be stored",
             f"{self.cache} with task.distillation.views 0",
             "views of 1 or more",
             beside=("task.distillation.views",),
@@ -567,8 +568,8 @@ def loss_terms(loss: str, known: Collection[str]) -> list[tuple[float, str]]:
         if term[2] not in known:
             raise ConfigError(
                 f"objective.loss: no such loss for a sum; got {term[2]!r}, "
-                f"{nearest(term[2], known)}. Take a built-in one; a function of your own can add "
-                "what it likes itself."
+                f"{nearest(term[2], known)}. Use a built-in loss; a function of your own can add "
+                "terms itself."
             )
         terms.append((float(term[1]), term[2]))
     return terms
@@ -674,17 +675,17 @@ def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> No
     """
     require(
         not image_sizes,
-        "data.image_sizes: stored maps are of views of one size",
+        "data.image_sizes: stored maps need views of one size",
         " ".join(map(str, image_sizes)),
         "none",
-        "Leave it out, or store no maps",
+        "Leave out data.image_sizes, or store no maps",
     )
     for name, mosaic in mosaics.items():
         require(
             not mosaic,
-            f"teachers.{name}.mosaic: a map out of a mosaic is not the map of one view, as stored "
-            "maps are",
+            f"teachers.{name}.mosaic: a mosaic gives no map of a single view, which stored maps "
+            "need",
             mosaic,
             "0",
-            "Leave it out, or store no maps",
+            "Leave out the mosaic, or store no maps",
         )

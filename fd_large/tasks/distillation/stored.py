@@ -122,8 +122,8 @@ class StoredHead(nn.Module):
         if self.undo is None:
             raise ConfigError(
                 "teacher_map: the head's output cannot be converted to the teacher's units; got "
-                f"the normaliser {self.facts.normaliser}, expected one that keeps length and mean "
-                f"of a token, such as {NONE} or phi_s. Train with that."
+                f"the normaliser {self.facts.normaliser}, expected a normaliser that keeps length "
+                f"and mean of a token, such as {NONE} or phi_s. Train with such a normaliser."
             )
         return prediction._replace(
             tokens=self.undo(prediction.tokens, prediction.num_prefix_tokens)
@@ -260,7 +260,7 @@ def read_heads(folder: Path) -> dict[str, StoredHead]:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{where}: not the heads of an export; got {type(error).__name__} "
-            f"{str(error)[:200]}, expected its files as they were. Export the run again."
+            f"{str(error)[:200]}, expected the files as they were exported. Export the run again."
         ) from error
     return heads
 

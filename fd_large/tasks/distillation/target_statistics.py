@@ -104,7 +104,7 @@ def read(path: str) -> TargetStatistics:
         got = f"{path}: {error}" if path else "nothing"
     raise ConfigError(
         f"{WHERE}: not a file of statistics; got {got}, expected a file that fd-large "
-        "statistics wrote for this recipe. Make it, or correct the path."
+        "statistics wrote for this recipe. Make the file, or correct the path."
     )
 
 

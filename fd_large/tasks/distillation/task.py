@@ -106,8 +106,8 @@ class Target:
         projected = self.head(student_maps.map.tokens)
         if projected.shape != teacher.tokens.shape:
             raise ShapeError(
-                f"targets: maps of other tokens; got {tuple(projected.shape)} of the student and "
-                f"{tuple(teacher.tokens.shape)} of the teacher, expected the same. Use a "
+                f"targets: the maps differ in shape; got {tuple(projected.shape)} of the student "
+                f"and {tuple(teacher.tokens.shape)} of the teacher, expected equal shapes. Use a "
                 "NamedTarget, which aligns grids and prefix tokens."
             )
         return projected, teacher.tokens

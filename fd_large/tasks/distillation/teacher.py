@@ -235,8 +235,8 @@ def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
         not unfit,
         "task.distillation.teacher_stream: only for teachers that are whole on each rank",
         ", ".join(sorted(unfit)),
-        "replicated ones",
-        "Leave it out, or set the teacher's placement to replicated",
+        "replicated teachers",
+        "Leave out teacher_stream, or set the teacher's placement to replicated",
     )
 
 
@@ -350,6 +350,6 @@ def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
     raise ConfigError(
         f"teachers.{name}.summary.layer: no projection into the space of texts in the teacher's "
         f"weights; got {got}, expected the file or folder of a CLIP ViT with "
-        f"{' or '.join(TEXT_PROJECTIONS)}. Name one, for example open_clip:ViT-B-16/openai, or "
-        f"leave {EMBEDDING} out."
+        f"{' or '.join(TEXT_PROJECTIONS)}. Name such weights, for example "
+        f"open_clip:ViT-B-16/openai, or leave {EMBEDDING} out."
     )

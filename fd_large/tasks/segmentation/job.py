@@ -106,7 +106,7 @@ class SegmentationJob(DenseJob):
         if self.section.test_mode != "whole":
             return ""
         return (
-            f"task.segmentation.test_mode: {self.run.student.model} sees images of one size; "
+            f"task.segmentation.test_mode: {self.run.student.model} accepts only one image size; "
             "got whole, expected slide. Set --task.segmentation.test_mode slide."
         )
 

@@ -123,8 +123,8 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
         )
     if to == "upernet" and heads.scales and heads.scales != (4, 2, 1, 0.5):
         raise ConfigError(
-            f"export: --to upernet: other maps of a ViT; got scales {heads.scales}, expected 4, 2, "
-            "1, 0.5, which a patch of more than 8 pixels gives. Use --to mmseg."
+            f"export: --to upernet: maps of other scales; got scales {heads.scales}, expected 4, "
+            "2, 1, 0.5, which a patch of more than 8 pixels gives. Use --to mmseg."
         )
 
     def rows(architecture: Any) -> Rows:
@@ -247,8 +247,8 @@ def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> 
     if CLASSIFIER not in pieces:
         raise WeightsError(
             f"{where}: {label}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
-            "expected decode_head.* in the names of mmsegmentation or transformers. Leave it out: "
-            "new heads start from random weights."
+            "expected decode_head.* in the names of mmsegmentation or transformers. Leave out "
+            f"{where}: new heads start from random weights."
         )
     classes, needed = pieces[CLASSIFIER].shape(file.shape)[0], expected[CLASSIFIER][0]
     if classes != needed:
@@ -266,7 +266,7 @@ def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> 
             label=f"{label}, {module}",
             where=where,
             remedy="Set --task.segmentation.head, head_width and auxiliary_weight as the file has "
-            "them, or leave it out: new heads start from random weights.",
+            "them, or leave the heads out: new heads start from random weights.",
         )
         for module in modules
     }

@@ -133,7 +133,7 @@ KIND = TaskKind(
             ("evaluate", "{run}", "--out", "{run}/evaluation"),
         ),
         (
-            "what it sees in an image of yours",
+            "predictions for an image of your own",
             ("predict", "{run}", "IMAGE.jpg", "--out", "{run}/predictions"),
         ),
     ),

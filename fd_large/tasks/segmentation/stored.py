@@ -52,8 +52,9 @@ class StoredSegmentation(StoredDense):
         section, student = self.job.section, self.run.student
         if section.head != "uper":
             raise ConfigError(
-                f"export: --to {to}: holds UPerNet; got task.segmentation.head {section.head}, "
-                "expected uper. Use another --to, which takes the backbone alone."
+                f"export: --to {to}: this format holds UPerNet; got task.segmentation.head "
+                f"{section.head}, expected uper. Use another --to, which exports the backbone "
+                "alone."
             )
         pads = student.size_rule == "pad"
         backbone = export_of(architecture, to, pads=pads, window_rule=student.window_rule)

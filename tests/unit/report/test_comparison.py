@@ -50,7 +50,7 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
             "needs_seeds": needs_seeds,
         }
         (table,) = tables_of({**SUMMARY, "nets": nets}, "k-NN")
-        assert table.columns[-1].header == "less the first"
+        assert table.columns[-1].header == "minus the first"
         cells[case] = list(table.columns[-1].cells)[1]
         captions[case] = str(table.caption)
     assert cells == {

@@ -193,7 +193,7 @@ def test_the_table_has_means_over_layers_and_batches() -> None:
         "translation score": ["0.75"],
         "- of random weights": ["0.50"],
         "cross-entropy": ["1.50 +- 0.71"],
-        "- changed at 0.1": ["0.250 +- 0.000"],
+        "- change at step 0.1": ["0.250 +- 0.000"],
         "change of its own map at 0.1": ["0.250 +- 0.071"],
     }
     bare = {name: cells for name, *cells in table([model("a", []), model("b", [], CROSS_ENTROPY)])}

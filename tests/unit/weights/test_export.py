@@ -156,7 +156,7 @@ def test_what_the_others_have_not(tmp_path, fields, options, words):
 )
 def test_vits_that_transformers_has_not(tmp_path, name, fields):
     store_student(tmp_path / "run", name, {**VIT, **fields})
-    with pytest.raises(ConfigError, match="another make"):
+    with pytest.raises(ConfigError, match="another design"):
         export(tmp_path, "hf")
 
 

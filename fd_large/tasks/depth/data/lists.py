@@ -80,8 +80,8 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
     """
     if kind_of(path, where=where, of=DataError) != "file":
         raise DataError(
-            f"{where}: cannot be read; got {path!r}, which is no file, expected a text file of "
-            f'lines "IMAGE DEPTH", paths below {root}. Set --{where} to it.'
+            f"{where}: cannot be read; got {path!r}, which is not a file, expected a text file of "
+            f'lines "IMAGE DEPTH", paths below {root}. Set --{where} to such a file.'
         )
     status = os.stat(path)
     stamp = [status.st_mtime_ns, status.st_size]
@@ -174,9 +174,9 @@ def _found(
             missing.append(name)
     if missing:
         raise DataError(
-            f"{of_root}: files of {path} are missing in {root}; got none of {len(missing)} of "
-            f"{2 * len(pairs)} ({', '.join(missing[:NAMED])}), expected all of them. Unpack them "
-            "there, or take their lines out of the list."
+            f"{of_root}: files of {path} are missing in {root}; got {len(missing)} missing of "
+            f"{2 * len(pairs)} ({', '.join(missing[:NAMED])}), expected all files. Unpack these "
+            "files there, or remove their lines from the list."
         )
     yield from whole
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fd_large.tasks.depth.scores.evaluation import Outcome
 
 MEANINGS = {
-    "d1": "share of pixels that are right within a factor of 1.25",
+    "d1": "share of pixels within a factor of 1.25 of the true depth",
     "d2": "within a factor of 1.25 squared",
     "d3": "within a factor of 1.25 cubed",
     "abs_rel": "absolute error over true depth",
@@ -37,7 +37,7 @@ def numbers_table(outcome: Outcome) -> Table:
     crop, left_out = outcome.scored.crop, outcome.without_depth + outcome.unread
     title = f"{int(outcome.scores.scored.sum()):,} images, crop {crop}: {PARTS[crop]}"
     if left_out:
-        title += f"; {left_out:,} left out, without a depth that is scored or unread"
+        title += f"; {left_out:,} left out (unreadable, or without a scored depth)"
     table = Table(title=title, title_justify="left")
     for heading in ("", "mean over images", ""):
         table.add_column(heading, justify="right" if heading else "left")

@@ -124,8 +124,8 @@ class CocoSet(DivisibleImages):
         """
         if kind_of(folder := os.path.join(self.root, SEMANTIC_FOLDER)) != "folder":
             raise DataError(
-                f"{where}: no class maps; got no folder {folder}, expected COCO-Stuff's. "
-                "Unpack it there, or set --task.detection.semantic_classes 0."
+                f"{where}: no class maps; got no folder {folder}, expected the maps of "
+                "COCO-Stuff. Unpack the maps there, or set --task.detection.semantic_classes 0."
             )
         self.semantic(0, num_classes)
 
@@ -230,8 +230,8 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         )
     if not num_images:
         raise DataError(
-            f"{where}: no objects in {annotations}; got no image with an object, "
-            f"expected some. Set --{where} to another dataset."
+            f"{where}: no objects in {annotations}; got no image with an object, expected at "
+            f"least one. Set --{where} to another dataset."
         )
     if findings.counts:
         log.warning("%s", opened.summary())

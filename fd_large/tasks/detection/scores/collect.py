@@ -130,7 +130,8 @@ def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written; got {error}, expected room for the detections of the "
-                "evaluation. Make room, and start the same command again: it evaluates first."
+                "evaluation. Make room, and start the same command again: it repeats the "
+                "evaluation first."
             ) from error
 
     shard = shard_of(folder, distributed.rank())

@@ -65,7 +65,7 @@ def evaluate(
         between()
         unread += len(batch.bad)
         for problem in batch.bad:
-            log.warning("its objects count as missed: %s", problem)
+            log.warning("the objects of an unreadable image count as missed: %s", problem)
         detections = model.detect(
             [pixels.to(device, non_blocking=True) for pixels in batch.images],
             [sizes.to(device) for sizes in batch.sizes],

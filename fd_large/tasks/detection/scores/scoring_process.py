@@ -93,17 +93,17 @@ class ScoringProcess(Pending):
         if code := self._process.returncode:
             raise DataError(
                 f"{self._folder}: the detections were not scored; got exit code {code} of the "
-                "process that does, expected 0 (-9: it was killed, usually because memory was "
-                "short). Start the same command again, on a machine with more memory: it scores "
-                "first what is there."
+                "scoring process, expected 0 (-9: it was killed, usually because memory was "
+                "short). Start the same command again, on a machine with more memory: it first "
+                "scores the stored detections."
             )
         try:
             answer = parse_json(text)
         except ValueError as error:
             raise DataError(
                 f"{self._folder}: the detections were not scored; got {text[:80]!r} from the "
-                "process that does, expected its answer as JSON. Start the same command again: "
-                "it scores first what is there."
+                "scoring process, expected an answer in JSON. Start the same command again: it "
+                "first scores the stored detections."
             ) from error
         if error := answer.get("error"):
             raise DataError(error)

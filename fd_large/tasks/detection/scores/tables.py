@@ -16,14 +16,14 @@ MEANINGS = {
     "AP50": "at IoU 0.50",
     "AP75": "at IoU 0.75",
     "APs": "objects below 32 x 32 pixels",
-    "APm": "objects from there to 96 x 96",
-    "APl": "objects above",
+    "APm": "objects from 32 x 32 to 96 x 96",
+    "APl": "objects above 96 x 96",
     "AR1": "recall with 1 detection an image",
-    "AR10": "recall with 10",
-    "AR100": "recall with 100",
+    "AR10": "recall with 10 detections an image",
+    "AR100": "recall with 100 detections an image",
     "ARs": "recall of objects below 32 x 32",
-    "ARm": "recall from there to 96 x 96",
-    "ARl": "recall above",
+    "ARm": "recall of objects from 32 x 32 to 96 x 96",
+    "ARl": "recall of objects above 96 x 96",
 }
 
 

@@ -302,8 +302,8 @@ class RunCaches:
         exact = not num_scales(precision)
         log.log(
             logging.INFO if exact else logging.WARNING,
-            "task.distillation.cache: epoch %d learns from the maps in %s, which were all there "
-            "before; the run that stored them had its teacher in this epoch, %s",
+            "task.distillation.cache: epoch %d learns from the maps in %s, which an earlier run "
+            "stored; that run computed the teacher in this epoch, %s",
             epoch,
             self._section.cache,
             "and its maps were the same"
@@ -425,8 +425,8 @@ def _held_out_reader(folder: Path, training: Header, facts: Mapping[str, Any]) -
     if not kind_of(held_out_folder / HEADER):
         raise CacheError(
             f"eval.root: {folder} has no maps of held-out images; got no {FOLDER}/{HEADER}, "
-            "expected those of this eval.root. Give the command that wrote the cache once more, "
-            "with --eval.root: it adds them. Or set --eval.root '' and go without."
+            "expected the maps of this eval.root. Repeat the command that wrote the cache with "
+            "--eval.root, which adds these maps, or set --eval.root '' to train without them."
         )
     header = Header.read(held_out_folder, where="eval.root")
     of_teacher = {name: training.facts[name] for name in TEACHER_FACTS}

@@ -243,7 +243,7 @@ class Header:
         Raises: CacheError: if the header is missing or damaged.
         """
         path = folder / HEADER
-        remedy = "Name a folder that fd-large cache has written, or write it again."
+        remedy = "Name a folder that fd-large cache wrote, or write the cache again."
         stored = files.read_json(path, where=where, holds=dict, remedy=remedy, of=CacheError)
         try:
             if stored.pop("kind") != KIND:
@@ -255,8 +255,8 @@ class Header:
             return header
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
-                f"{where}: {path}: no header of cached targets; got {error}, expected what "
-                f"fd-large cache has written. {remedy}"
+                f"{where}: {path}: not a header of cached targets; got {error}, expected a header "
+                f"that fd-large cache wrote. {remedy}"
             ) from error
 
 
@@ -412,7 +412,7 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             phrases += [differences(there, here, f"{name}: ")] if there != here else []
         elif there != here:
-            phrases.append(f"{prefix}{name} {there!r} there and {here!r} here")
+            phrases.append(f"{prefix}{name} {there!r} in the cache but {here!r} here")
     return ", ".join(phrases)
 
 
@@ -444,8 +444,8 @@ def damaged(path: Path, got: str, expected: str, record: int | None = None) -> C
     """
     of = "" if record is None else f" record {record}:"
     error = CacheError(
-        f"{path}:{of} damaged; got {got}, expected {expected}. Remove this file and give the "
-        "command that wrote it once more: it writes what is missing."
+        f"{path}:{of} damaged; got {got}, expected {expected}. Remove this file and repeat the "
+        "command that wrote it: it writes the missing maps."
     )
     error.rank_local = True
     return error

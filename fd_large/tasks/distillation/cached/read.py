@@ -69,8 +69,8 @@ class CacheReader(ShardFiles):
         if missing:
             raise CacheError(
                 f"{where}: {self.folder}: not finished; got {len(layouts) - len(missing)} of "
-                f"{len(layouts)} shards ({missing[0]} is missing), expected all. Give the command "
-                "that wrote it once more: it goes on where it was."
+                f"{len(layouts)} shards ({missing[0]} is missing), expected all shards. Repeat "
+                "the command that wrote the cache: it continues where it stopped."
             )
         for layout in layouts:
             if sizes[layout.name] != layout.size:
@@ -161,8 +161,8 @@ class StoredMaps:
             if record is None:
                 raise DataError(
                     f"{self.name_of(index)}: no map in {reader.folder}; got an image that could "
-                    "not be used when that was written, expected one that can. Write the cache "
-                    "again."
+                    "not be used when the cache was written, expected a usable image. Write the "
+                    "cache again."
                 )
             off = (record.thumbnail.int() - thumbnail(view).int()).abs().max().item()
             if off > TOLERANCE:
@@ -316,5 +316,6 @@ def require_same_views(header: Header, views: Mapping[str, Any], *, where: str) 
     if other := differences(stored, views):
         raise CacheError(
             f"{where}: cached targets of other views than this run's; got {other}, expected the "
-            "same. Set these fields as they were, or write a cache for this run: fd-large cache."
+            "same. Set these fields to the values in the cache, or write a cache for this run: "
+            "fd-large cache."
         )

@@ -166,10 +166,10 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
     """
     require(
         not image_mixup,
-        "data.image_mixup: views that come again are not mixed, nor are stored maps",
+        "data.image_mixup: recurring views and stored maps cannot be mixed",
         f"{image_mixup} with {views} views",
         "False",
-        "Leave it out, or set --task.distillation.views 0",
+        "Leave out data.image_mixup, or set --task.distillation.views 0",
     )
 
 
@@ -188,7 +188,7 @@ def check_stored_summary(
     """
     require(
         not (entry.embedding_width or gives_summary(name)),
-        f"{field_of(name, 'targets')}: a stored map does not hold this summary",
+        f"{field_of(name, 'targets')}: stored maps do not contain this summary",
         " ".join(entry.targets),
         MAP,
         "Learn the map alone, or store no maps",

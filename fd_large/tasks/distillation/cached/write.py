@@ -140,7 +140,7 @@ class CacheWriter(ShardFiles):
         except OSError as error:
             raise CacheError(
                 f"{where}: cannot be used; got {error}, expected a folder that can be written. "
-                "Choose another."
+                "Choose another folder."
             ) from error
         stored = Header.read(self.folder, where=where)
         if stored.digest != self.header.digest:
@@ -370,8 +370,8 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
         if needed > free:
             raise CacheError(
                 f"{where}: {writer.folder}: too little room; got {free / 1e9:,.1f} GB free, "
-                f"expected {needed / 1e9:,.1f} GB. Make room, take fewer views, or store them in "
-                "fewer bits."
+                f"expected {needed / 1e9:,.1f} GB. Make room, take fewer views, or store the maps "
+                "in fewer bits."
             )
         return writer.unfinished(only)
 

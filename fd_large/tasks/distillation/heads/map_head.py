@@ -106,7 +106,7 @@ def with_blocks(
     if len(shapes) != 1 or not tokens or min(tokens) < rows * columns:
         raise ConfigError(
             f"{WHERE}: the head reads the maps of all blocks; got blocks with outputs "
-            f"{sorted(shapes)}, expected tokens of one shape, as a ViT's. Take another head."
+            f"{sorted(shapes)}, expected tokens of one shape, as a ViT's. Use another head."
         )
     prefix = min(tokens) - rows * columns
     return last, tuple(FeatureMap(output, last.grid, prefix) for output in heard)

@@ -165,7 +165,7 @@ class Convolutional(MapHead):
             raise ConfigError(
                 f"{WHERE}: convolutions do not lead from the student's grid to the teacher's; got "
                 f"{grids_named(maps)}, expected square grids of n and n, n + 2, 4n, 4(n + 2), "
-                "n / 2 or n / 4 a side. Set teacher_image_size, or take another head."
+                "n / 2 or n / 4 a side. Set teacher_image_size, or use another head."
             )
         self.pad = nn.ConvTranspose2d(width, width, 3) if padded != side else None
         hidden = hidden or width
@@ -310,7 +310,7 @@ class UpsamplingMLP(MapHead):
             raise ConfigError(
                 f"{WHERE}: the teacher's grid is not a multiple of the student's; got "
                 f"{grids_named(maps)}, expected a multiple, such as 28x28 for a student's 14x14. "
-                "Set teacher_image_size, or take another head."
+                "Set teacher_image_size, or use another head."
             )
         self.mlp = MLP(
             width,

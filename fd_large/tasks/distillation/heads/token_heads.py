@@ -154,7 +154,7 @@ def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> 
     if width % heads:
         raise ConfigError(
             f"{WHERE}: attention does not fit the student; got a width of {width}, expected a "
-            f"multiple of its {heads} heads. Take mlp."
+            f"multiple of its {heads} heads. Use the head mlp."
         )
     from timm.models.vision_transformer import Block  # Its import costs about a second.
 

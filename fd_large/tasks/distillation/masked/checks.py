@@ -46,10 +46,10 @@ def mask_checks(
     yield partial(
         require,
         not image_sizes,
-        "data.image_sizes: a mask is drawn before the size of its images",
+        "data.image_sizes: a mask is drawn before the size of its images is known",
         " ".join(map(str, image_sizes)),
         "none",
-        "Leave them out, or set --mask.sampler none",
+        "Leave out data.image_sizes, or set --mask.sampler none",
     )
     yield partial(
         require,
@@ -59,7 +59,7 @@ def mask_checks(
         "differently",
         f"True with weighting.rule {rule}",
         "False",
-        "Leave it out, or set --mask.reduce image",
+        "set --mask.reduce image",
         beside=("mask.sampler", "mask.ratio_to", "mask.share", "weighting.rule"),
     )
     yield lambda: _check_student(mask, make_student(), image_size)
@@ -79,10 +79,11 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
         has_patches if mask.student == "token" else getattr(student, "encodes_some", False),
         "mask.student: "
         + (
-            "a learnt token stands for patches of this package's own models"
+            "a learnt token can replace patches only in this package's own models with a patch "
+            "embedding"
             if mask.student == "token"
-            else "visible patches alone are encoded by a ViT of this package's own, without tables "
-            "of positions in each block or windows"
+            else "visible patches alone can be encoded only by a ViT of this package without "
+            "windows and without position tables in each block"
         ),
         f"{mask.student} for a {type(student).__name__}",
         "another student" + (", or token" if has_patches else ""),
@@ -101,8 +102,8 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
     )
     require(
         mask.sampler == "random" or number >= mask.min_patches,
-        "mask.min_patches: no rectangle is as small as what is hidden, so that many images would "
-        "hide nothing",
+        "mask.min_patches: rectangles are larger than the number of hidden patches, so that many "
+        "images would hide nothing",
         f"{mask.min_patches} beside {number} hidden of {rows}x{columns}",
         f"at most {number}",
         beside=("mask.ratio",),
@@ -123,7 +124,7 @@ def _check_target(
     loss, heads = loss_of(entry, MAP), _OF_PLACES
     require(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),
-        f"{field_of(name, 'loss')}: a loss of single tokens is needed if only some count",
+        f"{field_of(name, 'loss')}: a loss of single tokens is needed if only some tokens count",
         entry.loss,
         "smooth_l1, mse, l1, cosine or a sum of these, or a Loss that says of_tokens",
         beside=("mask.tokens", "mask.cls"),
@@ -135,8 +136,8 @@ def _check_target(
     _check_head(mask, name, entry.head, heads)
     require(
         entry.interpolation not in ("bilinear_student", "bilinear_larger"),
-        f"{field_of(name, 'interpolation')}: a mask is of the student's grid, on which its tokens "
-        "are counted",
+        f"{field_of(name, 'interpolation')}: a mask is drawn on the student's grid, so that the "
+        "student's map must not be resized",
         entry.interpolation,
         "none, bilinear or auto",
     )
@@ -155,8 +156,8 @@ def _check_head(mask: Mask, name: str, head: str, known: Collection[str]) -> Non
     is_own = head not in registry.HEADS
     require(
         head in known or (is_own and mask.student == "token"),
-        f"{field_of(name, 'head')}: tokens are counted at the student's places, and a head of "
-        "visible patches treats each alone",
+        f"{field_of(name, 'head')}: with a mask a head must keep the student's tokens in place, "
+        "and a head of visible patches must treat each token alone",
         f"{head} with mask.student {mask.student}",
         ", ".join(known),
         beside=("mask.student",),

@@ -53,9 +53,9 @@ class Mosaic(Frozen):
         rows, columns = self.net.grid(self.image_size, self.image_size)
         if self.image_size % self.tiles or rows % self.tiles or columns % self.tiles:
             raise ShapeError(
-                f"a mosaic of {self.tiles}x{self.tiles} images: they do not end where tokens do; "
-                f"got {rows}x{columns} tokens of {self.image_size}x{self.image_size} pixels, "
-                f"expected multiples of {self.tiles}. Set teachers.NAME.mosaic or "
+                f"a mosaic of {self.tiles}x{self.tiles} images: the images do not end at borders "
+                f"of tokens; got {rows}x{columns} tokens of {self.image_size}x{self.image_size} "
+                f"pixels, expected multiples of {self.tiles}. Set teachers.NAME.mosaic or "
                 "teachers.NAME.teacher_image_size."
             )
         return rows // self.tiles, columns // self.tiles

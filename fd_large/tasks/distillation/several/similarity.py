@@ -235,14 +235,14 @@ class QueueDivergence(Loss):
         """
         if kind != SUMMARY:
             raise ConfigError(
-                f"{field_of(teacher, 'loss')}: a queue takes summaries; got queue for a map, "
-                "expected it for the summary of one of several teachers. Set it in "
+                f"{field_of(teacher, 'loss')}: the loss queue works on summaries only; got queue "
+                "for a map, expected queue for the summary of one of several teachers. Set it in "
                 "--teachers.NAME.summary.loss."
             )
         field = field_of(teacher, "normaliser", kind)
         if normaliser != NONE:
             raise ConfigError(
-                f"{field}: a queue takes summaries that are not normalised; got {normaliser}, "
+                f"{field}: the loss queue takes summaries without a normaliser; got {normaliser}, "
                 f"expected {NONE}. Set --{field} {NONE}."
             )
         self.queue = SummaryQueue(width)

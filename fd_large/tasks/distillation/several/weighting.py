@@ -239,7 +239,7 @@ def teaches(
     entries = sorted((name, entry.datasets) for name, entry in teachers.items())
     require(
         not data.image_mixup,
-        "weighting.rule: a mixed image is of two datasets",
+        "weighting.rule: a mixed image may come from two datasets",
         f"own_data with data.image_mixup {data.image_mixup}",
         "one of the two",
         "Leave data.image_mixup out",
@@ -249,8 +249,8 @@ def teaches(
         len(names) > 1,
         "weighting.rule: own_data needs several datasets with names",
         f"data.root {data.root!r}",
-        "a sum of them by weight",
-        "Name them as in docs/data.md",
+        "a weighted sum of named datasets",
+        "Name the datasets as in docs/data.md",
     )
     for name, datasets in entries:
         other = [dataset for dataset in datasets if dataset not in names]
@@ -267,6 +267,6 @@ def teaches(
         "weighting.rule: own_data leaves images without a teacher",
         f"no teacher of {', '.join(name for name in names if name not in taught)}",
         "at least one for each dataset",
-        "Name them in --teachers.NAME.datasets",
+        "Name these datasets in --teachers.NAME.datasets",
     )
     return [[dataset in datasets for dataset in names] for _, datasets in entries]

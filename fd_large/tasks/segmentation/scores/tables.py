@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 MEANINGS = {
     "mIoU": "mean over classes of intersection over union",
-    "mAcc": "mean over classes of the share that is right",
-    "aAcc": "share of all pixels that is right",
+    "mAcc": "mean over classes of the share of correct pixels",
+    "aAcc": "share of correct pixels among all",
 }
 
 

@@ -179,7 +179,7 @@ def test_a_sweep_tries_the_recipes_of_all_rows_for_each(
     for cell in summary_of(tmp_path / "out")["cells"]:
         assert (cell["sweep"]["recipe"], cell["sweep"]["held_out_accuracy"]) == (recipes[1], 70.0)
         assert cell["status"] == "done"
-    assert "No run that is known to have led" in " ".join(capsys.readouterr().out.split())
+    assert "As far as is known, no run that led" in " ".join(capsys.readouterr().out.split())
     del trained[:]
     assert main(words) == 0
     assert not trained
@@ -254,7 +254,10 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
     said = " ".join(capsys.readouterr().out.split())
     assert f"training images of {tmp_path}/ade20k, " in said
     for title in ("ADE20K segmentation", "NYUv2 depth"):
-        assert f"mine: teacher, {title}: nothing says whether they were in the training of" in said
+        assert (
+            f"mine: teacher, {title}: it is not known whether these images were in the training of"
+            in said
+        )
     assert "mine: teacher, NYUv2 depth: not trained as the first row" in said
 
     # The same command trains nothing again; other images are refused.
