@@ -49,7 +49,10 @@ def test_a_node_that_differs_is_named(pictures: Path, tmp_path: Path) -> None:
             "hash 01234567 on n2, expected",
             "as on n1.",
         ),
-        "versions": ("other versions of torch; got 1.2.3 on n2 (and other deepspeed, ", "as on n1"),
+        "versions": (
+            "different versions of torch; got 1.2.3 on n2 (and different deepspeed, ",
+            "as on n1",
+        ),
         "weights": ("WeightsError: --teacher.source: the nodes see different weights", " on n2, "),
         "gone": ("WeightsError: n2: ", "one.safetensorsx: no such file"),
         "pictures": ("DataError: data.root: ", "got 16 images", " on n2, expected 32 images"),

@@ -253,7 +253,7 @@ def test_every_row_tries_the_recipes_of_all_and_random_weights_no_layer_decay(
     unknown = [len(net["sweep"]["held_out_not_known"]) for net in nets]
     assert unknown == [0, 1, 0], "of the teacher's file alone nothing is known"
     told = " ".join(capsys.readouterr().out.split())
-    assert "mine: the images that chose were in the training of" in told
+    assert "mine: the held-out images that chose the settings were training images of" in told
     assert "optim.layer_decay 1 (0.6)" in told
 
 

@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(
     assert not given.own.fresh
     assert ("--ranks 2 train" in again["command"]) == (launcher == "python")
     told, command = stopped_text(read_run(folder)).splitlines()
-    assert told == "stopped and saved after step 5 of 60. To go on from there:"
+    assert told == "stopped and saved after step 5 of 60. To resume:"
     assert command.strip() == again["command"]
 
 

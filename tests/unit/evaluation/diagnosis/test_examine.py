@@ -101,7 +101,7 @@ def test_two_nets_side_by_side(found, distillation) -> None:
         with Image.open(folder / f"{name}.png") as picture:
             assert min(picture.size) > 200
     assert "attention distance" in said
-    assert "no run with relative positions that learnt labels" in " ".join(said.split())
+    assert "no run with relative positions that was trained on labels" in " ".join(said.split())
     assert "tiny" in said
 
 

@@ -258,7 +258,7 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
             f"mine: teacher, {title}: it is not known whether these images were in the training of"
             in said
         )
-    assert "mine: teacher, NYUv2 depth: not trained as the first row" in said
+    assert "mine: teacher, NYUv2 depth: other settings than the first row" in said
 
     # The same command trains nothing again; other images are refused.
     del trained[:]

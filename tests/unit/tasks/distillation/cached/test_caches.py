@@ -59,7 +59,7 @@ def test_figures_and_panel_are_those_of_the_live_teacher(stored):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"eval.views": 6}, r"eval\.root: .*eval\.views 5 there and 6 here"),
+        ({"eval.views": 6}, r"eval\.root: .*eval\.views 5 in the cache but 6 here"),
         ({"eval.root": "builtin:photographs-held-out"}, r"eval\.root: .*hash .* of held_out"),
     ],
 )

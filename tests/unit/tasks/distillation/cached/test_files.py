@@ -198,15 +198,18 @@ def test_another_cache_in_the_folder_is_refused_by_what_differs(tmp_path):
     for other, named in (
         (
             replace(own, facts=weights),
-            "got hash of the teacher's weights 'a' there and 'b' here, exp",
+            "got hash of the teacher's weights 'a' in the cache but 'b' here, exp",
         ),
-        (replace(own, precision="int8"), "got precision 'fp8' there and 'int8' here, exp"),
+        (replace(own, precision="int8"), "got precision 'fp8' in the cache but 'int8' here, exp"),
         # What follows from it is not told.
         (
             replace(own, facts=size, tokens=5, sets={}),
-            "got data.image_size 32 there and 64 here, exp",
+            "got data.image_size 32 in the cache but 64 here, exp",
         ),
-        (replace(own, teacher={"model": "swin"}), "got teacher.model 'vit' there and 'swin' here"),
+        (
+            replace(own, teacher={"model": "swin"}),
+            "got teacher.model 'vit' in the cache but 'swin' here",
+        ),
     ):
         with pytest.raises(CacheError, match=named):
             CacheWriter(tmp_path, other).prepare(where="OUT")

@@ -59,9 +59,9 @@ def test_a_run_without_said_views_takes_the_caches(root, cache):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"data.image_size": 40}, r"data\.image_size 32 there and 40 here"),
+        ({"data.image_size": 40}, r"data\.image_size 32 in the cache but 40 here"),
         ({"data.min_crop_scale": 0.5}, r"data\.min_crop_scale"),
-        ({"task.distillation.views": 3}, r"task\.distillation\.views 2 there and 3 here"),
+        ({"task.distillation.views": 3}, r"task\.distillation\.views 2 in the cache but 3 here"),
         ({"task.distillation.view_seed": 6}, r"task\.distillation\.view_seed"),
         ({"teacher.model": "swinv2_tiny", "teacher.architecture": {}}, "model"),
         ({"objective.layer": "before_norm"}, "layer"),
