@@ -34,7 +34,7 @@ _TABLE = "relative_position_bias_table"
 class Fitted:
     """The weights of a model from a file that covers the model.
 
-    Iterating reads the file and yields the name and tensor of each of the model's tensors.
+    Iteration reads the file, and yields (name in the model, tensor) for each tensor of the model.
 
     Args:
         pieces: {name in the model: rule that makes the tensor}.
@@ -43,10 +43,12 @@ class Fitted:
         allow: Patterns (*, ?) of names that may be missing in the file or in the model.
         label: Name of the file for messages and the log.
         where: Field that the user set, for messages.
-        margin, antialias: See `position_tables.resize_positions`.
+        margin: Number added to the sides of the new grid when the scale factors of positions are
+            computed (DINO's 0.1).
+        antialias: Whether the filter is widened when positions are resized to a smaller grid.
         notes: Descriptions of changes that the rules make, for the log.
         remedy: Remedy for tensors that do not fit, for messages.
-        resize: Whether position tables may have another grid, and are resized.
+        resize: Whether position tables of another grid in the file are accepted and resized.
 
     Attributes:
         match: Result of comparing file and model.
@@ -170,7 +172,10 @@ class Match:
         return _complaints(self.missing, self.left_over, self.misfits)
 
     def summary(self) -> str:
-        """Returns the coverage in words: the share of the model's elements, and the tensors."""
+        """Returns how much of the model fits, in words, such as "98.5% of the model's 100 numbers".
+
+        The number of tensors that fit unchanged or resized follows.
+        """
         share = 100 * self.parameters / self.total if self.total else 0.0
         # An incomplete model must not round up to 100 %.
         share = share if self.parameters == self.total else min(share, 99.99)
@@ -186,8 +191,8 @@ def match(
     Args:
         shapes: {our name: shape} of the file's tensors.
         expected: {our name: shape} of the model's tensors.
-        allow: See `Fitted`.
-        resize: See `Fitted`.
+        allow: Patterns (*, ?) of names that may be missing in the file or in the model.
+        resize: Whether position tables of another grid in the file are accepted, to be resized.
     """
     outcome = Match(sum(map(math.prod, expected.values())))
 
@@ -243,7 +248,9 @@ def resized(
         shape: Shape of the tensor in the model.
         expected: {name: shape} of the model's tensors, which show whether the model has class
             tokens.
-        margin, antialias: See `position_tables.resize_positions`.
+        margin: Number added to the sides of the new grid when the scale factors of positions are
+            computed (DINO's 0.1).
+        antialias: Whether the filter is widened when positions are resized to a smaller grid.
         where: Field that the user set, for messages.
     """
     where = f"{where}: {name}"
@@ -287,7 +294,7 @@ def covered(
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of `items` that fit a model, and checks that they are all of its tensors.
+    """Yields the tensors of `items` that fit a model, and checks that the model lacks no tensor.
 
     Args:
         expected: {name: shape} of every tensor of the model.

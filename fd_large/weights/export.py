@@ -72,7 +72,10 @@ def libraries_of(
 ) -> list[To]:
     """Returns the values of `--to` whose format can hold a model without a task's heads.
 
-    Args: See `export_of`.
+    Args:
+        architecture: The student, with the image size of the export.
+        pads: Whether the run pads images whose size does not fit.
+        window_rule: The run's rule for maps that windows do not divide.
     """
     return [
         form
@@ -142,7 +145,8 @@ def export(
         statistics: Mean and standard deviation by which the student's images are normalised.
         shard_size: Largest size of a file in bytes.
         card: Text of the model card.
-        code_hash, trained_by: See `own_config`.
+        code_hash: SHA-256 of the user's code file that makes the student, or "".
+        trained_by: Records of the training runs that led to the weights, the latest first.
         beside: Function that writes further files into the folder before it appears.
 
     Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that
@@ -180,7 +184,12 @@ def configuration(
 ) -> dict[str, Any]:
     """Returns the contents of config.json: entries for the library's loader and for this package.
 
-    Args: See `export`.
+    Args:
+        architecture: The student, with the image size of the export.
+        into: How the student is written in the library's format, the result of `export_of`.
+        statistics: Mean and standard deviation by which the student's images are normalised.
+        code_hash: SHA-256 of the user's code file that makes the student, or "".
+        trained_by: Records of the training runs that led to the weights, the latest first.
     """
     theirs = into.config(architecture, statistics) if into.config else {}
     return theirs | own_config(
@@ -238,7 +247,8 @@ def write_shards(
 ) -> list[Path]:
     """Writes tensors as float32 to safetensors files, one tensor at a time.
 
-    A single file has the name `NAME`. Several files have numbered names, and an index is written.
+    A single file has the name model.safetensors. Several files have numbered names, and an index
+    names the file of each tensor.
 
     Args:
         folder: An existing folder.

@@ -74,7 +74,8 @@ def export_graph(
         sizes: The student's rules for sizes that do not fit (`Student.sizes`).
         statistics: Mean and standard deviation by which the student's images are normalised.
         card: Text of the model card.
-        code_hash, trained_by: See `own_config`.
+        code_hash: SHA-256 of the user's code file that makes the student, or "".
+        trained_by: Records of the training runs that led to the weights, the latest first.
 
     Returns: the paths of the graph's files.
     Raises: ConfigError: if the model cannot be traced, the graph's output differs from the model's,

@@ -168,7 +168,7 @@ def _of_library(
 def _of_own(source: str | Path, stored: Stored) -> Inspection:
     """Describes a model that this project stored and whose family has no published files.
 
-    It does not import the user's code.
+    The user's code that makes the model is not imported.
     """
     is_file = stored.file.path is not None
     dropped = [name for name in stored.sizes if is_file and name.startswith(DECODER)]

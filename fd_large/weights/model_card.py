@@ -50,7 +50,8 @@ class ExportedStudent:
         licence: Licence of the student by its name on the Hub; "" if unknown.
         base_model: OWNER/NAME on the Hub of the model that the student learned from; "" if the
             user did not give it.
-        code_hash, trained_by: See `own_config`.
+        code_hash: SHA-256 of the user's code file that makes the student, or "".
+        trained_by: Records of the training runs that led to the weights, the latest first.
     """
 
     architecture: FamilyArchitecture
@@ -195,8 +196,8 @@ def _template() -> Any:
 def allowed_by(code: str) -> str:
     """Returns the value of `allow_code` of `load_model` that permits a model's code.
 
-    It is the name of the file without folders, or a `module:` name. It is "" if the code needs no
-    permission: an installed plugin, or this package's own code.
+    The value is the name of the user's file without folders, or a `module:` name. It is "" for code
+    that needs no permission: an installed plugin, or this package's own code.
     """
     name = without_folders(code) if doors.is_own(code) else ""
     file = name.removeprefix(doors.PREFIX).rpartition(":")[0]

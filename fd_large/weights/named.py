@@ -37,8 +37,8 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
     Args:
         source: Source in the recipe. A path that does not exist is accepted here.
         where: Field that the user set, for messages.
-        folders: Prefixes that may stand before a folder's path, if the section of the recipe
-            accepts such sources besides weights.
+        folders: Prefixes of sources PREFIX:FOLDER that the recipe accepts besides weights; the
+            folder must exist.
 
     Raises: WeightsError or ConfigError: if the source is invalid; the message names the field.
     """
@@ -156,7 +156,7 @@ def _require_folder(source: str, where: str) -> None:
 def _require_tensors(path: Path, where: str) -> None:
     """Checks that a file begins as weights files do, unlike an empty file, text or an HTML page.
 
-    Raises: WeightsError: if it does not, or cannot be read.
+    Raises: WeightsError: if the file begins otherwise, or cannot be read.
     """
     if path.suffix in _OTHER_FILES:
         return

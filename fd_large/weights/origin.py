@@ -83,7 +83,11 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
 
 def without_folders(source: str) -> str:
-    """Returns a source for publication: of a path only the last part, other sources unchanged."""
+    """Returns a source without the folders of the user's machine, for publication.
+
+    Of a path only the last part is kept, also in `module:PATH/TO/FILE.py:NAME`. Other sources stay
+    unchanged.
+    """
     if doors.is_own(source):
         return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name

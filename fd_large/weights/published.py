@@ -84,7 +84,8 @@ class PublishedWeights:
     """An opened file of a model, with its tensor names translated to ours; no tensor is read yet.
 
     Attributes:
-        source: The source by which a settled recipe names the weights.
+        source: The source by which the recipe names the weights after its sections are completed
+            with the model that the weights show.
         form: Name of the format.
         file: The tensors by their names in the file.
         pieces: {our name: rule that makes the tensor}.
@@ -139,7 +140,10 @@ class PublishedWeights:
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
     def unknown(self, architecture: Architecture) -> tuple[str, ...]:
-        """Returns the names of the format's fields `ask` that neither file nor user states.
+        """Returns the names of the fields of `ask` that neither configuration nor user states.
+
+        `ask` of the format names architecture fields that no tensor shows and in which files of the
+        format differ. The configuration is a file next to the weights.
 
         Args:
             architecture: The fields that the user set.
@@ -225,11 +229,13 @@ def in_our_names(
 
     Args:
         file: The tensors of one model.
-        source: The source by which a settled recipe names the weights.
+        source: The source by which the recipe names the weights after its sections are completed
+            with the model that the weights show.
         stated: Returns what a configuration states, given the family's description of its files and
             the format's library.
         where: Field that the user set, for messages.
-        part: Part of the file that the tensors are from, as after `#` in a source, or "".
+        part: Name of the part of the file to which the tensors belong, such as "teacher" for the
+            source FILE#teacher; "" if the source names no part.
         ignored: Names of the file's other tensors.
 
     Raises: WeightsError: if the format is unknown, or the tensors are not those of a model of the
@@ -282,7 +288,11 @@ def in_our_names(
 
 
 def _model_flag(where: str) -> str:
-    """Returns the flag that names the model, for messages, given the flag of the source."""
+    """Returns the flag that names the model, such as "--student.model", for messages.
+
+    Args:
+        where: The flag of the source of the weights, such as "--student.init".
+    """
     section = where.rpartition(".")[0]
     return f"{section}.model" if section.startswith("--") else "--teacher.model"
 

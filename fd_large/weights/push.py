@@ -42,7 +42,9 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Creates a private repository and uploads a folder to it; returns the repository's address.
 
-    Raises: ConfigError, WeightsError: see `check_push`. The folder stays on disk after an error.
+    The folder stays on disk after an error.
+
+    Raises: ConfigError: if the repository exists; WeightsError: if the upload fails.
     """
     api = _api()
     later = f"{folder} is written: to upload it later, run hf upload {repository} {folder}"

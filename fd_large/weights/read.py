@@ -173,8 +173,8 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     Args:
         path: A weights file, an index of several files, or a folder that contains a file or index.
         where: Field that the user set, for messages.
-        part: "student" or "teacher", if the file has dicts of these two names. "" then means the
-            teacher, which DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
+        part: "student" or "teacher", for a file with dicts of these two names; "" in such a file
+            means the teacher, which DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or contains objects that
         only arbitrary code could restore.
@@ -242,14 +242,14 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Returns {name: tensor} of a torch file, and the keys of the nested dicts around the tensors.
 
-    It descends through the keys `model`, `state_dict` and `student`, and first through `part` if
-    requested. Then it removes the prefixes `module.` and `backbone.` if all names, except those of
-    a head, have them.
+    The tensors are searched under the keys `model`, `state_dict` and `student` of nested dicts, and
+    before these under the key `part` unless it is "". Then the prefixes `module.` and `backbone.`
+    are removed if all names, except those of a head, have them.
 
     Args:
         contents: Contents of the file.
         where: Field that the user set, for messages.
-        part: "student" or "teacher", or "".
+        part: "student" or "teacher" in a file with both; "" to prefer no part.
 
     Raises: WeightsError: if there are no tensors, or other values besides dense tensors.
     """

@@ -68,11 +68,13 @@ class Sources:
     Args:
         readers: Functions that open a stored model at a path. They are called before the path is
             read as a weights file, and contain no collectives.
-        guesses: Whether unknown image statistics are guessed with a warning, since the command has
-            no flag that could set them; if not, they are refused.
-        settled: {source: image statistics} that an earlier start settled, empty if they were
-            guessed. They are used if the weights do not state any. If the file of such a source
-            has a student and a teacher, and the source names neither, the student is taken.
+        guesses: True if unknown image statistics are always guessed with a warning, since the
+            command has no flag to set them; False if they are an error for formats whose publishers
+            use different statistics.
+        settled: {source: image statistics}, for the sources whose models an earlier start of the
+            command determined; an empty tuple if that start guessed the statistics. A value is used
+            if the weights state no statistics. If a source in this dict has a file with a student
+            and a teacher, and does not name one of them, the student is taken.
     """
 
     def __init__(
@@ -91,9 +93,9 @@ class Sources:
         """Returns the weights of a source; nothing is read or downloaded yet.
 
         Args:
-            source: See the module. `#student`, `#teacher` or `#projector` after the path of a file
-                names a part of the file.
-            where: Field that the user set, for messages; "" keeps that of an earlier call.
+            source: A path, or a source with a prefix, such as `hf:REPO` or `timm:NAME`. `#student`,
+                `#teacher` or `#projector` after the path of a file names a part of the file.
+            where: Field that the user set, for messages; "" keeps the field of an earlier call.
         """
         source = str(source)
         if source not in self._resolved:
@@ -126,12 +128,14 @@ class ResolvedWeights:
     Args:
         source: The source as the user wrote it.
         read_stored: Opens runs and checkpoints.
-        was_settled: Whether an earlier start settled the source.
+        was_settled: Whether an earlier start of the command determined the model of the source. If
+            so, a file with a student and a teacher means the student unless the source names one.
 
     Attributes:
         source: The source as the user wrote it.
-        settled_source: The source by which a settled recipe names the same weights: for a run, the
-            checkpoint that was taken; for a file with two models, FILE#PART.
+        settled_source: The source by which the recipe names the same weights after its sections are
+            completed: for a run, the checkpoint that was taken; for a file with two models,
+            FILE#PART.
         where: Field that the user set, for messages.
         brought: (family, name) if a family's library or the user's code provides the model with its
             weights, as for `timm:NAME`; None for other sources.
@@ -146,9 +150,9 @@ class ResolvedWeights:
 
     @cached_property
     def stored(self) -> Stored | None:
-        """The model that this project stored, or None for other sources.
+        """The model of a run, a checkpoint or an exported folder; None for other sources.
 
-        The user's code is not imported.
+        The user's code that makes the model is not imported.
         """
         path = Path(self.source)
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
@@ -301,7 +305,8 @@ class ResolvedWeights:
     def fetch(self) -> None:
         """Downloads the weights that a library provides, before they are read.
 
-        All ranks call it, in a meeting (`ranks.meeting`). For other sources it does nothing.
+        All ranks must call this method, in a meeting (`ranks.meeting`). For sources that no library
+        provides, nothing is done.
 
         Raises: WeightsError: if the weights cannot be downloaded.
         """
@@ -348,7 +353,7 @@ class ResolvedWeights:
         """Returns the tensors of one part of the file.
 
         Args:
-            part: See `read`; "" means the teacher if the file has a student and a teacher.
+            part: "student" or "teacher", for a file with both, of which "" means the teacher.
         """
         if part not in self._files:
             name, _ = self._name_and_part

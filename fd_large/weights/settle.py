@@ -44,9 +44,9 @@ _STATED_BESIDE = (
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
     """Returns the section of a frozen model, completed from its weights.
 
-    Weights on the Hub are downloaded; of files only the headers are read. It is called before any
-    model is built. A section that is already settled is returned unchanged, and so is one without
-    weights.
+    Weights on the Hub are downloaded; of files only the headers are read. This function is
+    called before any model is built. A section that is already complete is returned unchanged, and
+    so is a section without weights.
 
     Args:
         section: The section as the user set it.
@@ -212,9 +212,10 @@ def _of_published(
 def settle_student(student: Student, sources: Sources) -> Student:
     """Returns the student's section, completed from the weights of `init`.
 
-    Without `init` it is returned unchanged.
+    A section without `init` is returned unchanged.
 
-    Raises: WeightsError, ConfigError: see `settle_model`.
+    Raises: WeightsError: if a file cannot be read, has weights of another model than the section
+        names, or leaves fields unknown; ConfigError: if no model has the resulting fields.
     """
     if not student.init:
         return student
@@ -308,7 +309,11 @@ def _nothing_shows(
     Args:
         weights: Weights in a published format.
         fields: Names of the unknown fields.
-        where, section, trained_with: See `reconcile`.
+        where: Field that the user set, for messages.
+        section: Section of the recipe that is the prefix of the model's flags; "" if the flags have
+            no prefix, None if the command has no such flags.
+        trained_with: Image statistics, in words, among which the user has to choose; "" if the user
+            need not choose.
     """
     start, remedy = f"--{section}." if section else "--", "Set"
     if section is None:

@@ -53,8 +53,8 @@ class Described(NamedTuple):
         architecture: The architecture fields that the configuration states.
         statistics: The stated image statistics; None if the configuration states none.
         family: The family that builds the model.
-        read_here: Whether one of this package's own models can also be filled from the tensors. It
-            has a final norm of the tokens, which the library's module may lack.
+        read_here: Whether the tensors can also be loaded into one of this package's own models,
+            which has a final norm of the tokens that the library's module may lack.
     """
 
     architecture: Architecture
@@ -69,8 +69,8 @@ class Configuration:
     Every property raises WeightsError if the file is damaged or describes an unsupported model.
 
     Args:
-        located: The location of the weights, and the description of weights that a library itself
-            lists.
+        located: The location of the weights, and for weights that are in a library's own list, what
+            the library states about them.
         folder: The folder of the weights.
         where: Field that the user set, for messages.
     """
@@ -292,7 +292,7 @@ def own_config(
     code_hash: str = "",
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Returns the entry of this package in the config.json of an export, {OWN: record}.
+    """Returns the entry of this package in the config.json of an export, {"fd_large": record}.
 
     Args:
         architecture: The model.

@@ -129,10 +129,10 @@ class _Archive:
         return b"".join(parts)
 
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
-        """Returns the storage with a key.
+        """Returns the storage with the name `key` in the archive.
 
-        Raises: ValueError: if it is compressed or encrypted, which torch never does, or is shorter
-            than `numel` elements.
+        Raises: ValueError: if the storage is compressed or encrypted, which it never is in files of
+            torch, or is shorter than `numel` elements of `dtype`.
         """
         info = self._zip.getinfo(f"{self._root}data/{key}")
         with open(self._zip.filename, "rb") as file:

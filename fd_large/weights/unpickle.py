@@ -337,7 +337,8 @@ def _tensor(
         stride: Stride of the tensor, in elements.
         dtype: Data type of the tensor; None is that of the storage.
 
-    Raises: ValueError: if the tensor goes beyond the storage or has more elements.
+    Raises: ValueError: if the tensor goes beyond the end of the storage, or has more elements than
+        the storage.
     """
     if not isinstance(storage, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")
