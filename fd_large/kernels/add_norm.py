@@ -72,10 +72,15 @@ def add_norm(
 def add_branch(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:
-    """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch, in the dtype of x.
+    """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch.
 
-    For the arguments see `add_norm`.
+    Args:
+        x: (B, ..., C), the residual stream.
+        branch: (B, ..., C), any float dtype.
+        scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
+        gamma: (C,), LayerScale; None means 1.
 
+    Returns: (B, ..., C), in the dtype of x.
     Raises: ShapeError: if branch, scale or gamma does not fit the shape of x.
     """
     check_stream("add_branch", x, branch, scale, gamma=gamma)
@@ -157,9 +162,20 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, branch, gamma, weight and bias.
 
-    dy is the gradient of y and dnormed that of LayerNorm(y); one of them may be None. Without
-    dnormed, the gradient of x is dy itself, and the results for x, weight and bias are empty. y is
-    needed only with dnormed, and branch only with gamma. `dtype` is that of branch.
+    Here y = x + scale * gamma * branch. If dnormed is None, the results for x, weight and bias are
+    empty; the caller then uses dy, which is the gradient of x.
+
+    Args:
+        dy: (B, ..., C), the gradient of y; None if dnormed is the only gradient.
+        dnormed: (B, ..., C), the gradient of LayerNorm(y); None if dy is the only gradient.
+        y: (B, ..., C), needed only with dnormed.
+        branch: (B, ..., C), needed only with gamma.
+        gamma: (C,), LayerScale; None means 1.
+        scale: (B,) float32, drop path's factor per sample; None means 1.
+        weight: (C,), weight of the norm; None without a norm.
+        mean: (rows,) float32, the mean of each row of y.
+        rstd: (rows,) float32, 1/deviation of each row of y.
+        dtype: Data type of branch, and so of its gradient.
     """
     like = dy if dnormed is None else dnormed
     rows = rows_of(like)

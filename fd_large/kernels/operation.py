@@ -65,7 +65,11 @@ def recording() -> Iterator[list[Launch]]:
 def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Starts a kernel on the device of its tensors, or only records the launch in `recording`.
 
-    For the arguments see `Launch`.
+    Args:
+        kernel: "MODULE.FUNCTION" in this package.
+        grid: Number of programs in each dimension.
+        arguments: Tensors and numbers, in the kernel's order.
+        constants: Compile-time constants by name, and Triton's options.
     """
     if (written := _launches.get()) is not None:
         written.append(Launch(kernel, grid, arguments, constants))

@@ -62,10 +62,19 @@ def stream_norm(
     dtype: torch.dtype | None = None,
     copy: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Applies LayerNorm to the residual stream; returns the result in `dtype` and again in `copy`.
+    """Applies LayerNorm to the residual stream, and returns the result in two data types.
 
-    The kernel writes the two results in one pass. The arguments are as in `layer_norm` and
-    `residual_norm`.
+    The kernel writes the two results in one pass.
+
+    Args:
+        x: (B, ..., C), any float dtype.
+        weight: (C,).
+        bias: (C,).
+        eps: Added to the variance.
+        dtype: Data type of the first result; None for that of x.
+        copy: Data type of the second result.
+
+    Returns: LayerNorm(x) (B, ..., C) in `dtype`, and the same in `copy`.
     """
     dtype = dtype or x.dtype
     choice = implementation("residual_norm", x, stream=dtype, weight=weight.dtype, copy=copy)
@@ -244,7 +253,8 @@ def residual_norm_backward(
     """Returns the gradients of x, branch, weight, bias and branch_bias.
 
     dy and dcopy are the gradients of the first two results of `residual_norm_forward`; one of them
-    may be None. The gradient of x is dy + dcopy in the dtype `dx`; if `dx` is None, it is empty.
+    may be None. The gradient of x is dy + dcopy in the data type that `dx` names, or empty if `dx`
+    is None. `mean` and `rstd` are the statistics that `residual_norm_forward` returned.
     """
     rows = rows_of(branch)
     constants, tiles, programs = backward_launch(rows, branch.shape[-1])

@@ -80,19 +80,25 @@ def image_attention(
     table: Tensor | None = None,
     memory: Memory = "keep",
 ) -> Tensor:
-    """Computes dot-product attention over all tokens of an image; see `window_attention`.
+    """Computes dot-product attention over all tokens of an image.
 
     Args:
         qkv: (B, N, 3C), with at most one class token before the patches if there is a table.
         num_heads: h.
         grid: (H, W) of the patches.
         scale: Factor of the logits.
-        bias: As in `window_attention`.
-        table: ((2H - 1)(2W - 1), h) float32, and with a class token three rows more: CLS to any,
-            any to CLS, CLS to itself; None without a position bias.
-        memory: As in `window_attention`.
+        bias: (2, C), the biases of queries and of values. They are added here and not by the qkv
+            layer, so that their gradients need no separate pass. None means 0.
+        table: ((2H - 1)(2W - 1), h) float32, the position bias of each offset between query and
+            key, added to the logits; None without a position bias. With a class token the table has
+            three rows more: for the pairs (query, key) = (CLS, patch), (patch, CLS), (CLS, CLS).
+        memory: What the plain version does with the (N, N) attention maps until backward: "keep"
+            stores them; "recompute" and "sequential" compute them again.
 
     Returns: (B, N, C), dtype of qkv.
+    Raises:
+        ConfigError: if `memory` is "keep" in training on a GPU and the Triton kernels do not run,
+            because the attention maps would fill the GPU's memory.
     """
     if table is None:
         grid = (1, qkv.shape[1])

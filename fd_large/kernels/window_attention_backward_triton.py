@@ -200,10 +200,11 @@ def _key_part(
 @triton.jit
 def _slots(block, blocks, PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
            ROW: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Returns the index of the token in each slot of a block of rows of the window.
+    """Returns for each of the SLOTS places of a block which token of the window has this place.
 
-    A slot is (row, column), with rows padded to ROW slots. An empty slot gets an index past the
-    last token. The block with the number `blocks`, after the last, holds the prefix tokens.
+    A block is SLOTS // ROW consecutive rows of the window, each padded to ROW places. A place
+    without a token gets an index past the last token. A further block, which has the number
+    `blocks`, holds the prefix tokens.
     """
     slot = tl.arange(0, SLOTS)
     y, x = block * (SLOTS // ROW) + slot // ROW, slot % ROW
@@ -343,10 +344,11 @@ def gather_table(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the partial gradients of each offset of the table, by group, row distance and column.
+    """Sums PARTS to the gradient DTABLE of the position bias, for the offsets between patches.
 
-    The order is fixed, so that the sums are reproducible. Rows of the table for prefix tokens are
-    not written.
+    An offset's partial sums are added over the groups of windows, then over the diagonals of tiles
+    (two at most), then over the key's column. The order is fixed, so that the sums are
+    reproducible. Rows of the table for prefix tokens are not written.
     """
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R

@@ -19,7 +19,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Partials(NamedTuple):
-    """Shapes of backward's float32 partial sums for the gradients of table, bias and scale."""
+    """Shapes of the partial sums that backward's programs write, all float32.
+
+    Attributes:
+        table: Shape of the partial gradients of the table of position biases.
+        bias: Shape of the partial gradients of the biases of queries and values.
+        scale: Shape of the partial gradients of the logits' scale.
+    """
 
     table: tuple[int, ...]
     bias: tuple[int, ...]
@@ -53,7 +59,13 @@ class Geometry:
 
     @classmethod
     def of(cls, qkv: Tensor, numbers: Sequence[int]) -> Geometry:
-        """Returns the geometry for `forward`'s arguments `qkv` and `numbers`."""
+        """Returns the geometry of an attention.
+
+        Args:
+            qkv: (B, N, 3C), queries, keys and values.
+            numbers: The number of heads, the rows and columns of the map, the rows and columns of a
+                window, the shift, and whether q and k are normalised (1 or 0).
+        """
         heads, height, width, rows, columns, shift, cosine = numbers
         head_width, prefix = qkv.shape[2] // (3 * heads), qkv.shape[1] - height * width
         return cls(heads, head_width, height, width, (rows, columns), shift, bool(cosine), prefix)
@@ -75,7 +87,10 @@ class Geometry:
 
     @property
     def tile(self) -> int:
-        """Number of tokens in a program's tile; fewer if wide heads would spill registers."""
+        """Number of tokens in a tile, which a program works on: at most 64.
+
+        For wide heads it is at most 32, since more tokens would spill registers.
+        """
         few = self.padded_width > 64 or (self.padded_width == 64 and self.cosine)
         return min(32 if few else 64, max(16, _power_of_2(self.tokens)))
 
@@ -91,40 +106,63 @@ class Geometry:
 
     @property
     def rest(self) -> int:
-        """Number of keys left after the forward's full steps, which a last step of 16 takes.
+        """Number of keys that the forward's loop leaves for a last, shorter step of 16 keys.
 
-        It is 0 if a full step with padding takes them instead.
+        It is 0 if the number of keys is a multiple of `step`, or if the last keys take a full step
+        with padding.
         """
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 
     @property
     def row(self) -> int:
-        """Number of slots for a row of a window in a tile of the table's gradient."""
+        """Length to which the kernel for the table's gradient pads each row of a window.
+
+        It is a number of tokens: the columns of a window, rounded up to a power of 2.
+        """
         return _power_of_2(self.window[1])
 
     @property
     def slots(self) -> int:
-        """Side of a tile of the table's gradient, in slots."""
+        """Number of queries, and of keys, in a tile of the kernel for the table's gradient.
+
+        The number includes the padding of each row of a window to `row` tokens.
+        """
         return max(32 if self.padded_width <= 64 else 16, self.row)
 
     @property
     def kinds(self) -> int:
-        """Number of diagonals of tiles in the table's gradient; a prefix token adds three."""
+        """Number of diagonals of tiles in the (query, key) matrix of a window's patches.
+
+        All tiles on a diagonal add to the same rows of the table's gradient. A prefix token counts
+        as three more diagonals: its pairs with patches as keys, with patches as queries, and with
+        itself.
+        """
         return 2 * blocks(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:
-        """Returns how many programs share the windows of a batch, per head and tile of tokens.
+        """Returns among how many programs the backward divides the windows of a batch.
 
-        Like `groups`, the number depends on shapes only, so that sums have the same order on every
-        device. Fewer programs make fewer partial sums and so less memory traffic; enough programs
-        remain for a large GPU.
+        There are so many programs for each head and each tile of a window's tokens, both for the
+        gradient of q and for the gradients of k and v. The number depends on shapes only, so that
+        sums have the same order on every device. Fewer programs make fewer partial sums and so less
+        memory traffic; enough programs remain for a large GPU.
+
+        Args:
+            batch: Number of images.
         """
         windows = batch * self.windows
         return blocks(windows, max(1, min(4, windows * self.num_heads * self.tiles // 2048)))
 
     def groups(self, batch: int) -> int:
-        """Returns how many programs share a batch's windows, per head and diagonal of the table."""
+        """Returns among how many programs the kernel for the table's gradient divides the windows.
+
+        There are so many programs for each head and each of the `kinds` diagonals. The number
+        depends on shapes only, so that sums have the same order on every device.
+
+        Args:
+            batch: Number of images.
+        """
         return min(batch * self.windows, blocks(512, self.num_heads * self.kinds))
 
     def partials(self, batch: int) -> Partials:
@@ -150,11 +188,18 @@ def forward(
     scale: Tensor,
     numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention's output (B, N, C), and log2 of each softmax's denominator.
+    """Computes attention within windows by the Triton kernel.
 
-    The logarithms are (h, B, N) float32. `numbers` holds the number of heads, the rows and columns
-    of the map, the rows and columns of a window, the shift, and whether q and k are normalised (1
-    or 0).
+    Args:
+        qkv: (B, N, 3C): prefix tokens, if any, and then the rows of the map.
+        bias: (2, C), the biases of queries and values, or None.
+        table: (R, h), the position bias of each offset, or None.
+        scale: (h,) float32, the factor of the logits.
+        numbers: The number of heads, the rows and columns of the map, the rows and columns of a
+            window, the shift, and whether q and k are normalised (1 or 0).
+
+    Returns: the output (B, N, C), and log2 of the denominator of each query's softmax, (h, B, N)
+        float32.
     """
     geometry = Geometry.of(qkv, numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -183,6 +228,12 @@ def backward(
     """Returns the gradients of qkv, bias, table and scale, the last three in float32.
 
     The scale of a dot product is a constant, for which the fourth result is empty.
+
+    Args:
+        dout: (B, N, C), the gradient of the output.
+        qkv: As given to `forward`, like `bias`, `table`, `scale` and `numbers`.
+        out: (B, N, C), the output that `forward` returned.
+        lse: (h, B, N), the logarithms that `forward` returned.
     """
     geometry = Geometry.of(qkv, numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]

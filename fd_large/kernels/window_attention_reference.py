@@ -61,11 +61,13 @@ def reference(
     Args:
         qkv: (B, N, 3C), prefix tokens, if any, and then the rows of the map; with a prefix, the
             window is the map.
-        bias: (2, C) or None.
-        table: (R, h) or None.
+        bias: (2, C), the biases of queries and of values; None for 0.
+        table: (R, h), the position bias of each offset between query and key; None for 0.
         scale: Factor of the logits, a number or (h,).
         layout: Heads and windows.
-        memory: As in `window_attention`.
+        memory: What is done with the (N, N) attention maps until backward: "keep" stores them,
+            "recompute" computes them again, and "sequential" computes them again for a few windows
+            at a time.
 
     Returns: (B, N, C).
     """
@@ -225,9 +227,8 @@ def position_index(rows: int, columns: int, prefix: int, device: torch.device) -
     """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
     For patches, the row is (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) =
-    query - key. Prefix tokens come before the patches. The last three rows of the table are for
-    pairs with prefix tokens, like BEiT's CLS: from prefix to patch, from patch to prefix, and
-    between prefix tokens.
+    query - key. Prefix tokens come before the patches. The last three rows of the table are, as for
+    BEiT's CLS, for the pairs (prefix, patch), (patch, prefix) and (prefix, prefix).
     """
     return _position_index(rows, columns, prefix, device)
 

@@ -47,24 +47,27 @@ class CachedTargets:
 
     @property
     def read_seconds(self) -> float:
-        """Seconds that a rank takes to read a map."""
+        """Seconds that a rank takes to read one stored map."""
         return self.map_bytes / self.read_bytes_per_second
 
     @property
     def waits_seconds(self) -> float:
-        """Seconds per image by which reading a map takes longer than the rest of a step, or 0."""
+        """Seconds per image that a rank waits for a stored map, beyond the rest of a step.
+
+        It is 0 if the map is read while the student computes.
+        """
         return max(0.0, self.read_seconds - self.student_seconds)
 
     @property
     def saved_share(self) -> float:
-        """Fraction of the runs' time that storing saves; negative if storing costs time."""
+        """Fraction of the time of all runs that storing maps saves; negative if it adds time."""
         live = self.uses * (self.teacher_seconds + self.student_seconds)
         stored = self.teacher_seconds + self.uses * (self.student_seconds + self.waits_seconds)
         return 1 - stored / live
 
     @property
     def pays(self) -> bool:
-        """Whether storing saves more than `SECONDS_TOLERANCE` of the runs' time."""
+        """Whether storing saves more than the fraction `SECONDS_TOLERANCE` of all runs' time."""
         return self.saved_share > SECONDS_TOLERANCE
 
     @property

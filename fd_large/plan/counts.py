@@ -53,7 +53,8 @@ class Product(NamedTuple):
     Attributes:
         phase: Part of the step in which the operations run.
         again: Whether the operations recompute results of the forward pass.
-        times: Number of the operations; it need not be whole, as a mean over image sizes.
+        times: Number of the operations. It need not be whole, since it may be a mean over several
+            image sizes.
         flops: FLOPs of one operation.
         moved: Bytes that one operation reads and writes.
     """
@@ -81,9 +82,12 @@ class StepFlops(NamedTuple):
     frozen: float = 0
 
     def shared_by(self, students: int) -> StepFlops:
-        """Returns the FLOPs attributed to one of `students` students on the same frozen models.
+        """Returns the FLOPs of one student of several that train on the same frozen models.
 
-        They are its own FLOPs and an equal part of the frozen models' FLOPs.
+        They are the student's own FLOPs and an equal part of the frozen models' FLOPs.
+
+        Args:
+            students: Number of students.
         """
         of_others = self.frozen * (1 - 1 / students)
         frozen_share = self.frozen - of_others
@@ -138,7 +142,7 @@ class Counts:
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts without a phase, such as without a teacher whose maps are stored."""
+        """Returns the counts without those of a phase, such as the teacher's if maps are stored."""
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -315,5 +319,5 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _meet(a: Line, b: Line) -> float:
-    """Returns the number of images at which the steeper linear function b is equal to a."""
+    """Returns the number of images at which a and b have the same value; b must be the steeper."""
     return (a.fixed - b.fixed) / (b.each - a.each)

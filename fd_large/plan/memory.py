@@ -286,7 +286,7 @@ def persistence_threshold(sizes: Iterable[int]) -> int:
     """Returns the number of elements up to which a tensor stays whole on every rank at stage 3.
 
     All tensors up to this size together have at most the fraction `PERSISTENCE_SHARE` of all
-    elements. The result is 0 if even the smallest tensors have more.
+    elements. The result is 0 if even the smallest tensors together have more than this fraction.
 
     Args:
         sizes: Number of elements of each tensor of student and teacher.

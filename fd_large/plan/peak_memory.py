@@ -143,7 +143,10 @@ class OnDisk:
 
 
 def on_disk(load: Workload, machine: Machine, *, speed: float, average: bool = False) -> OnDisk:
-    """Returns memory, disk space and added seconds of a run with the optimiser's state on a disk.
+    """Returns the costs of a run with the optimiser's state on a disk.
+
+    The costs are a rank's peak memory, the disk space on a node, and the seconds added to each
+    step.
 
     Args:
         load: The workload.

@@ -28,8 +28,8 @@ class Phases:
     Attributes:
         seconds: Seconds of each phase in a micro-batch, as a linear function of the number of
             images, by name of the phase.
-        update: Seconds per parameter of gradient norm, clipping and the optimiser's step, in
-            float32.
+        update: Seconds that the gradient norm, clipping and the optimiser's step, all in float32,
+            take for each parameter.
         images: The only micro-batch size for which `seconds` is valid; 0 if it is valid for all.
     """
 
@@ -42,9 +42,10 @@ class Phases:
 
         Args:
             images: Number of images in the micro-batch.
-            first_pass: Whether the step has a first pass, which computes sums.
-            again: Recomputation in backward as a fraction of the forward pass; if above 0, the
-                result has an entry "forward again".
+            first_pass: Whether the step is in two passes, of which the first computes sums over
+                all micro-batches.
+            again: Part of the forward pass that is recomputed in the backward pass, as a fraction
+                of its seconds. If it is above 0, the result has an entry "forward again".
         """
         seconds = {
             name: line.fixed + line.each * images

@@ -93,7 +93,7 @@ def classify(
         test: Features of the test images.
         num_classes: Number of classes, K.
         k: Number of neighbours.
-        temperature: See `predict`.
+        temperature: A neighbour's vote is exp(cosine similarity / temperature).
         progress: Called after each block of this rank with the block's number of images.
         between: Called before each block on every rank; may raise to stop.
 

@@ -458,7 +458,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def max_tensor(value: torch.Tensor) -> torch.Tensor:
-    """Returns the elementwise maximum over the ranks."""
+    """Returns the elementwise maximum of the ranks' tensors, which all have the same shape."""
     largest = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

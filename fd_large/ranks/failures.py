@@ -222,8 +222,8 @@ class Watch:
     def _find(self, rank: int, store: Store) -> bool:
         """Opens a descriptor of the process of another rank; returns whether the process has ended.
 
-        A rank that has not registered yet is left for the next look. A rank whose process cannot
-        be watched from here is dropped.
+        A rank that has not registered its process yet is looked up again a second later. A rank
+        whose process this process cannot watch is removed from the watched ranks.
         """
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
@@ -307,7 +307,11 @@ _leaver: threading.Thread | None = None
 
 
 def leave_to(thread: threading.Thread) -> None:
-    """Names the thread that ends this process; `tell` in other threads waits for that thread."""
+    """Records the thread that will end this process, so that `tell` in other threads waits for it.
+
+    Args:
+        thread: The thread.
+    """
     global _leaver
     _leaver = thread
 

@@ -119,9 +119,10 @@ def run_ranks(
 def end_with(work: Callable[[], int]) -> NoReturn:
     """Runs a function, and ends this process at once with the exit code that the function returns.
 
-    After an error the exit code is that of `SystemExit`, INTERRUPTED for a Ctrl-C, and else 1. The
-    interpreter's shutdown is left out: DeepSpeed's threads now and then abort an interpreter that
-    shuts down, and a rank whose peers are gone may wait there for the kernel of a collective.
+    If the function raises SystemExit, the exit code is that of SystemExit; after a Ctrl-C it is
+    INTERRUPTED, and after any other error 1. The interpreter's shutdown is left out: DeepSpeed's
+    threads now and then abort an interpreter that shuts down, and a rank whose peers are gone may
+    wait during the shutdown for the kernel of a collective.
     """
     code = 1
     try:

@@ -142,9 +142,9 @@ def handlers_to_replace() -> dict[signal.Signals, Any]:
     """Returns the present handlers of the `SIGNALS` that training may catch, by signal.
 
     Ignored signals are left out, so that what nohup or a shell's background job ignores stays
-    ignored. A None in the result is a handler outside of Python, which cannot be restored. The
-    handler of `starting.py` is replaced by the signal's default action, which is restored after
-    training.
+    ignored. A None in the result is a handler outside of Python, which cannot be restored. If the
+    present handler is that of `starting.py`, the result has the signal's default action instead, so
+    that training restores the default action at its end.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     waits = (number for number in SIGNALS if handlers[number] is await_the_end)
