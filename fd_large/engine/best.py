@@ -28,7 +28,7 @@ class Best:
         metric: Name of the number, as in evaluations.jsonl.
         lower_is_better: Whether a lower metric is better.
         patience: Number of consecutive evaluations without a better value after which the run is
-            to stop early; 0 if it never is.
+            to stop early; 0 if the run is never to stop early.
         values: {finished steps: value} of the evaluations so far.
     """
 
@@ -51,7 +51,12 @@ class Best:
     ) -> Best:
         """Returns a `Best` with a run's evaluations up to `finished` steps, read from its folder.
 
-        All ranks must call this method. The other arguments are those of the class.
+        All ranks must call this method.
+
+        Args:
+            folder: The run's folder.
+            finished: Number of finished steps; later evaluations in the folder are left out.
+            metric, lower_is_better, patience: See `Best`.
         """
         values: dict[int, float] = {}
         if distributed.is_main():
@@ -69,10 +74,10 @@ class Best:
         Args:
             step: Number of finished steps.
             metrics: The numbers, by name.
-            all_made: Whether `metrics` has the numbers of all the run's evaluations, so that the
-                run never measures a metric that `metrics` lacks.
+            all_made: True if `metrics` has the numbers of every evaluation that the run makes. Then
+                the run never measures a metric that `metrics` lacks.
 
-        Raises: ConfigError: on all ranks, if the run does not measure the metric.
+        Raises: ConfigError: on all ranks, if the run never measures the metric of this `Best`.
         """
         value = distributed.broadcast_object(metrics.get(self.metric))
         if value is None:
@@ -101,7 +106,7 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` or more evaluations followed the best evaluation; False if it is 0."""
+        """Whether `patience` or more evaluations followed the best; False if `patience` is 0."""
         since = sum(step > (self.step or 0) for step in self._values)
         return bool(self._patience) and since >= self._patience
 

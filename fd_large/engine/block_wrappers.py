@@ -74,7 +74,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a block's forward that records a sign of life for the watchdog before each call.
+    """Returns a block's forward that reports this rank's progress to the watchdog before each call.
 
     A block's first call compiles for up to a minute, and the watchdog would take the compilation
     of dozens of blocks for a hang.

@@ -34,7 +34,8 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     Args:
         make: Constructs the task.
         reader: The checkpoint, whatever ranks and ZeRO stage wrote it.
-        kind: "master", or "ema" for the average (`stream.outcome` says which is the run's result).
+        kind: "master" for the weights, or "ema" for their moving average (`stream.outcome` says
+            which of the two is the run's result).
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
@@ -46,7 +47,8 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
 def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
     """Copies the weights of a checkpoint into a task.
 
-    Of tensors on the meta device, only names and shapes are compared with the checkpoint.
+    A tensor on the meta device gets no values: only its name and shape are compared with the
+    checkpoint.
 
     Args:
         task: The task, not sharded, with its tensors in host memory or on the meta device.
@@ -94,8 +96,9 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
         job_of: Makes the job of the stored recipe.
 
     Returns: the student; None if the path is neither a run nor a checkpoint.
-    Raises: CheckpointError: if the run has no checkpoint, the checkpoint is damaged, or the recipe
-        in its manifest cannot be read.
+    Raises:
+        CheckpointError: If the run has no checkpoint, the checkpoint is damaged, or the recipe in
+            its manifest cannot be read.
     """
     is_checkpoint = store.manifest_of(path) is not None
     if not is_checkpoint and kind_of(store.checkpoints_of(path)) != "folder":
@@ -135,7 +138,8 @@ def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
 def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
     """Returns the SHA-256 of the user's own file that made a run's model, or "" for other models.
 
-    If the checkpoint, of an earlier version, has no hash, the result is the present file's hash.
+    If the checkpoint, written by an earlier version, has no hash, the present file's hash is
+    returned.
     """
     code = architecture.code
     recorded = _recorded_code(reader).get(code)

@@ -39,14 +39,15 @@ class Checkpoints:
         global_batch_size: Images per step, over all ranks.
         facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
         check_stored: Raises CheckpointError for a manifest that belongs to another training.
-        lease: This start's right to write the folder, or None if no other process can write it.
+        lease: The right of this start of the run to write the folder; None if no other process can
+            write it.
 
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the step of the restored checkpoint was made.
-        decided_steps: Number of steps to which an earlier version's time limit set the length of
-            the restored run; later checkpoints record this number again. None if there was no such
-            limit, or if the recipe's length has changed since.
+        decided_steps: Number of steps to which a time limit (optim.max_seconds, which only earlier
+            versions had) shortened the restored run; later checkpoints record this number again.
+            None if there was no such limit, or if the recipe's length has changed since.
         bad_images: Numbers of unusable and of tried images in all starts of the run, over all
             ranks. Set from the restored checkpoint; the trainer adds to them.
         stored_recipe: The recipe of the restored checkpoint; empty if none was restored.
@@ -99,7 +100,10 @@ class Checkpoints:
     def log_disk_use(self, total_steps: int) -> None:
         """Logs the sizes of a checkpoint, of all checkpoints to keep, and of the free disk space.
 
-        Warns if the checkpoints do not fit.
+        The message is a warning if the checkpoints do not fit.
+
+        Args:
+            total_steps: Number of steps of the whole run.
         """
         each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
@@ -164,9 +168,9 @@ class Checkpoints:
             evaluated: Whether the evaluation that is due after this step, if any, was made.
             prunes: Whether old checkpoints are deleted when the new checkpoint is complete.
 
-        Returns: the seconds that the previous save took, if this call had to wait for it, or, with
-            state on a disk, the seconds that this save took. None if this call waited for no save,
-            or the save failed.
+        Returns: the seconds that a save took, if this call waited for it: with offload to a disk
+            for this save, else for the previous save if it was unfinished. None if this call waited
+            for no save, or if the save failed.
         """
         if self._saved == step:
             return None
@@ -215,7 +219,7 @@ class Checkpoints:
                 )
 
     def mark_best(self, step: int) -> None:
-        """Points `checkpoints/best` at the checkpoint of a step, now or when it is complete."""
+        """Points `checkpoints/best` at the checkpoint of a step, as soon as it is complete."""
         self._best = step
         if not self._saver.begun:
             self._link_best()

@@ -94,8 +94,9 @@ def import_checkpoint(
         lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
-    Raises: CheckpointError: if DeepSpeed cannot read the source, if reading would run code from
-        its files, or if the run's checkpoint cannot be written.
+    Raises:
+        CheckpointError: If DeepSpeed cannot read the source, if reading would run code from its
+            files, or if the run's checkpoint cannot be written.
     """
     opened = open_stored(
         run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint", lease=lease

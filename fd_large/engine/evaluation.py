@@ -40,7 +40,8 @@ class Pending(Protocol):
         """Waits for the metrics and returns them by name; all ranks must call this method.
 
         Args:
-            meanwhile: Called repeatedly while waiting, on all ranks; may raise to leave.
+            meanwhile: Called repeatedly while waiting, on all ranks; an error that it raises ends
+                the wait.
 
         Raises: FDError: on all ranks, if the work failed.
         """
@@ -49,22 +50,25 @@ class Pending(Protocol):
         """Deletes the stored inputs; called when the metrics have been recorded."""
 
     def give_up(self) -> None:
-        """Stops the work and leaves it to a later start."""
+        """Stops the work, and leaves it to a later start of the run."""
 
 
 class Evaluation(NamedTuple):
     """A measurement that a task makes during training.
 
     Attributes:
-        measure: Function of the number of finished steps, whether this is the last evaluation, and
-            a function to call between batches. Returns numbers by name, or `Pending` if training
-            need not wait for the numbers, and a panel or None. All ranks call it, with the task in
-            training mode. In a run that keeps an average of the weights, the task has the average
-            instead of the weights.
-        every: Steps between two calls; 0 evaluates only before the first step and after the last.
-        left: Function that a resumed run calls once, on all ranks, with its number of finished
-            steps and whether the evaluation due at that step is repeated. Returns the step of an
-            earlier start's evaluation and its pending metrics, or None if none are pending.
+        measure: Function that makes the measurement, called on all ranks with the task in training
+            mode. In a run that keeps an average of the weights, the task then has the average
+            instead of the weights. Arguments: the number of finished steps, whether this is the
+            last evaluation, and a function to call between batches. Returns a pair: numbers by
+            name, or a `Pending` if training need not wait for the numbers; and a panel for the
+            hooks, or None.
+        every: Number of steps between two evaluations. 0 evaluates only before the first step and
+            after the last step.
+        left: Function that a resumed run calls once, on all ranks. Arguments: the run's number of
+            finished steps, and whether the evaluation due at that step is repeated. Returns the
+            step and the `Pending` of an evaluation that an earlier start of the run did not finish,
+            or None if there is no such evaluation.
     """
 
     measure: Callable[
@@ -74,7 +78,12 @@ class Evaluation(NamedTuple):
     left: Callable[[int, bool], tuple[int, Pending] | None] = lambda finished, again: None
 
     def due(self, step: int, last: bool) -> bool:
-        """Returns whether the evaluation is due after this number of steps."""
+        """Returns whether the evaluation is due after a number of steps.
+
+        Args:
+            step: Number of finished steps.
+            last: Whether the run ends after these steps.
+        """
         return last or step == 0 or (bool(self.every) and step % self.every == 0)
 
 
@@ -86,7 +95,7 @@ def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T 
 
     Args:
         work: Future of the work that rank 0 waits for; None on other ranks.
-        meanwhile: Called about once a second, on all ranks; may raise to leave.
+        meanwhile: Called about once a second, on all ranks; an error that it raises ends the wait.
 
     Returns: the result on rank 0, None elsewhere.
     Raises: FDError: on all ranks, if the work raised it.

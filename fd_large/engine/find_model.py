@@ -42,14 +42,16 @@ class NamedModel:
 
     Attributes:
         label: A short name, for tables and plots.
-        source: Source that the user named.
-        section: The settled section with the model and its weights.
+        source: The words by which the user named the model (see `find_model`).
+        section: A recipe's section with the model and its weights; the fields that the weights
+            decide are set.
         image_size: Side of the model's images, in pixels.
         trained_by: Job of the run whose student this model is, or None for other models.
         seed: Seed of the model's run, which decides random weights.
-        weights: The sources that have opened the model's weights.
-        checkpoint: The checkpoint from which recipe and weights of a run's trained student come;
-            while a run trains, its newest checkpoint may change in between. None for other models.
+        weights: The `Sources` by which the model's weights were found.
+        checkpoint: Folder of the checkpoint from which a run's trained student is read. It is kept
+            so that recipe and weights come from the same checkpoint, although a run that still
+            trains may write a newer one. None for other models.
     """
 
     label: str
@@ -155,7 +157,10 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
     """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
 
-    Args: As in `find_model`.
+    Args:
+        sources: The words by which the user named the models, each as in `find_model`.
+        job_of, image_size: See `find_model`.
+
     Raises: FDError: if a model is not found, or if two sources are the same.
     """
     return with_own_labels(
@@ -225,7 +230,10 @@ def _label(named: str, weights: str) -> str:
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
     """Returns the side of the images that a model's backbone gets, in pixels.
 
-    It is the model's own side if images of `image_size` are resized for the model.
+    Args:
+        section: A recipe's section with the model.
+        image_size: Side of the images that the model is given, in pixels.
+        own_image_size: See `frozen_maker`, which may resize the images for the model.
     """
     with torch.device("meta"):
         model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()

@@ -33,10 +33,10 @@ class Frozen(nn.Module):
     Args:
         net: The backbone: normalised images -> FeatureMap after its final norm.
         statistics: The normalisation that the backbone was trained with.
-        image_size: Side to which the normalised images are resized (bilinear, antialiased) before
-            the backbone; 0 leaves the images as they are.
-        sides: {side of the images: side to which they are resized}. For the sides that it lists, it
-            takes precedence over `image_size`.
+        image_size: Side in pixels to which the normalised images are resized (bilinear,
+            antialiased) before the backbone; 0 leaves the images as they are.
+        sides: {side of the given images: side to which they are resized}, in pixels. Images whose
+            side is not a key are resized to `image_size`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Frozen(nn.Module):
         return self.net.grid(side, side)
 
     def side(self, image_size: int) -> int:
-        """Returns the side to which images of side `image_size` are resized for the backbone."""
+        """Returns the side, in pixels, to which images of side `image_size` are resized."""
         return self.sides.get(image_size, self.image_size) or image_size
 
     def train(self, mode: bool = True) -> Frozen:
@@ -101,12 +101,13 @@ def frozen_maker(
     Args:
         section: The model's section of the recipe, with all fields set that its weights decide.
         image_size: Side of the images that the model will be given, in pixels.
-        own_image_size: Side to which the images are resized for the model. With 0 they keep their
-            size, unless the model's table of positions allows only one side.
+        own_image_size: Side to which the images are resized for the model, in pixels. With 0 the
+            images keep their size, except if the model's table of positions allows only one side:
+            then they are resized to this side.
         sides: See `Frozen`; for training with images of several sides.
-        residual_dtype: See `Options`.
+        residual_dtype: See `backbones.family.Options`.
         before_norm: Whether the map is taken before the final norm instead of after it.
-        options: Other `Options`.
+        options: Other fields of `backbones.family.Options`.
 
     Raises: ConfigError: if the model has no final norm that can be left out.
     """
@@ -149,7 +150,9 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
 
     Returns: The tensors of the model, complete as far as the headers show; None if the weights are
         random or the user's own Module brings them.
-    Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
+    Raises:
+        ConfigError: If the section names no source.
+        WeightsError: If the file does not fit.
     """
     source = section.source
     section.require_source(where)

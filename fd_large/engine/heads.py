@@ -25,14 +25,16 @@ def make_head(
     """Constructs a head, with weights from torch's global generator.
 
     Args:
-        name: A built-in name, or the place of the user's own head in a form of fd_large/doors.py.
+        name: A built-in name; or the user's own head, as module:FILE.py:NAME, as
+            module:package.module:NAME or by the name of an installed plugin's entry point.
         arguments: Positional arguments of the head's constructor: input and output channels.
         built_in: Constructors of the task's own heads, by name.
         where: The field that the user set, for messages.
         settings: Keyword arguments of the head's constructor.
 
-    Raises: ConfigError: if there is no such head, its constructor fails or returns no Module, or
-        the user's own head makes a step depend on rank or micro batch.
+    Raises:
+        ConfigError: If there is no such head, its constructor fails or returns no Module, or the
+            user's own head makes a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
     if name in built_in:

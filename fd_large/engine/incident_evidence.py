@@ -1,7 +1,7 @@
 """Gathers evidence of a skipped step: images, each layer's largest output, non-finite state.
 
-After a skipped step, all ranks run the step's forward once more, on the unchanged weights. So an
-ordinary step pays nothing for the record.
+After a skipped step, all ranks run the step's forward once more, on the unchanged weights. So the
+record costs no time in a step that is not skipped.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ class FrozenPart(NamedTuple):
 
     Attributes:
         section: The recipe's section that describes the model.
-        image_size: Side to which the run's images are resized for the model, in pixels. 0 has the
-            same meaning as for `own_image_size` of `frozen_maker`.
+        image_size: Side to which the run's images are resized for the model, in pixels. With 0 the
+            images keep their size, except if the model's table of positions allows only one side:
+            then they are resized to this side.
     """
 
     section: FrozenModel
@@ -81,11 +82,12 @@ class TensorSizes(NamedTuple):
 
 
 class TrainingJob:
-    """A task's part in a training run; the engine constructs another job for the settled recipe.
+    """A task's part in a training run, described by the run's recipe.
 
-    The engine calls `settle`; then `open_samples` and `check`, which raise errors for the user's
-    mistakes, without a collective and without a model in memory; then `build`; and then
-    `make_task` any number of times.
+    The engine calls `settle`, and constructs a new job from the settled recipe. On the new job it
+    calls `open_samples` and `check`, which raise errors for the user's mistakes, without a
+    collective and without a model in memory; then `build`; and then `make_task` any number of
+    times.
 
     Args:
         run: The recipe.
@@ -177,7 +179,10 @@ class TrainingJob:
             return TensorSizes(sizes_of(self.make_task()), ())
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns what decides a step's memory besides the student's fields, by name."""
+        """Returns those facts about the task that decide a step's memory, by name; JSON-safe.
+
+        The engine itself adds the fields of the recipe's section `student`.
+        """
         return {}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -309,7 +314,7 @@ class TrainingJob:
 
         Args:
             first: Numbers of the first evaluation, by name.
-            last: The newest number of every name.
+            last: The newest value of each number, by name.
         """
         return {**dict.fromkeys(_FOR_EVERY_TASK), **last}
 

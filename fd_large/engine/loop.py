@@ -116,7 +116,8 @@ class Trainer:
         setting: Facts that the hooks get before the first step.
         checkpoints: The run's checkpoints; a resumed run has restored its state from them.
         evaluations: Measurements before, during and after training.
-        layer_rates: Steps each layer at its own learning rate; None if all layers have the same.
+        layer_rates: Steps each layer at its own learning rate; None if all layers have the same
+            learning rate.
         ema: Moving average of the weights, or None.
         best: Finds the best evaluation, whose checkpoint is then kept, and may end the run early.
             With None, the run keeps no best checkpoint and never ends early.
@@ -181,7 +182,8 @@ class Trainer:
     def begin(self) -> None:
         """Starts the hooks, and makes the evaluation that is due before the next step, if any.
 
-        An evaluation is due before the first step, or if an earlier start did not finish it.
+        An evaluation is due before the first step of a run. In a resumed run, an evaluation is due
+        if the earlier start of the run did not finish it.
         """
         with activity.work("opening logs and trackers"):
             for hook in self._hooks:
@@ -231,7 +233,7 @@ class Trainer:
         return status
 
     def give_up(self) -> None:
-        """Leaves pending evaluations, if any, to a later start."""
+        """Leaves pending evaluations, if any, to a later start of the run."""
         if self._pending is not None:
             self._pending[1].give_up()
 
@@ -390,9 +392,15 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores the newest sound checkpoint of at most `at_most` steps.
+        """Restores the newest sound checkpoint of at most `at_most` finished steps.
 
-        Returns: whether there is such a checkpoint; if there is none, the run ends.
+        If there is no such checkpoint, the run ends.
+
+        Args:
+            update: The numbers of the step that is rolled back, for the hooks.
+            at_most: The largest number of finished steps that the checkpoint may have.
+
+        Returns: whether a checkpoint was restored.
         """
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
@@ -484,8 +492,8 @@ class Trainer:
 
         Args:
             evaluated: Whether the evaluation that is due, if any, was made.
-            counts_anew: Whether a start from this checkpoint counts bad images from zero, because
-                this start has already reported them.
+            counts_anew: Whether a run that resumes from this checkpoint counts unusable images from
+                zero, because the present start of the run has already reported them.
         """
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
         if verdict.stop:
@@ -500,6 +508,9 @@ class Trainer:
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
         """Makes the evaluations that are due.
+
+        Args:
+            last: Whether the run has made its last step.
 
         Returns: True, or False if a wish to stop interrupted the evaluations.
         """
@@ -543,7 +554,8 @@ class Trainer:
         """Waits for a pending evaluation, if any, and passes its metrics to the hooks.
 
         Args:
-            meanwhile: Called repeatedly while this rank waits; may raise to leave.
+            meanwhile: Called repeatedly while this rank waits; an error that it raises ends the
+                wait.
         """
         if self._pending is None:
             return

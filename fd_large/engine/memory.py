@@ -53,16 +53,16 @@ class HostMemory:
     """Measures the resident memory of a CPU rank's process on Linux, in bytes."""
 
     def reset(self) -> None:
-        """Starts to measure a new peak; writing 5 to clear_refs resets VmHWM."""
+        """Starts to measure a new peak: writing 5 to /proc/self/clear_refs resets VmHWM."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Returns the largest resident size since `reset`."""
+        """Returns the largest resident size since `reset`, in bytes."""
         return _proc_bytes("self/status", "VmHWM")
 
     def capacity(self) -> int:
-        """Returns this rank's share of the host's available memory, plus its resident memory."""
+        """Returns this rank's share of available host memory plus its resident memory, in bytes."""
         available = _proc_bytes("meminfo", "MemAvailable")
         resident = _proc_bytes("self/status", "VmRSS")
         return available // max(1, distributed.local_world_size()) + resident
@@ -103,7 +103,7 @@ def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> 
     """Turns an out-of-memory error in the block, which builds models, into an `OutOfMemory`.
 
     Args:
-        remedy: A flag that saves memory besides ZeRO, or "".
+        remedy: A flag that saves memory, which the message names besides ZeRO; "" for none.
         subject: The models being built, with a verb, for the message.
     """
     try:

@@ -66,10 +66,11 @@ def check(
         samples: The training images.
         sources: Sources of weights, found on every rank, by the field that names them.
         weights: Locates the files of these sources.
-        code: Hashes of the user's own files, by the names in the recipe.
+        code: Hashes of the user's own files, by the names in the recipe; None for no files.
 
-    Raises: LaunchError, DataError or WeightsError: if nodes differ from the majority; the message
-        names these nodes.
+    Raises:
+        LaunchError, DataError or WeightsError: If nodes differ from the majority; the message names
+            these nodes.
     """
     facts = distributed.together(lambda: _facts(samples, sources, weights))
     for source, digest in (code or {}).items():
@@ -161,7 +162,7 @@ def code_hash() -> str:
 def weights_digest(source: str, weights: Sources) -> str:
     """Returns the size of a source's files and a hash of samples of their bytes, in words.
 
-    Returns "" if the source has no file, as random weights and models of libraries do. 4 MB of a
+    Returns "" if the source has no file, as for random weights and models of libraries. 4 MB of a
     file suffice, because two trainings of one model differ in all weights.
 
     Args:

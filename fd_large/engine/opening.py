@@ -125,7 +125,8 @@ def open_together(
         runs: The recipes.
         job_of: Makes the job of the recipes' task.
         deepspeed_config: Path of the DeepSpeed JSON.
-        leases: This start's right to write each run's folder; None if nothing is to be written.
+        leases: For each run the right of this start of the run to write its folder; None if
+            nothing is to be written there.
         whole: The recipe of all students and the right to write the folder that contains their
             folders, or None for a single run.
         fresh: Whether to start over; if so, the old run's files are moved aside.
@@ -213,8 +214,14 @@ def _settle_each(
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
     """Returns the recipe with the fields that its weights decide: models, windows, statistics.
 
-    Raises: FDError: if weights do not fit the recipe. The message then also names the mistakes
-        that `others` and opening the samples find.
+    Args:
+        job: The job of the recipe.
+        weights: The sources that open the recipe's weights.
+        others: Further checks, called only if weights do not fit the recipe.
+
+    Raises:
+        FDError: If weights do not fit the recipe. The message also names mistakes that `others`
+            find, and mistakes in the training samples.
     """
     try:
         return job.settle(weights)
@@ -238,8 +245,8 @@ def _check_each(
 
     Args:
         jobs: Jobs of the runs.
-        load_config: Reads the DeepSpeed JSON, once.
-        launch: The ranks.
+        load_config: Returns the DeepSpeed JSON, which is read only at the first call.
+        launch: The launcher's facts about the ranks, such as their number in all and on this node.
     """
     open_samples = cache(jobs[0].open_samples)
 
@@ -271,7 +278,7 @@ def check(
         job: The job of a settled recipe.
         load_config: Reads the DeepSpeed JSON.
         open_samples: Opens the training images.
-        launch: The ranks.
+        launch: The launcher's facts about the ranks, such as their number in all and on this node.
 
     Raises: FDError: for the user's mistakes; the message names all that can be found at once.
     """
@@ -317,7 +324,7 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
 
 
 def _disk_bytes(checked: Checked) -> int:
-    """Returns the bytes that a rank of a run with offload to a disk keeps on the disk."""
+    """Returns the bytes that each rank keeps on the disk, for a run with offload to a disk."""
     optim, numbers = checked.job.run.optim, checked.numbers
     place = Placement(
         stage=3,
@@ -483,8 +490,9 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
 
     Args:
         checked: The run, with its frozen models built.
-        lease: This start's right to write the run's folder; None if nothing is to be written.
-        launch: The ranks.
+        lease: The right of this start of the run to write the run's folder; None if nothing is to
+            be written there.
+        launch: The launcher's facts about the ranks, such as their number in all and on this node.
     """
     job, run = checked.job, checked.job.run
     folder = Path(run.run_dir())

@@ -17,7 +17,8 @@ from torch import Tensor
 class Part:
     """A component that needs sums over a whole step; all ranks make the same calls of its methods.
 
-    A part that only follows training (`noted`, `after_step`) needs no second pass.
+    A part that needs no sums before the first backward of a step sets `of_step` to False, and gets
+    its sums by `noted` and `after_step`.
     """
 
     of_step: ClassVar[bool] = True
@@ -28,6 +29,8 @@ class Part:
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
         """Returns a micro batch's share of the sums over the step, (K,) float64.
+
+        K is the same for all micro batches and on all ranks.
 
         Args:
             task: The task; the student must not be run.
@@ -44,15 +47,24 @@ class Part:
         """
 
     def before_step(self, progress: float) -> None:
-        """Drops numbers that were noted or taken outside of a step, such as in a trial.
+        """Called before the first forward of a step, to drop numbers of earlier passes.
+
+        Such numbers come from an earlier step, or from forward passes that train nothing.
 
         Args:
             progress: Fraction of the run's steps that came before, in [0, 1).
         """
 
     def noted(self) -> Tensor | None:
-        """Returns what this rank's forward passes noted, to be summed over the ranks, or None."""
+        """Returns the numbers, (K,), that this rank noted in the forward passes of a step.
+
+        The engine sums them over the ranks. If there is nothing to sum, the result is None.
+        """
         return None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Called after each step that was not skipped, with the sum of `noted` over the ranks."""
+        """Called after each step that was not skipped.
+
+        Args:
+            noted: The result of `noted`, summed over the ranks; None if the result was None.
+        """

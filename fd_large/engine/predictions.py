@@ -33,7 +33,7 @@ class Predictions(NamedTuple):
     def read(cls, folder: Path) -> Predictions | None:
         """Returns the predictions in a run's folder, or None if there are none that can be read.
 
-        Runs of earlier versions have none.
+        Earlier versions stored no predictions.
         """
         try:
             with np.load(folder / FILE) as file:

@@ -23,9 +23,12 @@ class Batches(Protocol):
         """Returns the next micro batch as the loader yielded it, and its copy on the device."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns `batch`, the last micro batch, for the present student.
+        """Returns a micro batch, with the outputs of frozen models added if students share them.
 
-        If several students share the frozen models' outputs, the outputs are added.
+        For a single student, which runs the frozen models itself, `batch` is returned unchanged.
+
+        Args:
+            batch: The micro batch that was yielded last, on the device.
         """
 
     def stage(self) -> None:
@@ -104,7 +107,10 @@ class StepForSeveral:
         self._next = 0
 
     def stage(self) -> None:
-        """Stages the source's next micro batch, while the first student runs."""
+        """While the first student runs, starts to copy the next micro batch to the device.
+
+        For the other students, the micro batches of the step are already on the device.
+        """
         if self._next == len(self._taken):
             self._source.stage()
 
@@ -116,7 +122,10 @@ class StepForSeveral:
         return self._taken[self._next - 1]
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the last micro batch with the frozen models' outputs, computed only once."""
+        """Returns the micro batch that was yielded last, with the frozen models' outputs added.
+
+        The outputs are computed for the first student; the other students get the same tensors.
+        """
         if self._done < self._next:
             self._taken[self._done] = self._taken[self._done][0], self._complete(batch)
             self._done += 1

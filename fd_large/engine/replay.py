@@ -154,7 +154,8 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 def _require_numbers(incident: dict[str, Any]) -> None:
     """Checks that the entries of an incident that are used or shown are numbers.
 
-    Raises: KeyError, TypeError or ValueError: if an entry is missing or no valid number.
+    Raises:
+        KeyError, TypeError or ValueError: If an entry is missing or no valid number.
     """
     values = [incident[name] for name in ("index", "epoch", "world_size", "grad_norm")]
     for off in incident["off"]:
@@ -247,14 +248,16 @@ def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
 def _with_whole_groups(
     task: Task, group: int, micro_batches: list[MicroBatch], *, ranks: int, file: Path
 ) -> list[MicroBatch]:
-    """Returns the micro batches, joined into one if batch norm groups lay on several ranks.
+    """Returns the micro batches; joins them into one if groups of a batch norm span ranks.
+
+    A group consists of the images that share the statistics of the task's batch norms.
 
     Args:
         task: The task, whose batch norms get their groups here.
-        group: Number of images that share statistics of batch norms.
+        group: Number of images in a group; 0 for no groups.
         micro_batches: The kept micro batches, in the order of the ranks.
         ranks: The number of ranks of the run.
-        file: The incident, for messages.
+        file: The path of incident.json, for messages.
 
     Raises: ConfigError: if images of a group were not kept.
     """

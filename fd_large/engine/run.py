@@ -68,7 +68,7 @@ def train(
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
-        lease: This start's right to write the run's folder.
+        lease: The right of this start of the run to write the run's folder.
         fresh: Whether to start over instead of resuming; if so, the old run's files are moved
             aside.
         profile: Number of steps to trace by torch's profiler, after the first three steps; 0 traces
@@ -104,9 +104,9 @@ def train(
 
 @contextmanager
 def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
-    """Meets the other ranks, then catches signals and watches for hangs in the block.
+    """Waits for the other ranks; then catches signals and watches for hangs in the block.
 
-    Yields the hooks that do this, joined, for the runs of all students.
+    Yields a hook for the runs of all students, which joins the signal handler and the watchdog.
     """
     with activity.work("meeting the other ranks"):
         launch = distributed.start()
@@ -130,7 +130,8 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     Args:
         trainers: One trainer for each student that is not finished.
         opened: Any of the opened runs, which share images and batches.
-        lease: This start's right to write the folder that contains all students' folders.
+        lease: The right of this start of the run to write the folder that contains all students'
+            folders.
         shared: The hooks that all students' runs share.
     """
     if not trainers:
@@ -173,7 +174,7 @@ def _trainer_of(
 
     Args:
         opened: The run.
-        lease: This start's right to write the run's folder.
+        lease: The right of this start of the run to write the run's folder.
         hooks: Hooks that watch the run.
         begun: See `Trainer`.
     """
@@ -296,7 +297,7 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Warns if the run's length differs from that in the recipe of its checkpoint (`stored`)."""
+    """Warns if the run's length differs from the length in `stored`, its checkpoint's recipe."""
     with suppress(FDError):
         changed = {
             name: values
@@ -370,6 +371,11 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
     """Installs and returns the handler of signals, or returns None if the recipe turns it off.
 
     Only the main thread of a process can catch signals; in another thread the result is None.
+
+    Args:
+        run: The recipe.
+        lease: The right of this start of the run to write the run's folder.
+        launcher: The name of the program that started the ranks.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -386,7 +392,10 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
 
 
 def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
-    """Makes the watchdog; returns None if the recipe turns it off or the process is a guest's."""
+    """Makes the watchdog, or returns None if the recipe turns it off.
+
+    In a process that also does other work (`guest.py`), the result is None as well.
+    """
     if not run.runtime.watchdog_seconds or distributed.is_guest():
         return None
     return Watchdog(
@@ -402,8 +411,8 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
     """Records in the runs' folders why the runs end: an error in the block, or the loss of a rank.
 
     Args:
-        runs: For each run, this start's right to write its folder, and the hooks whose `on_start`
-            has returned.
+        runs: For each run, the right of this start of the run to write its folder, and the hooks
+            whose `on_start` has returned.
     """
 
     def lost(reason: str) -> None:
@@ -451,8 +460,13 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
     """Writes the status with which a run ended, and the reason, into its folder.
 
-    Nothing is written unless this start owns the folder. With `first` False, nothing is written
-    either if a rank of this start has written a status before.
+    Nothing is written unless this start of the run has entered the folder and still owns it.
+
+    Args:
+        lease: The right of this start of the run to write the run's folder.
+        status: Status with which the run ended.
+        reason: Why the run ended.
+        first: Whether to write even if a rank of this start has already written a status.
     """
     known = summary_of(lease.folder).get("start") == lease.start
     # Before this start has entered the folder, it may hold another run.

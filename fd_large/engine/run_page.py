@@ -1,4 +1,4 @@
-"""Keeps RUN/report.html up to date during a run, within a small share of its time (`SHARE`)."""
+"""Keeps RUN/report.html up to date during a run, in about 1% of its time at most (`SHARE`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIRST_SECONDS = 5.0
 
 
 class RunPage(Tracker):
-    """Tracker that writes the page after evaluations, and when the run stops before its end.
+    """Tracker that writes RUN/report.html after evaluations, and when the run stops early.
 
     The full report of a finished run is written elsewhere. A run that fails writes no page, so that
     nothing delays its end.
@@ -36,7 +36,10 @@ class RunPage(Tracker):
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the page if writing it last took less than `SHARE` of the time since then."""
+        """Writes the page if enough time has passed since the page was last written.
+
+        The time must be more than 1 / `SHARE` (100) times the seconds that the last writing took.
+        """
         if self._cost < SHARE * (self._clock() - self._last):
             begin = self._clock()
             self._write(running=True)
@@ -44,7 +47,7 @@ class RunPage(Tracker):
             self._cost = self._last - begin
 
     def on_end(self, status: str) -> None:
-        """Writes the page if the run was stopped, but not if it has finished or failed."""
+        """Writes the page if the run was stopped, but not if it is done, failed or interrupted."""
         if status not in (DONE, FAILED, INTERRUPTED):
             self._write(running=False)
 

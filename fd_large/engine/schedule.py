@@ -39,7 +39,7 @@ class Schedule:
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """Returns the factor of a learning rate in warm-up, as in mmcv 1.x; 1 after warm-up."""
+        """Returns the factor of the learning rate at a step, as in mmcv 1.x; 1 after warm-up."""
         if step >= self.warmup:
             return 1.0
         start = self.warmup_start / self.peak if self.peak else 1.0
@@ -50,7 +50,7 @@ class CosineSchedule(Schedule):
     """Linear warm-up, then half a cosine, as in timm's scheduler."""
 
     def value(self, t: int) -> float:
-        """Returns L(t), the learning rate at position t of the schedule."""
+        """Returns L(t), the learning rate at position t of the schedule, in steps."""
         if t < self.warmup:
             return self.warmup_start + t * (self.peak - self.warmup_start) / self.warmup
         if t >= self.total:
@@ -67,7 +67,7 @@ class CosineSchedule(Schedule):
         return self.value(max(step - 1, 0))
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer.
+        """Returns the learning rate of a layer at a step, counted from 0.
 
         The peak is multiplied by `scale`; the start of the warm-up and the minimum are not.
         """
@@ -103,7 +103,7 @@ class PolynomialSchedule(Schedule):
         return self.minimum + (self.peak - self.minimum) * left**self.power
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer.
+        """Returns the learning rate of a layer at a step, counted from 0.
 
         The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
         """
@@ -112,9 +112,10 @@ class PolynomialSchedule(Schedule):
 
 
 class RiseAndFall(Schedule):
-    """A rise to the peak in the warm-up, by a power of the steps, and a fall of the same length.
+    """A rise to the peak in the warm-up, then a fall to the minimum in as many steps.
 
-    The rest of the run uses the minimum.
+    After a fraction x of the steps of the rise or of the fall, x^0.9 of the change is done. After
+    the fall, the learning rate stays at the minimum.
 
     Source: train.py of SwinTransformer/MIM-Depth-Estimation, which rises in half of the epochs.
     """
@@ -122,7 +123,7 @@ class RiseAndFall(Schedule):
     power = 0.9
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0; the source counts from 1."""
+        """Returns the learning rate of a step, counted from 0; the official code counts from 1."""
         done = (step + 1) / max(self.warmup, 1)
         if done < 1:
             return self.warmup_start + (self.peak - self.warmup_start) * done**self.power
@@ -154,7 +155,7 @@ class StepSchedule(Schedule):
         return max(self.peak * 0.1**fallen, self.minimum) * self._warm(step)
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer.
+        """Returns the learning rate of a layer at a step, counted from 0.
 
         The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
         """

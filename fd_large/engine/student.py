@@ -77,7 +77,9 @@ def make_student(
 def check_layers(student: nn.Module) -> None:
     """Checks that a student says to which layers its parameters belong, as layer decay needs.
 
-    Raises: ConfigError: if it does not; the message names a remedy for `optim.layer_decay`.
+    Raises:
+        ConfigError: If the student does not say this; the message names a remedy for
+            `optim.layer_decay`.
     """
     student.layer_id(next(name for name, _ in student.named_parameters()))
 
@@ -157,7 +159,9 @@ def check_norm_batch(
 
 
 def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: int = 0) -> None:
-    """Lets the student's batch norms normalise by groups of images; all ranks must call it.
+    """Lets the student's batch norms normalise by groups of images.
+
+    All ranks must call this function.
 
     Args:
         task: The task, whose student may have no batch norm. Batch norms of a user's own model keep

@@ -40,7 +40,7 @@ class HooksOfAll(Hook):
 
         Args:
             settings: The facts of each student's run.
-            folder: The folder that this start owns.
+            folder: The folder that this start of the run owns.
         """
         whole = replace(
             settings[0],
@@ -121,7 +121,11 @@ def train_together(
 def _train_epoch(
     trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
 ) -> None:
-    """Trains from step `finished` to the end of its epoch, or until no student takes the step."""
+    """Trains from step `finished` to the end of its epoch.
+
+    Training ends earlier when no student can take the next step, since each student has stopped or
+    is at a later step.
+    """
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:

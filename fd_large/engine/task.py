@@ -219,7 +219,7 @@ class Task(nn.Module):
 
         Args:
             name: The parameter's name in this Module.
-            decay: Factor from each layer to the layer below.
+            decay: Factor of the learning rate from each layer to the layer before it.
         """
         inside = name.removeprefix("student.")
         if inside == name or decay == 1.0:

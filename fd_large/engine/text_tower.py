@@ -70,7 +70,8 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
         class_names: The names of the classes, K.
         prompts: Texts that have {} in the place of the class name.
 
-    Raises: ConfigError, WeightsError: if the text tower is missing or cannot be read.
+    Raises:
+        ConfigError, WeightsError: If the text tower is missing or cannot be read.
     """
     check_prompts(class_names, prompts)
     encode, scale = _tower(source)

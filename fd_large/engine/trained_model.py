@@ -63,7 +63,9 @@ class TrainedModel(nn.Module):
             image: A path; an image of Pillow; or uint8 pixels, as a tensor (3, H, W) or an array
                 (H, W, 3).
 
-        Raises: DataError: if the file is no image; ShapeError: for another shape or data type.
+        Raises:
+            DataError: If the file is no image.
+            ShapeError: For another shape or data type.
         """
         if isinstance(image, (str, os.PathLike)):
             path = Path(image)
@@ -82,7 +84,7 @@ class TrainedModel(nn.Module):
         return central_view(image, self.image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the map of patch tokens, (B, C, H, W).
+        """Returns the map of patch tokens, (B, C, H, W), with H rows and W columns of patches.
 
         Args:
             images: (B, 3, S, S), uint8 as from `preprocess`, or float in 0..1.
@@ -91,7 +93,11 @@ class TrainedModel(nn.Module):
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the feature of each image, (B, C): the mean over its patch tokens."""
+        """Returns the feature of each image, (B, C) float32: the mean over its patch tokens.
+
+        Args:
+            images: As in `forward`.
+        """
         return self(images).float().mean((2, 3))
 
     def teacher_map(self, name: str, images: Tensor, *, in_teacher_units: bool = False) -> Tensor:
@@ -152,8 +158,10 @@ class TrainedModel(nn.Module):
             prompts: Texts that have {} in the place of a class name; the vector of a class is the
                 mean of the texts' embeddings.
 
-        Raises: ConfigError: as in `teacher_map`, or if the embeddings of the text tower and of the
-            teacher differ in width; WeightsError: if the text tower cannot be fetched or read.
+        Raises:
+            ConfigError: As in `teacher_map`, or if the embeddings of the text tower and of the
+                teacher differ in width.
+            WeightsError: If the text tower cannot be fetched or read.
         """
         check_prompts(class_names, prompts)
         learnt = [name.removesuffix(_SUMMARY) for name in self._loaded() if name.endswith(_SUMMARY)]

@@ -77,7 +77,10 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
 @contextmanager
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
-    """Counts running modules in the recorder, and drops parameter gradients when they are made."""
+    """Lets the recorder count the modules that run in the block.
+
+    In the block, a parameter's gradient is freed as soon as backward has made it.
+    """
     handles = []
     blocks, within = _gathered_whole(models)
 
@@ -131,7 +134,7 @@ def count(
     micro_batch_size: int | str = AUTO,
     image_size: int = 0,
 ) -> dict[bool, Counts]:
-    """Counts a micro-batch of a job's task as a device would run it.
+    """Counts what a step with one micro-batch of a job's task costs on a device.
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -141,10 +144,10 @@ def count(
         checkpointing: The cases to count: False without activation checkpointing, True with
             checkpointing of each `checkpoint_every`-th block of the student. False must come before
             True, which changes the models in place.
-        micro_batch_size: The only size that is counted if the task is not linear in its images;
-            "auto" for `images_together` of the job.
+        micro_batch_size: The only size that is counted if the counts are not linear in the number
+            of images; "auto" stands for `images_together` of the job.
         image_size: Side of the images in pixels; 0 for the side of the job's probe batch, which is
-            the largest.
+            the largest side in training.
 
     Returns: the counts of each case in `checkpointing`.
     Raises: FDError: if the models cannot be built, or cannot run without values.
@@ -174,7 +177,7 @@ def count(
 
 
 def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
-    """Returns the bytes of a micro-batch's images and targets, frozen models' outputs included.
+    """Returns the bytes of a micro-batch: images, targets and the outputs of frozen models.
 
     The result is linear in the number of images.
 
@@ -196,9 +199,9 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
 
 
 def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
-    """Returns a probe batch of `images` images with the side `image_size`.
+    """Returns a probe batch of `images` images with the side `image_size`, in pixels.
 
-    0 keeps the side of the job's probe batch.
+    If `image_size` is 0, the images have the side of the job's probe batch.
     """
     batch = job.probe_batch(images)
     if image_size:
@@ -264,7 +267,11 @@ def kernel_calls(
 def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
     """Compares the kernels that will run with their references, and turns off those that differ.
 
-    All ranks must call this function; rank 0 finds the calls to compare.
+    All ranks must call this function. Rank 0 finds the calls whose kernels are compared.
+
+    Args:
+        job: The job that describes the task; no weights or images are read.
+        bfloat16: Whether the task computes in bfloat16.
     """
     device = distributed.device()
     if not choose.may_run_kernels(device.type):

@@ -5,8 +5,8 @@ A rank that runs out of memory leaves the others waiting in a collective, and th
 the optimiser's moments, it runs a real step at 1, 2, 4 ... images and measures the peak memory of
 each phase. It tries the next size only if straight lines through the last two peaks predict that
 every phase fits on every rank. Each phase has its own line, because the maximum of two lines bends
-where they cross. N times the images need at most N times the memory: if so much memory is free for
-the largest size, the probe returns this size at once.
+where they cross. A step of N times as many images needs at most N times the memory. If, by this
+rule, every rank has enough memory for the largest size, the probe returns this size at once.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ log = logging.getLogger(__name__)
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
     """Returns the micro batch sizes to try, in rising order.
 
-    They are powers of two below the least valid size, then this size, doubled again and again.
+    They are the powers of two below the least valid size, then the least valid size, then its
+    double, its fourfold and so on, as long as they divide `share`.
 
     Args:
         share: Images of a rank per step; a multiple of the micro batch size.
-        together: Images that share statistics of batch norms. A micro batch holds a multiple of
-            this number; if a group spans several ranks, it holds this rank's whole share.
+        together: Number of images that share the statistics of batch norms. A valid size is a
+            multiple of this number. If `share` is not a multiple of it, images of several ranks
+            share statistics, and `share` is the only valid size.
     """
     least, sizes = together if share % together == 0 else share, [1]
     while 2 * sizes[-1] < least:
@@ -202,7 +204,10 @@ def _phases(
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
-    """Returns the tensors of `count` micro batches with frozen models' outputs, on the device."""
+    """Returns `count` copies of the tensors of a micro batch, on the device.
+
+    The tensors include the outputs of the frozen models.
+    """
     whole = completed(task, batch.to(distributed.device()))
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
 
@@ -210,8 +215,8 @@ def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     """Returns the micro batch size that an earlier probe stored in the run's folder.
 
-    Returns None if there is none, if it was found in another setting, or if it does not divide
-    `share`. All ranks must call this function; rank 0 reads the file.
+    Returns None if no size is stored, or if the stored size was found in another setting or does
+    not divide `share`. All ranks must call this function; rank 0 reads the file.
 
     Args:
         folder: The run's folder.

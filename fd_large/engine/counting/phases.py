@@ -51,7 +51,7 @@ def measure(
 
     Args:
         job: The job that describes the task; no weights or images are read.
-        free_bytes: Memory that this rank may take.
+        free_bytes: Memory that this rank may take, in bytes.
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
     Returns: the phases of the slowest rank, or None if the task does not fit on one device or has
@@ -158,7 +158,7 @@ class Timer:
 
 
 def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple[int, ...]:
-    """Returns the micro-batch sizes to time, at most two; none if not even the least size fits.
+    """Returns the micro-batch sizes to time, at most two; () if not even the least size fits.
 
     Args:
         counts: The counts of a step.
@@ -177,7 +177,10 @@ def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple
 def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
     """Returns the bytes of all parameters and of the gradients of trained parameters together.
 
-    `size` is the bytes of an element of the task, `frozen_size` of the frozen models.
+    Args:
+        counts: The counts of a step, with the sizes of the models.
+        size: Bytes of an element of the trained parameters and their gradients.
+        frozen_size: Bytes of an element of the frozen models' parameters.
     """
     trained = sum(sizes(counts.student))
     frozen = sum(sum(sizes(model)) for model in counts.frozen)
@@ -187,7 +190,8 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
 def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
     """Returns a function that clips the gradients of `UPDATED` parameters and steps the optimiser.
 
-    Like `run_step`, the function reports the beginning and the end of its phase to its argument.
+    The function gets a callable, which it calls with the phase's name at the beginning, and with ""
+    at the end.
     """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)

@@ -67,7 +67,7 @@ class Operation(NamedTuple):
 
     Attributes:
         phase: Phase in which the operation runs.
-        again: Whether the operation repeats a computation of the forward pass.
+        again: Whether the operation is in backward and repeats a computation of the forward pass.
         name: Name of the operator.
         flops: FLOPs of the operation's matrix products.
         read: Number of bytes that the operation reads.
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
 
     Args:
         models: Models whose parameters and buffers do not count as live memory.
-        like: Names of the expected calls, in order; None if any calls are expected.
+        like: Names of the expected calls, in order; None to accept any calls.
 
     Attributes:
         phase: Name of the running phase.
@@ -110,8 +110,8 @@ class Recorder(TorchDispatchMode):
         held: Live bytes when the first pass of a step in two passes began.
         kept: Live bytes when backward began.
         names: Names of all calls, in order.
-        trail: Live bytes at each call.
-        fused: Whether a fused kernel was called.
+        trail: Live bytes after each call, plus the temporary copies of the call.
+        fused: Whether a fused operation of this package was called.
     """
 
     def __init__(
@@ -135,7 +135,11 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in model_tensors}
 
     def to(self, phase: str) -> None:
-        """Begins a phase, by its name in `run_step`."""
+        """Begins a phase.
+
+        Args:
+            phase: Name of the phase, as `run_step` passes it to its argument `to`.
+        """
         self.phase = PHASES.get(phase, "inference")
         if phase == FIRST_PASS:
             self.held = self.live
@@ -179,7 +183,7 @@ class Recorder(TorchDispatchMode):
 
         Args:
             func: The overload that was called.
-            known: What the recorder knows of `func`.
+            known: The name of `func`, its FLOP formula, and which tensors it changes or creates.
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
             outs: Tensors of the result.

@@ -92,9 +92,10 @@ def load(name: str) -> str | None:
 
 
 def agreed(why_not: Callable[[], str | None]) -> str | None:
-    """Calls a check on every rank, and returns the first rank's complaint on all ranks.
+    """Calls a check on every rank; returns the complaint of the lowest rank that has one.
 
-    The complaint comes with the name of the rank's node. Returns None if no rank complains.
+    The result is the same on all ranks: the complaint with the name of that rank's node, or None if
+    no rank complains.
 
     Args:
         why_not: The check; returns a complaint, or None.
@@ -193,8 +194,9 @@ def _turn(name: str) -> Iterator[int]:
 
     Yields the file descriptor of the lock.
 
-    Raises: TimeoutError: if another process holds a lock for more than BUILD_SECONDS.
-        PermissionError: if other users can write to the folder of the lock.
+    Raises:
+        TimeoutError: If another process holds a lock for more than BUILD_SECONDS.
+        PermissionError: If other users can write to the folder of the lock.
     """
     private = _private()
     private.mkdir(mode=0o700, exist_ok=True)

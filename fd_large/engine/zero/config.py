@@ -203,8 +203,9 @@ def check(config: Any, *, where: str) -> None:
         config: The JSON's content.
         where: Name of the JSON in messages.
 
-    Raises: ConfigError: if there are mistakes. The message has a line for each unknown key and each
-        value of a wrong kind, or else for each setting without effect at the JSON's stage.
+    Raises:
+        ConfigError: If there are mistakes. The message has a line for each unknown key and each
+            value of a wrong kind, or else for each setting without effect at the JSON's stage.
     """
     wrong = list(_wrong_keys(config)) or list(_ignored(config))
     if wrong:
@@ -252,7 +253,7 @@ def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
 
 
 def _ignored(config: dict[str, Any]) -> Iterator[str]:
-    """Yields a line for each setting that has no effect at this stage or with this engine."""
+    """Yields a line for each setting that has no effect at the JSON's stage or in this package."""
     zero, stage = config.get("zero_optimization", {}), stage_of(config)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
@@ -399,8 +400,9 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
         config: Result of `load`.
         numbers: Numbers from recipe, ranks and model.
 
-    Raises: ConfigError: if JSON and recipe name different values, or if a value does not fit the
-        number of ranks.
+    Raises:
+        ConfigError: If JSON and recipe name different values, or if a value does not fit the number
+            of ranks.
     """
     size, accumulation = numbers.micro_batch_size, numbers.accumulation
     global_batch = size * accumulation * numbers.world_size
@@ -495,8 +497,9 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 def _check_disk(config: dict[str, Any], folder: str) -> None:
     """Checks that JSON and recipe agree on the folder for offload to a disk.
 
-    Raises: ConfigError: if the folders differ, if neither names a folder, or if the recipe names
-        one for state in memory.
+    Raises:
+        ConfigError: If JSON and recipe name different folders, if none of the two names a folder,
+            or if the recipe names a folder although the state stays in memory.
     """
     if not offloads_to_disk(config):
         if folder:
@@ -520,8 +523,9 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
 def _check_groups(numbers: RunNumbers) -> None:
     """Checks that DeepSpeed can quantise the shards of all trained weights to 8 bits.
 
-    Raises: ConfigError: if a shard is no multiple of EIGHT_BIT_GROUP elements, for which DeepSpeed
-        would fail an assertion.
+    Raises:
+        ConfigError: If a shard is no multiple of EIGHT_BIT_GROUP elements, for which DeepSpeed
+            would fail an assertion.
     """
     ranks, of = numbers.world_size, EIGHT_BIT_GROUP
     odd = sorted({n for n in numbers.trained_sizes if -(-n // ranks) % of})

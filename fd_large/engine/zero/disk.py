@@ -2,9 +2,10 @@
 
 If `offload_param` is on the disk, the bfloat16 weights are there too.
 
-Masters, moments, gradients and average of a rank are the tensors of DeepSpeed's offload to host
-memory, but in mapped files. So all numbers equal those of offload to host memory. The operating
-system decides which pages stay in memory, and moves the least recently used pages to the disk.
+Masters, moments, gradients and moving average of a rank are the tensors of DeepSpeed's offload to
+host memory, but in mapped files. So all numbers equal those of offload to host memory. The
+operating system decides which pages stay in memory, and moves the least recently used pages to the
+disk.
 
 DeepSpeed's own offload to a disk (ZeRO-Infinity, by libaio) is not used. Release 0.19.8 silently
 trains wrong if a swapped gradient does not begin at a multiple of 512 bytes, and also keeps a

@@ -43,11 +43,11 @@ class Engine(NamedTuple):
         task: The trained Module.
         stage: The ZeRO stage, 0 to 3.
         config: DeepSpeed's filled JSON.
-        gate: Decides before each optimiser step whether the weights move.
+        gate: Lets the ranks decide, before the optimiser makes a step, whether it makes the step.
         averages: Moving averages of the running statistics of batch norms, by name; empty if the
             recipe has no average of the weights (`ema.py`).
         disk: Holds the optimiser's float32 state; None if the state is in memory.
-        gradients: Persistent memory that holds gradients.
+        gradients: Tensors that hold gradients, and stay in memory from step to step.
         infinite_buffers: Names of the task's floating-point buffers that are not finite from the
             start, such as a mask in the user's own model.
     """
@@ -147,7 +147,12 @@ def _holding_state(
 ) -> AbstractContextManager[Any]:
     """Returns a context manager under which DeepSpeed makes the optimiser's state on a disk.
 
-    Without a disk it does nothing. The masters get their values from `exact`.
+    Args:
+        disk: The disk; if it is None, the context manager does nothing.
+        task: The task, sharded by ZeRO-3.
+        exact: Values of the float32 masters by parameter name, which are removed from the dict. If
+            it is empty, the masters are copied from the parameters.
+        weights: Whether weights that are offloaded to host memory go to the disk too.
     """
     if disk is None:
         return nullcontext()

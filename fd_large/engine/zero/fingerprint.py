@@ -1,8 +1,9 @@
 """Computes 64-bit hashes of the weights that a module, or a rank's part of a module, holds.
 
-A hash is the sum over elements of (bits + 1) * odd(position, name) modulo 2^64. It is linear, so
-that each rank can hash its elements and one all-reduce adds the hashes up. A single changed element
-changes the sum. The hash is not cryptographic.
+A hash is the sum over elements of (bits + 1) * odd modulo 2^64; `odd` is an odd number that depends
+on the element's position and the tensor's name. Since the hash is a sum, each rank can hash its own
+elements, and one all-reduce adds the hashes up. A single changed element changes the sum. The hash
+is not cryptographic.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
 
     Args:
         module: A module with whole or partitioned parameters.
-        whole: {name: hash} of the tensors that ZeRO-3 keeps whole, as of the first call that found
-            them. This call adds tensors that are not in it yet. DeepSpeed fetches these tensors at
-            some forward, so that only changes since then count.
+        whole: {name: hash} of the tensors that ZeRO-3 keeps whole. The first call that finds such a
+            tensor stores the tensor's hash here. Later calls add to the result only the change of
+            this hash, so that the result does not depend on the forward at which DeepSpeed gathers
+            the tensor.
 
     Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
     """

@@ -22,7 +22,7 @@ class Float32Sums:
         bucket: Number of elements that are reduced together.
 
     Attributes:
-        kept: Persistent memory that holds the sums.
+        kept: Tensors that hold the sums, and stay in memory from step to step.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
@@ -35,7 +35,7 @@ class Float32Sums:
         self._reductions = self._cut(bucket)
 
     def _cut(self, bucket: int) -> Reductions:
-        """Cuts the sums into buckets, about in the order in which backward completes them."""
+        """Cuts the sums into buckets, about in the order in which backward completes the sums."""
         cut = []
         self._buckets_of: dict[tuple[int, int], list[int]] = {}
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
@@ -62,7 +62,7 @@ class Float32Sums:
 
     @torch.no_grad()
     def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-        """Adds a parameter's gradient of one micro batch to its sum."""
+        """Adds a parameter's gradient of one micro batch to the parameter's float32 sum."""
         optimizer = self._optimizer
         if parameter.grad is None:
             return
@@ -80,13 +80,13 @@ class Float32Sums:
                 self._reductions.arrived(number)
 
     def _begin(self) -> None:
-        """Marks all sums as empty: the next gradients overwrite them, so they need no zeroing."""
+        """Marks all sums as empty, so that the next gradients overwrite the sums."""
         for has in self._optimizer.fp32_groups_has_gradients:
             has[:] = [False] * len(has)
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Sums the remaining buckets over the ranks, and divides this rank's shard to an average.
+        """Sums the remaining buckets over the ranks; divides this rank's shard by the world size.
 
         Replaces DeepSpeed's `buffered_allreduce_fallback`, whose arguments are ignored.
         """

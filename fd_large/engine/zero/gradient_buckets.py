@@ -20,7 +20,10 @@ MOST_COPIES = 2
 
 
 def sums_have_owners() -> bool:
-    """Returns whether a bucket's sum goes only to the rank that needs it, as with few ranks."""
+    """Returns whether a bucket's sum is sent only to the rank that needs it, and not to all ranks.
+
+    This is the case with at most `MOST_OWNERS` ranks.
+    """
     return distributed.world_size() <= MOST_OWNERS
 
 

@@ -44,13 +44,15 @@ _STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 
 
 def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
-    """Replaces DeepSpeed's reduction and clipping of gradients as this file's table says.
+    """Replaces DeepSpeed's reduction and clipping of gradients by methods of this package.
+
+    The table at the top of this file compares these methods with those of DeepSpeed.
 
     Args:
         engine: DeepSpeed's engine, before its first forward.
         bucket: Number of elements that are reduced together.
 
-    Returns: the persistent memory that holds gradients.
+    Returns: the tensors that hold gradients and stay in memory from step to step.
     """
     if isinstance(engine.optimizer, get("deepspeed.runtime.bf16_optimizer:BF16_Optimizer")):
         return Float32Sums(engine, bucket).kept

@@ -68,7 +68,7 @@ class OwnedShards(InOrder):
         bucket_size: Number of elements that are reduced together.
 
     Attributes:
-        kept: Persistent memory that holds gradients.
+        kept: Tensors that hold gradients, and stay in memory from step to step.
     """
 
     def __init__(self, engine: Any, bucket_size: int) -> None:

@@ -1,7 +1,7 @@
 """LARS, which moves every matrix by a fraction of its own norm, whatever its gradient's norm.
 
-This file has the elementwise part of LARS, the momentum; `trust_ratio.py` scales the gradients
-before.
+This file has the elementwise part of LARS, the momentum. `trust_ratio.py` scales the gradients
+before they are added to the momentum.
 
 Source: You et al., arXiv 1708.03888; class LARS of SwinTransformer/Feature-Distillation's utils.py,
 which is that of MoCo v3.
@@ -32,7 +32,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Adds the gradients to the momentum, and subtracts lr * momentum from the parameters."""
+        """Sets m = MOMENTUM * m + gradient, and subtracts lr * m from the parameter."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -45,7 +45,9 @@ class Lars(torch.optim.Optimizer):
 
     @staticmethod
     def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Returns the factor of each matrix's gradient; 1 if one of the two norms is 0.
+        """Returns the factor of each matrix's gradient.
+
+        It is TRUST_COEFFICIENT * weight_norm / gradient_norm, or 1 if one of the two norms is 0.
 
         Args:
             weight_norm: L2 norms of the matrices.

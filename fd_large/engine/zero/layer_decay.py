@@ -35,7 +35,7 @@ class LayerLearningRates:
     Args:
         inner: The optimiser, which acts element by element.
         plain_step: The optimiser's own `step`.
-        slices: id of a tensor that the optimiser steps -> slices of the tensor. Elements outside
+        slices: {id of a tensor that the optimiser steps: slices of this tensor}. Elements outside
             all slices (padding at an end), or in a slice of scale 0, are not stepped.
 
     Attributes:
@@ -107,7 +107,7 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
 
     Args:
         engine: The engine, before its first step.
-        decay: Factor of the learning rate from each layer to the layer below.
+        decay: Factor of the learning rate from each layer to the layer before it.
         backbone_rate: Factor of the learning rate of the whole student.
 
     Returns: the object that steps the layers; None if all layers have the same learning rate.

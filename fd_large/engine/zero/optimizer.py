@@ -102,8 +102,9 @@ def make_optimizer(
         optim: The recipe's section, with the implementation of AdamW in `fused`.
         on_gpu: Whether the masters are on a GPU, as fused CUDA kernels need.
 
-    Raises: ConfigError: if the recipe names an implementation of AdamW that does not work here, or
-        an optimiser that does not act element by element.
+    Raises:
+        ConfigError: If the recipe names an implementation of AdamW that does not work here, or an
+            optimiser that does not act element by element.
     """
     if make := _maker_of(optim):
         device = distributed.device() if on_gpu else torch.device("cpu")

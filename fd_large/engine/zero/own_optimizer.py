@@ -36,15 +36,16 @@ class Kept(NamedTuple):
 
 
 def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
-    """Steps the same numbers as one tensor and as parts of it, and returns the optimiser's state.
+    """Steps an optimiser on the same numbers as one tensor and as parts; returns its state.
 
     Args:
         make: Makes the optimiser from (groups, lr=...).
         optim: The recipe's section, for messages and the weight decay.
         device: Device of the numbers.
 
-    Raises: ConfigError: if the optimiser fails, if the parts change in another way than the whole
-        tensor, or if a checkpoint could not hold the state.
+    Raises:
+        ConfigError: If the optimiser fails, if the parts change in another way than the whole
+            tensor, or if a checkpoint could not hold the state.
     """
     try:
         whole, state, group = _trial(make, [(8, 8)], device)
@@ -96,15 +97,15 @@ def _trial(
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     """Steps an optimiser on random numbers.
 
-    Returns: the flattened changes of the numbers, the state of the first tensor, and the
-        optimiser's defaults.
-
     Args:
         make: Makes the optimiser.
         shapes: Shapes of the parameters, at most 64 elements in all.
         device: Device of the parameters.
         steps: Number of steps.
         still: Whether numbers and gradients are zeros instead of random.
+
+    Returns: the flattened changes of the numbers, the state of the first tensor, and the
+        optimiser's defaults.
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(steps + 1, 64, generator=generator).to(device) * (not still)

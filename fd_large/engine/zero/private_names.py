@@ -1,9 +1,10 @@
 """The private names of DeepSpeed, torch and torchvision that this package reads or replaces.
 
 Code takes a private class, function or global by `get`, and replaces a method or a value by
-`replace`. pyproject.toml pins DeepSpeed to one release, and a start refuses any other. A test holds
-the private names of that release, and finds names of DeepSpeed that are not in the test's table.
-torch and torchvision may be newer, and have to have the parameters that are used.
+`replace`. pyproject.toml pins DeepSpeed to one release, and a start refuses any other.
+tests/unit/engine/zero/test_private_names.py lists the private names of that release that are used,
+and fails if the package uses another. torch and torchvision may be newer releases, if their
+functions still have the parameters that are used.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ PARAMETERS = {
 def check() -> None:
     """Checks DeepSpeed's version and torch's names; `get` checks torchvision's.
 
-    Raises: VersionError: if DeepSpeed is another release, or a name of torch is missing or lacks
-        parameters.
+    Raises:
+        VersionError: If DeepSpeed is another release, or a name of torch is missing or lacks
+            parameters.
     """
     installed, tested = version("deepspeed"), TESTED["deepspeed"]
     if installed.partition("+")[0] != tested:  # A build of one's own has a commit after the +.
@@ -58,7 +60,7 @@ def get(path: str) -> Any:
     """Returns a private class, function or global.
 
     Args:
-        path: Module:name. If `PARAMETERS` lists parameters for the name, they must exist.
+        path: MODULE:NAME. If `PARAMETERS` lists parameters for this path, they must exist.
 
     Raises: VersionError: if the name does not exist or lacks a listed parameter.
     """
@@ -77,7 +79,8 @@ def replace(owner: Any, name: str, new: Any) -> Any:
 
     Args:
         owner: The object or module that has the method or value.
-        name: Name of the attribute. The test must list it if it belongs to DeepSpeed.
+        name: Name of the attribute. A private name of DeepSpeed must be listed in
+            tests/unit/engine/zero/test_private_names.py.
         new: The replacement.
 
     Raises: VersionError: if the owner lacks the name.

@@ -1,4 +1,7 @@
-"""Starts DeepSpeed, on CPUs without a compiler, and clears its global state between engines."""
+"""Starts DeepSpeed, and clears its global state between engines.
+
+On a CPU, DeepSpeed is started in such a way that it needs no C++ compiler.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +93,8 @@ def forget_engines() -> None:
     parameter coordinator. The process group of hpZ is global, and the next engine would use it
     whatever its own configuration; the group's communicator holds GPU memory until the group is
     destroyed. DeepSpeed also replaces torch's linear function by a slower function that keeps other
-    tensors, which would change later counts in this process; `zero.Init` replaces it again when
-    needed.
+    tensors, which would change later counts in this process. So torch's function is put back;
+    `zero.Init` makes DeepSpeed's replacement again when it is needed.
     """
     get = private_names.get
     get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()

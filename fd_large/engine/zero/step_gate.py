@@ -23,7 +23,7 @@ class Answer(NamedTuple):
     """The ranks' decision about a step.
 
     Attributes:
-        goes_on: Whether the weights are to move.
+        goes_on: Whether the optimiser makes the step.
         finite: Whether the norm of the gradients is finite.
     """
 

@@ -82,8 +82,8 @@ def order_gathers(engine: Any) -> None:
 def record_gradients(engine: Any) -> None:
     """Keeps the memory of each gradient until the gradient is summed.
 
-    DeepSpeed does so too, except for tensors with fewer elements than ranks, of which this rank
-    may have no element.
+    DeepSpeed does so too, but not for every tensor with fewer elements than there are ranks, since
+    this rank may have no element of such a tensor.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.is_synchronized_device():

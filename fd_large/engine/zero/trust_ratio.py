@@ -34,7 +34,7 @@ class _TrustRatios:
     Args:
         inner: The optimiser, with a method `trust_ratio`.
         plain_step: The optimiser's own step.
-        parts: id of a tensor that the optimiser steps -> the parts of matrices in it.
+        parts: {id of a tensor that the optimiser steps: the parts of matrices in this tensor}.
         num_matrices: Number of matrices of the model.
         is_split: Whether a rank may hold only parts of the matrices.
     """

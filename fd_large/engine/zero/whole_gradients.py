@@ -21,7 +21,7 @@ class WholeGradients:
         bucket: Number of elements that are reduced together.
 
     Attributes:
-        kept: Persistent memory that holds gradients.
+        kept: Tensors that hold gradients, and stay in memory from step to step.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
