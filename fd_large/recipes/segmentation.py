@@ -127,8 +127,8 @@ def ade20k_upernet_vit_large() -> Run:
     Result: not published
 
     The settings are BEiTv2's for a ViT-L (56.7): 4e-5 at batch 16, layer decay .9, drop path .2,
-    weight decay .05, and 1024 channels. Images have 518 px instead of BEiTv2's 512, which is no
-    multiple of 14.
+    weight decay .05, and 1024 channels. Images have 518 px, since BEiTv2's 512 px are no multiple
+    of 14; the learning rate is that for 512 px.
     """
     return _ade20k(
         vit("vit_large_patch14", 0.2),

@@ -136,8 +136,8 @@ def sak_vit_base() -> Run:
     loss of whole maps and .1 of smooth L1, on targets that are not normalised, summed over
     teachers; the map with fewer tokens is resized to the other map. The number of GPUs is not
     published.
-    Differences here: the student learns the last map of each teacher, while SAK learns four levels,
-    and has no adapters for each teacher. Crops have at least .08 of an image.
+    Differences here: the student learns the last map of each teacher, while SAK learns four levels.
+    The student has no adapters for each teacher. Crops have at least .08 of an image.
     Work: 1,537 GFLOP (SAM alone 970) x 3.84e7 images = 5.9e19 FLOP.
     """
     learnt: dict[str, Any] = {

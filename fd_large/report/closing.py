@@ -245,7 +245,7 @@ def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _group(files: RunFiles) -> Path:
-    """Returns the folder of the whole run, also for a student with a folder of its own in it."""
+    """Returns the folder of the whole run, which may be above the folder of the student."""
     return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
