@@ -47,7 +47,13 @@ class Curves(Tracker):
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Reads the groups of metrics, and the evaluation that a resumed run may repeat."""
+        """Reads the groups of metrics, and which metrics the last evaluation before a resume has.
+
+        A resumed run may repeat this evaluation.
+
+        Args:
+            setting: The facts of the run.
+        """
         self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
         # The last evaluation before a resume may be made again.
         self._seam = first = setting.first_update
@@ -64,7 +70,12 @@ class Curves(Tracker):
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Adds a point for each metric of an evaluation, to the curve GROUP/METRIC.
 
-        Metrics that were recorded before a resume are left out.
+        After a resume, the run may repeat the last evaluation; metrics that this evaluation already
+        has are left out.
+
+        Args:
+            index: Number of finished steps.
+            metrics: {name: value} of the evaluation.
         """
         values = {}
         for name, value in metrics.items():
@@ -147,7 +158,14 @@ class RemoteCurves(Curves):
         raise NotImplementedError
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends points of some curves to the service; the arguments are those of `add`."""
+        """Sends a point for each of some curves to the service.
+
+        The thread calls this method.
+
+        Args:
+            values: Value of the point, by name of the curve.
+            step: Number of finished steps, the x coordinate of the points.
+        """
         raise NotImplementedError
 
     def finish(self, status: str) -> None:

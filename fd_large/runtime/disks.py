@@ -86,7 +86,9 @@ def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
 def check_state_folder(folder: str, needed: int) -> None:
     """Raises ConfigError if a folder cannot hold the optimiser state of this node's ranks.
 
-    The arguments are those of `unfit_for_state`.
+    Args:
+        folder: Value of `engine.nvme_path`.
+        needed: Size of the state of all ranks on this node, in bytes.
     """
     if unfit := unfit_for_state(folder, needed):
         raise _unfit(folder, *unfit)
@@ -94,10 +96,10 @@ def check_state_folder(folder: str, needed: int) -> None:
 
 @contextmanager
 def refused(folder: str, size: int) -> Iterator[None]:
-    """Turns an OSError raised in the block into a ConfigError about the folder of the state.
+    """Turns an OSError raised in the block into a ConfigError about `engine.nvme_path`.
 
     Args:
-        folder: The folder in which the block writes.
+        folder: The folder for the optimiser state, in which the block writes.
         size: Number of bytes that the block writes, for the message.
     """
     try:

@@ -92,7 +92,8 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
     Args:
         update: The step to judge.
         accepted: The last `WINDOW` accepted steps before this step, oldest first.
-        spread: Largest normal distance above the median, in units of the spread.
+        spread: Largest normal distance above the median of the accepted steps, as a multiple of
+            their spread.
     """
     known = list(accepted)
     judgements = (
@@ -111,9 +112,9 @@ def _off(
         name: "loss" or "gradient norm".
         value: The number to judge.
         known: The same number in the last accepted steps.
-        allowed: Largest normal distance above the median, in units of the spread.
-        factors: Whether median and spread are taken of logarithms, for numbers that vary by
-            factors.
+        allowed: Largest normal distance above the median of `known`, as a multiple of the spread.
+        factors: Whether median and spread are computed from logarithms of the numbers, as for the
+            gradient norm, which varies by factors.
     """
     middle = spread = limit = None
     if known:
@@ -367,11 +368,11 @@ def images_of(rank: int) -> str:
 
 
 def _stored(evidence: Evidence) -> dict[str, Tensor]:
-    """Returns the tensors that are stored of a rank's images in a skipped step.
+    """Returns the tensors of a rank's images in a skipped step that are written to a file.
 
     Returns: `images`, (B, 3, H, W) uint8, where smaller micro-batches are padded with black at the
-        right and below; `positions`, (B,); and `sizes`, (num_micro_batches, 2), the height and
-        width of each micro-batch.
+        right and below; `positions`, (B,) int64, the images' positions in the epoch's order; and
+        `sizes`, (num_micro_batches, 2) int64, the height and width of each micro-batch in pixels.
     """
     sizes = torch.tensor([images.shape[-2:] for images in evidence.images])
     height, width = sizes.amax(0).tolist()

@@ -58,9 +58,9 @@ class Verdict:
 
     Attributes:
         skip: Whether to skip the step, so that weights and moments stay as they were.
-        roll_back: Largest allowed step of the checkpoint to restore; training then continues with
-            the next data. None for no roll-back.
-        stop: Status with which the run ends without saving, or "" if it does not end.
+        roll_back: Largest allowed number of finished steps of the checkpoint to restore; training
+            then continues with the next data. None for no roll-back.
+        stop: Status with which the run ends without saving, or "" if the run goes on.
     """
 
     skip: bool = False
@@ -87,7 +87,7 @@ class Setting:
     Attributes:
         folder: The run's folder.
         facts: First entries of summary.json (`TrainingJob.summary`).
-        first_update: Number of steps that were finished before this start.
+        first_update: Number of steps that were finished before this launch; 0 for a new run.
         total_updates: Number of steps of the whole run.
         global_batch_size: Number of images in a step, over all ranks.
         micro_batch_size: Number of images in a micro-batch of one rank.
@@ -98,8 +98,9 @@ class Setting:
             image size the key is 0. Empty if FLOPs cannot be counted.
         image_sizes: Sides of the images in pixels in a run with several image sizes, else empty.
         checkpoint_bytes: Size of a whole checkpoint in bytes, over all ranks.
-        start: ID of this start of the run.
-        owned: Function that returns whether this start still owns the folder.
+        start: ID of this launch of the run.
+        owned: Function that returns whether this launch still owns the folder: the folder exists,
+            and no other launch has taken it over.
         metrics: Labels of the evaluations' metrics, by name (`TrainingJob.metrics`).
         evaluated: Function that takes the metrics of the first evaluation and the newest value of
             every metric, and returns entries for summary.json (`TrainingJob.evaluated`).
@@ -128,7 +129,10 @@ class Setting:
     name_of: Callable[[int], str] = str
 
     def must_own(self) -> None:
-        """Raises OSError, as a failed write does, if this start no longer owns the folder."""
+        """Raises OSError if the run's folder is gone or another launch of a run owns it.
+
+        Callers handle this error as a failed write.
+        """
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
@@ -165,10 +169,10 @@ class Evidence:
     """This rank's images of a skipped step, and what the models computed from them.
 
     Attributes:
-        images: (b, 3, H, W) uint8, the images of each of this rank's micro-batches in order;
+        images: For each of this rank's micro-batches in order, the images, (b, 3, H, W) uint8;
             different micro-batches may have different sizes.
-        positions: (B,) int64, positions of all these images in the epoch's order.
-        indices: (B,) int64, indices of all these images in the dataset.
+        positions: (B,) int64, positions of the images of all micro-batches in the epoch's order.
+        indices: (B,) int64, indices of the images of all micro-batches in the dataset.
         losses: Loss of each of this rank's micro-batches.
         maxima: Largest magnitude of each layer's output with the unchanged weights, over all ranks,
             by name of the layer in execution order; infinite for a non-finite output.

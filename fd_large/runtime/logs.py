@@ -37,7 +37,10 @@ _DATED = _Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _Terminal(logging.Handler):
-    """Handler that prints fd_large's records and libraries' errors on the bar's console."""
+    """Handler that prints fd_large's records and libraries' errors on the terminal.
+
+    It prints by the console that also draws the progress bar, so that no line breaks the bar.
+    """
 
     def __init__(self, rank: int) -> None:
         # Warnings are the same on all ranks; an error may be one rank's own.

@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 class Meter(Hook):
     """Writes metrics.jsonl (a row for each step), evaluations.jsonl and summary.json on rank 0.
 
-    Also after a resume, a file has one row for each step or evaluation, in order.
+    Also after a resume, metrics.jsonl has one row for each step, and evaluations.jsonl one row for
+    each evaluation, in order.
 
     Args:
         trackers: The trackers, which are called on rank 0 in this order.
@@ -72,7 +73,10 @@ class Meter(Hook):
         self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
-        """Records the step's numbers, and at the end of an interval writes the interval's rows."""
+        """Records the step's numbers, and writes pending rows if it is time to.
+
+        It is time after every `log_every` steps, and after the last step of the run.
+        """
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
@@ -113,7 +117,7 @@ class Meter(Hook):
     def on_failure(self, status: str, reason: str) -> None:
         """Writes pending rows and summary.json without a collective, with rank 0's peak memory.
 
-        A status and reason that another rank of this start has written already are kept.
+        A status and reason that another rank has already written in this launch are kept.
         """
         self._flush()
         if distributed.is_main():

@@ -56,10 +56,10 @@ _late: list[str] = []
 
 
 def asked_too_late() -> bool:
-    """Whether a run of this process was asked to stop, and has ended, since the last call.
+    """Whether a run of this process that ended since the last call had been asked to stop.
 
     A request that arrives when a run is already ending has no effect on this run. So a command with
-    several runs calls this function after each run, and stops if the result is True.
+    several runs calls this function after each run, and begins no further run if it returns True.
     """
     late = bool(_late)
     _late.clear()
@@ -70,13 +70,14 @@ class Preemption(Hook):
     """Requests a stop after a signal, when a stop file appears, or near the job's end.
 
     Signals are handled from the construction on, so that a signal during the building of models is
-    not lost. A second Ctrl-C ends the process at once with exit code 130, whatever call it is in.
+    not lost. A second Ctrl-C ends the process at once with exit code 130, even if the main thread
+    waits in a collective or another call.
 
     Args:
         notice_seconds: Seconds from a scheduler's signal to the forced end of the process.
         launcher: Name of the launcher, which may kill the ranks earlier after a Ctrl-C.
-        leaving: Function that is called once, when there is a reason to stop, and possibly in a
-            signal handler.
+        leaving: Function that is called once, as soon as there is a reason to stop. It may be
+            called in a signal handler.
         write_status: Function that records in the run's folder with which status the run ended.
         leave: Function that ends the process with an exit code.
         ends_process: Whether a second Ctrl-C ends the process. If False, the second Ctrl-C raises
@@ -120,7 +121,7 @@ class Preemption(Hook):
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def on_start(self, setting: Setting) -> None:
-        """Estimates the duration of a save, and warns if it exceeds the time after a signal."""
+        """Estimates the duration of a save, and warns if the time after a signal is too short."""
         self._setting = setting
         # One rank of each node looks for the file.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
@@ -170,11 +171,14 @@ class Preemption(Hook):
         return Wish(stop=True)
 
     def on_stop(self) -> None:
-        """Calls `leaving` on every rank, so that a following start waits for this start's end."""
+        """Calls `leaving` on every rank, also on those that had no reason to stop themselves.
+
+        The next launch of the run then waits until this launch has ended.
+        """
         self._leave_soon()
 
     def after_update(self, update: Update) -> None:
-        """Measures the duration of a step, since the current step is finished before a save."""
+        """Records the longest duration of a step, since a save waits for the end of a step."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
@@ -195,7 +199,7 @@ class Preemption(Hook):
         self._slowest = max(self._slowest, seconds)
 
     def on_end(self, status: str) -> None:
-        """Restores the signal handlers, and removes the stop file so that the next start trains."""
+        """Restores signal handlers, and removes the stop file so that the next launch trains."""
         self.close()
         if distributed.is_main():
             with suppress(OSError):

@@ -29,7 +29,7 @@ of the following steps in which the profiler starts."""
 
 
 class Profiler(Hook):
-    """Traces a number of steps on rank 0, after the first three steps of this start.
+    """Traces a number of steps on rank 0, after the first three steps of this launch.
 
     Args:
         steps: Number of traced steps, at least one.

@@ -67,8 +67,9 @@ def open_folder(
         recipe: The resolved recipe, as it is written to recipe.json.
         changes: Function that takes a stored recipe, and returns the fields that differ and that a
             resume may not change (`Run.changes_since`).
-        start_anew: Function that moves the folder of an old run aside, and returns its new path or
-            None; None to resume the run in the folder, if there is one.
+        start_anew: Function that moves the folder of an old run aside, and returns the new path of
+            the old folder, or None if the folder had no files to keep. None in place of the
+            function resumes the run in the folder, if there is one.
 
     Raises: ConfigError: on all ranks, if the folder cannot be used or has a run with other
         settings.
@@ -97,7 +98,7 @@ def write_environment(
     metrics: Mapping[str, str],
     lower_is_better: Collection[str],
 ) -> None:
-    """Writes environment.json and deepspeed.json, which describe a start of the run.
+    """Writes environment.json and deepspeed.json, which describe this launch of the run.
 
     Only rank 0 writes; on other ranks this function does nothing.
 
@@ -188,7 +189,7 @@ def write_status(folder: Path, status: str, **more: Any) -> None:
     Any rank may call this function, also when other ranks hang. An OSError is only logged.
 
     Args:
-        folder: The run's folder, which this start owns.
+        folder: The run's folder, which this launch must own.
         status: How the run ended.
         more: Further entries to set.
     """

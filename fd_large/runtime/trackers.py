@@ -31,7 +31,9 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
     """Makes the trackers of a recipe, which open no file or connection before `on_start`.
 
     Args:
-        names: Names of built-in trackers, or of the user's own trackers in the form of doors.py.
+        names: Names of built-in trackers, or of the user's own trackers:
+            module:PATH/TO/FILE.py:NAME, module:package.module:NAME, or the name of an installed
+            plugin.
 
     Raises: ConfigError: if there is no tracker of a name, or its class fails or is no `Tracker`.
     """

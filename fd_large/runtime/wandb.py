@@ -54,9 +54,9 @@ class WandB(RemoteCurves):
         """Sends a point for each of some curves, in the order of steps.
 
         An evaluation at a later step than the newest training row is kept, and sent with the
-        training row of its step. An evaluation at an earlier step than the newest training row is
-        sent at the newest step, with its own step as evaluation/of_step. After a resume, W&B drops
-        points of steps that W&B's run already has.
+        training row of the same step. An evaluation at an earlier step than the newest training row
+        is sent at the step of this row, and the step of the evaluation as evaluation/of_step. After
+        a resume, W&B drops points of steps that W&B's run already has.
         """
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)

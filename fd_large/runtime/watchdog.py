@@ -98,8 +98,8 @@ class Watchdog(Hook):
     Args:
         seconds: Number of seconds for which the rank may go without a beat.
         folder: The run's folder.
-        owned: Function that returns whether this start still owns the folder.
-        start: ID of this start.
+        owned: Function that returns whether this launch of the run still owns the folder.
+        start: ID of this launch.
         start_seconds: Number of seconds for which the rank may go without a beat until the end of
             its first step; None for a multiple of `seconds` (`START_FACTOR`).
         leave: Function that ends the process with an exit code.

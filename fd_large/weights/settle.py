@@ -168,7 +168,7 @@ def _of_published(
         section: The section as the user set it.
         named: The model that the section names; None if it names none or a family alone.
         weights: The weights, with the architecture fields that they show.
-        sources: Holds the image statistics that an earlier start settled.
+        sources: Has the image statistics that an earlier start of the command determined.
         where: The flag of the source, for messages.
 
     Raises: WeightsError: if the tensors are those of another model, or leave fields unknown.
