@@ -86,7 +86,8 @@ def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMa
     """Returns a function from normalised pixels (B, 3, S, S) to the student's map.
 
     The function runs a forward of the whole task, since only the task's engine all-gathers the
-    student's shards. The teachers run once, for the shapes of their maps, which are then zeros.
+    student's shards. At the first call the teachers run once, on a black image. In all forwards of
+    the task, zeros of the same shapes stand for the teachers' maps.
 
     Args:
         engine: The engine of the task.

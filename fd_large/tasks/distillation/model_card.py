@@ -86,8 +86,8 @@ def learned(
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
     """Returns rows of the model card's table on a teacher, as {label: words}.
 
-    The rows are on the teacher's map, its input, and fields that were changed; a row is left out if
-    it would say nothing.
+    The rows are on the teacher's map, on the images that the teacher gets, and on changed fields of
+    the teacher's architecture. Rows for default settings are left out.
 
     Args:
         entry: The teacher.

@@ -44,7 +44,7 @@ class Known(NamedTuple):
     Attributes:
         losses: Losses by name.
         moving: Constructors of the normalisers whose statistics training updates, by name; each
-            takes the number of channels. Normalisers without running statistics are always known.
+            takes the number of channels. All other built-in normalisers are in normalisers.py.
     """
 
     losses: Mapping[str, Any] = losses.LOSSES
@@ -81,8 +81,8 @@ def target_checks(
 ) -> Iterator[Callable[[], object]]:
     """Yields functions that try a target's loss and normaliser on a few tokens, and find its head.
 
-    Each raises ConfigError if it fails. The shapes of the head are checked later, when the models
-    are known (`check_fit`).
+    Each function raises ConfigError if its check fails. `check_fit` later checks the shapes of the
+    head, when the models are known.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -140,7 +140,7 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
 def statistics_file(entry: NamedTeacher, kind: str) -> str:
     """Returns the path of the file of statistics for a target's normaliser.
 
-    The path is "" if the normaliser needs no file, or if the entry has no such target.
+    The path is "" if the normaliser needs no file, or if the entry has no target of this kind.
 
     Args:
         entry: The teacher's entry in the recipe.
@@ -325,7 +325,9 @@ def target_facts(
         teacher: The target's teacher.
         entry: The teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels.
-        teacher_image_size: Side of the teacher's images; see `frozen_maker` for the meaning of 0.
+        teacher_image_size: Side of the teacher's images, in pixels. 0 stands for the side of the
+            student's images or, for a teacher whose table of positions allows only one side, for
+            this side.
     """
     facts: dict[str, Any] = {
         "teacher_hash": teacher.fingerprint,
@@ -388,7 +390,7 @@ def require_same_teachers(
         stored: What the manifest records of each teacher (`facts_of`), by name.
         ours: Returns what a manifest would record now of the teacher with the given name.
 
-    Raises: CheckpointError: if they differ; it names the differences.
+    Raises: CheckpointError: if the teachers differ; the message names the first difference.
     """
     if stored.keys() != entries.keys():
         raise CheckpointError(
@@ -411,7 +413,7 @@ def _require_same_teacher(
         theirs: What the manifest records of the teacher (`facts_of`).
         ours: What a manifest would record of the teacher now.
 
-    Raises: CheckpointError: if they differ; it names the first difference.
+    Raises: CheckpointError: if one of these differs; the message names the first difference.
     """
     for kind, key in _STATISTICS.items():
         if entry.setting("normaliser", kind) in BY_STATISTICS and (

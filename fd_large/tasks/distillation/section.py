@@ -119,7 +119,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How a teacher's summary is learnt, where this differs from its map.
+    """The settings for a teacher's summary that differ from the settings for the teacher's map.
 
     The summary of an image is the CLS token or the mean of the tokens.
     """
@@ -246,7 +246,7 @@ class NamedTeacher(Teacher, Objective):
     def embedding_width(self) -> int:
         """Number of channels of the learnt embedding.
 
-        It is 0 if the entry learns no embedding, or if the weights have not been read.
+        The number is 0 if the entry learns no embedding, or if the weights have not been read.
         """
         return self.summary.width if self.summary.layer == EMBEDDING else 0
 
@@ -384,7 +384,9 @@ class Mask:
 
 
 def label(teacher: str, kind: str) -> str:
-    """Returns a target's name in metrics and files, NAME for a map or NAME_summary for a summary.
+    """Returns a target's name in metrics and files.
+
+    The name is NAME for a map and NAME_summary for a summary, where NAME is the teacher's name.
 
     Args:
         teacher: The teacher's name, or "" for a single teacher.
@@ -453,7 +455,10 @@ def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
 
 
 def _field(teacher: str, name: str, kind: str) -> str:
-    """Returns `field_of` for the summary if summaries have the field, else for the map."""
+    """Returns the full name of a target's field, by `field_of`.
+
+    For a summary without a field of this name, it is the full name of the map's field.
+    """
     return field_of(teacher, name, kind if name in hints_of(Summary) else MAP)
 
 
@@ -463,7 +468,7 @@ def _values(section: Teacher | Objective) -> dict[str, Any]:
 
 
 def cached_folder(source: str) -> str:
-    """Returns FOLDER if a teacher's source is cached:FOLDER, the name of a cache; otherwise "".
+    """Returns FOLDER if a teacher's source is the cache cached:FOLDER, else "".
 
     Args:
         source: The teacher's source in the recipe.

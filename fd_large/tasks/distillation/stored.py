@@ -1,4 +1,4 @@
-"""What commands do with a stored distillation: export, heads, loss and model card.
+"""What commands need of a stored run of distillation: export, heads, loss and model card.
 
 The heads predict each teacher's map from the student's map. An export stores the heads in a folder
 next to the student, with their tensors and what is needed to construct each head.
@@ -84,7 +84,7 @@ class StoredHead(nn.Module):
 
     Attributes:
         facts: See the arguments.
-        head: The head.
+        head: The Module that predicts the teacher's tokens from the student's tokens or maps.
     """
 
     def __init__(self, facts: HeadFacts, undo: Undo | None) -> None:
@@ -149,7 +149,7 @@ def fill_heads(
     image_size: int,
     fill: Callable[[], object],
 ) -> dict[str, StoredHead]:
-    """Returns the heads of a task by the labels of their targets.
+    """Returns the heads of a task by the labels of the heads' targets.
 
     The head of a single teacher's map is named "teacher". Memory is allocated only for the Modules
     of the targets; the rest of the task stays on the meta device.
@@ -196,9 +196,9 @@ def fill_heads(
 def projection_shapes(
     reader: Reader, student: Mapping[str, Shape], state: Callable[[int], Any] | None
 ) -> dict[str, Shape]:
-    """Returns the shapes of the tensors of a single teacher's linear head, by their names.
+    """Returns the shapes of the tensors of a single teacher's linear head, by tensor name.
 
-    The shapes of all tensors of the checkpoint are checked.
+    This function also checks the shapes of all tensors of the checkpoint.
 
     Args:
         reader: The checkpoint.
@@ -225,7 +225,7 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
     """Writes heads into a new folder.
 
     Args:
-        heads: The heads by the labels of their targets.
+        heads: The heads by the labels of the heads' targets.
         folder: The folder, which must not exist yet.
         task: Name of the task that reads the heads.
         shard_size: Largest size of a file of tensors, in bytes.
@@ -239,10 +239,11 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
 
 
 def read_heads(folder: Path) -> dict[str, StoredHead]:
-    """Reads the heads that `write` wrote, by the labels of their targets.
+    """Reads the heads that `write` wrote, by the labels of the heads' targets.
 
-    Raises: WeightsError: if a file is damaged; ConfigError: if a head is the user's own code and
-        that code is not allowed to run.
+    Raises:
+        WeightsError: if a file is damaged.
+        ConfigError: if a head is the user's own code, and that code is not allowed to run.
     """
     where = str(folder)
     tensors = read.read(folder, where=where)
@@ -295,9 +296,10 @@ class StoredDistillation(StoredRun):
     ) -> Mapping[str, Shape]:
         """Returns the shapes of the tensors of a linear head, if the format "fd" is exported.
 
-        For other formats the result is empty. It is also empty for a run with several teachers,
-        another head or a mask, in which only the shapes of the student's tensors are checked. In
-        other runs the shapes of all tensors of the checkpoint are checked.
+        The result is empty for other formats. It is also empty for a run with several teachers,
+        with a head that is not linear, or with a mask; in such a run this method checks only the
+        shapes of the student's tensors. In other runs it checks the shapes of all tensors of the
+        checkpoint.
 
         Args:
             reader: The checkpoint that is exported.
@@ -317,7 +319,7 @@ class StoredDistillation(StoredRun):
         return learned(self.run.taught_by, facts, self.run.data)
 
     def heads(self, reader: Reader) -> Mapping[str, StoredHead]:
-        """Returns the heads of a checkpoint by the labels of their targets.
+        """Returns the heads of a checkpoint by the labels of the heads' targets.
 
         The head of a single teacher's map is named "teacher". Memory is allocated for the heads
         alone; of other tensors only the shapes are compared with the checkpoint.

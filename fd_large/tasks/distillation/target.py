@@ -1,6 +1,7 @@
 """Targets of a recipe, each of which compares maps or summaries of a teacher and the student.
 
-`NamedTarget` extends `Target` of task.py by names, kinds, prefix tokens and grids.
+`NamedTarget` extends `Target` of task.py: it has a label, compares maps or summaries, and aligns
+grids and prefix tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from fd_large.tasks.distillation.task import Distillation, Maps, Seen, Target
 class NamedTarget(Target):
     """A head on the student's map, and the loss between its output and a teacher's map or summary.
 
-    A loss or normaliser may have a state that training updates. Its method `state(label)` then
-    returns the Modules of the state by their names in checkpoints, and its method `part(target)`
-    returns the part of a step that updates the state.
+    A loss or normaliser may have a state that training updates. Such an object has the methods
+    `state(label)`, which returns the Modules of the state by their names in checkpoints, and
+    `part(target)`, which returns the part of a step that updates the state.
 
     Args:
         head: A Module from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
@@ -118,7 +119,9 @@ class NamedTarget(Target):
         return student.tokens, teacher.tokens
 
     def tokens_of(self, task: Distillation, *, pixels: Tensor, maps: Maps, **_: Any) -> Tensor:
-        """Returns the teacher's tokens as `compared` does, (B, N, Ct), without running the student.
+        """Returns the teacher's tokens that the loss compares, (B, N, Ct), before the normaliser.
+
+        The student is not run.
 
         Args:
             task: The task, whose student gives the grid and the number of prefix tokens.
@@ -130,7 +133,7 @@ class NamedTarget(Target):
         return self.teacher_tokens(outline, maps[self.teacher])
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's tokens as `compared` does, (B, N, Ct).
+        """Returns the teacher's tokens that the loss compares, (B, N, Ct), before the normaliser.
 
         Args:
             student: A map with the grid and the number of prefix tokens of the student's map; its
@@ -145,7 +148,12 @@ class NamedTarget(Target):
         return self._aligned(FeatureMap(tokens, grid, prefix), teacher)[1].tokens
 
     def _aligned(self, student: FeatureMap, teacher: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
-        """Returns the head's output and the teacher's map, both on a common grid."""
+        """Returns the head's output and the teacher's map on a common grid, as `align` does.
+
+        Args:
+            student: The head's output.
+            teacher: The teacher's map.
+        """
         student, teacher = align(
             student, teacher, interpolation=self._interpolation, with_prefix=self._with_prefix
         )
@@ -153,12 +161,15 @@ class NamedTarget(Target):
         return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's summary, (B, 1, Ct), or its float32 embedding if that is learnt."""
+        """Returns the teacher's summary, (B, 1, Ct), or the float32 embedding of the summary.
+
+        The embedding is returned if the target has a projection.
+        """
         summaries = summary(teacher)
         return summaries if self._projection is None else summaries.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
-        """Sets the number of prefix tokens among the compared tokens on the loss and normaliser."""
+        """Tells loss and normaliser how many of an image's compared tokens are prefix tokens."""
         for each in (self.loss, *self.stateful):
             each.num_prefix_tokens = number
 
@@ -174,7 +185,7 @@ class NamedTarget(Target):
         return grid, num_prefix_tokens
 
     def places(self, student: Grid, teacher: Grid) -> Grid:
-        """Returns the rows and columns of the grid on which maps are compared.
+        """Returns the rows and columns of the grid on which student and teacher are compared.
 
         Args:
             student: Rows and columns of the student's map, before the head.
@@ -186,11 +197,14 @@ class NamedTarget(Target):
         return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the unweighted loss, a float32 scalar, by a fused kernel if there is one.
+        """Returns the unweighted loss, a float32 scalar.
+
+        If the loss has a kernel that is fused with whitening, this kernel computes the result.
 
         Args:
             projected: (B, N, Ct), the student's tokens after the head.
-            tokens: (B, N, Ct), the teacher's tokens, of any floating-point dtype.
+            tokens: (B, N, Ct), the teacher's tokens before the normaliser, of any floating-point
+                dtype.
         """
         if self._eps is not None:
             fused = self.loss.fused(projected, tokens, self._eps)
@@ -199,9 +213,9 @@ class NamedTarget(Target):
         return super().value(projected, tokens)
 
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the unweighted loss of each image, (B,) float32, whose mean is `value`.
+        """Returns the unweighted loss of each image, (B,) float32.
 
-        Args: As for `value`.
+        The mean over images is the result of `value`, which has the same arguments.
         """
         normalised = self.normalise(tokens.detach())
         return self.loss.per_image(projected.to(normalised.dtype), normalised)

@@ -1,8 +1,9 @@
 """Means, deviations and a rotation of a teacher's channels, measured once and stored in a file.
 
-The statistics are over the tokens of a run's target, which come from random crops and are on the
-student's grid. Memory holds only sums of tokens and of their products, in float64. So the numbers
-of ranks and of micro-batches change the statistics as little as they change the teacher's map.
+The statistics are over the teacher's tokens of a run's target: tokens of random crops, on the grid
+on which student and teacher are compared. Memory holds only sums of tokens and of products of
+channels, in float64. Therefore the numbers of ranks and of micro-batches change the statistics as
+little as they change the teacher's map.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class TargetStatistics(NamedTuple):
         mean: (C,) float64.
         deviation: (C,) float64, the square roots of the unbiased variances.
         phi_s: (C, C) float64, the result of `phi_s_matrix`.
-        facts: Settings that decide the tokens, by name; a run that uses the file must have the
-            same.
+        facts: Settings that decide the tokens, by name. A run that uses the file must have the same
+            settings.
         digest: Hash of the file; "" for statistics that were not read from a file.
     """
 
@@ -53,10 +54,11 @@ def moments(
 ) -> tuple[Tensor, Tensor]:
     """Returns the mean (C,) and the unbiased covariance (C, C) of tokens, float64.
 
-    All ranks call it.
+    All ranks must call this function.
 
     Args:
-        targets: This rank's batches, each (tokens (B, N, C), weight), where padding has weight 0.
+        targets: This rank's batches, each a pair (tokens (B, N, C), weight). The weight is 1, or 0
+            for a repeated batch that must not count.
         summed: Sums a tensor over the ranks.
     """
     sums: Tensor | None = None
@@ -72,7 +74,13 @@ def moments(
 
 
 def statistics_of(mean: Tensor, covariance: Tensor, facts: Mapping[str, Any]) -> TargetStatistics:
-    """Returns the statistics for a mean (C,) and a covariance (C, C) of a teacher's channels."""
+    """Returns the statistics of a teacher's channels.
+
+    Args:
+        mean: (C,).
+        covariance: (C, C), unbiased.
+        facts: Settings that decide the tokens, by name.
+    """
     deviation = covariance.diagonal().clamp(min=0).sqrt()
     return TargetStatistics(mean, deviation, phi_s_matrix(covariance), facts)
 
@@ -88,7 +96,7 @@ def write(path: Path, statistics: TargetStatistics) -> None:
 def read(path: str) -> TargetStatistics:
     """Reads a file of statistics.
 
-    Raises: ConfigError: if the file cannot be read or is of another kind.
+    Raises: ConfigError: if the file cannot be read or is not a file of statistics.
     """
     remedy = "Name what fd-large statistics has written for this recipe."
     data = read_bytes(path, where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
@@ -116,7 +124,7 @@ def require_same(stored: Mapping[str, Any], run_facts: Mapping[str, Any], path: 
         run_facts: The run's facts.
         path: The file.
 
-    Raises: ConfigError: if facts differ; it names the differences.
+    Raises: ConfigError: if facts differ; the message names the differences.
     """
     other = [name for name in run_facts if stored.get(name) != run_facts[name]]
     if other:
@@ -151,8 +159,8 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 def orthogonal(size: int) -> Tensor:
     """Returns a Hadamard matrix divided by the square root of its size, (size, size) float64.
 
-    If `hadamard` has no matrix of this size, the result is a fixed random orthogonal matrix, with
-    which the variances of the channels are only about the same.
+    If `hadamard` has no matrix of this size, the result is a fixed random orthogonal matrix. After
+    PHI-S with such a matrix, the variances of the channels are only approximately equal.
     """
     signs = hadamard(size)
     if signs is not None:
@@ -193,7 +201,10 @@ def _sylvester(size: int) -> np.ndarray:
 
 
 def _paley_1(prime: int) -> np.ndarray:
-    """Returns Paley's first Hadamard matrix, of side prime + 1, for a prime of 4 k + 3."""
+    """Returns the Hadamard matrix of Paley's first construction, (prime + 1, prime + 1) int8.
+
+    The remainder of the prime by 4 must be 3.
+    """
     signs = np.eye(prime + 1, dtype=np.int8)
     signs[0, 1:], signs[1:, 0] = 1, -1
     signs[1:, 1:] += _residues(prime)
@@ -201,7 +212,10 @@ def _paley_1(prime: int) -> np.ndarray:
 
 
 def _paley_2(prime: int) -> np.ndarray:
-    """Returns Paley's second Hadamard matrix, of side 2 * (prime + 1), for a prime of 4 k + 1."""
+    """Returns the Hadamard matrix of Paley's second construction, int8.
+
+    The side of the matrix is 2 * (prime + 1). The remainder of the prime by 4 must be 1.
+    """
     inner = np.zeros((prime + 1, prime + 1), np.int8)
     inner[0, 1:] = inner[1:, 0] = 1
     inner[1:, 1:] = _residues(prime)

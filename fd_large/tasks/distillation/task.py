@@ -58,7 +58,7 @@ class Seen(NamedTuple):
 
 
 class Target:
-    """A head on the student's tokens, and the loss between its output and a teacher's whitened map.
+    """A head on the student's tokens, and the loss of its output against a teacher's whitened map.
 
     Recipes use the subclass `NamedTarget` (target.py), which also aligns grids and prefix tokens
     and may use fused kernels. If the grids are equal and no kernel is fused, the subclass computes
@@ -72,7 +72,7 @@ class Target:
         loss: Maps projected and normalised tokens, (B, N, Ct) each, to a scalar.
         weight: Weight of the target's loss in the loss of the task.
         label: The target's name in metrics; "" for a single teacher's map.
-        path: The head's name in checkpoints, which no other target has.
+        path: The head's name in checkpoints, which must differ from that of all other targets.
     """
 
     def __init__(
@@ -113,17 +113,30 @@ class Target:
         return projected, teacher.tokens
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the unweighted loss between the two results of `compared`, a float32 scalar."""
+        """Returns the unweighted loss, a float32 scalar.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens after the head.
+            tokens: (B, N, Ct), the teacher's tokens before the normaliser.
+        """
         whitened = self.normalise(tokens.detach())
         return self.loss(projected.to(whitened.dtype), whitened)
 
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the unweighted loss of each image, (B,); their mean is `value`."""
+        """Returns the unweighted loss of each image, (B,) float32.
+
+        The mean over images is the result of `value`, which has the same arguments.
+        """
         pairs = zip(projected.split(1), tokens.split(1), strict=True)
         return torch.stack([self.value(*pair) for pair in pairs])
 
     def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the mean over tokens of the cosine between projected and normalised tokens."""
+        """Returns the mean over tokens of the cosine between student and teacher, a scalar.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens after the head.
+            tokens: (B, N, Ct), the teacher's tokens before the normaliser.
+        """
         return F.cosine_similarity(projected.float(), self.normalise(tokens), dim=-1).mean()
 
 
@@ -133,7 +146,7 @@ class Comparison(NamedTuple):
     Attributes:
         target: The target.
         projected: (B, N, Ct), the student's tokens after the target's head.
-        tokens: (B, N, Ct), the teacher's tokens.
+        tokens: (B, N, Ct), the teacher's tokens before the normaliser.
     """
 
     target: Any
@@ -149,12 +162,14 @@ class Comparison(NamedTuple):
         return self.target.per_image(self.projected, self.tokens)
 
     def shares(self) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,), here ones."""
+        """Returns the weight of each image in a mean over images, (B,) float32: ones."""
         return self.projected.new_ones(len(self.projected), dtype=torch.float32)
 
 
 class Teachers:
-    """Default of `teachers`: each teacher runs on the images, unless its maps are given.
+    """Computes the teachers' maps; the default of `Distillation.teachers`.
+
+    Each teacher runs on the images, unless the teacher's map is given.
 
     Args:
         by_name: The teachers by name; each maps uint8 images (B, 3, H, W) to a FeatureMap.
@@ -164,7 +179,7 @@ class Teachers:
         self.by_name = dict(by_name)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+        """Returns `given_maps`, and by name the maps of teachers that `given_maps` does not have.
 
         Args:
             images: (B, 3, H, W) uint8.
@@ -178,7 +193,9 @@ class Teachers:
 
 
 class Whole:
-    """Default of `sight`: the student sees the whole image, and all tokens count.
+    """Runs the student on whole images, of which all tokens count in the loss.
+
+    This is the default of `Distillation.sight`.
 
     Attributes:
         description: A line for the log, or "" to log nothing.
@@ -187,39 +204,55 @@ class Whole:
     description = ""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns random numbers of each image by name, here none; see `Task.draws`."""
+        """Returns an empty dictionary, since no random numbers are needed; see `Task.draws`."""
         return {}
 
     def width(self, student: nn.Module) -> int:
-        """Returns the number of channels of the heads' input."""
+        """Returns the number of channels of the heads' input, which is the student's width."""
         return student.width
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns placeholders for `draws` in training, used to count operations by shapes."""
+        """Returns an empty dictionary, the placeholder for the result of `draws`.
+
+        Placeholders are used in training without random numbers, to count operations by shapes.
+        """
         return {}
 
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
-        """Runs the student on normalised pixels (B, 3, H, W), and returns its maps."""
+        """Runs the student on whole images, and returns the student's maps.
+
+        Args:
+            student: The student.
+            pixels: (B, 3, H, W), normalised.
+            keep: (num_sites, B) bool, or None for no drop path.
+            drawn: Not used.
+        """
         return Seen(student(pixels, keep))
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Comparison:
-        """Returns the comparison restricted to the tokens that count, here all of them."""
+        """Returns the comparison unchanged, since all tokens count in the loss."""
         return comparison
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,), here ones."""
+        """Returns the weight of each image in a mean over images, (B,): ones."""
         return pixels.new_ones(len(pixels))
 
 
 class Sum:
-    """Default of `join`: the weighted sum of the targets' losses."""
+    """Combines the targets' losses into their weighted sum; the default of `Distillation.join`."""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns random numbers of each image by name, here none; see `Task.draws`."""
+        """Returns an empty dictionary, since no random numbers are needed; see `Task.draws`."""
         return {}
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns the training loss of a micro-batch, a scalar."""
+        """Returns the training loss of a micro-batch, a scalar.
+
+        Args:
+            comparisons: The comparison of student and teacher for each target.
+            maps: Not used.
+            drawn: Not used.
+        """
         targets = [comparison.target for comparison in comparisons]
         return self.combined(targets, [comparison.value() for comparison in comparisons])
 
@@ -231,17 +264,21 @@ class Sum:
 class Distillation(Task):
     """The task of distillation: a student, a head for each target, and the loss.
 
-    The `modules()` of `sight`, `join` and the targets are registered under their names in
-    checkpoints, and their `parts()` become parts of the task.
+    The method `modules()` of a target, of `sight` and of `join` returns {name: module}. The task
+    registers each module as a submodule under this name, which the module also has in checkpoints.
+    The method `parts()` of a target, of `sight` and of `join` returns parts of a step, which become
+    parts of the task.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        teachers: The component that computes the teachers' maps; or callables by name, each from
-            uint8 images to a FeatureMap without gradient. Teachers are not submodules, so that no
-            optimiser and no checkpoint has their parameters.
-        targets: The targets, learnt from the teachers' maps.
-        sight: The component that runs the student; None for `Whole`.
-        join: The component that combines the targets' losses; None for `Sum`.
+        teachers: A callable that computes all maps, as `Teachers`; or a mapping from a teacher's
+            name to a callable from uint8 images to a FeatureMap without gradient. Teachers are not
+            submodules, so that no optimiser and no checkpoint has their parameters.
+        targets: What the student learns: for each target a teacher's map or summary, a head and a
+            loss.
+        sight: The object that runs the student and decides which tokens count in the loss, as
+            `Whole`; None for `Whole`.
+        join: The object that combines the targets' losses, as `Sum`; None for `Sum`.
         statistics: Mean and deviation that normalise the student's pixels; the paper uses the
             statistics of ImageNet for every student.
     """
@@ -271,8 +308,8 @@ class Distillation(Task):
 
         Args:
             images: The images.
-            given_maps: Maps by name, and other targets of the batch, which are returned unchanged;
-                a teacher whose maps are given does not run.
+            given_maps: Maps by the teacher's name, and other targets of the batch, all of which are
+                returned unchanged. A teacher whose map is given does not run.
         """
         with torch.no_grad():
             return self.teachers(images, given_maps or {}, self.training)
@@ -288,7 +325,14 @@ class Distillation(Task):
     def prepare(
         self, images: Tensor, given_maps: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
-        """Returns the arguments of `forward`: pixels, drop path, the teachers' maps, `draws`."""
+        """Returns the arguments of `forward` by name.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            given_maps: See `learnt`.
+            keep: (num_sites, B) bool, or None for no drop path.
+            draws: The result of `draws`; empty to train without random numbers.
+        """
         maps = self.learnt(images, given_maps)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
@@ -326,7 +370,7 @@ class Distillation(Task):
         return self._measured(comparisons)
 
     def _measured(self, comparisons: Sequence[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of an evaluation, and metrics by name as in `forward`."""
+        """Returns the loss of an evaluation, a scalar, and the metrics that `forward` describes."""
         losses = [comparison.value() for comparison in comparisons]
         cosines = [c.target.cosine(c.projected, c.tokens) for c in comparisons]
         metrics: dict[str, Tensor] = {}
@@ -338,7 +382,11 @@ class Distillation(Task):
         return self.join.combined(self.targets, losses), metrics
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the teachers and then this task, by the prefix of their layers' names."""
+        """Returns {prefix of the names of a model's layers: model}.
+
+        The teachers have the prefixes "teacher." or "teachers.NAME."; the task, which comes last,
+        has the prefix "".
+        """
         models: dict[str, nn.Module] = {}
         for name, teacher in self.teachers.by_name.items():
             model = getattr(teacher, "module", teacher)
@@ -348,6 +396,6 @@ class Distillation(Task):
 
 
 def _in_type(map_: FeatureMap, dtype: torch.dtype) -> FeatureMap:
-    """Returns a feature map whose tokens and summary have the data type."""
+    """Returns the feature map with its tokens and its summary converted to a data type."""
     summary = None if map_.summary is None else map_.summary.to(dtype)
     return map_._replace(tokens=map_.tokens.to(dtype), summary=summary)

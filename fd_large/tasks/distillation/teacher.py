@@ -60,8 +60,8 @@ class PlacedTeacher:
         module: The model; its parameters are sharded unless the placement is "replicated".
         fingerprint: Hash of the weights when the teacher was built, the same for every placement.
         width: Number of channels of the map.
-        projection: (Ce, width) float32, from the summary into the embedding space of texts; None
-            if no embedding is learnt.
+        projection: (Ce, width) float32, the matrix that maps a summary to an image embedding of Ce
+            channels; None if no embedding is learnt.
     """
 
     projection: Tensor | None = None
@@ -80,7 +80,7 @@ class PlacedTeacher:
             options: Keyword arguments of the model's forward, which only `Mosaic` has.
 
         Raises: WeightsError: on this rank alone, if the weights are mapped from a file that has
-            changed since then.
+            changed since it was mapped.
         """
         with torch.no_grad():
             feature_map = (self._engine or self.module)(images, **options)
@@ -89,7 +89,10 @@ class PlacedTeacher:
         return feature_map
 
     def hash_now(self) -> str:
-        """Returns the hash of the present weights, equal to `fingerprint` unless memory failed."""
+        """Returns the hash of the present weights.
+
+        The hash is equal to `fingerprint` unless the weights have changed in memory.
+        """
         return fingerprint(self.module.net, group=self._group)
 
     def shard_hash(self) -> str:
@@ -101,7 +104,7 @@ class PlacedTeacher:
         return held_fingerprint(self.module, self._whole)
 
     def map_of_fixed_images(self, image_size: int) -> Tensor:
-        """Returns the map (2, N, C) of two fixed images of noise; all ranks call it.
+        """Returns the map (2, N, C) of two fixed images of noise; all ranks must call this method.
 
         Args:
             image_size: Side of the images, in pixels.
@@ -135,8 +138,9 @@ def place(
 ) -> PlacedTeacher:
     """Builds a teacher whose weights are placed as the recipe says.
 
-    It must run before the student's engine is built. The student's hpZ process group is global to
-    the process, and would give the teacher a second, permanent copy of its weights.
+    This function must run before the student's engine is built. If the student's hpZ process group
+    existed already, which is global to the process, DeepSpeed would keep a second, permanent copy
+    of the teacher's weights.
 
     Args:
         make: Constructs the teacher with random weights.
@@ -146,7 +150,7 @@ def place(
         node_size: Number of ranks per node.
         persistence_threshold: Number of elements up to which a tensor is not sharded.
         weights: Names and tensors of the model, on every rank; None for random weights. Tensors
-            that are mapped from a file (`Fitted`) take no memory besides the model's.
+            that are mapped from a file (`Fitted`) take no memory in addition to the model's.
         whole_first: See `partition.build`.
         where: The flag of the teacher's source, for messages.
     """
@@ -191,19 +195,20 @@ def place(
 
 
 class Beside:
-    """Wraps the component `teachers` (task.py) to run on a separate CUDA stream in training.
+    """Wraps `Distillation.teachers`, to run the teachers on a separate CUDA stream in training.
 
     Args:
-        teachers: The wrapped component, which is called in the same way.
+        teachers: The wrapped callable, as `Teachers`.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+        """Returns `given_maps`, and by name the maps of teachers that `given_maps` does not have.
 
-        In training the maps may still be computing on the other stream; reading waits for them.
+        In training, this method may return before the other stream has computed the maps; reading a
+        map waits until the map is computed.
 
         Args:
             images: (B, 3, H, W) uint8.
@@ -251,7 +256,9 @@ def built_teacher(
     node_size: int,
     persistence_threshold: int,
 ) -> PlacedTeacher:
-    """Builds a teacher by `place` and logs its model, placement, size and hash; all ranks call it.
+    """Builds a teacher by `place`, and logs its model, placement, size and hash.
+
+    All ranks must call this function.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -298,10 +305,11 @@ def built_teacher(
 
 
 def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTeacher:
-    """Returns a settled entry with the width of the image embedding, if the embedding is learnt.
+    """Returns a teacher's entry with the width of the image embedding, if the embedding is learnt.
 
-    The image embedding of a CLIP teacher is its summary after a projection into the embedding space
-    of texts. The projection is among the teacher's weights and follows the final norm.
+    If no embedding is learnt, the entry is returned unchanged. The image embedding of a CLIP
+    teacher is the teacher's summary after a projection into the embedding space of texts. The
+    projection is among the teacher's weights and follows the final norm.
 
     Raises: ConfigError: if the weights have no projection that fits the map, or if the entry learns
         another layer than the last.

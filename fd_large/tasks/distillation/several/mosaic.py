@@ -2,8 +2,8 @@
 
 A teacher such as SAM takes images of 1,024 px, while the student's images have 256 px. Here k x k
 images are tiled into one input of the teacher, whose map is then cut into the maps of the images.
-This costs 1 / k^2 of the computation with each image enlarged, and the map shows the same detail as
-the student's image.
+Enlarging each image to the teacher's size would cost k^2 times as much computation, but an enlarged
+image shows no more detail.
 
 Source: RADIO's mosaics for SAM, described by its authors on GitHub (NVlabs/RADIO, #175); the code
 is not published.
@@ -93,12 +93,12 @@ class Mosaic(Frozen):
 
 
 class AloneInEvaluation:
-    """Wraps the component `teachers` (task.py): in evaluation, a mosaic holds copies of one image.
+    """Wraps `Distillation.teachers`, to fill each mosaic with copies of one image in evaluation.
 
-    Metrics then do not depend on which images share a mosaic.
+    Therefore metrics do not depend on which images share a mosaic.
 
     Args:
-        teachers: The wrapped component.
+        teachers: The wrapped callable, as `Teachers`.
         names: Names of the teachers with mosaics.
     """
 
@@ -106,7 +106,7 @@ class AloneInEvaluation:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
     def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
-        """Returns `given_maps` with the maps of the teachers that it lacks, by name.
+        """Returns `given_maps`, and by name the maps of teachers that `given_maps` does not have.
 
         Args:
             images: (B, 3, H, W) uint8.

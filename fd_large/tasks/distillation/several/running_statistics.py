@@ -1,9 +1,9 @@
-"""Normalisers by mean and deviation of a teacher's channels over the images of whole steps.
+"""Normalisers by the mean and deviation of each channel of a teacher, over whole steps.
 
 Sums over the tokens of a step are added up over micro-batches and ranks in float64, so that the
-numbers of micro-batches and ranks do not change a target. Running statistics are updated once with
-each accepted step, and are part of a checkpoint. The published code all-gathers all features
-instead.
+numbers of micro-batches and ranks do not change a target. The published code all-gathers all
+features instead. Running statistics are updated once in each step that is not skipped, and are part
+of a checkpoint.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
 constants as in their code.
@@ -63,7 +63,11 @@ def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
 
 
 def moments_of(sums: Tensor) -> Moments:
-    """Returns the moments of tokens from the result of `sums_of`."""
+    """Returns the mean and variance of tokens.
+
+    Args:
+        sums: (2, 2 C + 1), the result of `sums_of`, or a sum of such results.
+    """
     width = sums.shape[-1] // 2
     first, squares, number = sums.split([width, width, 1], dim=-1)
     mean = first / number.clamp(min=1)
@@ -82,10 +86,10 @@ def momentum_at(progress: float) -> float:
 
 
 class RunningStatistics(Float32Buffers):
-    """Normalises tokens by running statistics of the steps before (UNIC).
+    """Normalises tokens by running statistics over earlier steps, as UNIC does.
 
     Prefix tokens (CLS) and patches have separate statistics. In the first step tokens stay nearly
-    unchanged, since the mean is 0 and the deviation 1.
+    unchanged, since the running mean is 0 and the running deviation 1.
 
     Args:
         width: Number of channels of the tokens, C.
@@ -93,9 +97,10 @@ class RunningStatistics(Float32Buffers):
     Attributes:
         mean, deviation: (2, C), the running statistics of prefix tokens and of patches.
         num_prefix_tokens: Number of tokens of an image before its patches, which the target sets.
-        moments: Moments of the present step, or None if tokens are not normalised by them.
-        noted: Sums over the tokens that this rank has seen in the step, flat as `sums_of` returns
-            them; None before the first tokens.
+        moments: Mean and variance over the tokens of the present step, by which training then
+            normalises; None to normalise by the running statistics.
+        noted: Sums over the tokens that this rank has normalised in the step, as the method
+            `sums_of` returns them; None before the first tokens.
     """
 
     of_step: ClassVar[bool] = False
@@ -132,16 +137,27 @@ class RunningStatistics(Float32Buffers):
         return (tokens - mean.to(tokens)[rows]) / divisor[rows]
 
     def sums_of(self, tokens: Tensor) -> Tensor:
-        """Returns the sums over tokens (B, N, C) as the function `sums_of`, flattened to (K,)."""
+        """Returns the result of the function `sums_of`, flattened to (K,) float64.
+
+        Args:
+            tokens: (B, N, C), of any floating-point dtype.
+        """
         return sums_of(tokens, self.num_prefix_tokens).flatten()
 
     def moments_of(self, sums: Tensor) -> Moments:
-        """Returns the moments from the flat sums (K,) of the method `sums_of`."""
+        """Returns the mean and variance of tokens.
+
+        Args:
+            sums: (K,), the result of the method `sums_of`, or a sum of such results.
+        """
         return moments_of(sums.view(2, -1))
 
     @property
     def divisor(self) -> Tensor:
-        """Divisor of centred tokens outside of a step, (2, C), for prefix tokens and patches."""
+        """What divides tokens after the running mean was subtracted, (2, C).
+
+        The first row is for prefix tokens, the second for patches.
+        """
         return self._divisor(self.deviation)
 
     def undo(self) -> Undo:
@@ -177,19 +193,23 @@ class RunningStatistics(Float32Buffers):
         self.deviation.lerp_(self._deviation(step).to(self.deviation), weight)
 
     def _deviation(self, step: Moments) -> Tensor:
-        """Returns the deviations of a step, (2, C), which the running deviations follow."""
+        """Returns the deviations of a step, (2, C), that update the running deviations."""
         return step.variance.sqrt() + self._EPS
 
     def _divisor(self, deviation: Tensor) -> Tensor:
-        """Returns the divisor of centred tokens, (2, C), from their deviations (2, C)."""
+        """Returns what divides tokens after the mean was subtracted, (2, C).
+
+        Args:
+            deviation: (2, C), the standard deviations of prefix tokens and of patches.
+        """
         return deviation + self._EPS
 
 
 class StepStatistics(RunningStatistics):
-    """Normalises tokens by the step's statistics, or in evaluation by running statistics (DUNE).
+    """Normalises tokens by the statistics of the present step, as DUNE does.
 
-    A standard deviation below 0.001 counts as 0.001. The statistics of a step are over all its
-    images, so that a step needs two passes.
+    Evaluations use running statistics. A standard deviation below 0.001 counts as 0.001. The
+    statistics of a step are over all images of the step, so that a step needs two passes.
     """
 
     of_step = True
@@ -211,15 +231,28 @@ class FollowsForwards(Part):
         self._running, self._momentum = running, 0.0
 
     def before_step(self, progress: float) -> None:
-        """Sets the momentum, and drops sums from outside of a step, such as those of a trial."""
+        """Sets the momentum of the step, and drops sums that were noted outside of a step.
+
+        Such sums come from a trial, for example.
+
+        Args:
+            progress: Fraction of the run's steps that were done before, in [0, 1).
+        """
         self._momentum, self._running.noted = momentum_at(progress), None
 
     def noted(self) -> Tensor | None:
-        """Returns the sums over this rank's tokens of the step, (K,); None if there were none."""
+        """Returns the sums over the tokens that this rank has normalised in the step, (K,).
+
+        The result is None if there were no tokens.
+        """
         return self._running.noted
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Updates the statistics from the sums over all ranks' tokens, (K,)."""
+        """Updates the running statistics.
+
+        Args:
+            noted: (K,), the sums over the tokens of the step on all ranks; None if there were none.
+        """
         if noted is not None:
             self._running.move(self._running.moments_of(noted), self._momentum)
         self._running.noted = None
@@ -232,7 +265,12 @@ class FollowsStep(Part):
         self._target, self._running, self._momentum = target, running, 0.0
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the sums over the teacher's tokens of a micro-batch, (K,)."""
+        """Returns the sums over the teacher's tokens of a micro-batch, (K,) float64.
+
+        Args:
+            task: The task, whose student is not run.
+            prepared: Result of the task's `prepare` on the micro-batch.
+        """
         return self._running.sums_of(self._target.tokens_of(task, **prepared))
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
@@ -240,7 +278,11 @@ class FollowsStep(Part):
         self._running.moments = self._running.moments_of(totals)
 
     def before_step(self, progress: float) -> None:
-        """Sets the momentum, and drops the statistics of the last step or of a trial."""
+        """Sets the momentum of the step, and drops the statistics of an earlier step or trial.
+
+        Args:
+            progress: Fraction of the run's steps that were done before, in [0, 1).
+        """
         self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:

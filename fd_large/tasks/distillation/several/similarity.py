@@ -1,8 +1,8 @@
 """Losses on the similarities of a summary to other summaries, or of an image's patches.
 
-Each loss is the Kullback-Leibler divergence of the student's softmax over cosines from the
-teacher's. Source: the distillation of lightly-train. Its version 1 compares summaries with a queue,
-and its version 3 also the tokens of an image with each other.
+Each loss is the Kullback-Leibler divergence KL(teacher || student) between two softmaxes over
+cosines. Source: the distillation of lightly-train. Version 1 of lightly-train's distillation
+compares summaries with a queue; version 3 also compares the tokens of an image with each other.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class SummaryQueue(Float32Buffers):
     """Queue of a teacher's summaries of the newest images, the same on all ranks.
 
     The summaries of a step are in the order of the images in the global batch. The queue is updated
-    once with each accepted step and is part of a checkpoint. In lightly-train each rank has its own
-    queue, so that the loss depends on the number of ranks.
+    once in each step that is not skipped, and is part of a checkpoint. In lightly-train each rank
+    has a queue of its own, so that the loss depends on the number of ranks.
 
     Args:
         width: Number of channels of a summary, C.
 
     Attributes:
-        rows: (Q, C), summaries of unit L2 norm, newest first; unused rows are zeros.
+        rows: (Q, C), summaries of unit L2 norm, those of the newest step first; unused rows are
+            zeros.
     """
 
     rows: Tensor
@@ -51,8 +52,8 @@ class SummaryQueue(Float32Buffers):
     def now(self) -> Tensor:
         """The summaries that losses read, (Q, C).
 
-        A training step's own summaries come first, as in lightly-train. Without gradients, or
-        outside of a step, these are `rows`.
+        In a training step the summaries of the step itself come first, as in lightly-train. Without
+        gradients, or outside of a step, the result is `rows`.
         """
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
@@ -110,7 +111,12 @@ class QueueOfStep(Part):
         self._queue.begin(micro_batches)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the teacher's summaries of a micro-batch; see `SummaryQueue.placed`."""
+        """Returns the teacher's summaries of a micro-batch, as `SummaryQueue.placed` returns them.
+
+        Args:
+            task: The task, whose student is not run.
+            prepared: Result of the task's `prepare` on the micro-batch.
+        """
         return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
@@ -118,7 +124,7 @@ class QueueOfStep(Part):
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Stores the step's summaries in the queue."""
+        """Stores the summaries of the finished step in the queue."""
         self._queue.move()
 
 
@@ -133,13 +139,14 @@ def queue_divergence(
     queue: Tensor,
     temperature: float = Loss.temperature,
 ) -> Tensor:
-    """Returns the divergence of student from teacher for each image, (B,).
+    """Returns the divergence KL(teacher || student) for each image, (B,).
 
-    The distributions are the softmaxes of an image's similarities to the summaries of a queue.
+    The distributions of student and teacher are the softmaxes over the similarities of an image's
+    summary to the summaries of a queue.
 
     Args:
-        student: (B, C), of unit L2 norm.
-        teacher: (B, C), of unit L2 norm; takes no gradient.
+        student: (B, C), the student's summaries, of unit L2 norm.
+        teacher: (B, C), the teacher's summaries, of unit L2 norm; takes no gradient.
         queue: (Q, C), summaries of unit L2 norm; rows of zeros count in the softmax too.
         temperature: Number by which cosines are divided.
     """
@@ -149,14 +156,15 @@ def queue_divergence(
 def relation_divergence(
     student: Tensor, teacher: Tensor, temperature: float = Loss.temperature
 ) -> Tensor:
-    """Returns the divergence of student from teacher for each image, (B,), a mean over its tokens.
+    """Returns the divergence KL(teacher || student) for each image, (B,), a mean over tokens.
 
-    The distributions are the softmaxes of a token's similarities to all tokens of its image, the
-    token itself included. The widths of student and teacher may differ.
+    The distributions of student and teacher are the softmaxes over a token's similarities to all
+    tokens of the same image, the token itself included. Student and teacher may have different
+    widths.
 
     Args:
-        student: (B, N, Cs), of unit L2 norm.
-        teacher: (B, N, Ct), of unit L2 norm; takes no gradient.
+        student: (B, N, Cs), the student's tokens, of unit L2 norm.
+        teacher: (B, N, Ct), the teacher's tokens, of unit L2 norm; takes no gradient.
         temperature: Number by which cosines are divided.
     """
     return _divergence(student @ student.mT, teacher @ teacher.mT, temperature).mean(-1)
@@ -171,7 +179,7 @@ def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Returns KL(teacher || student), (...), of softmaxes over the last dimension of cosines.
+    """Returns KL(teacher || student), (...), between softmaxes over the last dimension of cosines.
 
     Args:
         student, teacher: (..., K), cosines; the teacher takes no gradient.
@@ -183,7 +191,7 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class Relation(Loss):
-    """Loss on similarities of an image's patches: the divergence of the student from the teacher.
+    """Loss on the similarities between the patches of an image, by `relation_divergence`.
 
     Memory grows with the square of the number of patches.
     """
@@ -201,7 +209,7 @@ class Relation(Loss):
             )
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean of the divergence over images, a scalar.
+        """Returns the divergence KL(teacher || student), a mean over images, a scalar.
 
         Args:
             projected: (B, N, Ct), the student's tokens.
@@ -210,7 +218,15 @@ class Relation(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the divergence of each image, (B,); see `relation_divergence`."""
+        """Returns the divergence KL(teacher || student) of each image, (B,).
+
+        The patches of an image are compared with each other; prefix tokens are left out. See
+        `relation_divergence`.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens.
+            target: (B, N, Ct), the teacher's tokens.
+        """
         student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
         return relation_divergence(student, teacher, self.temperature)
 
@@ -219,8 +235,8 @@ class QueueDivergence(Loss):
     """Loss on a summary's similarities to the summaries of a queue, by `queue_divergence`.
 
     Attributes:
-        queue: The teacher's newest summaries; None in a trial, which compares the summaries of a
-            batch with each other.
+        queue: The teacher's newest summaries. Before `begin` the queue is None, as in the check of
+            a recipe; the summaries of a batch are then compared with each other.
     """
 
     label = "queue loss"
@@ -248,7 +264,7 @@ class QueueDivergence(Loss):
         self.queue = SummaryQueue(width)
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean of the divergence over images, a scalar.
+        """Returns the divergence KL(teacher || student), a mean over images, a scalar.
 
         Args:
             projected: (B, 1, Ct), the student's summaries.
@@ -257,13 +273,20 @@ class QueueDivergence(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the divergence of each image, (B,); see `queue_divergence`."""
+        """Returns the divergence KL(teacher || student) of each image, (B,).
+
+        The summary of an image is compared with the summaries of the queue; see `queue_divergence`.
+
+        Args:
+            projected: (B, 1, Ct), the student's summaries.
+            target: (B, 1, Ct), the teacher's summaries.
+        """
         student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
         rows = teacher if self.queue is None else self.queue.now.to(teacher)
         return queue_divergence(student, teacher, rows, self.temperature)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns the queue by its name in checkpoints, queues.LABEL."""
+        """Returns {name in checkpoints: queue}, where the name is queues.LABEL."""
         assert self.queue is not None
         return {f"queues.{label}": self.queue}
 

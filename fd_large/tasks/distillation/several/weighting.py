@@ -3,10 +3,10 @@
 The loss of a step is the mean over all kept pairs of image and teacher. Published code computes the
 mean on each rank, so that a pair has more weight on a rank that keeps few pairs, and the loss
 changes with the number of ranks. Here the number of kept pairs is known for the whole step before
-the student runs. The rule "drop" keeps an image's worst teacher, which has the largest loss. It
-decides on each other teacher by an independent random number; the k-th number is for the k-th of
-the other teachers, in the teachers' order. So the number of kept teachers does not depend on the
-losses, and the distribution is the published one.
+the student runs. The rule "drop" keeps an image's worst teacher, which is the teacher with the
+largest loss. For each of the other teachers a random number decides; the k-th number is for the
+k-th of the other teachers, in the order of names. Therefore the number of kept teachers does not
+depend on the losses, and the distribution is the published one.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
 """
@@ -38,10 +38,10 @@ this name."""
 
 
 class Weighted(Part):
-    """Combination of losses (`join` in task.py) in which some teachers count for each image.
+    """Combines losses so that only some teachers count for an image (`join` of `Distillation`).
 
-    The loss is the mean over a step's kept pairs of image and teacher, in which an image has the
-    weight that `shares` of the task's `sight` gives it.
+    The loss is the mean over a step's kept pairs of image and teacher. In this mean an image has
+    the weight that `Distillation.sight.shares` returns.
 
     Args:
         weighting: The rule, and the probability of dropping a teacher.
@@ -67,7 +67,7 @@ class Weighted(Part):
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns this component, since the number of kept pairs is summed over a whole step."""
+        """Returns (self,), since the number of kept pairs is summed over a whole step."""
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
@@ -98,13 +98,22 @@ class Weighted(Part):
         return weighted_loss(table * shares, kept_pairs, number, parts=self._micro_batches)
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation, the mean over teachers of their weighted losses."""
+        """Returns the loss of an evaluation, a mean over teachers.
+
+        Args:
+            targets: The targets of all teachers.
+            losses: The unweighted loss of each target, which is multiplied by the target's weight.
+        """
         return Sum().combined(targets, losses) / len(self._names)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns the number of kept pairs of a micro-batch, (1,).
+        """Returns the number of kept pairs of image and teacher in a micro-batch, (1,) float64.
 
-        A pair counts by the weight of its image, which `shares` of the task's `sight` gives.
+        A pair counts as the weight of its image, which `Distillation.sight.shares` returns.
+
+        Args:
+            task: The task, whose student is not run.
+            prepared: Result of the task's `prepare` on the micro-batch.
         """
         shares = task.sight.shares(prepared["drawn"], prepared["pixels"])
         zeros = prepared["pixels"].new_zeros(len(self._names), len(shares))
@@ -112,11 +121,20 @@ class Weighted(Part):
         return (kept_pairs * shares).sum().double().reshape(1)
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Stores the step's number of kept pairs and of micro-batches on all ranks."""
+        """Stores the numbers of a step.
+
+        Args:
+            totals: (1,), the number of kept pairs in the whole step.
+            micro_batches: Number of micro-batches of the step on all ranks.
+        """
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the number of kept pairs that `take` stored in an earlier step or trial."""
+        """Drops the numbers that `take` stored in an earlier step or trial.
+
+        Args:
+            progress: Fraction of the run's steps that were done before; not used.
+        """
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
@@ -138,7 +156,10 @@ class Weighted(Part):
 
 
 class _Teaches(nn.Module):
-    """Module whose buffer `rows` is the table `teaches` of `Weighted`; checkpoints leave it out."""
+    """Module for the table of whether a teacher teaches the images of a dataset.
+
+    The buffer `rows` is (teachers, datasets) bool, and is left out of checkpoints.
+    """
 
     rows: Tensor
 
@@ -155,7 +176,9 @@ class _Teaches(nn.Module):
 def coins(
     seed: int, epoch: int, positions: ArrayLike, *, teachers: int, drop_probability: float
 ) -> Tensor:
-    """Draws whether each teacher except an image's worst is kept, (T - 1, B) bool, on the CPU.
+    """Draws whether each teacher except the worst is kept for an image, (T - 1, B) bool on the CPU.
+
+    The worst teacher of an image is the teacher with the largest loss.
 
     Args:
         seed: The run's seed.
@@ -169,12 +192,15 @@ def coins(
 
 
 def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
-    """Returns whether each teacher is kept for each image, (T, B) bool; the worst always is.
+    """Returns whether each teacher is kept for each image, (T, B) bool.
+
+    The worst teacher of an image, which is the teacher with the largest loss, is always kept.
 
     Args:
-        losses: (T, B), the loss of each image by each teacher. If losses are equal, the first of
-            their teachers counts as the worst.
-        coins: (T - 1, B) bool, whether each of the other teachers is kept, in their order.
+        losses: (T, B), the loss of each image by each teacher. Of teachers with the same loss, the
+            first counts as the worst.
+        coins: (T - 1, B) bool, whether each teacher except the worst is kept, in the teachers'
+            order.
     """
     worst = losses.detach().argmax(0, keepdim=True)
     numbers = torch.arange(len(losses), device=losses.device)[:, None]
@@ -196,11 +222,12 @@ def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: 
     """Returns a micro-batch's share of the mean over all kept pairs of a step, a scalar.
 
     Args:
-        losses: (T, B), the loss of each image by each teacher.
+        losses: (T, B), the loss of each image by each teacher, times the weight of the image.
         kept_pairs: (T, B) bool, whether a teacher is kept for an image.
-        number: Number of kept pairs in the whole step, a scalar; at 0 the loss is 0.
-        parts: Number of the step's micro-batches on all ranks; the engine averages their losses
-            and gradients.
+        number: Number of kept pairs in the whole step, each counted as the weight of its image, a
+            scalar. If it is 0, the loss is 0.
+        parts: Number of micro-batches of the step on all ranks. The result is multiplied by this
+            number, since the engine averages losses and gradients over the micro-batches.
     """
     # Not by a product, since a loss that is left out may be infinite.
     return parts * losses.where(kept_pairs, 0).sum() / number.to(losses).clamp(min=1)
