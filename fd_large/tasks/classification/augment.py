@@ -43,7 +43,14 @@ Level = Callable[[float, float], tuple[float, ...]]
 
 
 def _enhance(share: float, sign: float) -> tuple[float, ...]:
-    """Returns timm's argument for colour, contrast, brightness or sharpness, a factor >= 0.1."""
+    """Returns the factor by which timm changes colour, contrast, brightness or sharpness.
+
+    Args:
+        share: The magnitude as a share of the largest magnitude, 0 to 1.
+        sign: 1 to increase, -1 to decrease.
+
+    Returns: (factor,), with a factor of at least 0.1.
+    """
     return (max(0.1, 1.0 + sign * 0.9 * share),)
 
 
@@ -115,11 +122,12 @@ def erasing_box(
     """Draws the box to erase from an image, or None to erase nothing.
 
     The area is uniform between 2% and a third of the image's area, and the logarithm of the aspect
-    ratio is uniform between log 0.3 and -log 0.3. Of ten boxes, the first that is smaller than the
-    image is used. If none is smaller, nothing is erased.
+    ratio is uniform between log 0.3 and -log 0.3. Of ten drawn boxes, the first whose sides are
+    shorter than the image's is used. If there is none, nothing is erased.
 
     Args:
-        height, width: Size of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         draws: `NUM_ERASING_DRAWS` random numbers in [0, 1).
         probability: Probability that a box is erased.
 

@@ -63,13 +63,16 @@ class ClassificationJob(TrainingJob):
     metrics: ClassVar = METRICS
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images, of which the recipe may choose a few for each class."""
+        """Opens the training images; the recipe may restrict them to a few images of each class."""
         return self._training_images()
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from the student's weights.
+        """Returns the recipe, completed from the student's weights.
 
-        If the recipe states no image statistics, they are those of the student's weights.
+        If the recipe states no image statistics, the result has the statistics of these weights.
+
+        Args:
+            sources: Finds the weights.
         """
         run, init = super().settle(sources), self.run.student.init
         if own_section(self.run).statistics or not init:
@@ -105,8 +108,8 @@ class ClassificationJob(TrainingJob):
     ) -> Sequence[Evaluation]:
         """Returns the evaluation on all test images, exact on any number of ranks.
 
-        Images that cannot be read are named in the log and do not count. If they are more than the
-        fraction `data.max_bad_fraction`, the run ends.
+        Images that cannot be read are named in the log and do not count. The run ends if the
+        fraction of such images exceeds `data.max_bad_fraction`.
         """
         images, bad = self.test_images(), BadImages()
 
@@ -123,7 +126,7 @@ class ClassificationJob(TrainingJob):
     def statistics(self) -> Statistics:
         """Returns the mean and deviation that normalise images.
 
-        They are the statistics of ImageNet unless the recipe states others.
+        The result is the statistics of ImageNet, unless the recipe states others.
         """
         stated = own_section(self.run).statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
@@ -140,7 +143,12 @@ class ClassificationJob(TrainingJob):
         return self._training_images().classes
 
     def test_images(self) -> LabelledImages:
-        """Opens the test images of `eval.root`, or of `data.root` if `eval.root` is not set."""
+        """Opens the test images on the first call, and returns them.
+
+        If the recipe sets `eval.root`, they are all images of `eval.root`. If it sets only
+        `data.val_fraction`, they are the part of `data.root` that this fraction holds out. If it
+        sets neither, they are the part val, validation or test of `data.root`.
+        """
         if self._test is None:
             root, classes = self.run.eval.root, self.classes()
             if root:
@@ -171,7 +179,7 @@ class ClassificationJob(TrainingJob):
         batch_size: int,
         between: Callable[[], None],
     ) -> tuple[dict[str, float], Predictions]:
-        """Tests the model on all test images; all ranks call it and return the same.
+        """Tests the model on all test images; all ranks must call it, and get the same result.
 
         Args:
             engine: The engine of the task.
@@ -304,9 +312,10 @@ class LinearProbeJob(ClassificationJob):
     _hash = ""
 
     def check(self) -> None:
-        """Checks the recipe as the base class does, the groups of the batch norm, and the weights.
+        """Checks the recipe, the images, the frozen model's weights, and the batch norm's groups.
 
-        Raises: ConfigError: if the size of a group does not divide the global batch size.
+        Raises: FDError: if the recipe, the images or the weights cannot be used, for example if the
+            size of a group does not divide the global batch size.
         """
         size, group = self.run.batch.global_batch_size, self.run.task.linear.norm_batch
         if size % self._group:
@@ -406,7 +415,10 @@ class LinearProbeJob(ClassificationJob):
         return 0
 
     def images_together(self) -> int:
-        """Returns the number of images of a group, which must divide each loaded batch."""
+        """Returns the number of images that share the statistics of the batch norm.
+
+        The number of images that are loaded for a micro-batch is a multiple of this number.
+        """
         return self._group
 
     def hooks(self) -> Sequence[Hook]:
@@ -442,7 +454,7 @@ class _GroupWarning(Hook):
     """Warns at the start of training if micro-batches are not whole groups of the batch norm.
 
     Args:
-        group: Number of images of a group.
+        group: Number of images of a group, which share the statistics of the batch norm.
     """
 
     def __init__(self, group: int) -> None:
@@ -480,7 +492,7 @@ def with_statistics(run: Run, statistics: Sequence[float]) -> Run:
 
 
 def _section(run: Run) -> str:
-    """Returns the name of the task's own section."""
+    """Returns the name of the task's own section of a recipe."""
     # `task.name` of a task of the user's own is module:FILE.py:NAME, not its section's name.
     kind = run.task.kind()
     assert kind is not None

@@ -35,7 +35,12 @@ class StoredClassification(StoredRun):
     ) -> Callable[[], Mapping[str, float]]:
         """Returns a function that computes the loss, and the accuracy in per cent, on given images.
 
-        See `StoredRun.losses_on`.
+        Each call of this function uses the weights that the task has at the time of the call.
+
+        Args:
+            task: The job's task, in evaluation mode.
+            images: (B, 3, S, S) uint8, on the device.
+            labels: (B,) int64, indices into the result of `classes`, on the device.
         """
         prepared = task.prepare(images, labels, None)
 

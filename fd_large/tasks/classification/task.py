@@ -85,9 +85,10 @@ def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
 
 
 def _kind(model: nn.Module) -> str:
-    """Returns "none", "instead" or "also", how fine-tuning normalises a model's mean token.
+    """Returns whether fine-tuning adds a norm of a model's mean token, as a word.
 
-    See `FamilyArchitecture.mean_norm`.
+    "instead": a new norm of the mean replaces the model's final norm. "also": the model gets a new
+    norm of the mean and keeps its own norms. "none": there is no norm of the mean.
     """
     return getattr(model, "mean_norm", FamilyArchitecture.mean_norm)
 
@@ -132,7 +133,7 @@ class FineTuning(Task):
             pixels: (B, 3, H, W) float32, normalised.
             targets: In training (B, K) float32, distributions over the classes. In evaluation (B,)
                 int64, labels, where images with `NO_LABEL` do not count.
-            keep: (num_sites, B) bool, or None for no drop path.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
         """
         logits = self.logits(pixels, keep)
         if self.training:
@@ -144,7 +145,7 @@ class FineTuning(Task):
 
         Args:
             pixels: (B, 3, H, W) float32, normalised.
-            keep: (num_sites, B) bool, or None for no drop path.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
         """
         dtype = next(self.student.parameters()).dtype
         mean = mean_token(self.student(pixels.to(dtype), keep), self.fc_norm)
@@ -214,15 +215,15 @@ class _NothingTrained(nn.Module):
     drop_path_rates = ()
 
     def blocks(self) -> list[nn.Module]:
-        """Returns no blocks."""
+        """Returns an empty list, since there are no blocks."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns no names of parameters."""
+        """Returns an empty set, since no parameter is trained."""
         return frozenset()
 
     def no_weight_decay_keywords(self) -> frozenset[str]:
-        """Returns no parts of names."""
+        """Returns an empty set, since no parameter is trained."""
         return frozenset()
 
 
@@ -296,15 +297,19 @@ class LinearProbing(Task):
         return self.head(normed.to(self.head.weight.dtype)).float()
 
     def before_step(self, progress: float) -> None:
-        """Drops sums of statistics from outside of a step, such as those of a trial."""
+        """Discards the sums of statistics that forwards before the step, such as trials, have left.
+
+        Args:
+            progress: Not used.
+        """
         batch_norm.forget([self])
 
     def after_step(self) -> None:
-        """Updates the running statistics from the sums over the step's images."""
+        """Updates the running statistics by the step's images; all ranks must call this method."""
         batch_norm.move([self])
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the frozen model and then this task, by the prefix of their layers' names."""
+        """Returns {prefix of the layers' names: model} of the frozen model, then of this task."""
         return {"frozen.": self._frozen[0].learning, "": self}
 
 

@@ -36,11 +36,12 @@ class ClassificationTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns a recipe whose student is a named model, with the model's image statistics.
+        """Returns a recipe whose student is a named model, with images of the given size.
 
-        The student's other fields are those of the run that trained the model, except drop path and
-        fields that the user set. Every block gets its own copy of a shared position bias. For
-        arguments see `Transfer`.
+        The image statistics are those of the model, unless `run` states some. The student's other
+        fields are those of the run that trained the model; drop path and fields that the user set
+        stay those of `run`. Every block gets its own copy of a position bias that blocks share. The
+        arguments are those of `Transfer.starting_from`.
         """
         refuse_decided(fields, OWN_FIELDS)
         architecture = resolve(model.model, model.architecture).with_own_position_biases()
@@ -54,13 +55,25 @@ class ClassificationTransfer(Transfer):
         return replace(run, student=student, data=replace(run.data, image_size=image_size))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the name of the recipe that fine-tunes a model; see `recipe_name`."""
+        """Returns the name of the recipe that fine-tunes a model if the user names no recipe.
+
+        Args:
+            architecture: Architecture of the model.
+            run_recipe: Name of the recipe of the run that trained the model; "" if the model has
+                random weights; None if the weights come from elsewhere.
+        """
         return recipe_name(architecture, run_recipe=run_recipe)
 
     def divisible(self, job: TrainingJob) -> Divisible:
-        """Opens the training images, train/ of `data.root`; see `Transfer.divisible`.
+        """Opens the training images, in train/ of `data.root`, of which a part can be held out.
 
-        Runs that hold out a part of these images have train/ as their `data.root`.
+        A run that holds out a part of these images by `data.val_fraction` has train/ as its
+        `data.root`.
+
+        Args:
+            job: A job whose recipe names the images.
+
+        Raises: DataError: if the images cannot be divided by the names of their files.
         """
         data = job.run.data
         images = open_split(data.root, "train").images
@@ -75,7 +88,13 @@ class ClassificationTransfer(Transfer):
         return Divisible(images.root, images, images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the top-1 accuracy in per cent, and {"test_loss": loss}, on the test images."""
+        """Returns the metrics of a finished run that the command `evaluate` compares.
+
+        Args:
+            summary: Content of the run's summary.json.
+
+        Returns: the top-1 accuracy on the test images in per cent, and {"test_loss": loss}.
+        """
         return summary["test_top1"], {"test_loss": summary["test_loss"]}
 
 
@@ -83,14 +102,15 @@ class LinearTransfer(ClassificationTransfer):
     """Makes the recipes of linear probes on models which the user names."""
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
-        """Returns the recipes of the linear probes of a model, by their labels.
+        """Returns {label: recipe} of the linear probes of a model.
 
         With "auto" there are three recipes, which probe the mean of the patch tokens, the class
-        token, and the two concatenated. A model without class token has only the first recipe.
+        token, and the two concatenated. For a model without class token, there is only the given
+        recipe, with the label "".
 
         Args:
             run: The recipe, with the model in the student's place.
-            pool: Value of `task.linear.pool`, or "auto".
+            pool: Value of `task.linear.pool` for a single recipe, or "auto".
         """
         if pool != "auto":
             return {"": override(run, {"task.linear.pool": pool})}

@@ -85,11 +85,11 @@ class LabelledViews:
         )
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
-        """Returns (B, count) random numbers in [0, 1); another stream gives other numbers.
+        """Returns uniform random numbers in [0, 1), `count` for each of B positions.
 
         Args:
             positions: (B,), positions in the epoch's order.
-            stream: Name of the stream.
+            stream: Name of the purpose; other names give other numbers.
             count: Number of random numbers for each position.
         """
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
@@ -182,7 +182,8 @@ class MixedBatches(Dataset):
 
         Args:
             pixels: (B, 3, S, S) float32, normalised.
-            draws: For each image, random numbers for its box.
+            draws: For each image, `NUM_ERASING_DRAWS` random numbers in [0, 1), which decide if a
+                box is filled, and which box.
             positions: (B,), positions in the epoch's order, on which the noise depends.
         """
         for place, position in enumerate(positions.tolist()):

@@ -2,7 +2,8 @@
 
 torchvision's pyramid and heads initialise their children's weights in the parent's constructor.
 Under `deepspeed.zero.Init` these weights are then already sharded over the ranks, so that the
-initial values would be lost. Therefore this package has its own Modules with parameters.
+initial values would be lost. Therefore each Module here initialises only the parameters that it
+owns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def he_uniform() -> Draw:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Returns a tensor in float64 if it was float64, else in float32, for losses."""
+    """Converts a tensor to float32, for losses; a float64 tensor is returned unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

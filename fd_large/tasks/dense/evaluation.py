@@ -34,13 +34,13 @@ class Model(Protocol):
 
     @property
     def at_once(self) -> int:
-        """Number of windows in a forward of `predict`."""
+        """Largest number of windows in a forward of `predict`."""
 
     def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Returns the class or depth of each pixel of an image, (H, W), on the device.
+        """Returns the predicted class or depth of each pixel of an image, (H, W), on the device.
 
         Args:
-            views: (3, h, w) uint8, the views of the image.
+            views: (3, h, w) uint8 for each view, the image resized to the sizes of `views`.
             size: Height and width of the result.
         """
 
@@ -67,14 +67,15 @@ DrawnImages = Mapping[str, Mapping[int, Drawn]]
 def predict_all(
     model: Model, images: PairedImages, *, workers: int, between: Callable[[], None]
 ) -> Iterator[tuple[TestImage, Tensor | None]]:
-    """Yields this rank's test images and the predictions of their pixels; all ranks call it.
+    """Yields this rank's test images, each with the prediction of its pixels.
 
-    An image that cannot be read is named in the log. Its prediction is None, as for padding.
+    All ranks must call this function. An image that cannot be read is named in the log, and has the
+    prediction None. So has padding, which gives all ranks the same number of items.
 
     Args:
         model: The model under test.
         images: The test images and their truth.
-        workers: Number of loading processes.
+        workers: Number of loading processes; 0 loads in this process.
         between: Called before each image on every rank; may raise to end the test.
     """
     loader = build_test_loader(
@@ -92,11 +93,11 @@ def predict_all(
 
 
 def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> DrawnImages:
-    """Predicts the images of two plots once more; all ranks call it.
+    """Predicts the images of two plots once more; all ranks must call this function.
 
     The plot "worst" has the images with the largest errors. The plot "chosen" has images that are
-    spread evenly over the dataset and are the same in every test. Only rank 0 reads images, so that
-    an image that has become unreadable stops no rank.
+    spread evenly over the dataset and are the same in every test. Only rank 0 reads images. If an
+    image has become unreadable, the plot lacks it.
 
     Args:
         errors: (N,), the error of each image; NaN for images that are not scored.
@@ -124,12 +125,14 @@ def draw_some(
     draw: Callable[[list[T], Path], None],
     folder: Path,
 ) -> list[Path]:
-    """Draws each plot of `predict_some` that has images as NAME.png, and returns the paths.
+    """Draws each plot of `predict_some` into a file NAME.png, and returns the paths of the files.
+
+    A plot without images is not drawn.
 
     Args:
         some: The result of `predict_some`; None draws nothing.
-        row: Makes the plot's row for an image from the image's index and its `Drawn`.
-        draw: Draws rows into a file.
+        row: Makes the row of an image from the image's index, and from its truth and prediction.
+        draw: Draws a list of rows into a file.
         folder: Folder of the files, which must exist.
     """
     drawn = []
@@ -158,10 +161,10 @@ def finite(value: float) -> float | None:
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Returns the prediction (H, W) of this rank's image, or None if it has no readable image.
+    """Returns the prediction (H, W) of this rank's image; None if the rank has no readable image.
 
-    All ranks call it. Since all ranks must run the same number of forwards under ZeRO-3, a rank
-    that needs fewer forwards also runs `Model.idle`.
+    All ranks must call this function. Since all ranks must run the same number of forwards under
+    ZeRO-3, a rank that needs fewer forwards also runs `Model.idle`.
     """
     size = (item.truth.shape[0], item.truth.shape[1])
     planned = model.views.num_forwards(*size, model.at_once) if item.views else 0

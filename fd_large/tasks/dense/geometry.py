@@ -41,15 +41,26 @@ class View:
         return self.crop[2:]
 
     def image(self, image: Tensor) -> Tensor:
-        """Returns the view of pixels (3, H, W) uint8, resized bilinearly with antialiasing."""
+        """Returns the view of an image, resized bilinearly with antialiasing.
+
+        Args:
+            image: (3, H, W) uint8.
+
+        Returns: (3, h, w) uint8, where (h, w) is `size`.
+        """
         if self.resized != self.original:
             image = F.interpolate(image[None], self.resized, mode="bilinear", antialias=True)[0]
         return self._cut(image)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the view of a mask (H, W) of zeros and ones.
+        """Returns the view of a mask.
 
         If the mask is resized, a pixel is 1 if ones cover at least half of it.
+
+        Args:
+            mask: (H, W) uint8, 0 or 1.
+
+        Returns: (h, w) uint8, 0 or 1, where (h, w) is `size`.
         """
         pixels = torch.from_numpy(np.ascontiguousarray(mask))
         if self.resized != self.original:
@@ -60,7 +71,15 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Returns the view of a class or depth per pixel (H, W), resized by nearest neighbour."""
+        """Returns the view of an array with a class or a depth for each pixel.
+
+        The array is resized by nearest neighbour.
+
+        Args:
+            numbers: (H, W).
+
+        Returns: (h, w), where (h, w) is `size`.
+        """
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height
@@ -68,9 +87,14 @@ class View:
         return numbers[down[:, None], across[:: -1 if self.flipped else 1]]
 
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Returns the positions in the view of points (n, 2), x and y in pixels of the image.
+        """Maps points from pixels of the image to pixels of the view.
 
-        A position may be outside the view.
+        A point may be outside the view.
+
+        Args:
+            points: (n, 2), x and y in pixels of the image.
+
+        Returns: (n, 2), x and y in pixels of the view.
         """
         (height, width), (new_height, new_width) = self.original, self.resized
         top, left, _, crop_width = self.crop
@@ -80,7 +104,7 @@ class View:
         return moved
 
     def _cut(self, image: Tensor) -> Tensor:
-        """Crops and flips a resized image or mask (..., H, W)."""
+        """Crops a resized image or mask (..., H, W), and mirrors it if the view is flipped."""
         top, left, height, width = self.crop
         cut = image[..., top : top + height, left : left + width]
         return (cut.flip(-1) if self.flipped else cut).contiguous()
@@ -97,10 +121,11 @@ def resized_view(
     """Returns the view of a whole image at another size, with the same aspect ratio.
 
     Args:
-        height, width: Size of the image, in pixels.
-        short_side: Length of the view's shorter side, which is less if the longer side would exceed
-            `long_side`.
-        long_side: Largest length of the view's longer side.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        short_side: Length of the view's shorter side, in pixels. It becomes less if the longer side
+            would exceed `long_side`.
+        long_side: Largest length of the view's longer side, in pixels.
         flipped: Whether the view is mirrored horizontally.
     """
     ratio = min(short_side / min(height, width), long_side / max(height, width))

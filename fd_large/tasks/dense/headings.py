@@ -7,5 +7,5 @@ LONGEST = 36
 
 
 def shortened(name: str) -> str:
-    """Returns a name that fits above an image; "..." replaces the start of a longer name."""
+    """Shortens an image's name for a heading; "..." replaces the start of a long name."""
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

@@ -79,22 +79,22 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def whole_images(self) -> str:
-        """Returns the error message if the recipe tests whole images of any size, otherwise "".
+        """Returns an error message if the recipe tests whole images of any size; otherwise "".
 
-        It is called only if the student accepts images of a single size.
+        This method is called only if the student accepts images of a single size.
         """
         raise NotImplementedError
 
     def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:
-        """Tests a model on all images; all ranks call it.
+        """Tests a model on all images; all ranks must call this method.
 
         Args:
             model: The result of `model_to_test`.
             images: The test images.
             between: Called before each image on every rank; may raise to end the test.
 
-        Returns: an object with a method `scores.numbers()`, which returns the scores by name, and
-            the array `errors`, (N,) float64, the error of each image.
+        Returns: an object with two attributes. `scores` has a method `numbers()`, which returns
+            {name: score}. `errors`, (N,) float64, has the error of each image.
         """
         raise NotImplementedError
 
@@ -120,9 +120,9 @@ class DenseJob(TrainingJob):
     def test_images(self) -> Any:
         """Opens the test images and their targets.
 
-        They are the val split of `eval.root` if it is set. Otherwise they are the part of
-        `data.root`'s train split that `data.val_fraction` holds out, or its val split if the
-        fraction is 0.
+        If the recipe sets `eval.root`, the test images are the val split of `eval.root`. If it sets
+        only `data.val_fraction`, they are the part of `data.root`'s train split that this fraction
+        holds out. If it sets neither, they are the val split of `data.root`.
 
         Raises: DataError: if the images cannot be used.
         """
@@ -135,13 +135,16 @@ class DenseJob(TrainingJob):
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        It is 0 for a frozen student, which uses the statistics that were loaded with its weights.
-        For other students see `TrainingJob.norm_group`.
+        The result is 0 for a frozen student, which uses the statistics that were loaded with its
+        weights, and for a student without batch norms.
         """
         return 0 if self.section.frozen else super().norm_group()
 
     def check(self) -> None:
-        """Opens the test images, and checks weights, crop size, test settings and drop path."""
+        """Opens the test images, and checks weights, crop size, test settings and drop path.
+
+        Raises: FDError: if the images, the weights or the recipe cannot be used.
+        """
         super().check()
         self._test_images = self.test_images()
         student, name = self.run.student, self.run.task.name
@@ -201,7 +204,7 @@ class DenseJob(TrainingJob):
     ) -> Sequence[Evaluation]:
         """Returns the evaluation on all test images, which writes its files to RUN/evaluations.
 
-        Before the first step it tests nothing, since the head's weights are still random.
+        Before the first step, the evaluation tests nothing, since the head's weights are random.
         """
         run, task, images = self.run, cast(DenseTask, engine.task), self._test_images
 
@@ -236,7 +239,7 @@ class DenseJob(TrainingJob):
     def stored_student(self) -> StoredStudent:
         """Describes the student in checkpoints, for images of the crop's size.
 
-        It has no final norm unless the head reads the map after this norm (`on_last_map`).
+        The student has no final norm, unless the head reads the map after it (`on_last_map`).
         """
         absent = {} if self.section.head in self.on_last_map else FINAL_NORM
         return StoredStudent(trained_at(self.run), absent, IMAGENET)
@@ -248,7 +251,10 @@ def next_multiple(size: int, of: int) -> int:
 
 
 class _PassWarning(Hook):
-    """Warns at the start of training if a step consists of several micro-batches of each rank."""
+    """Warns at the start of training if each rank has several micro-batches in a step.
+
+    The head's batch norms then see only a part of the step's images at once.
+    """
 
     def on_start(self, setting: Setting) -> None:
         """Logs a warning on rank 0 if each rank has several micro-batches in a step."""

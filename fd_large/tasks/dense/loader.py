@@ -55,7 +55,7 @@ class TrainingViews(Protocol):
 class TrainingBatches(Dataset):
     """Dataset whose item for positions in the epoch's order is a `Batch` of square crops.
 
-    The loading processes use it.
+    The loading processes use the dataset.
 
     Attributes:
         source: Images with their truth.
@@ -70,7 +70,10 @@ class TrainingBatches(Dataset):
     epoch: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the crops; for an unusable sample the crop is black and its truth unknown."""
+        """Loads the crops at positions (B,) in the epoch's order.
+
+        If no image can be used at a position, the crop is black and its truth is unknown.
+        """
         drawn = self.views.draws(self.seed, self.epoch, positions)
         loaded = load_samples(
             lambda place, index: self.views.view(*self.source.sample(index), drawn[place]),
@@ -116,8 +119,9 @@ class TestViews(Protocol):
         """Returns the number of forwards that predict an image.
 
         Args:
-            height, width: Size of the image, in pixels.
-            at_once: Number of windows in a forward.
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+            at_once: Largest number of windows in a forward.
         """
 
 
@@ -128,7 +132,7 @@ class TestImage(NamedTuple):
         views: (3, h, w) uint8 for each size; empty for padding, or if the image could not be read.
         truth: (H, W), the class or depth of each pixel of the image in its own size.
         index: Index in the dataset; -1 for padding.
-        bad: Reason that the image could not be read, or "".
+        bad: Reason that the image could not be read; "" if it could be read, and for padding.
     """
 
     # No test of pytest's.
@@ -144,7 +148,7 @@ class TestImage(NamedTuple):
 class TestImages(Dataset):
     """Dataset whose item for an image's index, or -1 for padding, is a `TestImage`.
 
-    The loading processes use it.
+    The loading processes use the dataset.
 
     Attributes:
         source: Images with their truth.
@@ -157,7 +161,7 @@ class TestImages(Dataset):
     views: TestViews
 
     def __getitem__(self, index: int) -> TestImage:
-        """Reads an image and its truth; a problem is stored in `TestImage.bad`."""
+        """Reads an image and its truth; if this fails, the reason is stored in `TestImage.bad`."""
         none = torch.zeros(1, 1)
         if index < 0:
             return TestImage([], none, index)
@@ -192,7 +196,7 @@ def deal(
 ) -> list[NDArray[np.int64]]:
     """Returns a rank's batches of the indices 0 to `num_images` - 1, padded with -1.
 
-    Consecutive batches are dealt to the ranks in turn, so that all ranks work about as long.
+    Consecutive batches go to the ranks in turn, so that all ranks work for about the same time.
 
     Args:
         num_images: Number of images.

@@ -35,8 +35,8 @@ class Layout(NamedTuple):
         truths: Folder of the truth files; {split} stands for the split.
         train: The dataset's name of the split "train".
         val: The dataset's name of the split "val".
-        image_tail: Ending of the stems of images.
-        truth_tail: Ending of the stems of truth files.
+        image_tail: Ending of an image's stem that the stem of its truth file lacks.
+        truth_tail: Ending of a truth file's stem that the stem of its image lacks.
     """
 
     images: str
@@ -230,7 +230,7 @@ def pairs_in_folders(
 def _layout_of(
     layouts: Sequence[Layout], root: str, split: str, kind: str, where: str, otherwise: str
 ) -> Layout:
-    """Returns the first layout whose folders exist; for arguments see `pairs_in_folders`.
+    """Returns the first layout whose folders exist. The arguments are those of `pairs_in_folders`.
 
     Raises: DataError: if the folders of no layout exist.
     """

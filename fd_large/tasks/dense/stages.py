@@ -29,8 +29,8 @@ LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
     """Removes the parameters of a student that a dense task does not use.
 
-    They are the final norm and, if the student's blocks will attend within windows, the class
-    tokens. These parameters would get no gradient, but DeepSpeed would still apply weight decay.
+    These parameters are the final norm and, if the student's blocks will attend within windows, the
+    class tokens. They would get no gradient, but DeepSpeed would still apply weight decay to them.
 
     Args:
         student: A backbone with a map for each stage (`stage_widths`, `stage_strides`), each of
@@ -83,10 +83,10 @@ def features(
 
 
 def blocks_taken(depth: int) -> tuple[int, int, int, int]:
-    """Returns the numbers of the blocks of a plain ViT whose maps are rescaled, counted from 0.
+    """Returns the four blocks of a plain ViT whose maps a dense head reads, counted from 0.
 
-    They are the last blocks of the first third, half, two thirds and whole of the model. So they
-    are blocks 3, 5, 7, 11 of 12 and blocks 7, 11, 15, 23 of 24, as published.
+    The blocks are the last blocks of the first third, the first half, the first two thirds and the
+    whole of the model: blocks 3, 5, 7, 11 of 12 and blocks 7, 11, 15, 23 of 24, as published.
 
     Args:
         depth: Number of the ViT's blocks.
@@ -175,7 +175,12 @@ def is_of_one_size(student: nn.Module) -> bool:
 
 
 def scales_of(patch_size: int) -> tuple[float, ...]:
-    """Returns the factors by which the sides of a plain ViT's maps are scaled, as published."""
+    """Returns the factors by which the sides of a plain ViT's four maps are scaled, as published.
+
+    Args:
+        patch_size: Side of a patch, in pixels. Up to 8 pixels the factors are 2, 1, 1/2 and 1/4,
+            above 8 pixels 4, 2, 1 and 1/2.
+    """
     return (2, 1, 0.5, 0.25) if patch_size <= 8 else (4, 2, 1, 0.5)
 
 
@@ -191,7 +196,12 @@ def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def pyramid_of(student: nn.Module, width: int) -> nn.Module:
-    """Returns the pyramid that fits a student, with `width` channels in each map."""
+    """Returns the pyramid that fits a student.
+
+    Args:
+        student: A backbone with several stages, or a plain ViT.
+        width: Number of channels of each of the pyramid's maps.
+    """
     if has_stages(student):
         return FeaturePyramid(list(student.stage_widths), width)
     return SimplePyramid(student.width, width)

@@ -117,7 +117,7 @@ def predict_files(
 
 
 class StoredDense(StoredRun):
-    """A stored run of segmentation or depth, which is tested with its own test settings."""
+    """A stored run of segmentation or depth, tested with the test settings of its recipe."""
 
     job: DenseJob
 
@@ -131,7 +131,9 @@ class StoredDense(StoredRun):
         raise NotImplementedError
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores a checkpoint on the test images (`DenseJob.test_images`); all ranks call it.
+        """Scores a checkpoint on the test images (`DenseJob.test_images`).
+
+        All ranks must call this method.
 
         Args:
             reader: A checkpoint of the run.
@@ -153,13 +155,13 @@ class StoredDense(StoredRun):
         return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
 
     def task(self, reader: Reader) -> Any:
-        """Builds the task of a checkpoint for tests; see `task_to_test`."""
+        """Builds the task of a checkpoint in evaluation mode, unsharded, on this rank's device."""
         return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
 
     def without_norm(self) -> str:
-        """Returns the model card's sentence on a student without final norm; "" if it has one.
+        """Returns the model card's sentence on a student without final norm.
 
-        The sentence begins with a space.
+        The sentence begins with a space. It is "" if the student has a final norm.
         """
         absent = self.job.stored_student().absent
         return " It had no final norm, which only normalises here." if absent else ""

@@ -41,17 +41,21 @@ class DenseTask(Task):
         return self(pixels=self.pixels(images))
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate, 0 for a frozen student's parameters.
+        """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        See `Task.layer_scale`.
+        The factor is 0 for the parameters of a frozen student.
+
+        Args:
+            name: The parameter's name in this Module.
+            decay: Factor from each layer of the student to the layer below it.
         """
         if self.frozen and name.startswith("student."):
             return 0.0
         return super().layer_scale(name, decay)
 
     def student_norms(self) -> list[Any]:
-        """Returns the student's batch norms that use statistics of a step.
+        """Returns the student's batch norms that normalise by statistics of the current batch.
 
-        A frozen student has none, since it uses its loaded statistics.
+        A frozen student has no such norms, since it uses the statistics loaded with its weights.
         """
         return [] if self.frozen else super().student_norms()

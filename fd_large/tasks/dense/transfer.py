@@ -25,8 +25,9 @@ class DenseTransfer(Transfer):
     ) -> Run:
         """Returns a recipe whose student is a named model, and whose crop fits the model.
 
-        The side of the crop is enlarged to a multiple of the patch size. It stays unchanged for a
-        model with several stages, which accepts crops of any size. For arguments see `Transfer`.
+        The side of the crop is enlarged to a multiple of the patch size. For a model with several
+        stages, which accepts crops of any size, the side stays unchanged. The arguments are those
+        of `Transfer.starting_from`.
         """
         run = super().starting_from(
             run, model, image_size=image_size, trained_as=trained_as, fields=fields

@@ -58,9 +58,10 @@ class DepthJob(DenseJob):
         )
 
     def test_images(self) -> DepthSet:
-        """Opens the test images, and checks on some of them that `task.depth.test_crop` fits.
+        """Opens the test images, and checks for some of them that `task.depth.test_crop` fits.
 
-        Raises: DataError or ConfigError: if the images cannot be used, or the crop does not fit.
+        Raises: DataError or ConfigError: if the images cannot be used, or if `task.depth.test_crop`
+            is defined for images of another size.
         """
         images, section = super().test_images(), self.section
         for truth in images.some_truths():
@@ -90,7 +91,10 @@ class DepthJob(DenseJob):
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
-        """Returns an error message if the recipe tests whole images, or "" if it tests windows."""
+        """Returns an error message if the recipe tests whole images; "" if it tests windows.
+
+        The message is used if the student accepts images of a single size only.
+        """
         if self.section.test_windows:
             return ""
         return (
@@ -99,7 +103,13 @@ class DepthJob(DenseJob):
         )
 
     def measure(self, model: Model, images: DepthSet, between: Callable[[], None]) -> Outcome:
-        """Tests a model on all images; a collective."""
+        """Tests a model on all images; all ranks must call this method.
+
+        Args:
+            model: The model under test.
+            images: The test images and their depths.
+            between: Called before each image on every rank; may raise to end the test.
+        """
         section = self.section
         return evaluate(
             model,
@@ -111,11 +121,20 @@ class DepthJob(DenseJob):
         )
 
     def keep(self, outcome: Outcome, some: Any, images: DepthSet, folder: Path) -> list[Path]:
-        """Writes scores.json, and if `some` is given draws its images with depth and error."""
+        """Writes the scores of a test, and draws images with depth and error; on rank 0 only.
+
+        Args:
+            outcome: Result of the test.
+            some: The images to draw, from `predict_some`; None draws nothing.
+            images: The test images and their depths.
+            folder: The folder to write to.
+
+        Returns: the paths of the plots.
+        """
         return keep(outcome, some, images, folder)
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student as `DenseJob` does, but with the normalisation of this training."""
+        """Describes the student in checkpoints, with the image statistics of this training."""
         return super().stored_student()._replace(statistics=self._statistics())
 
     def _statistics(self) -> Statistics:

@@ -13,12 +13,12 @@ Over = Literal["batch", "image"]
 
 
 class Whole(NamedTuple):
-    """The sums over a whole step, which a first pass computes for the loss of the second.
+    """The sums over a whole step, which a first pass computes for the loss of a second pass.
 
     Attributes:
         sums: (3,) float64, the sum of `silog_sums` over all images of the step.
-        parts: Number of micro-batches of all ranks in the step, whose gradients the engine
-            averages.
+        parts: Number of micro-batches in the step over all ranks. The engine averages their
+            gradients.
     """
 
     sums: Tensor
@@ -35,8 +35,8 @@ def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
             float64.
         depths: (B, H, W), true depths in metres; 0 where the depth is unknown.
 
-    Returns: (3, B) float64. The rows are the number of pixels, the sum of the differences d of
-        `silog_loss`, and the sum of d^2.
+    Returns: (3, B) float64. The rows are the number of pixels, the sum of d, and the sum of d^2,
+        where d is the logarithm of the true depth minus the logarithm of the predicted depth.
     """
     known = depths > 0
     difference = depths.where(known, 1).to(log_depths).log() - log_depths
@@ -105,9 +105,9 @@ def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> T
 
     Args:
         count: Number of pixels.
-        total: Sum of d.
-        squares: Sum of d^2.
-        mean_share: As for `silog_loss`.
+        total: Sum of the differences d over these pixels.
+        squares: Sum of d^2 over these pixels.
+        mean_share: Share of the squared mean that is subtracted, in [0, 1].
     """
     mean = total / count.clamp(min=1)
     inside = squares / count.clamp(min=1) - mean_share * mean.square()

@@ -44,7 +44,14 @@ class StoredDepth(StoredDense):
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws the predicted depths beside each image, and writes them (metres) to .npy files."""
+        """Draws the predicted depths beside each image, and writes them in metres to .npy files.
+
+        Args:
+            reader: A checkpoint of the run.
+            images: Paths of image files.
+            folder: Folder of the results.
+            least_score: Not used, since these predictions have no scores.
+        """
         model = self.job.model_to_test(self.task(reader).predict, 1)
 
         def see(image: Tensor, stem: str) -> Seen:

@@ -52,9 +52,10 @@ class Depth(DenseTask):
         max_depth: Largest depth that the head can predict, in metres.
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
-        over: As for `silog_loss`.
-        mean_share: As for `silog_loss`.
-        factor: As for `silog_loss`.
+        over: Pixels over which the loss takes means (`silog_loss`): "batch", all pixels of a step's
+            images, or "image", the pixels of each image.
+        mean_share: Share of the squared mean that the loss subtracts, in [0, 1].
+        factor: Factor of the loss.
         frozen: Whether the student is frozen.
         statistics: The student's normalisation.
 
@@ -98,7 +99,11 @@ class Depth(DenseTask):
     def two_passes(self, micro_batches: int) -> bool:
         """Whether the loss needs sums over all images of a step before the first backward.
 
-        True if the loss is one root over the whole step, and the step has several micro-batches.
+        This is so if the loss is a single root over the whole step (`over` is "batch"), and the
+        step has several micro-batches.
+
+        Args:
+            micro_batches: Number of micro-batches of a rank in the step.
         """
         return self.over == "batch" and micro_batches > 1
 
@@ -138,12 +143,12 @@ class Depth(DenseTask):
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
             depths: (B, H, W), the true depths in metres; 0 where the depth is unknown.
-            whole: As for `silog_loss`.
-            for_sums: Whether the sum of `silog_sums` over the images, (3,), is returned in place of
-                the loss.
+            whole: The sums over a step of several micro-batches (`silog_loss`). None if the step is
+                this micro-batch on all ranks, or if the loss averages over images.
+            for_sums: True to return only the sum of `silog_sums` over the images, (3,).
 
-        Returns: with depths (loss, {}), a scalar and no further metrics; without depths the
-            prediction (B, H, W) float32, in metres.
+        Returns: with `depths` (loss, {}), a scalar and no further metrics; without `depths` the
+            predicted depths, (B, H, W) float32, in metres.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             last = self._map(pixels, keep)

@@ -48,7 +48,10 @@ class SegmentationJob(DenseJob):
         )
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images with their labels; sets `classes` (names and colours)."""
+        """Opens the training images with their labels, and sets the attribute `classes`.
+
+        `classes` has the names and colours of the dataset's classes.
+        """
         images, section = super().open_samples(), self.section
         self.classes = classes_of(self.run.data.root, section.num_classes, section.classes)
         return images
@@ -83,9 +86,10 @@ class SegmentationJob(DenseJob):
         return {**super().sources(), **head_source}
 
     def initial_weights(self) -> InitialWeights:
-        """Returns the weights of the student, and those of heads and neck from `head_init`.
+        """Returns the weights from which the student, the heads and the neck start.
 
-        If `task.segmentation.head_init` is empty, heads and neck start from random weights.
+        Heads and neck have the weights that `task.segmentation.head_init` names. If this field is
+        empty, they start from random weights.
 
         Raises: WeightsError: if weights do not fit the student, the heads or the neck.
         """
@@ -102,7 +106,10 @@ class SegmentationJob(DenseJob):
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
-        """Returns an error message if the recipe tests whole images, or "" if it tests windows."""
+        """Returns an error message if the recipe tests whole images; "" if it tests windows.
+
+        The message is used if the student accepts images of a single size only.
+        """
         if self.section.test_mode != "whole":
             return ""
         return (
@@ -113,13 +120,28 @@ class SegmentationJob(DenseJob):
     def measure(
         self, model: Model, images: SegmentationSet, between: Callable[[], None]
     ) -> Outcome:
-        """Tests a model on all images; a collective."""
+        """Tests a model on all images; all ranks must call this method.
+
+        Args:
+            model: The model under test.
+            images: The test images and their labels.
+            between: Called before each image on every rank; may raise to end the test.
+        """
         return evaluate(model, images, workers=self.run.data.workers, between=between)
 
     def keep(
         self, outcome: Outcome, some: Any, images: SegmentationSet, folder: Path
     ) -> list[Path]:
-        """Writes scores.json, and if `some` is given draws images and the confusion matrix."""
+        """Writes the scores of a test, and draws images and the confusion matrix; on rank 0 only.
+
+        Args:
+            outcome: Result of the test.
+            some: The images to draw, from `predict_some`; None draws nothing.
+            images: The test images and their labels.
+            folder: The folder to write to.
+
+        Returns: the paths of the plots.
+        """
         return keep(outcome, some, images, self.classes, folder)
 
     def facts(self) -> Mapping[str, Any]:

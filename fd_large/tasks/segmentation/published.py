@@ -78,7 +78,7 @@ HEADS = (
 
 
 class Heads(NamedTuple):
-    """A run's heads and test, as the configuration files of the libraries describe them.
+    """The heads and the test of a run, for the configuration files of other libraries.
 
     Attributes:
         widths: Channels of the four maps.
@@ -112,8 +112,8 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
         to: The format, a name in the table `LAYOUTS`.
         heads: The heads and the test.
 
-    Raises: ConfigError: if a ViT is so shallow that its four blocks are not different, or if the
-        library rescales a ViT's maps by other factors.
+    Raises: ConfigError: if a ViT has so few blocks that two of the four maps come from one block,
+        or if the library rescales the maps of a ViT by other factors than `heads.scales`.
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(

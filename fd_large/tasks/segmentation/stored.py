@@ -43,8 +43,14 @@ class StoredSegmentation(StoredDense):
     job: SegmentationJob
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns the export of the student, with its heads if the format of `to` has heads.
+        """Describes an export: of the student, or of the student with its heads.
 
+        Args:
+            architecture: The student's architecture, with the image size of the export.
+            to: The library or format of the export. "mmseg" and "upernet" hold the heads too.
+
+        Returns: how tensors and configuration are translated for the library. None if the format is
+            a graph, which can hold any model.
         Raises: ConfigError: if the library lacks this model or these heads.
         """
         if not LIBRARIES[to].heads:
@@ -79,7 +85,15 @@ class StoredSegmentation(StoredDense):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the shapes of heads and neck by name; {} if the format has no heads."""
+        """Returns the shapes of the tensors of heads and neck, if they are exported too.
+
+        Args:
+            reader: The checkpoint that is exported; not used.
+            student: {name: shape} of the student's tensors; not used.
+            to: The library or format of the export.
+
+        Returns: {name in the checkpoint: shape}; {} if the format does not hold the heads.
+        """
         return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
@@ -99,12 +113,21 @@ class StoredSegmentation(StoredDense):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the model on the test images, with the class names of the checkpoint."""
+        """Scores the model on the test images; all ranks must call this method.
+
+        The names of the classes in the tables and plots are those of the checkpoint.
+
+        Args:
+            reader: A checkpoint of the run.
+            folder: Folder of scores and plots.
+
+        Returns: tables and files on rank 0, and nothing on other ranks.
+        """
         self.job.classes = _classes(reader)
         return super().score(reader, folder)
 
     def tables(self, outcome: Outcome, images: SegmentationSet) -> Sequence[Any]:
-        """Returns two tables: mIoU, mAcc and aAcc, and the scores of each class."""
+        """Returns two tables: one of mIoU, mAcc and aAcc, and one of the scores of each class."""
         return [
             numbers_table(outcome.scores, len(images)),
             classes_table(outcome.scores, self.job.classes.names),
@@ -113,7 +136,14 @@ class StoredSegmentation(StoredDense):
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws the predicted classes over each image, and writes them to a label file (PNG)."""
+        """Draws the predicted classes over each image, and writes them to a label file (PNG).
+
+        Args:
+            reader: A checkpoint of the run.
+            images: Paths of image files.
+            folder: Folder of the results.
+            least_score: Not used, since these predictions have no scores.
+        """
         model, classes = Model(self.task(reader).predict, test_views(self.run)), _classes(reader)
 
         def see(image: Tensor, stem: str) -> Seen:

@@ -52,7 +52,7 @@ class DepthSet(PairedImages):
         self._scale, self._bottom_crop, self._valid_range = scale, bottom_crop, valid_range
 
     def truth(self, index: int) -> NDArray[np.float32]:
-        """Reads the depths of the whole image `index`, (H, W) in metres; 0 where unknown.
+        """Reads the depths of the whole image `index`, (H, W) in metres; unknown depths are 0.
 
         Raises: DataError: if the depth file cannot be read, or is not a 16-bit image.
         """
@@ -130,12 +130,15 @@ def open_depth(
             depths/SPLIT, or SPLIT/images and SPLIT/depths, or a folder SPLIT of JPEG images and
             PNG depth files with the same stems.
         split: "train" or "val".
-        list_file: A list of images and depth files (`lists.py`), as for NYUv2 and KITTI. If empty,
-            a list in `root` is used (`DEFAULT_NAMES`), if there is one.
+        list_file: Path of a list of images and depth files (`lists.py`), as for NYUv2 and KITTI. If
+            empty, a list in `root` with a name in `DEFAULT_NAMES` is used; if `root` has no such
+            list, the folders are searched.
         depth_scale: Units of a depth file per metre.
-        valid_range: As for `DepthSet`.
+        valid_range: Two depths (near, far) in metres. Depths d with near < d <= far are kept, and
+            other depths count as unknown. (0, 0) keeps all depths.
         limits: Lower and upper limit of the median depth, in metres.
-        bottom_crop: As for `DepthSet`.
+        bottom_crop: Height and width of the part of an image that is used, at the bottom of the
+            image and horizontally centred. (0, 0) uses the whole image.
         max_pixels: Images and depth files with more pixels are refused.
         where: The field that names the folder, for messages.
 

@@ -37,7 +37,7 @@ class _Paths(Sequence[str]):
     """The paths of the images in a listing, or of their depth files, as a sequence.
 
     Args:
-        listing: A listing whose names are two paths, separated by a newline.
+        listing: A listing in which each name consists of two paths, separated by a newline.
         root: Folder of the dataset, to which the paths are relative.
         part: 0 for images, 1 for depth files.
     """
@@ -137,16 +137,19 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Returns a path in a list without its leading "/" and any ".."; "" if the path is invalid."""
+    """Removes the leading "/" and every ".." from a path in a list, so that it lies in the dataset.
+
+    The result is "" if the path is invalid.
+    """
     return "/".join(next(paths_below(name), ()))
 
 
 def _found(
     pairs: list[tuple[str, str]], path: str, root: str, of_root: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields pairs of paths, now relative to the root, after checking that all files exist.
+    """Checks that all files in a list exist, and yields the pairs of paths relative to the root.
 
-    Each folder is listed once, in place of a request for each file.
+    To find the files, each folder is listed once, in place of a request for each file.
 
     Args:
         pairs: Result of `_lines`.

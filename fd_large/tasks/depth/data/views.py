@@ -75,7 +75,13 @@ class TrainingViews(NamedTuple):
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Returns the random numbers for the view at each position of the epoch."""
+        """Returns the random numbers for the view at each position of the epoch.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions in the epoch's order.
+        """
         places = uniforms(seed, epoch, positions, "jitter", 6)
         if self.cut_depth_bytes == "wrapped" and self.cut_depth:
             cut = positions % round(1 / self.cut_depth) == 0
@@ -181,8 +187,8 @@ class TestViews(NamedTuple):
         image_size: Length of the shorter side to which an image is resized, in pixels; also the
             side of the squares.
         windows: Number of squares along the longer side; 0 for whole images.
-        flip: Whether the model is also given each square or image mirrored, and the depths are
-            averaged.
+        flip: Whether the model also sees each square, or the whole image, mirrored. The two
+            predictions are then averaged.
     """
 
     # No test of pytest's.
@@ -193,14 +199,24 @@ class TestViews(NamedTuple):
     flip: bool = False
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns a list of one item, the view of an image of this size."""
+        """Returns a list of one item, the resized view of an image.
+
+        Args:
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+        """
         return [resized_view(height, width, short_side=self.image_size, long_side=UNLIMITED)]
 
     def squares(self, height: int, width: int) -> list[Window]:
-        """Returns up to `windows` squares of a view of this size, at equal distances, as published.
+        """Returns up to `windows` squares along the longer side of a view, as in MIM-Depth.
 
-        The distance is rounded down to whole pixels, so that the last pixels of the longer side may
-        be in no square. Pixels between squares may be in none either, if there are few squares.
+        The distance from square to square is rounded down to whole pixels, so that the last pixels
+        of the longer side may be in no square. With few squares, there may also be gaps between
+        them.
+
+        Args:
+            height: Height of the view, in pixels.
+            width: Width of the view, in pixels.
         """
         side, longer = min(height, width), max(height, width)
         step = (longer - side) // max(self.windows - 1, 1)
@@ -208,7 +224,12 @@ class TestViews(NamedTuple):
         return [_square(start, side, height <= width) for start in starts]
 
     def rest(self, height: int, width: int) -> list[Window]:
-        """Returns squares that cover the pixels outside the `squares` of a view of this size."""
+        """Returns further squares, which cover the pixels that are in no square of `squares`.
+
+        Args:
+            height: Height of the view, in pixels.
+            width: Width of the view, in pixels.
+        """
         side, longer = min(height, width), max(height, width)
         covered, rest = np.zeros(longer, bool), []
         for square in self.squares(height, width):
@@ -221,7 +242,13 @@ class TestViews(NamedTuple):
         return rest
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image, with up to `at_once` squares in each."""
+        """Returns the number of forwards for an image.
+
+        Args:
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+            at_once: Largest number of squares in a forward.
+        """
         forwards = 1
         if self.windows:
             (view,) = self.views(height, width)

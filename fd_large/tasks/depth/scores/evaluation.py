@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: The scores of each image and of the dataset.
-        scored: The rule by which pixels of an image are scored.
+        scored: The rule that decides which pixels of an image are scored.
         unread: Number of unreadable images, which are not scored.
     """
 
@@ -136,12 +136,12 @@ def evaluate(
     workers: int,
     between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Tests a model on all images; a collective.
+    """Tests a model on all images; all ranks must call this function.
 
     Args:
         model: The model under test.
         images: The test images and their depths.
-        limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
+        limits: Two depths in metres. A pixel is scored if its true depth is strictly between them.
         crop: Name of the part of an image that is scored (`crop_of`).
         workers: Number of loading processes; 0 loads in this process.
         between: Called before each image on every rank; may raise to end the test.

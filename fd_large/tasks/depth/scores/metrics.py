@@ -31,10 +31,10 @@ KITTI = {
 
 
 class Scored(NamedTuple):
-    """The rule by which pixels of an image are scored.
+    """The rule that decides which pixels of an image are scored.
 
     Attributes:
-        limits: Two depths in metres. Pixels are scored whose true depth is strictly between them.
+        limits: Two depths in metres. A pixel is scored if its true depth is strictly between them.
         crop: Name of the part of the image that is scored (`crop_of`).
     """
 
@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
-    """Returns a mask (H, W), True for pixels in a part of the image whose depth is within limits.
+    """Returns a mask (H, W): True for pixels in a part of the image with a depth within limits.
 
     Args:
         truth: (H, W), true depths in metres; 0 where the depth is unknown.

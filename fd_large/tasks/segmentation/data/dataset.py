@@ -44,8 +44,9 @@ class SegmentationSet(PairedImages):
     Args:
         pairs: The images and their label files.
         num_classes: Number of classes, K.
-        ignore_value: See `class_labels`.
-        reduce_zero_label: See `class_labels`.
+        ignore_value: The number in label files that marks ignored pixels.
+        reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1;
+            False if class k has the number k.
         max_pixels: Images and label files with more pixels are refused.
     """
 
@@ -96,8 +97,9 @@ def open_segmentation(
             folders images/SPLIT and labels/SPLIT, or SPLIT/images and SPLIT/labels.
         split: "train" or "val".
         num_classes: Number of classes, K.
-        ignore_value: See `class_labels`.
-        reduce_zero_label: See `class_labels`.
+        ignore_value: The number in label files that marks ignored pixels.
+        reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1;
+            False if class k has the number k.
         max_pixels: Images and label files with more pixels are refused.
         where: The field that names the folder, for messages.
 

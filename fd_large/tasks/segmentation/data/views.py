@@ -34,9 +34,9 @@ class TrainingViews(NamedTuple):
     Attributes:
         image_size: Side of the square crop, in pixels; views of small images are smaller.
         scale_range: Smallest and largest scale. At scale 1 the shorter side of the resized image
-            equals `image_size`, unless the longer side would exceed `LONG_SIDE` times that.
-        cat_max_ratio: Another crop is drawn, up to `CROPS` in all, if a class has at least this
-            share of the labelled pixels. 1 accepts every crop.
+            equals `image_size`, or less if the longer side would exceed `LONG_SIDE * image_size`.
+        cat_max_ratio: Another crop is drawn, up to `CROPS` in all, if one class has at least this
+            share of the crop's labelled pixels. 1 accepts every crop.
         photometric: Whether colours are changed (`photometric.distort`).
     """
 
@@ -47,11 +47,17 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.int16:
-        """The label of padding, outside the view."""
+        """The label of a pixel of the padding, outside the view: `IGNORED`."""
         return np.int16(IGNORED)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Returns the random numbers for the view at each position of the epoch."""
+        """Returns the random numbers for the view at each position of the epoch.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions in the epoch's order.
+        """
         crops = uniforms(seed, epoch, positions, "jitter", NUM_DRAWS).tolist()
         colors = uniforms(seed, epoch, positions, "color", photometric.NUM_DRAWS).tolist()
         return list(zip(crops, colors, strict=True))
@@ -101,7 +107,7 @@ class TestViews(NamedTuple):
     Attributes:
         short_side: Length of the shorter side at scale 1, in pixels.
         long_side: Upper limit of the longer side at scale 1.
-        scales: The scales.
+        scales: Factors of `short_side` and `long_side`, one for each view.
         flip: Whether the model also sees each view mirrored.
         crop: Side of a window, in pixels; 0 for whole images.
         stride: Distance from window to window, in pixels.
@@ -118,10 +124,14 @@ class TestViews(NamedTuple):
     stride: int = 0
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns the view of an image of this size for each scale, without mirrored views.
+        """Returns the view of an image for each scale, without mirrored views.
 
         In a test by windows, the shorter side of a view is at least `crop`, and the longer side has
         no upper limit.
+
+        Args:
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
         """
         views = []
         for scale in self.scales:
@@ -132,7 +142,13 @@ class TestViews(NamedTuple):
         return views
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns the number of forwards for an image, with up to `at_once` windows in each."""
+        """Returns the number of forwards for an image.
+
+        Args:
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+            at_once: Largest number of windows in a forward.
+        """
         of_scales = (
             num_forwards(self.windows(*view.size), at_once) if self.crop else 1
             for view in self.views(height, width)
@@ -140,5 +156,10 @@ class TestViews(NamedTuple):
         return sum(of_scales) * (2 if self.flip else 1)
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """Returns the windows by which a view of this size is tested."""
+        """Returns the windows by which a view is tested.
+
+        Args:
+            height: Height of the view, in pixels.
+            width: Width of the view, in pixels.
+        """
         return windows((height, width), (self.crop,) * 2, (self.stride,) * 2)

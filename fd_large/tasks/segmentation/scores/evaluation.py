@@ -108,7 +108,7 @@ def evaluate(
     workers: int,
     between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Tests a model on all images; a collective.
+    """Tests a model on all images; all ranks must call this function.
 
     Args:
         model: The model under test.

@@ -199,7 +199,10 @@ def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
 
 
 def _shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
-    """Returns (class, share of the classified pixels) of each class, largest share first."""
+    """Returns (class, share in 0..1) of each class that occurs, largest share first.
+
+    The shares are those of the pixels with a class, which are the pixels with a number >= 0.
+    """
     numbers, counts = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [(int(numbers[i]), float(counts[i] / counts.sum())) for i in order]
