@@ -173,9 +173,9 @@ def require_allowed(named: Mapping[str, str]) -> None:
 
 
 def complaint(source: str, where: str) -> str:
-    """Returns a message for a `module:` name that does not exist, or "" if none is found.
+    """Returns a message if a `module:` name is incomplete or does not exist, or else "".
 
-    The file is parsed, and not imported.
+    The file is parsed, and not imported. If its names cannot be listed, the result is "", too.
 
     Args:
         source: The name; a name of another form gives "".
