@@ -70,8 +70,8 @@ class Lease:
     Attributes:
         root: The owned folder, which is the run's folder, or the folder of several students'
             runs in which it lies.
-        taken_over: Message why the previous owner counted as dead; empty if there was no previous
-            owner.
+        taken_over: Message that says why the previous owner counted as dead; empty if there was no
+            previous owner.
         entered: Whether this start may write the run's files in the folder; the engine sets it.
     """
 

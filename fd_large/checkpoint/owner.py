@@ -58,7 +58,10 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        """Returns the record of a new start whose rank 0 is this process, without `folder`."""
+        """Returns the record of a new start (launch) whose rank 0 is this process.
+
+        The attribute `folder` is left empty.
+        """
         return cls(
             start=uuid4().hex,
             host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -74,7 +77,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Owner:
-        """Parses the contents of an owner.json; returns an unknown owner if they are invalid.
+        """Parses the contents of an owner.json; if they are invalid, `start` is "unknown".
 
         Values are checked, since anybody may have written the file, and the ID of a start becomes a
         part of file names.

@@ -1,10 +1,10 @@
 """Several datasets as one source, in which each dataset keeps its share throughout an epoch.
 
 The position in the epoch alone decides from which dataset an image comes. With datasets A and B of
-shares 2 and 1, positions repeat the pattern A B A. Each dataset is read in its own random order; a
-pass over a dataset goes on in the next epoch, and a new pass begins when all its images were read.
-Everything is a function of (seed, epoch, position), so that a resumed run continues exactly, on any
-number of ranks.
+shares 2 and 1, positions repeat the pattern A B A. Each dataset is read in its own random order. A
+pass over a dataset may extend over several epochs; after all images of the dataset were read, a new
+pass begins, in another random order. Everything is a function of (seed, epoch, position), so that a
+resumed run continues exactly, on any number of ranks.
 """
 
 from __future__ import annotations

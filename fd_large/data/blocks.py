@@ -247,8 +247,8 @@ class BlockImages:
 
     Attributes:
         blocks: The sizes of the blocks, and the order of an epoch over them.
-        fingerprint: See above.
-        kind: See above.
+        fingerprint: A hash of the samples.
+        kind: Description of the dataset, for the log.
     """
 
     def __init__(

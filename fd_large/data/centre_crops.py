@@ -51,7 +51,7 @@ class CentralBatch(NamedTuple):
     """A batch of centre crops of consecutive images.
 
     Attributes:
-        start: Index of the first image in the dataset.
+        start: Index in the dataset of the first image of the batch.
         images: (B, 3, S, S) uint8; an image that cannot be used is black.
         labels: (B,) int64; an image that cannot be used has `NO_LABEL`.
         bad: A message for each image that cannot be used.

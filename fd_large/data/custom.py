@@ -72,7 +72,8 @@ class CustomImages:
     Attributes:
         fingerprint: The fingerprint of the user's source; if the source has none, a hash of the
             number of images and of a few images' bytes.
-        labels: Method that returns the checked labels; absent if the source has no labels.
+        labels: Method that checks and returns the class of each image, and the names of the classes
+            or None; absent if the source has no labels.
     """
 
     fingerprint: str

@@ -110,7 +110,8 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
 
     Args:
         root: The dataset; see `open_images`.
-        val_fraction: Fraction of the images that is left out for tests; see `open_split`.
+        val_fraction: Fraction of the images of a folder without parts that is left out for tests;
+            0 to leave out none.
         where: Name of the configuration field that holds the root, for messages.
 
     Raises: DataError: if the dataset cannot be used.

@@ -227,7 +227,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
-    """Whether a modification lies so far back that any later one has another time stamp.
+    """Whether a modification lies so far back that any later change gets another time stamp.
 
     Args:
         modified_ns: Modification time, in ns since the epoch.

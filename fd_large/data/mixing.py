@@ -23,7 +23,10 @@ Feature-Distillation."""
 
 
 def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """Returns for each position the first position of its group, (B,).
+    """Returns for each position the first position of its group of `GROUP` positions, (B,).
+
+    All images of a group are mixed with their partners by the same weight. Groups are consecutive
+    positions of a global batch, whose last group may be smaller.
 
     Args:
         positions: (B,), in the epoch's order.
@@ -35,8 +38,8 @@ def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArra
 def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
     """Returns for each position the position of its partner, (B,).
 
-    Positions 2k and 2k + 1 of a global batch are partners. The last position of a global batch of
-    odd size is its own partner.
+    The first and second position of a global batch are partners, then the third and fourth, and so
+    on. The last position of a global batch of odd size is its own partner.
 
     Args:
         positions: (B,), in the epoch's order.
@@ -88,9 +91,10 @@ def mixed_views(
     epoch: int,
     global_batch_size: int,
 ) -> Tensor:
-    """Mixes each view with the view of its partner, by a weight in [0, 1) drawn for each group.
+    """Mixes each view with the view of its partner by a random weight in [0, 1).
 
-    Rounding to whole levels moves a pixel by half a level at most.
+    Each group of `GROUP` consecutive positions of a global batch has one weight. The result is
+    rounded to whole grey levels, which changes a pixel by half a level at most.
 
     Args:
         views: (B + R, 3, S, S) uint8, in the order of `with_partners`.

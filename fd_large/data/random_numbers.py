@@ -83,8 +83,9 @@ def random_words(
 ) -> NDArray[np.uint64]:
     """Returns random words for each position, in blocks of four words of 32 bits.
 
-    The seed is the key. The counter has four words: the stream (8 bits) and the block (24 bits),
-    the position (two words), and the epoch. So no two draws of a run share a counter.
+    The seed is the key. The counter has four words: one word with the stream (8 bits) and the block
+    (24 bits), two words with the position, and one word with the epoch. So no two draws of a run
+    share a counter.
 
     Args:
         seed: 0 to 2**64 - 1.

@@ -124,7 +124,7 @@ def listed(folder: str, where: str) -> list[str]:
 
 
 def check_packages(root: str, *, where: str) -> None:
-    """Checks that the packages for a root are installed, and that its braces are not too large.
+    """Checks that the packages that a root needs are installed, and checks the root's braces.
 
     Args:
         root: Value of `data.root`.

@@ -77,8 +77,8 @@ class SavedDataset:
     def read(self, index: int) -> bytes | bytearray:
         """Returns the bytes of image `index`.
 
-        If the column has only the path of an image, the file at this path is read. The result is
-        empty if the column has neither bytes nor a path.
+        If the column has only the path of the image, the file at this path is read. The result is
+        empty if the column has neither bytes nor a path for the image.
 
         Raises: DataError: if the image cannot be read.
         """

@@ -37,8 +37,8 @@ class TarShards:
     """`ImageSource` of the images in some tar files; `shards[i]` is "TAR_FILE/MEMBER" of image i.
 
     Images are sorted by the names of their members over all shards, and members of equal name by
-    the order of the shards. So a folder and its tar files, however they are packed, are the same
-    dataset.
+    the order of the shards. So a folder of images and tar files with the same images are the same
+    dataset, whichever images are in which tar file.
 
     A truncated or damaged shard is used up to its damage, and is named in `torn` and in the log.
     The index of all shards is kept in the cache (`listing.py`). It is made again when the list of

@@ -251,7 +251,16 @@ def _implementation(
     device: Device | None,
     items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    """Returns the implementation of an operation, and why it was chosen; see `implementation`."""
+    """Returns the implementation of an operation, and a message that says why it was chosen.
+
+    Args:
+        op: A registered operation.
+        device_type: "cuda", "cpu", "meta" or another device type of torch.
+        wish: The implementation that FD_KERNELS selects for this operation, or "auto".
+        interpreted: Whether Triton's interpreter is on.
+        device: Device that the meta device imitates; None for none.
+        items: (name, value) pairs of the case, such as dtypes and widths.
+    """
     operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"

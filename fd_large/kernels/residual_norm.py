@@ -427,7 +427,15 @@ _ODD_WIDTHS = range(32, 2049)
 def untested(
     *, width: int, empty: bool, biased: bool = False, gamma: bool = False, **dtypes: torch.dtype
 ) -> str:
-    """Returns why the kernels are not tested in a case, or "" if they are tested."""
+    """Returns why the kernels are not tested in a case, or "" if they are tested.
+
+    Args:
+        width: C, the number of channels.
+        empty: Whether the tensors have no elements.
+        biased: Whether the kernels add the bias of the branch.
+        gamma: Whether the kernels multiply the branch by LayerScale.
+        dtypes: Data type of each tensor, by name.
+    """
     if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
     if (biased or gamma) and width not in _WIDTHS_OF_THREE:

@@ -16,9 +16,10 @@ import triton.language as tl
 
 @triton.jit
 def locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
-    """Returns the row numbers of a tile and their mask, then the elements' offsets and their mask.
+    """Returns where the elements of tile `number` lie in a tensor (rows, C).
 
-    The first two results are (ROWS,), the last two (ROWS, BLOCK).
+    Returns the row numbers (ROWS,), the mask of existing rows (ROWS,), the offsets of the elements
+    (ROWS, BLOCK), and the mask of existing elements (ROWS, BLOCK).
     """
     row = number * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)

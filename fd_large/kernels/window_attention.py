@@ -162,7 +162,18 @@ def untested(
     qkv: torch.dtype,
     bias: torch.dtype,
 ) -> str:
-    """Returns why the kernels are not tested in a case, or "" if they are tested."""
+    """Returns why the kernels are not tested in a case, or "" if they are tested.
+
+    Args:
+        window: Rows and columns of a window, in tokens.
+        prefix: Number of prefix tokens.
+        head_width: Number of channels of a head.
+        table: Whether there is a position bias.
+        shifted_product: Whether logits are dot products in shifted windows.
+        empty: Whether qkv has no elements.
+        qkv: Data type of qkv.
+        bias: Data type of the biases of queries and values.
+    """
     if empty:
         return "no tokens"
     if not 16 <= head_width <= 128:

@@ -231,9 +231,14 @@ def backward(
 
     Args:
         dout: (B, N, C), the gradient of the output.
-        qkv: As given to `forward`, like `bias`, `table`, `scale` and `numbers`.
+        qkv: (B, N, 3C): prefix tokens, if any, and then the rows of the map.
+        bias: (2, C), the biases of queries and values, or None.
+        table: (R, h), the position bias of each offset, or None.
+        scale: (h,) float32, the factor of the logits.
         out: (B, N, C), the output that `forward` returned.
         lse: (h, B, N), the logarithms that `forward` returned.
+        numbers: The number of heads, the rows and columns of the map, the rows and columns of a
+            window, the shift, and whether q and k are normalised (1 or 0).
     """
     geometry = Geometry.of(qkv, numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]

@@ -72,7 +72,8 @@ class StepFlops(NamedTuple):
     Attributes:
         model: FLOPs that the step requires, which are the numerator of MFU: the forward and
             backward of the trained models and the forward of frozen models.
-        hardware: FLOPs that are executed, which include recomputation and a first pass for sums.
+        hardware: FLOPs that are executed, which include recomputation and the first pass of a step
+            in two passes.
         frozen: FLOPs of the frozen models, which `model` and `hardware` include and which several
             students share.
     """
@@ -184,7 +185,11 @@ class Counts:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Counts:
-        """Returns the counts whose `to_plain`, stored as JSON and loaded, returned `plain`."""
+        """Returns the counts from a dict that `to_plain` returned.
+
+        Args:
+            plain: The dict, after it was stored as JSON and loaded.
+        """
         return cls(
             products=tuple(
                 Product(phase, again, times, Line(*flops), Line(*moved))

@@ -62,10 +62,10 @@ class Phases:
 
     @classmethod
     def from_plain(cls, plain: Any, *, where: str) -> Phases:
-        """Returns the phases whose `to_plain`, stored as JSON and loaded, returned `plain`.
+        """Returns the phases from a dict that `to_plain` returned.
 
         Args:
-            plain: The loaded JSON.
+            plain: The dict, after it was stored as JSON and loaded.
             where: Name of the file, for messages.
 
         Raises: ConfigError: if `plain` is not a valid result of `to_plain`.

@@ -40,8 +40,10 @@ class Rates:
             but not on a CPU, whose cores do both.
         capability: Compute capability of an NVIDIA GPU, such as "9.0", which determines the
             kernels; empty if no fused kernel runs.
-        launch_seconds: Seconds to start an operation from Python; assumed for the named GPUs.
-        start_seconds: Seconds to start a collective; assumed for the named GPUs.
+        launch_seconds: Seconds to start an operation from Python. For the GPUs with a name here the
+            value is an assumption, not a measurement.
+        start_seconds: Seconds to start a collective. For the GPUs with a name here the value is an
+            assumption, not a measurement.
         hooked_share: Factor by which the planned cost of DeepSpeed's hooks around modules with
             gathered parameters is multiplied; 0 for software without hooks.
     """

@@ -109,7 +109,8 @@ def extract(
         folder: Shared folder of all ranks, for rows.npy and labels.npy.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; the last bits of the result depend on it.
-        pools: Kinds of pooling, see `pooled`; all are computed from the same forwards.
+        pools: Kinds of pooling: "mean", "cls", "both" or "map" (`pooled`). All are computed from
+            the same forwards.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.

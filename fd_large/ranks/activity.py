@@ -78,7 +78,13 @@ class Work:
 
 @contextmanager
 def work(description: str, total: float | None = None, unit: str = "") -> Iterator[Work]:
-    """Records the block as a piece of work; see `Work`."""
+    """Records the code in the `with` block as a piece of work, and yields the piece.
+
+    Args:
+        description: The work in words.
+        total: Number of units of the work; None if unknown.
+        unit: Unit of the count, such as "images".
+    """
     begun = Work(description, total, unit)
     try:
         yield begun

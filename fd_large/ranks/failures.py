@@ -82,7 +82,10 @@ class Store(Protocol):
         """Returns whether all of the keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Sets a key if its value is `expected`, or, for `expected` "", if it does not exist."""
+        """Sets a key to `desired` if the key's value is `expected`.
+
+        If `expected` is "", the key is set if it does not exist.
+        """
 
 
 class Watch:
@@ -317,7 +320,15 @@ def leave_to(thread: threading.Thread) -> None:
 
 
 def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more: Any) -> None:
-    """Starts the watch over the other ranks; see `Watch`."""
+    """Starts the thread that ends this rank after another rank's failure.
+
+    Args:
+        connect: Returns a client of the store for this watch alone. The argument is the number of
+            seconds after which connecting fails.
+        rank: This rank.
+        world_size: Number of ranks.
+        more: Further arguments of `Watch`.
+    """
     global _watch
     _watch = Watch(connect, rank, world_size, **more)
     _watch.start()
