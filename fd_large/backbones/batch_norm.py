@@ -108,10 +108,10 @@ class Groups:
 
 
 class BatchNorm(Float32Buffers):
-    """Batch norm of maps; by default one group holds all images of a pass on all ranks.
+    """Batch norm of maps; by default one group is the images of one micro-batch of every rank.
 
-    A step with one pass therefore does not depend on the number of ranks. With several passes, each
-    pass has its own statistics.
+    If each rank has one micro-batch in a step, the result of the step therefore does not depend on
+    the number of ranks. Otherwise each micro-batch has its own statistics.
 
     Args:
         width: Number of channels, C.

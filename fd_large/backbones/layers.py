@@ -221,7 +221,7 @@ class Mlp(nn.Module):
     """MLP of two linear layers with an activation between them.
 
     Args:
-        width: C.
+        width: Number of channels, C.
         hidden: Channels between the two linear layers.
         draw: Initial distribution of the first layer's weight.
         end: Initial distribution of the last layer's weight.

@@ -71,8 +71,8 @@ def open_folder(
             the old folder, or None if the folder had no files to keep. None in place of the
             function resumes the run in the folder, if there is one.
 
-    Raises: ConfigError: on all ranks, if the folder cannot be used or has a run with other
-        settings.
+    Raises:
+        ConfigError: On all ranks, if the folder cannot be used or has a run with other settings.
     """
     problem = None
     if distributed.is_main():

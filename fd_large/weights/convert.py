@@ -45,8 +45,10 @@ def write(
         out: A new folder for "fd"; a new .safetensors or .pth file for "official" and "timm".
         statistics: Image statistics that the weights were trained with; None if unknown.
 
-    Raises: WeightsError: if the format does not exist or cannot hold the model, or the file cannot
-        be written; ConfigError: if `out` already exists.
+    Raises:
+        WeightsError: If the format does not exist or cannot hold the model, or the file cannot be
+            written.
+        ConfigError: If `out` already exists.
     """
     out = Path(out)
     if to not in FORMATS:

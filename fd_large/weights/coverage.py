@@ -55,8 +55,9 @@ class Fitted:
         may_be_missing: Names of the model's tensors that the file lacks and that the user allowed
             to be missing.
 
-    Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors
-        that are not floating-point.
+    Raises:
+        WeightsError: If the file does not cover the model, has unused tensors, or has tensors that
+            are not floating-point.
     """
 
     def __init__(
@@ -302,8 +303,9 @@ def covered(
         where: Field that the user set, for the message.
         may_be_missing: Names that the user allowed to be missing.
 
-    Raises: WeightsError: after the last tensor, naming tensors that are missing, unused, duplicate
-        or of another shape.
+    Raises:
+        WeightsError: After the last tensor, naming tensors that are missing, unused, duplicate or
+            of another shape.
     """
     checked: set[str] = set()
     left_over, misfits, twice = [], [], []

@@ -142,8 +142,9 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 
     Returns: the names of the folder's files, and the licence of the weights as their publisher
         states it, or `UNKNOWN`.
-    Raises: WeightsError: if the source is of another kind, or cannot be downloaded; ConfigError:
-        if `out` exists.
+    Raises:
+        WeightsError: If the source is of another kind, or cannot be downloaded.
+        ConfigError: If `out` exists.
     """
     write, out = _writer(source), Path(out)
     check_out(out, where=_WHERE)

@@ -102,8 +102,9 @@ def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitec
         architecture: The student, with the image size of its training.
         image_size: Side of the images in pixels; 0 means the size of the training.
 
-    Raises: ConfigError: if the model's tensors would change, since its positions are made for the
-        size of the training.
+    Raises:
+        ConfigError: If the model's tensors would change, since its positions are made for the size
+            of the training.
     """
     if image_size in (0, architecture.image_size):
         return architecture
@@ -149,8 +150,9 @@ def export(
         trained_by: Records of the training runs that led to the weights, the latest first.
         beside: Function that writes further files into the folder before it appears.
 
-    Raises: ConfigError: if `out` exists or cannot be written; WeightsError: for a tensor that
-        contains NaN or infinity.
+    Raises:
+        ConfigError: If `out` exists or cannot be written.
+        WeightsError: For a tensor that contains NaN or infinity.
     """
     theirs = [
         (output.name, output.shape)

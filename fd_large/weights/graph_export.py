@@ -78,9 +78,11 @@ def export_graph(
         trained_by: Records of the training runs that led to the weights, the latest first.
 
     Returns: the paths of the graph's files.
-    Raises: ConfigError: if the model cannot be traced, the graph's output differs from the model's,
-        or `out` exists; WeightsError: for a tensor that contains NaN or infinity; ShapeError: if
-        the image size does not fit.
+    Raises:
+        ConfigError: If the model cannot be traced, the graph's output differs from the model's, or
+            `out` exists.
+        WeightsError: For a tensor that contains NaN or infinity.
+        ShapeError: If the image size does not fit.
     """
     with new_folder(out, where="export") as part, choose.references(), torch.no_grad(), _quiet():
         net = build(architecture, initialization="none", **sizes)

@@ -83,8 +83,9 @@ def inspect(
             shows.
         sources: Opens the source. None is enough for files, but does not open runs or checkpoints.
 
-    Raises: WeightsError: if the source cannot be read or has no known format; ConfigError: for an
-        unknown model.
+    Raises:
+        WeightsError: If the source cannot be read or has no known format.
+        ConfigError: For an unknown model.
     """
     sources = sources or Sources()
     path = Path(source)

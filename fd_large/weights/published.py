@@ -238,8 +238,9 @@ def in_our_names(
             source FILE#teacher; "" if the source names no part.
         ignored: Names of the file's other tensors.
 
-    Raises: WeightsError: if the format is unknown, or the tensors are not those of a model of the
-        format's family.
+    Raises:
+        WeightsError: If the format is unknown, or the tensors are not those of a model of the
+            format's family.
     """
     form = detect(file, where=where, wrapping=file.wrapping)
     if form == "open_clip" and part == "teacher":

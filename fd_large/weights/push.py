@@ -21,8 +21,9 @@ def check_push(repository: str) -> None:
     Args:
         repository: OWNER/NAME of the repository, which must not exist yet.
 
-    Raises: ConfigError: if the name is invalid or the repository exists; WeightsError: if there is
-        no valid token or no network.
+    Raises:
+        ConfigError: If the name is invalid or the repository exists.
+        WeightsError: If there is no valid token or no network.
     """
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(

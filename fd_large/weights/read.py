@@ -134,8 +134,9 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
         path: A configuration of at most 4 MB, or an index (`*.index.json`) of at most 64 MB.
         where: Field that the user set, for messages.
 
-    Raises: WeightsError: if the file is larger, not JSON, nested too deeply, or contains NaN or
-        infinity.
+    Raises:
+        WeightsError: If the file is larger, not JSON, nested too deeply, or contains NaN or
+            infinity.
     """
     return files.read_json(
         path,
@@ -176,8 +177,9 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
         part: "student" or "teacher", for a file with dicts of these two names; "" in such a file
             means the teacher, which DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
-    Raises: WeightsError: if the file is missing, damaged, of another kind, or contains objects that
-        only arbitrary code could restore.
+    Raises:
+        WeightsError: If the file is missing, damaged, of another kind, or contains objects that
+            only arbitrary code could restore.
     """
     path = file_of(Path(path), where=where)
     try:

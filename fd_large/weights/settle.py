@@ -53,8 +53,10 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         sources: Finds the weights.
         where: The flag of the source, for messages.
 
-    Raises: WeightsError: if a file cannot be read, has weights of another model than the section
-        names, or leaves fields unknown; ConfigError: if no model has the resulting fields.
+    Raises:
+        WeightsError: If a file cannot be read, has weights of another model than the section names,
+            or leaves fields unknown.
+        ConfigError: If no model has the resulting fields.
     """
     if section.source in ("", RANDOM):
         return section
@@ -214,8 +216,10 @@ def settle_student(student: Student, sources: Sources) -> Student:
 
     A section without `init` is returned unchanged.
 
-    Raises: WeightsError: if a file cannot be read, has weights of another model than the section
-        names, or leaves fields unknown; ConfigError: if no model has the resulting fields.
+    Raises:
+        WeightsError: If a file cannot be read, has weights of another model than the section names,
+            or leaves fields unknown.
+        ConfigError: If no model has the resulting fields.
     """
     if not student.init:
         return student

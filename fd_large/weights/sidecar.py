@@ -139,8 +139,8 @@ class Configuration:
             published: The family's description of its published files.
             library: Library whose configuration belongs to the format, or "".
 
-        Raises: WeightsError: if the configuration is damaged, or describes a model of another
-            family.
+        Raises:
+            WeightsError: If the configuration is damaged, or describes a model of another family.
         """
         listed = _stated(published, self._located.library, self._located.config, self._where)
         with _plain_errors(self._folder, self._where):

@@ -37,9 +37,10 @@ def load(path: Path) -> Any:
 
     For a TorchScript archive it returns the state dict.
 
-    Raises: RefusedError: if the pickle imports a name or makes a call that is not known here;
-        another exception (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile and
-        others) if the file is damaged or exceeds a bound.
+    Raises:
+        RefusedError: If the pickle imports a name or makes a call that is not known here.
+        Exception: If the file is damaged or exceeds a bound; the class is ValueError, LookupError,
+            TypeError, OSError, zipfile.BadZipFile or another.
     """
     if not zipfile.is_zipfile(path):
         return _legacy(path)
@@ -131,8 +132,9 @@ class _Archive:
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
         """Returns the storage with the name `key` in the archive.
 
-        Raises: ValueError: if the storage is compressed or encrypted, which it never is in files of
-            torch, or is shorter than `numel` elements of `dtype`.
+        Raises:
+            ValueError: If the storage is compressed or encrypted, which it never is in files of
+                torch, or is shorter than `numel` elements of `dtype`.
         """
         info = self._zip.getinfo(f"{self._root}data/{key}")
         with open(self._zip.filename, "rb") as file:

@@ -157,8 +157,9 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
         budget: Bound on entries, shared by all pickles of the torch file.
         script: Whether objects of TorchScript's classes become a `Module`; else they are refused.
 
-    Raises: RefusedError: if the pickle imports a name or makes a call that is not known here;
-        another exception if the pickle is damaged or exceeds a bound.
+    Raises:
+        RefusedError: If the pickle imports a name or makes a call that is not known here.
+        Exception: If the pickle is damaged or exceeds a bound; the class is any.
     """
     begin = file.tell()
     # This finds lengths that go beyond the file, for which the machine would make room.
@@ -337,8 +338,9 @@ def _tensor(
         stride: Stride of the tensor, in elements.
         dtype: Data type of the tensor; None is that of the storage.
 
-    Raises: ValueError: if the tensor goes beyond the end of the storage, or has more elements than
-        the storage.
+    Raises:
+        ValueError: If the tensor goes beyond the end of the storage, or has more elements than the
+            storage.
     """
     if not isinstance(storage, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")

@@ -55,8 +55,9 @@ def build_custom(
         options: Options of the model, of which the user's code gets the drop path rate alone.
         where: Field that the user set, for messages.
 
-    Raises: ConfigError: if the class or function does not exist, fails, or returns a model that
-        lacks attributes, all of which are named.
+    Raises:
+        ConfigError: If the class or function does not exist, fails, or returns a model that lacks
+            attributes, all of which are named.
     """
     make = doors.load(architecture.code, kind="backbones", where=where)
     offered = {"drop_path_rate": options.drop_path_rate, "image_size": architecture.image_size}
@@ -155,8 +156,9 @@ def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> Non
         is_trained: Whether the model is a student, which is called with `keep`.
         where: Field that the user set, for messages.
 
-    Raises: ConfigError: if the model fails, returns no FeatureMap of the stated shape, or draws
-        random numbers.
+    Raises:
+        ConfigError: If the model fails, returns no FeatureMap of the stated shape, or draws random
+            numbers.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     sites = len(net.drop_path_rates)

@@ -196,8 +196,8 @@ class Block(nn.Module):
     """Post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)), then maybe an extra norm.
 
     Args:
-        width: C.
-        num_heads: h.
+        width: Number of channels, C.
+        num_heads: Number of heads, h.
         index: Number of the block in its stage, from 0; odd blocks shift their windows.
         windows: Windows of the stage.
         number: Number of the block in the model, from 1. The larger it is, the smaller are the

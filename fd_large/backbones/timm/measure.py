@@ -118,8 +118,9 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
         stride: Pixels per token of the map; 0 means the last map.
         image_size: Side of the images in pixels; 0 means the model's default size in timm.
 
-    Raises: ConfigError: if the model does not accept the images, or training it would depend on
-        ranks or on recomputation.
+    Raises:
+        ConfigError: If the model does not accept the images, or training it would depend on ranks
+            or on recomputation.
     """
     stage = cut(net, name, stride, image_size)
     still(net)

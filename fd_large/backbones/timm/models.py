@@ -370,8 +370,9 @@ def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
         stride: Pixels per token of the map; 0 means the last map.
         image_size: Side of the images in pixels; 0 means the model's default size in timm.
 
-    Raises: ConfigError: if the model has no map of that stride; ShapeError: if it does not accept
-        the image size.
+    Raises:
+        ConfigError: If the model has no map of that stride.
+        ShapeError: If the model does not accept the image size.
     """
     stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
     known = sorted({reduction for reduction, _ in stages})

@@ -176,8 +176,9 @@ def settle(name: str, architecture: Architecture, where: str) -> tuple[Architect
         architecture: The fields that the user set.
         where: Not used.
 
-    Raises: ConfigError: if timm lacks the model, or the model returns no map; ShapeError: if the
-        model does not accept the image size.
+    Raises:
+        ConfigError: If timm lacks the model, or the model returns no map.
+        ShapeError: If the model does not accept the image size.
     """
     stride, notes = architecture.feature_stride, []
     known = strides(name)
@@ -200,8 +201,9 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
 
     Returns None if the file is not timm's.
 
-    Raises: WeightsError: if this release of timm lacks the model, or the images are not square;
-        ConfigError: if timm refuses the arguments of the model.
+    Raises:
+        WeightsError: If this release of timm lacks the model, or the images are not square.
+        ConfigError: If timm refuses the arguments of the model.
     """
     name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(name, str):
@@ -257,8 +259,9 @@ def _refuse_untrained(name: str, where: str) -> None:
 def load(name: str, where: str) -> Loaded:
     """Returns a whole model with timm's weights, from timm's cache or the network.
 
-    Raises: WeightsError: if timm has no weights for the model, lacks the model, or cannot download
-        the weights; the message begins with `where`.
+    Raises:
+        WeightsError: If timm has no weights for the model, lacks the model, or cannot download the
+            weights; the message begins with `where`.
     """
     _refuse_untrained(name, where)
     return downloaded(_source(name), partial(_load, name, where))

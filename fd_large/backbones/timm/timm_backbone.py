@@ -76,8 +76,9 @@ class TimmBackbone(nn.Module):
         fewest_places: Number of positions of the smallest map that a batch norm normalises, for a
             student; 0 for a frozen model.
 
-    Raises: ConfigError: if timm lacks the model, the model lacks a map of that stride, or it
-        cannot be trained.
+    Raises:
+        ConfigError: If timm lacks the model, the model lacks a map of that stride, or a student's
+            model cannot be trained.
     """
 
     num_prefix_tokens = 0
@@ -229,8 +230,9 @@ class TimmBackbone(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is not a multiple of the stride (timm's models round
-            differently), or the model rejects it.
+        Raises:
+            ShapeError: If the size is not a multiple of the stride, since timm's models round such
+                sizes in different ways; or if the model rejects the size.
         """
         grid, last = self._grid(height, width), self._stage.last
         if last and height == width != last.side:

@@ -133,8 +133,9 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 
     Returns: the known fields of the type's configuration as JSON, and the sorted names of other
         fields, except those that do not change the model.
-    Raises: WeightsError: if models of the type are not supported, or for values that no published
-        model has.
+    Raises:
+        WeightsError: If models of the type are not supported, or for values that no published model
+            has.
     """
     return fields_of_kind(kind_of(model_type, where), config, where)
 

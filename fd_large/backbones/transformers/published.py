@@ -65,8 +65,9 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     Returns None if `model_type` is not a supported type of transformers. Logs a warning about
     fields that this release of transformers does not know.
 
-    Raises: WeightsError: for a configuration that no published model has, or if transformers is not
-        installed.
+    Raises:
+        WeightsError: For a configuration that no published model has, or if transformers is not
+            installed.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KINDS:

@@ -79,9 +79,10 @@ class TransformersBackbone(nn.Module):
         self.net = net
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts the buffers without elements, which are combined with weights, to `dtype`.
+        """Casts the buffers that have no elements to `dtype`; other buffers stay float32.
 
-        Other buffers, such as positions, stay float32.
+        A buffer without elements stands in for a parameter without elements, which transformers
+        combines with weights. Positions are an example of other buffers.
         """
         for module in self.net.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -164,8 +165,9 @@ def _width(settings: Any) -> int:
 def _stride(settings: Any) -> int:
     """Returns the pixels per token, each way.
 
-    Raises: ValueError: for patches that are not square, images without 3 channels, or a Hiera that
-        does not halve its map after every stage.
+    Raises:
+        ValueError: For patches that are not square, images without 3 channels, or a Hiera that does
+            not halve its map after every stage.
     """
     if settings.num_channels != 3:
         raise ValueError(f"num_channels {settings.num_channels}")

@@ -208,8 +208,9 @@ class ViT(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is not a multiple of the patch, or the positions are made
-            for another size and cannot be resized.
+        Raises:
+            ShapeError: If the size is not a multiple of the patch, or the positions are made for
+                another size and cannot be resized.
         """
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
@@ -338,8 +339,8 @@ class Block(nn.Module):
     """Pre-norm block: x + gamma_1 * attention(norm1(x)), then x + gamma_2 * mlp(norm2(x)).
 
     Args:
-        width: C.
-        num_heads: h.
+        width: Number of channels, C.
+        num_heads: Number of heads, h.
         number: Number of the block in the model, from 1. The larger it is, the smaller are the
             initial last weights of the two branches.
         table_rows: Rows of the block's own position table; 0 means no table.
