@@ -48,8 +48,9 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     Args:
         recipe: The recipe, or the mapping in which recipe.json and manifests store it.
 
-    Raises: ConfigError: if a stored recipe cannot be read, or if the user's own task cannot be
-        imported, gives no `TrainingJob`, or fails.
+    Raises:
+        ConfigError: if a stored recipe cannot be read, or if the user's own task cannot be
+            imported, gives no `TrainingJob`, or fails.
     """
     run = recipe if isinstance(recipe, Run) else Run.from_dict(recipe)
     name = run.task.name

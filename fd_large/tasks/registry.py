@@ -25,8 +25,9 @@ def kind_of(name: str) -> TaskKind:
     Args:
         name: Value of `task.name` in a recipe.
 
-    Raises: ConfigError: if the task does not exist, cannot be imported, is no `TaskKind`, or is the
-        user's own and has the name of a built-in task.
+    Raises:
+        ConfigError: if the task does not exist, cannot be imported, is no `TaskKind`, or is the
+            user's own and has the name of a built-in task.
     """
     kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
     if not isinstance(kind, TaskKind):

@@ -314,8 +314,9 @@ class LinearProbeJob(ClassificationJob):
     def check(self) -> None:
         """Checks the recipe, the images, the frozen model's weights, and the batch norm's groups.
 
-        Raises: FDError: if the recipe, the images or the weights cannot be used, for example if the
-            size of a group does not divide the global batch size.
+        Raises:
+            FDError: if the recipe, the images or the weights cannot be used, for example if the
+                size of a group does not divide the global batch size.
         """
         size, group = self.run.batch.global_batch_size, self.run.task.linear.norm_batch
         if size % self._group:

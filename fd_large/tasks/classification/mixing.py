@@ -136,5 +136,5 @@ def mix_labels(
 
 
 def _clipped(middle: int, side: int, limit: int) -> tuple[int, int]:
-    """Returns start and end of an interval around its middle, clipped to 0..limit."""
+    """Returns start and end of an interval around `middle`, of length `side`, cut to 0..limit."""
     return max(0, middle - side // 2), min(limit, middle + (side + 1) // 2)

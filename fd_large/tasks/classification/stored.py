@@ -51,7 +51,12 @@ class StoredClassification(StoredRun):
         return losses
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card of a fine-tuned student says on its labels and final norm."""
+        """Returns what the model card of a fine-tuned student says about its training.
+
+        Args:
+            manifest: The manifest of the exported checkpoint.
+            to: The library or format of the export, a value of the flag `--to`.
+        """
         name = without_folders(self.run.data.root)
         absent = self.job.stored_student().absent
         norm = " Its final norm only normalises: the classifier had one of its own."

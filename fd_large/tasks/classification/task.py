@@ -198,7 +198,9 @@ class FrozenFeature(nn.Module):
 
 
 class Frozen(NamedTuple):
-    """A frozen model in the data types of training and of tests, which may be the same Module.
+    """A frozen model in two data types, that of training and that of tests.
+
+    If both data types are float32, the two attributes are the same Module.
 
     Attributes:
         learning: The model for training, in the run's data type.

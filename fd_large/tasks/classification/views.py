@@ -97,10 +97,11 @@ class LabelledViews:
 
 @dataclass(frozen=True)
 class MixedBatches(Dataset):
-    """Dataset whose item for positions is a `Batch` of augmented and mixed images (fine-tuning).
+    """Dataset of augmented and mixed images, for fine-tuning.
 
-    The images of a batch are (B, 3, S, S) float32, normalised. The targets are distributions over
-    the classes, (B, K) float32. The loading processes use the dataset.
+    Its item for positions (B,) in the epoch's order is a `Batch`. The images of the batch are
+    (B, 3, S, S) float32, normalised. The targets are distributions over the classes, (B, K)
+    float32. The loading processes use the dataset.
 
     Attributes:
         source: The images.
@@ -202,11 +203,12 @@ class MixedBatches(Dataset):
 
 @dataclass(frozen=True)
 class GroupedBatches(Dataset):
-    """Dataset whose item for positions is a `Batch` of whole groups of images (linear probe).
+    """Dataset of whole groups of images, for the linear probe.
 
-    The images of a batch, (M, 3, S, S) uint8, are those of every group that has any of the
-    positions, group by group. If a micro-batch ends inside a group, two ranks or micro-batches load
-    the whole group. The loading processes use the dataset.
+    Its item for positions (B,) in the epoch's order is a `Batch`. The images of the batch,
+    (M, 3, S, S) uint8, are those of every group that has any of the positions, group by group. If a
+    micro-batch ends inside a group, two ranks or micro-batches load the whole group. The loading
+    processes use the dataset.
 
     Attributes:
         views: Loads the views.

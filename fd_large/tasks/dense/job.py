@@ -135,8 +135,8 @@ class DenseJob(TrainingJob):
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        The result is 0 for a frozen student, which uses the statistics that were loaded with its
-        weights, and for a student without batch norms.
+        The result is 0 if the batch norms use the running statistics that were loaded with the
+        student's weights, as those of a frozen student always do.
         """
         return 0 if self.section.frozen else super().norm_group()
 

@@ -60,8 +60,9 @@ class DepthJob(DenseJob):
     def test_images(self) -> DepthSet:
         """Opens the test images, and checks for some of them that `task.depth.test_crop` fits.
 
-        Raises: DataError or ConfigError: if the images cannot be used, or if `task.depth.test_crop`
-            is defined for images of another size.
+        Raises:
+            DataError or ConfigError: if the images cannot be used, or if `task.depth.test_crop` is
+                defined for images of another size.
         """
         images, section = super().test_images(), self.section
         for truth in images.some_truths():

@@ -56,8 +56,9 @@ class DetectionJob(TrainingJob):
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects.
 
-        Raises: DataError or ConfigError: if the images cannot be used, do not have the number of
-            classes in the recipe, or lack masks or semantic maps that the recipe needs.
+        Raises:
+            DataError or ConfigError: if the images cannot be used, do not have the number of
+                classes in the recipe, or lack masks or semantic maps that the recipe needs.
         """
         data = self.run.data
         images = open_coco(data.root, "train").part("train", data.val_fraction)
@@ -99,8 +100,9 @@ class DetectionJob(TrainingJob):
         A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
         images, since its position table and its windows are made for that grid.
 
-        Raises: ConfigError: if the recipe sets `sequential_stages` for a student that lacks such
-            stages, or if the student has batch norms that use the statistics of a batch.
+        Raises:
+            ConfigError: if the recipe sets `sequential_stages` for a student that lacks such
+                stages, or if the student has batch norms that use the statistics of a batch.
         """
         student, numbers = self.run.student, self.run.task.detection
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
@@ -188,7 +190,10 @@ class DetectionJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` grey images of full size with `OBJECTS_OF_PROBE` objects each."""
+        """Makes a batch of `size` grey images with `OBJECTS_OF_PROBE` objects each.
+
+        The images have the largest size that the recipe's training views can have.
+        """
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
         numbers = self.run.task.detection
         height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
@@ -254,7 +259,10 @@ class DetectionJob(TrainingJob):
         return [Evaluation(measure, run.eval.every, left)]
 
     def stored_student(self) -> StoredStudent:
-        """Describes the student on its distillation grid, without final norm and class tokens."""
+        """Describes the student in checkpoints, without final norm and class tokens.
+
+        A ViT is described with the grid of patches of its distillation.
+        """
         architecture = self.run.student_architecture()
         if not architecture.resizes_positions:
             architecture = trained_at(self.run)
@@ -288,8 +296,9 @@ class DetectionJob(TrainingJob):
             where: The recipe's field to name in messages; "" for the field that names the folder of
                 the images.
 
-        Raises: DataError or ConfigError: if the images cannot be used, or have other classes than
-            `classes`.
+        Raises:
+            DataError or ConfigError: if the images cannot be used, or have other classes than
+                `classes`.
         """
         data, root = self.run.data, self.run.eval.root
         where = where or ("eval.root" if root else "data.root")
@@ -349,7 +358,7 @@ def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Mode
 
     Args:
         run: The recipe.
-        see: The detector's forward, as described in `Model`.
+        see: Maps images, their sizes and an `Ask` to a result for each image (`Model.see`).
     """
     section, side = run.task.detection, run.data.image_size
     short, long = section.test_size if any(section.test_size) else (side, side)

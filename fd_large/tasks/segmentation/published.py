@@ -112,8 +112,9 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
         to: The format, a name in the table `LAYOUTS`.
         heads: The heads and the test.
 
-    Raises: ConfigError: if a ViT has so few blocks that two of the four maps come from one block,
-        or if the library rescales the maps of a ViT by other factors than `heads.scales`.
+    Raises:
+        ConfigError: if a ViT has so few blocks that two of the four maps come from one block, or if
+            the library rescales the maps of a ViT by other factors than `heads.scales`.
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(

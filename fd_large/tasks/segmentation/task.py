@@ -57,7 +57,8 @@ class Segmentation(DenseTask):
         head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
         auxiliary_weight: Weight of the auxiliary head's loss; 0 for no auxiliary head.
-        over: Divisor of the losses (`pixel_loss`).
+        over: Divisor of the losses (`pixel_loss`): "all" for the number of pixels, "labelled" for
+            the number of labelled pixels.
         frozen: Whether the student is frozen.
         seed: Seed of channel dropout, which also depends on epoch and position.
         statistics: The student's normalisation.
@@ -99,7 +100,7 @@ class Segmentation(DenseTask):
         self.auxiliary_weight, self.over, self.seed = auxiliary_weight, over, seed
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the arguments of `forward`: normalised pixels, labels and kept channels."""
+        """Returns the arguments of `forward`: normalised pixels, labels, and masks of dropout."""
         count = self.head.width + (self.auxiliary.width if self.auxiliary else 0)
         draws = uniforms(self.seed, targets.epoch, targets.positions, "dropout", count)
         return {

@@ -70,8 +70,9 @@ class DepthSet(PairedImages):
             limits: Lower and upper limit of the median depth, in metres.
             where: The field that names the dataset, for messages.
 
-        Raises: DataError: if a file cannot be used, or if the median of the known depths is not
-            strictly between the limits.
+        Raises:
+            DataError: if a file cannot be used, or if the median of the known depths is not
+                strictly between the limits.
         """
         known = np.concatenate([truth[truth > 0] for truth in self.some_truths()])
         low, high = limits
@@ -92,8 +93,9 @@ class DepthSet(PairedImages):
     def sample(self, index: int) -> tuple[Tensor, NDArray[np.float32]]:
         """Reads image `index`, (3, H, W) uint8, and its depths, (H, W), after the bottom crop.
 
-        Raises: DataError: if a file cannot be read, if image and depth file differ in size, or if
-            the image is smaller than the bottom crop.
+        Raises:
+            DataError: if a file cannot be read, if image and depth file differ in size, or if the
+                image is smaller than the bottom crop.
         """
         image, depths = super().sample(index)
         rows, columns = self._bottom_crop
@@ -142,8 +144,9 @@ def open_depth(
         max_pixels: Images and depth files with more pixels are refused.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if there is no such split, an image has no depth file, or one of the files
-        read cannot be used.
+    Raises:
+        DataError: if there is no such split, an image has no depth file, or one of the files read
+            cannot be used.
     """
     field = f"task.depth.{split}_list"
     path = list_file or default_list(root, split)

@@ -108,8 +108,9 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
     Lines whose depth file is "None" are left out, and counted in the log. The paths have no leading
     slash.
 
-    Raises: DataError: if the list cannot be read, has an invalid line, or has no image with a depth
-        file.
+    Raises:
+        DataError: if the list cannot be read, has an invalid line, or has no image with a depth
+            file.
     """
     pairs, without = [], 0
     text = read_bytes(path, where=where, of=DataError).decode(errors="surrogateescape")

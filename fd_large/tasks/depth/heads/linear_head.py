@@ -29,5 +29,5 @@ class LinearHead(nn.Module):
         self.convolution = Convolution(width, 1, 1, draw=_DRAW)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps a map (B, width, h, w) to logits of the depth, (B, 1, h, w)."""
+        """Returns the logits of the depth, (B, 1, h, w), from a map (B, width, h, w)."""
         return self.convolution(self.norm(x))

@@ -61,10 +61,10 @@ class MimHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps a map (B, in_width, h, w) to logits of the depth, (B, 1, H, W).
+        """Returns the logits of the depth, (B, 1, H, W), from a map (B, in_width, h, w).
 
-        H and W are the height and width of the image if the stride is a power of two of at least 8;
-        otherwise they are close to these.
+        H and W are the height and width of the image if the stride is a power of two of at least 8.
+        For other strides they are close to the height and width of the image.
         """
         x = self.convolution(self.deconvolutions(x))
         for _ in range(self.doublings):

@@ -95,7 +95,10 @@ class CocoSet(DivisibleImages):
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
-        """Returns the objects of image `index` in image pixels, with encoded segmentations."""
+        """Returns the objects of image `index`, in pixels of the image.
+
+        Segmentations are not decoded: they stay polygons or compressed run lengths.
+        """
         arrays, place = self._listing.arrays, self.places[index]
         start, stop = arrays["first"][place : place + 2].tolist()
         crowd = arrays["crowd"][start:stop]
@@ -114,7 +117,7 @@ class CocoSet(DivisibleImages):
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
     def check_semantic(self, num_classes: int, *, where: str) -> None:
-        """Checks that the dataset has semantic maps, by reading the first.
+        """Checks that the dataset has semantic maps, by reading the map of the first image.
 
         Args:
             num_classes: Number of semantic classes.
@@ -135,8 +138,9 @@ class CocoSet(DivisibleImages):
         Unlabelled pixels are 255. The map is a PNG below `stuffthingmaps/`, with the relative path
         of the image. The classes include COCO-Stuff's stuff classes.
 
-        Raises: DataError: if the file cannot be read, has another size than the image, or has
-            classes of `num_classes` or more.
+        Raises:
+            DataError: if the file cannot be read, has another size than the image, or has classes
+                of `num_classes` or more.
         """
         name = os.path.splitext(self._file_name(index))[0] + ".png"
         path = os.path.join(self.root, SEMANTIC_FOLDER, name)
@@ -158,7 +162,7 @@ class CocoSet(DivisibleImages):
         return widths >= heights
 
     def summary(self) -> str:
-        """Returns lines of text with the numbers of images and objects, and with the findings."""
+        """Returns lines of text with the numbers of images and objects, and with their defects."""
         crowd = self._listing.arrays["crowd"]
         crowds = int(crowd.sum())
         contents = (
@@ -169,11 +173,15 @@ class CocoSet(DivisibleImages):
         return "\n".join([contents, *(f"  {line}" for line in self.findings.lines())])
 
     def _file_name(self, index: int) -> str:
-        """Returns the path of image `index` relative to the root."""
+        """Returns the path of image `index` relative to the dataset's folder."""
         return os.fsdecode(self._listing.name(int(self.places[index])))
 
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
-        """Returns the polygons (points, 2) of object `number`, or its compressed run lengths."""
+        """Returns the polygons, (points, 2) each, or the compressed run lengths of an object.
+
+        Args:
+            number: Index of the object among the objects of all images.
+        """
         arrays = self._listing.arrays
         start, stop = arrays["rle_first"][number : number + 2].tolist()
         if start < stop:
@@ -196,8 +204,9 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         split: "train", "val", or another split that the layout has.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if there is no such split, if its JSON file is not in COCO's format, or if
-        images are missing.
+    Raises:
+        DataError: if there is no such split, if its JSON file is not in COCO's format, or if images
+            are missing.
     """
     coco_masks()  # A missing package is reported before minutes of reading.
     annotations, folder = _find(root, split, where)
@@ -287,7 +296,7 @@ class _Files:
 
         Args:
             name: The image's name in the annotations. Leading folders of the name that do not exist
-                here are dropped.
+                in the folder of the images are dropped.
         """
         for *folders, last in paths_below(name):
             inside = os.path.join(self._folder, *folders)

@@ -211,9 +211,9 @@ class EvaluationBatch(NamedTuple):
     """A batch of images of an evaluation.
 
     Attributes:
-        images: For each scale the images, (B, 3, H, W) uint8, padded with black at the right and
+        images: For each scale, the images, (B, 3, H, W) uint8, padded with black at the right and
             the bottom.
-        sizes: For each scale height and width of the images without their padding, (B, 2) int64.
+        sizes: For each scale, height and width of each image without its padding, (B, 2) int64.
         original_sizes: (B, 2) int64, height and width of the images in their files.
         indices: (B,) int64, indices of the images in the dataset.
         weights: (B,) float32, 1 for images that count; 0 for unreadable images and for images that
@@ -314,8 +314,9 @@ class _Resized(Dataset):
 def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Reads the pixels of image `index`, (3, H, W) uint8.
 
-    Raises: DataError: if the image cannot be read or decoded, has more than `max_pixels`, or has
-        another size than its annotation.
+    Raises:
+        DataError: if the image cannot be read or decoded, has more than `max_pixels`, or has
+            another size than its annotation.
     """
     image = decode(source.read(index), source[index], max_pixels=max_pixels)
     if tuple(image.shape[-2:]) != source.size(index):

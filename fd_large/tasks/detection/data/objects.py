@@ -83,11 +83,12 @@ class ImageObjects(NamedTuple):
     """The objects of one image, in the image's pixels.
 
     Attributes:
-        boxes: (n, 4) float32, left, top, right, bottom.
-        labels: (n,) int64, 0 to K - 1.
+        boxes: (n, 4) float32: left, top, right, bottom.
+        labels: (n,) int64, the class of each object, counted from 0.
         segmentations: For each object its polygons, (points, 2) float64 each, or its compressed run
             lengths; an empty list if the dataset has no masks.
-        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated.
+        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated: left, top,
+            right, bottom.
         image_id: The image's id in the dataset.
         height: Height of the image.
         width: Width of the image.
@@ -348,8 +349,9 @@ def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | b
 
     Returns: the polygons that have at least three points, as x, y, x, y ..., or compressed run
         lengths.
-    Raises: ValueError: if there is no such polygon, if a polygon lies far outside the image, or if
-        the run lengths are invalid.
+    Raises:
+        ValueError: if there is no such polygon, if a polygon lies far outside the image, or if the
+            run lengths are invalid.
     """
     if isinstance(value, dict):
         return masks.compress(value, height, width)
@@ -385,8 +387,8 @@ def is_box(value: Any) -> bool:
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
     """Converts a value to int.
 
-    Raises: TypeError, ValueError or OverflowError: if it is no number, or its magnitude exceeds
-        `most`.
+    Raises:
+        TypeError, ValueError or OverflowError: if it is no number, or its magnitude exceeds `most`.
     """
     number = int(value)
     if not -most <= number <= most:
@@ -397,8 +399,9 @@ def _whole(value: Any, most: int = 2**63 - 1) -> int:
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
     """Returns height and width of an entry of the file's `images`.
 
-    Raises: KeyError, TypeError, ValueError or OverflowError: if they are missing, are no numbers,
-        are negative, or give more than `_MOST_PIXELS` pixels.
+    Raises:
+        KeyError, TypeError, ValueError or OverflowError: if they are missing, are no numbers, are
+            negative, or give more than `_MOST_PIXELS` pixels.
     """
     height, width = (_whole(image[side], _MOST_PIXELS) for side in ("height", "width"))
     if min(height, width) < 0 or height * width > _MOST_PIXELS:

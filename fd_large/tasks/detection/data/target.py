@@ -29,10 +29,11 @@ class Target(NamedTuple):
     """The objects of one image, in pixels of the padded image.
 
     Attributes:
-        boxes: (n, 4) float32, left, top, right, bottom.
-        labels: (n,) int64, 0 to K - 1.
+        boxes: (n, 4) float32: left, top, right, bottom.
+        labels: (n,) int64, the class of each object, counted from 0.
         masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) if the dataset has no masks.
-        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated.
+        crowd_boxes: (m, 4) float32, regions in which single objects are not annotated: left, top,
+            right, bottom.
         image_id: The image's id in the dataset.
         semantic: (ceil(h / 8), ceil(w / 8)) uint8 for an image of h x w pixels without padding: the
             class of every eighth pixel, including COCO-Stuff's stuff classes; 255 if unknown.

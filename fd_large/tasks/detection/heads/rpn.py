@@ -1,4 +1,6 @@
-"""The region proposal network, which predicts boxes of possible objects from anchors on all levels.
+"""The region proposal network, which predicts boxes of possible objects from anchors.
+
+Each level of the feature pyramid has anchors, of a size that fits the level's stride.
 
 Source: Ren et al., arXiv 1506.01497, as implemented in detectron2 and torchvision; with two
 convolutions as in ViTDet (arXiv 2203.16527).

@@ -19,9 +19,9 @@ class Detections(NamedTuple):
     """The detections in one image, by falling score.
 
     Attributes:
-        boxes: (n, 4) float32, left, top, right, bottom in pixels.
+        boxes: (n, 4) float32: left, top, right, bottom in pixels.
         scores: (n,) float32, 0 to 1.
-        labels: (n,) int64, 0 to K - 1.
+        labels: (n,) int64, the class of each box, counted from 0.
         masks: (n, M, M) float32, mask probabilities on a grid of M x M cells over each box.
     """
 
@@ -37,7 +37,7 @@ class Chosen(NamedTuple):
     Attributes:
         boxes: (n, 4) float32: left, top, right, bottom in pixels.
         scores: (n,) float32, 0 to 1.
-        labels: (n,) int64, 0 to K - 1.
+        labels: (n,) int64, the class of each box, counted from 0.
     """
 
     boxes: Tensor

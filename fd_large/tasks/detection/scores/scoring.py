@@ -171,8 +171,9 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
         ground_truth: Result of `read_ground_truth`; all its images count.
         results: Detections in these images, in COCO's format.
 
-    Raises: DataError: if a result has an image or category that the ground truth lacks, if a mask
-        does not have the size of its image, or if neither boxes nor masks can be scored.
+    Raises:
+        DataError: if a result has an image or category that the ground truth lacks, if a mask does
+            not have the size of its image, or if neither boxes nor masks can be scored.
     """
     coco_masks()
     _check(ground_truth, results)

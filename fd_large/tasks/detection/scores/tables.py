@@ -55,7 +55,7 @@ def numbers_table(scores: Scores, *, tested: str = "") -> Table:
 def classes_table(scores: Scores) -> Table:
     """Returns a table of AP and AP50, in per cent, of the classes that have objects in the images.
 
-    On a terminal of at least `WIDE` characters a line holds two classes.
+    On a terminal that is at least `WIDE` characters wide, a line holds two classes.
     """
     from rich.console import Console
     from rich.table import Table

@@ -37,12 +37,13 @@ class TestViews(NamedTuple):
             all views are pooled before selection, with only some areas from each scale
             (ViT-Adapter). "union": the selected boxes of all views are pooled and selected again
             (detectron2, mmdetection 3).
-        areas: With "areas", the areas of the boxes that each scale provides, as letters of
-            `AREAS`; empty for all areas.
-        square: Side in pixels of the square to which images are padded, or the limit of the longer
-            side at a scale if that is larger; 0 pads to the largest image of a batch. Since padding
-            changes the size of the map, it changes the detections. With a square, detections depend
-            neither on the rest of the batch nor on the image's aspect ratio.
+        areas: Used if `merge` is "areas": for each scale, the ranges of area of the boxes that the
+            scale provides, as letters of the table `AREAS`; empty for all areas.
+        square: Side in pixels of the square to which images are padded. At a scale at which the
+            limit of the longer side exceeds it, the square has this limit as its side. 0 pads to
+            the largest image of a batch. Since padding changes the size of the map, it changes the
+            detections. With a square, detections depend neither on the rest of the batch nor on the
+            image's aspect ratio.
     """
 
     # No test of pytest's.
@@ -58,7 +59,7 @@ class TestViews(NamedTuple):
 
     @property
     def sides(self) -> list[tuple[int, int]]:
-        """For each scale the shorter side and the upper limit of the longer side, in pixels."""
+        """For each scale, the shorter side and the upper limit of the longer side, in pixels."""
         return [
             (int(self.short_side * scale), int(self.long_side * scale)) for scale in self.scales
         ]
@@ -72,7 +73,8 @@ class ShownView(NamedTuple):
         sizes: (B, 2), height and width of each image in this view, without the padding.
         original_sizes: (B, 2), height and width of each original image.
         mirrored: Whether the view is mirrored.
-        areas: The areas of the boxes that the view provides, as letters of `AREAS`.
+        areas: The ranges of area of the boxes that the view provides, as letters of the table
+            `AREAS`.
     """
 
     images: Tensor
@@ -146,9 +148,9 @@ class Model(NamedTuple):
         """Returns the detections of each image, in original pixels.
 
         Args:
-            images: For each scale the images, (B, 3, H, W) uint8, padded at the right and the
+            images: For each scale, the images, (B, 3, H, W) uint8, padded at the right and the
                 bottom.
-            sizes: For each scale height and width of the images without padding, (B, 2) int64.
+            sizes: For each scale, height and width of each image without its padding, (B, 2) int64.
             original_sizes: (B, 2) int64, height and width of the original images.
         """
         views = list(self._views(images, sizes, original_sizes))

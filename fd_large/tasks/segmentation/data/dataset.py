@@ -103,8 +103,9 @@ def open_segmentation(
         max_pixels: Images and label files with more pixels are refused.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if there is no such split, an image has no label file, or one of the files
-        read cannot be used.
+    Raises:
+        DataError: if there is no such split, an image has no label file, or one of the files read
+            cannot be used.
     """
     opened = SegmentationSet(
         pairs_in_folders(LAYOUTS, root, split, kind="labels", where=where),

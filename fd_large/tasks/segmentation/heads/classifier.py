@@ -25,7 +25,7 @@ class Classifier(nn.Module):
         self.convolution = Convolution(width, num_classes, 1, draw=_DRAW)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Maps a map (B, C, H, W) to logits (B, K, H, W).
+        """Returns the logits (B, K, H, W) of a map (B, C, H, W).
 
         Args:
             x: The map.

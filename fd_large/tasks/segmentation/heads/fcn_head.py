@@ -28,7 +28,7 @@ class FcnHead(nn.Module):
         self.classifier = Classifier(width, num_classes)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Maps a map (B, in_width, H, W) to logits (B, K, H, W).
+        """Returns the logits (B, K, H, W) of a map (B, in_width, H, W).
 
         Args:
             x: The map.
