@@ -1,9 +1,10 @@
 """Finds ranks whose teacher changed in memory, that compute wrongly, or that are slow.
 
-The training loss does not show that a teacher is damaged, since a student learns its map just as
-well. Therefore every rank hashes the part of the teacher that it holds (a gathered weight is the
-same on all ranks), and computes the map of fixed images. Hash and map must be as they were at the
-start. The time of a short matrix product that waits for no other rank shows how fast each rank is.
+The training loss does not show that a teacher is damaged, since a student learns the map of a
+damaged teacher just as well. Therefore every rank hashes the part of the teacher that it holds (a
+gathered weight is the same on all ranks), and computes the map of fixed images. Hash and map must
+be equal to those at the start. The time of a short matrix product that waits for no other rank
+shows how fast each rank is.
 
 The cost of a check is estimated by arithmetic, for the 1.06B teacher in bf16 on one H100. The hash
 of a replicated teacher (a sharded one is hashed in parts) makes about 10 passes over 16 bytes per
@@ -78,8 +79,8 @@ class Canary(Hook):
         shard_of: Returns "PART HASH" of this rank's shard of the teacher; ranks that hold the same
             shard return the same PART. It is called on all ranks.
         map_of: Returns the teacher's map (B, N, C) of a fixed batch. It is called on all ranks.
-        seconds: Returns how long a fixed computation takes on this rank; None to leave the speed to
-            another teacher's canary.
+        seconds: Returns how many seconds a fixed computation takes on this rank. None if this
+            canary must not measure the speed, since another teacher's canary measures it.
     """
 
     def __init__(
@@ -172,8 +173,8 @@ class Canary(Hook):
 
         Args:
             done: Number of finished steps.
-            changed: The ranks with another hash.
-            differs: The ranks with another map.
+            changed: The ranks whose hash of the teacher has changed.
+            differs: The ranks whose map of fixed images has changed.
             distance: Largest distance of a rank's map from its first map (`_distance`).
         """
         if changed:

@@ -52,7 +52,9 @@ class FeaturePanel(Hook):
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
-    """Writes a panel as an .npz file, atomically; its entry `update` is the number of steps.
+    """Writes a panel as an .npz file, atomically.
+
+    The file also has an entry `update`, the number of finished steps.
 
     Args:
         path: The file.

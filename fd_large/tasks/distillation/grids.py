@@ -326,7 +326,7 @@ def check_fit(
     Args:
         task: The task with these teachers, on the meta device.
         teachers: The teachers by name.
-        entries: The entry of each teacher in the settled recipe.
+        entries: The recipe's entry of each teacher, by name, from `DistillationJob.settled`.
         size: Side of the student's images, in pixels.
         image_size: Side of the images for which the heads were made, in pixels.
         sizes: All image sides of a run with several sides, otherwise empty.
@@ -410,7 +410,7 @@ def shapes_of(
         student: The student.
         teacher: The teacher.
         side: Side of the student's images, in pixels.
-        kind: "map", or "summary" for summaries as maps of a single patch.
+        kind: "map", or "summary", which counts as a map of a single patch.
         with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
     """
     blocks = len(student.blocks())

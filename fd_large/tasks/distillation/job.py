@@ -117,7 +117,7 @@ KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
 
 
 def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
-    """Returns the teacher, or a `Mosaic` of it if its entry asks for mosaics.
+    """Returns the teacher, in a `Mosaic` if the teacher's entry asks for mosaics.
 
     Args:
         frozen: The teacher.
@@ -300,7 +300,7 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _on_shapes(self) -> Mapping[str, TeacherOnShapes]:
-        """The `TeacherOnShapes` of each teacher of the settled recipe, by name."""
+        """The `TeacherOnShapes` of each teacher of the recipe `settled`, by name."""
         return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
@@ -681,7 +681,7 @@ class DistillationJob(TrainingJob):
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
         """Checks that a checkpoint's student had the same teachers, maps and statistics.
 
-        Raises: CheckpointError: if they differ.
+        Raises: CheckpointError: if the teachers, maps or statistics differ.
         """
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)

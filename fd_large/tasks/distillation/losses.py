@@ -81,7 +81,8 @@ class Loss:
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of each image, (B,); the mean over images is the result of `__call__`.
 
-        Args: As for `__call__`.
+        Args:
+            projected, target: See `__call__`.
         """
         pairs = zip(projected.split(1), target.split(1), strict=True)
         return torch.stack([self(ours, theirs) for ours, theirs in pairs])
@@ -89,7 +90,8 @@ class Loss:
     def per_token(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of each token, (B, N); called only if `of_tokens` is True.
 
-        Args: As for `__call__`.
+        Args:
+            projected, target: See `__call__`.
         """
         tokens = (each.flatten(0, 1)[:, None] for each in (projected, target))
         return self.per_image(*tokens).view(projected.shape[:2])
@@ -97,9 +99,9 @@ class Loss:
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns the loss's slope and curvature at a constant prediction, or None.
 
-        They are used for Newton steps: slope / curvature is subtracted from the prediction, which
-        must not overshoot the minimum; a channel with curvature 0 is not changed. If the result is
-        None, the constant-prediction baseline predicts the mean of the targets.
+        A Newton step subtracts slope / curvature from the prediction, and leaves channels with
+        curvature 0 unchanged. Such a step must not overshoot the minimum of the loss. If the result
+        is None, the constant-prediction baseline predicts the mean of the targets.
 
         Args:
             constant: (C,) float32, the prediction for every token.
@@ -141,10 +143,11 @@ class SmoothL1(Loss):
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of parabolas that bound the loss from above.
+        """Returns the slope, (C,), and the curvature of parabolas above the loss, (C,).
 
-        The second derivative is not used, since it is 0 for differences above `beta`. If most
-        differences were above `beta`, a Newton step would lead far beyond the minimum.
+        The parabolas touch the loss at the prediction and are nowhere below the loss. The second
+        derivative is not used, since it is 0 for differences above `beta`: if most differences were
+        above `beta`, a Newton step would lead far beyond the minimum.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta
@@ -175,7 +178,10 @@ class MeanSquaredError(Loss):
         return F.mse_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the first and the second derivative, summed over the images."""
+        """Returns the first and the second derivative of the loss, (C,) each.
+
+        Both are sums over the images.
+        """
         slope = 2 / constant.numel() * (constant - target).mean(-2).sum(0)
         return slope, torch.full_like(constant, 2 / constant.numel() * len(target))
 
@@ -195,10 +201,11 @@ class L1(Loss):
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of parabolas that bound the loss from above.
+        """Returns the slope, (C,), and the curvature of parabolas above the loss, (C,).
 
-        Steps of slope / curvature are those of iteratively reweighted least squares, and lead
-        towards the median of the targets.
+        The parabolas touch the loss at the prediction and are nowhere below the loss. Steps of
+        slope / curvature are those of iteratively reweighted least squares, and lead towards the
+        median of the targets.
         """
         difference = (constant - target).flatten(0, -2)
         scale = len(target) / target.numel()

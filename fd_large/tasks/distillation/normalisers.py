@@ -89,7 +89,7 @@ def standardise(statistics: TargetStatistics) -> Affine:
 
 
 def phi_s(statistics: TargetStatistics) -> Affine:
-    """Returns the normaliser that rotates the channels so that all have variance 1.
+    """Returns the normaliser that rotates the channels so that every channel has variance 1.
 
     All channels are scaled by the same number; see `phi_s_matrix`.
     """

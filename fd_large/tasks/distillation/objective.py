@@ -248,7 +248,7 @@ def make_targets(
     Args:
         student: The student.
         teachers: The teachers by name.
-        entries: The entry of each teacher in the settled recipe.
+        entries: The recipe's entry of each teacher, by name, from `DistillationJob.settled`.
         image_size: Side of the student's images, in pixels; in a run with several sides, the side
             in evaluations.
         width: Number of channels of the heads' input; None for the student's channels.
@@ -323,7 +323,7 @@ def target_facts(
         target: The target.
         student: The student.
         teacher: The target's teacher.
-        entry: The teacher's entry in the settled recipe.
+        entry: The teacher's entry in the recipe `DistillationJob.settled`.
         image_size: Side of the student's images, in pixels.
         teacher_image_size: Side of the teacher's images, in pixels. 0 stands for the side of the
             student's images or, for a teacher whose table of positions allows only one side, for
@@ -351,7 +351,10 @@ def target_facts(
 
 
 def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
-    """Returns what a manifest records of a teacher: source, hashes of weights, maps, statistics.
+    """Returns what a manifest records of a teacher.
+
+    This is the source of the weights, and the hashes of the weights, of stored maps and of files of
+    statistics.
 
     Args:
         entry: The teacher's entry in the recipe.

@@ -253,7 +253,7 @@ class NamedTeacher(Teacher, Objective):
     def setting(self, name: str, kind: str) -> Any:
         """Returns the value of a field for the teacher's map or for its summary.
 
-        A field that the summary leaves empty has the map's value, except `target_statistics`.
+        For the summary, an empty field has the map's value; only `target_statistics` stays empty.
 
         Args:
             name: "loss", "temperature", "head", "normaliser" or "target_statistics".
@@ -457,7 +457,7 @@ def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
 def _field(teacher: str, name: str, kind: str) -> str:
     """Returns the full name of a target's field, by `field_of`.
 
-    For a summary without a field of this name, it is the full name of the map's field.
+    For a summary without a field of this name, the result is the full name of the map's field.
     """
     return field_of(teacher, name, kind if name in hints_of(Summary) else MAP)
 
@@ -532,7 +532,7 @@ def evaluated_words(teachers: Mapping[str, NamedTeacher]) -> dict[str, str]:
     """Returns the labels of an evaluation's metrics by name; see `TrainingJob.metrics`.
 
     Args:
-        teachers: The teachers of a run with several, by name; empty for a single teacher.
+        teachers: The teachers by name, in a run with several teachers; empty for a single teacher.
     """
     words = dict(_WORDS)
     for target in labels_of(teachers):

@@ -74,7 +74,7 @@ class HeadFacts:
 
 
 class StoredHead(nn.Module):
-    """A head that predicts a teacher's map or summary from images, by the student's map.
+    """A head that predicts a teacher's map or summary of images from the student's map.
 
     The weights are random until they are loaded.
 
@@ -157,7 +157,7 @@ def fill_heads(
     Args:
         task: The task with these teachers, on the meta device; its heads are replaced.
         teachers: The teachers by name.
-        entries: The entry of each teacher in the settled recipe.
+        entries: The recipe's entry of each teacher, by name, from `DistillationJob.settled`.
         image_size: Side of the student's images, in pixels.
         fill: Loads the task's tensors that are not on the meta device; called after the heads are
             allocated.

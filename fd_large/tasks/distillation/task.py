@@ -257,7 +257,12 @@ class Sum:
         return self.combined(targets, [comparison.value() for comparison in comparisons])
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation, a scalar, from the targets' unweighted losses."""
+        """Returns the weighted sum of the targets' losses, a scalar.
+
+        Args:
+            targets: The targets.
+            losses: The unweighted loss of each target.
+        """
         return reduce(add, (t.weight * loss for t, loss in zip(targets, losses, strict=True)))
 
 

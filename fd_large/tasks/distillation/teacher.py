@@ -262,7 +262,7 @@ def built_teacher(
 
     Args:
         name: The teacher's name, or "" for a single teacher.
-        entry: The teacher's entry in the settled recipe.
+        entry: The teacher's entry in the recipe `DistillationJob.settled`.
         make: Constructs the teacher with random weights.
         sources: Opens the teacher's weights.
         student_type: Data type of the student's matrix products, also used by the teacher unless

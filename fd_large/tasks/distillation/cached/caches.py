@@ -79,7 +79,7 @@ class RunCaches:
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
         stores: Whether the run stores maps in the folder `task.distillation.cache`. With several
-            teachers each has a subfolder with its name.
+            teachers, the maps of each teacher go into a subfolder with the teacher's name.
         recorders: Recorders around the teachers whose maps are stored, by name.
     """
 
@@ -123,7 +123,8 @@ class RunCaches:
     def source_of(self, name: str) -> str:
         """Returns the source of a teacher's weights.
 
-        For a teacher that is read from a cache, it is the source of the teacher that made the maps.
+        If the teacher's maps are read from a cache, the result is the source of the weights that
+        computed the maps.
         """
         if name in self.readers:
             return self.readers[name].header.teacher["source"]
@@ -197,7 +198,7 @@ class RunCaches:
     def check(self, name: str) -> None:
         """Raises an error if a cache is incomplete, or if the run also stores maps.
 
-        All ranks call it.
+        All ranks must call this method.
 
         Args:
             name: The name of the teacher whose maps the cache holds.

@@ -132,8 +132,8 @@ class Layout(NamedTuple):
 
     Attributes:
         name: Name of the file.
-        first: Index in the set of the shard's first record.
-        count: Number of records.
+        first: Number of the shard's first record, as counted in the set.
+        count: Number of records in the shard.
         header: The bytes before the first tensor.
         places: Range of bytes of each tensor in the file, by the tensor's name.
         size: Size of the file in bytes.
@@ -298,9 +298,9 @@ class ShardFile:
         """Reads rows of a tensor into an array.
 
         Args:
-            array: The array, which decides the number of bytes.
+            array: The array that is filled, whose size decides how many bytes are read.
             name: The tensor's name.
-            row: The first row.
+            row: The first row of the tensor that is read.
         """
         self._move(self._read, *self._place(array, name, row))
 
@@ -308,9 +308,9 @@ class ShardFile:
         """Writes an array into rows of a tensor.
 
         Args:
-            array: The array, which decides the number of bytes.
+            array: The array, whose size decides how many bytes are written.
             name: The tensor's name.
-            row: The first row.
+            row: The first row of the tensor that is written.
         """
         self._move(self._write, *self._place(array, name, row))
 
@@ -321,7 +321,7 @@ class ShardFile:
         return os.pwrite(self.descriptor, view, at)
 
     def _place(self, array: NDArray, name: str, row: int) -> tuple[memoryview, int]:
-        """Returns an array's bytes, and the position in the file of a tensor's row."""
+        """Returns an array's bytes, and the position of a tensor's row as a byte of the file."""
         place = self.layout.places[name]
         at = place.start + row * ((place.stop - place.start) // self.layout.count)
         return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
@@ -417,9 +417,10 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
 
 
 def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:
-    """Returns the check of a record, with its state in the upper and a CRC-32 in the lower 32 bits.
+    """Returns the check of a record, an integer of 64 bits.
 
-    The CRC-32 is over the name of the set, the number of the record and its bytes.
+    The upper 32 bits are the record's state. The lower 32 bits are a CRC-32 over the name of the
+    set, the number of the record and the record's bytes.
 
     Args:
         name: Name of the record's set.

@@ -53,12 +53,12 @@ class CacheReader(ShardFiles):
     """
 
     def check_whole(self, *, where: str) -> None:
-        """Checks that all shards are there and have the right sizes.
+        """Checks that all shards exist and have the sizes that the header gives.
 
         Args:
             where: The recipe's field that names the cache, for messages.
 
-        Raises: CacheError: if a shard is missing, or has another size.
+        Raises: CacheError: if a shard is missing or has a wrong size.
         """
         sizes = {
             entry.name: entry.stat().st_size
@@ -78,7 +78,7 @@ class CacheReader(ShardFiles):
                 raise damaged(path, f"{sizes[layout.name]:,} bytes", f"{layout.size:,}")
 
     def read(self, name: str, record: int) -> Record | None:
-        """Returns a record, or None if its image could not be used when the cache was written.
+        """Returns a record; None if the record's image was not usable when the cache was written.
 
         Args:
             name: Name of the set.
@@ -128,7 +128,9 @@ class CacheReader(ShardFiles):
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Reads the stored maps of each view for a batch's targets; implements the loader's `Beside`.
+    """Reads the stored maps of each view, which become the targets of a batch.
+
+    The class implements the loader's interface `Beside`.
 
     Attributes:
         readers: Readers of the caches, by the teacher's name.
@@ -178,7 +180,7 @@ class StoredMaps:
         return maps
 
     def blank(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns zeros shaped like the result of `of`, for a position without a usable image."""
+        """Returns zeros shaped like the result of `of`, for an image that cannot be used."""
         return {name: blank(reader) for name, reader in self.readers.items()}
 
 

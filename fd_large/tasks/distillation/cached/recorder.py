@@ -55,7 +55,7 @@ class ToRecord:
         return dict.fromkeys(self._names, place)
 
     def blank(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the result of `of` for a position without a usable image; "record" is -1."""
+        """Returns the result of `of` for an image that cannot be used; "record" is -1."""
         return self.of(-1, torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
@@ -67,8 +67,8 @@ class Recorder:
         where: The recipe's field that names the folder, for messages.
 
     Attributes:
-        module, width: The teacher's model, and the channels of its map.
-        writer: Writer of the maps; None until `begin`.
+        module, width: The teacher's model, and the number of channels of the teacher's map.
+        writer: Writer of the maps; None before `begin` is called.
     """
 
     def __init__(self, teacher: PlacedTeacher, *, where: str) -> None:

@@ -128,7 +128,14 @@ class HeardBlocks:
         keep: Tensor | None,
         drawn: Mapping[str, Tensor],
     ) -> Seen:
-        """Runs the student, and returns its last map with the maps after its blocks."""
+        """Runs the student, and returns its last map and the maps after its blocks.
+
+        Args:
+            student: The student.
+            pixels: (B, 3, H, W), normalised.
+            keep: (num_sites, B) bool, or None for no drop path.
+            drawn: The result of `draws` of the wrapped object.
+        """
         run = partial(self._sight.see, student, pixels, keep, drawn)
         last, blocks = with_blocks(student, lambda: run().map)
         end = blocks[-1]._replace(tokens=BesideLoss.apply(blocks[-1].tokens, last.tokens))

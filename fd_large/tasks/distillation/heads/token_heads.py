@@ -17,7 +17,7 @@ from fd_large.tasks.distillation.heads.map_head import WHERE
 def linear(width: int, teacher_width: int) -> nn.Module:
     """Returns a linear layer, the head of Feature Distillation (Wei et al., arXiv 2205.14141).
 
-    It has torch's default initialisation, as published.
+    The layer has torch's default initialisation, as published.
     """
     return nn.Linear(width, teacher_width)
 
@@ -71,17 +71,17 @@ def mlp_relu(
     inner: int = 0,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Module:
-    """Returns linear layers with a norm and an activation, ReLU by default, between them.
+    """Returns linear layers, each but the last followed by a layer norm and an activation.
 
-    Source: the first version of RADIO's heads. With GELU, it is the head of version 2 of the
-    distillation in lightly-train.
+    Source: the first version of RADIO's heads (arXiv 2312.06709, in its code). With GELU instead of
+    ReLU, these are the layers of the head in version 2 of lightly-train's distillation.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
         hidden: Hidden channels; None for twice the student's channels.
         inner: Number of linear layers between the first and the last.
-        activation: Constructor of the activation after each norm.
+        activation: Constructor of the activation after each layer norm, ReLU by default.
     """
     hidden = hidden or 2 * width
     layers: list[nn.Module] = []
@@ -95,7 +95,7 @@ def attention_mlp(
 ) -> nn.Module:
     """Returns two transformer blocks with 16 attention heads, and an `MLP`.
 
-    Source: the third kind of RADIO's heads.
+    Source: the third kind of RADIO's heads (arXiv 2312.06709, in its code).
 
     Args:
         width: Channels of the student's tokens.

@@ -82,7 +82,7 @@ def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
 
 
 def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
-    """Returns masks (B, N) bool that hide the patches with the largest noise of each image.
+    """Returns masks (B, N) bool that hide in each image the patches with the largest noise.
 
     Args:
         noise: (B, N), a random number for each patch.

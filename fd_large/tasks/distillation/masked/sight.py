@@ -2,7 +2,7 @@
 
 With masks of rectangles, images hide different numbers of patches. A mean over the masked tokens
 of a micro-batch, as in the published code, then depends on the numbers of ranks and micro-batches.
-Here the number of counted tokens is summed over the whole step before its first backward
+Here the number of counted tokens is summed over the whole step before the step's first backward
 (`Masked.sums`), and each counted token has the same weight.
 
 Source: Fang et al. (EVA), arXiv 2211.07636; Xie et al. (SimMIM), arXiv 2111.09886, for students
@@ -50,7 +50,10 @@ class Counted(NamedTuple):
         return self.whole.target
 
     def value(self) -> Tensor:
-        """Returns a micro-batch's share of the unweighted loss of a step, a scalar."""
+        """Returns the unweighted loss of a micro-batch, a scalar.
+
+        The mean over all micro-batches of a step is the loss of the step.
+        """
         if self.counts is None:
             return self.whole.value()
         if self.number is None:
@@ -113,7 +116,7 @@ class Masked(Whole, Part):
         self.before_step(0.0)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the mask token and the decoder, as far as they exist, by names in checkpoints."""
+        """Returns {name in checkpoints: module}, with mask token and decoder if these exist."""
         learnt = {"mask": self._token, "decoder": self._decoder}
         return {name: module for name, module in learnt.items() if module is not None}
 
@@ -247,7 +250,12 @@ class Masked(Whole, Part):
     # --- the part of a step ---
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
-        """Returns a micro-batch's numbers of counted patches and of images, (2,)."""
+        """Returns the number of counted patches and the number of images, (2,) float64.
+
+        Args:
+            task: Not used.
+            prepared: Result of the task's `prepare` on a micro-batch.
+        """
         return self._totals_of(self._counted_patches(prepared["drawn"]))
 
     @staticmethod
@@ -270,7 +278,7 @@ class Masked(Whole, Part):
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the numbers that `take` stored in an earlier step or trial.
+        """Drops the numbers that `take` stored earlier.
 
         Args:
             progress: Fraction of the run's steps that are done; not used.

@@ -121,8 +121,8 @@ class AloneInEvaluation:
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
     """Raises ConfigError if micro-batches leave a mosaic incomplete.
 
-    The map of an image depends on the other images of its mosaic, which must not change with the
-    number of ranks.
+    The map of an image depends on the other images of the mosaic. If all mosaics are full, the same
+    images share a mosaic for any number of ranks.
 
     Args:
         images: Smallest number of images that fills the mosaics of every teacher.

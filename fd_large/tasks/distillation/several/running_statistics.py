@@ -49,7 +49,8 @@ def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         tokens: (B, N, C), of any floating-point dtype.
         num_prefix_tokens: Number of tokens of an image before its patches.
 
-    Returns: (2, 2 C + 1) float64, a row for prefix tokens and a row for patches.
+    Returns: (2, 2 C + 1) float64. The first row is for prefix tokens, the second for patches; a row
+        has C sums, C sums of squares and the number of tokens.
     """
     width = tokens.shape[-1]
     totals = torch.zeros(2, 2 * width + 1, dtype=torch.float64, device=tokens.device)
@@ -154,9 +155,10 @@ class RunningStatistics(Float32Buffers):
 
     @property
     def divisor(self) -> Tensor:
-        """What divides tokens after the running mean was subtracted, (2, C).
+        """Number for each channel by which centred tokens are divided, (2, C).
 
-        The first row is for prefix tokens, the second for patches.
+        It follows from the running deviation. The first row is for prefix tokens, the second for
+        patches.
         """
         return self._divisor(self.deviation)
 
@@ -197,7 +199,7 @@ class RunningStatistics(Float32Buffers):
         return step.variance.sqrt() + self._EPS
 
     def _divisor(self, deviation: Tensor) -> Tensor:
-        """Returns what divides tokens after the mean was subtracted, (2, C).
+        """Returns the number for each channel by which centred tokens are divided, (2, C).
 
         Args:
             deviation: (2, C), the standard deviations of prefix tokens and of patches.
@@ -232,8 +234,6 @@ class FollowsForwards(Part):
 
     def before_step(self, progress: float) -> None:
         """Sets the momentum of the step, and drops sums that were noted outside of a step.
-
-        Such sums come from a trial, for example.
 
         Args:
             progress: Fraction of the run's steps that were done before, in [0, 1).
@@ -274,11 +274,16 @@ class FollowsStep(Part):
         return self._running.sums_of(self._target.tokens_of(task, **prepared))
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Computes the step's statistics from the sums over all micro-batches of all ranks."""
+        """Computes the mean and variance of the step's tokens.
+
+        Args:
+            totals: (K,), the sums over all micro-batches of all ranks.
+            micro_batches: Not used.
+        """
         self._running.moments = self._running.moments_of(totals)
 
     def before_step(self, progress: float) -> None:
-        """Sets the momentum of the step, and drops the statistics of an earlier step or trial.
+        """Sets the momentum of the step, and drops the statistics that `take` stored earlier.
 
         Args:
             progress: Fraction of the run's steps that were done before, in [0, 1).

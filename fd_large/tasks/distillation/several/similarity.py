@@ -286,7 +286,11 @@ class QueueDivergence(Loss):
         return queue_divergence(student, teacher, rows, self.temperature)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns {name in checkpoints: queue}, where the name is queues.LABEL."""
+        """Returns {name in checkpoints: queue}.
+
+        Args:
+            label: The target's label; the name is "queues.LABEL".
+        """
         assert self.queue is not None
         return {f"queues.{label}": self.queue}
 

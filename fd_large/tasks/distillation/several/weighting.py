@@ -63,7 +63,10 @@ class Weighted(Part):
         self._micro_batches = 1
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the Module that holds `teaches`, so that it moves to the device with the task."""
+        """Returns {"teaches": the Module with the table of which teacher teaches which dataset}.
+
+        The table is in a Module, so that it moves to the device with the task.
+        """
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
@@ -71,7 +74,13 @@ class Weighted(Part):
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns {"coins": result of `coins`} for the rule "drop", and nothing for other rules."""
+        """Returns {"coins": result of `coins`} for the rule "drop", else an empty dictionary.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,), positions of the images in the epoch's order.
+        """
         if self._weighting.rule != "drop":
             return {}
         return {
@@ -85,7 +94,13 @@ class Weighted(Part):
         }
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns a micro-batch's share of the training loss, a scalar; see `weighted_loss`."""
+        """Returns the training loss of a micro-batch, a scalar; see `weighted_loss`.
+
+        Args:
+            comparisons: The comparison of student and teacher for each target.
+            maps: The batch's targets, with the images' datasets for the rule own_data.
+            drawn: The result of `draws`.
+        """
         of_teachers: dict[str, Tensor] = {}
         for comparison in comparisons:
             target = comparison.target
@@ -130,7 +145,7 @@ class Weighted(Part):
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the numbers that `take` stored in an earlier step or trial.
+        """Drops the numbers that `take` stored earlier.
 
         Args:
             progress: Fraction of the run's steps that were done before; not used.
@@ -140,8 +155,8 @@ class Weighted(Part):
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
         """Returns whether each teacher is kept for each image, (teachers, B) bool.
 
-        All teachers are kept if the coins or the datasets that the rule needs are missing, as when
-        operations are counted by shapes.
+        All teachers are kept if the rule needs random numbers that `drawn` does not have, or
+        datasets that `maps` does not have, as when operations are counted by shapes.
 
         Args:
             losses: (teachers, B), which the rule "drop" compares.
@@ -219,15 +234,18 @@ def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
 
 
 def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: int) -> Tensor:
-    """Returns a micro-batch's share of the mean over all kept pairs of a step, a scalar.
+    """Returns the training loss of a micro-batch, a scalar.
+
+    The mean over all micro-batches of a step is the mean loss of the step's kept pairs of image and
+    teacher.
 
     Args:
         losses: (T, B), the loss of each image by each teacher, times the weight of the image.
         kept_pairs: (T, B) bool, whether a teacher is kept for an image.
         number: Number of kept pairs in the whole step, each counted as the weight of its image, a
             scalar. If it is 0, the loss is 0.
-        parts: Number of micro-batches of the step on all ranks. The result is multiplied by this
-            number, since the engine averages losses and gradients over the micro-batches.
+        parts: Number of micro-batches of the step on all ranks. The engine averages losses and
+            gradients over these micro-batches.
     """
     # Not by a product, since a loss that is left out may be infinite.
     return parts * losses.where(kept_pairs, 0).sum() / number.to(losses).clamp(min=1)
