@@ -1,11 +1,11 @@
 """Lists, verifies, commits and removes the checkpoints in a run's folder.
 
-checkpoints/step_NNNNNNNN/ is the checkpoint of a step. It has manifest.json, and for every rank
-rank_RRRRR.safetensors (the rank's tensors) and its receipt rank_RRRRR.json (size and checksums of
-the tensors' file). The folder is written as step_NNNNNNNN.START.part, where START is the ID of the
-run's start (launch). It is renamed when all its files are flushed, so that a folder without `.part`
-is complete. checkpoints/best is a link to the checkpoint of the best evaluation, if the run keeps
-it. Nothing here needs torch.
+checkpoints/step_NNNNNNNN/ is the checkpoint of a step. This folder has manifest.json, and for every
+rank rank_RRRRR.safetensors (the rank's tensors) and a receipt rank_RRRRR.json (size and checksums
+of the tensors' file). The folder is written as step_NNNNNNNN.START.part, where START is the ID of
+the run's start (launch). The folder is renamed when all its files are flushed, so that a folder
+without `.part` is complete. If the run keeps the checkpoint of its best evaluation,
+checkpoints/best is a link to this checkpoint. Nothing here needs torch.
 """
 
 from __future__ import annotations

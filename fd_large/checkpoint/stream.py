@@ -105,7 +105,7 @@ def _problem_of(path: Path, ranks: int, kind: str, stamps: tuple) -> str | None:
 def outcome(reader: Reader) -> str:
     """Returns the kind of weights that are the result of a run.
 
-    It is "ema" if the run keeps a moving average of the weights, else "master".
+    The kind is "ema" if the run keeps a moving average of the weights, else "master".
     """
     return _outcome(reader.manifest)
 

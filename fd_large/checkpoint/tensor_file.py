@@ -1,9 +1,9 @@
 """Writes and reads files of tensors in the safetensors format, by plain system calls.
 
-The safetensors library is not enough for checkpoints. Its errors have only a text instead of the
-errno of a failed call, and a read error in a memory-mapped file is a signal that ends the process.
-Checkpoints also need reads of a few bytes from many files, and checksums of parts of a file that
-are computed during the write.
+The safetensors library is not enough for checkpoints. The library's errors have only a text instead
+of the errno of a failed call, and a read error in a memory-mapped file is a signal that ends the
+process. Checkpoints also need reads of a few bytes from many files, and checksums of parts of a
+file that are computed during the write.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
         tensors: Contiguous tensors in host memory, by name.
 
     Returns: the checksums of the written bytes.
-    Raises: OSError: if the file cannot be written; it is then incomplete.
+    Raises: OSError: if the file cannot be written; the file is incomplete after this error.
     """
     header, places = header_of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     order = list(places)

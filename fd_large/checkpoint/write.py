@@ -1,9 +1,9 @@
 """Writes a checkpoint while training goes on, by a thread, from a copy in host memory.
 
-The host memory for the copy is kept from save to save. It takes 12 bytes for each parameter of the
-rank's shard, and 4 more if the run keeps a moving average. State that lies in files on a disk,
-because there is no memory for it, is not copied; it is written from the disk while training
-pauses. The checkpoint is then the same to the byte.
+The host memory for the copy is kept from save to save. The copy takes 12 bytes for each parameter
+of the rank's shard, and 4 bytes more if the run keeps a moving average. State that lies in files on
+a disk, because there is no memory for it, is not copied, but written from the disk while training
+pauses; the resulting checkpoint is the same to the byte.
 
 Every rank writes one safetensors file of its own shards and one receipt, so that a run on 1,000
 ranks writes 1,000 files of tensors and 1,000 receipts. In the small all-reduce that the training

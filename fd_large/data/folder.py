@@ -37,9 +37,9 @@ class ImageFolder:
     parts, so that the order depends neither on the file system nor on the locale. Links to folders
     are followed. Files and folders whose names start with a dot are left out.
 
-    The list of a large folder is kept in the cache (`listing.py`). It is made again when the
-    modification time of any folder in it changes, which happens when a file is added, removed or
-    renamed. A file with changed contents is the same sample.
+    The list of a large folder is kept in the cache (`listing.py`). The list is made again when the
+    modification time of the folder or of a folder below it changes, which happens when a file is
+    added, removed or renamed. A file with changed contents is the same sample.
 
     Attributes:
         root: The folder.

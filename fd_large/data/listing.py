@@ -192,8 +192,8 @@ def filled(columns: tuple[str, ...], fill: Fill) -> Made:
 def cache_folder() -> Path:
     """Returns the user's cache folder, which need not exist.
 
-    It is FD_CACHE if this variable is set, else `fd_large` in XDG_CACHE_HOME, else `fd_large` in
-    ~/.cache.
+    The folder is $FD_CACHE if this variable is set, else $XDG_CACHE_HOME/fd_large if that variable
+    is set, else ~/.cache/fd_large.
     """
     if folder := os.environ.get("FD_CACHE"):
         return Path(folder)

@@ -205,10 +205,10 @@ def load_samples(
     """Loads the sample at each position, or a replacement if this sample cannot be used.
 
     A replacement is drawn from the whole dataset, or, if samples are read in blocks, from the
-    position's window of blocks. It depends only on (seed, epoch, position), so that it is the same
-    on any number of ranks and workers. If none of `MAX_TRIES` samples can be used, the result has
-    the value None, and no error is raised. A rank that stopped here would leave the other ranks
-    waiting, whereas the count of bad images stops all ranks together.
+    position's window of blocks. The replacement depends only on (seed, epoch, position), so that it
+    is the same on any number of ranks and workers. If none of `MAX_TRIES` samples can be used, the
+    result has the value None, and no error is raised. A rank that stopped here would leave the
+    other ranks waiting, whereas the count of bad images stops all ranks together.
 
     Args:
         make: Function that takes an index into `positions` and the index of a sample, and returns

@@ -29,7 +29,7 @@ def parcel(batch: Any) -> Any:
     Outside of a loading process, the batch is returned as it is.
 
     Args:
-        batch: Anything that can be pickled. Its tensors arrive contiguous.
+        batch: Anything that can be pickled. The tensors in the batch arrive contiguous.
     """
     return batch if get_worker_info() is None else _Parcel(batch)
 

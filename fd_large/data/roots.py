@@ -1,7 +1,7 @@
 """Parses and checks the values of `data.root`, before torch is imported.
 
-A root names a dataset. It is a path, a URL, a pattern of shards with braces, a built-in dataset, a
-source of the user's own, or a weighted sum of several datasets:
+A root names a dataset. A root is a path, a URL, a pattern of shards with braces, a built-in
+dataset, a source of the user's own, or a weighted sum of several datasets:
 
     0.5 /data/imagenet + 0.3 web=/data/web/shards + 0.2 s3://bucket/places/
 

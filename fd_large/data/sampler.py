@@ -138,8 +138,8 @@ class Blocks:
     def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
         """Returns the numbers of the blocks that are needed at a position and soon after it.
 
-        They are the blocks of the position's window, and then the blocks of the next window. After
-        the last window of an epoch, the next window is the first window of the next epoch.
+        The result has the blocks of the position's window, and then the blocks of the next window.
+        After the last window of an epoch, the next window is the first window of the next epoch.
         """
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
@@ -176,7 +176,7 @@ def samples_at(
 ) -> NDArray[np.int64]:
     """Returns which samples of a source an epoch has at some positions.
 
-    If the source is read in blocks, it also starts to fetch the blocks that are needed next.
+    If the source is read in blocks, this function also starts to fetch the blocks needed next.
 
     Args:
         source: The `ImageSource`.

@@ -41,8 +41,8 @@ class TarShards:
     dataset, whichever images are in which tar file.
 
     A truncated or damaged shard is used up to its damage, and is named in `torn` and in the log.
-    The index of all shards is kept in the cache (`listing.py`). It is made again when the list of
-    shards, or the size or modification time of a shard, changes.
+    The index of all shards is kept in the cache (`listing.py`). The index is made again when the
+    list of shards, or the size or modification time of a shard, changes.
 
     Attributes:
         paths: The paths of the tar files.
@@ -218,7 +218,7 @@ class _Files:
 def _most_open() -> int:
     """Returns the largest number of shards that a process keeps open.
 
-    It is half of the process's limit of open files, but at most `MOST_OPEN`.
+    The number is half of the process's limit of open files, but at most `MOST_OPEN`.
     """
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 

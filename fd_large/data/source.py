@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 class ImageSource(Protocol):
     """A dataset of images, numbered from 0 in the same order on every machine and at every start.
 
-    A source is opened on every rank, pickled, and read by index in the loading processes. It may
-    have further methods that take an index, for other parts of a sample, such as the objects in an
-    image. A source with classes also has
+    A source is opened on every rank, pickled, and read by index in the loading processes. A source
+    may have further methods that take an index, for other parts of a sample, such as the objects in
+    an image. A source with classes also has
 
         labels() -> tuple[NDArray[np.int64], tuple[str, ...] | None]
 
@@ -51,8 +51,8 @@ class ImageSource(Protocol):
     order of an epoch, and `expect(numbers)`, which starts to fetch the blocks with these numbers.
 
     Attributes:
-        fingerprint: A hash of the samples' names in order. It is compared between nodes, and, when
-            a run resumes, with the fingerprint in the checkpoint.
+        fingerprint: A hash of the samples' names in order. Fingerprints are compared between nodes,
+            and, when a run resumes, with the fingerprint in the checkpoint.
     """
 
     fingerprint: str

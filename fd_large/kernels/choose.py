@@ -81,9 +81,9 @@ def register(
 
     Args:
         op: Name of the operation.
-        untested: Function that takes a case as keyword arguments. It returns the reason why the
-            Triton kernels are not tested in the case, or "" if they are. None for an operation
-            without Triton kernels, for which torch.compile is as good.
+        untested: Function that takes a case as keyword arguments, and returns the reason why the
+            Triton kernels are not tested in the case, or "" if the kernels are tested. None for an
+            operation without Triton kernels, for which torch.compile is as good.
         apex_untested: A function like `untested` for apex's kernel; None if apex has no kernel.
     """
     _operations[op] = _Operation(untested, apex_untested)

@@ -1,10 +1,10 @@
 """Computes attention between the qkv projection and the output projection, without moving tokens.
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product).
-It includes shift, windows, normalisation, scale, position bias, masks, softmax, weighted sum, and
-the backward of all these. The plain version in `window_attention_reference.py` rolls the map and
-copies windows; the Triton kernels, launched in `window_attention_launch.py`, read and write tokens
-in place. `choose.py` selects the implementation.
+The operation includes shift, windows, normalisation, scale, position bias, masks, softmax, weighted
+sum, and the backward of all these. The plain version in `window_attention_reference.py` rolls the
+map and copies windows; the Triton kernels, launched in `window_attention_launch.py`, read and write
+tokens in place. `choose.py` selects the implementation.
 
 Matrix products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in
 float32 (float64 in a float64 run).

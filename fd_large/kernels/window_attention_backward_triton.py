@@ -1,14 +1,14 @@
 """Attention's backward: one launch computes the gradients, a second sums the bias table's gradient.
 
-The first launch has three kinds of programs. They compute the gradient of q for a tile of queries,
-the gradients of k and v for a tile of keys, and the gradient of the bias table, which is summed
-over windows in a fixed order in registers. Programs run head by head, so that the inputs that the
-three kinds share stay in the cache.
+The first launch has three kinds of programs: one computes the gradient of q for a tile of queries,
+one the gradients of k and v for a tile of keys, and one the gradient of the bias table, which is
+summed over windows in a fixed order in registers. Programs run head by head, so that the inputs
+that the three kinds share stay in the cache.
 
-The table's gradient has two stages and no atomics. Its tiles pair rows of a window with rows of
-the same window, so that along a diagonal of tiles all sums belong to the same offsets. The first
-stage stores a few (w, w) blocks for each offset of rows, and the second stage sums these blocks in
-a fixed order.
+The table's gradient has two stages and no atomics. A tile of the first stage pairs rows of a window
+with rows of the same window, so that along a diagonal of tiles all sums belong to the same offsets.
+For windows of w columns, the first stage stores a few (w, w) blocks for each offset of rows, and
+the second stage sums these blocks in a fixed order.
 """
 
 from __future__ import annotations

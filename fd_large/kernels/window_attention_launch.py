@@ -108,8 +108,8 @@ class Geometry:
     def rest(self) -> int:
         """Number of keys that the forward's loop leaves for a last, shorter step of 16 keys.
 
-        It is 0 if the number of keys is a multiple of `step`, or if the last keys take a full step
-        with padding.
+        The number is 0 if all keys of a window fill whole steps of `step` keys, or if the last keys
+        take a whole step with padding.
         """
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
@@ -118,7 +118,7 @@ class Geometry:
     def row(self) -> int:
         """Length to which the kernel for the table's gradient pads each row of a window.
 
-        It is a number of tokens: the columns of a window, rounded up to a power of 2.
+        The length is a number of tokens: the columns of a window, rounded up to a power of 2.
         """
         return _power_of_2(self.window[1])
 

@@ -174,7 +174,7 @@ def _group_attention(
 def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the mask that is added to the logits, (nW, N, N) with queries before keys.
 
-    It is -100 between tokens of different regions, -inf for keys that are padding, and else 0.
+    The mask is -100 between tokens of different regions, -inf for keys that are padding, else 0.
     """
     queries, keys = regions[:, :, None], regions[:, None, :]
     mask = (queries != keys).to(dtype) * REGION_PENALTY

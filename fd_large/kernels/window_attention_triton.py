@@ -49,9 +49,9 @@ def place(
 ):  # fmt: skip
     """Returns four values for each token of a window whose index is in `number`.
 
-    They are the token's row in the (B * N, ...) tensors, whether the token exists, its offset in
-    the position table, and its region id. Indices below PREFIX are the image's prefix tokens;
-    higher indices count along the window's rows.
+    The values are the token's row in the (B * N, ...) tensors, whether the token exists, the
+    token's offset in the position table, and the token's region id. Indices below PREFIX are the
+    image's prefix tokens; higher indices count along the window's rows.
     """
     columns = tl.cdiv(W, WW)
     of_image = columns * tl.cdiv(H, WH)

@@ -25,7 +25,7 @@ MOST_OWNERS = 8
 def gradient_bucket(parameters: int) -> int:
     """Returns the number of gradient elements in a bucket.
 
-    It is a thirtieth of the trained parameters, but at least `LEAST_ELEMENTS` and at most
+    The number is a thirtieth of the trained parameters, but at least `LEAST_ELEMENTS` and at most
     `MOST_ELEMENTS`.
 
     Args:
@@ -37,7 +37,7 @@ def gradient_bucket(parameters: int) -> int:
 def prefetch_bucket(parameters: int) -> int:
     """Returns the number of elements that stage 3 gathers ahead of their use, about a block.
 
-    It is a twelfth of the model's parameters, as ViT-B has twelve blocks, but at least
+    The number is a twelfth of the model's parameters, as ViT-B has twelve blocks, but at least
     `LEAST_ELEMENTS` / 4 and at most `PREFETCH_ELEMENTS`.
 
     Args:

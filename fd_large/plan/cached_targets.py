@@ -52,9 +52,9 @@ class CachedTargets:
 
     @property
     def waits_seconds(self) -> float:
-        """Seconds per image that a rank waits for a stored map, beyond the rest of a step.
+        """Seconds per image that a rank waits for a stored map.
 
-        It is 0 if the map is read while the student computes.
+        This is the time to read a map less the time of the rest of a step, at least 0.
         """
         return max(0.0, self.read_seconds - self.student_seconds)
 

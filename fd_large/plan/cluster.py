@@ -1,9 +1,9 @@
 """Describes machines by nodes, network and GPUs, and computes the times of collectives.
 
 An all-gather or reduce-scatter of a whole model of S bytes moves S (n - 1) / n bytes over each
-rank's link, where n is the number of ranks in a node. Between N nodes, it moves S (N - 1) / N bytes
-over the network cards of a node together, since each byte has to enter a node once. Links and
-network work at the same time, and the slower of them determines the duration.
+rank's link, where n is the number of ranks in a node. Between N nodes, such a collective moves
+S (N - 1) / N bytes over all network cards of a node together, since each byte has to enter a node
+once. Links and network work at the same time, and the slower of them determines the duration.
 """
 
 from __future__ import annotations

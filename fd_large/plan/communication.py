@@ -82,7 +82,7 @@ def _scatter(load: Workload, machine: Machine) -> float:
 def _scatters(candidate: Candidate, machine: Machine) -> int:
     """Returns how many times as long as `_scatter` the gradients' reduction takes at stages 0 to 2.
 
-    It is 2 for an all-reduce, and 1 if each gradient is reduced only to the rank that updates its
-    parameter.
+    The result is 2 for an all-reduce, and 1 if each gradient is reduced only to the rank that
+    updates its parameter.
     """
     return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2

@@ -85,7 +85,7 @@ class StepFlops(NamedTuple):
     def shared_by(self, students: int) -> StepFlops:
         """Returns the FLOPs of one student of several that train on the same frozen models.
 
-        They are the student's own FLOPs and an equal part of the frozen models' FLOPs.
+        The result has the student's own FLOPs and an equal part of the frozen models' FLOPs.
 
         Args:
             students: Number of students.
@@ -221,8 +221,8 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
     Args:
         each: The counts of each student alone, with the same frozen models.
         shared: Bytes of a micro-batch's images and of the frozen models' outputs for these images,
-            which are kept until the last student has used them. They are added to what a step in
-            two passes keeps.
+            which are kept until the last student has used them. These bytes are added to what a
+            step in two passes keeps (`held`).
     """
     first, *others = each
     # The forward of the frozen models is made once for all students.

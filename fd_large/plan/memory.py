@@ -29,8 +29,8 @@ With the two moments of AdamW (4P bytes each; another optimiser may keep more or
   float32 buffer for the shards of the gradients. K is the number of elements in tensors of at most
   `stage3_param_persistence_threshold` elements. These tensors are whole on every rank besides their
   shards, from their first use to the step.
-- hpZ's second copy of the parameters inside a node takes bP/G for groups of G ranks. It exists only
-  from the forward pass to the step.
+- hpZ's second copy of the parameters inside a node takes bP/G for groups of G ranks. This copy
+  exists only from the forward pass to the step.
 - Offloading the optimiser moves master weights, moments and gradients to host memory, where a
   float32 gradient for the step (4P/W) stays too. Stages 1 and 2 add a copy of the shard for the
   transfer back (bP/W), and a buffer of the largest tensor on the host and on the device. Offloading
@@ -44,8 +44,8 @@ With the two moments of AdamW (4P bytes each; another optimiser may keep more or
   the data type in which gradients are summed over ranks. In ds_configs/, the configurations that
   offload have this setting.
 - A teacher takes BT if it is whole. If it is sharded over S ranks, it takes BT/S, tensor by tensor,
-  and B times the elements of its tensors up to the threshold. It has no gradients, master weights
-  or moments. Several teachers take the sum.
+  and B times the elements of its tensors up to the threshold. A teacher has no gradients, master
+  weights or moments. Several teachers take the sum.
 
 Stages 1 and 2 pad a parameter group by a few elements, which are not counted.
 """

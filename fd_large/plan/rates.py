@@ -36,8 +36,8 @@ class Rates:
         link: Bytes/s that a rank sends inside its node in collectives.
         network_share: Fraction of the network cards' rate that collectives reach.
         bfloat16: Whether parameters and matrix products are in bfloat16; otherwise in float32.
-        overlap: Whether communication runs at the same time as computation. This is so on a GPU,
-            but not on a CPU, whose cores do both.
+        overlap: Whether communication runs at the same time as computation: True on a GPU, False on
+            a CPU, whose cores do both.
         capability: Compute capability of an NVIDIA GPU, such as "9.0", which determines the
             kernels; empty if no fused kernel runs.
         launch_seconds: Seconds to start an operation from Python. For the GPUs with a name here the

@@ -8,8 +8,8 @@
 - hooks: DeepSpeed's hooks run around each module whose parameters are gathered, or around each
   block that fd_large gathers at once. Their time is added, because measured steps at stage 3 are
   longer by this time whatever their products are.
-- communication: It runs at the same time as computation on GPUs. On CPU ranks, whose cores do both,
-  the sum of both times counts instead of the maximum.
+- communication: On GPUs, collectives run at the same time as computation. On CPU ranks, whose cores
+  do both, the sum of both times counts instead of the maximum.
 - finish: After the last micro-batch come the collectives of the step and the optimiser, which moves
   46 bytes (with bfloat16 and AdamW) for each parameter of the rank's shard.
 
@@ -17,10 +17,10 @@ If the phases of a real step were measured (`plan.phases`), their seconds replac
 bytes, and ZeRO's costs are added.
 
 Three of the constants are fractions of the single operations' rates in `plan.rates` that whole
-steps on GPUs reach (of the data sheets' rates they are 0.73, 0.45 and 0.51). They are least-squares
-fits to 17 measurements of other software in benchmarks/public_rates.json, which `fitted` in
-tests/unit/plan/test_step_time.py repeats. All measurements ran PyTorch's own kernels, and none a
-fused kernel. The fourth constant is the cost of hooks.
+steps on GPUs reach (of the data sheets' rates they are 0.73, 0.45 and 0.51). These three constants
+are least-squares fits to 17 measurements of other software in benchmarks/public_rates.json; the
+function `fitted` in tests/unit/plan/test_step_time.py repeats the fits. All measurements ran
+PyTorch's own kernels, and none a fused kernel. The fourth constant is the cost of hooks.
 """
 
 from __future__ import annotations

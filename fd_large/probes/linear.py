@@ -141,7 +141,7 @@ def warn_of_few_steps(num_train: int, probe: Probe) -> None:
 def work(num_train: int, probe: Probe) -> int:
     """Returns an upper bound on the number of images that `evaluate` reports to `progress`.
 
-    It counts all training images in each epoch, whereas batches leave out a remainder.
+    The bound counts all training images in each epoch, whereas batches leave out a remainder.
     """
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 

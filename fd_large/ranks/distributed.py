@@ -1,8 +1,8 @@
 """Makes the process group of all ranks, and wraps torch's small collectives.
 
-This is the only wrapper of torch.distributed. It does not use DeepSpeed, whose `init_distributed`
-keeps the process group that `start` made. All functions but `node_group` and `neighbours` also work
-before `start`, as on rank 0 of 1.
+This is the only wrapper of torch.distributed. The wrapper does not use DeepSpeed, whose
+`init_distributed` keeps the process group that `start` made. All functions but `node_group` and
+`neighbours` also work before `start`, as on rank 0 of 1.
 """
 
 from __future__ import annotations

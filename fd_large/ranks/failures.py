@@ -281,7 +281,7 @@ def _ending_of(text: bytes) -> Ending:
 def code_after(ending: Ending | None) -> Exit:
     """Returns the exit code of a rank that ends because another rank has ended.
 
-    It is AGAIN if the other rank ended with AGAIN, else LOST.
+    The code is AGAIN (75) if the other rank ended with AGAIN, else LOST (1).
     """
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 

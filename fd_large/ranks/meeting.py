@@ -32,7 +32,8 @@ def meet(check: Callable[[], T]) -> T:
     The error is that of `distributed.together`. All ranks must call this function.
 
     Args:
-        check: Raises an FDError, or returns a value, without collectives. It may call `once`.
+        check: Function that raises an FDError or returns a value, and calls no collective. The
+            function may call `once`.
 
     Returns: this rank's value.
     """
