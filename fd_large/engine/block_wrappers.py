@@ -24,7 +24,7 @@ MODES = ("off", "every", "offload")
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1) -> int:
-    """Wraps each `every`-th block's forward in place; parameter names stay.
+    """Makes each `every`-th block checkpoint its activations; names of parameters do not change.
 
     Args:
         blocks: The blocks, in execution order.
@@ -50,7 +50,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compiles the blocks' forward in place; parameter names stay.
+    """Compiles the blocks' forward in place; the names of parameters do not change.
 
     Call this function before `checkpoint_blocks` or other code wraps the blocks.
 

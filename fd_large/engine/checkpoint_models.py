@@ -86,9 +86,9 @@ def sources_of(
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest checkpoint, or of the checkpoint at a path.
 
-    Rank 0 alone checks the checkpoint's bytes. This is not a collective: if the run is still
-    training, ranks may find different checkpoints. So the result names the checkpoint that was
-    opened, and all ranks must then open the checkpoint of rank 0.
+    Rank 0 alone checks the checkpoint's bytes. The ranks do not communicate, and may find
+    different checkpoints if the run is still training. So the result names the checkpoint that was
+    opened, and all ranks must then open the checkpoint that rank 0 has found.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.

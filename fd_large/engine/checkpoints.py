@@ -291,7 +291,9 @@ class Checkpoints:
     def _restore_newest(
         self, at_most: int | None = None
     ) -> tuple[int | None, list[str], list[str]]:
-        """Restores the newest checkpoint that is undamaged and finite; all ranks must call it.
+        """Restores the newest checkpoint that is undamaged and finite.
+
+        All ranks must call this method.
 
         Newer checkpoints that are damaged or not finite are set aside.
 

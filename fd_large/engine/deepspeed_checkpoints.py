@@ -35,7 +35,7 @@ UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 
 
 def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config: str) -> int:
-    """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
+    """Writes a run's newest checkpoint in DeepSpeed's format, for the present number of ranks.
 
     Args:
         run_dir: The run's folder.
@@ -62,7 +62,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 def _without_code() -> Iterator[None]:
     """Makes every torch.load in the block refuse files that would run code.
 
-    DeepSpeed itself loads such files.
+    Without this, DeepSpeed would load such files and run the code.
     """
     allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}

@@ -26,7 +26,7 @@ class Ema:
     too, because the live statistics belong to the live weights.
 
     Args:
-        engine: The engine, before its first step or restored.
+        engine: The engine, before its first step, or just restored from a checkpoint.
         decay: Weight of the previous average in each update, in (0, 1).
     """
 
@@ -42,7 +42,7 @@ class Ema:
                 self._state(owner)[state.EMA] = beside.view_as(owner).copy_(owner)
 
     def update(self) -> None:
-        """Adds the present weights to the average, after a step that moved them."""
+        """Updates the average by the present weights, after a step that was not skipped."""
         with torch.no_grad():
             for owner in self._owners():
                 self._state(owner)[state.EMA].lerp_(owner, 1 - self._decay)
@@ -51,7 +51,7 @@ class Ema:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Lets the task compute with the average in the block; all ranks must enter it together.
+        """Lets the task compute with the average in the block; all ranks must enter the block.
 
         Weights and average are exchanged, and exchanged back at the end of the block and after
         `Interrupted`, but not after other errors.

@@ -49,9 +49,9 @@ class NamedModel:
         trained_by: Job of the run whose student this model is, or None for other models.
         seed: Seed of the model's run, which decides random weights.
         weights: The `Sources` by which the model's weights were found.
-        checkpoint: Folder of the checkpoint from which a run's trained student is read. It is kept
-            so that recipe and weights come from the same checkpoint, although a run that still
-            trains may write a newer one. None for other models.
+        checkpoint: Folder of the checkpoint from which a run's trained student is read; None for
+            other models. With this folder, recipe and weights come from the same checkpoint, even
+            if the run still trains and writes a newer checkpoint.
     """
 
     label: str

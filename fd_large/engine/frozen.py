@@ -60,7 +60,7 @@ class Frozen(nn.Module):
         return self.net.width
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns rows and columns of the map for square images of side `image_size`."""
+        """Returns (rows, columns) of the map for square images of side `image_size`, in pixels."""
         side = self.side(image_size)
         return self.net.grid(side, side)
 

@@ -113,7 +113,7 @@ def _logging() -> list[Any]:
 
 
 def _signal_handlers() -> list[Any]:
-    """Returns functions that restore the present signal handlers; none outside the main thread."""
+    """Returns functions that restore the present signal handlers; [] outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -63,7 +63,7 @@ def check_head(
     Args:
         head: The head, built on the meta device.
         name: Name of the head in the recipe.
-        shape: Shape of the input.
+        shape: Shape of the input, with the channels last.
         out_width: Number of channels that the output must have.
         where: The field that the user set, for messages.
 

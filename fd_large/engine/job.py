@@ -1,8 +1,8 @@
 """The interface by which the engine asks a task for samples, a Module, batches, evaluations.
 
 The engine builds, trains, stores and resumes any task through this interface, and imports no task.
-It is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the only
-interface that every task has.
+This interface is the first of a task's three interfaces (`fd_large/recipes/task_kind.py`), and the
+only one that every task has.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ class TrainingJob:
 
     Attributes:
         run: The recipe.
-        weights: The sources that open the weights that the recipe names, each file once.
+        weights: The sources that open the weights that the recipe names; each file is opened once.
         between_batches: Function that a task calls on all ranks between the batches of its work
-            before an epoch, such as storing a teacher's maps; it may raise to end this work.
+            before an epoch, such as storing a teacher's maps. An error that it raises ends this
+            work.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -283,7 +284,7 @@ class TrainingJob:
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        It is 0 if the task trains no batch norm, and then any micro batch size is valid.
+        If the task trains no batch norm, the result is 0, and any micro batch size is valid.
         """
         return self.run.norm_batch()
 

@@ -53,7 +53,7 @@ class TrainingPlan(NamedTuple):
     Attributes:
         schedule: The learning rates; its total is the run's length.
         steps_per_epoch: Number of steps in an epoch, one for each full global batch.
-        accumulation: Micro batches per step.
+        accumulation: Micro batches of a rank per step.
         seed: Seed of the drop path.
         max_bad_fraction: Fraction of the images that may be unusable before the run stops.
         count_bad_every: Steps between two sums of the unusable images over all ranks.

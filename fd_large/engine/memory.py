@@ -76,9 +76,9 @@ def free_bytes() -> int:
 
 
 def memory_setting() -> dict[str, Any]:
-    """Returns {"device": name, "memory_bytes": the least memory of any rank's device}.
+    """Returns the entries "device", the name of this rank's device, and "memory_bytes".
 
-    All ranks must call this function; each gets the name of its own device.
+    "memory_bytes" is the least memory of any rank's device. All ranks must call this function.
     """
     device = distributed.device()
     if device.type == "cuda":
@@ -193,7 +193,7 @@ def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _advised(advise: Callable[..., int], span: tuple[int, int], advice: int) -> bool:
-    """Gives the kernel advice on (address, bytes); returns whether the kernel accepts it."""
+    """Gives the kernel advice on memory, `span` (address, bytes); returns whether it succeeds."""
     address, size = span
     if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice)) == 0:
         return True

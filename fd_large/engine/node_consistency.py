@@ -209,7 +209,7 @@ def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -
 
 
 def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
-    """Hashes a file's size, its first and last bytes and blocks in between; returns the size."""
+    """Hashes a file's size, first and last bytes and blocks between; returns the size in bytes."""
     size = os.fstat(descriptor).st_size
     stride = max(_BLOCK, size // _BLOCKS)
     for at in (*range(0, size, stride), max(0, size - _BLOCK)):

@@ -92,7 +92,7 @@ class Opened(NamedTuple):
         engine: The task in its engine.
         checkpoints: Saves and restores the engine's state.
         micro_batch_size: Images per rank and forward.
-        accumulation: Micro batches per step.
+        accumulation: Micro batches of a rank per step.
         ema: Moving average of the weights, or None.
         finished: Number of finished steps of the restored checkpoint; 0 if none was restored.
     """

@@ -52,7 +52,7 @@ class Part:
         Such numbers come from an earlier step, or from forward passes that train nothing.
 
         Args:
-            progress: Fraction of the run's steps that came before, in [0, 1).
+            progress: Fraction of the run's steps that came before this step, in [0, 1).
         """
 
     def noted(self) -> Tensor | None:

@@ -23,7 +23,7 @@ class Batches(Protocol):
         """Returns the next micro batch as the loader yielded it, and its copy on the device."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns a micro batch, with the outputs of frozen models added if students share them.
+        """Returns a micro batch, with frozen models' outputs added if students share the outputs.
 
         For a single student, which runs the frozen models itself, `batch` is returned unchanged.
 

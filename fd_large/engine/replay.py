@@ -190,9 +190,9 @@ def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
 
 
 def _weights(folder: Path, step: int) -> Reader:
-    """Opens the newest sound checkpoint of at most `step` steps.
+    """Opens a run's newest sound checkpoint with at most `step` finished steps.
 
-    If there is none, opens the oldest sound checkpoint of more steps.
+    If there is no such checkpoint, opens the oldest sound checkpoint with more steps.
 
     Raises: CheckpointError: if no checkpoint is sound.
     """

@@ -325,7 +325,7 @@ def _step_flops(
 ) -> dict[int, StepFlops]:
     """Counts a step's FLOPs on rank 0, by the side of the images; see `Setting.flops`.
 
-    On other ranks, which do not report them, the result is empty.
+    On other ranks, which report no FLOPs, the result is empty.
     """
     if not distributed.is_main():
         return {}

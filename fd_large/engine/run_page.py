@@ -1,4 +1,4 @@
-"""Keeps RUN/report.html up to date during a run, in about 1% of its time at most (`SHARE`)."""
+"""Keeps RUN/report.html up to date during a run, in about 1% (`SHARE`) of the run's time."""
 
 from __future__ import annotations
 

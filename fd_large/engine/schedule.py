@@ -39,7 +39,7 @@ class Schedule:
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """Returns the factor of the learning rate at a step, as in mmcv 1.x; 1 after warm-up."""
+        """Returns the warm-up's factor of the learning rate, as in mmcv 1.x; 1 after warm-up."""
         if step >= self.warmup:
             return 1.0
         start = self.warmup_start / self.peak if self.peak else 1.0
@@ -47,7 +47,7 @@ class Schedule:
 
 
 class CosineSchedule(Schedule):
-    """Linear warm-up, then half a cosine, as in timm's scheduler."""
+    """Linear warm-up, then half a period of a cosine to the minimum, as in timm's scheduler."""
 
     def value(self, t: int) -> float:
         """Returns L(t), the learning rate at position t of the schedule, in steps."""

@@ -25,8 +25,8 @@ from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 class HooksOfAll(Hook):
     """Joins the hooks of the process into one hook, which each student's run calls.
 
-    The joined hooks begin and end once. They are told of each step once, by the first student that
-    takes the step, so that the time between two calls is that of a step of all students.
+    The joined hooks begin and end once. Of each step they are told once, when the first student has
+    taken the step. So the time between two calls is the time that all students take for a step.
 
     Args:
         hooks: The hooks to join; their verdicts on steps are ignored.

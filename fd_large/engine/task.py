@@ -26,8 +26,8 @@ class Task(nn.Module):
 
     Attributes:
         student: The backbone; its weights are the result of a run.
-        drop_path_rates: Drop-path rate of each site of the student, in execution order; the engine
-            draws `keep` of shape (num_sites, B) for them.
+        drop_path_rates: Drop-path rate of each site (residual branch) of the student, in execution
+            order; the engine draws `keep`, (num_sites, B), by these rates.
         parts: Components that need sums over all images of a step (parts.py).
     """
 

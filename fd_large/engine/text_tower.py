@@ -1,8 +1,8 @@
 """Embeds class names by a CLIP's text tower, for zero-shot classification.
 
-The embeddings of a class's prompts are normalised to an L2 norm of 1, and their mean is the vector
-of the class. An image belongs to the class whose vector has the largest cosine with the image's
-embedding.
+The embeddings of a class's prompts are normalised to an L2 norm of 1. Their mean, normalised in the
+same way, is the vector of the class. An image belongs to the class whose vector
+has the largest cosine with the image's embedding.
 
 Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 """
@@ -36,7 +36,7 @@ class Classes(NamedTuple):
 
     Attributes:
         vectors: (K, C) float32 on the CPU, each row of L2 norm 1.
-        scale: The model's factor of cosines before the softmax.
+        scale: The factor by which the model multiplies cosines before the softmax.
     """
 
     vectors: Tensor
@@ -105,7 +105,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Returns a function that maps N texts to embeddings (N, C), and the scale of cosines."""
+    """Returns a function that maps N texts to embeddings (N, C), and the factor of cosines."""
     is_open_clip = source.startswith(OPEN_CLIP) or kind_of(Path(source) / _SIDECAR) == "file"
     make = _of_open_clip if is_open_clip else _of_transformers
     try:

@@ -141,7 +141,9 @@ class TrainedModel(nn.Module):
         teacher: str = "clip",
         prompts: Sequence[str] = PROMPTS,
     ) -> Tensor:
-        """Returns the probability of each class for each image, (B, K) float32, without training.
+        """Returns the probability of each class for each image, (B, K) float32.
+
+        No classifier is trained. Example:
 
             model.zero_shot(images, ["cat", "dog"], text="open_clip:ViT-B-16/openai")
 

@@ -224,7 +224,8 @@ def step_flops(
         job: The job that describes the task; no weights or images are read.
         micro_batch_size: Number of images.
         checkpointing: Whether blocks of the student use activation checkpointing.
-        micro_batches: Number of a rank's micro-batches in a step.
+        micro_batches: Number of a rank's micro-batches in a step, which decides whether the step
+            takes two passes.
         image_size: See `count`.
     """
     # A CPU computes the same FLOPs as a GPU's fused kernels, whose counting takes the least time.

@@ -3,10 +3,10 @@
 A rank that runs out of memory leaves the others waiting in a collective, and the run ends
 (`ranks.failures`). So the probe tries sizes in rising order. After a step of one image, which makes
 the optimiser's moments, it runs a real step at 1, 2, 4 ... images and measures the peak memory of
-each phase. It tries the next size only if straight lines through the last two peaks predict that
-every phase fits on every rank. Each phase has its own line, because the maximum of two lines bends
-where they cross. A step of N times as many images needs at most N times the memory. If, by this
-rule, every rank has enough memory for the largest size, the probe returns this size at once.
+each phase. The probe tries the next size only if straight lines through the last two peaks predict
+that every phase fits on every rank. Each phase has its own line, because the maximum of two lines
+bends where they cross. A step of N times as many images needs at most N times the memory. If, by
+this rule, every rank has enough memory for the largest size, the probe returns this size at once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
     """Returns the micro batch sizes to try, in rising order.
 
-    They are the powers of two below the least valid size, then the least valid size, then its
-    double, its fourfold and so on, as long as they divide `share`.
+    The sizes are the powers of two below the least valid size, then the least valid size, its
+    double, its fourfold and so on, as long as a size divides `share`.
 
     Args:
         share: Images of a rank per step; a multiple of the micro batch size.

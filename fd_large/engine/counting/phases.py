@@ -231,9 +231,13 @@ def _seconds_of(
 
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Returns the longest seconds of each phase over the ranks, without time outside of phases.
+    """Returns the longest seconds of each phase over the ranks; all ranks must call this function.
 
-    The numbers are by micro-batch size and name of the phase. All ranks must call this function.
+    Time outside of phases is left out.
+
+    Args:
+        mine: {micro-batch size: {name of a phase: seconds on this rank}}; the size 0 stands for the
+            optimiser's step.
     """
     ranks = distributed.gather_objects(mine)
     return {

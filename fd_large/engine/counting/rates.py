@@ -35,7 +35,7 @@ def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]
     Args:
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
-    Returns: the fields of `Rates`, with the figures of the slowest rank.
+    Returns: the fields of `plan.rates.Rates` by name, with the figures of the slowest rank.
     """
     on_gpu = torch.cuda.is_available()
     world = dist.get_world_size()
@@ -140,7 +140,8 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 def _start(seconds: _Clock, device: torch.device) -> float:
     """Returns the seconds that the call of an operation takes from Python.
 
-    It is the time of a forward and backward through tiny layers, divided by the number of calls.
+    The result is the time of a forward and backward through tiny layers, divided by the number of
+    calls.
     """
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())

@@ -107,7 +107,8 @@ def agreed(why_not: Callable[[], str | None]) -> str | None:
 def folder() -> Path:
     """Returns the folder of built operations.
 
-    It is TORCH_EXTENSIONS_DIR if that is set, else a folder on the node's own disk.
+    This is the folder in the environment variable TORCH_EXTENSIONS_DIR, or, if the variable is not
+    set, a folder on the node's own disk.
     """
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _own_folder())
 

@@ -371,7 +371,7 @@ def check_owned(
         micro_batch_size, accumulation, bfloat16: See `RunNumbers`. "auto" stands for a value that a
             probe is to find, and None for a value that is not known yet and not checked.
 
-    Raises: ConfigError: if values contradict the recipe; the message has a line for each of them.
+    Raises: ConfigError: if values contradict the recipe; the message has a line for each value.
     """
     bf16, types = config.get("bf16", {}), config.get("data_types", {})
     batch, micro = "--batch.global_batch_size", "--batch.micro_batch_size"
@@ -497,6 +497,10 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 def _check_disk(config: dict[str, Any], folder: str) -> None:
     """Checks that JSON and recipe agree on the folder for offload to a disk.
 
+    Args:
+        config: The content of the DeepSpeed JSON.
+        folder: The recipe's `engine.nvme_path`; "" if the recipe names no folder.
+
     Raises:
         ConfigError: If JSON and recipe name different folders, if none of the two names a folder,
             or if the recipe names a folder although the state stays in memory.
@@ -576,7 +580,7 @@ def ranks_of_a_node(stated: int, local_world_size: int) -> int:
         stated: `engine.node_size`; 0 if it is not set.
         local_world_size: The launcher's number of ranks on this node.
 
-    Raises: ConfigError: if the number does not divide the number of ranks.
+    Raises: ConfigError: if the number of all ranks is not a multiple of the result.
     """
     from fd_large.ranks import distributed  # It imports torch.
 

@@ -66,7 +66,7 @@ class Disk:
 
     @contextmanager
     def holds_state(self, exact: dict[int, Tensor], *, weights: bool) -> Iterator[None]:
-        """Puts the float32 state of a ZeRO-3 optimiser that is made in the block onto the disk.
+        """Lets a ZeRO-3 optimiser that is made in the block keep its float32 state on the disk.
 
         Args:
             exact: Flat float32 values of the masters, by the `ds_id` of their parameters. Each
@@ -89,7 +89,7 @@ class Disk:
 def _make_room(optimizer: Any, disk: Disk) -> None:
     """Allocates the flat offloaded weights of each parameter group on the disk.
 
-    Replaces the method of DeepSpeed that allocates them in host memory.
+    Replaces the method of DeepSpeed that allocates these weights in host memory.
     """
     for group in optimizer.trainable_param_groups:
         numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])

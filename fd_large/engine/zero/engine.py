@@ -131,7 +131,7 @@ def build_engine(
 def _check_quantiser(zero: Mapping[str, Any]) -> None:
     """Checks that DeepSpeed's compiled quantiser can be used, if the JSON asks for it.
 
-    Raises: ConfigError: if it cannot.
+    Raises: ConfigError: if the quantiser cannot be used.
     """
     if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
         reason := compiled_ops.load("Quantizer")

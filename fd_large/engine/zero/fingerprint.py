@@ -90,7 +90,7 @@ def _digits(total: Tensor) -> str:
 
 
 def _hash(name: str, elements: Tensor, offset: int) -> Tensor:
-    """Hashes flat elements of the tensor `name`, which begin at the position `offset` in it.
+    """Hashes flat elements of the tensor `name`, which begin at the position `offset`.
 
     Returns an int64 scalar.
     """

@@ -63,8 +63,9 @@ def sum_on_owner(
 ) -> Any:
     """Replaces `reduce`: makes `tensor` on rank `dst` the sum over the ranks.
 
-    On other ranks `tensor` may be overwritten. With three ranks or more, gloo's own reduction is
-    used, because the order of its additions would change.
+    On other ranks `tensor` may be overwritten. Of two ranks, the other one sends its tensor, and
+    `dst` adds it. With more ranks gloo's own reduction is used, because additions in another order
+    would change the values.
     """
     # Not at the top: `start` imports this file before DeepSpeed.
     from deepspeed.accelerator import get_accelerator

@@ -72,7 +72,7 @@ class InOrder(ABC):
         self._missing, self._next = list(self._needs), 0
 
     def arrived(self, bucket: int) -> None:
-        """Counts a gradient of a bucket, and sends complete buckets whose turn it is."""
+        """Counts a gradient of a bucket, and sends each complete bucket that is next in order."""
         assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._needs) and self._missing[self._next] == 0:

@@ -56,9 +56,9 @@ class OwnedShards(InOrder):
     """Reduces gradients at ZeRO stage 2, and at stage 1 in float32; each rank keeps its shard.
 
     Two bucket buffers are used in turn. If gradients are sent in float32, the rank that owns a
-    bucket fills it directly in its shard, where the optimiser reads it. A gradient is freed when it
-    is in its buckets. The micro batches of a step are summed in float32: at stage 2 in the shard,
-    at stage 1 where autograd accumulates gradients.
+    bucket fills it directly in its shard, where the optimiser reads it. A gradient is freed when
+    its elements are in buckets. The micro batches of a step are summed in float32: at stage 2 in
+    the shard, at stage 1 where autograd accumulates gradients.
 
     If the parameters are float32, the optimiser steps the parameters' own memory, whereas DeepSpeed
     would step a copy and copy it back.
@@ -176,7 +176,7 @@ class OwnedShards(InOrder):
     def _own(self, bucket: _Bucket) -> tuple[Tensor, int]:
         """Returns the part of a bucket that is in this rank's shard.
 
-        Returns: a view of the shard, and the position of its first element in the bucket.
+        Returns: a view of the shard, and the position of the view's first element in the bucket.
         """
         shard = self._shards[bucket.group]
         begin = bucket.begin - self._rank * shard.numel()

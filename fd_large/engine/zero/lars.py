@@ -32,7 +32,10 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Sets m = MOMENTUM * m + gradient, and subtracts lr * m from the parameter."""
+        """Updates each parameter: m = MOMENTUM * m + gradient, then parameter -= lr * m.
+
+        m is the parameter's momentum, which begins at 0; `closure` is ignored.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -47,7 +50,7 @@ class Lars(torch.optim.Optimizer):
     def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
         """Returns the factor of each matrix's gradient.
 
-        It is TRUST_COEFFICIENT * weight_norm / gradient_norm, or 1 if one of the two norms is 0.
+        The factor is TRUST_COEFFICIENT * weight_norm / gradient_norm, or 1 if a norm is 0.
 
         Args:
             weight_norm: L2 norms of the matrices.

@@ -55,7 +55,7 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
 
 def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
-    """Returns the constructor of a named optimiser from (groups, lr=...), or None for AdamW."""
+    """Returns what makes a named optimiser from (groups, lr=...); None for AdamW."""
     return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
@@ -64,7 +64,8 @@ def decays(
 ) -> bool:
     """Returns whether weight decay applies to a parameter.
 
-    It does not apply to vectors, biases, names in `skip_names` and names that contain a keyword.
+    Weight decay does not apply to vectors, biases, names in `skip_names` and names that contain a
+    word of `skip_keywords`.
 
     Source: official code, optimizer.py get_pretrain_param_groups.
     """

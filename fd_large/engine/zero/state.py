@@ -1,4 +1,4 @@
-"""Reads and writes a rank's shards of a live run's masters, moments and average.
+"""Reads and writes a rank's shards of a live run's masters, moments and moving average.
 
 The functions work at any ZeRO stage, and no other file depends on where DeepSpeed (0.19.8) keeps
 these shards, offloaded or not. The shards are views of the live state, so that reading them copies
@@ -67,13 +67,13 @@ def layout_of(engine: Engine) -> Layout:
 def _statistics(engine: Engine) -> dict[str, Tensor]:
     """Returns the task's running statistics, by name.
 
-    They are whole and equal on all ranks; in a checkpoint each rank stores a shard of them.
+    The statistics are whole and equal on all ranks; in a checkpoint each rank stores a shard.
     """
     return partition.running_statistics(engine.task)
 
 
 def shards(engine: Engine) -> Iterator[Piece]:
-    """Yields this rank's shards of masters, moments, average and running statistics.
+    """Yields this rank's shards of masters, moments, moving average and running statistics.
 
     The shards are views of the live state.
     """
@@ -224,8 +224,8 @@ def complete(engine: Engine) -> None:
 def _wholes(engine: Engine) -> Iterator[Tensor]:
     """Yields the tensors that each rank holds whole, although it stores only a shard of each.
 
-    They are the running statistics and their averages, and at stage 0 also weights, moments and
-    the average of the weights.
+    These tensors are the running statistics and their averages, and at stage 0 also weights,
+    moments and the average of the weights.
     """
     yield from _statistics(engine).values()
     yield from engine.averages.values()
@@ -243,7 +243,10 @@ def _own_span(whole: Tensor) -> Span:
 
 
 def redistribute(engine: Engine) -> None:
-    """Copies the masters into the parameters that forward uses; all ranks must call it."""
+    """Copies the masters into the parameters that forward uses.
+
+    All ranks must call this function.
+    """
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()

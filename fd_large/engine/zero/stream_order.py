@@ -1,7 +1,7 @@
 """Orders the streams of ZeRO-3 on GPUs by events, so that each read follows its write.
 
-DeepSpeed 0.19.8 gathers shards on a separate stream. It never makes that stream wait until the
-optimiser has written the shards, and it makes the host wait for hpZ's copies inside a node, once
+DeepSpeed 0.19.8 gathers shards on a separate stream. DeepSpeed never makes that stream wait until
+the optimiser has written the shards, but makes the host wait for hpZ's copies inside a node, once
 for each parameter. Gradients are summed on another stream. A device without streams, such as a CPU,
 needs no order. docs/architecture.md has a table of all places where streams are ordered.
 """
@@ -49,8 +49,8 @@ class Init(deepspeed.zero.Init):
 def order_gathers(engine: Any) -> None:
     """Makes all-gathers of a sharded model wait for writes of the shards.
 
-    All-gathers wait for the writes that are already queued, and after each step for those of the
-    optimiser. An all-gather of hpZ's copies also waits until these copies are written.
+    All-gathers wait for the writes that are already queued, and after each step for the optimiser's
+    writes. An all-gather of hpZ's copies also waits until these copies are written.
 
     Args:
         engine: DeepSpeed's engine at stage 3. Without an optimiser, shards are not written later.
@@ -82,8 +82,8 @@ def order_gathers(engine: Any) -> None:
 def record_gradients(engine: Any) -> None:
     """Keeps the memory of each gradient until the gradient is summed.
 
-    DeepSpeed does so too, but not for every tensor with fewer elements than there are ranks, since
-    this rank may have no element of such a tensor.
+    DeepSpeed does so too, except for the gradient of a small tensor of which this rank has no
+    element.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.is_synchronized_device():

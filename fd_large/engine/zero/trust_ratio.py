@@ -21,7 +21,10 @@ from fd_large.ranks import distributed
 
 
 class _Part(NamedTuple):
-    """Elements [start, stop) of a tensor that the optimiser steps, and their matrix's number."""
+    """Elements [start, stop) of a tensor that the optimiser steps.
+
+    The elements belong to the matrix of number `matrix`.
+    """
 
     matrix: int
     start: int

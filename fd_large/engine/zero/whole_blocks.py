@@ -4,8 +4,9 @@ DeepSpeed gathers the weights of every module before the module's forward and ba
 hooks around every module, also around modules without weights. A block of a ViT has nine modules.
 benchmarks/host_calls.py counts the calls that a block costs the host.
 
-DeepSpeed's own leaf modules cannot be used. They sum a leaf's gradients when the leaf's backward is
-over, and lose the later gradients of a submodule that is called outside of the leaf's forward.
+DeepSpeed's own leaf modules cannot be used. DeepSpeed sums a leaf's gradients when the leaf's
+backward is over, and loses the later gradients of a submodule that is called outside of the leaf's
+forward.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _UNIT = "_gathered_whole"
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
-    """Lets blocks that fit the bucket of prefetched parameters be gathered as one module.
+    """Makes ZeRO-3 gather each block as one module, if it fits the bucket of prefetched parameters.
 
     `plan/buckets.py` chooses these blocks, because `plan` counts them too.
 
