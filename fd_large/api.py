@@ -391,7 +391,8 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
     for name, value in flat_plain(_texts(more)).items():
         if name in flat_plain(values):
             raise ConfigError(
-                f"{name}: given twice; got two values, expected one. Leave out one of them."
+                f"{name}: given twice; got two values, expected one value. Leave out one of the "
+                "two."
             )
         values[name] = value
 
@@ -403,4 +404,7 @@ def _draw_report(folder: str) -> None:
     try:
         make_report(folder)
     except Exception:
-        log.exception("the report failed, but the run is complete: fd-large report %s", folder)
+        log.exception(
+            "the report failed, but the run is complete; to make the report: fd-large report %s",
+            folder,
+        )

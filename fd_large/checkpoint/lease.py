@@ -502,7 +502,7 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
             if any(owner.start == before.start for before, _ in chain):
                 raise ConfigError(
                     f"--runtime.run_dir: {path}: names the same owner as an earlier owner file; "
-                    f"got {owner.start} again, expected the next owner. Remove {path}."
+                    f"got {owner.start} again, expected another owner. Remove {path}."
                 )
             chain.append((owner, beat))
             path = _next(folder, owner.start)

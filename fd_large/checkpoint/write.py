@@ -198,7 +198,7 @@ class Saver:
             elif not written:
                 store.remove(self._part)
                 log.error(
-                    "CHECKPOINT of step %d was discarded; earlier checkpoints stay. %s",
+                    "CHECKPOINT of step %d was discarded; earlier checkpoints are kept. %s",
                     self._manifest["update"],
                     "No run can resume from non-finite numbers."
                     if broken_anywhere

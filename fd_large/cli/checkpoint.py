@@ -81,7 +81,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
         raise ConfigError(
             f"checkpoint: {run}: no readable checkpoint; got "
             f"{damaged or 'no complete checkpoint'}, expected a readable one. "
-            f"{'Restore its files' if damaged else 'Train the run first'}."
+            f"{'Restore the files' if damaged else 'Train the run first'}."
         )
     return folder, checkpoints
 

@@ -121,7 +121,7 @@ def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Find
                 if name in _SAME:
                     verdict, remedy = "STOPS", "Use one checkout and one environment on all nodes."
                 elif SEVERITY[verdict] == 0:
-                    verdict, remedy = "check", "The slowest node decides the pace of all."
+                    verdict, remedy = "check", "The slowest node sets the pace of all nodes."
             text = f"{line.found}; {first_names(named, 4)}: {other.found}"
             line = Finding(text, verdict, remedy, finding.alike)
         lines[name] = line

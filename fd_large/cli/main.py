@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         if of_server or error.errno not in files.REFUSED.keys() | files.PASSING:
             failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
             raise
-        logging.getLogger(__name__).debug("the file system refused", exc_info=True)
+        logging.getLogger(__name__).debug("the file system raised an error", exc_info=True)
         refusal = files.unusable("", error)
         refusal.rank_local = True
         return _refused(refusal, rank)

@@ -88,7 +88,7 @@ def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
     except OSError as error:
         raise ConfigError(
             f"engine.nvme_path: {folder} cannot be tested; got {error.strerror}, expected a "
-            "folder on a local disk. Set --engine.nvme_path to another one."
+            "folder on a local disk. Set --engine.nvme_path to another folder."
         ) from None
     needs = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))
     return Text(
@@ -226,16 +226,17 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
     """Returns the lines on how the times were estimated, and on their error."""
     if load.phases:
-        where = "a step of this task that was timed on one device, and by measured collectives"
+        where = "a step of this task, timed on one device, and from measured collectives"
     elif machine.rates.name.endswith("measured"):
-        where = "measured rates of single operations, not by a step of this task"
+        where = "measured rates of single operations, not from a step of this task"
     else:
-        where = "data sheets and what whole steps of other software reach of them"
+        where = "data sheets and the share of them that steps of other software reach"
     return [
-        f"These times go by {where}. The table has them from {WITHOUT_HOOKS.low:g} to "
-        f"{WITHOUT_HOOKS.high:g} times, of ZeRO-3's hooks {OF_HOOKS.low:g} to "
-        f"{OF_HOOKS.high:g}, as clean public steps are (docs/scaling.md); waiting for images is "
-        "not in them" + ("" if load.phases else ". --probe measures this machine")
+        f"These times are computed from {where}. The ranges in the table are "
+        f"{WITHOUT_HOOKS.low:g} to {WITHOUT_HOOKS.high:g} times the computed time "
+        f"({OF_HOOKS.low:g} to {OF_HOOKS.high:g} times for ZeRO-3's hooks), within which clean "
+        "public steps lie (docs/scaling.md), without waiting for images"
+        + ("" if load.phases else ". --probe measures this machine")
     ]
 
 
@@ -252,9 +253,9 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     # The size of a map that takes as long to read, at 1 GB/s, as a rank spends on an image.
     most = 1e9 * best.seconds.total * machine.cluster.gpus / best.images
     return (
-        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "
-        f"each is used more than once and takes less than {size(most)}, where a rank reads 1 GB/s "
-        f"(fd-large cache {run.name} OUT --plan: how large this teacher's are)"
+        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; storing its maps saves "
+        f"time if each map is used more than once and is smaller than {size(most)}, for ranks "
+        f"that read 1 GB/s (fd-large cache {run.name} OUT --plan prints the size of a map)"
     )
 
 

@@ -351,7 +351,9 @@ def show_report(folder: str) -> None:
         return
     except Exception:
         logging.getLogger(__name__).exception(
-            "the report failed, but the run is complete: python -m fd_large report %s", folder
+            "the report failed, but the run is complete; to make the report: python -m "
+            "fd_large report %s",
+            folder,
         )
         return
     terminal.console().print(f"\n{text}", soft_wrap=True)

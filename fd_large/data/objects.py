@@ -209,8 +209,8 @@ def _looked_up(url: str) -> Stored:
     facts = asked(url, lambda: client.info(path))
     if facts.get("type", "file") != "file":  # A named pipe would wait for a writer.
         raise DataError(
-            f"not a file; got {url!r}, a folder, a pipe or a device, expected a file that can "
-            "be read. Leave it out, or correct the name."
+            f"not a file; got {url!r}, a folder, a pipe or a device, expected a file that can be "
+            "read. Leave this object out, or correct the name."
         )
     if facts.get("size") is None:
         raise DataError(

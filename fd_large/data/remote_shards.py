@@ -83,9 +83,9 @@ class RemoteShards(BlockImages):
             labels = self._open(number).labels
             if (labels == NO_LABEL).any():
                 raise DataError(
-                    f"{self._where}: an image without a label; got one in {self._place(number)}, "
-                    "expected KEY.cls, a whole number, beside each KEY.jpg. Write the shards with "
-                    "labels."
+                    f"{self._where}: an image without a label; got an image in "
+                    f"{self._place(number)}, expected KEY.cls, a whole number, beside each "
+                    "KEY.jpg. Write the shards with labels."
                 )
             labels_of_shards.append(labels)
         return np.concatenate(labels_of_shards)

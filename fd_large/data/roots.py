@@ -189,7 +189,7 @@ def _check_client(root: str, where: str) -> None:
     except ValueError as error:
         raise DataError(
             f"{where}: unknown kind of URL; got {root!r}, expected s3://, gs://, https:// or "
-            "another that fsspec knows. Correct it, or name a folder."
+            "another that fsspec knows. Correct the URL, or name a folder."
         ) from error
 
 

@@ -139,7 +139,7 @@ def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
         parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
         raise DataError(
             f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
-            f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
+            f"a single part. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
         )
     if not is_saved(root, where):
         return None

@@ -115,7 +115,7 @@ def import_checkpoint(
         raise CheckpointError(
             f"checkpoint import: {source}: DeepSpeed cannot read it; got {first_line(error)}, "
             "expected a checkpoint of this recipe, stage and number of ranks. Start as many ranks "
-            "as wrote it."
+            "as wrote the checkpoint."
         ) from error
     if path is None:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def import_checkpoint(
     if not opened.checkpoints.settle():
         raise CheckpointError(
             f"checkpoint import: {run_dir}: the checkpoint was not written; got a failed save, as "
-            "the log says, expected finite numbers and room for them. Import an older checkpoint, "
-            "or make room and start the same command again."
+            "the log says, expected finite numbers and room on the disk. Import an older "
+            "checkpoint, or make room and start the same command again."
         )
     return step

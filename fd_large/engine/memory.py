@@ -170,7 +170,10 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
         return
     spans = [span for span in _pages(tensors) if _advised(advise, span, mmap.MADV_DONTFORK)]
-    log.debug("kept from loading processes: %.2f GB", sum(size for _, size in spans) / 1e9)
+    log.debug(
+        "%.2f GB of memory are not copied to loading processes",
+        sum(size for _, size in spans) / 1e9,
+    )
     try:
         yield
     finally:

@@ -453,7 +453,7 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
             try:
                 hook.on_failure(status, reason)
             except Exception:
-                log.exception("%s could not end", type(hook).__name__)
+                log.exception("the hook %s failed while the run ended", type(hook).__name__)
         write_end(lease, status, reason, first=first)
 
 

@@ -55,8 +55,9 @@ def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
         )
     if isinstance(prompts, str) or not prompts or not all("{}" in prompt for prompt in prompts):
         raise ConfigError(
-            f"{_WHERE}: no list of prompts; got {prompts!r}, expected texts that have {{}} where "
-            'the name of the class goes, such as ["a photo of a {}."]. Correct them.'
+            f"{_WHERE}: not a list of prompts; got {prompts!r}, expected texts that have {{}} "
+            "where "
+            'the name of the class goes, such as ["a photo of a {}."]. Correct the prompts.'
         )
 
 

@@ -149,7 +149,7 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise DataError(
             f"data.root: {mappings}: not ObjectNet's class mappings; got {type(error).__name__} "
-            f"{error}, expected the files of its download. Fetch them again."
+            f"{error}, expected the files of its download. Fetch these files again."
         ) from error
 
 

@@ -26,4 +26,6 @@ def full_float32(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
-        log.debug("float32 on the GPU: products and convolutions in full (TF32 is off)")
+        log.debug(
+            "float32 on the GPU: matrix products and convolutions in full precision (TF32 is off)"
+        )

@@ -183,8 +183,8 @@ def _checked(launch: Launch) -> Launch:
         if not low <= value <= high:
             raise LaunchError(
                 f"launch: {name} under {launch.launcher}: out of range; got {value}, expected "
-                f"{low} to {high}. Unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and "
-                "MASTER_PORT where a script set them and let the launcher set them."
+                f"{low} to {high}. If a script sets RANK, WORLD_SIZE, LOCAL_RANK, "
+                "LOCAL_WORLD_SIZE or MASTER_PORT, leave these variables to the launcher."
             )
     return launch
 

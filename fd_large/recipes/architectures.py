@@ -295,5 +295,5 @@ def _refuse_foreign(values: dict[str, Any], family: str, name: str) -> None:
         if field_name not in known:
             raise ConfigError(
                 f"architecture.{field_name}: {name} is a {family} model without that option; "
-                f"got {value!r}, {nearest(field_name, known)}. Leave it out."
+                f"got {value!r}, {nearest(field_name, known)}. Leave the field out."
             )

@@ -65,8 +65,8 @@ def refuse_links(folder: Path) -> None:
         kind = kind_of(path, where="--runtime.run_dir")
         if kind == "other":
             raise ConfigError(
-                f"--runtime.run_dir: {path}: cannot be written; got a pipe or a device, expected a "
-                "file of this run. Remove it."
+                f"--runtime.run_dir: {path}: cannot be written; got a pipe or a device, expected "
+                "a file of this run. Remove this path."
             )
         if not path.is_symlink():
             continue

@@ -296,13 +296,14 @@ class Run:
             name, (got, usual) = next(iter(settings.items()))
             raise ConfigError(
                 f"{name}: not used with several teachers; got {got!r} beside the "
-                f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set it for a teacher: "
-                f"--teachers.{next(iter(self.teachers))}.{name.partition('.')[2]}."
+                f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set the field for a "
+                f"teacher: --teachers.{next(iter(self.teachers))}.{name.partition('.')[2]}."
             )
         if self.weighting != Weighting() and len(self.teachers) < 2:
             raise ConfigError(
                 f"weighting: needs several teachers; got {self.weighting.rule} for one teacher, "
-                "expected several. Leave it out, or name teachers (docs/several_teachers.md)."
+                "expected several teachers. Leave out weighting, or name teachers "
+                "(docs/several_teachers.md)."
             )
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:

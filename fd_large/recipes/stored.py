@@ -37,7 +37,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     if kind != "file":
         raise ConfigError(
             f"{where}: {folder}: not a run; got a path without {RECIPE}, expected the folder of a "
-            "run. Name one, for example runs/quickstart."
+            "run. Name such a folder, for example runs/quickstart."
         )
     return path
 

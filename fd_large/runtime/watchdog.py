@@ -158,8 +158,8 @@ class Watchdog(Hook):
         self.beat()
         if seconds > self._limit / 2:
             log.warning(
-                "a save took %.0f s. At its end the run waits for its last save, and counts as "
-                "hung after %.0f s. Raise --runtime.watchdog_seconds.",
+                "a save took %.0f s. At the end the run waits for its last save, and counts as "
+                "hung after %.0f s of waiting. Raise --runtime.watchdog_seconds.",
                 seconds,
                 self._limit,
             )

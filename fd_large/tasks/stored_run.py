@@ -89,8 +89,8 @@ class StoredRun:
             )
             raise ConfigError(
                 f"export: --to {to}: this format holds a model with its heads; got a run of the "
-                f"task {self.run.task.name}, expected a task whose heads it can hold. Use one of "
-                f"{able}."
+                f"task {self.run.task.name}, expected a task whose heads the format can hold. Use "
+                f"one of {able}."
             )
         student = self.run.student
         pads = student.size_rule == "pad"

@@ -271,7 +271,7 @@ def in_our_names(
         raise WeightsError(
             f"{where}: {source} ({line.what}): another model than the names of its tensors "
             f"suggest; got {beyond}, expected only what a {family.architecture.family} model has. "
-            "A folder with its config.json is read as it is. If timm has the model, set "
+            "If the folder has a config.json, name the folder. If timm has the model, set "
             f"{_model_flag(where)} timm:NAME with this file."
         )
     return PublishedWeights(

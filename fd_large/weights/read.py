@@ -217,8 +217,8 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     for suffix, library in _GRAPHS.items():
         if kind_of(path / library.graph) == "file" or (path.suffix == suffix and kind == "file"):
             raise WeightsError(
-                f"{where}: {path}: contains a runnable model instead of weights by name; got"
-                f" {library.holds}, expected a file or folder of weights. Export the run again "
+                f"{where}: {path}: contains a runnable model instead of named weights; got "
+                f"{library.holds}, expected a file or folder of weights. Export the run again "
                 "with --to fd, and name that folder."
             )
     got = f"a folder without {', '.join(_FOLDER_FILES)}" if kind == "folder" else "nothing there"

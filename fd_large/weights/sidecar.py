@@ -157,8 +157,8 @@ class Configuration:
         if self._library == "timm" or (self._library and self._library == library):
             if self._reader is None or self._reader.published is not published:
                 raise WeightsError(
-                    f"{where}: {self._folder / 'config.json'}: another model than the one whose "
-                    f"tensors are beside it; got {self._called}, expected the model of the "
+                    f"{where}: {self._folder / 'config.json'}: describes another model than the "
+                    f"tensors beside this file; got {self._called}, expected the model of the "
                     "tensors. --teacher.model auto takes the model of the folder as a teacher; "
                     "--student.model timm:NAME makes a student of timm. If config.json does not "
                     "belong there, move it away."

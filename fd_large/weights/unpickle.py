@@ -90,7 +90,7 @@ class Budget:
         """
         self._left -= entries
         if self._left < 0:
-            raise ValueError(f"more than {_ENTRIES:,} entries: copies or modules without end")
+            raise ValueError(f"more than {_ENTRIES:,} entries: endless copies or modules")
 
 
 # (key, type, number of elements) -> the storage.

@@ -242,5 +242,5 @@ def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) ->
 def _refused(name: str, got: str) -> ConfigError:
     return ConfigError(
         f"student.model: training {name} would depend on ranks and recomputation; got {got}, "
-        "expected none. Use it as a teacher, or choose another model."
+        "expected none of these. Use the model as a teacher, or choose another model."
     )

@@ -481,7 +481,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     if numbers.world_size % hpz:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
-            f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
+            f'{numbers.world_size} ranks, expected a divisor. Set the key to "auto".'
         )
 
 

@@ -164,7 +164,7 @@ def _sbatch(
         answer = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         raise ConfigError(
             f"--slurm: sbatch refused the job; got {answer[-1]}, expected its number. Change "
-            "--sbatch or site.sh; jobs submitted before stay."
+            "--sbatch or site.sh; jobs submitted before are not cancelled."
         )
     return int(number)
 

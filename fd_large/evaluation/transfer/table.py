@@ -116,7 +116,7 @@ def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
         raise ConfigError(
             "transfer: no column to train; got no dataset for "
             f"{', '.join(flags.only) or 'any'}, expected at least one of "
-            f"{', '.join(f'--{name}' for name in flags.datasets)}. Name one."
+            f"{', '.join(f'--{name}' for name in flags.datasets)}. Set one of these flags."
         )
     return columns
 

@@ -69,8 +69,8 @@ class DetectionJob(TrainingJob):
         if self.run.task.detection.copy_instances and not images.has_masks:
             raise ConfigError(
                 f"task.detection.copy_instances: {images.annotations} has no masks for cutting "
-                f"out objects; got {self.run.task.detection.copy_instances}, expected 0. Leave it "
-                "out."
+                f"out objects; got {self.run.task.detection.copy_instances}, expected 0. Leave "
+                "the field out."
             )
         if classes := self.run.task.detection.semantic_classes:
             images.check_semantic(classes, where="data.root")
@@ -108,7 +108,7 @@ class DetectionJob(TrainingJob):
         if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
             raise ConfigError(
                 f"task.detection.sequential_stages: {student.model} has no sequential stages; got "
-                f"{numbers.sequential_stages}, expected 0. Leave it out."
+                f"{numbers.sequential_stages}, expected 0. Leave the field out."
             )
         net = make_student(student, sequential_stages=numbers.sequential_stages)
         if self.run.norm_batch() and batch_norm.norms_of(net):

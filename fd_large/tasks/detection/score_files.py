@@ -25,13 +25,13 @@ def score_files(files: ScoredFiles) -> tuple[Sequence[Any], Sequence[Path]]:
     """
     if not (files.detections and files.annotations):
         raise ConfigError(
-            "--detections: scored against --annotations; got one of the two, expected both. Name "
-            "both files."
+            "--detections: scored against --annotations; got one of the two flags, expected both. "
+            "Set both flags."
         )
     if files.json and kind_of(Path(files.json).resolve().parent, where="--json") != "folder":
         raise ConfigError(
             f"--json: no folder to write into; got {files.json!r}, expected a file in a folder "
-            "that exists. Make the folder, or choose another."
+            "that exists. Make the folder, or choose another one."
         )
     if files.json:
         check_out(files.json, where="--json", holds="file")

@@ -604,7 +604,7 @@ class DistillationJob(TrainingJob):
             if run.eval.root.startswith(BUILTIN) and not run.data.root.startswith(BUILTIN):
                 log.warning(
                     "eval.root: held-out figures and plots use the quick start's photographs, not "
-                    "your images; --eval.root FOLDER names yours"
+                    "your images; set --eval.root FOLDER to use your own"
                 )
             evaluations.append(
                 held_out_losses(

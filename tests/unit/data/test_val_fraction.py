@@ -104,7 +104,7 @@ def test_what_is_said_of_the_parts_promises_nothing_of_other_runs(tmp_path, capl
     held(root, "train")
     (told,) = caplog.messages
     assert f"{count} of 40 images of {root} " in told
-    assert "learned from" in told
+    assert "was trained on" in told
     assert "never" not in told
 
 

@@ -85,7 +85,7 @@ def test_a_sweep_is_a_row_for_each_decay_and_a_column_for_each_rate():
         ["student", "s", "0.8", "60.00", "", ""],
     ]
     assert "student: " in str(grid.caption), "its best is at an edge"
-    assert "No run" in str(grid.caption)
+    assert "no run that led" in str(grid.caption)
     sweep["held_out_seen_by"] = ["runs/mine (fd)"]
     _, grid = tables_of({**SUMMARY, "nets": [net]}, "k-NN")
     assert "in the training of runs/mine (fd)" in str(grid.caption)

@@ -234,8 +234,8 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         names = ", ".join(findings.names[NO_FILE])
         raise DataError(
             f"{where}: images of {annotations} are missing; got {missing} without a file in "
-            f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the images there, "
-            f"or set --{where} to the folder that holds both."
+            f"{os.path.join(root, folder)!r} ({names}), expected all images. Unpack the images "
+            f"there, or set --{where} to the folder that holds both."
         )
     if not num_images:
         raise DataError(

@@ -318,8 +318,8 @@ def _count(
     except (RuntimeError, ValueError) as error:  # its C++ on run lengths
         raise DataError(
             f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
-            "of the images' sizes, in the detections and in the annotations. Write them with "
-            "pycocotools' or faster-coco-eval's encode."
+            "of the images' sizes, in the detections and in the annotations. Write the masks with "
+            "encode of pycocotools or faster-coco-eval."
         ) from error
     return evaluation.eval["precision"], evaluation.eval["recall"]
 

@@ -419,8 +419,8 @@ def _other_maps(stored: Header, expected: Header) -> str:
 def _not_written(folder: Path, error: OSError) -> CacheError:
     """Returns the error for a record or shard that this rank could not write."""
     refused = CacheError(
-        f"{folder}: cannot be written; got {error}, expected room for the cache. Written maps "
-        "stay: repeat the command when there is room."
+        f"{folder}: cannot be written; got {error}, expected room for the cache. Written maps are "
+        "kept: repeat the command when there is room."
     )
     refused.rank_local = True
     return refused

@@ -252,8 +252,8 @@ class QueueDivergence(Loss):
         if kind != SUMMARY:
             raise ConfigError(
                 f"{field_of(teacher, 'loss')}: the loss queue works on summaries only; got queue "
-                "for a map, expected queue for the summary of one of several teachers. Set it in "
-                "--teachers.NAME.summary.loss."
+                "for a map, expected queue for the summary of one of several teachers. Set queue "
+                "in --teachers.NAME.summary.loss."
             )
         field = field_of(teacher, "normaliser", kind)
         if normaliser != NONE:

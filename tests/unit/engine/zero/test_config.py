@@ -40,7 +40,7 @@ def _zero(stage, **keys):
         ({"optimizer": {"type": "AdamW"}}, "--optim."),
         ({"scheduler": {}}, "--optim."),
         ({"fp16": {"enabled": True}}, "--engine.precision"),
-        ({"compile": {"deepcompile": True}}, "Remove it"),
+        ({"compile": {"deepcompile": True}}, "Remove the key"),
         ({"zero_optimization": 3}, "expected an object"),
         (_zero("3"), "expected 0, 1, 2 or 3"),
         (_zero(True), "expected 0, 1, 2 or 3"),
