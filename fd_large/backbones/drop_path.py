@@ -1,7 +1,8 @@
 """Drop path (stochastic depth) by a mask that is an input of the model.
 
-The mask `keep` says which residual branches of each image are kept. It is not drawn here but by the
-data's counter-based generator, so that ranks, accumulation and recomputation cannot change it.
+The mask `keep` says which residual branches of each image are kept. The mask is not drawn here but
+by the data's counter-based generator, so that ranks, accumulation and recomputation cannot change
+the mask.
 """
 
 from __future__ import annotations

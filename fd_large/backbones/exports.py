@@ -25,8 +25,8 @@ class Export:
         rows: Returns the table that translates the library's tensor names.
         copies: Returns the names, before translation, under which one of our tensors is written.
             There are several if a shared position bias is copied into every block.
-        lacks: Returns, in words, the features of the model that the library lacks, or "". Its
-            second argument is whether images are padded.
+        lacks: Function of the architecture and of whether images are padded; returns, in words,
+            the features of the model that the library lacks, or "".
         added: Returns {the library's name: tensor} of the tensors that the library's model has and
             ours lacks.
         becomes: Returns the architecture of the exported model, which differs from ours if blocks

@@ -41,8 +41,8 @@ class Options:
         sequential_stages: Number of stages, counted from the first, that have the attention maps of
             only a few windows in memory at a time; 0 means no stage.
         is_trained: Whether the model is a student, which has to be deterministic in training.
-        resizes_positions: Whether each forward resizes a ViT's positions to its images; other
-            families have no such positions.
+        resizes_positions: Whether each forward resizes a ViT's positions to the size of the images;
+            other families have no such positions.
         residual_dtype: "compute" keeps the residual stream in the dtype of the weights; "float32"
             keeps it in float32 or wider.
         initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).

@@ -122,10 +122,10 @@ def first_stages(pieces: Pieces, target: TargetModel) -> tuple[Pieces, list[str]
 
 
 def recognised(shapes: Shapes) -> dict[str, Any]:
-    """Returns {field: value} of the architecture fields that shapes show alike in Swin and SwinV2.
+    """Returns {field: value} of the architecture fields that Swin and SwinV2 files show alike.
 
-    These fields are the width, depths, patch size, MLP ratio, and the presence of query, key and
-    value biases, of a norm of the patches, and of absolute positions.
+    The fields `embed_dim`, `depths`, `patch_size`, `mlp_ratio`, `qkv_bias`, `patch_norm` and
+    `absolute_position` follow from names and shapes of tensors by the same rules in both families.
 
     Args:
         shapes: Shapes of the tensors, by our names.

@@ -12,8 +12,8 @@ from fd_large.imports import for_good, without
 def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
     """Returns a function that imports a family's file, and calls a function of the file.
 
-    The file is imported only when the returned function is called. It takes positional arguments,
-    and returns the result of the file's function.
+    The file is imported only when the returned function is called. The returned function passes its
+    positional arguments to the file's function, and returns the result.
 
     Args:
         folder: Name of the family's folder, which is also the name of the library that it uses.

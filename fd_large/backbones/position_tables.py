@@ -1,7 +1,7 @@
 """Resizes position embeddings and relative position tables to grids other than the trained one.
 
 Absolute positions are resized bicubically. A table of relative positions lacks the offsets of a
-larger grid. Its entries for these offsets are interpolated by a spline on a geometric progression,
+larger grid. The entries for these offsets are interpolated by a spline on a geometric progression,
 as BEiT and Feature-Distillation do when they fine-tune.
 
 `fit_positions` and `fit_offsets` run in the forwards of a ViT on other grids and are
@@ -208,9 +208,9 @@ def progression(old: int, new: int) -> np.ndarray:
 def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Returns the matrix (points, knots) float64 of a cubic spline.
 
-    It maps values at the knots to the spline's values at the points. The ends are "not a knot":
-    the first two pieces are one cubic, and so are the last two. With up to four knots the spline is
-    a single polynomial.
+    The matrix maps values at the knots to the spline's values at the points. The ends are "not a
+    knot": the first two pieces are one cubic, and so are the last two. With up to four knots the
+    spline is a single polynomial.
 
     Args:
         knots: Positions of the knots, in rising order.

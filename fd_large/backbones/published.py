@@ -151,11 +151,11 @@ class Published:
     Attributes:
         formats: {name: format}. The first format that fits a file is taken, so special formats come
             before general ones.
-        beyond: Returns, in words, a part of a file that no model of the family has, or "". Its
-            argument is the shapes of the file's tensors, by our names.
-        recognise: Returns the architecture fields that tensors show, and None in other fields. Its
-            arguments are the shapes by our names, and the file. Raises ValueError or IndexError for
-            impossible shapes.
+        beyond: Function that takes {our name: shape} of a file's tensors, and returns in words a
+            part of the file that no model of the family has, or "".
+        recognise: Function that takes {our name: shape} of a file's tensors and the file, and
+            returns the architecture fields that the tensors show, with None in other fields. It
+            raises ValueError or IndexError for impossible shapes.
         configs: {library: function that reads its configuration}, for the libraries "hf", "timm"
             and "open_clip"; timm's configuration is a timm module.
         adapt: Returns (rules, descriptions of changes) for a model that differs from the file's
@@ -166,9 +166,9 @@ class Published:
             or coordinates are scaled.
         ours: {field: default value} of the fields that the user may choose freely, since they
             decide only how this package uses the weights.
-        agree: {field: function that returns whether weights fit}. Its arguments are the file's
-            value, the model's value and the depths of the file. Values of other fields have to be
-            equal.
+        agree: {field: function that returns whether the weights fit the model in this field}. The
+            function takes the file's value, the model's value and the depths of the file. In
+            fields without a function, the two values have to be equal.
         complete: Fills fields that depend on other fields, in place; returns notes for the log.
         without_shape: Returns arbitrary values for fields on which no shape depends, so that the
             shapes of a model can be computed before these fields are known.

@@ -102,7 +102,7 @@ def build(
         overrides: Values that replace fields of the named model, where they are not None.
         seed: Seed of the initial weights; None draws them from torch's global CPU generator in its
             present state.
-        options: See `Options`.
+        options: Values of fields of `backbones.family.Options`, by name.
 
     Raises: ConfigError: for an unknown name or family, or values that do not fit.
     """

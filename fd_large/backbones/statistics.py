@@ -30,7 +30,7 @@ def normalise(images: Tensor, statistics: Statistics) -> Tensor:
 def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns (mean, standard deviation), each (1, 3, 1, 1), on a device.
 
-    They are cached, since a copy to a GPU in each step would make the CPU wait.
+    Both tensors are cached, since a copy to a GPU in each step would make the CPU wait.
     """
     mean, std = (torch.tensor(row, device=device).view(1, 3, 1, 1) for row in statistics)
     return mean, std

@@ -9,8 +9,9 @@ take part in attention.
 
 Source of `official`: github.com/SwinTransformer/MIM-Depth-Estimation, swin_transformer_v2.py.
 
-Coordinate tables are cached by (window, pretrained window, device). They are made by numpy, since
-`deepspeed.zero.Init` patches torch's factories, which would round coordinates to bfloat16.
+Coordinate tables are cached by (window, pretrained window, device). The tables are made by numpy,
+since `deepspeed.zero.Init` patches torch's factories, which would then round coordinates to
+bfloat16.
 """
 
 from __future__ import annotations

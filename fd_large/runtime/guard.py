@@ -193,8 +193,9 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 class Guard(Hook):
     """Skips abnormal steps, rolls back after several in a row, and ends a run that stays abnormal.
 
-    Each skipped step gets a folder in RUN/incidents. It has the abnormal numbers, the ranks with a
-    non-finite loss (or else the rank with the largest loss), and images of a few of these ranks.
+    Each skipped step gets a folder in RUN/incidents. The folder has the abnormal numbers, the ranks
+    with a non-finite loss (or else the rank with the largest loss), and images of a few of these
+    ranks.
 
     Args:
         limits: The guard's settings in the recipe.

@@ -206,7 +206,7 @@ class Hook:
         return NOTHING
 
     def on_stop(self) -> None:
-        """Called before the run saves a checkpoint and stops because of a rank's wish."""
+        """Called before the run saves a checkpoint and stops because a rank requested it."""
 
     def judge(self, update: Update) -> Verdict | None:
         """Called before the weights change, with the loss and gradient norm of the step.

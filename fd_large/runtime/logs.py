@@ -39,7 +39,8 @@ _DATED = _Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S")
 class _Terminal(logging.Handler):
     """Handler that prints fd_large's records and libraries' errors on the terminal.
 
-    It prints by the console that also draws the progress bar, so that no line breaks the bar.
+    The records are printed by the console that also draws the progress bar, so that no line breaks
+    the bar.
     """
 
     def __init__(self, rank: int) -> None:

@@ -165,7 +165,7 @@ class Meter(Hook):
     def _speed_of_sizes(self) -> dict[str, dict[int, float]]:
         """Returns the entry of summary.json with images per second by side of the images.
 
-        It is empty in a run with a single image size.
+        The result is empty in a run with a single image size.
         """
         if not self._setting.image_sizes:
             return {}

@@ -1,8 +1,8 @@
 """Shows the progress of a run, by a bar on a terminal and by log lines elsewhere.
 
-The bar moves with every step, and its numbers are those of the Meter's rows. It is drawn by the
-training thread. A thread for drawing would compete with the ranks of a CPU run, and its lock would
-be copied into forked loading processes.
+The bar moves with every step, and shows the numbers of the Meter's rows. The training thread draws
+the bar: a separate thread for drawing would compete with the ranks of a CPU run, and the lock of
+this thread would be copied into forked loading processes.
 """
 
 from __future__ import annotations

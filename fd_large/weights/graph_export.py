@@ -1,8 +1,8 @@
 """Exports a student as a graph that runs without this package: ONNX or a `torch.export` program.
 
-The graph maps any number of normalised images of a fixed size to tokens. It consists of torch's
-own operations (the references of `kernels/`), without drop path. The whole model is in memory,
-unlike in `export.py`.
+The graph maps any number of normalised images of a fixed size to tokens. The graph consists of
+torch's own operations (the references of `kernels/`), without drop path. The whole model is in
+memory, unlike in `export.py`.
 """
 
 from __future__ import annotations

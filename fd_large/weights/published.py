@@ -140,10 +140,10 @@ class PublishedWeights:
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
     def unknown(self, architecture: Architecture) -> tuple[str, ...]:
-        """Returns the names of the fields of `ask` that neither configuration nor user states.
+        """Returns names of architecture fields that the user has to state and has not stated.
 
-        `ask` of the format names architecture fields that no tensor shows and in which files of the
-        format differ. The configuration is a file next to the weights.
+        These are the fields that the format's `ask` names, since no tensor shows them and files of
+        the format differ in them, and that no configuration file next to the weights states.
 
         Args:
             architecture: The fields that the user set.

@@ -181,7 +181,7 @@ class ResolvedWeights:
     def described(self) -> Described | None:
         """The model of a library that the config.json next to the weights describes.
 
-        It is None if there is no such file, or if the tensor names show the model.
+        The value is None if there is no such file, or if the tensor names show the model.
 
         Raises: WeightsError: if the file describes an unsupported model.
         """

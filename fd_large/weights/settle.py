@@ -351,9 +351,9 @@ def _placeholder(field: str) -> str:
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:
-    """Returns the image statistics of a settled section.
+    """Returns the image statistics of a section that is completed from its weights.
 
-    None means the statistics of the model that the section names.
+    None means that the section states none, and that those of the model that it names are used.
     """
     if not section.statistics:
         return None

@@ -109,7 +109,8 @@ class Configuration:
     def model(self) -> Described | None:
         """The model of a library that config.json describes.
 
-        It is None if there is no such file, or if the weights are read by their tensor names.
+        The value is None if there is no such file, or if the weights are read by the names of their
+        tensors into a model of this package.
         """
         config, where = self._config, self._where
         if OWN in config or not self._library:

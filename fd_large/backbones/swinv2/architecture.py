@@ -66,7 +66,7 @@ class SwinV2Architecture(WindowedTransformer):
         """Returns the model with other values of some fields.
 
         If `depths` is among the values and `pretrained_window_sizes` is not, the latter becomes 0
-            for every stage.
+        for every stage.
 
         Args:
             values: {field: new value}.

@@ -37,7 +37,7 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
     """Returns {timm's name: tensor} of tensors that timm's model has and ours lacks.
 
-    They have their initial values. Examples are the head's norm, which follows the map, and
+    The tensors have timm's initial values. Examples are the head's norm, which follows the map, and
     counters of batch norms.
     """
     name = architecture.timm_name

@@ -151,7 +151,10 @@ def sized(name: str, image_size: int) -> Size:
 
 
 def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
-    """Returns the arguments of `create` for images of `image_size` pixels a side; may be empty."""
+    """Returns the arguments of `create` that make a model for images of `image_size` pixels a side.
+
+    The result is empty if the model needs no argument for this size.
+    """
     return sized(name, image_size).arguments
 
 

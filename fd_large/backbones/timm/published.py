@@ -270,7 +270,9 @@ def load(name: str, where: str) -> Loaded:
 def fetch(name: str, where: str) -> None:
     """Downloads timm's weights of a model into timm's cache, on one rank of each cache.
 
-    Raises: WeightsError: see `load`.
+    Raises:
+        WeightsError: If timm has no weights for the model, lacks the model, or cannot download the
+            weights; the message begins with `where`.
     """
     _refuse_untrained(name, where)
     download(_source(name), partial(_load, name, where))
@@ -280,7 +282,9 @@ def save(name: str, where: str, folder: Path) -> str:
     """Writes a model with timm's weights to a folder in timm's format.
 
     Returns: the licence of the weights, or "" if timm states none.
-    Raises: WeightsError: see `load`.
+    Raises:
+        WeightsError: If timm has no weights for the model, lacks the model, or cannot download the
+            weights; the message begins with `where`.
     """
     net = load(name, where).net
     save_for_hf(net, str(folder), safe_serialization=True)

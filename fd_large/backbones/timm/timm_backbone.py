@@ -287,8 +287,8 @@ class TimmBackbone(nn.Module):
     def check_stages(self) -> None:
         """Checks that the model's stages can be used as a feature pyramid.
 
-        They can if each stride is twice the stride before, the model accepts images of any size,
-        and the stages use all modules.
+        The stages can be used if each stage's stride is twice the stride of the stage before, the
+        model accepts images of any size, and the stages use all modules of the model.
 
         Raises: ConfigError: if they cannot be used; the message names the reason.
         """
@@ -311,9 +311,9 @@ class TimmBackbone(nn.Module):
         """Maps normalised images to the raw map of each stage.
 
         Args:
-            images: (B, 3, H, W) of any size. They are padded with zeros at the right and bottom to
-                multiples of the coarsest stride.
-            keep: See `forward`.
+            images: (B, 3, H, W) of any size. Images are padded with zeros at the right and bottom
+                to multiples of the coarsest stride.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
 
         Returns: a map (B, h, w, C) for each of `stage_strides`.
         """

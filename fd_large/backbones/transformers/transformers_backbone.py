@@ -81,8 +81,9 @@ class TransformersBackbone(nn.Module):
     def cast_buffers(self, dtype: torch.dtype) -> None:
         """Casts the buffers that have no elements to `dtype`; other buffers stay float32.
 
-        A buffer without elements stands in for a parameter without elements, which transformers
-        combines with weights. Positions are an example of other buffers.
+        A buffer without elements replaces a parameter without elements, such as the registers of a
+        model that has none, which transformers joins with tensors in the dtype of the weights. The
+        other buffers are, for example, positions.
         """
         for module in self.net.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -27,7 +27,8 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 def is_beit(a: ViTArchitecture) -> bool:
     """Whether other libraries call the ViT a BEiT.
 
-    It is True if the model has relative positions, or biases of query and value alone.
+    The result is True if the model has relative positions, or has biases of query and value but not
+    of key.
     """
     return a.relative_position != "none" or a.qkv_bias == "qv"
 
@@ -165,7 +166,7 @@ def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
 def _mmseg_added(a: ViTArchitecture) -> Mapping[str, Tensor]:
     """Returns {name: tensor} of tensors that mmsegmentation's model has and ours lacks.
 
-    They change no result: position tables of zeros, and layer scales of one.
+    These tensors change no result: they are position tables of zeros and layer scales of one.
     """
     side = a.image_size // a.patch_size
     added = {}

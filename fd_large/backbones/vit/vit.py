@@ -187,7 +187,10 @@ class ViT(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """The number of the last layer, see `layer_id`."""
+        """The number of the last layer, which has the final norm: number of blocks + 1.
+
+        Layers are numbered by `layer_id`, for layer-wise learning rates.
+        """
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
@@ -262,8 +265,14 @@ class ViT(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the residual stream after each block, before the final norm.
 
-        Args: See `forward`.
-        Yields: (B, P + N, C): P tokens (CLS, distillation token, registers), then the patches.
+        Args:
+            images: (B, 3, H, W), normalised images of any float dtype.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
+            places: (B, V) int64, for each image the numbers of the V patches that are encoded,
+                counted row by row from 0; None encodes all N patches.
+
+        Yields: (B, P + N, C), or with `places` (B, P + V, C): P tokens (CLS, distillation token,
+            registers), then the patches.
         """
         grid = self.grid(*images.shape[-2:])
         x, scales, table = self._before_blocks(images, keep, grid)
