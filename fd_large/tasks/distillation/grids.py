@@ -114,8 +114,9 @@ class TeacherOnShapes:
     def make(self) -> Frozen:
         """Constructs the teacher with random weights, for the image sizes `image_size` and `sides`.
 
-        Raises: ConfigError: if the entry's model or image size is still "auto", since the weights
-            have not been opened yet.
+        Raises:
+            ConfigError: if the entry's model or image size is still "auto", since the weights have
+                not been opened yet.
         """
         return self._made(self.entry, self._image_size, self.sides)
 

@@ -72,8 +72,9 @@ class Crops:
     def __call__(self, view: int) -> Tensor:
         """Returns the view with the given index, (3, S, S) uint8.
 
-        Raises: DataError: if the image cannot be used and `skip_bad` is False, or if no image in
-            `TRIES` tries can be used.
+        Raises:
+            DataError: if the image cannot be used and `skip_bad` is False, or if no image in
+                `TRIES` tries can be used.
         """
         draws = uniforms(self.seed, EVALUATION_EPOCH, [view], "view", NUM_DRAWS)[0].tolist()
         tries = TRIES if self.skip_bad else 1

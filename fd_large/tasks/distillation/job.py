@@ -210,10 +210,10 @@ class DistillationJob(TrainingJob):
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
-        """Whether a step can be replayed from its images alone.
+        """Whether a step can be computed again from the step's images alone.
 
         The result is False in a run that reads or stores maps, or that chooses teachers by dataset,
-        since the record of an incident has neither maps nor datasets.
+        since the files of a skipped step (RUN/incidents) have neither maps nor datasets.
         """
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
@@ -224,7 +224,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
-        """The teachers that are models and not caches, by name, after `build`."""
+        """The teachers whose maps are not read from caches, by name, after `build`."""
         return {n: model for n, model in self.teachers.items() if isinstance(model, PlacedTeacher)}
 
     @property
@@ -304,7 +304,7 @@ class DistillationJob(TrainingJob):
         return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
-        """Checks the recipe before a run, and raises an FDError for what cannot work.
+        """Checks the recipe before a run, and raises an FDError if a setting cannot work.
 
         This method opens held-out and labelled images, opens all weights, and tries losses and
         normalisers on a few random tokens.

@@ -230,7 +230,8 @@ class Cosine(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a slope and curvature, (C,) each, for a step to the best constant prediction.
 
-        A single step of slope / curvature leads to the best direction; the norm has no effect.
+        A single step of slope / curvature leads to the best direction. The norm of the prediction
+        has no effect on the loss.
         """
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
         return _towards(constant, directions)
@@ -257,7 +258,8 @@ class CosineOfMap(Loss):
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a slope and curvature, (C,) each, for a step to the best constant prediction.
 
-        A single step of slope / curvature leads to the best direction; the norm has no effect.
+        A single step of slope / curvature leads to the best direction. The norm of the prediction
+        has no effect on the loss.
         """
         units = F.normalize(target.flatten(1), dim=-1).view_as(target)
         directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
@@ -317,9 +319,9 @@ class ClsAndPatches(Loss):
     """Mean of the loss on the CLS token and the loss on the patches.
 
     Both are the weighted sum of `Cosine` and `SmoothL1`. Therefore the CLS token has as much weight
-    as all patches together; registers are left out. Without a CLS token the loss is that on the
-    patches. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv
-    2503.14405, whose beta is 1.
+    as all patches together; registers are left out. Without a CLS token only the loss on the
+    patches counts. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al.
+    (DUNE), arXiv 2503.14405, whose beta is 1.
 
     Args:
         beta: See `Loss`.
@@ -343,7 +345,7 @@ class ClsAndPatches(Loss):
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope and curvature, each the mean of those on CLS token and on patches."""
+        """Returns slope and curvature, (C,) each, as means over CLS token and patches."""
         derivatives = [
             torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)
         ]
@@ -413,8 +415,9 @@ def check_loss(loss: Loss, name: str) -> None:
         loss: The loss.
         name: The loss's name in the recipe, for messages.
 
-    Raises: ConfigError: if the call fails, if the value or the gradient is not finite, or if a
-        plain function does not return the mean over the images.
+    Raises:
+        ConfigError: if the call fails, if the value or the gradient is not finite, or if a plain
+            function does not return the mean over the images.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():

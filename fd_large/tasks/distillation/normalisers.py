@@ -177,8 +177,9 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
         normaliser: The normaliser.
         name: The normaliser's name in the recipe, for messages.
 
-    Raises: ConfigError: if the call fails, if the result is not float32 of the same shape, or if
-        the result for a token depends on other tokens.
+    Raises:
+        ConfigError: if the call fails, if the result is not float32 of the same shape, or if the
+            result for a token depends on other tokens.
     """
     width = getattr(normaliser, "width", _TRIAL_WIDTH)
     tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,7 @@ _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 def target_checks(
     name: str, entry: NamedTeacher, kind: str, known: Known
 ) -> Iterator[Callable[[], object]]:
-    """Yields functions that try a target's loss and normaliser on a few tokens, and find its head.
+    """Yields functions that try a target's loss and normaliser on a few tokens, and load its head.
 
     Each function raises ConfigError if its check fails. `check_fit` later checks the shapes of the
     head, when the models are known.
@@ -110,7 +110,7 @@ def target_checks(
 
 
 def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
-    """Returns the fields of a teacher's targets that its losses and normalisers do not read.
+    """Returns the names of a teacher's fields that no loss or normaliser of the teacher reads.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -161,7 +161,7 @@ def check_statistics(
         entry: The entry in the recipe of the target's teacher.
         facts: Returns the `target_facts` of the run.
 
-    Raises: ConfigError: if the file cannot be read, or if its facts differ.
+    Raises: ConfigError: if the file cannot be read, or if its facts differ from the run's facts.
     """
     if path := statistics_file(entry, target.kind):
         stored = target_statistics.read(path).facts
@@ -210,8 +210,9 @@ def make_target(
         interpolation, with_prefix, weight, projection: As in `NamedTarget`.
         known: The losses and normalisers by name.
 
-    Raises: ConfigError: if a name is unknown, or if the loss does not work on this kind of target
-        or with this normaliser.
+    Raises:
+        ConfigError: if a name is unknown, or if the loss does not work on this kind of target or
+            with this normaliser.
     """
     with naming_target(teacher, kind):
         head_module = registry.make(head, width, teacher_width, maps)

@@ -16,8 +16,9 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
         module: The submodule.
         replace: Whether to replace a submodule that the path already has.
 
-    Raises: ConfigError: if a name in the path is an attribute of torch's Modules, or if the path
-        already has a submodule and `replace` is False.
+    Raises:
+        ConfigError: if a name in the path is an attribute of torch's Modules, or if the path
+            already has a submodule and `replace` is False.
     """
     *above, last = path.split(".")
     place = task

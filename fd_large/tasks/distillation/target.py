@@ -191,8 +191,9 @@ class NamedTarget(Target):
             student: Rows and columns of the student's map, before the head.
             teacher: Rows and columns of the teacher's map.
 
-        Raises: ShapeError: if the head's output and the teacher's map have different grids and the
-            interpolation is "none".
+        Raises:
+            ShapeError: if the head's output and the teacher's map have different grids and the
+                interpolation is "none".
         """
         return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 

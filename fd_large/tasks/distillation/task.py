@@ -7,7 +7,7 @@ acts in the student only, whose blocks share a relative position bias (backbones
 al., arXiv 2205.14141; constants as in the official code.
 
 Features beyond the paper replace one of three components, whose defaults are the paper's method
-(`composed` in job.py makes them):
+(`composed` in job.py chooses the components):
 
 - `teachers` computes the teachers' maps: (images, given maps, training) -> maps by name;
 - `sight` decides what the student sees of an image, and which tokens count in the loss;
@@ -91,15 +91,22 @@ class Target:
         self.normalise, self.loss = normalise, loss
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the target's Modules by their names in checkpoints."""
+        """Returns {name in checkpoints: Module} of the target, here of the head alone."""
         return {self.path: self.head}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns the target's components that need sums over all images of a step."""
+        """Returns the target's parts of a step, here none.
+
+        A part needs sums over all images of a step.
+        """
         return ()
 
     def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the student's projected tokens and the teacher's tokens, (B, N, Ct) each.
+        """Returns the student's tokens after the head, and the teacher's tokens, (B, N, Ct) each.
+
+        Args:
+            student_maps: The student's maps.
+            teacher: The teacher's map.
 
         Raises: ShapeError: if the shapes of the two tensors differ.
         """

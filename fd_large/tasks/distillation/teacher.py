@@ -79,8 +79,9 @@ class PlacedTeacher:
             images: The images.
             options: Keyword arguments of the model's forward, which only `Mosaic` has.
 
-        Raises: WeightsError: on this rank alone, if the weights are mapped from a file that has
-            changed since it was mapped.
+        Raises:
+            WeightsError: on this rank alone, if the weights are mapped from a file that has changed
+                since it was mapped.
         """
         with torch.no_grad():
             feature_map = (self._engine or self.module)(images, **options)
@@ -311,8 +312,9 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
     teacher is the teacher's summary after a projection into the embedding space of texts. The
     projection is among the teacher's weights and follows the final norm.
 
-    Raises: ConfigError: if the weights have no projection that fits the map, or if the entry learns
-        another layer than the last.
+    Raises:
+        ConfigError: if the weights have no projection that fits the map, or if the entry learns
+            another layer than the last.
     """
     if entry.summary.layer != EMBEDDING or SUMMARY not in entry.targets:
         return entry

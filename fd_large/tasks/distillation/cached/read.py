@@ -277,8 +277,9 @@ def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
         entry: The teacher's entry, whose source is a cache.
         where: The flag of the source, for messages.
 
-    Raises: CacheError: if there is no cache, or if the entry sets one of the six fields to another
-        value than the cache has.
+    Raises:
+        CacheError: if there is no cache, or if the entry sets one of the six fields to another
+            value than the cache has.
     """
     header = Header.read(Path(cached_folder(entry.source)), where=where)
     made_by = from_plain(Teacher, dict(header.teacher), "teacher.")

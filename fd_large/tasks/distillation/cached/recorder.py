@@ -88,8 +88,9 @@ class Recorder:
             precision: Precision of the stored maps.
 
         Returns: the reader of the folder's maps.
-        Raises: CacheError: if the folder holds maps of other settings, if it cannot be written, or
-            if its disk is too small.
+        Raises:
+            CacheError: if the folder holds maps of other settings, if it cannot be written, or if
+                its disk is too small.
         """
         header = header_of(self._teacher, entry, facts, precision=precision)
         self.writer, reader = CacheWriter(folder, header), CacheReader(folder, header)

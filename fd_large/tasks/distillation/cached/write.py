@@ -360,8 +360,9 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
         writer, where, only: See `write_cache`.
 
     Returns: (set, number) of each incomplete shard, the same on every rank.
-    Raises: CacheError: if the folder holds maps of other settings, if it cannot be written, or if
-        its disk is too small.
+    Raises:
+        CacheError: if the folder holds maps of other settings, if it cannot be written, or if its
+            disk is too small.
     """
 
     def prepare() -> list[tuple[str, int]]:

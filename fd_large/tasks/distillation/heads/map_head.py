@@ -69,8 +69,8 @@ class MapHead(nn.Module):
         """Returns a map of `teacher_width` channels.
 
         Args:
-            student: The student's last map; or, if `reads_blocks`, a tuple of the maps after its
-                blocks.
+            student: The student's last map; or, if `reads_blocks`, a tuple of the maps after the
+                student's blocks.
         """
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ def with_blocks(
 ) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
     """Runs a student, and returns its last map and the maps after its blocks.
 
-    Forward hooks on the blocks collect the maps. They also work with activation checkpointing,
+    Forward hooks on the blocks collect the maps. The hooks also work with activation checkpointing,
     compiled blocks and sharded blocks.
 
     Args:
@@ -181,8 +181,9 @@ def check_map_head(
         blocks: The maps after the student's blocks; read only by a head that `reads_blocks`.
         out_width: Number of channels that the output must have.
 
-    Raises: ConfigError: if the head fails, or if the output's shape is not the shape that the
-        head's `grid_from` and `num_prefix_tokens` declare.
+    Raises:
+        ConfigError: if the head fails, or if the output's shape is not the shape that the head's
+            `grid_from` and `num_prefix_tokens` declare.
     """
     rows, columns = head.grid_from(student.grid)
     expected = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)

@@ -97,7 +97,7 @@ class Ladder(MapHead):
 
         Args:
             rungs: MLPs by the number of their block.
-            tokens: (B, N, width) of each block of the student.
+            tokens: For each block of the student, the tokens after the block, (B, N, width).
         """
         total = rungs[str(self.numbers[0])](tokens[self.numbers[0]])
         for number in self.numbers[1:]:
@@ -140,7 +140,7 @@ class Convolutional(MapHead):
             leave these out.
         last_side: Side of the last convolution's kernel; 1 for a linear layer.
 
-    Raises: ConfigError: if a grid is not square, or if the teacher's grid has another side.
+    Raises: ConfigError: if a grid is not square, or if the teacher's grid has none of these sides.
     """
 
     def __init__(

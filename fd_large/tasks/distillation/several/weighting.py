@@ -276,8 +276,9 @@ def teaches(
 
     Returns: for each teacher in the order of names, a list of whether the teacher teaches each
         dataset of `data.root`; an empty list for the other rules.
-    Raises: ConfigError or DataError: if a dataset has no teacher or does not exist, or if images
-        are mixed (`data.image_mixup`), as a mixed image would belong to two datasets.
+    Raises:
+        ConfigError or DataError: if a dataset has no teacher or does not exist, or if images are
+            mixed (`data.image_mixup`), as a mixed image would belong to two datasets.
     """
     if weighting.rule != "own_data":
         return []
