@@ -32,7 +32,7 @@ BETA, EPS = 2.0, 1e-5  # Of smooth L1, and of whitening; as in the official code
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Returns uint8 images (B, 3, H, W) as float32, less `mean` and over `std` of each channel."""
+    """Returns (images / 255 - mean) / std of uint8 RGB images (B, 3, H, W), as float32."""
     means, stds = (torch.tensor(row, device=images.device).view(1, 3, 1, 1) for row in (mean, std))
     return (images.float() / 255 - means) / stds
 
@@ -52,13 +52,18 @@ class Block(nn.Module):
         )
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns tokens (B, N, C); `keep` (2, B) scales the branches, and 0 drops a branch."""
+        """Returns the block's output (B, N, C).
+
+        Args:
+            tokens: The block's input, (B, N, C).
+            keep: Factors of attention and MLP for each image, (2, B); None for factors of 1.
+        """
         scales = (1.0, 1.0) if keep is None else keep[:, :, None, None]
         tokens = tokens + scales[0] * self.attention(self.norm1(tokens))
         return tokens + scales[1] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
 
     def attention(self, tokens: Tensor) -> Tensor:
-        """Returns softmax(q k / sqrt(d)) v for each head, projected to (B, N, C)."""
+        """Returns softmax(q k^T / sqrt(d)) v of all heads of width d, projected to (B, N, C)."""
         batch, number, width = tokens.shape
         qkv = self.attn["qkv"](tokens).view(batch, number, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
@@ -67,7 +72,10 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Plain ViT, from images (B, 3, H, W) to normed tokens (B, 1 + N, C), the class token first."""
+    """Plain ViT, from normalised images (B, 3, H, W) to tokens (B, 1 + N, C) after the final norm.
+
+    The class token is the first.
+    """
 
     def __init__(
         self, width: int, depth: int, heads: int, patch: int, image: int, drop_path: float = 0.0
@@ -83,7 +91,12 @@ class ViT(nn.Module):
         self.rates = [drop_path * i / max(depth - 1, 1) for i in range(depth) for _ in range(2)]
 
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Returns the tokens of normalised images; `keep` is a result of `draw_keep`, or None."""
+        """Returns the tokens (B, 1 + N, C), the class token first.
+
+        Args:
+            pixels: Normalised images, (B, 3, H, W).
+            keep: A result of `draw_keep`; None for no drop path.
+        """
         # Channels last: the convolution's result then is the tokens, without a copy.
         patches = self.patch_embed["proj"](pixels.to(memory_format=torch.channels_last))
         tokens = patches.permute(0, 2, 3, 1).flatten(1, 2)
@@ -94,7 +107,10 @@ class ViT(nn.Module):
         return self.norm(tokens)
 
     def draw_keep(self, batch: int) -> Tensor:
-        """Draws each branch's scale (2 * depth, B): 0 if dropped, or else 1 / (1 - rate)."""
+        """Draws the drop path factors of `batch` images, (2 * depth, batch).
+
+        A factor is 0 for a branch that is dropped for an image, or else 1 / (1 - rate).
+        """
         rates = torch.tensor(self.rates)[:, None]
         return (torch.rand(len(self.rates), batch) >= rates).float() / (1 - rates)
 
@@ -112,7 +128,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the tokens of all patches, with a class token of the model first."""
+        """Returns all patch tokens, after the class token if the model has one: (B, N, C)."""
         features = self.model.forward_features(normalise(images, self.mean, self.std))
         if features.ndim == 4:  # (B, H, W, C) of Swin, (B, C, H, W) of a CNN.
             is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -122,7 +138,7 @@ class Teacher(nn.Module):
 
 
 class Distilled(nn.Module):
-    """Trained module, which is the student and a projection to the teacher's width."""
+    """The student with a linear projection to the teacher's width, which are trained together."""
 
     def __init__(self, student: ViT, teacher_width: int) -> None:
         super().__init__()
@@ -130,7 +146,13 @@ class Distilled(nn.Module):
         self.projection = nn.Linear(student.width, teacher_width)
 
     def forward(self, images: Tensor, teacher_tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns the loss of uint8 images (B, 3, H, W) against the teacher's tokens (B, N, Ct)."""
+        """Returns the loss, averaged over images, tokens and channels.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            teacher_tokens: Tokens of the teacher for these images, (B, N, teacher_width).
+            keep: A result of `ViT.draw_keep`; None for no drop path.
+        """
         tokens = self.projection(self.student(normalise(images, MEAN, STD), keep))
         if tokens.shape[1] == teacher_tokens.shape[1] + 1:
             tokens = tokens[:, 1:]  # The teacher has no class token: the student's learns nothing.
@@ -141,7 +163,10 @@ class Distilled(nn.Module):
 def learning_rate(
     step: int, *, peak: float, start: float, least: float, warmup: int, steps: int
 ) -> float:
-    """Returns a step's rate of warm-up and cosine; as officially, the first two steps are equal."""
+    """Returns the learning rate of a step, counted from 0: linear warm-up, then cosine decay.
+
+    As in the official code, the first two steps have the same rate.
+    """
     t = max(step - 1, 0)
     if t < warmup:
         return start + t * (peak - start) / warmup
@@ -151,7 +176,7 @@ def learning_rate(
 def make_optimiser(
     model: nn.Module, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Returns an AdamW that decays matrices only, without positions and the class token."""
+    """Returns an AdamW; vectors, position embeddings and the class token are not decayed."""
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
@@ -170,7 +195,17 @@ def train_step(
     rate: float,
     clip_norm: float,
 ) -> float:
-    """Runs one step with the learning rate `rate`, and returns the loss."""
+    """Runs one step of the optimiser; returns the loss before the step.
+
+    Args:
+        model: The student and its projection.
+        optimiser: The optimiser of the model.
+        images: (B, 3, H, W) uint8.
+        teacher_tokens: Tokens of the teacher for these images, (B, N, C).
+        keep: A result of `ViT.draw_keep`; None for no drop path.
+        rate: Learning rate of the step.
+        clip_norm: Norm to which longer gradients are scaled.
+    """
     for group in optimiser.param_groups:
         group["lr"] = rate
     loss = model(images, teacher_tokens, keep)
@@ -182,7 +217,10 @@ def train_step(
 
 
 def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
-    """Yields endless batches of random, flipped crops, uint8 (batch, 3, side, side)."""
+    """Yields batches without end, (batch, 3, side, side) uint8.
+
+    Each batch has random images, with a random crop and a random flip of each image.
+    """
     crop = v2.Compose([v2.RandomResizedCrop(side, (0.4, 1.0)), v2.RandomHorizontalFlip()])
     while True:
         images = [Image.open(path).convert("RGB") for path in random.choices(paths, k=batch)]
@@ -190,7 +228,7 @@ def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
 
 
 def images_of(folder: str) -> list[Path]:
-    """Returns the image files below a folder, in the order of their names."""
+    """Returns the image files below a folder, sorted by path; exits if there are none."""
     ends = (".jpg", ".jpeg", ".png")
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ends]
     if not paths:

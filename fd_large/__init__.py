@@ -1,4 +1,4 @@
-"""fd_large: feature distillation of vision backbones at up to three billion parameters.
+"""fd_large: feature distillation of vision backbones with up to three billion parameters.
 
     import fd_large
 

@@ -2,10 +2,10 @@
 
 A start that names or allows the user's own code on its command line adds the code's name and hash
 to the list, so that a resume needs no flags. The list is the file
-`$XDG_STATE_HOME/fd_large/allowed_code.json`, or `~/.local/state/fd_large/allowed_code.json`
-without that variable: outside of every run folder, since a run folder may come from others. The
-list is used only if nobody but the user can write it. Without either variable ($HOME counts) there
-is no list, and each start must name its code.
+`$XDG_STATE_HOME/fd_large/allowed_code.json`, or `$HOME/.local/state/fd_large/allowed_code.json` if
+XDG_STATE_HOME is not set: outside of every run folder, since a run folder may come from others. The
+list is used only if nobody but the user can write it. If neither variable is an absolute path,
+there is no list, and each start must name its code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TURN_SECONDS = 2.0
 
 
 def place() -> Path | None:
-    """Returns the path of the list, or None if the environment names no home."""
+    """Returns the path of the list; None if XDG_STATE_HOME and HOME are no absolute paths."""
     state, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
     if os.path.isabs(state):  # The XDG specification says to ignore a relative path.
         return Path(state) / FOLDER / LIST
@@ -122,11 +122,14 @@ def _sentence(path: Path, got: str, expected: str) -> str:
 
 
 def _open_to_others(status: os.stat_result, *, is_folder: bool) -> str:
-    """Returns the reason why other users could write a file or folder, or "" if they cannot.
+    """Returns the reason not to trust a file or folder, or "" if only the user can write it.
+
+    The reason is that it is not of the expected kind, belongs to another user, or can be written
+    by the group or by all users.
 
     Args:
-        status: The status of what is at the path.
-        is_folder: Whether a folder is expected there; the other kind is a reason, too.
+        status: Result of a stat call for the file or folder.
+        is_folder: Whether a folder is expected; if False, a regular file is expected.
     """
     if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
         return f"not a {'folder' if is_folder else 'file'}"
@@ -145,7 +148,8 @@ def _is_list(value: object) -> bool:
 def _may_replace(path: Path) -> bool:
     """Whether the list and its folder can be written by the user alone.
 
-    An untrusted list that passes this test is only damaged, and may be replaced.
+    If the result is True for a list that is not trusted, the list is only damaged, and may be
+    replaced.
     """
     with suppress(OSError):
         others = _open_to_others(path.parent.lstat(), is_folder=True)

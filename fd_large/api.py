@@ -2,8 +2,8 @@
 
 `import fd_large` provides the public names of this module. Its functions build the same recipes
 and call the same functions as the command line, on one device. A mistake raises an FDError with
-the sentence that the command line prints. After a run, the process has no process group, signal
-handler, log handler, thread or changed setting of torch from it.
+the sentence that the command line prints. A finished call leaves no process group, signal handler,
+log handler, thread or changed setting of torch in the caller's process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Result:
 
     Attributes:
         folder: The run's folder, which all commands accept.
-        status: How the run ended: `done`, or `preempted` after a Ctrl-C; the same call resumes it.
+        status: How the run ended: `done`, or `preempted` after a Ctrl-C. The same call resumes a
+            preempted run.
         summary: Content of summary.json.
     """
 
@@ -54,21 +55,22 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the last evaluation, by their names in evaluations.jsonl."""
+        """Newest value of each metric by its name in evaluations.jsonl, or {} before any."""
         return {name: values[-1] for name, values in self._evaluated.items()}
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Values of each metric by the metric's name, in a list with a value for each evaluation.
+        """Values of each metric by the metric's name, from the first evaluation to the last.
 
-        The list `update` holds the number of finished steps at each evaluation.
+        The list `update` holds the number of finished steps at each evaluation. A metric that some
+        evaluations do not measure has a shorter list.
         """
         steps = [row["update"] for row in self._files.evaluations]
         return {"update": steps, **self._evaluated}
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint of the best evaluation (eval.best_metric), or None if none is kept."""
+        """Folder of the checkpoint with the best eval.best_metric, or None if none is kept."""
         return store.best_of(self.folder)
 
     @cached_property
@@ -126,7 +128,10 @@ class Evaluation:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Each model's accuracy in per cent, averaged over the seeds, by the model's label."""
+        """Each model's accuracy in per cent, averaged over the seeds, by the model's label.
+
+        The result is {} if the task does not write summary.json.
+        """
         return {model["label"]: model["mean"] for model in self.summary.get("nets", ())}
 
     def __repr__(self) -> str:
@@ -298,8 +303,9 @@ def evaluate(
         *models: Results, run folders or other models; see `load_student`.
         data: The labelled images (data.root), or several fields of the section: {"root": ...,
             "val_fraction": 0.1}.
-        task: knn, linear, finetune, the task of a run that is scored by itself, or a protocol of
-            the user's own, module:FILE.py:NAME; auto: as the command line.
+        task: knn, linear, finetune or another protocol of `fd-large evaluate --task`; a protocol of
+            the user's own, module:FILE.py:NAME; or auto, which stands for the task of the first
+            model's run if `evaluate` can measure models by this task, and otherwise for knn.
         out: Folder for the results.
         **options: Further arguments of the command (k=10, seeds=3) and fields of the recipe; see
             `distill`.
@@ -368,7 +374,7 @@ def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values, nested alike, with each path replaced by its text."""
+    """Returns a copy of nested dicts, in which each path is replaced by its text."""
     return {
         name: _texts(value)
         if isinstance(value, Mapping)

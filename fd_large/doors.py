@@ -7,11 +7,12 @@ A name in a recipe is one of
 - `module:package.module:NAME`, a name in a module on Python's path,
 - the name of an entry point that an installed package has in the group `fd_large.KIND`.
 
-Code runs only if this start's command line has its name (`allow_named`) or its file
-(`--allow-code`), or if name and hash are in the user's own list (`allowed_code`), written by such
-starts. Recipes, run folders and checkpoints allow nothing, since they may come from others; nor do
-the words that `slurm/resume.sh` takes from a run folder (`UNNAMED`). Entry points need no
-permission beyond the installation of their package.
+Code runs only if the command line of this process has the code's name (`allow_named`) or file
+(`--allow-code`), or if name and hash are in the user's own list (`allowed_code`), to which such
+command lines add them. Recipes, run folders and checkpoints allow nothing, since they may come from
+others. Therefore `slurm/resume.sh` marks the names that it takes from a run folder by the prefix
+`UNNAMED` instead of `module:`. Entry points need no permission beyond the installation of their
+package.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
 
     Args:
         arguments: Arguments of the command line.
-        remember: Whether to add allowed code to the user's list when it is imported. A single rank
-            should set this.
+        remember: Whether to add allowed code to the user's list when it is imported. Only one rank
+            of a run should set this.
     """
     global _remembers
     _remembers = remember
@@ -138,7 +139,11 @@ def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
 
 
 def plain_names(arguments: Iterable[str]) -> list[str]:
-    """Returns the arguments of a command line with `module:` in place of `UNNAMED`."""
+    """Returns the arguments of a command line with `module:` in place of the prefix `UNNAMED`.
+
+    The prefix `UNNAMED` marks a name of code that was read from a run's folder, and that the user
+    has therefore not allowed by naming it.
+    """
     return [_UNNAMED.sub(PREFIX, argument) for argument in arguments]
 
 
@@ -406,7 +411,7 @@ def _real(path: str) -> Path:
 
 
 def _hash(path: Path) -> str:
-    """Returns the SHA-256 of the text that this process imported, or else of the present file."""
+    """Returns the SHA-256 of a file: of the text that was imported, or else of the present text."""
     return _imported.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -416,7 +421,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
     Args:
         source: The name.
         path: The file.
-        digest: SHA-256 of the file; "" to use the result of `_hash`.
+        digest: SHA-256 of the file; "" for that of the imported text, or else of the present text.
     """
     if _is_named(source, path):
         return True
@@ -428,7 +433,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
 
 
 def _is_named(source: str, path: Path) -> bool:
-    """Whether this start's command line allows a name, by itself or by its file."""
+    """Whether the command line of this process allows a name of code, or the name's file."""
     return path in _files or absolute(source) in _names
 
 

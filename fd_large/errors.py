@@ -56,7 +56,11 @@ def _masked_word(match: re.Match[str]) -> str:
 
 
 def masked(value: Any) -> Any:
-    """Returns plain values (dict, list, str, numbers) with each text masked and made printable."""
+    """Returns a copy of plain values, in which texts and keys are printable and without secrets.
+
+    Plain values are dicts, lists, texts and numbers. Secrets are the parts of URLs that
+    `without_secrets` replaces.
+    """
     if isinstance(value, str):
         return without_secrets(printable(value))
     if isinstance(value, dict):
@@ -201,7 +205,7 @@ class LostRankError(FDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, masked, or its class name if the text is empty."""
+    """Returns the first line of an error's text without secrets; its class if the text is ""."""
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 

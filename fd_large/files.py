@@ -243,7 +243,7 @@ def read_bytes(
         where: The field that the user set, or the command; "" if unknown.
         of: Class of the raised error.
         remedy: Remedy in the message if the path is not a file, or the file is too large.
-        max_bytes: Largest size that is read.
+        max_bytes: Largest size of the file in bytes.
 
     Raises: FDError: if the file is missing, cannot be read, or is larger than `max_bytes`.
     """
@@ -284,10 +284,11 @@ def read_json(
         remedy: Remedy in the message for a damaged file.
         of: Class of the raised error.
         finite: Whether to refuse NaN and infinities.
-        long_as_float: As in `parse_json`.
-        max_bytes: Largest size that is read.
-        max_values: Largest number of values that is read; None for any number.
-        hooks: As in `parse_json`.
+        long_as_float: Whether a whole number too long for a float becomes infinity; otherwise it
+            is refused.
+        max_bytes: Largest size of the file in bytes.
+        max_values: Largest number of values in the file; None for any number.
+        hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
     Raises: FDError: if the file is missing, unreadable or too large, or its value has another type.
     """

@@ -140,9 +140,11 @@ def parse_with_recipe(
         often: {flag: description} of the flags that the overview of the help shows; None to show
             all of the command's own flags instead of an overview.
         base_of: Function that takes the command's own given arguments, and returns a recipe to use
-            instead of the one that --recipe names, or None to use the latter.
+            instead of the one that --recipe names, or None for the one that --recipe names.
 
-    Raises: As `parse`.
+    Raises:
+        ConfigError: With a line for each unknown, missing or invalid argument.
+        HelpShown: If the help was requested.
     """
     return _Parser(kind, command, recipe, often, base_of).parse(arguments)
 
@@ -191,7 +193,10 @@ def call_subcommand(
         commands: {subcommand: (the dataclass of its arguments, its function)}.
         command: The command whose subcommands these are.
 
-    Raises: As `choose` and `parse`.
+    Raises:
+        ConfigError: If the subcommand does not exist, or with a line for each unknown, missing or
+            invalid argument.
+        HelpShown: If the help was requested, or there are no arguments.
     """
     summaries = {name: (getdoc(kind) or "").split("\n")[0] for name, (kind, _) in commands.items()}
     name, rest = choose(arguments, summaries, command=command)
@@ -283,9 +288,10 @@ class _Parser(Generic[Own]):
     def _check_code(self, arguments: Sequence[str]) -> None:
         """Refuses `module:` names whose file is missing or does not define the name.
 
-        It imports nothing, so that these mistakes appear before imports that take seconds.
+        The method imports nothing, so that a mistyped name is reported before imports that take
+        seconds.
 
-        Raises: ConfigError: with a line for each of them.
+        Raises: ConfigError: with a line for each refused name.
         """
         wrong = [
             complaint
@@ -299,7 +305,8 @@ class _Parser(Generic[Own]):
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Returns {name: value} of the given arguments, the command's own and the recipe's fields.
 
-        Mistakes are added to `self._mistakes`, and their names to `self._invalid`.
+        Messages about mistakes are added to `self._mistakes`, and the names of flags with invalid
+        values to `self._invalid`.
         """
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
@@ -371,8 +378,8 @@ class _Parser(Generic[Own]):
         """Returns {name with underscores: (name, type)} of all flags of the command.
 
         Args:
-            like: A flag of the command line, such as `teachers.big.model`, from which entries of
-                a dict take their name.
+            like: A flag as the user typed it, such as `teachers.big.model`. Flags of a dict whose
+                keys the user chooses are returned for the key in `like` ("big").
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:
@@ -502,7 +509,7 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _count(hint: Any, texts: list[str]) -> int:
-    """Returns how many of the texts after a flag its type accepts as the flag's value."""
+    """Returns how many of the texts after a flag are its value, by the flag's type `hint`."""
     for count in range(len(texts), 0, -1):
         with suppress(ValueError):
             _value(hint, texts[:count])

@@ -99,11 +99,11 @@ STOPPED = (
 
 
 def _with_views(run: Run, views: int) -> Run:
-    """Returns the recipe with a number of stored views of each image.
+    """Returns the recipe with `task.distillation.views`, the number of stored views of an image.
 
     Args:
         run: The recipe.
-        views: Number of views; 0 for the number in the recipe, or 1 if that is 0.
+        views: Number of views; 0 for the recipe's own number, or for 1 view if the recipe has 0.
 
     Raises: ConfigError: if the recipe has no teacher, or its maps cannot be stored.
     """
@@ -220,7 +220,13 @@ def plan(run: Run, options: Cache) -> Table:
 
 
 def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[str, str]]:
-    """Returns the rows (label, text) of the table about one teacher's maps."""
+    """Returns the rows (label, text) of the table about one teacher's maps.
+
+    Args:
+        cost: The costs of storing the maps.
+        options: The command's arguments.
+        micro_batch: Number of images in the forward passes for which times were computed.
+    """
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
     if fewest == math.inf:

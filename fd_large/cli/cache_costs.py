@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
-    """Returns the images per rank and pass for which the times are computed."""
+    """Returns the number of images in a forward pass of one rank for which times are computed."""
     from fd_large.tasks.distillation.cached.views import batch_size
 
     batch = job.run.batch

@@ -193,9 +193,14 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
 
 
 def export(run: str, out: str, deepspeed_config: str) -> int:
-    """Writes a run's newest checkpoint in DeepSpeed's format.
+    """Writes a run's newest checkpoint in DeepSpeed's format; returns the exit code.
 
     Every rank has to call this function.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
     """
     stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
@@ -211,9 +216,14 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
 
 def import_(source: str, run: str, deepspeed_config: str) -> int:
-    """Stores a checkpoint of DeepSpeed's format as a run's newest.
+    """Stores a checkpoint of DeepSpeed's format as a run's newest; returns the exit code.
 
     Every rank has to call this function.
+
+    Args:
+        source: Folder that was given to DeepSpeed's save_checkpoint.
+        run: Folder of the run, which has a recipe.json.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
     """
     recipe_file(Path(run), where="checkpoint import")
     load(deepspeed_config)

@@ -175,7 +175,11 @@ def measured(
 ) -> int:
     """Measures models by a protocol and prints the results; returns the exit code.
 
-    Args: As the attributes of `Request`.
+    Args:
+        protocol: The protocol.
+        options: The command's own arguments.
+        changes: The fields of a recipe that the user set, {full name: value}.
+        run: The recipe with these fields; None for a command without a recipe.
     """
     # Looked up when a run is trained: importing DeepSpeed takes seconds.
     train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
@@ -190,10 +194,10 @@ def measured(
 
 
 def _protocol_of_run(options: Evaluate) -> Protocol:
-    """Returns the protocol of `--task auto`, by the task of the first model's run.
+    """Returns the protocol that `--task auto` stands for.
 
-    Without a run, or if `evaluate` neither scores runs of the task nor trains models by the task,
-    the result is k-NN.
+    The protocol scores the first model's run by the run's task, or trains the models by this task.
+    The result is k-NN if the first model is not a run, or if the task allows neither.
     """
     folder = run_of_checkpoint(options.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":

@@ -97,7 +97,7 @@ def require_apart(run: Run, *, fresh: bool) -> None:
 
     Args:
         run: The recipe.
-        fresh: Whether --fresh is given, which moves the old run's folder.
+        fresh: Whether --fresh is given, which moves an earlier run's folder out of the way.
 
     Raises: ConfigError: with the field of the images.
     """
@@ -144,7 +144,7 @@ def require_sources(run: Run) -> None:
 def _on_this_node(*checks: Callable[[], None]) -> None:
     """Runs checks whose results may differ between nodes.
 
-    An error is marked as `rank_local` on the first rank of a node, which then prints it.
+    An error is marked as `rank_local` on the first rank of each node, so that this rank prints it.
     """
     try:
         check_all(*checks)

@@ -228,18 +228,20 @@ def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
 
 
 def as_counted(run: Run) -> Run:
-    """Returns the run for counting a step, with the models of its teachers settled.
+    """Returns the run with which `plan` counts a step: with the models of all teachers known.
 
     A run with the published teachers of its recipe is returned unchanged, since its counts are
-    stored under the names in that recipe. Other runs are settled as by `_as_trained`.
+    stored under the names in that recipe. In other runs, a teacher without a named model gets the
+    model that its weights show, as in training.
     """
     return run if run.frozen_models == _of_record(run) else _as_trained(run)
 
 
 def _as_trained(run: Run) -> Run:
-    """Returns the run with each teacher's model settled from its weights, as in training.
+    """Returns the run, in which a teacher without a named model has the model of its weights.
 
-    A run whose recipe names the models of all teachers is returned unchanged.
+    Training finds the model in the same way. A run whose recipe names the models of all teachers
+    is returned unchanged.
     """
     from_source = {
         name: section

@@ -27,7 +27,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
     """Measures this machine's rates and the steps of some recipes, with local ranks.
 
     Args:
-        runs: The recipe of each student, whose step is timed.
+        runs: The recipes, each with a single student, whose steps are timed.
         ranks: Number of ranks; on a machine with GPUs, at most the number of GPUs is used.
 
     Returns: the machine's rates; and for each recipe the times of the phases of its step, or None

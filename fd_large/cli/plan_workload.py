@@ -59,7 +59,11 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
 
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
-    """Returns the package's stored counts for a run and a card, or None if there are none."""
+    """Returns the counts of a step that the package has stored for a run and a card.
+
+    Returns: the counts without activation checkpointing (False) and with it (True); or None if
+        there are none, or if the run reads cached targets.
+    """
     # Shipped counts include the teachers, which a run with cached targets does not compute.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
         return None
@@ -115,9 +119,9 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
-    """Returns the bytes of a micro-batch that a run's students share, by its number of images.
+    """Returns the bytes of a micro-batch that several students share, for any number of images.
 
-    The students share the images and the outputs of the frozen models.
+    The students of a run share the images and the outputs of the frozen models.
     """
 
     from fd_large.engine.counting.count import shared_bytes

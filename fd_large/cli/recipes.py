@@ -60,7 +60,7 @@ _Dumper.add_representer(
 
 
 def _set(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns a section without its unset fields, which take the values of the named model."""
+    """Returns nested dicts of fields without unset fields (None) and without empty dicts."""
     values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {name: value for name, value in values.items() if value not in (None, {})}
 

@@ -122,7 +122,7 @@ def checked(arguments: list[str]) -> tuple[WithRecipe[Train], Run, set[str]]:
 
     Returns: the parsed arguments, the recipe, and the names of the fields that the user set.
 
-    Raises: FDError: as `check_names`.
+    Raises: FDError: with a line for each mistake in the arguments or in the recipe.
     """
     parsed = parse_train(arguments)
     run, named = parsed.run, {*parsed.fields, *parsed.in_file}

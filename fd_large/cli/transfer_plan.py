@@ -47,7 +47,8 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     Args:
         run: The recipe.
         images: Number of training images, which decides the steps of an epoch.
-        gpus: Number of GPUs. The plan uses its greatest common divisor with the global batch size.
+        gpus: Number of GPUs. The plan uses the greatest common divisor of this number and the
+            global batch size.
         gpu: Name of the card.
     """
     ranks, steps = gcd(run.batch.global_batch_size, gpus), steps_of(run, images)

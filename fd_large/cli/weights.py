@@ -82,8 +82,8 @@ def inspect(source: str, model: str) -> int:
         source: The source, or MODEL=SOURCE.
         model: Name of the model to compare with; "auto" for the model that the weights show.
 
-    Raises: ConfigError: if the user's own code is named, which is not imported here, or the model
-        is named twice.
+    Raises: ConfigError: if the user's own code is named, which is not imported here, or both
+        `source` and `model` name a model.
     """
     named, source = split_model(source)
     if named and model != "auto":
