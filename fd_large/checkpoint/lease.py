@@ -1,10 +1,10 @@
 """Gives one start of a run at a time the right to write the run's folder.
 
-A start is one launch of a run. It claims the folder before torch is imported, and shows by a
-heartbeat that it is alive. RUN/owner.json names the owner, and the modification time of this file
-is the heartbeat, which is compared with the time of a file written next to it. A heartbeat ahead of
-that time, or long before it, may come from another clock; then only a change of the file while it
-is watched counts as a sign of life.
+A start is one launch of a run. A start claims the folder before torch is imported, and shows by a
+heartbeat that the start is alive. RUN/owner.json names the owner, and the modification time of this
+file is the heartbeat, which is compared with the time of a file written next to it. A heartbeat
+ahead of that time, or long before it, may come from another clock; then only a change of the file
+while it is watched counts as a sign of life.
 
 Nothing here needs torch, or file locks, which a network file system may lack. A claim is a hard
 link, which exactly one process can make. A process that replaces or removes the owner.json of a
@@ -597,10 +597,10 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes files of starts that were killed while claiming the folder.
+    """Removes files of starts (launches) that were killed while claiming the folder.
 
-    Only files older than twice `LEAVING_SECONDS` are removed, so that the files of a start which is
-    claiming the folder now stay.
+    Files of a start that is claiming the folder at present must stay; therefore only files older
+    than twice `LEAVING_SECONDS` are removed.
     """
     now = time.time()
     for path in folder.glob("owner.*.*"):

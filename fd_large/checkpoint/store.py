@@ -78,8 +78,8 @@ def part_of(folder: Path, update: int, lease: Lease | None) -> Path:
     Args:
         folder: The run's folder.
         update: Number of finished steps.
-        lease: The start's right to write the folder, whose start ID becomes a part of the name;
-            None if no other process can write the folder.
+        lease: The right of this launch of the run to write the run's folder; the ID of the launch
+            becomes a part of the name. None if no other process can write the folder.
     """
     start = f".{lease.start}" if lease else ""
     return checkpoints_of(folder) / f"{name_of(update)}{start}{PART}"
@@ -283,15 +283,15 @@ def _rename_if_there(path: Path, aside: Path) -> None:
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
     """Writes the manifest of a checkpoint, and completes the checkpoint by an atomic rename.
 
-    Only rank 0 calls this function, when all ranks have written their files. A start that no longer
-    owns the run commits nothing. If the lease is lost only after it was checked, the rename fails,
-    because the new owner's `sweep` has removed the temporary folder.
+    Only rank 0 calls this function, when all ranks have written their files. A launch that no
+    longer owns the run commits nothing. If the lease is lost only after it was checked, the rename
+    fails, because the new owner's `sweep` has removed the temporary folder.
 
     Args:
         part: The temporary folder (`.part`) of the checkpoint.
         manifest: Contents of manifest.json, without its own checksum.
-        lease: The start's right to write the run's folder; None if no other process can write the
-            folder.
+        lease: The right of this launch of the run to write the run's folder; None if no other
+            process can write the folder.
 
     Returns: the folder of the complete checkpoint.
     Raises:
@@ -347,8 +347,8 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
     Args:
         path: The checkpoint's folder.
         entries: The new entries.
-        lease: The start's right to write the run's folder; None if no other process can write the
-            folder.
+        lease: The right of this launch of the run to write the run's folder; None if no other
+            process can write the folder.
 
     Raises:
         OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or the
@@ -378,8 +378,8 @@ def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
     Args:
         folder: The run's folder.
         update: Number of finished steps of the checkpoint.
-        lease: The start's right to write the run's folder; None if no other process can write the
-            folder.
+        lease: The right of this launch of the run to write the run's folder; None if no other
+            process can write the folder.
 
     Returns: whether the checkpoint exists.
     Raises: OSError, StorageError: if the link cannot be made, or the run has a new owner.
@@ -411,8 +411,8 @@ def prune(
         folder: The run's folder.
         keep_last: Number of newest checkpoints to keep, at least one.
         keep_every: Checkpoints whose step is a multiple of this number are also kept; 0 for none.
-        lease: The start's right to write the run's folder; a start that no longer owns the folder
-            removes nothing. None if no other process can write the folder.
+        lease: The right of this launch of the run to write the run's folder; a launch that no
+            longer owns the folder removes nothing. None if no other process can write the folder.
 
     Returns: the removed folders.
     """

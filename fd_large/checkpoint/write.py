@@ -69,7 +69,8 @@ class Saver:
         folder: The run's folder.
         keep_last: Number of newest complete checkpoints to keep.
         keep_every: Checkpoints whose step is a multiple of this number are also kept; 0 for none.
-        lease: The start's right to write the folder; None if no other process can write the folder.
+        lease: The right of this launch of the run to write the folder; None if no other process can
+            write the folder.
         copies: Whether the state is copied, so that training can continue during the write. If
             False, the state is written without a copy, and must not change until `wait` has
             returned.

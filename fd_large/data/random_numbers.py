@@ -119,8 +119,8 @@ def uniforms(
 ) -> NDArray[np.float64]:
     """Returns `count` uniform random numbers in [0, 1) for each position.
 
-    The numbers of a position depend only on (seed, epoch, position, stream), and the first numbers
-    do not depend on `count`. Two words of 32 bits make one number of 53 bits.
+    The numbers of a position depend only on (seed, epoch, position, stream); a larger `count` only
+    appends numbers. Two words of 32 bits make one number of 53 bits.
 
     Args:
         seed: 0 to 2**64 - 1.

@@ -131,7 +131,7 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
-    """Makes the meta device choose in the block the implementations that `device` would choose."""
+    """Within the `with` block, the meta device gets the implementations that `device` would get."""
     global _stood_for
     before, _stood_for = _stood_for, device
     try:

@@ -125,7 +125,10 @@ def _query_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of q, bias and scale for a tile of queries in every chunks-th window."""
+    """Computes the gradients of q, bias and scale for one tile of queries in several windows.
+
+    `part` decides which tile. Of all windows of the batch, every `chunks`-th is taken.
+    """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     dtype: tl.constexpr = QKV.dtype.element_ty
@@ -173,7 +176,10 @@ def _key_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of k and v for a tile of keys in every chunks-th window."""
+    """Computes the gradients of k and v for one tile of keys in several windows.
+
+    `part` decides which tile. Of all windows of the batch, every `chunks`-th is taken.
+    """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     C = heads * D
@@ -222,7 +228,9 @@ def _table_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, SLOTS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Computes the table's gradient on one diagonal of tiles, for every groups-th window.
+    """Computes the table's gradient on one diagonal of tiles, summed over several windows.
+
+    `part` decides which diagonal. Of all windows of the batch, every `groups`-th is taken.
 
     A tile pairs a block of queries with a block of keys. The tiles (I, I - d) make a diagonal, and
     the gradient is summed along the diagonal and over the windows. With a prefix, the tiles that

@@ -101,7 +101,7 @@ class Geometry:
 
     @property
     def step(self) -> int:
-        """Number of keys in a step of the forward's loop; the backward always takes 16."""
+        """Number of keys in a step of the forward's loop; a step of the backward has 16 keys."""
         return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property

@@ -22,7 +22,7 @@ EPS = tl.constexpr(1e-12)
 def dot(a, b, INTERPRETED: tl.constexpr):
     """Returns the matrix product of two tiles.
 
-    Triton's interpreter multiplies bfloat16 incorrectly, so it gets the tiles in float32.
+    Triton's interpreter gets the tiles in float32, since it multiplies bfloat16 incorrectly.
     """
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")

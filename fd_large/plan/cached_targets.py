@@ -1,7 +1,8 @@
 """Computes whether storing a teacher's feature maps is faster than running the teacher each epoch.
 
 A stored map is computed once, and afterwards read from the disk. The loader reads ahead while the
-student computes, so that reading costs time only if it takes longer than the student.
+student computes, so that reading costs time only if a map is read more slowly than the student
+computes.
 """
 
 from __future__ import annotations

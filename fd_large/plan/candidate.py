@@ -50,7 +50,7 @@ class Candidate:
             whole: Names of the sections of the teachers that stay whole.
 
         Returns: flags of `train`, such as "--batch.micro_batch_size 32", without DeepSpeed's
-            configuration; settings that are equal in the recipe have no flag.
+            configuration. A setting has no flag if the recipe already has the candidate's value.
         """
         mode = activation_checkpointing
         if self.checkpointing != (mode != "off"):

@@ -101,8 +101,8 @@ class Counts:
 
     Attributes:
         products: Operations with matrix products, in groups of equal operations.
-        again: FLOPs of recomputation inside products whose `again` is False, which is the
-            recomputation of attention's logits in a fused backward.
+        again: FLOPs of the recomputation of attention's logits in a fused backward. They are a part
+            of `products` that `Product.again` does not mark as recomputation.
         moved: Bytes that all other operations read and write, by phase.
         calls: Number of tensor operations that Python starts, views included, by phase.
         modules: Number of forwards of modules, by phase, without `blocks` and the modules in them.

@@ -125,7 +125,7 @@ def start(
 
 
 def is_guest() -> bool:
-    """Returns whether this process belongs to other code and is never ended."""
+    """Whether this process belongs to other code, such as a notebook, and is never ended."""
     return _is_guest
 
 

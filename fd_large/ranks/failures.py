@@ -398,7 +398,7 @@ def _readable(descriptor: int) -> bool:
 def _this_process() -> list[str | int]:
     """Returns the id of the machine's boot, the namespace of process ids, and this process's id.
 
-    If one of the first two is unknown, a text that is unique to this rank replaces them.
+    If the boot or the namespace is unknown, a text that is unique to this rank replaces both.
     """
     where = [processes.kernel(), processes.namespace()]
     return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

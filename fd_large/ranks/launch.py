@@ -98,13 +98,19 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank by the launcher's unchecked variables; 0 without a launcher."""
+    """Returns this process's rank, or 0 without a launcher.
+
+    The rank is that in the launcher's environment variables, which are not checked here.
+    """
     texts = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
-    """Returns whether this is the first rank of its node, by the launcher's unchecked variables."""
+    """Returns whether this is the first rank of its node.
+
+    The launcher's environment variables decide this; they are not checked here.
+    """
     texts = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0) == 0
 
