@@ -1,9 +1,9 @@
 """Wraps a student's blocks in activation checkpointing, and compiles them by torch.compile.
 
-Mode `every` uses torch's non-reentrant checkpoint, which is exact under ZeRO-3 and may contain
-recomputed attention. Random state is not saved, since drop-path masks are inputs. Mode `offload`
-uses fairscale's wrapper, which moves the inputs of checkpointed blocks to host memory. torch's
-`save_on_cpu` cannot move the inputs of a non-reentrant checkpoint.
+Mode `every` uses torch's non-reentrant checkpoint, which is exact under ZeRO-3, also for blocks
+that recompute attention themselves. Random state is not saved, since drop-path masks are inputs.
+Mode `offload` uses fairscale's wrapper, which moves the inputs of checkpointed blocks to host
+memory. torch's `save_on_cpu` cannot move the inputs of a non-reentrant checkpoint.
 """
 
 from __future__ import annotations

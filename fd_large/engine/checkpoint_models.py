@@ -126,7 +126,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 
 
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
-    """Returns the tensors of a stored student by their names in the student, each read on access.
+    """Returns the tensors of a stored student, by name; each tensor is read when it is accessed.
 
     At the first access, names and shapes are compared with those in the checkpoint. If the user's
     own file has changed since the checkpoint, a warning is logged.

@@ -204,7 +204,7 @@ class Checkpoints:
         return waited
 
     def mark_evaluated(self) -> None:
-        """Records in the newest checkpoint that the evaluation due at its step has been made."""
+        """Records in the newest checkpoint that the evaluation due at its step was made."""
         # A checkpoint that is still being written gets its manifest at the end.
         self._manifest["evaluated"] = True
         if distributed.is_main() and not self._saver.begun and self._saved is not None:
@@ -236,7 +236,7 @@ class Checkpoints:
     def settle(self) -> bool:
         """Waits on all ranks for a save that has begun, and closes the saver.
 
-        Returns: whether the last save succeeded; True if there was none.
+        Returns: whether the last save succeeded; True if there was no save.
         """
         self._wait()
         self._saver.close()

@@ -20,7 +20,7 @@ from fd_large.ranks import distributed
 Panel = dict[str, Any]
 """Arrays to draw, by name."""
 SECONDS_BETWEEN_CALLS = 1.0
-"""How often ranks that wait for rank 0 show that they are alive."""
+"""Seconds between two reports to the watchdog from ranks that wait for rank 0."""
 
 T = TypeVar("T")
 

@@ -101,20 +101,20 @@ class TrainingJob:
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
-    """Labels of an evaluation's numbers in logs and reports, in the order of showing:
-    "SET/METRIC" -> words. On disk the name is SET_METRIC. Numbers that are not listed are recorded
-    but not shown. SET/best_constant is the constant-prediction baseline of SET/loss; "loss" is the
-    training loss."""
+    """{"SET/METRIC": label} of an evaluation's numbers that logs and reports show, in their order.
+    On disk such a number has the name SET_METRIC. Numbers that are not listed are recorded but not
+    shown. SET/best_constant is the SET/loss of the best constant prediction; "loss" is the training
+    loss."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
-    """The METRICs for which lower is better; for all others, higher is better."""
+    """The METRICs (see `metrics`) for which lower is better; for all others, higher is better."""
     memory_remedy: ClassVar[str] = ""
     """A flag that saves memory if the task's models do not fit; "" if there is none."""
     learns_from_images_alone: ClassVar[bool] = False
     """Whether a step can be replayed from its images alone, without targets. `diagnose` assumes
     that the student of a task that needs targets has learnt labels."""
     ignored_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of a recipe, section.field, that this task ignores. A recipe that sets one of them is
-    refused, since it would mislead."""
+    """Fields of a recipe, section.field, that this task ignores. A recipe that sets such a field is
+    refused, since the field would have no effect."""
     remedies: Mapping[str, str] = MappingProxyType({})
     """Remedies for ignored fields that should not simply be left out, by field."""
 

@@ -48,8 +48,8 @@ from fd_large.runtime.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 EXIT_CODES = {DONE: Exit.DONE, PREEMPTED: Exit.AGAIN}
-"""Exit codes by status. After any other status somebody has to look: a hook ended the run, or its
-last state could not be saved."""
+"""Exit codes by status. Any other status gives `Exit.LOOK`, since somebody has to look: a hook
+ended the run, or the last state could not be saved."""
 
 
 def train(

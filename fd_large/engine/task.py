@@ -229,8 +229,8 @@ class Task(nn.Module):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        By default the student decides them. One-dimensional parameters (norms, biases) are always
-        exempt and need not be named.
+        By default the student names these parameters. One-dimensional parameters (norms, biases)
+        are always exempt and need not be named.
         """
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
         return names, tuple(self.student.no_weight_decay_keywords())

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 InitialWeights = Mapping[str, Iterable[tuple[str, Tensor]]]
 """Pairs (name, unsharded tensor) for modules of a task, by the module's name; "" is the task.
 
-Every rank has them."""
+Every rank has these pairs."""
 
 
 class Engine(NamedTuple):

@@ -16,7 +16,7 @@ from fd_large.plan.buckets import MOST_OWNERS
 from fd_large.ranks import distributed
 
 MOST_COPIES = 2
-"""Largest number of buckets in flight at a time, each in memory of its own."""
+"""Largest number of buckets that are summed at a time, each in memory of its own."""
 
 
 def sums_have_owners() -> bool:

@@ -1,7 +1,7 @@
 """Tries an optimiser of the user's own on a few numbers before it trains a model.
 
 ZeRO steps flat parts of many tensors, so an optimiser must act element by element; an optimiser
-that scales gradients by norms of whole tensors declares a method (`trust_ratio.py`). The trial
+that scales gradients by norms of whole tensors has a method for this (`trust_ratio.py`). The trial
 also shows which state the optimiser keeps for each parameter, as checkpoints and layer-wise
 learning rates need to know.
 """
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
 
 def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
-    """Steps an optimiser on the same numbers as one tensor and as parts; returns its state.
+    """Returns the state that an optimiser keeps, after trials on a whole tensor and on its parts.
 
     Args:
         make: Makes the optimiser from (groups, lr=...).

@@ -38,7 +38,7 @@ PARAMETERS = {
         *("k_min", "k_max", "canonical_scale", "canonical_level", "eps"),
     ),
 }
-"""Module:name of torch and torchvision -> parameters that it must have."""
+"""{MODULE:NAME in torch or torchvision: parameters that the function must have}."""
 
 
 def check() -> None:

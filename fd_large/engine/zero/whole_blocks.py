@@ -23,7 +23,7 @@ from fd_large.plan.buckets import gathered_whole
 
 PREFETCH, GRANULARITY = "stage3_prefetch_bucket_size", "stage3_module_granularity_threshold"
 DEFAULT = 50_000_000
-"""DeepSpeed's default number of elements that it gathers ahead."""
+"""DeepSpeed's default for the number of elements that are gathered ahead."""
 
 _COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 _PARTITION = "deepspeed.runtime.zero.partition_parameters"
