@@ -80,7 +80,7 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
     Args:
         job: The job of the run's recipe.
 
-    Raises: ConfigError: if the user's own job still has methods that moved to `StoredRun`.
+    Raises: ConfigError: if the user's own job has methods that belong to `StoredRun`.
     """
     kind = job.run.task.kind()
     if kind is None or not kind.stored:

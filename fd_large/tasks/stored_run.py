@@ -220,7 +220,8 @@ class StoredRun:
             labels: (B,) int64, indices into the result of `classes`, on the device; None if the
                 loss needs no labels.
 
-        Returns: a function without arguments that returns values by name; the first is `loss_name`.
+        Returns: a function without arguments that returns {name: value}. The first name is
+            `loss_name`.
         """
         prepared = task.prepare(images, labels, None)
         return lambda: {self.loss_name: task(**prepared)[0].item()}

@@ -54,9 +54,10 @@ class Transfer:
     ) -> Run:
         """Returns a recipe whose student is a named model.
 
-        The student keeps the recipe's attention window and the recipe's rules of image sizes,
-        unless the family of the named model has no such settings. If each block of the recipe's
-        student has its own position bias, each block of the new student has one too.
+        The student keeps the recipe's attention window, unless the position tables of the named
+        model fix the window, and keeps the recipe's rules of image sizes that the model's family
+        has. If each block of the recipe's student has its own position bias, each block of the new
+        student has one too.
 
         Args:
             run: The recipe.

@@ -135,7 +135,11 @@ class ClassificationJob(TrainingJob):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the training images, or 1,000 if `models_on_shapes` assumed it."""
+        """Number of classes of the training images.
+
+        If `models_on_shapes` ran before the training images were opened, it is 1,000, as in
+        ImageNet.
+        """
         return self._assumed_classes or len(self.classes())
 
     def classes(self) -> tuple[str, ...]:

@@ -273,7 +273,8 @@ class LinearProbing(Task):
 
         Args:
             features: (M, C) float32.
-            labels: (B,) int64; in evaluation (M,), see `scores.summed`.
+            labels: (B,) int64, the classes; in evaluation (M,), where images with `NO_LABEL` do not
+                count.
             places: (B,) int64, the row in `features` of each label; None in evaluation, where all
                 rows have labels.
         """

@@ -26,7 +26,10 @@ NUM_IMAGES = 4
 
 
 class Model(Protocol):
-    """A model under test, in evaluation mode; if it is sharded, all ranks must call it."""
+    """A model under test, in evaluation mode.
+
+    If the model is sharded, all ranks must call it equally often.
+    """
 
     @property
     def views(self) -> TestViews:
@@ -40,7 +43,7 @@ class Model(Protocol):
         """Returns the predicted class or depth of each pixel of an image, (H, W), on the device.
 
         Args:
-            views: (3, h, w) uint8 for each view, the image resized to the sizes of `views`.
+            views: (3, h, w) uint8 for each view: the image resized to the size of the view.
             size: Height and width of the result.
         """
 

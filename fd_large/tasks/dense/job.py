@@ -72,7 +72,7 @@ class DenseJob(TrainingJob):
 
         Args:
             forward: Maps images (B, 3, H, W) uint8 to the task's predictions of their pixels.
-            at_once: Number of windows in a forward.
+            at_once: Largest number of windows in a forward.
 
         Raises: ConfigError: if the recipe's test settings do not fit the student.
         """

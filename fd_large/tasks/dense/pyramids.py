@@ -101,7 +101,8 @@ class SimplePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns five maps (B, width, h, w) from a map (B, H, W, C).
 
-        Their heights h are 4H, 2H, H, ceil(H/2) and ceil(H/4), and their widths correspond.
+        The heights h of the five maps are 4H, 2H, H, ceil(H/2) and ceil(H/4), and the widths w are
+        4W, 2W, W, ceil(W/2) and ceil(W/4).
         """
         x = x.permute(0, 3, 1, 2)
         # In this order: backward adds up the gradients of x in the reverse, to the last bit.

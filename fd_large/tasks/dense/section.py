@@ -21,10 +21,10 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
 
     Args:
         run: A recipe of the task.
-        task: Name of the task, its folder and its section.
+        task: Name of the task, which is also the name of its folder and of its section.
         field: The field of the section that names the head.
 
-    Raises: ConfigError: if the name is unknown; it lists the nearest known names.
+    Raises: ConfigError: if the name is unknown; the message has the nearest known names.
     """
     doors.require_known(
         getattr(getattr(run.task, task), field),

@@ -50,7 +50,7 @@ def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
     Args:
         make: Constructs the task.
 
-    Returns: shapes by the tensors' names in the task.
+    Returns: {name of a tensor in the task: shape}.
     """
     with torch.device("meta"):
         task = make()

@@ -17,11 +17,11 @@ class Targets(NamedTuple):
     """The targets of a batch.
 
     Attributes:
-        truth: (B, H, W), the dataset's class or depth of each pixel, or its value for unknown
-            pixels.
+        truth: (B, H, W), the class or depth of each pixel in the dataset; for unknown pixels and
+            padding, the value that stands for unknown (`TrainingViews.unknown`).
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, positions in the epoch's order, on which random choices for a sample
-            depend. As a NumPy array they stay on the host, where the choices are drawn.
+        positions: (B,) int64, positions in the epoch's order, on which random choices for an image
+            depend. As a NumPy array the positions stay on the host, where random numbers are drawn.
         epoch: Epoch, counted from 0.
     """
 

@@ -26,7 +26,7 @@ NUM_GLOBAL_BLOCKS = 4
 def global_blocks(depth: int) -> frozenset[int]:
     """Returns the numbers of the blocks that attend to the whole image, counted from 0.
 
-    They are the last blocks of the quarters of the model.
+    These blocks are the last blocks of the four quarters of the model.
 
     Args:
         depth: Number of the ViT's blocks.

@@ -17,8 +17,8 @@ Window = tuple[int, int, int, int]
 def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
     """Returns the windows of an image, row by row.
 
-    The last window of a row or column is moved back to the border. A side smaller than the crop
-    has one window of its own length.
+    The last window of a row or column is moved back to the border of the image. Along a side of the
+    image that is shorter than the crop, there is one window, with the length of this side.
 
     Args:
         size: Height and width of the image.
@@ -50,7 +50,7 @@ def mean_of_windows(
         image: (B, 3, H, W).
         find: The model, which maps crops (B, 3, h, w) to predictions (B, ..., h, w).
         places: The windows, which all have the same size.
-        at_once: Number of windows in a forward.
+        at_once: Largest number of windows in a forward.
 
     Returns: (B, ..., H, W), with NaN for pixels that no window contains.
     """

@@ -122,7 +122,9 @@ class DepthJob(DenseJob):
         )
 
     def keep(self, outcome: Outcome, some: Any, images: DepthSet, folder: Path) -> list[Path]:
-        """Writes the scores of a test, and draws images with depth and error; on rank 0 only.
+        """Writes the scores of a test, and draws images with depth and error.
+
+        This method is called on rank 0 alone.
 
         Args:
             outcome: Result of the test.

@@ -57,7 +57,7 @@ class Depth(DenseTask):
         mean_share: Share of the squared mean that the loss subtracts, in [0, 1].
         factor: Factor of the loss.
         frozen: Whether the student is frozen.
-        statistics: The student's normalisation.
+        statistics: Mean and deviation that normalise the student's pixels.
 
     Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
     """

@@ -15,7 +15,7 @@ from fd_large.tasks.detection.section import ScoredFiles
 
 
 def score_files(files: ScoredFiles) -> tuple[Sequence[Any], Sequence[Path]]:
-    """Scores a file of detections against annotations, and writes the scores if `json` is set.
+    """Scores a file of detections against annotations; writes the scores if `files.json` is set.
 
     Args:
         files: The flags of `evaluate` that name the files.

@@ -75,8 +75,9 @@ class Detection(Task):
         rois_per_image: Number of proposals sampled from each image for the losses of the heads.
         extra_attention: Whether an attention layer over the whole last map precedes the pyramid.
         selection: Rule that selects the reported boxes; None for the defaults of `Selection`.
-        seed: Seed of the random samples, which also depend on epoch and position.
-        statistics: The student's normalisation.
+        seed: Seed of the random samples. These also depend on the epoch and on the position of an
+            image in the epoch's order.
+        statistics: Mean and deviation that normalise the student's pixels.
 
     Raises: ConfigError: for an unknown name, or a student that can carry no pyramid.
     """

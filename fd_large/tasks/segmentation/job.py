@@ -132,7 +132,9 @@ class SegmentationJob(DenseJob):
     def keep(
         self, outcome: Outcome, some: Any, images: SegmentationSet, folder: Path
     ) -> list[Path]:
-        """Writes the scores of a test, and draws images and the confusion matrix; on rank 0 only.
+        """Writes the scores of a test, and draws images and the confusion matrix.
+
+        This method is called on rank 0 alone.
 
         Args:
             outcome: Result of the test.

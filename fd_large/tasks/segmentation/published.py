@@ -26,7 +26,7 @@ CLASSIFIER = "head.classifier.convolution.weight"
 
 
 def _layout(norm: str, classifier: str, maps: str) -> Rows:
-    """Returns the table that translates a library's names of the heads' tensors to ours.
+    """Returns the table that translates the names of heads' tensors from a library to this package.
 
     Args:
         norm: The library's name of the norm after a convolution.
@@ -237,11 +237,11 @@ def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> 
 
     Args:
         file: The tensors of the file.
-        expected: Shapes of heads and neck, by our names.
-        label: Name of the file for messages.
+        expected: {name in this package: shape} of the tensors of heads and neck.
+        label: Name of the file, for messages.
         where: The field that the user set, for messages.
 
-    Returns: the weights of each module of the task besides the student, by the module's name.
+    Returns: {name of a module of the task: the module's weights}, without the student.
     Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
     pieces = translated(file, HEADS).pieces

@@ -60,8 +60,9 @@ class Segmentation(DenseTask):
         over: Divisor of the losses (`pixel_loss`): "all" for the number of pixels, "labelled" for
             the number of labelled pixels.
         frozen: Whether the student is frozen.
-        seed: Seed of channel dropout, which also depends on epoch and position.
-        statistics: The student's normalisation.
+        seed: Seed of channel dropout, which also depends on the epoch and on the position of an
+            image in the epoch's order.
+        statistics: Mean and deviation that normalise the student's pixels.
 
     Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
     """

@@ -71,7 +71,7 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.float32:
-        """The value of pixels whose depth is unknown."""
+        """The value of pixels whose depth is unknown: 0."""
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
@@ -98,7 +98,9 @@ class TrainingViews(NamedTuple):
     def view(
         self, image: Tensor, depths: NDArray[np.float32], drawn: Drawn
     ) -> tuple[Tensor, NDArray[np.float32]]:
-        """Returns a random square of an image, (3, S, S) uint8, and its depths, (S, S).
+        """Returns a random square of an image, (3, S, S) uint8, and its depths, (S, S), in metres.
+
+        S is the field `image_size`.
 
         Args:
             image: (3, H, W) uint8.

@@ -70,7 +70,7 @@ class Model(NamedTuple):
         depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres, in
             evaluation mode. If the model is sharded, all ranks must call it equally often.
         views: The size at which an image is tested, whole or by windows, and mirrored or not.
-        at_once: Number of windows in a forward.
+        at_once: Largest number of windows in a forward.
     """
 
     depths: Callable[[Tensor], Tensor]
@@ -94,8 +94,8 @@ class Model(NamedTuple):
     def of_view(self, pixels: Tensor) -> Tensor:
         """Predicts the depths (1, h, w), in metres, of a resized image (1, 3, h, w) uint8.
 
-        In a test by windows, pixels outside the published squares get the mean of further squares
-        that cover them.
+        In a test by windows, the pixels in no square of `TestViews.squares` are predicted in the
+        further squares of `TestViews.rest`; where these overlap, their predictions are averaged.
         """
         if not self.views.windows:
             return self._flipped_too(pixels)
@@ -110,7 +110,13 @@ class Model(NamedTuple):
         return depths
 
     def of_squares(self, pixels: Tensor) -> Tensor:
-        """Predicts depths (1, h, w) only inside the published squares; other pixels are NaN."""
+        """Predicts depths (1, h, w), in metres, only inside the squares of `TestViews.squares`.
+
+        The depths of other pixels are NaN.
+
+        Args:
+            pixels: (1, 3, h, w) uint8, a resized image.
+        """
         places = self.views.squares(pixels.shape[-2], pixels.shape[-1])
         return mean_of_windows(pixels, self._flipped_too, places, at_once=self.at_once)
 
@@ -169,7 +175,9 @@ def evaluate(
 
 
 def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: Path) -> list[Path]:
-    """Writes scores.json and redrawn.json (bootstrap RMSEs), and draws plots; on rank 0 only.
+    """Writes scores.json and redrawn.json (bootstrap RMSEs), and draws plots.
+
+    This function is called on rank 0 alone.
 
     Args:
         outcome: Result of the test.

@@ -70,6 +70,11 @@ def scored_pixels(
 def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
     """Returns the rows and the columns of an image that are inside a named crop.
 
+    Args:
+        name: Name of the crop; "none" for the whole image.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+
     Raises: ConfigError: if the crop is defined for images of another size.
     """
     if name == "none":
@@ -151,7 +156,7 @@ class Scores(NamedTuple):
         return self.pixels > 0
 
     def numbers(self) -> dict[str, float]:
-        """Returns the mean of each score over the scored images, by name; NaN if none is scored."""
+        """Returns {name: mean of a score over the scored images}; NaN if no image is scored."""
         rows = self.of_images[self.scored]
         means = rows.mean(0) if len(rows) else np.full(len(NAMES), np.nan)
         return dict(zip(NAMES, means.tolist(), strict=True))

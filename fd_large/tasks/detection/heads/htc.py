@@ -7,9 +7,10 @@ HTC differs from the cascade in mmdetection's form (`cascade.py`) in three point
 - With semantic classes, a branch on all pyramid levels predicts the dataset's semantic maps (those
   of COCO-Stuff), and its embedding is added to the pooled features of the box and mask heads.
 
-A test averages the probabilities of the three mask heads. mmdetection 2 does the same, and so do
-the published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's
-probabilities, because its list of masks is filled after the loop over the heads.
+A test averages the probabilities of the three mask heads. mmdetection 2 does the same, and the
+published scores of HTC++ and of its open successors were computed in this way. mmdetection 3.3 uses
+only the last head's probabilities, because its code fills the list of masks after the loop over the
+heads.
 
 Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
 """

@@ -78,7 +78,8 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
         matched: (N,) int64, the result of `match`, which is changed in place.
         boxes: (n, 4), the objects' boxes: left, top, right, bottom.
         candidates: (N, 4): left, top, right, bottom.
-        positive_iou: An object is matched in this way if the highest IoU is at least this value.
+        positive_iou: An object is matched in this way if its highest IoU with a candidate is at
+            least this value.
 
     Source: mmdetection's MaxIoUAssigner with match_low_quality.
     """
@@ -122,14 +123,14 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
 
 def choose(total: int, count: int, draws: NDArray) -> NDArray[np.int64]:
-    """Draws `count` distinct numbers below `total` by a partial Fisher-Yates shuffle.
+    """Draws `count` distinct integers from 0 to `total - 1` by a partial Fisher-Yates shuffle.
 
     Only the changes to the list 0, 1, 2, ... are stored, so that the work is proportional to
     `count`.
 
     Args:
-        total: Number of numbers to draw from.
-        count: Number of numbers to draw, at most `total`.
+        total: Number of integers to draw from.
+        count: Number of integers to draw, at most `total`.
         draws: (count,) or more uniform random numbers in [0, 1).
 
     Returns: (count,) int64, in random order.

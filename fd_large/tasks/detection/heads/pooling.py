@@ -1,8 +1,9 @@
 """RoIAlign, which pools the features of boxes from the levels of a pyramid.
 
 Every call pools from all levels, even from levels without boxes, so that the autograd graph has the
-same form on all ranks. torchvision's own pooler guesses strides from its first batch and shifts
-boxes by half a pixel, so only its rule for the level of a box and its operation are used.
+same form on all ranks. torchvision's class `MultiScaleRoIAlign` guesses strides from its first
+batch and shifts boxes by half a pixel. Therefore only torchvision's rule for the level of a box and
+its function `roi_align` are used.
 
 Sources: He et al., arXiv 1703.06870; Lin et al., arXiv 1612.03144, equation 1.
 """

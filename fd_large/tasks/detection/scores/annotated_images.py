@@ -35,7 +35,7 @@ class Mark(NamedTuple):
         box: Left, top, width and height, in pixels.
         label: The text at the box.
         colour: The colour of box and mask.
-        mask: (H, W) uint8, 0 or 1, or None without a mask.
+        mask: (H, W) uint8, 0 or 1; None to draw no mask.
         wrong: Whether the object was missed, or the detection is false. The box is then dashed.
     """
 

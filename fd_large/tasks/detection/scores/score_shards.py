@@ -58,7 +58,7 @@ class Request(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The contents of scoring.json, which is in the folder of an evaluation until it is scored.
+    """The contents of scoring.json, a file in the folder of an evaluation that is not scored yet.
 
     Attributes:
         ranks: Number of ranks, each of which has written a result file.
@@ -125,8 +125,8 @@ def score_shards(request: Request) -> Scored:
 def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
     """Returns the pixels (H, W, 3) uint8 of an image.
 
-    All pixels are grey if the image cannot be read, has more than `max_pixels`, or is not of the
-    given height and width.
+    All pixels are grey if the image cannot be read, has more pixels than `max_pixels`, or has
+    another height or width than `size`.
     """
     try:
         image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)

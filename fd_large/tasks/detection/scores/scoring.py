@@ -36,7 +36,8 @@ class ClassScore(NamedTuple):
         name: The category's name.
         ap: Average precision, mean over IoU 0.5 to 0.95, in 0..1; None if the category has no
             object other than crowds.
-        ap50: Average precision at IoU 0.5, or None as for `ap`.
+        ap50: Average precision at IoU 0.5, in 0..1; None if the category has no object other than
+            crowds.
     """
 
     category_id: int

@@ -39,9 +39,9 @@ class TestViews(NamedTuple):
             (detectron2, mmdetection 3).
         areas: Used if `merge` is "areas": for each scale, the ranges of area of the boxes that the
             scale provides, as letters of the table `AREAS`; empty for all areas.
-        square: Side in pixels of the square to which images are padded. At a scale at which the
-            limit of the longer side exceeds it, the square has this limit as its side. 0 pads to
-            the largest image of a batch. Since padding changes the size of the map, it changes the
+        square: Side in pixels of the square to which images are padded. If the limit of the longer
+            side at a scale is larger than `square`, this limit is the side. 0 pads to the largest
+            image of a batch. Since padding changes the size of the map, it changes the
             detections. With a square, detections depend neither on the rest of the batch nor on the
             image's aspect ratio.
     """
@@ -66,7 +66,7 @@ class TestViews(NamedTuple):
 
 
 class ShownView(NamedTuple):
-    """A batch of images in one view, with the mapping between its pixels and the original pixels.
+    """A batch of images in one view; maps boxes between the view and the original images.
 
     Attributes:
         images: (B, 3, H, W) uint8, padded at the right and the bottom.
@@ -118,7 +118,7 @@ class Model(NamedTuple):
     Attributes:
         see: `Detection.see`, or a function like it: maps images (B, 3, H, W) uint8, sizes (B, 2)
             and an `Ask` or None to a result for each image. The detector is in evaluation mode. If
-            it is sharded, all ranks make the same calls.
+            the detector is sharded, all ranks must make the same calls.
         views: The views of an image.
         selection: Rule by which boxes are selected after the views are merged.
         proposals_per_image: Largest number of proposals of an image that are shared by its views.
@@ -145,7 +145,7 @@ class Model(NamedTuple):
     def detect(
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
     ) -> list[Detections]:
-        """Returns the detections of each image, in original pixels.
+        """Returns the detections in each image, in pixels of the original image.
 
         Args:
             images: For each scale, the images, (B, 3, H, W) uint8, padded at the right and the

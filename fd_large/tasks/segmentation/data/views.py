@@ -69,7 +69,7 @@ class TrainingViews(NamedTuple):
 
         Args:
             image: (3, H, W) uint8.
-            labels: (H, W).
+            labels: (H, W), the class of each pixel, or `IGNORED`.
             drawn: An item of `draws`: `NUM_DRAWS` uniform random numbers for the crop, and
                 `photometric.NUM_DRAWS` for the colours.
         """

@@ -23,7 +23,7 @@ def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     Args:
         predicted: (..., H, W), any integer dtype, predicted classes.
-        labels: Of the same shape, true classes or `IGNORED`.
+        labels: (..., H, W), any integer dtype, true classes or `IGNORED`.
         num_classes: Number of classes, K.
 
     Returns: (K, K) int64; entry (i, j) is the number of pixels with label i and prediction j.
@@ -55,7 +55,7 @@ class Scores(NamedTuple):
     counts: NDArray[np.int64]
 
     def numbers(self) -> dict[str, float]:
-        """Returns mIoU, mAcc and aAcc by name."""
+        """Returns {name: value} of mIoU, mAcc and aAcc, in per cent."""
         return {"mIoU": self.m_iou, "mAcc": self.m_acc, "aAcc": self.a_acc}
 
 

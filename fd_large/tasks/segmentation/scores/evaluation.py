@@ -59,7 +59,7 @@ class Model(NamedTuple):
         logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w), in
             evaluation mode. If the model is sharded, all ranks must call it equally often.
         views: The sizes at which an image is tested, whole or by windows, and mirrored or not.
-        at_once: Number of windows in a forward.
+        at_once: Largest number of windows in a forward.
     """
 
     logits: Logits
@@ -143,7 +143,9 @@ def keep(
     classes: Classes,
     folder: Path,
 ) -> list[Path]:
-    """Writes scores.json and redrawn.json (bootstrap mIoUs), and draws plots; on rank 0 only.
+    """Writes scores.json and redrawn.json (bootstrap mIoUs), and draws plots.
+
+    This function is called on rank 0 alone.
 
     Args:
         outcome: Result of the test.
