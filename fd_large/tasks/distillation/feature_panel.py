@@ -134,8 +134,9 @@ def feature_panel(
 def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
     """Returns the sorted indices of the `PANEL_IMAGES` views whose pixels vary most.
 
-    The choice depends only on pixels and names, so that a resumed run shows the same views. Two
-    views of the same image are chosen only if there are too few images.
+    The measure is the variance of each channel over the pixels, summed over the channels. The
+    choice depends only on pixels and names, so that a resumed run shows the same views. Two views
+    of the same image are chosen only if there are too few images.
 
     Args:
         views: (3, S, S) uint8 each.

@@ -526,7 +526,9 @@ class DistillationJob(TrainingJob):
         return task
 
     def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
-        """Returns the settings and hashes that decide a target's tokens of given images, by name.
+        """Returns the settings and hashes, by name, that decide the tokens of a target.
+
+        If they are equal in two runs, the target has the same tokens for the same images.
 
         Args:
             task: The task with the run's teachers.

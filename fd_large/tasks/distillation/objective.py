@@ -318,7 +318,9 @@ def target_facts(
     image_size: int,
     teacher_image_size: int,
 ) -> dict[str, Any]:
-    """Returns the settings and hashes that decide a target's tokens of given images, by name.
+    """Returns the settings and hashes, by name, that decide the tokens of a target.
+
+    If they are equal in two runs, the target has the same tokens for the same images.
 
     Args:
         target: The target.

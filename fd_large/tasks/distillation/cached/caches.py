@@ -384,7 +384,7 @@ def held_out_writer(
     All ranks must call this function.
 
     Args:
-        folder: The cache of the teacher's maps of training views.
+        folder: Folder of the cache of the teacher's maps of training views.
         teacher, entry, precision: See `header_of`.
         crops, settings: See `held_out_facts`.
     """

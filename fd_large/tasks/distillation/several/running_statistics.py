@@ -77,7 +77,9 @@ def moments_of(sums: Tensor) -> Moments:
 
 
 def momentum_at(progress: float) -> float:
-    """Returns the weight of a step's statistics in the running statistics, by a cosine schedule.
+    """Returns the weight of a step's statistics in the running statistics.
+
+    The weight falls by a cosine schedule from `FIRST_MOMENTUM` to `LAST_MOMENTUM`.
 
     Args:
         progress: Fraction of the run's steps that were done before this step, in [0, 1).

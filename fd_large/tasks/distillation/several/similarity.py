@@ -173,7 +173,8 @@ def relation_divergence(
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
     """Returns a queue (Q, C) after the summaries (B, C) of a batch were added at its front.
 
-    The last rows fall out. If B is larger than Q, the first Q summaries of the batch stay.
+    The last B rows of the queue are dropped. If B is larger than Q, the result is the first Q
+    summaries of the batch.
     """
     return torch.cat([summaries, queue])[: len(queue)]
 
