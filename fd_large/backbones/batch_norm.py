@@ -153,7 +153,10 @@ def norms_of(net: nn.Module) -> list[Any]:
 
 
 def statistics_of(net: nn.Module) -> dict[str, Tensor]:
-    """Returns {name in the model: running mean or variance} of the norms with `norm_groups`."""
+    """Returns {name in the model: tensor} of the running means and variances of batch norms.
+
+    Only batch norms that normalise by groups (attribute `norm_groups`) are included.
+    """
     return {
         f"{path}.{name}": getattr(module, name)
         for path, module in net.named_modules()
@@ -262,9 +265,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def _note(ctx: Any) -> None:
-    """Adds to the norm's `seen`, (2C + 1,), the statistics of this rank's images and their number.
+    """Adds the statistics of this rank's images in a forward to the norm's `seen`, (2C + 1,).
 
-    An image counts with the mean (C) and unbiased variance (C) of its group.
+    `seen` has the sum over images of the mean (C) and the unbiased variance (C) of each image's
+    group, and the number of images.
     """
     groups: Groups = ctx.norm.norm_groups
     sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)

@@ -22,9 +22,9 @@ _cached: set[str] = set()
 def downloaded(source: str, get: Callable[[], T]) -> T:
     """Returns an object that a library loads from its cache or from the network.
 
-    In a meeting of all ranks (`ranks.meeting`), rank 0 loads it first. Then the first rank of each
-    node loads it, from the network only if that node's cache lacks it. All other ranks load it
-    from the cache. Outside a meeting each rank loads it by itself.
+    In a meeting of all ranks (`ranks.meeting`), rank 0 loads the object first. Then the first rank
+    of each node loads the object, from the network only if the node's cache lacks it. All other
+    ranks load the object from the cache. Outside a meeting each rank loads the object by itself.
 
     Args:
         source: The source, as the user gave it.

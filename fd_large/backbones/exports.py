@@ -119,7 +119,8 @@ def timm_config(
     Args:
         architecture: The model, with the image size of the run.
         statistics: Mean and standard deviation by which images are normalised.
-        entry: Name of timm's most similar model; the configuration overrides all its arguments.
+        entry: Name of timm's most similar model; the configuration overrides all arguments of this
+            model of timm.
         pool: timm's `global_pool`, "token" or "avg".
         arguments: The arguments of timm's model that only this family has.
     """

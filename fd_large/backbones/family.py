@@ -71,7 +71,7 @@ class Options:
 
 
 class Loaded(NamedTuple):
-    """A module with its weights, and the image statistics of their training; None if unknown."""
+    """A module with its weights, and the image statistics of the training, or None if unknown."""
 
     net: nn.Module
     statistics: Statistics | None

@@ -247,8 +247,8 @@ class HierarchicalBackbone(nn.Module):
         Args:
             images: (B, 3, H, W), any float dtype.
             keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
-            every_stage: Whether to return each stage's map, before merging and without the final
-                norm, instead of the last stage's tokens.
+            every_stage: Whether to return each stage's map, before patch merging and without the
+                final norm, instead of the last stage's tokens.
 
         Returns: tokens (B, N, C) without prefix tokens, or with `every_stage` the map
             (B, H_s, W_s, C_s) of each stage; in the dtype of the residual stream.
@@ -320,7 +320,12 @@ class Stage(nn.Module):
         self.blocks, self.downsample = nn.ModuleList(blocks), downsample
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape; scales (2 * depth, B) are drop path's factors."""
+        """Runs the blocks, which map (B, H, W, C) to the same shape.
+
+        Args:
+            x: (B, H, W, C), the residual stream.
+            scales: (2 * depth, B) float32, drop path's factors; None without drop path.
+        """
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2])
         return x

@@ -60,7 +60,7 @@ class BranchEnd(Linear):
 
 
 class Float32Linear(Linear):
-    """Linear layer that computes in float32 whatever its weight's dtype, and under autocast too."""
+    """Linear layer that computes in float32 or wider for any dtype of the weight and autocast."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64.
@@ -96,7 +96,7 @@ class LayerNorm(nn.Module):
     ) -> Any:
         """Normalises (..., C); the result has `dtype`, or the dtype of x if `dtype` is None.
 
-        If `copy` is a dtype, it returns a pair: the result, and the result in the dtype `copy`.
+        If `copy` is a dtype, a pair is returned: the result, and the result in the dtype `copy`.
         """
         if copy is None:
             return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
@@ -179,7 +179,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None) -> Any:
         """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`, dropping pixels beyond whole patches.
 
-        If `copy` is a dtype, it returns a pair: the result, and the result in the dtype `copy`.
+        If `copy` is a dtype, a pair is returned: the result, and the result in the dtype `copy`.
         """
         x = self.proj(images).permute(0, 2, 3, 1)
         if self.norm is not None:

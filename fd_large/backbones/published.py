@@ -32,8 +32,10 @@ class Format:
             differ and the user has to choose; empty if a guess is safe.
         library: "hf" or "open_clip", whose configuration file may lie next to the weights; or "".
         models: Prefix of the names of models published in this format, or "".
-        resize_margin: `margin` of `position_tables.resize_positions` for the positions.
-        resize_antialias: `antialias` of `position_tables.resize_positions` for the positions.
+        resize_margin: Number added to the sides of the new grid when the scale factors for resizing
+            the positions are computed (DINO's 0.1).
+        resize_antialias: Whether the filter is widened when the positions are resized to a smaller
+            grid.
         without: Regular expression that must not be found in the tensor names, or "".
         refusal: Reason why files of this format are refused, or "".
     """

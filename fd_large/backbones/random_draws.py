@@ -18,7 +18,7 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
 
     Args:
         net: The trained module.
-        name: Its name in the recipe.
+        name: Name of the module in the recipe.
         where: Field that the user set, for messages.
         has_groups: Whether batch norms of torch and timm will normalise by groups
             (`batch_norm.adopt`). If True, those that have running statistics and a momentum are

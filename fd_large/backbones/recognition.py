@@ -29,7 +29,7 @@ def count_of(shapes: Shapes, pattern: str) -> int:
 
 
 def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:
-    """Returns the ratio of an MLP's hidden width to `width`, or None if there is no such tensor.
+    """Returns the ratio of an MLP's hidden width to `width`, or None if no tensor has the name.
 
     Args:
         shapes: Shapes of the tensors, by our names.

@@ -66,7 +66,8 @@ def window_positions(
         grid: Rows and columns of tokens.
         window: Rows and columns of a window.
         shift: Shift of the windows in tokens, down and right.
-        pad_first: Whether the map is padded before the roll (SwinV2 here) or after it (timm).
+        pad_first: True if the map is padded before the roll, as in this package's SwinV2; False if
+            the map is padded after the roll, as in timm.
     """
     numbers = torch.arange(grid[0] * grid[1]).view(grid)
     padding = (0, -grid[1] % window[1], 0, -grid[0] % window[0])

@@ -124,7 +124,7 @@ def renamed(name: str, before: str, after: str) -> str | None:
 def our_name(name: str, rows: Rows) -> tuple[str, str]:
     """Returns (our name, form) of a file's tensor, by the first row that matches its name.
 
-    If no row matches, the name stays unchanged, whether or not the model has such a tensor.
+    If no row matches, the name stays unchanged, whether or not the model has a tensor of this name.
     """
     for row in rows:
         if (ours := renamed(name, row.theirs, row.ours)) is not None:

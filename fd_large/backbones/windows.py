@@ -94,8 +94,8 @@ def coordinate_table(window: int, pretrained_window: int, device: torch.device) 
     """Returns SwinV2's log-spaced relative coordinates: ((2w - 1)^2, 2) float32.
 
     An offset of d tokens has the coordinate sign(t) log2(|t| + 1) / log2(8), t = 8 d / (w0 - 1),
-    where w0 is the window of pre-training. A window of one token has the single offset 0, which the
-    published code divides by 0; here it stays 0.
+    where w0 is the side of the window in pre-training. A window of one token has the single offset
+    0, which the published code divides by 0; here the coordinate is 0.
 
     Args:
         window: w, the side of the window in tokens.

@@ -175,7 +175,8 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 
     Args:
         rows: The rows, in order.
-        roll_backs: Result of `roll_backs_of` for the run's incidents.
+        roll_backs: For each index (from 0) of a step after which the run was rolled back, the
+            number of finished steps of the restored state.
     """
     past = _Past(deque(), [], {})
     for row in rows:

@@ -215,7 +215,7 @@ class Hook:
         """
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Called after a step was skipped, with its images and their effect on the models."""
+        """Called after a step was skipped, with the step's images and what models computed."""
 
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Called after a roll-back that followed step `update`.

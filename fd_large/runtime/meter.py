@@ -73,10 +73,7 @@ class Meter(Hook):
         self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
-        """Records the step's numbers, and writes pending rows if it is time to.
-
-        It is time after every `log_every` steps, and after the last step of the run.
-        """
+        """Records a step's numbers; writes rows after every `log_every` steps and the last step."""
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:

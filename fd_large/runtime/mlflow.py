@@ -19,7 +19,11 @@ STATUS = {DONE: "FINISHED", PREEMPTED: "KILLED"}
 
 
 class MLflow(RemoteCurves):
-    """Tracker with a run in MLflow, in the experiment MLFLOW_EXPERIMENT_NAME, else `fd_large`."""
+    """Tracker with a run in MLflow.
+
+    The run is in the experiment that the environment variable MLFLOW_EXPERIMENT_NAME names; without
+    the variable, in the experiment `fd_large`.
+    """
 
     name, package = "mlflow", "mlflow-skinny"
 

@@ -161,7 +161,7 @@ def show_error(text: str) -> None:
 
 
 def note_said() -> None:
-    """Records the present time as that of the last line shown to the user."""
+    """Records the present time as the time of the last line shown to the user."""
     global _said
     _said = time.monotonic()
 

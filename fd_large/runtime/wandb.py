@@ -13,9 +13,11 @@ from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 
 class WandB(RemoteCurves):
-    """Tracker with a run in W&B, in the project WANDB_PROJECT, else `fd_large`.
+    """Tracker with a run in Weights & Biases (W&B).
 
-    With WANDB_MODE=offline, W&B's run is kept in RUN/wandb, and can be sent later by `wandb sync`.
+    The run is in the project that the environment variable WANDB_PROJECT names; without the
+    variable, in the project `fd_large`. With WANDB_MODE=offline, W&B's run is kept in RUN/wandb,
+    and can be sent later by `wandb sync`.
     """
 
     name, package = "wandb", "wandb"

@@ -1,4 +1,4 @@
-"""The formats that `export --to` can write; no torch."""
+"""The formats that `export --to` can write; this file does not import torch."""
 
 from __future__ import annotations
 

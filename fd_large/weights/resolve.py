@@ -218,10 +218,10 @@ class ResolvedWeights:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """The tensors under their own names.
+        """The tensors by their names in the file or in the library's module.
 
-        From a file with a student and a teacher, the student's are taken unless the source names
-        the teacher.
+        From a file with a student and a teacher, the student's tensors are taken unless the source
+        names the teacher.
         """
         if self.brought:
             family, rest = self.brought
@@ -361,7 +361,7 @@ class ResolvedWeights:
         return self._files[part]
 
     def _exported(self) -> Stored | None:
-        """Returns the model of an exported folder whose config.json describes it; else None."""
+        """Returns the model of an exported folder whose config.json describes a model, or None."""
         is_folder = kind_of(self._located.path) == "folder"
         stated = self._configuration.own if is_folder else None
         if stated is None or not stated.architecture.family:

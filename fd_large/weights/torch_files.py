@@ -35,7 +35,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 def load(path: Path) -> Any:
     """Returns the contents of a torch file: containers, plain values, tensors, `Passive` objects.
 
-    For a TorchScript archive it returns the state dict.
+    The contents of a TorchScript archive are the module's state dict.
 
     Raises:
         RefusedError: If the pickle imports a name or makes a call that is not known here.

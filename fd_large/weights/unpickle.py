@@ -188,7 +188,7 @@ class _Reader(pickle._Unpickler):
         self._storages, self._budget, self._script = storages, budget, script
 
     def find_class(self, module: str, name: str) -> _Global:
-        """Returns a `_Global` for a name that is known here; imports nothing.
+        """Returns a `_Global` for a name that this reader knows; imports nothing.
 
         Raises: RefusedError: for any other name.
         """

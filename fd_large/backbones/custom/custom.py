@@ -88,7 +88,8 @@ def build_custom(
 def _group_norms(net: Any, image_size: int, where: str) -> None:
     """Makes a model's batch norms, torch's or timm's, normalise by groups of images.
 
-    If the model has such norms, it also gets `fewest_places`, unless it has that attribute.
+    If the model has such norms but no attribute `fewest_places`, and `image_size` is known, the
+    attribute becomes the number of positions of the model's map.
 
     Args:
         net: The model.

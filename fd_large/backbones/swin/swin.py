@@ -2,7 +2,7 @@
 
 Parameter names are those of the Swin-Transformer and EsViT repositories. A model with three stages
 has no patch merging after the third stage, and a final norm of the third stage's width.
-Feature-Distillation (FD) uses such a model as the teacher for targets from stage 3.
+Feature-Distillation uses such a model as the teacher for targets from stage 3.
 
 timm's Swin gives the same result only if windows divide every map. Otherwise timm's padding takes
 part in attention, and the image size for which a timm model is built decides whether the model's

@@ -81,9 +81,9 @@ class SwinV2Architecture(WindowedTransformer):
         """Returns a trained model for windows with a side of `window_size` tokens.
 
         The coordinates of the position biases stay scaled by the windows of the training, since
-        these are written to `pretrained_window_sizes`. This is needed even if `window_size` does
-        not change, if the model is used on larger images: in training, the window of a stage was at
-        most as large as the stage's map.
+        `pretrained_window_sizes` of the result has these windows. To use a model on larger images,
+        call this method also with an unchanged `window_size`: in training, the window of a stage
+        was at most as large as the stage's map, which is now larger.
         """
         trained = trained_windows(
             self.pretrained_window_sizes, self.window_size, self.image_size // self.patch_size

@@ -1,4 +1,9 @@
-"""Exports SwinV2 models to timm and transformers, or in mmseg's, FD's or the official names."""
+"""Exports SwinV2 models to timm and transformers, or with the tensor names of other code.
+
+The format "mmseg" has the names of the Swin-Transformer repository, since mmsegmentation has no
+SwinV2. The format "fd" has the names of Feature-Distillation; models with norms on the main path,
+which Feature-Distillation lacks, keep the names of the Swin-Transformer repository.
+"""
 
 from __future__ import annotations
 

@@ -111,9 +111,9 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
     """Returns what the tables of coordinates and attention masks in official files show.
 
-    Returns: the window of each stage, 0 if no table shows it; the window of pre-training of each
-        stage, or () if a stage has no table; and the number of patches along a side of the image,
-        0 if no mask shows it.
+    Returns: for each stage the side of a window in tokens, 0 if no table shows this side; for each
+        stage the side of a window in pre-training, or () if a stage has no table; and the number of
+        patches along a side of the image, 0 if no mask shows this number.
     """
     windows, pretrained, side = [0] * stages, [0] * stages, 0
     for name in file:

@@ -1,4 +1,4 @@
-"""Swin Transformer V2 as a student or teacher, with FD's extra norms and shared position bias.
+"""Swin Transformer V2 as a student or teacher, with optional extra norms and shared position bias.
 
 Blocks are post-norm. Attention uses the cosine of query and key with a learned scale, and adds a
 position bias that an MLP computes from log-spaced coordinates. Parameter names are those of the
@@ -200,7 +200,7 @@ class Block(nn.Module):
         num_heads: Number of heads, h.
         index: Number of the block in its stage, from 0; odd blocks shift their windows.
         windows: Windows of the stage.
-        number: Number of the block in the model, from 1. The larger it is, the smaller are the
+        number: Number of the block in the model, from 1. The larger the number, the smaller are the
             initial last weights of the two branches.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
@@ -245,7 +245,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, narrow: Tensor, scales: Tensor | None, position_table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the new residual stream, in the dtype of `x` and in that of `narrow`.
+        """Returns the new residual stream twice: in the dtype of `x`, and in the dtype of `narrow`.
 
         Args:
             x: (B, H, W, C), the residual stream.

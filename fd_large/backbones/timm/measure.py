@@ -227,10 +227,10 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 
 
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
-    """Returns the number of the head's layer, 0 if the model has no layers.
+    """Returns the number of the head's layer, or 0 if timm does not define layers of the model.
 
-    A model without a head gets a number after its last layer, so that the learning rate of the last
-    block decays as in a model with a head.
+    A model without a head may have parameters in timm's last layer. The result is then the number
+    of this layer + 1, so that the learning rate of the last block decays as in a model with a head.
     """
     if not layers:
         return 0

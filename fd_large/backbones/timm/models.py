@@ -218,7 +218,9 @@ def last_map(name: str, image_size: int) -> LastMap:
         name: timm's name of the model.
         image_size: Side of the images in pixels; 0 means the model's default size in timm.
 
-    Raises: ShapeError: if the model does not accept the size; ConfigError: if it returns no map.
+    Raises:
+        ShapeError: If the model does not accept the size.
+        ConfigError: If the model returns no map.
     """
     side, arguments, _ = sized(name, image_size)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

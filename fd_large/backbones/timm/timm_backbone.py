@@ -155,7 +155,7 @@ class TimmBackbone(nn.Module):
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
         """Returns a function that finds the positions of an attention module's tokens.
 
-        Diagnosis uses it to place attention maps in the image.
+        Diagnosis uses this function to place attention maps in the image.
 
         Args:
             grid: Rows and columns of the map.
@@ -290,7 +290,7 @@ class TimmBackbone(nn.Module):
         The stages can be used if each stage's stride is twice the stride of the stage before, the
         model accepts images of any size, and the stages use all modules of the model.
 
-        Raises: ConfigError: if they cannot be used; the message names the reason.
+        Raises: ConfigError: if the stages cannot be used; the message names the reason.
         """
         finest, *coarser = self.stage_strides
         if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:

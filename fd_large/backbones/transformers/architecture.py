@@ -10,7 +10,7 @@ from fd_large.recipes.family import FamilyArchitecture
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersArchitecture(FamilyArchitecture):
-    """A vision model of transformers, described by its folder's config.json.
+    """A vision model of transformers, described by the config.json of a folder.
 
     Attributes:
         transformers_type: The `model_type` of the model's configuration.

@@ -130,7 +130,7 @@ class TransformersBackbone(nn.Module):
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
         """Returns a function that finds the positions of an attention module's tokens.
 
-        Diagnosis uses it to place attention maps in the image.
+        Diagnosis uses this function to place attention maps in the image.
 
         Args:
             grid: Rows and columns of the map.

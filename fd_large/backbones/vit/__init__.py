@@ -1,1 +1,1 @@
-"""Vision transformers: FD's students, and the CLIP, DINO, DeiT and BEiT teachers."""
+"""Vision transformers: Feature-Distillation's students, and CLIP, DINO, DeiT and BEiT teachers."""

@@ -1,4 +1,4 @@
-"""Exports ViT models to other libraries, such as timm's VisionTransformer, or in FD's names."""
+"""Exports ViT models to other libraries, such as timm, or in Feature-Distillation's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Vision transformers: FD's students (relative positions) and the CLIP, DINO and DeiT teachers.
+"""Vision transformers: Feature-Distillation's students and the CLIP, DINO and DeiT teachers.
+
+The students have tables of relative positions.
 
 Blocks are pre-norm, and the grid of patches has a fixed size unless positions are resized.
 Parameter names are those of DINO, timm and the Feature-Distillation repository; the names in CLIP's
@@ -350,7 +352,7 @@ class Block(nn.Module):
     Args:
         width: Number of channels, C.
         num_heads: Number of heads, h.
-        number: Number of the block in the model, from 1. The larger it is, the smaller are the
+        number: Number of the block in the model, from 1. The larger the number, the smaller are the
             initial last weights of the two branches.
         table_rows: Rows of the block's own position table; 0 means no table.
     """
@@ -456,9 +458,10 @@ class Attention(nn.Module):
 
         Args:
             x: (B, N, C), the tokens.
-            table: Table of relative positions, float32, of the shape that `image_attention` takes,
-                or, if `window` is not 0, `window_attention`; or the position biases of each image,
-                (B, h, N, N); or None. Not used if the block has its own table.
+            table: Table of relative positions, (R, h) float32, with R = (2H - 1)(2W - 1) for a grid
+                (H, W), and 3 rows more for prefix tokens; for windows R = (2 window - 1)^2. Or the
+                position biases of each image, (B, h, N, N); or None. Not used if the block has its
+                own table.
             grid: Rows and columns of the patches.
             window: Side in tokens of the windows within which patches attend, without prefix
                 tokens; 0 means that every token attends to all tokens.
