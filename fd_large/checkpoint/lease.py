@@ -510,11 +510,11 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
 
 def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
-    """Replaces the owner.json of a dead owner by this start's.
+    """Replaces the owner.json of a dead owner by the owner.json of this start (launch).
 
     Args:
         folder: The run's folder.
-        before: IDs of the starts in the chain when its last owner was judged dead.
+        before: IDs of the starts that `_chain` returned when the last of them was judged dead.
         start: ID of this start.
         aside: File in the folder with this start's owner record.
 

@@ -5,8 +5,8 @@ file from which all processes of the node read single images. No process keeps a
 The blocks that the order of the epoch (`sampler.Blocks`) needs next are fetched ahead, and the
 least recently used blocks are removed.
 
-The file of a block has the bytes of the images (or a whole tar file), an index, and a trailer. It
-is written atomically.
+The file of a block has the bytes of the images (or a whole tar file), an index, and a trailer. The
+file is written atomically.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class BlockCache(NamedTuple):
             key: Name of the block in the cache (`block_key`).
             make: Function that writes the block.
             wait: Whether to wait for another process that is writing the block. If False, the
-                function returns None in this case.
+                function returns None while another process is writing the block.
 
         Raises:
             ConfigError: if the folder cannot be written.

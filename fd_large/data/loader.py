@@ -281,7 +281,7 @@ def load_at(
 
 
 class Beside(Protocol):
-    """Store that has tensors for the views of images; these become the targets of a batch."""
+    """Store of tensors for the views of images; the tensors become the targets of a batch."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
         """Returns the stored tensors for a view of image `index`, in tuples or dicts.

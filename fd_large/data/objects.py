@@ -179,7 +179,7 @@ def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
 
     Args:
         files: The files or objects, in order.
-        facts: A text for each file, such as its size and stamp.
+        facts: A text for each file, such as its size and modification time.
     """
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()

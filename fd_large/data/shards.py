@@ -253,11 +253,11 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """Splits a root into a path without braces and wildcards, and the rest.
+    """Returns a path without braces and wildcards for a root, and a text that completes the path.
 
     Returns: the path, which is the root itself, the folder before the first brace or wildcard of a
-        pattern, or the first path of a list; a text for the rest, which differs between roots with
-        the same path.
+        pattern, or the first path of a list; the text, which differs between roots with the same
+        path.
     """
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()

@@ -49,7 +49,7 @@ def add_norm(
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
         gamma: (C,), LayerScale; None means 1.
-        dtype: Data type of the normalised sum; None for that of x.
+        dtype: Data type of the normalised sum; None for the data type of x.
 
     Returns: y (B, ..., C) in the dtype of x, and LayerNorm(y) (B, ..., C) in `dtype`.
     Raises: ShapeError: if branch, weight, bias, scale or gamma does not fit the shape of x.

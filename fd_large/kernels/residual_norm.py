@@ -38,7 +38,7 @@ def layer_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        dtype: Data type of the result; None for that of x.
+        dtype: Data type of the result; None for the data type of x.
 
     Returns: (..., C).
     """
@@ -71,7 +71,7 @@ def stream_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        dtype: Data type of the first result; None for that of x.
+        dtype: Data type of the first result; None for the data type of x.
         copy: Data type of the second result.
 
     Returns: LayerNorm(x) (B, ..., C) in `dtype`, and the same in `copy`.
@@ -109,7 +109,7 @@ def residual_norm(
         bias: (C,).
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
-        copy: Data type of the second result; None for that of x.
+        copy: Data type of the second result; None for the data type of x.
         branch_bias: (C,), the bias of the branch's last layer. It is added here, before the norm,
             and not in that layer, so that its gradient needs no separate pass (`takes_bias`).
 
@@ -323,7 +323,7 @@ def implementation(
 ) -> choose.Implementation:
     """Returns the implementation of an operation for a branch.
 
-    `width` is the number of channels of the norm, or None if it is that of `branch`.
+    `width` is the number of channels of the norm; None for the number of channels of `branch`.
     """
     return choose.implementation(
         op,

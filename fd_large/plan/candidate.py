@@ -76,7 +76,10 @@ class Candidate:
         return "zero3_hpz" if self.hpz else f"zero{max(1, self.stage)}"
 
     def deepspeed(self) -> dict[str, Any]:
-        """Returns this candidate's DeepSpeed configuration, in which the run fills in "auto"."""
+        """Returns this candidate's DeepSpeed configuration.
+
+        In it, "auto" stands for each value that a run fills in when it starts.
+        """
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage > 0:
             zero["overlap_comm"] = True

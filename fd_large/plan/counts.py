@@ -143,7 +143,7 @@ class Counts:
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts without those of a phase, such as the teacher's if maps are stored."""
+        """Returns the counts with a phase left out, such as "inference" if maps are stored."""
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -243,8 +243,8 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
 def of_sizes(each: Sequence[Counts]) -> Counts:
     """Returns the counts of a run with several image sizes, which occur equally often.
 
-    FLOPs, moved bytes and calls are means over the sizes. The peak memory is the largest of the
-    sizes, and other memory is that of the largest size.
+    FLOPs, moved bytes and calls are means over the sizes. The peak memory is the largest peak of
+    all sizes, and other memory is taken from the counts at the largest image size.
 
     Args:
         each: The counts at each image size, of which the last is the largest.

@@ -3,7 +3,7 @@
 These are rates of single operations, and `plan.step_time` has the fractions that whole steps reach.
 `peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. For the H100, the rates of
 large matrix products (800 of 989 TFLOP/s) and of memory (3.0 of 3.35 TB/s) are published
-measurements. For other GPUs they are the data sheet's rates times the same fractions, 0.81 and
+measurements. For other GPUs these two rates are the data sheet's times the same fractions, 0.81 and
 0.90. The rate of a link inside a node is the data sheet's rate per direction times 0.78, as the
 H100 reaches 350 of 450 GB/s.
 """

@@ -4,7 +4,7 @@
 
 - products: Each matrix product takes the longer of FLOPs / product rate and bytes / bandwidth.
 - bytes: All other operations, also on gradients and on copies of gathered parameters, take their
-  bytes / bandwidth. If Python needs longer to start the operations, its time counts.
+  bytes / bandwidth. If Python needs longer to start the operations, the time of Python counts.
 - hooks: DeepSpeed's hooks run around each module whose parameters are gathered, or around each
   block that fd_large gathers at once. Their time is added, because measured steps at stage 3 are
   longer by this time whatever their products are.

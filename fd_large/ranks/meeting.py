@@ -29,7 +29,8 @@ _GRACE_SECONDS = 10.0
 def meet(check: Callable[[], T]) -> T:
     """Runs a check on every rank; if any rank's check fails, all ranks raise the error.
 
-    The error is that of `distributed.together`. All ranks must call this function.
+    The error is that of the first rank whose check failed, with a message that names the failed
+    ranks' nodes (`distributed.together`). All ranks must call this function.
 
     Args:
         check: Function that raises an FDError or returns a value, and calls no collective. The
