@@ -69,11 +69,15 @@ def extracted(
     the block, so that the caller must copy what is needed later.
 
     Args:
-        forward, statistics, images, image_size, pools: See `probes.features.extract`.
+        forward: Function from normalised images to a FeatureMap, in evaluation mode.
+        statistics: Mean and standard deviation by which the images are normalised.
+        images: The images and their labels.
         folder: Folder of the files, which rank 0 removes after the block.
+        image_size: Side of the centre crops in pixels.
         words: Description of the work, for the progress bar.
         flags: The command's own flags, with `batch_size`.
         data: The section `data` of the recipe.
+        pools: Kinds of pooling, in the order of the result: "mean", "cls", "both" or "map".
     """
     from fd_large.probes.features import extract
     from fd_large.ranks import distributed

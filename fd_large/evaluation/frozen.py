@@ -97,11 +97,14 @@ class FrozenFeatures(NamedTuple):
     def working(
         self, description: str, images: int
     ) -> AbstractContextManager[Callable[[float], None]]:
-        """Shows a progress bar during the block; see `extraction.working`.
+        """Shows a progress bar during the block of a `with` statement.
 
         Args:
             description: Description of the work.
-            images: Number of images of all ranks.
+            images: Number of images of all ranks, of which each rank has an equal share.
+
+        Returns: a context manager, which yields a function of the number of images that this rank
+            has finished since the last call.
         """
         return working(f"{self.label}: {description}", images)
 
@@ -143,7 +146,8 @@ def of_features(
     """Returns the protocol of a function that classifies features of frozen models.
 
     Args:
-        name, title: See `Protocol`.
+        name: Name of the protocol in `--task`, in summary.json and in the file name of the plot.
+        title: Name of the protocol in tables and plots.
         classify: The function, called once for each model, feature, pooling and seed, on all ranks.
         flags: Dataclass of the flags that `classify` reads: `FrozenFlags` or a subclass.
         pools: Kinds of pooling to compare if --pool is "auto". "cls" and "both" are left out for

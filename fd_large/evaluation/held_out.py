@@ -57,7 +57,10 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
 def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:
     """Whether a training used held-out images, or None if that is unknown.
 
-    Args: As for `seen_by`.
+    Args:
+        training: The training.
+        images: The images of a folder, of which a part is held out.
+        fraction: Fraction of the images that is held out, chosen by a hash of their names.
     """
     if training.is_here:
         part, roots = Path(images.root).resolve(), filter(None, training.images)
@@ -73,9 +76,12 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """Returns the hash of the images that a run with this `val_fraction` trains on, in a list.
+    """Returns the hash of the names of the images that a run trains on, in a list.
 
-    The list is empty if the fraction would hold out no image, or all images.
+    Args:
+        images: All images of the run's folder.
+        val_fraction: Fraction of the images that the run holds out. The list is empty if this
+            fraction is above 0, but would hold out no image, or all images.
     """
     from fd_large.data.val_fraction import Part, places_of
 

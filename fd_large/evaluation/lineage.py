@@ -109,7 +109,13 @@ def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
 
 
 def _weights_of_cache(source: str) -> str:
-    """Returns the source of a teacher's weights for its cached targets, or any other unchanged."""
+    """Returns the source of the weights by which cached targets were computed.
+
+    A source that is not of cached targets is returned unchanged.
+
+    Args:
+        source: The source, which is "cached:FOLDER" for cached targets.
+    """
     from fd_large.tasks.distillation.cached.files import Header
     from fd_large.tasks.distillation.section import CACHED
 

@@ -42,8 +42,8 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     """Returns the protocol of a name, which may be the user's own.
 
     Args:
-        name: As `--task`.
-        variant: As `--protocol`, which selects among protocols of the same name.
+        name: Value of `--task`.
+        variant: Value of `--protocol`, which selects among protocols of the same name.
 
     Raises: ConfigError: if the protocol does not exist or cannot be imported.
     """

@@ -156,8 +156,8 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
     Args:
         row: The row.
-        first: The row with which it is compared.
-        is_random: As in `finish`.
+        first: The row with which `row` is compared.
+        is_random: Whether the accuracies depend on the seed.
     """
     from fd_large.evaluation.differences import as_json
     from fd_large.probes.paired import difference
@@ -181,9 +181,13 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the row with which `row` is compared: the first row of the same pooling.
+    """Returns the row with which a row is compared.
 
-    The first row of each pooling is compared with the first row of the table.
+    It is the first row of the same pooling, or for this row itself the first row of the table.
+
+    Args:
+        row: The row.
+        rows: All rows of the table.
     """
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind

@@ -154,7 +154,7 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
 
 
 def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]:
-    """Returns, for each image, the columns of the model's logits that are correct.
+    """Returns, for each image, the indices of the correct classes among the model's logits.
 
     Args:
         right: The images with their correct classes.
@@ -179,15 +179,15 @@ def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]
 def best_of(
     logits: NDArray[np.float32], right: Sequence[tuple[int, ...]], *, all_classes: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the labels and the predictions, (N,) each, which are equal for a correct prediction.
+    """Returns labels and predictions, (N,) each; both are equal where the prediction is correct.
 
-    The label of an image is the first of its correct columns, or -1 if it has none. A prediction
-    of any correct column is returned as the first one.
+    The label of an image is the first of the image's correct classes, or -1 without any. If the
+    class with the largest logit is another one of these, the label is returned as the prediction.
 
     Args:
         logits: (N, K), of N images and K classes.
-        right: The correct columns of each image.
-        all_classes: Whether columns that are correct for no image may be predicted.
+        right: The correct classes of each image, as indices from 0 to K - 1.
+        all_classes: Whether classes that are correct for no image may be predicted.
     """
     import numpy as np
 

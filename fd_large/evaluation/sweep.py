@@ -146,9 +146,10 @@ class Sweep:
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
-        """Returns which of "rate" and "decay" the best trial has at the edge of the grid.
+        """Returns "rate", "decay", both or none: those that are at the edge of the grid.
 
-        Beyond the edge there may be a better value.
+        Rate and decay are those of the best trial. Beyond the edge there may be a better value. A
+        layer decay of 1 is no edge, since it is the largest that makes sense.
         """
         beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
         rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
@@ -208,7 +209,7 @@ def check_fields(changes: Mapping[str, Any]) -> None:
 
 
 def settings_of(flags: SweepFlags) -> dict[str, Any]:
-    """Returns the entries of summary.json on the grid and the held-out fraction."""
+    """Returns the entries of summary.json that describe the grid and the held-out fraction."""
     grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
     return {**grid, "sweep_held_out": HELD_OUT}
 
@@ -358,7 +359,9 @@ def _run_trials(
 
     Args:
         trials: The trials of the grid.
-        train, metric: See `sweep`.
+        train: Function that trains a run, and returns the exit code and the content of its
+            summary.json.
+        metric: The score by which the best trial is chosen.
 
     Returns: the exit code, and the trials with their scores, or none if the code is not 0.
     Raises: ConfigError: if no trial has a score.

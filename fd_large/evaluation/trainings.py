@@ -47,11 +47,11 @@ class ProbeTrainingFlags(Pooled, TrainingFlags):
 
 
 def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = True) -> Protocol:
-    """Returns the protocol that trains the models that the user names by a kind of task.
+    """Returns the protocol by which the user's models are trained on a kind of task.
 
     Args:
         kind: The kind of task.
-        variant: See `Protocol`.
+        variant: Value of `--protocol` that selects this protocol among those of the same name.
         trains_all: Whether the whole model is trained, which allows `--sweep`. If False, only a
             linear layer on the frozen model's features is trained.
     """

@@ -225,7 +225,7 @@ def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns a reason and a command to train a student that was worse than a constant again.
+    """Returns a reason and a command to train again, if a student was worse than a constant.
 
     The command has more steps if the held-out loss fell, or otherwise a lower learning rate. The
     start and end of the schedule are lowered with the peak, since rates that a flag sets do not
@@ -254,7 +254,10 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
-    """Returns the commands that the run's task suggests, each with a reason."""
+    """Returns the commands that the run's task suggests, as pairs (reason, words of the command).
+
+    There are none for a task of the user's own, whose code a report does not run.
+    """
     if files.task not in TASKS:
         return []  # A task of the user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
@@ -305,9 +308,9 @@ def _evaluates(files: RunFiles) -> bool:
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """Returns the words of the command line before a command, such as ["fd-large"].
+    """Returns the words that call this package's program, such as ["fd-large"].
 
-    The words call the program in the way in which the run was started.
+    The program is called in the same way as at the start of the run.
     """
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
@@ -343,7 +346,7 @@ def _devices(summary: dict[str, Any]) -> str:
 
 
 def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
-    """Returns the words of the run's command, with some flags changed.
+    """Returns the words of the command that started the run, with some flags changed.
 
     Args:
         files: The run.
@@ -402,7 +405,7 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 
     Args:
         files: The run.
-        left_out: Names of fields that get no flag.
+        left_out: Names of fields for which no flag is returned.
     """
     words = ["--recipe", files.recipe["name"]]
     changed = {name: value for name, (value, _) in files.changed.items()}

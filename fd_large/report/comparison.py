@@ -234,7 +234,8 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     """Draws a row for each model, with a dot for each seed and a line at the mean.
 
     Args:
-        summary, title: See `tables_of`.
+        summary: Content of summary.json.
+        title: Title of the plot, which says how accuracy was measured.
         path: File of the plot.
     """
     models = summary["nets"]

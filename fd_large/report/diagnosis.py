@@ -411,7 +411,10 @@ def _ends(
 ) -> tuple[float, float] | None:
     """Returns the lowest and the highest change of the loss, or None if no loss is finite.
 
-    Args: As for `_range`.
+    Args:
+        landscape: The landscape.
+        values_of: Function from a landscape to the arrays of values that are drawn.
+        own_of: Function from a landscape to the loss of the unchanged model.
     """
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
@@ -421,7 +424,8 @@ def _ends(
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
     """Draws the CKA of every pair of models, including each model with itself.
 
-    Panels above the diagonal are left out, since they would repeat those below it.
+    Panels above the diagonal are left out, since they would repeat those below it. The result is
+    None if the diagnosis has no CKA.
     """
     if not cka["matrix"]:
         return None

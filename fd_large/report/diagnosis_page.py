@@ -231,11 +231,12 @@ def _mean(layers: list[dict[str, Any]], name: str) -> str:
 
 
 def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.ndarray]) -> str:
-    """Returns the mean over batches and the standard deviation as text, or "none".
+    """Returns a value's mean over batches and its standard deviation, as text.
 
     Args:
-        part: The landscape, or None.
-        values_of: Function from a landscape to a value for each batch.
+        part: The landscape; for None, the text is "none".
+        values_of: Function from a landscape to the value of each batch, (batches,). If one of these
+            is NaN or infinity, the text is "not finite".
     """
     if part is None:
         return "none"
@@ -250,9 +251,10 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
 
 
 def _near(part: Landscape) -> numpy.ndarray:
-    """Returns the change of the loss on each batch, (batches,), by steps of length 0.1.
+    """Returns the change of the loss on each batch, (batches,), at a distance of 0.1.
 
-    The change is averaged over all directions and both signs of the step.
+    The distance from the trained weights is a multiple of each filter's norm. The change is
+    averaged over all directions and both signs of the step.
     """
     near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)

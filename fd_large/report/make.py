@@ -17,7 +17,7 @@ from fd_large.report.run_page import write_run_page
 def make_report(folder: str | Path, *, running: bool = False) -> str:
     """Draws the plots, writes report.html and adds the last entries to summary.json.
 
-    A run without a summary, which has not ended yet, gets none.
+    No summary.json is written for a run that has none, as before the run's first end.
 
     Args:
         folder: The run's folder.
@@ -42,7 +42,13 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
 
 
 def _write(files: RunFiles, drawn: list[Path], *, running: bool) -> None:
-    """Writes the plots, the page and summary.json, and appends the path of each plot to `drawn`."""
+    """Writes the plots and the page, and adds the last entries to summary.json.
+
+    Args:
+        files: The run.
+        drawn: List to which the path of each written plot is added.
+        running: Whether the run is training now, so that summary.json stays unchanged.
+    """
     pictures = files.folder / PICTURES
     pictures.mkdir(exist_ok=True)
     if draw_loss_curve(files, pictures / "loss_curve.png"):

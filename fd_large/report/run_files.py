@@ -155,7 +155,13 @@ class RunFiles:
         return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns the steps at which a metric was evaluated, and its values."""
+        """Returns the numbers of finished steps at which a metric was evaluated, and its values.
+
+        Args:
+            name: Name of the metric in evaluations.jsonl.
+
+        Returns: two arrays (m,), of m evaluations that have the metric.
+        """
         rows = [row for row in self.evaluations if row.get(name) is not None]
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 
@@ -234,7 +240,7 @@ def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
 
     Args:
         path: The file, for messages.
-        lines: Its lines.
+        lines: The lines of the file.
         numbers: Names of the entries that each row must have as a number or null. A skipped step
             may lack `loss`.
 

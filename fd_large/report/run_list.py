@@ -202,5 +202,8 @@ def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def state_of(files: RunFiles) -> str:
-    """Returns the state of a run that is not running, from its summary.json."""
+    """Returns the state of a run that is not training now, from summary.json.
+
+    The state is `DONE`, `STOPPED` by a signal, `KILLED` if there is no summary, or else `FAILED`.
+    """
     return _STATES.get(files.summary.get("status", ""), FAILED)

@@ -81,11 +81,18 @@ class _Operands(TorchFunctionMode):
         self._num_images = 0
 
     def count(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Records the number of images of a forward; it is a pre-hook of the whole model."""
+        """Pre-hook of the whole model, which records the number of images of a forward."""
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Adds hooks that record the module's name while it runs; returns their handles."""
+        """Adds hooks to a module of timm, which tell which module calls torch's attention.
+
+        Args:
+            name: Name of the module.
+            module: The module, whose name is on top of `self._inside` while the module runs.
+
+        Returns: the handles that remove the hooks.
+        """
         return [
             module.register_forward_pre_hook(lambda *_: self._inside.append(name)),
             module.register_forward_hook(lambda *_: self._left()),
@@ -104,7 +111,11 @@ class _Operands(TorchFunctionMode):
         return out
 
     def _pass_on(self, attention: Tensor) -> None:
-        """Passes a layer's maps (B * nW, h, T, T) to `note`, if the tokens' positions are known."""
+        """Passes the maps of the running layer to `note`, if the tokens' positions are known.
+
+        Args:
+            attention: The maps, (B * nW, h, T, T), of B images with nW windows and h heads.
+        """
         if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
             return
         positions = self._positions(self._inside[-1], attention.shape[-1])
@@ -127,7 +138,7 @@ def _map_of(
 ) -> Tensor:
     """Returns the attention map (B, h, T, T) of a call of `scaled_dot_product_attention`.
 
-    Args: As those of `scaled_dot_product_attention`; there is no dropout.
+    The arguments are those of `scaled_dot_product_attention`; `dropout_p` is ignored.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query.float() * scale) @ key.float().transpose(-2, -1)

@@ -22,6 +22,9 @@ def distances(positions: TokenPositions) -> Tensor:
     """Returns the distance in the image between two tokens of a window: (nW, T, T), in tokens.
 
     The entries of prefix tokens and of padding are meaningless.
+
+    Args:
+        positions: Positions of the T tokens in each of the nW windows.
     """
     rows, columns = positions.index // positions.grid[1], positions.index % positions.grid[1]
     at = torch.stack([rows, columns], dim=-1).float()
@@ -29,9 +32,10 @@ def distances(positions: TokenPositions) -> Tensor:
 
 
 def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the attention (B, nW, h, T, T) with patches as keys alone.
+    """Returns the attention to patches alone, (B, nW, h, T, T).
 
-    The attention to prefix tokens and padding is set to 0, and each row is scaled to a sum of 1.
+    The attention to prefix tokens and padding is set to 0, and each row is then scaled to a sum of
+    1.
 
     Args:
         attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
@@ -47,6 +51,10 @@ def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
 
     The distance is the mean over queries q of sum_k A(q, k) |q - k|, where A is the attention among
     patches. Prefix tokens are neither queries nor keys.
+
+    Args:
+        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        positions: Positions of the tokens.
     """
     per_query = (among_patches(attention, positions) * distances(positions)[:, None]).sum(-1)
     queries = (positions.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
@@ -54,7 +62,12 @@ def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
 
 
 def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the share of attention that patches, as queries, pay to prefix tokens: (B, h)."""
+    """Returns the share of attention that patches, as queries, pay to prefix tokens: (B, h).
+
+    Args:
+        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        positions: Positions of the tokens.
+    """
     prefix = (positions.index == PREFIX).to(attention)[None, :, None, None, :]
     queries = (positions.index >= 0).to(attention)[:, None, :]
     return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
@@ -94,6 +107,10 @@ def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
     P is the number of patches of a window, or of the image if the layer has no windows. A window
     is complete if it has no padding and its tokens are adjacent in the image (`positions.whole`).
     The result is None if no window is complete.
+
+    Args:
+        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        positions: Positions of the tokens.
     """
     if not positions.whole.any():
         return None
@@ -161,7 +178,13 @@ def translation_score(average: Tensor, window: tuple[int, int]) -> float:
 
 
 def _offsets(window: tuple[int, int]) -> Tensor:
-    """Returns the index of the offset from each query (row) to each key (column): (P, P) int64."""
+    """Numbers the offsets from each query (row) to each key (column): (P, P) int64, from 0.
+
+    Equal offsets have the same number.
+
+    Args:
+        window: Rows and columns of the P patches.
+    """
     rows, columns = window
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
     dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
@@ -183,10 +206,10 @@ class LayerFigures:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, attention: Tensor, positions: TokenPositions) -> None:
-        """Adds a batch.
+        """Adds the layer's attention maps for a batch of images to the sums.
 
         Args:
-            attention: Maps of the layer, (B, nW, h, T, T).
+            attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
             positions: Positions of the tokens.
         """
         self.images += len(attention)
@@ -204,11 +227,19 @@ class LayerFigures:
                 self._sums[name] = self._sums.get(name, 0) + total
 
     def average(self) -> Tensor | None:
-        """Returns the average map, (P, P) float64, or None if no window is complete."""
+        """Returns the attention map averaged over images, heads and windows, (P, P) float64.
+
+        P is the number of patches of a window. Only complete windows count (`average_map`); the
+        result is None if no window is complete.
+        """
         return self._sums["average"] / self.images if "average" in self._sums else None
 
     def figures(self) -> dict[str, Any]:
-        """Returns the layer's measures by name as plain values; None for measures that it lacks."""
+        """Returns the layer's measures, {name: plain value}, averaged over images.
+
+        A value is None if the layer does not have the measure, as the similarity of heads of a
+        layer with a single head.
+        """
         assert self._positions is not None
         average = self.average()
         window = self._positions.window

@@ -23,7 +23,8 @@ def gram(features: Tensor) -> Tensor:
     """Returns the Gram matrix X X^T of n images with a zero diagonal, (n, n) float64.
 
     Args:
-        features: (n, ...), which are flattened and centred.
+        features: Features of the n images, (n, ...), which are flattened to one vector for each
+            image and centred, to give X.
     """
     x = features.flatten(1).float()
     # The estimate does not change with a shift; products of centred numbers lose fewer digits.

@@ -79,11 +79,12 @@ class Findings:
 
 
 def num_batches(images: int, batch_size: int) -> int:
-    """Returns the number of batches, so that each has enough images for CKA.
+    """Returns the number of batches in which images are examined.
 
     Args:
         images: Number of images.
-        batch_size: Largest size of a batch. CKA's minimum of `LEAST_IMAGES` takes precedence.
+        batch_size: Largest number of images in a batch. Batches may be larger so that each has the
+            `LEAST_IMAGES` that CKA needs.
     """
     return max(1, min(math.ceil(images / batch_size), images // LEAST_IMAGES))
 
@@ -206,11 +207,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 def _look(
     backbone: nn.Module, statistics: Statistics, images: Tensor, layers: Layers
 ) -> dict[str, Tensor]:
-    """Runs a model on a batch, and adds the attention maps of its layers to `layers`.
+    """Runs a model on a batch, and adds the model's attention maps to `layers`.
 
     Args:
         backbone: The model.
-        statistics: Normalisation of its images.
+        statistics: Normalisation of the model's images.
         images: (B, 3, S, S) uint8.
         layers: Measures of the attention layers, to which the batch is added.
 
@@ -230,9 +231,15 @@ def _look(
 
 
 def _look_at_scratch(model: LoadedModel, sample: Sample, count: int, progress: Progress) -> Layers:
-    """Returns the attention measures of the same model with random weights.
+    """Returns the attention measures of a model's architecture with random weights.
 
     The result is empty if `model.scratch` is None.
+
+    Args:
+        model: The model.
+        sample: The images.
+        count: Number of batches.
+        progress: Function that is called after every batch.
     """
     layers: Layers = {}
     if model.scratch is None:
@@ -262,9 +269,16 @@ def _outputs(model: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
 def _landscapes(
     model: LoadedModel, loss: Loss, batches: Sequence[Views], extent: Extent, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Returns the landscapes of a loss and of the further values that it reports.
+    """Returns the landscapes of a loss, and of other values that are computed with the loss.
 
-    Each entry is for diagnosis.json; a further value may be an accuracy.
+    Such a value may be an accuracy. Each landscape is a dict of plain values for diagnosis.json.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        batches: The images.
+        extent: Size and resolution of the landscapes.
+        progress: Function that is called after every point.
     """
     device = distributed.device()
     measures = [

@@ -97,11 +97,17 @@ def surface(
     steps: Sequence[float],
     progress: Callable[[], None],
 ) -> list[list[Value]]:
-    """Returns the losses on a plane of two directions, as rows of steps along the first direction.
+    """Returns the losses on the plane that two directions span.
 
-    Each row belongs to a step along the second direction.
+    Args:
+        module: The module whose parameters are moved, and restored at the end.
+        loss: Function that returns one or several losses for the present parameters.
+        directions: Two results of `random_direction`.
+        steps: Steps along each direction; at 0 the parameters are unchanged.
+        progress: Function that is called after every loss.
 
-    Args: As for `curve`.
+    Returns: rows for the steps along the second direction; a row has the losses for the steps along
+        the first direction.
     """
     rows: list[list[Value]] = []
     with _movable(module) as move, torch.no_grad():

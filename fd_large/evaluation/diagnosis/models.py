@@ -138,9 +138,13 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
 
 @contextmanager
 def _of_recipe(named: NamedModel) -> Iterator[None]:
-    """Puts the run's name before the message of an error in the block that begins with a flag.
+    """Names the run in messages about a flag, for errors that the block raises.
 
-    The flag would be one of `train`, which the run's recipe sets and not the user.
+    A message that begins with a flag of `train` would mislead, since the run's recipe sets this
+    field, and not the user.
+
+    Args:
+        named: The model, whose run is named.
     """
     try:
         yield
@@ -158,7 +162,8 @@ def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[T
         stored: The student's run.
         where: The command, for messages.
 
-    Returns: the task, and the run with the job that built it.
+    Returns: the task, and the run in the settings in which the task was built (one process,
+        float32).
     """
     # The weights come from the checkpoint; the student's initial weights may be gone.
     run = stored.run.in_one_process()

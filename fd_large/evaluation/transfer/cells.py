@@ -215,7 +215,10 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
 
 
 def _changes_of(run: Run, base: Run, fields: Iterable[str]) -> dict[str, Any]:
-    """Returns the entries `unchanged` and `changed` of a record.
+    """Returns which fields of a published recipe were changed, as two entries of a record.
+
+    The entry `changed` is {field: (the published value, the new value)}, and `unchanged` is True if
+    there is none.
 
     Args:
         run: The recipe that is trained.
@@ -403,7 +406,7 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
     """Returns the cells that cannot be trained, {(row's label, column's name): the reason}.
 
     The model of each cell is built without weights, so that the reason appears before hours of
-    other trainings. Columns of ImageNet are not tried, since their heads fit any model.
+    other trainings. Columns of ImageNet are not checked, since a classifier fits any model.
     """
     import torch
 
@@ -435,10 +438,11 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
-    """Returns the state of each cell's run.
+    """Returns the state of each cell's run: `DONE`, `FAILED` or "".
 
-    Raises: ConfigError: if the folder of a cell has a different run, or another row's folder, under
-        an earlier label of the same model, has the run of a cell.
+    Raises:
+        ConfigError: If the folder of a cell holds a different run, or if the run of a cell is in a
+            folder that an earlier command named by another label of the same model.
     """
     others = {}
     for cell in cells:
@@ -457,7 +461,12 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
-    """Yields the folders of rows in OUT that contain the training of a cell."""
+    """Yields the folders of rows that contain the training of a cell, possibly by another label.
+
+    Args:
+        out: Folder of the table, which has a folder for each row.
+        cell: The cell.
+    """
     run, seed = cell.recorded.run, cell.recorded.folder.name
     for file in sorted(out.glob(f"*/{cell.column.name}/{seed}/{RECORD}")):
         there = replace(run, runtime=replace(run.runtime, run_dir=str(file.parent)))

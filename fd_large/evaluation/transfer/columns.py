@@ -3,8 +3,8 @@
 To add a column, add an entry to `COLUMNS` and, for a new dataset, a flag in table.py.
 
 Source of the scores: Wei et al., arXiv 2205.14141. The scores of CLIP ViT-B/16 are in Table 1 of
-the ICCV version. The others are in the repository's README and, for ADE20K, in a summary of the
-third version.
+the paper's ICCV version. The others are in the README of SwinTransformer/Feature-Distillation and,
+for ADE20K, in a summary of the paper's third version.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Column(NamedTuple):
 
         Args:
             architecture: Architecture of the trained model.
-            run_recipe: As in `Transfer.recipe_for`.
+            run_recipe: Name of the recipe of the run that trained the model; "" if the model has
+                random weights, which no run trained; None if the weights come from elsewhere.
         """
         if not self.recipes:
             return recipe_name(architecture, run_recipe=run_recipe)

@@ -98,7 +98,8 @@ def submit_table(
     Args:
         out: The folder of the table.
         jobs: Ids of the other jobs.
-        options, environ: See `submit_training`.
+        options: Options of sbatch, without their dashes.
+        environ: The environment variables that the job inherits.
     """
     after = [f"dependency=afterany:{':'.join(map(str, jobs))}", f"output={out}/slurm-%j.out"]
     common = [option for option in options if option.partition("=")[0] in _OF_ALL]

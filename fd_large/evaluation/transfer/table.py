@@ -99,7 +99,7 @@ class TransferFlags(SweepFlags):
 def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
     """Returns the columns whose dataset is given, in the order of the table.
 
-    `--only` may select some of them.
+    With `--only`, only the columns that this flag names are returned.
 
     Args:
         flags: Flags of the command.
@@ -246,7 +246,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[
     Args:
         cells: Unfinished cells.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        train_run: See `Request.train`.
+        train_run: Function that trains a run, (run, deepspeed_config=...) -> exit code.
 
     Returns: the exit code: 0 if all cells are finished, 75 if a signal stopped a cell and the same
         command will resume it, or else the largest code of the failed cells.
