@@ -96,6 +96,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
         job_of: Makes the job of the stored recipe.
 
     Returns: the student; None if the path is neither a run nor a checkpoint.
+
     Raises:
         CheckpointError: If the run has no checkpoint, the checkpoint is damaged, or the recipe in
             its manifest cannot be read.

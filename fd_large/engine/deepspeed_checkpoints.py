@@ -94,6 +94,7 @@ def import_checkpoint(
         lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
+
     Raises:
         CheckpointError: If DeepSpeed cannot read the source, if reading would run code from its
             files, or if the run's checkpoint cannot be written.

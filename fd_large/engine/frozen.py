@@ -150,6 +150,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
 
     Returns: The tensors of the model, complete as far as the headers show; None if the weights are
         random or the user's own Module brings them.
+
     Raises:
         ConfigError: If the section names no source.
         WeightsError: If the file does not fit.

@@ -200,7 +200,7 @@ class TrainingJob:
         """Takes over the models that another student's job has built; called instead of `build`.
 
         Args:
-            other: A job of this class.
+            other: The other student's job, of this class.
         """
 
     def make_task(self) -> Task:
@@ -231,6 +231,10 @@ class TrainingJob:
         """Yields a rank's micro batches, from the step that `portion` names to the epoch's end.
 
         By default a batch has one random view of each image, and no targets.
+
+        Args:
+            samples: The training samples.
+            portion: The epoch, its first step to take, the micro batch size, and the rank.
         """
         run = self.run
         return iter(
@@ -244,7 +248,12 @@ class TrainingJob:
         )
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns the dataset that makes the batches of views of an epoch."""
+        """Returns the dataset that makes the batches of views of an epoch.
+
+        Args:
+            samples: The training samples.
+            epoch: Epoch, counted from 0.
+        """
         run = self.run
         return ViewBatches(
             samples,
@@ -294,6 +303,11 @@ class TrainingJob:
         """Returns the evaluations to make before, during and after training.
 
         All ranks must call this method.
+
+        Args:
+            engine: The task in its engine.
+            samples: The training samples.
+            micro_batch_size: Images per rank and forward.
         """
         return ()
 
