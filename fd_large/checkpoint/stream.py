@@ -56,15 +56,15 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
         if problem is None:
             raise CheckpointError(
                 f"{where}: {folder}: its newest checkpoint is damaged; got {'; '.join(damaged)}, "
-                "expected complete files. Restore its files, or name the previous checkpoint: "
+                "expected complete files. Restore the files, or name the previous checkpoint: "
                 f"{path}."
             )
         if kind_of(path):  # Otherwise a run that trains has pruned it.
             damaged.append(f"{path.name}: {problem}")
     raise CheckpointError(
         f"{where}: {folder}: no sound checkpoint; got "
-        f"{'; '.join(damaged) or 'no complete checkpoint'}, expected a complete one. Train the "
-        "run first, or restore its files."
+        f"{'; '.join(damaged) or 'no complete checkpoint'}, expected a complete checkpoint. Train "
+        "the run first, or restore the files of a checkpoint."
     )
 
 
@@ -155,5 +155,5 @@ def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> N
         raise CheckpointError(
             f"{reader.path}: does not match the model in recipe.json; got {len(wrong)} tensors "
             f"that differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
-            f"the {len(expected)} of the recipe. Restore the recipe.json of the run."
+            f"the {len(expected)} tensors of the recipe. Restore the recipe.json of the run."
         )

@@ -89,7 +89,8 @@ class CustomImages:
             called = f"{root.rpartition(':')[2]}({', '.join(map(repr, arguments))})"
             raise DataError(
                 f"{where}: not a source of images; got {doors.cause(error)}, expected an object "
-                f"with a length and images by index from {called}. docs/extending.md shows one."
+                f"with a length and images by index from {called}. docs/extending.md has an "
+                "example."
             ) from error
         self._count, self._root = count, root
         self._named = root, where, part

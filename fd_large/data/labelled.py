@@ -197,8 +197,8 @@ def open_labelled(
     if unknown:
         raise DataError(
             f"{where}: classes that are not in the training set; got {', '.join(unknown[-5:])} in "
-            f"{root!r}, expected those of the training set. Give the folders the same names, or "
-            "use shards with the same classes."
+            f"{root!r}, expected only classes of the training set. Give the folders the same "
+            "names, or use shards with the same classes."
         )
     return LabelledImages(images, labels, names if classes is None else tuple(classes))
 

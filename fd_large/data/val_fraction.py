@@ -160,9 +160,9 @@ def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> N
         )
     if part == "train":
         log.info(
-            "%s: %d of %d images of %s are the test images here, by a hash of their names, and the "
-            "others the training images. A model that was trained on %s before has seen these "
-            "test images, unless it held out the same part",
+            "%s: %d of %d images of %s are the test images here, by a hash of their names, and "
+            "the other images are the training images. A model that was trained on %s before has "
+            "seen these test images, unless it held out the same part",
             FIELD,
             count,
             len(held_out),

@@ -114,9 +114,9 @@ def import_checkpoint(
         ) from error
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
-            f"checkpoint import: {source}: DeepSpeed cannot read it; got {first_line(error)}, "
-            "expected a checkpoint of this recipe, stage and number of ranks. Start as many ranks "
-            "as wrote the checkpoint."
+            f"checkpoint import: {source}: DeepSpeed cannot read this checkpoint; got "
+            f"{first_line(error)}, expected a checkpoint of this recipe, stage and number of "
+            "ranks. Start as many ranks as wrote the checkpoint."
         ) from error
     if path is None:
         raise CheckpointError(

@@ -144,9 +144,9 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
         ) from error
     if not micro_batches:
         raise ConfigError(
-            f"replay: {file}: the images of this incident are gone; got no images, expected those "
-            f"of a rank. The newest {INCIDENTS_WITH_IMAGES} incidents keep their images: replay "
-            "one of them."
+            f"replay: {file}: the images of this incident are gone; got no images, expected the "
+            f"images of a rank. The newest {INCIDENTS_WITH_IMAGES} incidents keep their images: "
+            "replay one of them."
         )
     return incident, micro_batches
 

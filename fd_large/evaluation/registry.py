@@ -58,7 +58,7 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     if not isinstance(loaded, Protocol):
         raise ConfigError(
             f"--task: not a protocol; got {type(loaded).__name__} from {name}, expected a "
-            "Protocol, such as of_features makes. docs/extending.md shows one."
+            "Protocol, such as of_features makes. docs/extending.md has an example."
         )
     if name not in built_in and (loaded.name in built_in or not loaded.name.isidentifier()):
         raise ConfigError(

@@ -395,7 +395,7 @@ def _run_trials(
         rates = sorted({run.optim.base_lr for run in runs})
         raise ConfigError(
             f"--sweep_rates: every trial of {runs[0].name} diverged or has no score; got the "
-            f"learning rates {', '.join(f'{rate:g}' for rate in rates)}, expected one that "
+            f"learning rates {', '.join(f'{rate:g}' for rate in rates)}, expected a rate that "
             "trains. Lower --optim.base_lr."
         )
     return 0, tuple(ended)

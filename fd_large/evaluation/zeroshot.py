@@ -220,7 +220,7 @@ def _embedding_of(model: NamedModel, clip: str) -> Callable[..., Any]:
     )
     raise ConfigError(
         f"--clip: {model.label} has learnt no image embedding of a teacher {clip}; got "
-        f"embeddings of {', '.join(known) or 'none'}, expected that of a CLIP. {remedy}."
+        f"embeddings of {', '.join(known) or 'none'}, expected the embedding of a CLIP. {remedy}."
     )
 
 

@@ -224,10 +224,9 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
     except (RuntimeError, OSError) as error:
         message = first_line(error).rstrip(".")
         raise LaunchError(
-            f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
-            f"{launch.master_addr}:{launch.master_port}; got {message}. "
-            "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
-            "that all ranks reach."
+            f"launch: rank {launch.rank} of {launch.world_size} did not meet the other ranks at "
+            f"{launch.master_addr}:{launch.master_port}; got {message}. Choose a free port "
+            "(MASTER_PORT, or the launcher's --master_port) on an address that all ranks reach."
         ) from error
 
 

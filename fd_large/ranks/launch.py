@@ -301,8 +301,8 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise LaunchError(
-            f"launch: rank 0 finds no address of its host; got {error}, expected one that other "
-            "hosts can reach. Set MASTER_ADDR and MASTER_PORT for all ranks."
+            f"launch: rank 0 finds no address of its host; got {error}, expected an address that "
+            "other hosts can reach. Set MASTER_ADDR and MASTER_PORT for all ranks."
         ) from error
 
 

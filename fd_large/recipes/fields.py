@@ -252,7 +252,8 @@ def is_name(where: str, text: str) -> None:
         bool(text) and is_trimmed and not {"/", "\\"} & set(text),
         f"{where}: not a name",
         repr(text),
-        "a name without slashes that does not begin with a dot; the folder is runtime.run_dir",
+        "a name without slashes that does not begin with a dot; the folder is set by "
+        "runtime.run_dir",
         "Choose another name",
     )
 

@@ -327,8 +327,8 @@ class Run:
             raise ConfigError(
                 f"{fields}: the task {self.task.name} ignores the field{plural}; got "
                 f"{', '.join(repr(value) for value, _ in settings.values())}, expected "
-                f"{', '.join(repr(value) for _, value in settings.values())}. Leave out what you "
-                f"set there, or choose a recipe of the task {self.task.name}."
+                f"{', '.join(repr(value) for _, value in settings.values())}. Leave out these "
+                f"settings, or choose a recipe of the task {self.task.name}."
             )
 
     @property

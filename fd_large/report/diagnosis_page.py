@@ -176,12 +176,13 @@ def notes(models: list[Model]) -> list[str]:
             labels += [] if model["label"] in labels else [model["label"]]
     for kinds, labels in groups.values():
         alike = "can be compared" if len(labels) > 1 else "can be compared with no other here"
-        sentences.append(f"{_and(kinds)} of {_and(labels)}: {alike}.")
+        sentences.append(f"{_and(kinds)} of {_and(labels)} {alike}.")
     sentences += [f"{model['label']}: {model['left_out']}" for model in models if model["left_out"]]
     if any(model["attention"] for model in models):
         sentences.append(
-            "Translation score: to be read against random weights of the same model, and between "
-            "models of the same kind of positions, as a relative table raises it by itself."
+            "Translation score: compare it with that of random weights of the same model, and "
+            "between models of the same kind of positions only, since a relative table alone "
+            "raises it."
         )
         sentences += _supervised_controls(models)
     return sentences

@@ -142,8 +142,8 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
             differences = changes(stored)
         except (ValueError, ConfigError, AttributeError) as error:
             raise ConfigError(
-                f"{file}: not a recipe that this version can read; got {error}, expected what a "
-                f"run wrote. {remedy}"
+                f"{file}: not a recipe that this version can read; got {error}, expected a recipe "
+                f"that a run wrote. {remedy}"
             ) from None
         if stored.get("students") and not recipe.get("students"):
             # The remedy is not --fresh, which would move all students' runs aside.

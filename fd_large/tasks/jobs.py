@@ -61,7 +61,7 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     if not isinstance(job, TrainingJob):
         raise ConfigError(
             f"task.name: not a job; got {type(job).__name__} from {name}, expected a subclass of "
-            "fd_large.engine.job.TrainingJob. docs/extending.md shows one."
+            "fd_large.engine.job.TrainingJob. docs/extending.md has an example."
         )
     for former, now in _FORMER.items():
         if hasattr(job, former):
@@ -169,8 +169,8 @@ def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # The user's code may raise anything.
             raise ConfigError(
                 f"task.name: {task} fails before the run; got {doors.cause(error)}, expected a "
-                "TrainingJob that makes its Module; its task.SECTION is the section of its "
-                "TaskKind. Correct the file."
+                "TrainingJob that makes its Module. Correct the file: task.SECTION has the fields "
+                "of the TaskKind."
             ) from error
 
     return call

@@ -33,7 +33,7 @@ def kind_of(name: str) -> TaskKind:
     if not isinstance(kind, TaskKind):
         raise ConfigError(
             f"task.name: not a task; got {type(kind).__name__} from {name}, expected a TaskKind. "
-            "docs/extending.md shows one."
+            "docs/extending.md has an example."
         )
     if name not in TASKS and kind.name in {"name", *TASKS}:
         raise ConfigError(

@@ -127,8 +127,8 @@ class Configuration:
                     return Described(architecture, self._statistics(), family, read_here)
         raise WeightsError(
             f"{where}: {self._folder / 'config.json'}: an unsupported model; got "
-            f"{self._called}, expected one that docs/weights.md lists. If timm has this model, "
-            "set --teacher.source timm:NAME."
+            f"{self._called}, expected a model that docs/weights.md lists. If timm has this "
+            "model, set --teacher.source timm:NAME."
         )
 
     def stated(self, published: Published, library: str) -> Stated:

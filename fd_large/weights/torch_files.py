@@ -100,7 +100,7 @@ class _Archive:
         self.is_script = f"{self._root}constants.pkl" in self._zip.NameToInfo
         order = f"{self._root}byteorder"
         if order in self._zip.NameToInfo and self.read("byteorder") != b"little":
-            raise ValueError("numbers of another byte order")
+            raise ValueError("numbers in big-endian byte order")
 
     def __enter__(self) -> _Archive:
         return self
@@ -175,7 +175,7 @@ def _legacy(path: Path) -> Any:
     mapped, places = _Mapped(path), {}
     unpickled(head, _nowhere, budget)  # The second pickle is the version of the protocol.
     if not unpickled(head, _nowhere, budget).get("little_endian", True):
-        raise ValueError("numbers of another byte order")
+        raise ValueError("numbers in big-endian byte order")
     begin, storages = head.tell(), {}
 
     def noted(key: str, dtype: torch.dtype, numel: int) -> Held:

@@ -296,7 +296,7 @@ def _called(function: Any, arguments: Any, budget: Budget) -> Any:
 
 def _set_items(into: Any, items: list[Any]) -> None:
     if not isinstance(into, dict) or len(items) % 2:
-        raise ValueError("a pickle that sets items of something else than a dictionary")
+        raise ValueError("a pickle that sets items of an object that is not a dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         into[key if _is_key(key) else Passive()] = value
 

@@ -76,7 +76,7 @@ def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
             check=False,
         )
     assert finished.returncodes[0] == 1
-    assert "LaunchError: launch: rank 0 of 2 did not meet the others" in finished.outputs[0]
+    assert "LaunchError: launch: rank 0 of 2 did not meet the other ranks" in finished.outputs[0]
 
 
 def ready(folder: Path, ranks: int) -> Callable[[], bool]:
@@ -109,7 +109,7 @@ def test_a_second_job_at_the_port_of_a_running_one_ends_alone(tmp_path: Path) ->
         running.until(ready(first, 2), 60)
         failed = run_ranks(program, second, ranks=2, launcher="mpirun", env=meeting, check=False)
         assert failed.returncodes != [0]
-        assert "launch: rank 0 of 2 did not meet the others" in failed.outputs[0]
+        assert "launch: rank 0 of 2 did not meet the other ranks" in failed.outputs[0]
         assert not second.exists()
         (first / "go").touch()
         assert running.processes[0].wait(60) == 0

@@ -188,5 +188,5 @@ def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> Non
     raise ConfigError(
         f"{where}: forward does not return a feature map of images {tuple(images.shape)}; got "
         f"{got}, expected a FeatureMap{expected}, and no random draws besides `keep`. "
-        "docs/extending.md shows one."
+        "docs/extending.md has an example."
     )

@@ -55,7 +55,8 @@ def create(name: str, **arguments: Any) -> nn.Module:
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
             f"architecture.timm_name: timm {timm.__version__} does not return inner maps of this "
-            f"model; got {name!r}, expected one with forward_intermediates. Choose another model."
+            f"model; got {name!r}, expected a model with forward_intermediates. Choose another "
+            "model."
         )
     return net
 
@@ -326,7 +327,7 @@ class _Used(TorchFunctionMode):
 def _no_map(name: str, got: str) -> ConfigError:
     return ConfigError(
         f"{_WHERE}: forward_features of timm's {name} returns no map of tokens; got {got}, "
-        "expected one token for each place of a grid. Choose another model, or one of its earlier "
+        "expected a token for each place of a grid. Choose another model, or one of its earlier "
         "maps by architecture.feature_stride."
     )
 

@@ -121,7 +121,7 @@ def largest_that_fits(
     if not best:
         raise OutOfMemory(
             "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step "
-            "in memory. Set --student.activation_checkpointing every, use "
+            "that fits into memory. Set --student.activation_checkpointing every, use "
             "ds_configs/zero3_offload.json or more GPUs."
         )
     return best

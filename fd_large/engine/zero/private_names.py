@@ -50,7 +50,7 @@ def check() -> None:
     """
     installed, tested = version("deepspeed"), TESTED["deepspeed"]
     if installed.partition("+")[0] != tested:  # A build of one's own has a commit after the +.
-        raise _refused("its private names", f"another release ({installed})", "deepspeed")
+        raise _refused("the set of private names", f"another release ({installed})", "deepspeed")
     for path in PARAMETERS:
         if not path.startswith("torchvision."):
             get(path)
@@ -123,6 +123,6 @@ def _refused(path: str, got: str, package: str) -> VersionError:
     tested = TESTED[package]
     return VersionError(
         f"{package} {version(package)}: {path.rpartition(':')[2]} differs from the version that "
-        f"fd_large needs; got {got}, expected that of {package} {tested}. Run pip install "
+        f"fd_large needs; got {got}, expected the form of {package} {tested}. Run pip install "
         f"'{package}=={tested}'."
     )

@@ -164,8 +164,8 @@ def _sbatch(
     if done.returncode or not number.isdigit():
         answer = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         raise ConfigError(
-            f"--slurm: sbatch refused the job; got {answer[-1]}, expected its number. Change "
-            "--sbatch or site.sh; jobs submitted before are not cancelled."
+            f"--slurm: sbatch refused the job; got {answer[-1]}, expected the number of the job. "
+            "Change --sbatch or site.sh; jobs submitted before are not cancelled."
         )
     return int(number)
 
@@ -178,6 +178,6 @@ def _call(
     except FileNotFoundError:
         raise ConfigError(
             f"--slurm: no command {words[0]} on this machine; got a machine without Slurm, "
-            "expected one that submits jobs. Leave --slurm out, or start the command on such a "
-            "machine."
+            "expected a machine that submits jobs. Leave --slurm out, or start the command on "
+            "such a machine."
         ) from None

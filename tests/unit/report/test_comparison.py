@@ -88,7 +88,7 @@ def test_a_sweep_is_a_row_for_each_decay_and_a_column_for_each_rate():
     assert "no run that led" in str(grid.caption)
     sweep["held_out_seen_by"] = ["runs/mine (fd)"]
     _, grid = tables_of({**SUMMARY, "nets": [net]}, "k-NN")
-    assert "in the training of runs/mine (fd)" in str(grid.caption)
+    assert "training images of runs/mine (fd)" in str(grid.caption)
 
 
 def test_a_row_whose_recipe_differs_from_the_first_is_marked_with_the_difference():

@@ -369,8 +369,8 @@ def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
     if strange:
         raise DataError(
             f"detections: images that are not in the annotations; got {len(strange)} such "
-            f"image_id ({_some(strange)}), expected those of --annotations. Set --annotations to "
-            "the file of these images."
+            f"image_id ({_some(strange)}), expected only images of --annotations. Set "
+            "--annotations to the file of these images."
         )
     strange = {r["category_id"] for r in results} - categories
     if strange:

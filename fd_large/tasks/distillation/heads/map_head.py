@@ -195,7 +195,7 @@ def check_map_head(
         got = doors.cause(error)
     if got != str(expected):
         raise ConfigError(
-            f"{WHERE}: {name} does not fit; got {got}, expected {expected} for its grid of "
+            f"{WHERE}: {name} does not fit; got {got}, expected {expected} for a grid of "
             f"{rows}x{columns}. Correct the head."
         )
 
