@@ -27,9 +27,8 @@ def teacher_side(
 
     1. The side of the student's images, if the two grids are equal at this side.
     2. The side at which the grids are equal, if it is more than half the side of the student's
-       images and at most twice the side in the teacher's training, or at most twice the side of the
-       student's images if the side in training is unknown. Larger images would only show enlarged
-       pixels.
+       images, and at most twice the side in the teacher's training (twice the side of the student's
+       images if the side in training is unknown). Larger images would only show enlarged pixels.
     3. The side in the teacher's training, if it is larger than the student's images, and if the
        teacher's map of the student's images would have fewer rows than the student's map.
     4. The side of the student's images.

@@ -53,7 +53,7 @@ class PlacedTeacher:
 
     Args:
         module: The model.
-        engine: The model's DeepSpeed engine, or None if this rank holds all weights.
+        engine: The model's DeepSpeed engine if the weights are sharded, else None.
         group: The process group over which the weights are sharded; None for all ranks.
 
     Attributes:

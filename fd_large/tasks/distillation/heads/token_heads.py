@@ -23,7 +23,7 @@ def linear(width: int, teacher_width: int) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """A linear layer, then residual layers, and a norm, GELU and linear layer at the end.
+    """A linear layer, then residual layers, and a layer norm, GELU and linear layer at the end.
 
     Source: the second version of RADIO's heads (Ranzinger et al., arXiv 2312.06709, in its code).
 
@@ -32,7 +32,7 @@ class MLP(nn.Module):
         teacher_width: Channels of the teacher's tokens.
         hidden: Hidden channels; None for twice the student's channels, a choice of this package.
         inner: Number of residual layers.
-        pre_norm: Whether a norm and GELU come before the first linear layer.
+        pre_norm: Whether a layer norm and GELU come before the first linear layer.
     """
 
     def __init__(
