@@ -60,7 +60,7 @@ class BranchEnd(Linear):
 
 
 class Float32Linear(Linear):
-    """Linear layer that computes in float32 or wider for any dtype of the weight and autocast."""
+    """Linear layer that computes in float32 or wider, also with a 16-bit weight and in autocast."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64.

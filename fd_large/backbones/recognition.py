@@ -76,11 +76,11 @@ _ACTIVATIONS = {
 
 
 def size_to_compare(known: Architecture) -> dict[str, int]:
-    """Returns {"image_size": an arbitrary valid size in pixels}, or {} if none can be chosen.
+    """Returns {"image_size": an arbitrary valid size in pixels}, or {} if no size can be chosen.
 
-    With it, the shapes of a model can be computed whose image size is unknown. None can be chosen
-    if the model has absolute positions, whose shape depends on the image size, or its patch size is
-    unknown.
+    With this size, the shapes of a model whose image size is unknown can be computed. No size can
+    be chosen if the model has absolute positions, whose shape depends on the image size, or if the
+    patch size is unknown.
 
     Args:
         known: The known fields of the model's architecture.

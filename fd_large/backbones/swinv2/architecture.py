@@ -110,8 +110,8 @@ def trained_windows(
     Args:
         stated: For each stage, the value of `pretrained_window_sizes` of the model. It is the
             result if it is not 0. For 0, the result is the side of a window in training, which was
-            `window_size`, or the side of the stage's map if that is smaller; windows of one token
-            have no distances to scale, and the result 0.
+            `window_size`, or the side of the stage's map if that is smaller. If this side is 1, the
+            result is 0, since a window of one token has no distances to scale.
         window_size: Side of a window in training, in tokens.
         tokens_a_side: Side of the first stage's map in training, in tokens.
     """

@@ -53,8 +53,8 @@ class TimmBackbone(nn.Module):
 
     Parameters and buffers have timm's names after the prefix `net.`. The model cannot be built
     under `zero.Init`, because timm's constructors write to their children's parameters, which
-    `zero.Init` has already partitioned. It is built whole and partitioned afterwards. Its batch
-    norms normalise by groups (`batch_norm.py`).
+    `zero.Init` has already partitioned; the model is built whole and partitioned afterwards. The
+    model's batch norms normalise by groups (`batch_norm.py`).
 
     Args:
         name: timm's name of the model.
