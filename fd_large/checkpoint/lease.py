@@ -54,7 +54,7 @@ _MOST_BYTES = 1 << 16
 
 
 class OwnedError(ConfigError):
-    """Error for a run folder that another start owns."""
+    """Error for a run folder that another start (launch) owns."""
 
 
 class Lease:

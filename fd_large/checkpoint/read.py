@@ -107,7 +107,9 @@ class Reader:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs an action on rank 0, and returns the result on all ranks; all ranks must call it.
+    """Runs an action on rank 0, and returns the result on all ranks.
+
+    All ranks must call this function.
 
     Raises:
         FDError: on all ranks, if the action raises an FDError or an OSError; an OSError becomes a
@@ -167,7 +169,9 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
 
 
 def _problem(path: Path, files: int) -> str:
-    """Checks a checkpoint's files, a part of them on each rank; all ranks must call it.
+    """Checks a checkpoint's files, of which each rank checks a part.
+
+    All ranks must call this function.
 
     Args:
         path: The checkpoint's folder.

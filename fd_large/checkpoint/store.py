@@ -489,7 +489,7 @@ def _is_whole(part: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder and ignores errors; the `sweep` of the next start removes what is left."""
+    """Removes a folder and ignores errors; the run's next launch removes what is left (`sweep`)."""
     with suppress(OSError):  # Even `ignore_errors` lets some through.
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -48,9 +48,9 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
 class Balanced:
     """`ImageSource` of all images of several sources, numbered one source after the other.
 
-    An epoch has as many positions as the sources have images. A source whose share is larger than
-    its fraction of the images is therefore read more than once in an epoch, and a source with a
-    smaller share only in part.
+    An epoch has as many positions as the sources have images. If the share of a source is larger
+    than the source's fraction of all images, some of these images therefore occur more than once in
+    an epoch; if the share is smaller, some do not occur.
 
     Args:
         parts: The name and share of each source, and the source itself.

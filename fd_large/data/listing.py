@@ -6,9 +6,9 @@ one rank makes it for all ranks (`meeting.py`). The file of a large dataset is k
 folder, and reused as long as the dataset's stamps (modification times of folders, sizes and
 modification times of shards) are unchanged.
 
-The file is in the safetensors format. It has the arrays `names` (the concatenated bytes of all
-names), `ends` (int64, the end of each name) and others, and a dict of facts about the dataset as
-JSON.
+The file is in the safetensors format. The file has the arrays `names` (the concatenated bytes of
+all names) and `ends` (int64, the end of each name), an array for each column of numbers, and a dict
+of facts about the dataset as JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Loads the micro-batches of a rank in order, from any step of an epoch to the epoch's end.
 
-A worker (loading process) gets only the positions of a micro-batch in the epoch's order. It
-computes which samples are at these positions, reads and decodes them, and makes the views. So no
-state of a worker can change a pixel.
+A worker (loading process) gets only the positions of a micro-batch in the epoch's order. The worker
+computes which samples are at these positions, reads and decodes the samples, and makes the views.
+So no state of a worker can change a pixel.
 
 A task provides a Dataset that turns the positions of a micro-batch, (B,) int64, into a `Batch` by
 `load_samples`, and `build_loader` makes the loader. `ViewBatches` is the Dataset of images without

@@ -1,8 +1,8 @@
 """Source of the images in tar shards at a URL, where each shard is a block that is fetched whole.
 
 Images are in the order of the shards' names, and within a shard in the order of its members. A
-truncated or damaged shard is used up to its damage. The first start fetches every shard once to
-count its images, and keeps the counts in the cache.
+truncated or damaged shard is used up to its damage. The first command that opens the shards fetches
+every shard once to count its images, and keeps the counts in the cache.
 """
 
 from __future__ import annotations

@@ -110,8 +110,9 @@ def residual_norm(
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
         copy: Data type of the second result; None for the data type of x.
-        branch_bias: (C,), the bias of the branch's last layer. It is added here, before the norm,
-            and not in that layer, so that its gradient needs no separate pass (`takes_bias`).
+        branch_bias: (C,), the bias of the branch's last layer. This function adds the bias, before
+            the norm, in place of that layer, so that the bias's gradient needs no separate pass
+            (`takes_bias`). None for no bias.
 
     Returns: the sum (B, ..., C) in the dtype of x, and the sum in the dtype `copy`, written in the
         same pass. If the dtypes are equal, the two results share memory.

@@ -50,8 +50,8 @@ def window_attention(
         shift: Offset of the windows from the map's corner, in tokens.
         scale: Factor of the logits: a number, or (h,) float32.
         cosine: Whether logits are cosines of q and k instead of dot products.
-        bias: (2, C), the biases of queries and of values. They are added here and not by the qkv
-            layer, so that their gradients need no separate pass. None means 0.
+        bias: (2, C), the biases of queries and of values. This function adds the biases in place of
+            the qkv layer, so that the biases' gradients need no separate pass. None means 0.
         table: ((2w - 1)^2, h) float32, the position bias of each offset between query and key,
             added to the logits; None without a position bias.
         memory: What the plain version does with the (N, N) attention maps until backward: "keep"
@@ -87,8 +87,8 @@ def image_attention(
         num_heads: h.
         grid: (H, W) of the patches.
         scale: Factor of the logits.
-        bias: (2, C), the biases of queries and of values. They are added here and not by the qkv
-            layer, so that their gradients need no separate pass. None means 0.
+        bias: (2, C), the biases of queries and of values. This function adds the biases in place of
+            the qkv layer, so that the biases' gradients need no separate pass. None means 0.
         table: ((2H - 1)(2W - 1), h) float32, the position bias of each offset between query and
             key, added to the logits; None without a position bias. With a class token the table has
             three rows more: for the pairs (query, key) = (CLS, patch), (patch, CLS), (CLS, CLS).

@@ -114,7 +114,7 @@ def load_queries(
 ):  # fmt: skip
     """Returns the results of `place` for a tile of queries, the scaled queries and their factors.
 
-    The factors come from `unit_factor`. The queries, with their bias, are multiplied by them.
+    The factors come from `unit_factor`. The queries with their bias are multiplied by the factors.
     """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)

@@ -71,7 +71,8 @@ class Candidate:
     def shipped_config(self) -> str:
         """Name of the DeepSpeed JSON in ds_configs/ that has the settings of `deepspeed()`.
 
-        For stage 0 it is the JSON of stage 1, which the engine turns into stage 0 on a single rank.
+        For stage 0 this is the JSON of stage 1, since the engine turns stage 1 into stage 0 on a
+        single rank.
         """
         return "zero3_hpz" if self.hpz else f"zero{max(1, self.stage)}"
 

@@ -53,8 +53,8 @@ class Product(NamedTuple):
     Attributes:
         phase: Part of the step in which the operations run.
         again: Whether the operations recompute results of the forward pass.
-        times: Number of the operations. It need not be whole, since it may be a mean over several
-            image sizes.
+        times: Number of the operations, which need not be whole, since it may be a mean over
+            several image sizes.
         flops: FLOPs of one operation.
         moved: Bytes that one operation reads and writes.
     """
@@ -101,8 +101,8 @@ class Counts:
 
     Attributes:
         products: Operations with matrix products, in groups of equal operations.
-        again: FLOPs of the recomputation of attention's logits in a fused backward. They are a part
-            of `products` that `Product.again` does not mark as recomputation.
+        again: FLOPs of the recomputation of attention's logits in a fused backward. These FLOPs are
+            a part of `products` that `Product.again` does not mark as recomputation.
         moved: Bytes that all other operations read and write, by phase.
         calls: Number of tensor operations that Python starts, views included, by phase.
         modules: Number of forwards of modules, by phase, without `blocks` and the modules in them.

@@ -3,10 +3,10 @@
 Both models see each image, and most images are easy or hard for both, so the difference of their
 scores is far more certain than either score. The interval covers two sources of variation: the
 choice of test images, by a paired bootstrap over images, and the seed of the training, by Student's
-t on the spread over seeds (Welch, since the models' spreads may differ). The squares of their half
-widths are added. Part of the variation over seeds is also in the bootstrap, which makes the
-interval slightly too wide, not too narrow. With a single seed the interval covers only the choice
-of images, and so does not show that the models differ.
+t on the spread over seeds (Welch, since the models' spreads may differ). The squares of the half
+widths of both intervals are added. Part of the variation over seeds is also in the bootstrap, which
+makes the interval slightly too wide, not too narrow. With a single seed the interval covers only
+the choice of images, and so does not show that the models differ.
 
 The interval does not cover the variation between repeated pre-trainings: it compares these two
 models, not the methods that made them.
