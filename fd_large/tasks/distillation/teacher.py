@@ -57,7 +57,7 @@ class PlacedTeacher:
         group: The process group over which the weights are sharded; None for all ranks.
 
     Attributes:
-        module: The model; its parameters are sharded unless the placement is "replicated".
+        module: The model. Its parameters are sharded if there is a DeepSpeed engine (`engine`).
         fingerprint: Hash of the weights when the teacher was built, the same for every placement.
         width: Number of channels of the map.
         projection: (Ce, width) float32, the matrix that maps a summary to an image embedding of Ce
