@@ -119,7 +119,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     Args:
         root: Folder of the images.
         folder: Folder for the caches.
-        rounds: Number of timed steps of each.
+        rounds: Number of timed steps with the teacher, and with maps of each precision.
         quick: Whether the teacher is tiny.
     """
     from engines import seconds_in_turns, zero_engine

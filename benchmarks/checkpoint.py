@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 
 def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Returns the number of parameters, and the seconds of every save by the way of saving.
+    """Returns the number of parameters, and for each way of saving the seconds of every save.
 
     Every rank has to call this function, and the seconds are those of the slowest rank.
     """

@@ -92,7 +92,9 @@ def write_images(source: Path, folder: Path, counts: Counts, *, listed: Path = L
 def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
     """Returns the training images in the list, and all test images.
 
-    Args: As for `write_images`.
+    Args:
+        source: The folder of FD_DATA, or the official archive.
+        listed: File with the hashes of the training images to use.
 
     Raises: SystemExit: if a listed image is missing.
     """
@@ -111,9 +113,9 @@ def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
 
 
 def is_held_out(folder: Path) -> np.ndarray:
-    """Returns whether each image of labelled/test is held out, (N,) bool.
+    """Returns for each image of labelled/test whether the image is held out, (N,) bool.
 
-    The order is that of the predictions of a test.
+    The images are in the order of their paths, as in the predictions of a test.
 
     Args:
         folder: The folder that `write_images` wrote.

@@ -204,6 +204,6 @@ def _percent(row: Mapping[str, Any], *, held_out: bool) -> np.ndarray:
 
 
 def _tested(row: Mapping[str, Any]) -> np.ndarray:
-    """Returns whether a row classified each test image correctly, (rates, seeds, N) bool."""
+    """Returns for each test image whether a row classified it correctly, (rates, seeds, N) bool."""
     tested: np.ndarray = row["right"][..., ~row["held_out"]]
     return tested

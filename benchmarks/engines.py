@@ -19,7 +19,13 @@ from fd_large.tasks.distillation.job import DistillationJob
 
 
 def job_of(run: Run, *, persistence_threshold: int = 0) -> DistillationJob:
-    """Returns the job of a run, whose teacher is built in the run's precision."""
+    """Returns the job of a run, with the teacher built in the run's precision.
+
+    Args:
+        run: The recipe.
+        persistence_threshold: Number of elements up to which a tensor of a sharded teacher stays
+            whole on every rank.
+    """
     job = DistillationJob(run)
     job.build(
         bfloat16=ds.computes_in_bfloat16(run.engine.precision),

@@ -89,12 +89,17 @@ def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
 
 
 def memory(file: Path) -> dict[str, Any]:
-    """Returns the memory that the allocator reserves beyond its peak use, and the growth.
+    """Returns figures on memory that torch's allocator reserved but did not need.
 
-    The result is {} if there are too few samples.
+    Only the second half of the samples counts, since models are built in the first half.
 
     Args:
-        file: The samples of gpu_train.py, a line for each.
+        file: The samples of gpu_train.py, a line for each: [seconds, allocated bytes, reserved
+            bytes].
+
+    Returns: `held_in_vain_gigabytes`, which is the last reserved number less the largest allocated
+        one, in GB; and `memory_growth`, by which the largest reserved number grows from the first
+        half of these samples to the second, as a fraction. {} if there are too few samples.
     """
     if not file.exists():
         return {}

@@ -114,7 +114,10 @@ class Started:
 def save(folder: Path, ranks: int, flags: list[str]) -> None:
     """Prints how long training waits for saves, and whether a killed run resumes with equal losses.
 
-    Args: As for `Started`.
+    Args:
+        folder: Folder for the run's folder and the output of its processes.
+        ranks: Number of ranks.
+        flags: Flags of `train`.
     """
     flags = [*flags, "--runtime.keep_last", "1"]
     checkpoints = folder / "run/checkpoints"
@@ -123,12 +126,15 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
         return max((int(path.name[5:]) for path in checkpoints.glob("step_????????")), default=0)
 
     def goes_on(ranks: int) -> tuple[int, dict[int, float], float]:
-        """Resumes the run for two steps.
+        """Resumes the killed run for two steps.
 
-        Returns: the step of the checkpoint, {step: loss} of steps that the killed run had made, and
-            the seconds until the second step.
+        Args:
+            ranks: Number of ranks of the resumed run.
 
-        Raises: SystemExit: if the resumed run has made none of these steps.
+        Returns: the step of the checkpoint; {step: loss} of the resumed run, for steps that the
+            killed run had made, too; and the seconds until the second step.
+
+        Raises: SystemExit: if the resumed run has made no step that the killed run had made.
         """
         began, rows = step_of(), folder / "run/metrics.jsonl"
         # The killed run's rows of later steps would be taken for this start's.
@@ -168,9 +174,12 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
 
 
 def lost(folder: Path, ranks: int, flags: list[str]) -> None:
-    """Prints how a run ends after its last rank was suspended, and after it was killed.
+    """Prints how a run ends after the last rank was suspended, and after that rank was killed.
 
-    Args: As for `Started`.
+    Args:
+        folder: Folder for the folders of the two runs and the output of their processes.
+        ranks: Number of ranks.
+        flags: Flags of `train`.
     """
     flags = [*flags, "--runtime.save_every", "100000", "--fresh"]
     flags += ["--runtime.watchdog_seconds", str(HUNG)]

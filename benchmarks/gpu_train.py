@@ -41,7 +41,11 @@ _fill, _for_deepspeed = initialization.fill, config.for_deepspeed
 def repeated(parameter: Tensor, draw: initialization.Draw, fan_in: int | None = None) -> None:
     """Fills a parameter with repetitions of the first `DRAWN` random numbers.
 
-    Args: As those of `initialization.fill`.
+    Args:
+        parameter: Tensor of any shape, float dtype and device.
+        draw: Distribution of the values.
+        fan_in: Number of inputs of the layer, for "fan_in_uniform". None: `parameter` is a weight
+            (out, ...), and its number of elements per output is used.
     """
     if parameter.is_meta or parameter.numel() <= DRAWN or draw.kind == "constant":
         _fill(parameter, draw, fan_in)
@@ -58,9 +62,10 @@ def clocked(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def note_memory(file: Path) -> None:
-    """Adds the memory of this process's GPU to a file, twice a second, until the process ends.
+    """Adds the GPU memory of this process to a file, twice a second, until the process ends.
 
-    Without a GPU, the resident memory of the process is added instead.
+    A line is [seconds since the start, allocated bytes, reserved bytes]. Without a GPU, both
+    numbers of bytes are the resident memory of the process.
     """
     process, begin = psutil.Process(), time.time()
     while True:

@@ -101,7 +101,7 @@ def parse(parser: argparse.ArgumentParser, *, quick: dict[str, Any]) -> argparse
 def turns(names: Sequence[Any], rounds: int) -> Iterator[list[Any]]:
     """Yields the order of names in each round.
 
-    Each round starts one name later, so that no contender always follows the same other one first.
+    Each round begins with the next name of the list, so that no contender is always the first.
     """
     for turn in range(rounds):
         first = turn % len(names)
@@ -119,7 +119,7 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """Returns the `spread` of the ratios above / below, each of two samples of the same round."""
+    """Returns the `spread` of the ratios above[i] / below[i], where i is the number of a round."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 

@@ -141,7 +141,7 @@ def build(name: str, run: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def phases(now: list[str]) -> Iterator[None]:
-    """Keeps the name of the running part of a step in `now[0]` during the block.
+    """Writes to `now[0]` which part of a step is running, during the block.
 
     The parts are "teacher", "forward", "backward" and "update".
     """

@@ -171,7 +171,12 @@ def swinv2_block(
 def vit_block(width: int, heads: int, side: int, device: str, images: int) -> BlockCase:
     """Returns a block of the paper's ViT student, with shared relative positions and LayerScale.
 
-    Args: As for `swinv2_block`.
+    Args:
+        width: Number of channels.
+        heads: Number of heads.
+        side: Side of the map in tokens.
+        device: The device.
+        images: Number of images.
     """
     from fd_large.backbones.vit.vit import ViT
 

@@ -161,7 +161,13 @@ class Counter(Recorder):
     ) -> None:
         """Adds a row for an operation, or a row for each kernel of a fused operation.
 
-        Args: As those of `Recorder.record`.
+        Args:
+            func: The overload that was called.
+            known: The name of `func`, its FLOP formula, and which tensors it changes or creates.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            outs: Tensors of the result.
+            out: Result of the call.
         """
         if func.namespace == "fd_large":
             self._launch(known.name, args, kwargs)
@@ -232,7 +238,9 @@ Proof = Callable[[str, dict[str, Any]], bool]
 
 
 def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
-    """Returns a function of an operation and its case, which tells whether fused kernels count.
+    """Returns a function that decides whether an operation counts as fused.
+
+    The arguments of the function are the operation's name and its case (sizes and dtypes).
 
     Args:
         recorded: The cases of kernels_aot.json.

@@ -131,8 +131,10 @@ def _start(
     """Starts a run, and kills the run when a number of steps are made and saved.
 
     Args:
-        command, flags, package: As for `measure`.
+        command: Command that starts this file on ranks.
+        flags: Flags of train.py.
         folder: Folder for the run's folder and the output.
+        package: The checkout whose package is used.
         steps: Number of steps of the run, including those of earlier starts.
 
     Returns: the seconds of each part until the last of these steps.

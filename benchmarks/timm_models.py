@@ -236,7 +236,7 @@ def known(work: Path, task: str) -> dict[str, dict[str, Any]]:
 
     Args:
         work: The file.
-        task: The task of the answers.
+        task: Test that gave the answers, "shapes", "numbers" or "student".
     """
     lines = work.read_text().splitlines() if work.exists() else []
     answers = [json.loads(line) for line in lines]
@@ -249,7 +249,7 @@ def ask(task: str, names: list[str], work: Path) -> None:
     A name at which a child crashes gets the exit code as its answer.
 
     Args:
-        task: The task.
+        task: Test, "shapes", "numbers" or "student".
         names: The names of models.
         work: The file of answers.
     """

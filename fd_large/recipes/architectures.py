@@ -108,8 +108,9 @@ else:
 def by_name(name: str) -> FamilyArchitecture | None:
     """Returns the model of a name, or None for an unknown name.
 
-    A name is known if it is in the table or has a family's prefix. Whether the library of that
-    family has the model is checked when the model is built.
+    A name is known if it is in the table or begins with a family's prefix, as in `timm:NAME`.
+    Whether the library or the file behind a prefix has the model is checked when the model is
+    built.
     """
     for family in FAMILIES.values():
         if family.prefix and name.startswith(family.prefix):
@@ -129,9 +130,10 @@ def split_model(source: str) -> tuple[str, str]:
 
 
 def name_of(architecture: FamilyArchitecture) -> str:
-    """Returns the name of a model in the table or in its library, or else of its family.
+    """Returns a model's name in the table, or else with a family's prefix (`timm:NAME`).
 
-    A model with another image size has the name of the model in the table.
+    A model that differs from one in the table by the image size alone has the same name. If the
+    model is not in the table and the family has no prefix, the result is the family's name.
     """
     for name, model in ARCHITECTURES.items():
         same = name not in FAMILIES and type(model) is type(architecture)
@@ -168,8 +170,10 @@ def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
 def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {field: value} in which a section's model differs from the model of its name.
 
+    The result is {} if the section is not valid, or the table does not have a model of the name.
+
     Args:
-        section: The model's section of recipe.json, whose name is that of `full_name`.
+        section: The model's section of recipe.json. The model's name is `full_name(section)`.
     """
     model, named = model_of(section), by_name(full_name(section))
     return set_fields(overrides(model, named)) if model and named else {}
@@ -181,7 +185,7 @@ def changed_words(section: Mapping[str, Any]) -> str:
     The text is "" if the model is unchanged.
 
     Args:
-        section: See `changed_fields`.
+        section: The model's section of recipe.json.
     """
     words = {
         name: " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -194,8 +198,8 @@ def image_side_of(section: Mapping[str, Any], image_size: int) -> int:
     """Returns the side of a teacher's images in pixels, or 0 if the section does not tell.
 
     Args:
-        section: The teacher's section; see `changed_fields`.
-        image_size: Side of the student's images.
+        section: The teacher's section of recipe.json.
+        image_size: Side of the student's images in pixels.
     """
     side = section.get("teacher_image_size")
     if not isinstance(side, int):  # The size follows from the two grids, or from another section.
@@ -273,7 +277,7 @@ def set_fields(section: Architecture) -> dict[str, Any]:
 
 
 def filled(first: Architecture, second: Architecture) -> Architecture:
-    """Returns the first section, in which unset fields have the values of the second section."""
+    """Returns a copy of the first section, with its unset fields (None) taken from the second."""
     return Architecture(**set_fields(second) | set_fields(first))
 
 

@@ -29,10 +29,10 @@ def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
     """Whether a value from a foreign configuration is acceptable for a model's field.
 
     Args:
-        value: The value. Accepted are None, a bool, a bounded number, a short text, and a short
-            list of these.
-        counts_blocks: Whether the value is a number of blocks, or a list of such numbers, which
-            has to be of whole numbers with a bounded sum.
+        value: The value. None, a bool, a bounded number, a short text, and a short list of these
+            are accepted.
+        counts_blocks: Whether the value is a number of blocks, or a list of numbers of blocks. Then
+            only whole numbers from 0 with a bounded sum are accepted.
     """
     several = value if isinstance(value, list) else [value]
     if counts_blocks:

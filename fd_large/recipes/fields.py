@@ -28,9 +28,9 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
     Args:
         cls: The dataclass.
         prefix: Prefix of all names.
-        like: Full name of a field that the user typed, such as "teachers.clip.model". A field of
-            the type dict[str, Section] gets one entry, whose name is taken from it ("clip"), or is
-            NAME if it has none.
+        like: Full name of a field that the user typed, such as "teachers.clip.model". For a field
+            of the type dict[str, Section], the names of one entry are returned. The key of this
+            entry is taken from `like` ("clip"), or is NAME if `like` names no entry.
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
@@ -246,7 +246,14 @@ def at_least(where: str, value: int, least: int, unit: str) -> None:
 
 
 def is_name(where: str, text: str) -> None:
-    """Raises ConfigError unless a text can be the name of a folder, which a path cannot."""
+    """Raises ConfigError unless a text can be the name of a folder.
+
+    A path with slashes, a name that begins with a dot, and an empty text are refused.
+
+    Args:
+        where: The field or the flag, for the message.
+        text: The text.
+    """
     is_trimmed = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
     require(
         bool(text) and is_trimmed and not {"/", "\\"} & set(text),
@@ -272,7 +279,7 @@ def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value for JSON, with lists in place of tuples inside of nested dicts."""
+    """Returns a value for JSON: nested dicts in which each tuple is replaced by a list."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value

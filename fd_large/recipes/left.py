@@ -20,7 +20,7 @@ class Left(NamedTuple):
 
     Attributes:
         version: The first version without the field.
-        idle: Value of the field that turned it off.
+        idle: Value with which the field had no effect.
         remedy: A sentence on what to do instead.
     """
 

@@ -48,7 +48,7 @@ def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
 
 
 def _named(make: Callable[[], Run]) -> Callable[[], Run]:
-    """Returns a recipe's function, whose run has the name of the function."""
+    """Decorates the function of a recipe, so that the run is named after the function."""
 
     @wraps(make)
     def recipe() -> Run:

@@ -389,16 +389,19 @@ class Run:
     def with_fields(self, values: Mapping[str, Any], *, stay: Collection[str] = ()) -> Run:
         """Returns the run with other values of some fields.
 
-        Some values reset fields of the run: a model of another family those of the run's model,
-        another task those of the run's task, and other weights of a teacher the teacher's model.
-        Named teachers replace the run's single teacher. A new named student starts from the run's
-        section `student`. Some fields follow others (`Optim.implied`).
+        Some values reset other fields to their defaults. With a model of another family, the fields
+        of the old model are reset; with another task, the sections that only the old task reads;
+        and with other weights of a teacher, the teacher's model. Named teachers replace the run's
+        single teacher. A new named student starts from the run's section `student`. Some fields
+        change with others, as the end of the learning rate with the peak (`Optim.implied`).
 
         Args:
             values: The values by full name, {"optim.base_lr": 1e-4, ...}.
-            stay: Names of fields that do not follow others.
+            stay: Full names of fields that do not change with others.
 
-        Raises: ConfigError: as `override`, or if the task cannot be imported.
+        Raises:
+            ConfigError: If a field does not exist or has an invalid value, or if the task cannot be
+                imported.
         """
         base = self
         task = values.get("task.name", self.task.name)
@@ -428,7 +431,7 @@ class Run:
             stored: The stored run, as a result of `to_dict`.
 
         Returns: {"optim.base_lr": (stored value, new value), ...}.
-        Raises: ConfigError: as `from_dict`.
+        Raises: ConfigError: if the stored run has an unknown or invalid field.
         """
         kind, before = self.task.kind(), Run.from_dict(stored)
         free = _MAY_CHANGE | set(kind.may_change if kind else ())
@@ -457,11 +460,14 @@ class Run:
         }
 
     def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the entries of `changes_since` for fields that weights cannot complete later.
+        """Returns the changes since a stored run that are certain before weights are read.
 
-        For a task of the user's own, which may complete any field, the result is empty.
+        These are the entries of `changes_since` without fields that may later be completed from
+        weights, such as the model. For a task of the user's own, which may complete any field, the
+        result is empty.
 
-        Args: As `changes_since`.
+        Args:
+            stored: The stored run, as a result of `to_dict`.
         """
         if self.task.name not in TASKS:  # A job of the user's own may complete any field.
             return {}
@@ -580,14 +586,16 @@ def _with_other_model(
 
 
 def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) -> dict[str, float]:
-    """Returns learning rates at the schedule's ends for students with a peak rate of their own.
+    """Returns {full name: learning rate} for students whose own peak rate is among new values.
 
-    The ratio of these rates to the peak is that of the section `optim`.
+    The rates are those at the start of the warm-up and at the end of the schedule. Their ratios to
+    the student's peak are those in the section `optim`.
 
     Args:
         optim: The recipe's section `optim`.
-        values: Values of fields by full name.
-        named: Full names of fields that do not follow others.
+        values: The new values of fields, by full name.
+        named: Full names of fields that do not change with others. A rate is left out if this set
+            has the rate's own field, or the field of this rate in `optim`.
     """
     ending = ".base_lr"
     peaks = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}

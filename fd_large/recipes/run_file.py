@@ -163,7 +163,7 @@ def run_of(
         recipe: Name of the recipe to change if the values have no `name`.
         named: Whether the user chose `recipe`, which then takes precedence over `name`.
         mistakes: List to which a line for each mistake is added; None to raise an error instead.
-        refused: Set to which the names of refused values are added; see `accepted`.
+        refused: Set to which the full names of refused values are added; None to drop them.
 
     Returns: the recipe, or None if a mistake prevents making one.
 

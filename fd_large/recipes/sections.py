@@ -121,10 +121,12 @@ class Student:
     def without_rules_unknown_to(
         self, architecture: FamilyArchitecture, *, unchanged: Collection[str] = ()
     ) -> Student:
-        """Returns the section in which the fields of `SIZE_FIELDS` that a family lacks are reset.
+        """Returns the section with the defaults of those fields that have no use for a model.
+
+        Only the fields in `SIZE_FIELDS` are reset.
 
         Args:
-            architecture: A model of the family.
+            architecture: The model.
             unchanged: Names of fields that keep their values in any case.
         """
         usual = Student(model=self.model).sizes()
@@ -468,12 +470,12 @@ class Optim:
     def implied(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Returns values of fields that follow from changed fields, such as {"optim.min_lr": 1e-6}.
 
-        If base_lr changes, the learning rates at both ends of the schedule keep their ratio to it.
-        If the warm-up would be longer than the changed number of epochs, it keeps its share of the
-        run.
+        If base_lr changes, the learning rates at both ends of the schedule keep their ratios to
+        base_lr. If the changed number of epochs does not exceed the epochs of warm-up, the warm-up
+        keeps its share of the run.
 
         Args:
-            values: The changed fields by full name, which do not follow others.
+            values: The changed fields, {full name: value}. These fields are not in the result.
         """
         following: dict[str, float] = {}
         peak = values.get("optim.base_lr")

@@ -299,7 +299,14 @@ def _agglomerative(
     image_size: int,
     rates: tuple[float, float, float] = VIT_RATES,
 ) -> Run:
-    """Returns a distillation of several teachers, with the settings of the published ones."""
+    """Returns a distillation of several teachers, with the settings of all recipes of ours.
+
+    Args:
+        student: The section of the student.
+        teachers: The teachers by name.
+        image_size: Side of the crops in pixels.
+        rates: Learning rates per 512 images: peak, start of the warm-up, and end.
+    """
     base_lr, warmup_lr, min_lr = rates
     return Run(
         name=UNNAMED,

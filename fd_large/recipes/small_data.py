@@ -156,7 +156,11 @@ def fitted_fields(run: Run) -> tuple[str, ...]:
 def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> dict[str, Any]:
     """Returns the fitted values by full name, without fields that the user set.
 
-    Args: As for `fit`.
+    Args:
+        run: The run.
+        images: Facts about the run's images.
+        ranks: Number of ranks.
+        named: Full names of the fields that the user set.
     """
     held_out: dict[str, Any] = {}
     if "eval.root" not in named and "data.val_fraction" not in named:
@@ -208,8 +212,12 @@ def _steps_an_epoch(run: Run, images: Images) -> int:
 def _rate(run: Run, batch: int) -> dict[str, float]:
     """Returns the learning rates by the full names of their fields.
 
-    The values are rates per 512 images, chosen so that the peak rate at this batch size is the rate
-    in `PEAKS`.
+    The values are rates per 512 images, chosen so that the peak rate of a step is the rate in
+    `PEAKS`.
+
+    Args:
+        run: The run, whose student's kind of model selects the rate in `PEAKS`.
+        batch: The global batch size.
     """
     base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
     return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}

@@ -56,8 +56,13 @@ def run_of_checkpoint(path: str | Path) -> Path:
 def read_recipe(folder: str | Path, *, where: str) -> Run:
     """Returns the recipe of a run.
 
-    Args: As `recipe_file`.
-    Raises: ConfigError: if the folder has no recipe, or the recipe cannot be read.
+    Args:
+        folder: Folder of the run.
+        where: The command, for messages.
+
+    Raises:
+        ConfigError: If the folder is not a run's, or is the common folder of several students, or
+            if the recipe cannot be read.
     """
     path = recipe_file(folder, where=where)
     recipe = read_json(path, where=where, holds=dict, remedy=_REMEDY)
@@ -90,12 +95,12 @@ def require_same_settings(run: Run) -> None:
 
 
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
-    """Returns a run in which fields that follow others have their values of the stored run.
+    """Returns a run with those values of the stored run that were not set but computed.
 
-    The ends of the learning rate schedule and the warm-up have their stored values if base_lr is
-    the same, since they did not follow base_lr in runs of earlier versions. Fields that were fitted
-    to the images (`small_data.fit`) have their stored values, too. Without a stored run, the run is
-    returned unchanged.
+    If base_lr is the same, the rates at the ends of the schedule and the warm-up are taken from the
+    stored run, since runs of earlier versions computed them in another way. Fields that were fitted
+    to the images (`small_data.fit`) are taken from it, too. Without a stored run in the folder
+    `run.run_dir()`, the run is returned unchanged.
 
     Args:
         run: The run that the user requests now.

@@ -59,7 +59,8 @@ class TaskKind:
             far as possible without torch; None if names are only checked when objects are built.
         metrics: Function from a recipe to the labels of its metrics, {"SET/METRIC": label}, as
             `TrainingJob.metrics`; None if only the job knows them.
-        lower_is_better: As `TrainingJob.lower_is_better`, for commands without torch.
+        lower_is_better: The METRICs of `metrics` for which lower is better, for commands without
+            torch; for all others, higher is better.
         next_steps: Suggested commands after a run, each as a reason and arguments. In the
             arguments, {run} stands for the run's folder, {data.root} for its images, {library} for
             a format that can hold the student, and {teachers} for RUN#NAME of each teacher.
