@@ -80,7 +80,7 @@ def test_what_is_another_users_is_not_believed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     entries, reason = read()
     assert not entries
-    assert f"user {owner}" in reason
+    assert f"owner {owner}" in reason
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "dangling"])

@@ -170,7 +170,7 @@ def test_only_rank_0_looks_at_the_shards(tmp_path, shards, monkeypatch, cache):
     [
         ("shard_good.tar", 4, None),
         ("shard_mixed.tar", 4, None),  # Two of them are found bad when they are decoded.
-        ("shard_cut.tar", 3, "the member at byte 28160 has 3993 of 7986 bytes; 3 "),
+        ("shard_cut.tar", 3, "the member at byte 28160 has 3993 of 7986 bytes; the 3 "),
         ("shard_bad_checksum.tar", 2, "the header at byte 18944 is damaged"),
     ],
 )

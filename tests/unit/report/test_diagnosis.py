@@ -210,9 +210,9 @@ def test_what_can_be_compared_is_said() -> None:
         model("c", layers, other, left_out="its objective is left out: gone"),
     ]
     said = notes(models)
-    assert "cross-entropy of a and b: can be compared." in said
-    assert "cross-entropy of c: can be compared with no other here." in said
-    assert "change of its own map of a, b and c: can be compared." in said
+    assert "cross-entropy of a and b can be compared." in said
+    assert "cross-entropy of c can be compared with no other here." in said
+    assert "change of its own map of a, b and c can be compared." in said
     assert "c: its objective is left out: gone" in said
     assert any(words.startswith("c: compare its score with that of a, with") for words in said)
     assert any("c: no run with relative positions" in words for words in notes(models[1:]))
