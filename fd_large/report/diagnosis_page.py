@@ -36,7 +36,7 @@ SENTENCES = {
         "The cosine between the attention maps of two heads of a layer, averaged over pairs of "
         "heads and over images: for whole maps, and (dashed) for attention among patches, without "
         "CLS and other prefix tokens. At 1 all heads do the same; where all heads attend to CLS, "
-        "their whole maps are alike. Grey is the deep third of the layers, in which the paper's "
+        "their whole maps are alike; grey is the deep third of the layers, in which the paper's "
         "students have more diverse heads than a CLIP teacher.",
     ),
     "average_attention": (
@@ -57,13 +57,13 @@ SENTENCES = {
     ),
     "landscape": (
         "Loss landscapes, curves",
-        "The loss as the weights move along random directions; at step 1 each filter has moved by "
-        "its own norm. A line is the mean over batches along one direction, its band the standard "
-        "deviation between batches of the change in loss, and the dot the model itself. Flat "
-        "around the dot means that small changes of the weights do little harm. Panels of a row "
-        "whose losses can be compared (see the list below the table) have vertical axes that "
-        "cover equally large ranges; the panel of a model that is far steeper or flatter than the "
-        "others says so. Losses of different rows cannot be compared.",
+        "The loss as the weights move along random directions (at step 1 each filter has moved by "
+        "its own norm): a line is the mean over batches along one direction, its band the "
+        "standard deviation between batches of the change in loss, and the dot the model itself. "
+        "Flat around the dot means that small changes of the weights do little harm; panels of a "
+        "row whose losses can be compared (see the list below the table) have vertical axes that "
+        "cover equally large ranges (the panel of a model that is far steeper or flatter than the "
+        "others says so), and losses of different rows cannot be compared.",
     ),
     "landscape_map": (
         "Loss landscapes, maps",

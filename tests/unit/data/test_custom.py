@@ -157,7 +157,8 @@ def test_what_is_no_source(own, tmp_path, name, error, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("Floats", "float64"), ("Few", "got label 11"), ("Lost", "OSError: no labels")]
+    ("name", "words"),
+    [("Floats", "float64"), ("Few", "got label 11"), ("Lost", "OSError: no labels")],
 )
 def test_what_are_no_labels(own, name, words):
     with pytest.raises(DataError, match=words):
