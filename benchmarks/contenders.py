@@ -77,7 +77,7 @@ def share(
         width: Channels of the first stage; 0 for the model's own.
         image_size: Side of the images in pixels.
         micro_batch: Images per rank.
-        precision: As engine.precision.
+        precision: Value of engine.precision.
         peer_repo: A checkout of Feature-Distillation, or None.
     """
     run = registry.get("fd_esvit_swin_base")

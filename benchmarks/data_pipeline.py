@@ -50,7 +50,8 @@ PIL = "PIL, folder"
 def ours(root: str) -> Callable[[int], int]:
     """Returns a pipeline of this package's loader, without loader processes.
 
-    A pipeline reads all images in the order of an epoch, and returns their number.
+    A pipeline is a function of the epoch, which reads all images in the epoch's order and returns
+    the number of images.
 
     Args:
         root: The images, as data.root.
@@ -145,7 +146,7 @@ def bucket(folder: Path) -> Iterator[str]:
 
 
 def pil_transform() -> transforms.Compose:
-    """Returns the usual training transform of PIL images, from an image to a tensor."""
+    """Returns a random resized crop and a random flip, from a PIL image to a float32 tensor."""
     return transforms.Compose([
         transforms.RandomResizedCrop(SIZE, scale=(MIN_SCALE, 1.0)),
         transforms.RandomHorizontalFlip(),
@@ -154,7 +155,11 @@ def pil_transform() -> transforms.Compose:
 
 
 def pil(root: str) -> Callable[[int], int]:
-    """Returns a pipeline of PIL and torchvision, with batches of the same size."""
+    """Returns a pipeline of PIL and torchvision, with batches of `BATCH` images.
+
+    Args:
+        root: Folder of the images (.JPEG).
+    """
     paths = sorted(path for path in Path(root).rglob("*.JPEG"))
     transform = pil_transform()
 

@@ -76,7 +76,7 @@ class Started:
         return rows
 
     def log(self) -> str:
-        """Returns the text that rank 0 has logged since this start."""
+        """Returns the text that rank 0 has logged since this object started the run."""
         logged = self.log_file.read_bytes() if self.log_file.exists() else b""
         return logged[self.logged_before :].decode(errors="replace")
 

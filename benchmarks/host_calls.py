@@ -74,7 +74,7 @@ def the_run(model: str, blocks: int, *, placement: str, checkpoints: bool) -> An
     Args:
         model: The kind of blocks, a key of `MODELS`.
         blocks: Number of blocks.
-        placement: As teacher.placement.
+        placement: Value of teacher.placement.
         checkpoints: Whether every block of the student is checkpointed.
     """
     from fd_large.ranks import distributed

@@ -32,8 +32,9 @@ NEEDED = ("models/feature_distillation.py", "models/esvit.py", "optimizer.py")
 def build_peer(setting: Setting) -> Step:
     """Returns the step of the official code, with models of the setting's sizes.
 
-    Raises: Unavailable: if the path is not such a checkout, a package that it imports is missing,
-        or it cannot build the student.
+    Raises:
+        Unavailable: If `setting.peer_repo` is no checkout of Feature-Distillation, a package that
+            the official code imports is missing, or the code cannot build the student.
     """
     assert setting.peer_repo is not None
     for name in NEEDED:

@@ -220,7 +220,10 @@ class Proof:
         return differences
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Returns the content of a JSON file with paths relative to the work folder, or {}."""
+        """Returns the content of a JSON file, with paths relative to the work folder.
+
+        The result is {} if the file does not exist.
+        """
         if not path.is_file():
             return {}
         return json.loads(path.read_text().replace(f"{self.work}/", ""))

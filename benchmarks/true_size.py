@@ -400,8 +400,9 @@ def follow(process: subprocess.Popen, folder: Path, until: Any) -> None:
         folder: Folder of the process's record and output.
         until: Function that returns whether the condition holds.
 
-    Raises: SystemExit: with the end of the output, if the process ends before the condition holds,
-        or records nothing for `PATIENCE` seconds.
+    Raises:
+        SystemExit: With the end of the output, if the process ends before the condition holds, or
+            records nothing for `PATIENCE` seconds.
     """
     shown, since = len(notes_of(folder)), time.time()
     try:

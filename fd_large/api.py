@@ -148,7 +148,8 @@ def recipe(name: str, **fields: Any) -> Run:
 
     Args:
         name: One of `fd_large.RECIPES`.
-        **fields: See `distill`.
+        **fields: The changed fields: a section with a dict, optim={"max_steps": 20}, or full
+            names, **{"optim.max_steps": 20}.
 
     Raises: FDError: with one line for each mistake.
     """
@@ -390,7 +391,11 @@ def _listed(value: Any) -> Any:
 
 
 def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds fields to `values`, by full names.
+    """Adds fields of a recipe to `values`, under their full names (section.field).
+
+    Args:
+        values: The fields so far, nested by section or by full names.
+        more: The fields to add, in the same form.
 
     Raises: ConfigError: for a field that `values` already has.
     """

@@ -245,8 +245,13 @@ _NEAREST, _LISTED = 3, 40
 def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." if no known name is close.
 
-    If no name is spelled alike, known names that contain the mistyped name count as close, as
-    `optim.base_lr` for `lr`. `before` is a prefix of each name in the message.
+    If no name is spelled alike, known names that contain the mistyped name count as close, for
+    example `optim.base_lr` for `lr`.
+
+    Args:
+        name: The mistyped name.
+        names: The known names.
+        before: Text that is put before each name in the message, such as "--".
     """
     known = sorted(names)
     close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)

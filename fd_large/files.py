@@ -160,8 +160,9 @@ def kind_of(
         where: The field that the user set, or the command; "" if unknown.
         of: Class of the raised error.
 
-    Raises: FDError: if the file system refuses the path, as for a folder without permission or a
-        name that is too long; or if the path is empty or contains a NUL.
+    Raises:
+        FDError: If the file system refuses the path, as for a folder without permission or a name
+            that is too long; or if the path is empty or contains a NUL.
     """
     if not os.fspath(path):
         raise of(

@@ -47,8 +47,8 @@ def environ_of_program() -> dict[str, str]:
 def without(*packages: str) -> Iterator[None]:
     """Makes imports of some packages fail within the block, as if they were not installed.
 
-    Libraries import optional packages that few users need, and each takes seconds. A package that
-    is already imported stays.
+    Libraries import optional packages that few users need, and importing such a package takes
+    seconds. A package that is already imported can still be imported in the block.
 
     Args:
         packages: Names of the packages.

@@ -41,7 +41,7 @@ def costs_of(
     is divided among them in proportion to their FLOPs.
 
     Args:
-        job: The job of a settled recipe with fixed views.
+        job: The job of a recipe with fixed views, after `settle`.
         load: FLOPs and bytes of the workload on the card.
         rates: Rates of the card.
         images: Number of images of the dataset.

@@ -297,7 +297,10 @@ def collective_variables() -> Finding:
 
 
 def _named(variable: str) -> list[str]:
-    """Returns the interfaces in an environment variable; none if it excludes them by a `^`."""
+    """Returns the network interfaces that an environment variable selects.
+
+    The result is [] if the value begins with `^`, which excludes the interfaces after it.
+    """
     text = os.environ.get(variable, "")
     return [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
 
@@ -308,7 +311,8 @@ def _named(variable: str) -> list[str]:
 def state_disk(folder: str) -> Finding:
     """Checks a folder for `engine.nvme_path`.
 
-    The disk stores 16 bytes of state for each parameter, and a step reads or writes 32 bytes.
+    For each parameter, the disk stores 16 bytes of state, and a step moves 32 bytes (read and
+    written together).
     """
     if not folder:
         return Finding("no folder given; --nvme_path FOLDER checks one", "-")

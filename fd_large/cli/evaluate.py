@@ -97,7 +97,7 @@ def with_flags_of(task: str) -> type[Evaluate]:
     or of an installed plugin, a subclass adds its flags.
 
     Args:
-        task: As `--task`.
+        task: Value of `--task`.
 
     Raises: ConfigError: if the protocol does not exist.
     """
@@ -119,7 +119,7 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
 
     Args:
         models: The user's names of the models.
-        task: As `--task`.
+        task: Value of `--task`.
 
     Returns: the recipe; or None if another protocol measures, or the recipe cannot be read, which
         `evaluate` reports.

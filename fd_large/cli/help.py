@@ -59,7 +59,7 @@ def section_named(typed: str, task: type[Task]) -> str:
 
     Args:
         typed: Text after --help.
-        task: As in `sections_of`.
+        task: Class of the section `task`.
     """
     known = sections_of(task).keys() | {ALL}
     name = typed.replace("-", "_")
@@ -94,7 +94,7 @@ def print_sections(kind: type, command: str, base: Run, task: type[Task], sectio
         kind: The dataclass of the command's own arguments, which are printed as well for `ALL`.
         command: Name of the command.
         base: The recipe.
-        task: As in `sections_of`.
+        task: Class of the section `task`; a task of the user's own adds a subsection to it.
         section: A key of `sections_of`, or `ALL`.
     """
     import tyro
@@ -127,7 +127,7 @@ def print_overview(
         kind: The dataclass of the command's own arguments.
         command: Name of the command.
         base: The recipe whose values are shown, and whose task decides which sections are listed.
-        task: As in `sections_of`.
+        task: Class of the section `task`; a task of the user's own adds a subsection to it.
         often: {flag: description}, of the command's own flags and of fields of the recipe.
     """
     sections, read = sections_of(task), _read_by(base.task)

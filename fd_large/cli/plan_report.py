@@ -57,7 +57,10 @@ def report(
 
     Args:
         run: The recipe.
-        load, machine, good, bad: As `plan` returns them.
+        load: FLOPs and bytes of a step.
+        machine: The hardware for which the run is planned.
+        good: The settings that fit, with the best one first.
+        bad: The settings that do not fit.
         images: Number of images of the dataset, which decides the steps of an epoch.
         rows: Largest number of rows of each table, of settings that fit and of those that do not.
         narrow: Whether the table omits columns that the lines after it repeat.

@@ -72,8 +72,9 @@ def predict(
         out: Folder for predictions.json and the drawn images.
         score: Least score of an object that is drawn and written; None for `LEAST_SCORE`.
 
-    Raises: FDError: if the run or an image does not exist, if the run's task has no predictions, or
-        if `score` is given and the task's predictions have no scores.
+    Raises:
+        FDError: If the run or an image does not exist, if the run's task has no predictions, or if
+            `score` is given and the task's predictions have no scores.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()

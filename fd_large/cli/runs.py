@@ -124,8 +124,9 @@ def _reason(files: RunFiles) -> str:
 def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
     """Returns the runs that meet all conditions of the form FIELD=VALUE.
 
-    Raises: ConfigError: if a condition has another form, no run has the field, or the field is
-        `state` and its value is no state of a run.
+    Raises:
+        ConfigError: If a condition has another form, no run has the field, or the field is `state`
+            and its value is no state of a run.
     """
     chosen = runs
     for word in conditions:

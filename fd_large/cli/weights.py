@@ -82,8 +82,9 @@ def inspect(source: str, model: str) -> int:
         source: The source, or MODEL=SOURCE.
         model: Name of the model to compare with; "auto" for the model that the weights show.
 
-    Raises: ConfigError: if the user's own code is named, which is not imported here, or both
-        `source` and `model` name a model.
+    Raises:
+        ConfigError: If the user's own code is named, which is not imported here, or both `source`
+            and `model` name a model.
     """
     named, source = split_model(source)
     if named and model != "auto":

@@ -85,8 +85,9 @@ def embed(
 
     Returns: the number of rows of the table.
 
-    Raises: FDError: if the feature does not exist, if more than one in a hundred images cannot be
-        decoded, or if FILE.parts/ holds chunks that were extracted with other settings.
+    Raises:
+        FDError: If the feature does not exist, if more than one in a hundred images cannot be
+            decoded, or if FILE.parts/ holds chunks that were extracted with other settings.
     """
     (subject,) = subjects([model], [feature])
     folder = out.with_name(f"{out.name}.parts")

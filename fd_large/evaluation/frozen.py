@@ -237,10 +237,11 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
 
     Args:
         models: The models.
-        features: As `--features`: "own", or names of heads.
+        features: Values of `--features`: "own" for the model's own map, or names of heads.
 
-    Raises: ConfigError: if a head is named although no model has heads, or if a model with heads
-        lacks the named head.
+    Raises:
+        ConfigError: If a head is named although no model has heads, or if a model with heads lacks
+            the named head.
     """
     from fd_large.ranks import distributed
 
@@ -338,8 +339,9 @@ def _rows(
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
     """Returns the predictions of a protocol's function, which may be the user's own or a plugin's.
 
-    Raises: ConfigError: if the user's function raises an exception, or does not return one class
-        for each test image.
+    Raises:
+        ConfigError: If the user's function raises an exception, or does not return one class for
+            each test image.
     """
     if getattr(classify, "__module__", "").startswith("fd_large."):
         return classify(features)

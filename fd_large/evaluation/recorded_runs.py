@@ -114,7 +114,7 @@ class RecordedRun(NamedTuple):
         return Path(self.run.run_dir())
 
     def read(self) -> dict[str, Any]:
-        """Returns the record of an earlier start, or {} if there is none.
+        """Returns the record that an earlier start of the command wrote, or {} if there is none.
 
         A record of a different run is ignored if it is the folder's only file, since no training
         began then.

@@ -70,9 +70,10 @@ def open_set(root: str, labels: str) -> LabelSet:
     """Opens a test set, whose kind is recognised by its folders.
 
     Args:
-        root: As `data.root`: folders of classes, a folder that holds them below val/ or test/,
-            or the folder of an ObjectNet download.
-        labels: See `RobustnessFlags`.
+        root: Value of data.root: a folder with class folders, a folder that has these below val/
+            or test/, or the folder of an ObjectNet download.
+        labels: "folders" if the class of an image is that of its folder, or "real" for the ReaL
+            labels of ImageNet's validation images.
 
     Raises: DataError: if the labels cannot be found.
     """

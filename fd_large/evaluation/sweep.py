@@ -407,7 +407,7 @@ def _finite(score: float | None) -> float | None:
 
 
 def _finished(trial: Trial, metric: Metric) -> Trial | None:
-    """Returns a trial with the score that an earlier start recorded, or None if it is unfinished.
+    """Returns a finished trial with its recorded score, or None if the trial is not finished.
 
     Every rank has to call this function.
 

@@ -170,8 +170,9 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
         base: The recipe.
         changes: The fields that the user set, {full name: value}.
 
-    Raises: ConfigError: for a field that does not exist or that the model decides, or if the user
-        sets a layer decay for a model whose layers are unknown.
+    Raises:
+        ConfigError: For a field that does not exist or that the model decides, or if the user sets
+            a layer decay for a model whose layers are unknown.
     """
     import torch
 

@@ -59,8 +59,8 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
         folders: Names of the class folders in their order, in which 10 may come before 2.
         file: File with the name of a class on each line; if empty, names follow from the folders.
 
-    Raises: ConfigError: if a class lacks a name, or if open_clip is missing for ImageNet's
-        names.
+    Raises:
+        ConfigError: If a class lacks a name, or if open_clip is missing for ImageNet's names.
     """
     if file:
         names = _lines(file, "--class_names")
@@ -101,7 +101,7 @@ def prompts_of(name: str) -> tuple[str, ...]:
     """Returns the prompts, in each of which {} stands for the class name.
 
     Args:
-        name: As `--prompts`.
+        name: Value of `--prompts`: "openai", "simple", "one", or the path of a file.
 
     Raises: ConfigError: if the name is unknown, the file cannot be read, or open_clip is missing.
     """

@@ -224,8 +224,9 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
         name: Name in the table, name with a family's prefix (`timm:NAME`), or name of a family.
         overrides: Fields with other values than the named model's; for a family, all fields.
 
-    Raises: ConfigError: if the name is unknown, or a field does not belong to the family, is
-        missing or has an invalid value.
+    Raises:
+        ConfigError: If the name is unknown, or a field does not belong to the family, is missing or
+            has an invalid value.
     """
     values = set_fields(overrides or Architecture())
     if base := by_name(name):

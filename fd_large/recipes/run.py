@@ -281,8 +281,9 @@ class Run:
     def _check_teachers(self) -> None:
         """Checks the sections about teachers.
 
-        Raises: ConfigError: if a teacher's name is ambiguous, if both one teacher and several are
-            set, or if weighting is set for one teacher.
+        Raises:
+            ConfigError: If a teacher's name is ambiguous, if both one teacher and several are set,
+                or if weighting is set for one teacher.
         """
         for name in self.teachers:
             if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:

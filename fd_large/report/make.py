@@ -21,8 +21,8 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
 
     Args:
         folder: The run's folder.
-        running: Whether the run is training now; its summary.json is then from an earlier start,
-            and stays unchanged.
+        running: Whether the run is training now. A summary.json is then from before the run was
+            resumed, and stays unchanged.
 
     Returns: the closing text. If a file could not be written, the last line says so.
 

@@ -285,7 +285,7 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """Returns the difference of the scores of rows a and b, over the seeds that both rows have.
+    """Returns row a's score less row b's score, over the seeds that both rows have.
 
     The result is None if the rows have no seed in common.
     """

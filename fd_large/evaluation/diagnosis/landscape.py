@@ -77,7 +77,7 @@ def curve(
     Args:
         module: The module whose parameters are moved, and restored at the end.
         loss: Function that returns one or several losses for the present parameters.
-        direction: See `random_direction`.
+        direction: A result of `random_direction`.
         steps: Steps along the direction; at 0 the parameters are unchanged.
         progress: Function that is called after every loss.
     """

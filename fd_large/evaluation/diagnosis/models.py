@@ -94,7 +94,8 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
     (`StoredRun.loss_name`), and the images have the classes that the loss needs.
 
     Args:
-        source: See `find_model`.
+        source: The user's name for the model: a run's folder (the student), RUN#teacher,
+            RUN#scratch, weights, or MODEL=SOURCE (`engine.find_model.find_model`).
         sample: The images.
 
     Raises: FDError: if the model cannot be loaded.

@@ -150,7 +150,8 @@ def _parts_of(run: Run, names: Sequence[str]) -> list[str]:
 
     Args:
         run: The recipe of the run.
-        names: As in `rows_of`.
+        names: Values of `--rows`: "student", "scratch", "teacher" for all teachers of the run, or
+            the name of one of several teachers.
     """
     teachers = [*run.teachers] or ["teacher"]
     parts = (teachers if name == "teacher" else [name] for name in names)
@@ -295,12 +296,12 @@ def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns the content of the table's summary.json, which has no scores.
 
-    The file also lists cells of other columns that earlier starts trained from the same weights.
+    The file also lists cells of other columns that earlier commands trained from the same weights.
 
     Args:
         out: Folder of the table.
         rows: The rows.
-        cells: The cells of this start.
+        cells: The cells of the present command.
     """
     entries: dict[tuple[str, str, int], dict[str, Any]] = {}
     recipes: dict[tuple[str, str, int], Run] = {}
@@ -429,7 +430,7 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
     """Returns a text that lists cells which cannot be trained, with the reasons.
 
     Args:
-        refused: As `untrainable` returns it.
+        refused: {(row's label, column's name): the reason}.
     """
     columns: dict[tuple[str, str], list[str]] = {}
     for (row, column), why in refused.items():

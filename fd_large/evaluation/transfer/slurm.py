@@ -67,8 +67,9 @@ def submit_training(
         options: Options of sbatch, without their dashes.
         environ: The environment variables that the job inherits.
 
-    Raises: ConfigError: if sbatch refuses the job, or if the recipe names code that this start may
-        not import, since a job must not run more code than this start may.
+    Raises:
+        ConfigError: If sbatch refuses the job, or if the recipe names code that this process may
+            not import, since a job must not run more code than this process may.
     """
     own_code = [name for name in run.code() if doors.is_own(name)]
     doors.require_allowed({name: name for name in own_code})
