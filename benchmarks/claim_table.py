@@ -35,11 +35,13 @@ Rows = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def judgement(control: Interval, teacher: Interval) -> str:
-    """Returns the judgement of the claim by the registered rule.
+    """Returns the judgement of the claim by the rule that was registered before the experiment.
 
     Args:
-        control: Interval of the student's accuracy less the control's.
-        teacher: Interval of the student's accuracy less the teacher's.
+        control: 95% interval (low, high) of the student's accuracy less the control's, in points.
+        teacher: 95% interval (low, high) of the student's accuracy less the teacher's, in points.
+
+    Returns: "shown", "refuted at this size" or "open".
     """
     low, high = control
     if low > 0 and teacher[0] > 0:
@@ -54,7 +56,7 @@ def half_width(gaps: Sequence[float], of_images: float) -> float:
 
     Args:
         gaps: The difference of each pair, in points.
-        of_images: The half width over test images alone.
+        of_images: Half width of the interval for the choice of test images alone, in points.
     """
     if len(gaps) < 2:
         return float("inf")

@@ -117,9 +117,10 @@ def memory(file: Path) -> dict[str, Any]:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """Returns how often the host waited for the GPU in a traced step, by the call of CUDA.
+    """Returns {"waits_per_step": {name of a CUDA call: number of calls in a traced step}}.
 
-    The result is {} if the folder has no trace of torch's profiler.
+    In these calls the host waits for the GPU. The result is {} if the folder has no trace of
+    torch's profiler.
     """
     traces = [path for path in folder.glob("*") if path.name.endswith((".json", ".json.gz"))]
     traces = [path for path in traces if path.name != "communication.json"]

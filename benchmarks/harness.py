@@ -1,4 +1,4 @@
-"""Functions of all benchmarks, which start ranks, take turns, compute medians and write results."""
+"""Functions that benchmarks share: to start ranks, take turns, compute medians, write results."""
 
 from __future__ import annotations
 

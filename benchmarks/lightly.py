@@ -61,9 +61,10 @@ def parse() -> argparse.Namespace:
 
 
 def write_images(data: Path, work: Path) -> None:
-    """Writes train/ and val/ with class folders, and unlabelled/ and few/ without.
+    """Writes train/ and val/ with class folders, and unlabelled/ and few/ without class folders.
 
-    unlabelled/ has the first images of train/, and few/ as many of them as the timed steps need.
+    unlabelled/ has the first images of train/, and few/ the first of these, as many as the timed
+    steps need.
 
     Args:
         data: The archives of CIFAR-10.

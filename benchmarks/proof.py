@@ -78,7 +78,10 @@ def parse() -> argparse.Namespace:
 
 
 class Proof:
-    """Runner of the ablation; its methods, except `run`, are the parts, with files in `work`."""
+    """Runner of the ablation.
+
+    A public method except `run` and `results` is a part, which writes its files to `work`.
+    """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         quick = arguments.quick
@@ -112,7 +115,8 @@ class Proof:
     def data(self) -> None:
         """Writes the images as PNG files in class folders.
 
-        The first images of the archives are taken, of which any number is class-balanced.
+        The first images of the archives are taken. The archives are ordered so that any number of
+        first images is class-balanced.
         """
         for split, archive in ARCHIVES.items():
             images, labels, classes = read_cifar(DATA / archive, self.images[split])
@@ -182,7 +186,7 @@ class Proof:
         self._call([*command, "--data.root", root, "--out", out, "--images", 64])
 
     def results(self) -> dict[str, Any]:
-        """Returns the results of all parts that were run, by part or row."""
+        """Returns {name of a part or of a row: results} for the parts that were run."""
         figures: dict[str, Any] = {}
         for task in ("finetune", "knn"):
             summary = self._read(self.work / task / "summary.json")

@@ -87,7 +87,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
 
 
 def _without_manifest(folder: Path) -> list[str]:
-    """Returns a message for each checkpoint whose manifest is missing or damaged."""
+    """Returns a message for each checkpoint of a run whose manifest is missing or damaged."""
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)

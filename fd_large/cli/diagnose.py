@@ -15,7 +15,7 @@ from fd_large.evaluation.diagnosis.protocol import DIAGNOSIS, DiagnosisFlags
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images."""
+    """Flags of the images."""
 
     # Images as for training: a folder, tar shards, or builtin:photographs. Of a dataset with parts,
     # the test part. A run that learnt labels needs images of its classes for its loss.

@@ -277,7 +277,7 @@ def _active_ports() -> list[str]:
 
 
 def collective_variables() -> Finding:
-    """Reports the environment variables of NCCL and gloo, and checks the interfaces they name."""
+    """Reports the variables of NCCL and gloo, and checks that the named interfaces exist."""
     variables = {
         name: value
         for name, value in sorted(os.environ.items())

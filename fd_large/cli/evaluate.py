@@ -121,8 +121,8 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
         models: The user's names of the models.
         task: Value of `--task`.
 
-    Returns: the recipe; or None if another protocol measures, or the recipe cannot be read, which
-        `evaluate` reports.
+    Returns: the recipe; or None if another protocol measures, or if the recipe cannot be read (a
+        mistake that `evaluate` reports later).
     """
     folder = run_of_checkpoint(models[0]) if models else None
     if folder is None or files.kind_of(folder / RECIPE, where="evaluate") != "file":

@@ -224,7 +224,14 @@ def export(
 
 
 def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
-    """Returns the result of `write`, which is repeated if its checkpoint is pruned meanwhile.
+    """Calls `write` until no checkpoint is pruned meanwhile, and returns the result.
+
+    A run that still trains may remove the checkpoint that `write` reads. Then `write` is called
+    again, and reads the newest checkpoint.
+
+    Args:
+        folder: Folder of the run.
+        write: Function that reads a checkpoint and writes the export.
 
     Raises: CheckpointError: if writing fails while the run's checkpoints stay the same.
     """

@@ -72,7 +72,7 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
     """Prints a command's own arguments in full.
 
     Args:
-        kind: The dataclass of its arguments.
+        kind: The dataclass of the command's own arguments.
         command: Name of the command.
         of_recipe: Whether the fields of a recipe are flags, too; the help then mentions them.
     """

@@ -30,7 +30,7 @@ def owning(run_dir: str) -> Iterator[Lease]:
     Args:
         run_dir: The run's folder.
 
-    Raises: OwnedError: on all ranks, if another start owns the folder.
+    Raises: OwnedError: on all ranks, if another command owns the folder.
     """
     terminal.take()
     folder = Path(run_dir)

@@ -93,7 +93,7 @@ def require_contents(run: Run) -> None:
 
 
 def require_apart(run: Run, *, fresh: bool) -> None:
-    """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
+    """Refuses a run's folder if it is a folder of images, or if --fresh would move images with it.
 
     Args:
         run: The recipe.

@@ -71,7 +71,7 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 
 def _norm_group(run: Run) -> int:
-    """Returns how many images share batch norm statistics, or 1 without batch norms."""
+    """Returns how many images share the statistics of the student's batch norms; 1 without any."""
     if not run.student_architecture().has_batch_norms:
         return 1
     # These imports load torch, which a published recipe does not need.
@@ -132,7 +132,12 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
 
 
 def _device(rates: Rates, kernels: Kernels) -> Device:
-    """Returns the device of a card, by which kernels are chosen."""
+    """Returns the card as the `Device` for which kernels are chosen.
+
+    Args:
+        rates: Rates of the card, with its compute capability.
+        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
+    """
     from fd_large.kernels.choose import Device
 
     major, _, minor = rates.capability.partition(".")

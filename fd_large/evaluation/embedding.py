@@ -194,6 +194,10 @@ def _appear(aside: Path, chunk: Path) -> None:
     """Flushes a chunk's files to the disk and gives the chunk its final name, on rank 0.
 
     If the chunk exists already, the temporary folder is removed.
+
+    Args:
+        aside: The temporary folder, with the files of the chunk.
+        chunk: The final name of this folder.
     """
     if not distributed.is_main():
         return

@@ -337,7 +337,8 @@ def _trials_of(
 def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -> Run:
     """Returns a recipe with the learning rate and the layer decay of a point of the grid.
 
-    The start and the end of its schedule keep their ratios to the peak, unless the user set them.
+    The rates at the start and the end of the schedule keep their ratios to the peak, unless the
+    user set these rates.
 
     Args:
         recipe: The recipe.

@@ -156,9 +156,9 @@ def full_name(section: Mapping[str, Any]) -> str:
 
 
 def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
-    """Returns the model that a section of recipe.json describes, or None if it is not valid.
+    """Returns the model that a section of recipe.json describes, or None for an invalid section.
 
-    Another version of the package may have written the section.
+    A section may be invalid if another version of the package wrote it.
     """
     try:
         architecture = from_plain(Architecture, section.get("architecture", {}), "architecture.")
@@ -287,7 +287,7 @@ def overrides(
 ) -> Architecture:
     """Returns a section with the fields in which a model differs from a named model.
 
-    Without a named model, it has all fields of the model.
+    Without a named model, the section has all fields of the model.
     """
     values = architecture.values()
     known = {} if named is None else named.values()

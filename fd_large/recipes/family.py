@@ -51,10 +51,11 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
-    """Model of one family, with a value of every field, which is checked when an object is made.
+    """Model of a backbone family: a value for every field that models of the family have.
 
-    A subclass is a frozen dataclass whose docstring describes its fields under "Attributes:". A
-    field that several families have must have the same type and description in all.
+    The values are checked when an object is made. A subclass is a frozen dataclass whose docstring
+    describes the fields under "Attributes:". A field that several families have must have the same
+    type and description in all.
     """
 
     family: ClassVar[str]

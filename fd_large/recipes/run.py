@@ -524,7 +524,7 @@ class Run:
         }
 
     def run_dir(self) -> str:
-        """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""
+        """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if this field is empty."""
         return self.runtime.run_dir or f"runs/{self.name}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -155,13 +155,13 @@ def run_of(
 ) -> Run | None:
     """Returns the recipe that given values describe.
 
-    The values change the recipe whose name they have as `name`. If there is no recipe of this name,
-    they describe a new run, and must include the student's model.
+    The values may have an entry `name`. If it is the name of a recipe, the other values change this
+    recipe. Otherwise the values describe a new run of this name, and must include `student.model`.
 
     Args:
         source: The values.
-        recipe: Name of the recipe to change if the values have no `name`.
-        named: Whether the user chose `recipe`, which then takes precedence over `name`.
+        recipe: Name of the recipe to change if the values have no entry `name`.
+        named: Whether the user chose `recipe`; the entry `name` is then ignored.
         mistakes: List to which a line for each mistake is added; None to raise an error instead.
         refused: Set to which the full names of refused values are added; None to drop them.
 

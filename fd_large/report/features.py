@@ -28,8 +28,8 @@ class Basis(NamedTuple):
     Attributes:
         mean: Mean of the tokens, (C,).
         components: The components, (3, C), orthonormal.
-        scale: The 99th percentile of each component's absolute value, (3,), which gets the
-            strongest colour.
+        scale: The 99th percentile of each component's absolute value, (3,). Tokens at this value
+            get the strongest colour.
     """
 
     mean: numpy.ndarray

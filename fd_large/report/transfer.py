@@ -302,9 +302,10 @@ def _interval(
     score: dict[str, Any],
     interval: Interval,
 ) -> dict[str, Any]:
-    """Returns the entries of a difference's interval, in the unit of the table.
+    """Returns the entries of summary.json on the interval of row a's score less row b's score.
 
-    Only seeds that both rows have are used. The result is {} if the interval is unknown.
+    The interval is in the unit of the table. Only seeds that both rows have are used. The result is
+    {} if the interval is unknown.
     """
     seeds = _by_seed(summary, a, column, score).keys() & _by_seed(summary, b, column, score).keys()
     ours, others = (

@@ -30,8 +30,8 @@ The maps are float32, of B images, nW windows, h heads and T tokens.
 def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
     """Passes the maps of a model's attention layers to `note` whenever the model runs in the block.
 
-    Layers come in order of execution. Only layers over all tokens of an image, or over those of
-    Swin's windows, are included.
+    Layers come in order of execution. Only layers are included in which all tokens of an image, or
+    all tokens of a Swin model's window, attend to one another.
 
     Args:
         note: Function that is called for each layer, in the middle of the forward.

@@ -36,7 +36,7 @@ class Views(NamedTuple):
 
 
 class Sample:
-    """Sample of a dataset's images without repetition, cropped as for a test.
+    """Sample of a dataset's images without repetition, each with the centre crop of a test.
 
     Args:
         root: The dataset, as `data.root`; if it has a test part, only that part is used.

@@ -439,7 +439,7 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
-    """Returns the state of each cell's run: `DONE`, `FAILED` or "".
+    """Returns the state of each cell's run: `DONE`, `FAILED`, or "" for an unfinished run.
 
     Raises:
         ConfigError: If the folder of a cell holds a different run, or if the run of a cell is in a

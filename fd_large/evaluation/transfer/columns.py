@@ -84,7 +84,7 @@ class Column(NamedTuple):
 
     @property
     def metric(self) -> Metric:
-        """The metric by which `--sweep` chooses, which is the column's first."""
+        """The metric by which `--sweep` chooses: the column's first score, on held-out images."""
         first = self.scores[0]
         return Metric(self.held_out, itemgetter(first.key), first.lower_is_better)
 
