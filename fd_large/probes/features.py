@@ -51,10 +51,10 @@ class Features(NamedTuple):
         return np.flatnonzero(self.labels != NO_LABEL)
 
     def percent(self, predicted: NDArray[np.int64]) -> float:
-        """Returns the accuracy over the images that have a label, in per cent.
+        """Returns the accuracy over the images with a label, in per cent; 0 if there are none.
 
         Args:
-            predicted: (N,), the predicted class of each image.
+            predicted: (N,), the predicted class of each image; not read for images without a label.
         """
         usable = self.usable()
         right = int((predicted[usable] == self.labels[usable]).sum())
@@ -178,9 +178,15 @@ def extract(
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
-    """Creates the two files on rank 0 and reserves their disk space.
+    """Creates the files of the features and labels on rank 0, and reserves their disk space.
 
-    A process that writes to a mapped file is killed if the disk is full.
+    On other ranks this function does nothing. Without the reservation, a process that writes to a
+    memory-mapped file would be killed when the disk becomes full.
+
+    Args:
+        paths: Paths of the file of features and of the file of labels.
+        num_images: Number of images, which is the number of rows of each file.
+        width: Number of features of an image.
 
     Raises: ConfigError: if the disk has too little space.
     """

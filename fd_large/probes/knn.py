@@ -39,9 +39,10 @@ class Bank:
         return len(self._usable)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (features of unit L2 norm (M, C), labels (M,)) of each block of training images.
+        """Yields the training images that have a label in blocks of at most `BANK_BLOCK` images.
 
-        The tensors lie on this rank's device.
+        A block is the pair (features scaled to unit L2 norm, (M, C) float32; labels, (M,) int64),
+        on this rank's device.
         """
         for start in range(0, len(self), BANK_BLOCK):
             numbers = self._usable[start : start + BANK_BLOCK]
@@ -115,7 +116,7 @@ def classify(
 
 
 def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:
-    """Returns features (M, C) scaled to unit L2 norm, in float32 on this rank's device."""
+    """Returns each row of `rows`, (M, C), scaled to unit L2 norm, on this rank's device."""
     tensor = torch.as_tensor(rows).to(distributed.device())
     return F.normalize(tensor, dim=1)
 

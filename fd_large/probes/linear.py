@@ -62,7 +62,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         rate: The best learning rate.
-        held_out: Accuracy on the held-out tenth for each learning rate, in per cent.
+        held_out: Accuracy on the held-out tenth of the training images, in per cent, for each entry
+            of `Probe.rates` in the same order.
         predicted: (N,) int64, the predicted class of each test image.
     """
 
@@ -119,7 +120,7 @@ def steps(num_train: int, probe: Probe) -> int:
 
 
 def warn_of_few_steps(num_train: int, probe: Probe) -> None:
-    """Warns if a probe has so few steps that it may learn too little.
+    """Logs a warning if a probe makes fewer than `ENOUGH_STEPS` steps, and so may learn too little.
 
     Args:
         num_train: Number of training images.
@@ -157,16 +158,20 @@ class _Layers:
         self.variance = torch.ones(width, device=device)
 
     def logits(self, rows: Tensor, *, training: bool) -> Tensor:
-        """Maps features (B, C) to the logits of all layers, (R, B, K)."""
+        """Maps features `rows`, (B, C), to the logits of all layers, (R, B, K).
+
+        If `training` is True, batch norm normalises by the statistics of the batch, and updates its
+        running statistics. Otherwise it normalises by the running statistics.
+        """
         normed = F.batch_norm(rows, self.mean, self.variance, training=training, eps=NORM_EPS)
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
     def predict(self, features: Features, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the class that each layer predicts for some images, (R, len(numbers)) int64.
+        """Returns the class that each layer predicts for each chosen image, (R, M) int64.
 
         Args:
             features: Features of all images.
-            numbers: Indices of the images to classify.
+            numbers: (M,), indices of the chosen images.
         """
         classes = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
         for start in range(0, len(numbers), BLOCK):
@@ -184,9 +189,17 @@ def _fit(
     rates: tuple[float, ...],
     progress: Callable[[int], None],
 ) -> _Layers:
-    """Trains one layer per learning rate on the images with the indices `numbers`.
+    """Trains one linear layer per learning rate by SGD with momentum, all on the same batches.
 
-    SGD with momentum; each learning rate falls to 0 by half a cosine, without warm-up.
+    Each learning rate falls to 0 by half a cosine, without warm-up.
+
+    Args:
+        features: Features and labels of all images.
+        numbers: (M,), indices of the images to train on.
+        num_classes: Number of classes, K.
+        probe: Settings of the training; its `rates` are not read.
+        rates: The R learning rates, for batches of 256 images.
+        progress: Called after each batch with its number of images.
     """
     layers = _Layers(len(rates), num_classes, features.rows.shape[1])
     size = _batch_of(len(numbers), probe)

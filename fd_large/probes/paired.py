@@ -136,8 +136,10 @@ def _degrees(variances: Sequence[float], counts: Sequence[int]) -> float:
 
 
 def student_t(degrees: float) -> float:
-    """Returns the bound of the central 95% of Student's t distribution.
+    """Returns the t for which Student's t distribution has 95% of its mass between -t and t.
 
-    The degrees of freedom are rounded down, to 12 at most and 1 at least.
+    Args:
+        degrees: Degrees of freedom, which are rounded down, and count as 1 if there are fewer and
+            as 12 if there are more.
     """
     return T95[min(max(int(degrees), 1), len(T95)) - 1]

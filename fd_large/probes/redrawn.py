@@ -38,7 +38,10 @@ class Redrawn(NamedTuple):
 
 
 def redraws(num_images: int) -> NDArray[np.int64]:
-    """Returns how many times each of D draws contains each of N images, (D, N) int64."""
+    """Returns how often each of D draws contains each of N images, (D, N) int64.
+
+    N is `num_images`, D is `_DRAWS`. The result is the same at every call, since the seed is fixed.
+    """
     shares = np.full(num_images, 1 / num_images)
     return np.random.default_rng(0).multinomial(num_images, shares, size=_DRAWS)
 
@@ -46,12 +49,12 @@ def redraws(num_images: int) -> NDArray[np.int64]:
 def write(
     folder: Path, images: str, redrawn: Mapping[str, tuple[float, NDArray[np.float64]]]
 ) -> Path:
-    """Writes the scores of an evaluation and their values on the draws; returns the file's path.
+    """Writes the scores of an evaluation and their values on draws; returns the file's path.
 
     A score that is not finite, or not finite on some draw, is left out.
 
     Args:
-        folder: The folder of the evaluation.
+        folder: The folder of the evaluation, in which the file is made.
         images: Fingerprint of the test images.
         redrawn: {name of the score in the run's summary.json: (score, its values on the draws)},
             with the draws in the order of `redraws`.

@@ -63,7 +63,7 @@ class Curves(Tracker):
                 self._at_seam |= row.keys()
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Adds a point to the curves of training for each row of metrics.jsonl."""
+        """Adds a point to each curve of training for each of `rows`, rows of metrics.jsonl."""
         for row in rows:
             self.add({tag: row[k] for k, tag in TAGS.items() if k in row}, row["update"] + 1)
 
@@ -86,10 +86,10 @@ class Curves(Tracker):
             self.add(values, index)
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of some curves.
+        """Adds one point to each curve that `values` names.
 
         Args:
-            values: Value of the point, by name of the curve.
+            values: {name of a curve: value of the point}.
             step: Number of finished steps, the x coordinate of the points.
         """
         raise NotImplementedError
@@ -131,11 +131,23 @@ class RemoteCurves(Curves):
         self._calls.put(("begin", (setting, _recipe(setting), _ids(setting).get(self.name))))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Queues a point for each of the given curves, which the thread sends."""
+        """Queues one point for each curve that `values` names; the thread sends the points.
+
+        Args:
+            values: {name of a curve: value of the point}.
+            step: Number of finished steps, the x coordinate of the points.
+        """
         self._calls.put(("send", (values, step)))
 
     def on_end(self, status: str) -> None:
-        """Waits until the thread has sent the remaining points, at most `SECONDS_TO_FINISH`."""
+        """Makes the thread send the remaining points and close the run in the service.
+
+        Waits for this at most `SECONDS_TO_FINISH` seconds, and logs a warning if they do not
+        suffice.
+
+        Args:
+            status: Status of the run.
+        """
         self._calls.put(("finish", (status,)))
         self._calls.put(None)
         self._thread.join(SECONDS_TO_FINISH)
@@ -158,22 +170,31 @@ class RemoteCurves(Curves):
         raise NotImplementedError
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves to the service.
+        """Sends one point for each curve that `values` names to the service.
 
         The thread calls this method.
 
         Args:
-            values: Value of the point, by name of the curve.
+            values: {name of a curve: value of the point}.
             step: Number of finished steps, the x coordinate of the points.
         """
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
-        """Closes the run in the service, with the status of this run."""
+        """Closes the run in the service; the thread calls this method.
+
+        Args:
+            status: Status of this run, such as "done".
+        """
         raise NotImplementedError
 
     def keep(self, setting: Setting, id: str) -> None:
-        """Stores the ID of the run in the service in RUN/trackers.json."""
+        """Stores `id`, the ID of the run in the service, in trackers.json in the run's folder.
+
+        Raises:
+            OSError: if the folder is gone or another launch of the run owns it, or if the file
+                cannot be written.
+        """
         setting.must_own()
         with _keeping:
             write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})

@@ -27,7 +27,7 @@ OVER_A_NETWORK = frozenset(
 
 
 def file_system(path: Path) -> str:
-    """Returns the type of the file system that contains a path, such as "ext4"; "?" if unknown."""
+    """Returns the type of the file system that contains `path`, such as "ext4"; "?" if unknown."""
     import psutil
 
     real = path.resolve()

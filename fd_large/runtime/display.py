@@ -55,7 +55,7 @@ def shown(description: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Shows a line to the user, by the log in a training run and on stderr in other commands."""
+    """Shows `text` to the user, by the log if `logs.start` was called, else on stderr."""
     if log.isEnabledFor(logging.INFO):  # `logs.start` was called.
         log.info("%s", text)
     else:
@@ -63,7 +63,7 @@ def say(text: str) -> None:
 
 
 class Lines:
-    """Writes a line about the current work when the user saw no line for a while.
+    """Writes a line about the current work if the user has seen no line for some seconds.
 
     Args:
         say: Function that writes a line to the user.
@@ -74,10 +74,13 @@ class Lines:
         self._said = float("-inf")
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Writes a line about the work if no line was shown for `SECONDS_BETWEEN_LINES`.
+        """Writes a line about the work, if there is work and no line was shown for some seconds.
+
+        The number of seconds is `SECONDS_BETWEEN_LINES`; they are counted from the last line or, if
+        this is later, from the beginning of the outermost work.
 
         Args:
-            works: The current work, from the outermost to the innermost.
+            works: The current work, from the outermost to the innermost; empty if there is none.
             now: The time, by time.monotonic.
         """
         if not works:
@@ -92,16 +95,19 @@ class Lines:
 
 
 class Bar:
-    """Draws a progress bar for work that takes longer than `SECONDS_UNTIL_BAR`."""
+    """Draws a progress bar for work that takes longer than `SECONDS_UNTIL_BAR` seconds."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Draws the progress of the work, or removes the bar while training's bar is drawn.
+        """Draws the bar with the progress of the work, or removes the bar.
+
+        The bar is removed if there is no work, or while training's own bar uses the terminal. It is
+        not drawn in the first `SECONDS_UNTIL_BAR` seconds of the outermost work.
 
         Args:
-            works: The current work, from the outermost to the innermost.
+            works: The current work, from the outermost to the innermost; empty if there is none.
             now: The time, by time.monotonic.
         """
         if not works or terminal.is_claimed():

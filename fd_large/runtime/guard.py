@@ -217,7 +217,11 @@ class Guard(Hook):
         self._past = self._read(setting.first_update)
 
     def judge(self, update: Update) -> Verdict:
-        """Returns a verdict that skips the step if its loss or gradient norm is abnormal."""
+        """Returns a verdict on the step `update`; the verdict skips an abnormal step.
+
+        A step is abnormal if its loss or gradient norm is not finite or too far above the median of
+        the last accepted steps.
+        """
         self._broken = []
         self._findings = findings(update, self._past.accepted, self._limits.spread)
         return Verdict(skip=bool(self._findings))
@@ -365,12 +369,15 @@ def culprits_of(losses: list[list[float]]) -> list[int]:
 
 
 def images_of(rank: int) -> str:
-    """Returns the name of the file in an incident's folder with a rank's images."""
+    """Returns the name of the file in an incident's folder that holds the images of rank `rank`."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def _stored(evidence: Evidence) -> dict[str, Tensor]:
-    """Returns the tensors of a rank's images in a skipped step that are written to a file.
+    """Returns the tensors about a rank's images in a skipped step that are written to a file.
+
+    Args:
+        evidence: The images of the rank in the skipped step, and what is known of them.
 
     Returns: `images`, (B, 3, H, W) uint8, where smaller micro-batches are padded with black at the
         right and below; `positions`, (B,) int64, the images' positions in the epoch's order; and
@@ -408,7 +415,11 @@ def _index(folder: Path) -> int:
 
 
 def _folders(incidents: Path) -> list[Path]:
-    """Returns the folders of the complete incidents, oldest first."""
+    """Returns the folders of the incidents that are complete, oldest first.
+
+    Args:
+        incidents: The folder RUN/incidents.
+    """
     return sorted(p for p in incidents.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit())
 
 

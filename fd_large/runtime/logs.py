@@ -92,9 +92,10 @@ def start(rank: int) -> None:
 
 
 def set_up(folder: Path) -> None:
-    """Sends the kept records and all later ones to logs/rank_N.log in a run's folder.
+    """Sends the kept records and all later ones to logs/rank_N.log in `folder`, the run's folder.
 
-    After `terminal.take`, output to stdout and stderr goes into this file too.
+    N is the number of this rank in five digits. If `terminal.take` was called, other output to
+    stdout and stderr goes into the same file.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Keep) for handler in root.handlers):

@@ -94,7 +94,15 @@ class Meter(Hook):
         self._flush()
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Adds the metrics to the evaluation after `index` steps, and writes all evaluations."""
+        """Records the metrics of the evaluation after `index` steps, and writes evaluations.jsonl.
+
+        Metrics that are already recorded for the same `index` are kept, unless `metrics` has new
+        values for them. The file is written on rank 0.
+
+        Args:
+            index: Number of finished steps.
+            metrics: {name: value} of the evaluation.
+        """
         if distributed.is_main():
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
@@ -160,7 +168,7 @@ class Meter(Hook):
         }
 
     def _speed_of_sizes(self) -> dict[str, dict[int, float]]:
-        """Returns the entry of summary.json with images per second by side of the images.
+        """Returns {"images_per_second_of_sizes": {side of images in pixels: images per second}}.
 
         The result is empty in a run with a single image size.
         """
@@ -218,7 +226,11 @@ class Meter(Hook):
         self._trackers.tell("on_rows", rows)
 
     def _note_losses(self, rows: Sequence[Row]) -> None:
-        """Records the run's first loss and newest loss, from rows whose step was not skipped."""
+        """Records the first loss of the run, unless it is known, and the newest loss.
+
+        Args:
+            rows: Rows of metrics.jsonl, in order; those of skipped steps are not used.
+        """
         losses = [row["loss"] for row in rows if not row.get("skipped")]
         if losses:
             self._losses = ((self._losses or losses)[0], losses[-1])

@@ -57,9 +57,14 @@ class MLflow(RemoteCurves):
             client.log_batch(self._run, params=settings[start : start + 100])
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves.
+        """Sends one point for each curve that `values` names, unless the curve already has it.
 
-        After a resume, curves that already have a point at this step or a later step are left out.
+        After a resume, a curve may already have a point at `step` or a later step; it then gets
+        none.
+
+        Args:
+            values: {name of a curve: value of the point}.
+            step: Number of finished steps, the x coordinate of the points.
         """
         from mlflow.entities import Metric
 
@@ -69,7 +74,10 @@ class MLflow(RemoteCurves):
             self._client.log_batch(self._run, metrics=new)
 
     def finish(self, status: str) -> None:
-        """Closes the run in MLflow."""
+        """Closes the run in MLflow with the status in MLflow's words that corresponds to `status`.
+
+        If no words correspond to `status`, MLflow's status is FAILED.
+        """
         self._client.set_terminated(self._run, STATUS.get(status, "FAILED"))
 
     def _last(self, curve: str) -> int:

@@ -159,7 +159,7 @@ def _communicates(event: Any) -> bool:
 
 
 def _joined(events: Iterable[Any]) -> list[Interval]:
-    """Returns the union of the events' time intervals, as sorted and disjoint intervals."""
+    """Returns the union of the time intervals of `events`, as sorted and disjoint (begin, end)."""
     joined: list[Interval] = []
     for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
         if joined and begin <= joined[-1][1]:

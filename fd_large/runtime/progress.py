@@ -73,7 +73,7 @@ class Progress(Tracker):
         self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Shows the last row in the bar, and logs a line with it.
+        """Shows the last of `rows` in the bar, and logs a line with it.
 
         If there is a bar, the line goes only to the log file.
         """
@@ -158,10 +158,15 @@ class Progress(Tracker):
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
-    """Splits the label of a metric into the label of the whole task and the part of the task.
+    """Splits the label of a metric into (label of the whole task's metric, part of the task).
 
-    "held-out loss (clip)" becomes "held-out loss" and "clip" if "held-out loss" is in `all_words`.
-    Any other label stays whole, and its part is "".
+    If `words` is "held-out loss (clip)" and `all_words` contains "held-out loss", the result is
+    ("held-out loss", "clip"). If `all_words` lacks the label before the parenthesis, or if there is
+    no parenthesis, the result is (words, "").
+
+    Args:
+        words: The label.
+        all_words: The labels of all metrics that are shown.
     """
     whole, _, part = words.removesuffix(")").rpartition(" (")
     return (whole, part) if whole in all_words else (words, "")
@@ -183,9 +188,12 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
 
 
 def _beside_speed(row: Row) -> str:
-    """Formats a row's utilisation, wait for data and memory, each after two spaces.
+    """Formats utilisation, wait for data and memory of `row`, each after two spaces.
 
-    Numbers that the row does not have are left out.
+    Numbers that `row` does not have are left out; the result is "" if it has none of them.
+
+    Args:
+        row: A row of metrics.jsonl.
     """
     parts = []
     if row.get("tflops_per_gpu", 0) >= 0.1:  # On a CPU the number is too small to be of use.

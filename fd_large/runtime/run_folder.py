@@ -168,18 +168,24 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether a path exists and is not an empty folder."""
+    """Whether `path` is a file or a folder that is not empty; False if it does not exist."""
     kind = kind_of(path, where="--runtime.run_dir")
     return any(path.iterdir()) if kind == "folder" else kind is not None
 
 
 def status_of(folder: Path) -> str | None:
-    """Returns the status in a run's summary.json, or None if the file has no status."""
+    """Returns the status in the summary.json of the run's folder `folder`.
+
+    The result is None if the file is missing or damaged, or has no status.
+    """
     return summary_of(folder).get("status")
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Returns the contents of a run's summary.json; empty if the file is missing or damaged."""
+    """Returns the contents of summary.json in the run's folder `folder`.
+
+    The result is empty if the file is missing or damaged.
+    """
     return json_object(folder / SUMMARY)
 
 
@@ -201,9 +207,10 @@ def write_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def recorded_code(folder: Path) -> dict[str, str]:
-    """Returns the hashes of the user's code files that a run used last, from code.json.
+    """Returns the hashes of the user's code files that the run in `folder` used last.
 
-    Returns: the SHA-256 of each file, by its "module:..." name; empty if none are recorded.
+    Returns: the SHA-256 of each file, from code.json, by the file's "module:..." name; empty if
+        none are recorded.
     """
     starts = _starts(folder)
     return starts[-1]["files"] if starts else {}
@@ -236,10 +243,11 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns the entries of code.json, oldest first; damaged entries are left out.
+    """Returns the entries of code.json in the run's folder `folder`, oldest first.
 
     An entry has "files", the SHA-256 of each of the user's code files by "module:..." name, and
-    "update", the number of finished steps from which on the files are used. The entries are for
+    "update", the number of finished steps from which on the run used these files. Damaged entries
+    are left out; the result is empty if the file is missing or damaged. The entries are for
     information alone, and do not permit that a file is run.
     """
     try:
@@ -259,6 +267,10 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
     """Returns the rows of a .jsonl file before the first row whose "update" is `update` or later.
 
     Damaged lines, such as an incomplete last line, are left out. A missing file has no rows.
+
+    Args:
+        path: The file.
+        update: Index of a step, from 0; in evaluations.jsonl a number of finished steps.
     """
     return [line.row for line in _lines_before(path, update)[0] if line.row is not None]
 
@@ -292,7 +304,12 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
 def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
     """Reads the lines of a .jsonl file before the first row whose "update" is `update` or later.
 
-    Returns: the lines, also damaged ones; whether there is such a row after them.
+    Args:
+        path: The file; a missing file has no lines.
+        update: Index of a step, from 0; in evaluations.jsonl a number of finished steps.
+
+    Returns: the pair (lines, also damaged ones; whether the file has a row after these lines whose
+        "update" is `update` or later).
     """
     lines = lines_of(path)
     for index, line in enumerate(lines):
@@ -314,7 +331,10 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def source_commit() -> str | None:
-    """Returns the Git commit of this package's source, or None outside of a Git checkout."""
+    """Returns the Git commit of this package's source.
+
+    The result is None if the source is not in a Git checkout, or if there is no `git` command.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -39,10 +39,10 @@ class TensorBoard(Curves):
                 writer.close()
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Writes a point for each of some curves.
+        """Writes one point for each curve that `values` names; does nothing after a failed write.
 
         Args:
-            values: Value of the point, by name of the curve.
+            values: {name of a curve: value of the point}.
             step: Number of finished steps, the x coordinate of the points.
         """
         if self._writer is None:

@@ -115,7 +115,10 @@ def mask_uncaught() -> None:
 
 
 def hand_over(path: Path) -> None:
-    """Redirects descriptors 1 and 2 to the end of a log file; does nothing without `take`."""
+    """Redirects descriptors 1 and 2 to the end of the log file `path`, which is made if missing.
+
+    Does nothing if `take` was not called.
+    """
     global _handed_over
     if _out is None:
         return
@@ -151,7 +154,10 @@ def give_back() -> None:
 
 
 def show_error(text: str) -> None:
-    """Writes an error to the user, and after `hand_over` also to the rank's log."""
+    """Writes `text`, an error, to the user, and after `hand_over` also to the rank's log.
+
+    Secrets in URLs are masked.
+    """
     _clear_the_line()
     text = without_secrets(text)
     if _handed_over:

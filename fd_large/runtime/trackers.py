@@ -69,7 +69,9 @@ class Trackers:
         self._trackers = list(trackers)
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each tracker; an error is logged, and the tracker is removed.
+        """Calls the method `method` of each tracker with `arguments`.
+
+        If the call raises an error, the error is logged, and the tracker is called no more.
 
         Args:
             method: Name of a method of `Tracker`.

@@ -53,12 +53,16 @@ class WandB(RemoteCurves):
         self.keep(setting, self._run.id)
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves, in the order of steps.
+        """Sends one point for each curve that `values` names, in the order of steps.
 
         An evaluation at a later step than the newest training row is kept, and sent with the
         training row of the same step. An evaluation at an earlier step than the newest training row
         is sent at the step of this row, and the step of the evaluation as evaluation/of_step. After
         a resume, W&B drops points of steps that W&B's run already has.
+
+        Args:
+            values: {name of a curve: value of the point}.
+            step: Number of finished steps, the x coordinate of the points.
         """
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)

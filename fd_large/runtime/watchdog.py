@@ -79,7 +79,7 @@ class Silence:
         Args:
             now: The time, in seconds.
             beats: The current value of the counter.
-            limit: Number of seconds.
+            limit: Number of seconds without a change for which the result is True.
         """
         # In a pause that is longer than intended this thread did not run, so the process stood.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
