@@ -341,9 +341,8 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
         file = path.parent / Path(name).name
         if kind_of(file, where=where, of=WeightsError) != "file":
             raise WeightsError(
-                f"{where}: {path}: one of its files is missing; got {len(files)} names without "
-                f"{name[:_NAME_SHOWN]}, expected all of them beside the index. Fetch the files "
-                "again."
+                f"{where}: {path}: one of its files is missing; got no {name[:_NAME_SHOWN]}, "
+                f"expected all {len(files)} files beside the index. Fetch the files again."
             )
         if file.suffix == ".safetensors":
             entries |= _safetensors(file)

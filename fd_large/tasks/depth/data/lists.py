@@ -178,7 +178,7 @@ def _found(
             missing.append(name)
     if missing:
         raise DataError(
-            f"{of_root}: files of {path} are missing in {root}; got {len(missing)} missing of "
+            f"{of_root}: files of {path} are missing in {root}; got no file for {len(missing)} of "
             f"{2 * len(pairs)} ({', '.join(missing[:NAMED])}), expected all files. Unpack these "
             "files there, or remove their lines from the list."
         )

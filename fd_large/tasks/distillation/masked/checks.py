@@ -97,7 +97,7 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
         "mask.ratio: hides all patches or none",
         f"{mask.ratio} of {rows}x{columns}, {number} in number"
         + (f", to {mask.ratio_to}, {most}" if mask.ratio_to else ""),
-        "some, and not all",
+        "at least one patch, but not all",
         beside=("mask.ratio_to",),
     )
     require(
