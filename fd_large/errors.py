@@ -119,10 +119,12 @@ class ConflictError(ConfigError):
         super().__init__(self._text(fields, ()))
 
     def told_to(self, user_fields: Collection[str]) -> str:
-        """Returns the message for a user who set some of the fields.
+        """Returns the message for a user who set some of the conflict's fields.
+
+        The remedy names these fields first, and then the fields that the recipe sets.
 
         Args:
-            user_fields: Names of the fields that were set, including unrelated fields.
+            user_fields: Full names of all fields that the user set, including unrelated fields.
         """
         changeable = [name for name in self.fields if name in user_fields]
         message = ConfigError(
@@ -131,7 +133,11 @@ class ConflictError(ConfigError):
         return str(message)
 
     def renamed(self, rename: Callable[[str], str]) -> ConflictError:
-        """Returns the conflict with renamed fields."""
+        """Returns the conflict with other names of fields, also in the message and the remedy.
+
+        Args:
+            rename: Function from a text, in which fields may be named, to the text with new names.
+        """
         fields = tuple(map(rename, self.fields))
         return ConflictError(rename(self.problem), fields, self.remedy and rename(self.remedy))
 

@@ -120,13 +120,13 @@ def retried(action: Callable[[], T], path: object) -> T:
 def unusable(
     where: str, error: OSError, path: object = None, *, of: type[FDError] = ConfigError
 ) -> FDError:
-    """Returns the error with a sentence for a path that the file system refuses.
+    """Returns an error whose text says in a sentence why the file system refused a path.
 
     Args:
         where: The field that the user set, or the command; "" if unknown.
         error: The error that the file system raised.
-        path: The path; None to take it from the error.
-        of: Class of the returned error, which for a transient error is always StorageError.
+        path: The path; None to take the path from `error`.
+        of: Class of the returned error. If `error` is transient, the class is StorageError instead.
     """
     named = error.filename if path is None else path
     name = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else "a file"
@@ -390,7 +390,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`, for the block to write a file.
 
     After the block, the file is flushed to the disk and renamed to `path`. If the block fails, the
-    file is removed.
+    temporary file is removed and `path` stays as it was.
     """
     aside = unlinked(path.with_name(path.name + ".part"))
     try:
@@ -406,7 +406,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(out: Path, *, where: str) -> Iterator[Path]:
-    """Yields a temporary folder, which is renamed to `out` if the block succeeds.
+    """Yields a temporary folder, which is renamed to `out` if the block succeeds, or else removed.
 
     Args:
         out: A path that does not exist yet.
