@@ -35,13 +35,21 @@ class EachTensor:
     ranks: int
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; start == stop if it holds none."""
+        """Returns which elements of the flattened tensor `name` are in the file of rank `rank`.
+
+        If the file has no element of the tensor, the result has start == stop.
+        """
         size = self.sizes[name]
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
 
     def holders(self, name: str, span: Span) -> Iterator[int]:
-        """Yields the ranks that hold any elements of a tensor's span, in ascending order."""
+        """Yields the ranks whose files hold any element of a part of a tensor, in ascending order.
+
+        Args:
+            name: Name of the tensor.
+            span: The part, as elements of the flattened tensor.
+        """
         each = -(-self.sizes[name] // self.ranks)
         if span.start < span.stop:
             yield from range(span.start // each, (span.stop - 1) // each + 1)
@@ -59,7 +67,8 @@ class FlatGroups:
     equal size.
 
     Attributes:
-        groups: For each parameter group (name, number of elements) of its tensors, in order.
+        groups: For each parameter group a tuple with an entry (name, number of elements) for each
+            tensor of the group, in the order of concatenation.
         shares: For each parameter group the number of elements in a rank's shard.
         ranks: Number of ranks.
     """
@@ -82,7 +91,10 @@ class FlatGroups:
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; start == stop if it holds none."""
+        """Returns which elements of the flattened tensor `name` are in the file of rank `rank`.
+
+        If the file has no element of the tensor, the result has start == stop.
+        """
         group, begin, size = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         start = max(rank * share, begin) - begin
@@ -90,7 +102,12 @@ class FlatGroups:
         return Span(start, stop) if start < stop else Span(0, 0)
 
     def holders(self, name: str, span: Span) -> Iterator[int]:
-        """Yields the ranks that hold any elements of a tensor's span, in ascending order."""
+        """Yields the ranks whose files hold any element of a part of a tensor, in ascending order.
+
+        Args:
+            name: Name of the tensor.
+            span: The part, as elements of the flattened tensor.
+        """
         group, begin, _ = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         if span.start < span.stop:
@@ -112,7 +129,7 @@ Layout = EachTensor | FlatGroups
 
 
 def from_dict(values: dict[str, Any]) -> Layout:
-    """Returns the layout whose `to_dict` returned these values."""
+    """Returns the layout for which `to_dict` returned `values`."""
     if values["kind"] == "each":
         return EachTensor(values["sizes"], values["ranks"])
     groups = tuple(tuple((name, size) for name, size in group) for group in values["groups"])

@@ -72,7 +72,7 @@ class Lease:
             runs in which it lies.
         taken_over: Message that says why the previous owner counted as dead; empty if there was no
             previous owner.
-        entered: Whether this start may write the run's files in the folder; the engine sets it.
+        entered: Whether this launch may write the run's files in the folder; the engine sets it.
     """
 
     def __init__(self, folder: Path, start: str) -> None:
@@ -96,9 +96,10 @@ class Lease:
             return True
 
     def inside(self, folder: Path) -> Lease:
-        """Returns a lease for a run's folder inside the owned folder, such as a student's folder.
+        """Returns a lease for `folder`, the folder of a run that lies in the owned folder.
 
-        The new lease has no owner.json of its own: it is valid as long as this lease is.
+        An example is the folder of one of several students. The new lease has no owner.json of its
+        own: it is valid as long as this lease is.
         """
         inner = Lease(folder, self.start)
         inner.root = self.root
@@ -128,7 +129,7 @@ class Lease:
 
         Returns: the new path of the old folder, or None if the folder had no files to keep.
         Raises:
-            OwnedError: if another start made the folder at the same moment.
+            OwnedError: if another launch made the folder at the same moment.
             ConfigError: if the folder is not a run's, or contains this process's current folder.
         """
         if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
@@ -271,7 +272,10 @@ def claim(
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Lease]:
-    """Claims a run's folder for the duration of a `with` block, and yields the lease."""
+    """Claims the run's folder `folder` (`claim`), and releases it when the `with` block ends.
+
+    Yields: the lease, which is the right of this launch to write the folder.
+    """
     lease = claim(folder)
     try:
         yield lease
@@ -378,11 +382,15 @@ def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], 
 def _refuse_overlap(folder: Path, start: str) -> None:
     """Checks that no overlapping run has a living owner.
 
-    The run of several students and a run of one of its students overlap. Each start claims its own
-    folder first, so that of two starts at least one sees the other's claim.
+    The run of several students and a run of one of its students overlap. Each launch claims its own
+    folder first, so that of two launches at least one sees the other's claim.
+
+    Args:
+        folder: The run's folder, which this launch has claimed.
+        start: ID of this launch.
 
     Raises:
-        OwnedError: if an overlapping run has a living owner; this start's owner.json is removed
+        OwnedError: if an overlapping run has a living owner; this launch's owner.json is removed
             first.
     """
     others = [folder.parents[1]] if folder.parent.name == STUDENTS else []
@@ -431,9 +439,11 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
 
 
 def _is_copy(folder: Path, owner: Owner) -> bool:
-    """Whether a folder is a copy of another folder that still has the same owner.
+    """Whether `folder` is a copy of another folder, in which owner.json also names `owner`.
 
-    The result is also False if the owner's own folder is not known or cannot be read.
+    The other folder is the one that `owner` recorded as its own. The result is False if `owner` has
+    recorded no folder, if the recorded folder is `folder` itself, or if its owner.json cannot be
+    read.
     """
     if not owner.folder or Path(owner.folder) == folder.resolve():
         return False
@@ -446,10 +456,10 @@ def _is_copy(folder: Path, owner: Owner) -> bool:
 
 
 def _foreign(folder: Path) -> str:
-    """Returns the name of a file that no run would leave in a folder without recipe.json, or "".
+    """Returns the name of a file in `folder` that no run would leave there, or "" if there is none.
 
-    A launch that was killed before it wrote recipe.json leaves only a few kinds of files. Any other
-    file shows that the folder is not a run's folder.
+    `folder` has no recipe.json. A launch that was killed before it wrote recipe.json leaves only a
+    few kinds of files. Any other file shows that the folder is not a run's folder.
     """
     for path in sorted(folder.iterdir()):
         if path.name == LOGS and path.is_dir():
@@ -472,7 +482,9 @@ def _next(folder: Path, start: str) -> Path:
 
 
 def _read(path: Path) -> tuple[Owner, float]:
-    """Reads an owner.json; the file is opened anew, so that NFS asks its server for the contents.
+    """Reads the owner.json at `path`, or another file with the record of an owner.
+
+    The file is opened anew at each call, so that NFS asks its server for the contents.
 
     Returns: the owner, and the time of its last heartbeat in seconds since the epoch.
     """
@@ -481,18 +493,25 @@ def _read(path: Path) -> tuple[Owner, float]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens an owner.json without blocking, since a named pipe may have this name."""
+    """Opens the file `path` for reading, without blocking if a named pipe has this name."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
-    """Returns the owner of a folder and the starts that are about to replace it.
+    """Returns the owner of a folder, followed by the launches that are about to replace it.
 
-    The element after start S is the start in owner.S.next. There is seldom more than one element.
+    owner.json names the owner. The launch that is about to replace the launch with ID S is named in
+    owner.S.next. So the second element is from the file owner.S.next for the owner S, and so on.
+    There is seldom more than one element.
 
-    Returns: for each start in order, its owner record and the time of the file; empty if the folder
-        has no owner.
-    Raises: ConfigError: if a start occurs twice, which is impossible unless others wrote the files.
+    Args:
+        folder: The run's folder.
+
+    Returns: for each of these launches its owner record, and the modification time of the file with
+        the record, in seconds since the epoch; empty if the folder has no owner.
+
+    Raises:
+        ConfigError: if a launch occurs twice, which is impossible unless others wrote the files.
     """
     chain: list[tuple[Owner, float]] = []
     path = folder / OWNER
@@ -510,15 +529,15 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
 
 def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
-    """Replaces the owner.json of a dead owner by the owner.json of this start (launch).
+    """Replaces the owner.json of a dead owner by the owner.json of this launch.
 
     Args:
         folder: The run's folder.
-        before: IDs of the starts that `_chain` returned when the last of them was judged dead.
-        start: ID of this start.
-        aside: File in the folder with this start's owner record.
+        before: IDs of the launches that `_chain` returned when the last of them was judged dead.
+        start: ID of this launch.
+        aside: File in the folder with this launch's owner record.
 
-    Returns: True, or False if another start was quicker.
+    Returns: True, or False if another launch was quicker.
     """
     key = _next(folder, before[-1])
     if not _link(aside, key):
@@ -536,7 +555,10 @@ def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
 
 
 def _remove(folder: Path, start: str) -> None:
-    """Removes the owner.json of an ending start, unless another start has begun to replace it."""
+    """Removes owner.json from `folder` if it names the launch with ID `start`, which is ending.
+
+    If another launch has begun to replace owner.json, the file stays.
+    """
     key = _next(folder, start)
     aside = folder / f"owner.{start}.json"
     _write(aside, json.dumps(asdict(replace(Owner.here(), start=f"{start}-end"))))
@@ -586,7 +608,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder and its missing parents; returns the new folders, innermost first."""
+    """Makes the folder `folder` and its missing parents.
+
+    Returns: the new folders, innermost first; empty if `folder` already existed.
+    """
     new_folders = []
     for path in (folder, *folder.parents):
         if path.exists():
@@ -597,9 +622,9 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes files of starts (launches) that were killed while claiming the folder.
+    """Removes files that killed launches left in `folder` while they claimed the folder.
 
-    Files of a start that is claiming the folder at present must stay; therefore only files older
+    Files of a launch that is claiming the folder at present must stay; therefore only files older
     than twice `LEAVING_SECONDS` are removed.
     """
     now = time.time()

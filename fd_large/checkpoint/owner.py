@@ -97,13 +97,20 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """Whether the owner's process ID is valid here, that is, in the same boot and namespace."""
+        """Whether the owner's process ID means the same process here.
+
+        This is so if the owner and this process have the same boot of a machine, which is known,
+        and the same namespace of process IDs.
+        """
         here = processes.kernel(), processes.namespace()
         return bool(self.boot) and (self.boot, self.pid_namespace) == here
 
     @property
     def is_seen(self) -> bool:
-        """Whether this process can see if the owner's process has ended."""
+        """Whether this process can see if the owner's process has ended.
+
+        The result is False on another machine, in another container, or if /proc hides the process.
+        """
         return self.is_near and processes.started(self.pid) != processes.HIDDEN
 
     def why_dead(self, this_process: Owner) -> str:
@@ -124,7 +131,7 @@ class Owner:
 
 
 def _may_be(name: str, value: Any) -> bool:
-    """Whether a value read from a file is valid for the attribute `name` of an `Owner`."""
+    """Whether `value`, read from a file, is valid for the attribute `name` of an `Owner`."""
     if name in ("pid", "pid_started", "restarts"):
         # Of type int: True is one by inheritance. The kernel takes no larger number for a process.
         return type(value) is int and 0 <= value < (2**31 if name == "pid" else 2**63)

@@ -35,8 +35,8 @@ class Reader:
 
     Args:
         stored: The checkpoint.
-        kinds: Kinds of tensors that were checked against the receipts and may be read; None for
-            all kinds.
+        kinds: Kinds of tensors that were checked against the receipts and may be read: "master",
+            "ema", or a moment of the optimiser (see `read`); None for all kinds.
 
     Attributes:
         path: The checkpoint's folder.
@@ -212,7 +212,8 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     Args:
         path: The checkpoint's folder.
         rank: The rank that wrote the file.
-        kinds: Kinds of tensors whose bytes are checked; None to check the whole file.
+        kinds: Kinds of tensors whose bytes are checked, such as "master" (master weights) or "ema"
+            (averaged weights); None to check the whole file.
 
     Returns: a message about the damage, or None if there is none.
     Raises: StorageError, CheckpointError: if a file exists but cannot be read, which is no damage.

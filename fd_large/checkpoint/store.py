@@ -86,25 +86,32 @@ def part_of(folder: Path, update: int, lease: Lease | None) -> Path:
 
 
 def file_of(rank: int) -> str:
-    """Returns the name of the file with a rank's tensors."""
+    """Returns the name of the file with the tensors of rank `rank`."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def receipt_of(rank: int) -> str:
-    """Returns the name of a rank's receipt, the file with size and checksums of its tensors."""
+    """Returns the name of the receipt of rank `rank`.
+
+    The receipt is a file with the size and the checksums of the rank's file of tensors.
+    """
     return f"rank_{rank:05d}.json"
 
 
 def complete(folder: Path) -> list[Stored]:
-    """Returns a run's complete checkpoints that have an undamaged manifest, oldest first."""
+    """Returns the complete checkpoints of the run in `folder`, oldest first.
+
+    Checkpoints whose manifest.json is missing or damaged are left out.
+    """
     read = ((path, manifest_of(path)) for path in renamed(folder))
     return [Stored(path, manifest) for path, manifest in read if manifest is not None]
 
 
 def renamed(folder: Path) -> list[Path]:
-    """Returns the folders of a run's complete checkpoints, oldest first.
+    """Returns the folders of the complete checkpoints of the run in `folder`, oldest first.
 
-    Only names decide whether a folder is complete; no file in the folders is read.
+    Only names decide whether a folder is complete: the name of an incomplete or replaced folder
+    ends in `.part` or `.old`. No file in the folders is read.
     """
     paths = map(checkpoints_of(folder).joinpath, _listed(checkpoints_of(folder)))
     return sorted(p for p in paths if p.match("step_*") and p.suffix not in (PART, OLD))
@@ -140,7 +147,7 @@ def _crc_of(manifest: dict[str, Any]) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Returns the CRC-32 of a file as eight hexadecimal digits."""
+    """Returns the CRC-32 of the file `path` as eight hexadecimal digits."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -154,8 +161,9 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     Args:
         path: The checkpoint's folder.
         rank: The rank that wrote the files.
-        kinds: Kinds of tensors whose bytes are checked; None to check the whole file. The whole
-            file is also checked if the receipt has no checksums by kind.
+        kinds: Kinds of tensors whose bytes are checked, such as "master" (master weights) or "ema"
+            (averaged weights); None to check the whole file. The whole file is also checked if the
+            receipt has no checksums by kind.
 
     Returns: a message about the damage, or None if there is none.
     Raises: StorageError, CheckpointError: if a file exists but cannot be read, which is no damage.
@@ -190,10 +198,13 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
     Args:
         file: The file.
         size: The expected size in bytes.
-        parts: "file" for the checksum of the whole file alone; else "header" and kinds of tensors.
+        parts: "file" for the checksum of the whole file alone. Otherwise "header" and kinds of
+            tensors, each of which is the part of the tensors' names before the first dot, such as
+            "master".
 
-    Returns: the size in bytes; {part: its checksum}, which is empty if the size is not as expected
-        or the file has no valid header, and which lacks kinds without a tensor in the file.
+    Returns: the size in bytes, and {part: its checksum}. The dict is empty if the size is not
+        `size` or the file has no valid header. A kind of which the file has no tensor is not in the
+        dict.
     """
     status = file.stat()
     num_bytes = status.st_size
@@ -216,7 +227,7 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
 
 
 def _text(file: Path) -> bytes:
-    """Returns the first `JSON_BYTES` bytes of a file, and does not block on a named pipe.
+    """Returns the first `JSON_BYTES` bytes of `file`, and does not block on a named pipe.
 
     Whether the file is a named pipe is not looked up first, since another request for each file of
     each rank would keep a file server busy.
@@ -226,14 +237,14 @@ def _text(file: Path) -> bytes:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Returns the names in a folder, or an empty list if the folder is missing."""
+    """Returns the names in the folder `folder`, or an empty list if `folder` does not exist."""
     return _read(folder, os.listdir) or []
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
-    """Returns the result of an action on a file, or None if the file is missing.
+    """Returns `action(file)`, or None if the file or folder `file` does not exist.
 
-    Raises: StorageError, CheckpointError: if the file exists and cannot be read.
+    Raises: StorageError, CheckpointError: if `file` exists and cannot be read.
     """
     try:
         return retried(lambda: action(file), file)
@@ -251,7 +262,8 @@ def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
 
     Args:
         stored: The checkpoint.
-        kinds: Kinds of tensors whose bytes are checked; None to check the whole files.
+        kinds: Kinds of tensors whose bytes are checked, such as "master" (master weights) or "ema"
+            (averaged weights); None to check the whole files.
 
     Returns: a message for each damaged file.
     """
@@ -431,9 +443,10 @@ def prune(
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint's folder after renaming it.
+    """Removes the folder `path` of a checkpoint, after renaming it.
 
-    A folder that is removed only in part must not have the name of a complete checkpoint.
+    Without the new name, a folder that is removed only in part would count as a complete
+    checkpoint.
     """
     aside = path.with_name(f"removed_{path.name.removesuffix(PART)}{PART}")
     remove(aside)
@@ -489,13 +502,16 @@ def _is_whole(part: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder and ignores errors; the run's next launch removes what is left (`sweep`)."""
+    """Removes the folder `folder`, and ignores errors.
+
+    If a part of the folder is left, the run's next launch removes it (`sweep`).
+    """
     with suppress(OSError):  # Even `ignore_errors` lets some through.
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:
-    """Flushes a folder to disk, so that renames and new files in it survive a crash."""
+    """Flushes the folder `path` to disk, so that renames and new files in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -185,9 +185,13 @@ class TensorFile:
             out.copy_(values)
 
     def checksum(self, kinds: Collection[str]) -> Checksums:
-        """Returns checksums of the header and of some kinds of tensors.
+        """Returns checksums of the header and of the tensors of some kinds.
 
-        In the result, `file` is "", and `kinds` lacks the kinds of which the file has no tensor.
+        Args:
+            kinds: Kinds of tensors; a kind is the part of a tensor's name before the first dot.
+
+        Returns: the checksums. The attribute `file` is "", and `kinds` has no entry for a kind of
+            which the file has no tensor.
         """
         sums = {}
         for kind in kinds:
@@ -231,7 +235,11 @@ def _write_all(descriptor: int, views: list[memoryview]) -> None:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorts spans [start, stop) of a file, and joins spans that adjoin."""
+    """Returns parts of a file in ascending order, with adjoining parts joined to one.
+
+    Args:
+        spans: The parts (start, stop), which are the bytes [start, stop) of the file.
+    """
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if joined and joined[-1][1] == start:

@@ -163,8 +163,12 @@ class _Order:
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
         """Returns the index of an image that replaces the image at a position.
 
-        The replacement is from the dataset of this position, and chosen by `draw`, a number in
-        [0, 1).
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            position: Position in the epoch's order. The replacement is from the dataset of this
+                position.
+            draw: A random number in [0, 1), which chooses the replacement.
         """
         part = int(self._pattern[position % len(self._pattern)])
         number, place = self._place(part, epoch, position)
@@ -177,8 +181,13 @@ class _Order:
     def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
         """Returns the blocks that are needed at a position and soon after it.
 
-        Returns: (index of a source, number of one of its blocks) for each block; sources that are
-            not read in blocks have none.
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            position: Position in the epoch's order.
+
+        Returns: (index of a source, number of one of its blocks) for each block. A source that is
+            not read in blocks has no entry.
         """
         needed: list[_Place] = []
         for part, source in enumerate(self._sources):
@@ -189,9 +198,10 @@ class _Order:
         return needed
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
-        """Returns how far a source was read before a position.
+        """Returns how far source `part` was read before position `position` of epoch `epoch`.
 
-        Returns: the number of the current pass over the source, and the position in this pass.
+        Returns: the number of the current pass over the source's images, and the position in this
+            pass.
         """
         turn = int(self._turns(epoch, np.array([position]))[0, part])
         number, place = divmod(turn, int(self._sizes[part]))
@@ -223,5 +233,8 @@ class _Order:
 
     @staticmethod
     def _seed(part: int, seed: int) -> int:
-        """Returns the seed of source `part`, so that sources of equal size get different orders."""
+        """Returns the seed of source `part`, derived from the run's seed `seed`.
+
+        Without seeds of their own, sources of equal size would get the same order.
+        """
         return (seed + part) % 2**64

@@ -115,12 +115,15 @@ class BlockFile(OpenFile):
         return len(self.labels)
 
     def name(self, place: int) -> str:
-        """Returns the name of the image with index `place` in the block."""
+        """Returns the name of image `place` of the block, counted from 0."""
         start = int(self._name_ends[place - 1]) if place else 0
         return os.fsdecode(self._names[start : int(self._name_ends[place])])
 
     def image(self, place: int) -> bytearray:
-        """Returns the bytes of the image with index `place`; raises OSError if a read fails."""
+        """Returns the bytes of image `place` of the block, counted from 0.
+
+        Raises: OSError: if the file cannot be read.
+        """
         return self.read(int(self._starts[place]), int(self._sizes[place]))
 
 
@@ -172,7 +175,7 @@ class BlockCache(NamedTuple):
         return block or self.open(key, make, wait=wait)  # Another process may have removed it.
 
     def holds(self, key: str) -> bool:
-        """Whether the cache has a block with this key."""
+        """Whether the cache has the block with the name `key`, as `block_key` returns it."""
         return kind_of(self.folder / f"{key}.block") is not None
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:

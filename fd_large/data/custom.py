@@ -56,7 +56,11 @@ def _opened(root: str, where: str, part: str) -> CustomImages:
 
 
 def is_custom(root: str) -> bool:
-    """Whether `root` names a source in the user's own code or in an installed package."""
+    """Whether `root` names a source in the user's own code or in an installed package.
+
+    Such a root starts with "module:", or is a name that an installed package gives to a source. A
+    name is taken for a file or folder if there is one of this name.
+    """
     if doors.is_own(root):
         return True
     is_word = root.replace("-", "_").isidentifier()

@@ -142,7 +142,11 @@ class ImageFolder:
 
 
 def open_folder(root: str, *, where: str) -> ImageFolder | None:
-    """Opens a folder of images, or returns None if `root` is not a folder.
+    """Opens the folder of images `root`, or returns None if `root` is not a folder.
+
+    Args:
+        root: Value of a configuration field such as `data.root`.
+        where: Name of this configuration field, for messages.
 
     Raises: DataError: if no image is below the folder, or a subfolder cannot be listed.
     """
@@ -150,7 +154,7 @@ def open_folder(root: str, *, where: str) -> ImageFolder | None:
 
 
 def read_image(path: str) -> bytearray:
-    """Returns the bytes of an image file.
+    """Returns the bytes of the image file `path`.
 
     Raises: DataError: if the file cannot be read, or is larger than `MAX_FILE_BYTES`.
     """

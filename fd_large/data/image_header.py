@@ -109,7 +109,10 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether EXIF data ask for no rotation; also False if this short parser cannot read them."""
+    """Whether the EXIF data `tiff` of an image ask for no rotation.
+
+    The result is also False if this short parser cannot read the data.
+    """
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return False
@@ -127,9 +130,11 @@ def _upright(tiff: bytes) -> bool:
 
 
 def _read_webp(encoded: bytes | bytearray) -> Header | None:
-    """Reads the header of a WebP file, or returns None if the kind of its first chunk is unknown.
+    """Reads the header of the WebP file `encoded`.
 
     Source: RFC 9649 (the three kinds of first chunk).
+
+    Returns: the header, or None if the first chunk is of none of the three known kinds.
     """
     kind = encoded[12:16]
     if kind == b"VP8X":

@@ -54,7 +54,11 @@ class LabelledImages:
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Starts to fetch the blocks with these numbers, for images that are read in blocks."""
+        """Starts to fetch the blocks `numbers`; only for images that are read in blocks.
+
+        Args:
+            numbers: Numbers of the blocks, in the order in which they are needed.
+        """
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
@@ -146,7 +150,12 @@ def _part(root: str, part: str, val_fraction: float, where: str) -> ImageSource:
 
 
 def has_parts(root: str, *, where: str = "data.root") -> bool:
-    """Whether a dataset has both a part `train` and a test part."""
+    """Whether a dataset has both a part `train` and a test part (`val`, `validation` or `test`).
+
+    Args:
+        root: The dataset; see `open_images`.
+        where: Name of the configuration field that holds the root, for messages.
+    """
     return all(_places(root, split, where) for split in SPLITS)
 
 

@@ -86,7 +86,7 @@ class Listing:
         return self.arrays["names"][start : int(ends[index])].tobytes()
 
     def number(self, column: str, index: int) -> int:
-        """Returns the number of sample `index` in the column of this name."""
+        """Returns the integer that the column `column` holds for sample `index`."""
         return int(self.arrays[column][index])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -227,10 +227,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
-    """Whether a modification lies so far back that any later change gets another time stamp.
+    """Whether any change after a listing is certain to get another time stamp than the last change.
+
+    A file or folder that changed shortly before the listing may change again within the resolution
+    of the time stamps. The result is False if the last change was `SETTLED_SECONDS` or less before
+    the listing.
 
     Args:
-        modified_ns: Modification time, in ns since the epoch.
+        modified_ns: Modification time of the file or folder, in ns since the epoch.
         listed_at: Time of the listing, in seconds since the epoch.
     """
     return modified_ns / 1e9 < listed_at - SETTLED_SECONDS
@@ -251,10 +255,12 @@ class _Note(NamedTuple):
 
 
 def _identity(anchor: str) -> tuple[int, ...]:
-    """Returns numbers that identify a file or folder; empty if its status cannot be read.
+    """Returns numbers that identify the file or folder `anchor`.
 
     The numbers are equal on all clients of a file system, and differ for a copy of the file on
     another file system.
+
+    Returns: inode number, modification time and change time in ns; empty if they cannot be read.
     """
     try:
         status = os.stat(anchor)
@@ -281,10 +287,10 @@ def _timed(make: Callable[[], Made]) -> Listing:
 
 
 def _keep(listing: Listing, path: Path) -> Listing:
-    """Writes a listing to a file, and returns the listing that maps the file.
+    """Writes a listing to the file `path`, and returns a listing that maps this file into memory.
 
-    A listing with fewer than `CACHED_FROM` samples, or whose file cannot be written, is returned
-    as it is.
+    If the listing has fewer than `CACHED_FROM` samples, no file is written. In this case, and if
+    the file cannot be written, `listing` itself is returned.
     """
     if max(len(a) for name, a in listing.arrays.items() if name != "names") < CACHED_FROM:
         return listing
@@ -323,9 +329,13 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
 
 
 def _opened(note: _Note) -> Listing | None:
-    """Maps the listing of another rank.
+    """Maps the file of the listing that another rank has made.
 
-    Returns: the listing, or None if this rank cannot map the same file.
+    Args:
+        note: The message of the other rank about the listing.
+
+    Returns: the listing, or None if the listing has no file, or if this rank cannot read the file
+        or finds another listing in it.
     """
     if note.path is None:
         return None
@@ -348,7 +358,10 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes partial files that killed processes left in a folder."""
+    """Removes partial files older than `STALE_SECONDS` from the folder `folder`.
+
+    Killed processes left these files.
+    """
     for path in folder.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # Another process was faster.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:

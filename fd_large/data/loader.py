@@ -340,9 +340,15 @@ class ViewBatches(Dataset):
         return replace(batch, images=images)
 
     def _load(self, positions: NDArray[np.int64], count: int) -> Batch:
-        """Loads the views at all positions as a batch.
+        """Loads the views at some positions as a batch.
 
-        Fields other than `images` have entries only for the first `count` positions.
+        Args:
+            positions: (B + R,), positions in the epoch's order. The last R positions are added
+                partners of the others, with which these are mixed.
+            count: B, the number of positions in the batch.
+
+        Returns: a batch with B + R images, whose other fields have entries for the first B
+            positions.
         """
         draws_at, settings = self._draws(positions), self.settings
         if self.sizes is not None:
@@ -367,9 +373,13 @@ class ViewBatches(Dataset):
         )
 
     def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:
-        """Returns a function that draws the random numbers of a view.
+        """Returns a function that gives the random numbers of a view.
 
-        The function takes an index into `positions` and the index of an image.
+        The function takes an index into `positions` and the index of an image. With `fixed` views,
+        only the index of the image is used; otherwise only the position.
+
+        Args:
+            positions: (B,), positions in the epoch's order.
         """
         fixed = self.fixed
         if fixed is not None:

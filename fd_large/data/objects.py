@@ -241,9 +241,12 @@ class _Ranges(AbstractBufferedFile):
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for a URL or path, and the path within this file system.
+    """Returns fsspec's file system for a path or URL, and the path within this file system.
 
     A forked process gets a file system of its own for a URL.
+
+    Args:
+        url: Path or URL.
     """
     if not is_url(url):  # In a path, fsspec would give `A::B` and `~` a special meaning.
         return LocalFileSystem(), os.path.abspath(url)
@@ -271,7 +274,10 @@ def _client(url: str) -> tuple[Any, str]:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether an error of a store is transient."""
+    """Whether `error`, which a request to a store raised, is transient.
+
+    Transient are lost connections, timeouts, and answers that a server is busy or has failed.
+    """
     # Errors of broken connections, by the names of the libraries' classes.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _BROKEN:

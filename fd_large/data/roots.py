@@ -72,7 +72,7 @@ _MOST_FOLDERS = 1000
 
 
 def scheme_of(root: str) -> str:
-    """Returns the scheme of a URL; "" for a path."""
+    """Returns the scheme of a URL, such as "s3"; "" if `root` is no URL."""
     match = _URL.match(root)
     return match.group(1) if match else ""
 
@@ -83,20 +83,28 @@ def is_url(root: str) -> bool:
 
 
 def name_of(url: str) -> str:
-    """Returns a path or URL without the query that an http URL may have after a "?"."""
+    """Returns a path or URL without its query.
+
+    Only an http or https URL has a query, which begins at the first "?".
+
+    Args:
+        url: Path or URL.
+    """
     return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
 
 def local_kind(
     root: str, *inside: str, where: str = "data.root"
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns what kind of local file a path is; None for a URL or if nothing is at the path.
+    """Returns what kind of local file a path is.
 
     Args:
         root: Value of `data.root`.
         inside: Parts of a path below the root; without them, the root itself is looked up.
         where: Name of the configuration field that holds the root, for messages.
 
+    Returns: the kind, or None if nothing is at the path. None also for a root that cannot be a
+        path: a URL, or a pattern with braces that is longer than a file name may be.
     Raises: DataError: if the file system does not allow the look-up.
     """
     longest = max(map(len, os.fsencode(root).split(b"/")))
@@ -106,14 +114,23 @@ def local_kind(
 
 
 def is_saved(root: str, where: str) -> bool:
-    """Whether a root is a folder that `save_to_disk` of Hugging Face's `datasets` wrote."""
+    """Whether a root is a folder that `save_to_disk` of Hugging Face's `datasets` wrote.
+
+    Args:
+        root: Value of `data.root`.
+        where: Name of the configuration field that holds the root, for messages.
+    """
     return local_kind(root, where=where) == "folder" and all(
         local_kind(root, name, where=where) == "file" for name in SAVED
     )
 
 
 def listed(folder: str, where: str) -> list[str]:
-    """Returns the sorted names of the files and folders in a folder.
+    """Returns the sorted names of the files and folders in the folder `folder`.
+
+    Args:
+        folder: The folder.
+        where: Name of the configuration field that holds a dataset's root, for messages.
 
     Raises: DataError: if the folder cannot be listed.
     """
@@ -213,7 +230,11 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 
 
 def check_braces(pattern: str, *, where: str) -> None:
-    """Checks the braces of a pattern without expanding them.
+    """Checks the braces of a path or URL without expanding them.
+
+    Args:
+        pattern: A path or URL that may have braces, such as "train-{00..12}.tar".
+        where: Name of the configuration field that holds the pattern, for messages.
 
     Raises:
         DataError: if the pattern stands for more than a million names, or a number in it has too
@@ -223,10 +244,18 @@ def check_braces(pattern: str, *, where: str) -> None:
 
 
 def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
-    """Splits a pattern into its parts inside and outside of braces.
+    """Splits a path or URL into its parts inside and outside of braces.
+
+    Args:
+        pattern: A path or URL that may have braces, such as "train-{00..12}.tar".
+        where: Name of the configuration field that holds the pattern, for messages.
 
     Returns: for each part, in order, the texts or numbers that may stand there, and the format
-        specification with which they are written.
+        specification with which they are written. A part outside of braces has one text.
+
+    Raises:
+        DataError: if the pattern stands for more than a million names, or a number in it has too
+            many digits.
     """
     # text, inside, text, inside, ..., text
     parts = [
@@ -352,7 +381,11 @@ def require_dataset(root: str, *, where: str) -> None:
 
 
 def require_builtin(root: str, where: str) -> None:
-    """Checks that a built-in dataset of this name exists.
+    """Checks that `root`, such as "builtin:photographs", is the name of a built-in dataset.
+
+    Args:
+        root: Value of `data.root` that starts with "builtin:".
+        where: Name of the configuration field that holds the root, for messages.
 
     Raises: DataError: if there is no such dataset; the message has the most similar name.
     """
@@ -383,9 +416,19 @@ def _require_archive(root: str, where: str) -> None:
 
 
 def _require_file_in(root: str, where: str) -> None:
-    """Raises DataError if a folder and its subfolders have no file.
+    """Checks that the folder `root` or a folder below it has a file.
 
-    The search stops at the first file, so that only a few names of a large folder are listed.
+    Files whose names start with a dot do not count.
+
+    The search stops at the first such file, so that only a few names of a large folder are listed.
+    It also stops, without an error, after `_MOST_FOLDERS` folders and at a folder that cannot be
+    listed.
+
+    Args:
+        root: The folder.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Raises: DataError: if there is no such file.
     """
     folders = [root]
     for _ in range(_MOST_FOLDERS):

@@ -52,10 +52,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
 def _permuted(
     num_samples: int, seed: int, epoch: int, positions: ArrayLike, stream: str, first: int = 0
 ) -> NDArray[np.int64]:
-    """Computes `epoch_order` with the random numbers of a given stream.
+    """Computes `epoch_order` with random numbers of another purpose.
 
-    `first` is added to the positions for which random numbers are drawn, so that several
-    permutations can use one stream.
+    Args:
+        num_samples: Number of permuted items.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        positions: (B,), each below `num_samples`.
+        stream: Purpose of the random numbers, a name in `random_numbers.STREAMS`.
+        first: Number that is added to the positions for which random numbers are drawn, so that
+            several permutations can use one stream.
+
+    Returns: (B,) int64, indices of items.
     """
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
@@ -96,7 +104,10 @@ class Blocks:
         self.per_window = max(WINDOW_BLOCKS, math.ceil(WINDOW_SAMPLES / mean_size))
 
     def block(self, sample: int) -> tuple[int, int]:
-        """Returns the number of a sample's block, and the index of the sample in this block."""
+        """Returns which block has sample `sample`, and where in the block.
+
+        Returns: the number of the block; the index of the sample among the samples of this block.
+        """
         number = int(np.searchsorted(self.ends, sample, side="right"))
         return number, sample - (int(self.ends[number - 1]) if number else 0)
 
@@ -127,7 +138,12 @@ class Blocks:
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
         """Returns the index of a sample that replaces the sample at a position.
 
-        The replacement is from the same window, and chosen by `draw`, a number in [0, 1).
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            position: Position in the epoch's order. The replacement is from the same window of
+                blocks.
+            draw: A random number in [0, 1), which chooses the replacement.
         """
         _, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
@@ -140,6 +156,11 @@ class Blocks:
 
         The result has the blocks of the position's window, and then the blocks of the next window.
         After the last window of an epoch, the next window is the first window of the next epoch.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            position: Position in the epoch's order.
         """
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1

@@ -226,6 +226,10 @@ def _most_open() -> int:
 def open_shards(root: str, *, where: str) -> TarShards | None:
     """Opens a tar file, a pattern of tar files, or a folder with tar files and no image files.
 
+    Args:
+        root: Value of a configuration field such as `data.root`.
+        where: Name of this configuration field, for messages.
+
     Returns: the source, or None if the root is something else.
     Raises: DataError: if a file of the pattern is missing, or the shards cannot be used.
     """
@@ -240,7 +244,14 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
 
 
 def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
-    """Returns the paths of a root's tar files; an empty list for a folder that has image files."""
+    """Returns the paths of the tar files that a root stands for.
+
+    Args:
+        root: A tar file, a pattern of tar files, a folder with tar files, or a list of paths.
+        where: Name of the configuration field that holds the root, for messages.
+
+    Returns: the paths; empty for a folder without tar files, or with an image file.
+    """
     if not isinstance(root, str):
         return list(root)
     if local_kind(root, where=where) == "folder":
@@ -255,9 +266,12 @@ def _is_pattern(root: str) -> bool:
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
     """Returns a path without braces and wildcards for a root, and a text that completes the path.
 
-    Returns: the path, which is the root itself, the folder before the first brace or wildcard of a
-        pattern, or the first path of a list; the text, which differs between roots with the same
-        path.
+    Args:
+        root: A tar file, a pattern of tar files, a folder with tar files, or a list of paths.
+
+    Returns: the path, and the text, which differs between roots with the same path. For a file or a
+        folder, these are the root and "". For a pattern, the folder before the first brace or
+        wildcard, and the rest of the pattern. For a list, its first path, and a hash of all paths.
     """
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
@@ -283,7 +297,12 @@ def _matching(pattern: str, where: str) -> list[str]:
 
 
 def _only_shards(root: str, where: str) -> list[str]:
-    """Returns the paths of the tar files below a folder; an empty list if image files are there."""
+    """Returns the paths of the tar files below the folder `root`; empty if image files are there.
+
+    Args:
+        root: The folder.
+        where: Name of the configuration field that holds the root, for messages.
+    """
     shards = []
     for kind, path, _ in walk(root, where):
         if kind == "image":

@@ -131,8 +131,13 @@ def _open_tables(root: str, files: Sequence[Stored], *, where: str) -> ImageSour
 
 
 def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
-    """Opens a folder that `save_to_disk` of `datasets` wrote, or returns None for other roots.
+    """Opens a folder that `save_to_disk` of Hugging Face's `datasets` wrote.
 
+    Args:
+        root: Value of a configuration field such as `data.root`.
+        where: Name of this configuration field, for messages.
+
+    Returns: the source, or None if `root` is no such folder.
     Raises: DataError: if the folder has several parts of a dataset, or the package is missing.
     """
     if local_kind(root, SAVED_PARTS, where=where) == "file":

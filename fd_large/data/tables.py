@@ -52,6 +52,10 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
     The columns are those that Hugging Face's `datasets` recorded as features in the schema. If
     there are no features, columns are chosen by their types and names (`IMAGES` and `LABELS`).
 
+    Args:
+        schema: Schema of the table.
+        where: Name of the table or configuration field, for messages.
+
     Raises: DataError: if no column can be the column of images, or several can.
     """
     features = _features(schema)
@@ -202,6 +206,10 @@ class ParquetImages(BlockImages):
 def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], Columns, str]:
     """Reads the footers of parquet files.
 
+    Args:
+        files: The files.
+        where: Name of the configuration field that holds the root, for messages.
+
     Returns: the table of blocks for `BlockImages`, without empty row groups; the columns, which all
         files must have in common; the fingerprint of the dataset.
     Raises: DataError: if a file is damaged or has no column of images, or the columns differ.
@@ -244,7 +252,12 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
 
 
 def _bytes_of(group: Any, column: str) -> int:
-    """Returns the uncompressed size in bytes of a column in a row group, from the footer."""
+    """Returns the uncompressed size of column `column` in a row group, in bytes.
+
+    Args:
+        group: Metadata of the row group, from the footer of a parquet file.
+        column: Name of the column.
+    """
     chunks = map(group.column, range(group.num_columns))
     return sum(
         chunk.total_uncompressed_size
@@ -254,9 +267,16 @@ def _bytes_of(group: Any, column: str) -> int:
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
-    """Raises DataError if the mean size of a column's cells exceeds the limit for an image file.
+    """Checks that the mean size of a column's cells is not above the limit for an image file.
 
     The sizes are those in the footer of the file, so that nothing is decompressed.
+
+    Args:
+        stored: The parquet file.
+        group: Metadata of a row group, from the footer of the file.
+        column: Name of the column.
+
+    Raises: DataError: if the mean size exceeds `MAX_FILE_BYTES`.
     """
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
@@ -269,8 +289,11 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
     """Returns the bytes of an image of which a table has only the path.
 
-    The path is looked up below the folder of a local table's file. The result is empty if no image
-    is there, or if the table is not local.
+    Args:
+        stored: The file of the table.
+        path: Path of the image, which is looked up below the folder of this file.
+
+    Returns: the bytes; empty if no image is at the path, or the file of the table is not local.
     """
     with suppress(DataError):
         if path and not stored.is_remote:

@@ -96,7 +96,7 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
 
 
 def _key(name: bytes) -> bytes:
-    """Returns a member's name up to the first dot after the last slash."""
+    """Returns the name of a member of an archive, up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
 

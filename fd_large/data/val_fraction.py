@@ -56,7 +56,10 @@ class Part:
         return self.images.read(self.place(index))
 
     def place(self, index: int) -> int:
-        """Returns the index in the other source of the part's image `index`."""
+        """Returns the index, in the source that was divided, of the part's image `index`.
+
+        Raises: IndexError: if the part has no such image.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return int(self._places[index])
@@ -84,7 +87,10 @@ class DivisibleImages(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Returns the path of an image by its index among the images in use."""
+        """Returns the path of image `index` of the dataset, counted from 0.
+
+        After `part`, the dataset has only the images of this part.
+        """
 
     def part(self, part: str, fraction: float) -> Self:
         """Returns the dataset of the training images or of the test images.

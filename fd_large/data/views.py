@@ -95,7 +95,7 @@ class FixedViews(NamedTuple):
     seed: int
 
     def draws(self, epoch: int, index: int) -> Draws:
-        """Returns the random numbers of the view of image `index` in an epoch (counted from 0)."""
+        """Returns the random numbers of the view of image `index` in epoch `epoch`, from 0."""
         return view_draws(self.seed, epoch % self.count, [index])[0]
 
 

@@ -76,7 +76,10 @@ def _shorten_socket_name() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Returns multiprocessing's settings of this process, or an empty dict if Python keeps none."""
+    """Returns the settings that Python's multiprocessing keeps for this process.
+
+    The result is an empty dict if Python keeps none.
+    """
     return vars(multiprocessing.current_process()).get("_config", {})
 
 
