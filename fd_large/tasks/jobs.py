@@ -104,6 +104,9 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
 def transfer_of(task: str) -> Transfer:
     """Returns the `Transfer` of a task.
 
+    Args:
+        task: Value of `task.name` in a recipe.
+
     Raises: ConfigError: if the task cannot begin from a named model.
     """
     kind = kind_of(task)

@@ -100,11 +100,16 @@ class Transfer:
         Args:
             run: The recipe, with the model in the student's place.
             pool: The pooled feature to probe; "auto" for all pooled features that the model has.
+
+        Returns: by default the given recipe alone, with the label "".
         """
         return {"": run}
 
     def divisible(self, job: TrainingJob) -> Divisible:
         """Opens the training images of a recipe, of which `data.val_fraction` can hold out a part.
+
+        Args:
+            job: A job whose recipe names the images.
 
         Raises: DataError: if the images cannot be divided by the names of their files.
         """

@@ -148,5 +148,12 @@ def erasing_box(
 
 
 def normals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns a standard normal number for each pair of uniform numbers in [0, 1) (Box-Muller)."""
+    """Returns standard normal numbers, computed from uniform numbers by the Box-Muller transform.
+
+    Args:
+        first: Uniform numbers in [0, 1), in an array of any shape.
+        second: Uniform numbers in [0, 1), independent of `first`, in an array of the same shape.
+
+    Returns: a normal number for each pair of numbers, in the same shape.
+    """
     return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)

@@ -67,12 +67,13 @@ class ClassificationJob(TrainingJob):
         return self._training_images()
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe, completed from the student's weights.
+        """Returns the recipe, completed from the weights that `student.init` names.
 
-        If the recipe states no image statistics, the result has the statistics of these weights.
+        If the recipe states no image statistics, the result has the statistics of these weights. If
+        `student.init` is empty, no statistics are filled in.
 
         Args:
-            sources: Finds the weights.
+            sources: Opens the weights.
         """
         run, init = super().settle(sources), self.run.student.init
         if own_section(self.run).statistics or not init:
@@ -95,9 +96,11 @@ class ClassificationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task to count operations; see `TrainingJob.models_on_shapes`.
+        """Constructs the task on the meta device, to count its operations.
 
-        If the training images are not open yet, the task has ImageNet's number of classes.
+        If the training images are not open yet, the task has 1,000 classes, as in ImageNet.
+
+        Returns: the task, and an empty tuple, since the task uses no frozen models.
         """
         if self._training is None:
             self._assumed_classes = IMAGENET_CLASSES
@@ -106,10 +109,15 @@ class ClassificationJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluation on all test images, exact on any number of ranks.
+        """Returns a single evaluation, on all test images and exact on any number of ranks.
 
         Images that cannot be read are named in the log and do not count. The run ends if the
         fraction of such images exceeds `data.max_bad_fraction`.
+
+        Args:
+            engine: The task in its engine.
+            samples: Not used.
+            micro_batch_size: Number of images in a forward of a rank.
         """
         images, bad = self.test_images(), BadImages()
 
@@ -252,7 +260,10 @@ class FineTuningJob(ClassificationJob):
     ignored_fields = FINETUNE.ignored_fields
 
     def check(self) -> None:
-        """Checks the recipe as the base class does, and tries the classifier on the meta device."""
+        """Checks the recipe as the base class does, and also checks the classifier.
+
+        A run of the classifier on the meta device shows whether it returns a logit for each class.
+        """
         super().check()
         with torch.device("meta"):
             task = self.make_task()
@@ -269,7 +280,14 @@ class FineTuningJob(ClassificationJob):
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro-batches of augmented and mixed images, and targets; see `MixedBatches`."""
+        """Yields this rank's micro-batches of augmented and mixed images, with their targets.
+
+        The shapes are those of `MixedBatches`.
+
+        Args:
+            samples: The training images and their labels.
+            portion: The epoch, the step to begin with, and this rank's share of each global batch.
+        """
         run = self.run
         size = run.batch.global_batch_size
         batches = MixedBatches(
@@ -337,7 +355,7 @@ class LinearProbeJob(ClassificationJob):
         return min(self.run.task.linear.norm_batch, self.run.batch.global_batch_size)
 
     def view_settings(self) -> ViewSettings:
-        """Returns the recipe's settings of views, in which crops are clipped to the image."""
+        """Returns the recipe's settings of views; a crop that exceeds the image is cut to it."""
         return replace(super().view_settings(), cuts_boxes=True)
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -363,7 +381,10 @@ class LinearProbeJob(ClassificationJob):
         self._frozen = Frozen(learning, tested)
 
     def _frozen_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns the names and tensors of the frozen model, or None for random weights."""
+        """Returns (name, tensor) for each tensor of the frozen model's weights.
+
+        The result is None if `student.init` is empty. The frozen model then has random weights.
+        """
         left_out = super().stored_student().absent
         student, size = self.run.student, self.run.data.image_size
         return student_weights(student, self.weights, image_size=size, without=left_out)
@@ -382,7 +403,10 @@ class LinearProbeJob(ClassificationJob):
         return LinearProbing(frozen, self.num_classes, norm_batch=self._group)
 
     def models_on_shapes(self) -> tuple[LinearProbing, tuple[nn.Module, ...]]:
-        """Constructs the task with a new frozen model, and returns the task and this model."""
+        """Constructs the task and a new frozen model on the meta device, to count operations.
+
+        Returns: the task, and a tuple that holds the frozen model.
+        """
         built, self._frozen = self._frozen, None
         task = cast(LinearProbing, super().models_on_shapes()[0])
         self._frozen = built
@@ -393,7 +417,14 @@ class LinearProbeJob(ClassificationJob):
         return {}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro-batches of random crops and flips, in whole groups; see `GroupedBatches`."""
+        """Yields this rank's micro-batches of random crops and flips, with their labels.
+
+        A micro-batch holds whole groups of images (`GroupedBatches`).
+
+        Args:
+            samples: The training images and their labels.
+            portion: The epoch, the step to begin with, and this rank's share of each global batch.
+        """
         run = self.run
         views = LabelledViews(
             cast(LabelledImages, samples), self.view_settings(), run.runtime.seed, portion.epoch
@@ -409,11 +440,14 @@ class LinearProbeJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a micro-batch of `size` grey images, with further images to complete the groups."""
+        """Makes a micro-batch of `size` labelled grey images.
+
+        If `size` is not a multiple of the batch norm's group size, images without labels are added.
+        """
         return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
 
     def norm_group(self) -> int:
-        """Returns 0 for the number of images that share batch-norm statistics of the student.
+        """Returns 0, since no batch norm of the student uses the statistics of a batch.
 
         The frozen model uses the statistics that were loaded with its weights.
         """
@@ -481,7 +515,7 @@ class _GroupWarning(Hook):
 
 
 def own_section(run: Run) -> Any:
-    """Returns the task's own section of a recipe, `task.NAME`."""
+    """Returns the section of `run` that only its task has, such as `run.task.finetune`."""
     return getattr(run.task, _section(run))
 
 
@@ -497,7 +531,7 @@ def with_statistics(run: Run, statistics: Sequence[float]) -> Run:
 
 
 def _section(run: Run) -> str:
-    """Returns the name of the task's own section of a recipe."""
+    """Returns the name of the section of `run` that only its task has, such as "finetune"."""
     # `task.name` of a task of the user's own is module:FILE.py:NAME, not its section's name.
     kind = run.task.kind()
     assert kind is not None

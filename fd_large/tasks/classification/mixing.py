@@ -61,6 +61,8 @@ def draw_mix(
         mixup: Alpha of mixup's beta distribution; 0 turns mixup off.
         cutmix: Alpha of CutMix's beta distribution; 0 turns CutMix off.
         switch_probability: Probability of CutMix if both are on.
+
+    Returns: how the group is mixed; if both are off, a `Mix` that leaves images unchanged.
     """
     if not (mixup or cutmix):
         return UNMIXED
@@ -136,5 +138,8 @@ def mix_labels(
 
 
 def _clipped(middle: int, side: int, limit: int) -> tuple[int, int]:
-    """Returns start and end of an interval around `middle`, of length `side`, cut to 0..limit."""
+    """Returns start and end of an interval in pixels, cut to 0..`limit`.
+
+    Before it is cut, the interval has the length `side`, and `middle` is its centre.
+    """
     return max(0, middle - side // 2), min(limit, middle + (side + 1) // 2)

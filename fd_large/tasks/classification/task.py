@@ -120,7 +120,14 @@ class FineTuning(Task):
         self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the arguments of `forward`; images that are still uint8 are normalised."""
+        """Returns the arguments of `forward`.
+
+        Args:
+            images: (B, 3, H, W), either float32 pixels that are already normalised, as in training,
+                or uint8 pixels, as in tests, which are normalised here.
+            targets: The targets of `forward`.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         pixels = images if images.is_floating_point() else normalise(images, self.statistics)
         return {"pixels": pixels, "targets": targets, "keep": keep}
 
@@ -300,7 +307,9 @@ class LinearProbing(Task):
         return self.head(normed.to(self.head.weight.dtype)).float()
 
     def before_step(self, progress: float) -> None:
-        """Discards the sums of statistics that forwards before the step, such as trials, have left.
+        """Discards statistics that the batch norm has collected and that `after_step` has not used.
+
+        They come from a skipped step, or from forwards that belong to no step.
 
         Args:
             progress: Not used.
@@ -312,7 +321,11 @@ class LinearProbing(Task):
         batch_norm.move([self])
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns {prefix of the layers' names: model} of the frozen model, then of this task."""
+        """Returns {"frozen.": the frozen model, "": this task}.
+
+        If a step fails, the layers of both models are listed in a record for diagnosis. A key is
+        the prefix that the layers' names get in this record.
+        """
         return {"frozen.": self._frozen[0].learning, "": self}
 
 

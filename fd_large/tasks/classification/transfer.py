@@ -104,13 +104,14 @@ class LinearTransfer(ClassificationTransfer):
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
         """Returns {label: recipe} of the linear probes of a model.
 
-        With "auto" there are three recipes, which probe the mean of the patch tokens, the class
-        token, and the two concatenated. For a model without class token, there is only the given
-        recipe, with the label "".
+        If `pool` is "auto" and the model has a class token, there are three recipes, which probe
+        the mean of the patch tokens, the class token, and the two concatenated. If `pool` is "auto"
+        and the model has no class token, there is only `run`, with the label "". If `pool` is
+        another value, there is only `run` with this value of `task.linear.pool`, with the label "".
 
         Args:
             run: The recipe, with the model in the student's place.
-            pool: Value of `task.linear.pool` for a single recipe, or "auto".
+            pool: A value of `task.linear.pool`, or "auto".
         """
         if pool != "auto":
             return {"": override(run, {"task.linear.pool": pool})}

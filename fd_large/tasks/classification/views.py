@@ -31,8 +31,9 @@ class Labelled(NamedTuple):
 
     Attributes:
         images: (B, 3, S, S) uint8; black at a position for which no image could be used.
-        indices: (B,) int64, indices of the images that were used.
-        labels: (B,) int64, classes of the images.
+        indices: (B,) int64, the index of the image at each position; at a black position, the index
+            of the last image that was tried.
+        labels: (B,) int64, the classes of the images in `indices`.
         bad: For each position, the messages on images that were tried and could not be used.
     """
 
@@ -67,8 +68,8 @@ class LabelledViews:
 
         Args:
             positions: (B,), positions in the epoch's order.
-            change: Returns a changed view, from a view (3, S, S) uint8 and its index in
-                `positions`.
+            change: Function that takes a view (3, S, S) uint8 and its index in `positions`, and
+                returns the view to use; by default the same view.
         """
         crops = self.draws(positions, "view", NUM_DRAWS)
 
@@ -89,7 +90,7 @@ class LabelledViews:
 
         Args:
             positions: (B,), positions in the epoch's order.
-            stream: Name of the purpose; other names give other numbers.
+            stream: Name of the stream of random numbers; each name gives different numbers.
             count: Number of random numbers for each position.
         """
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
@@ -165,7 +166,12 @@ class MixedBatches(Dataset):
         )
 
     def _augmented(self, view: Tensor, draws: list[float]) -> Tensor:
-        """Applies RandAugment to a view (3, S, S) uint8 if the recipe asks for it."""
+        """Returns a view after RandAugment, or unchanged if the recipe sets `randaugment` to 0.
+
+        Args:
+            view: (3, S, S) uint8.
+            draws: `NUM_AUGMENTATION_DRAWS` random numbers in [0, 1).
+        """
         if self.recipe.randaugment == 0:
             return view
         return augment.augment(

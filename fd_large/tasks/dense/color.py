@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def linear(values: NDArray[np.uint8], factor: float, shift: float) -> NDArray[np.uint8]:
-    """Returns values * factor + shift, clipped to 0..255 and rounded down."""
+    """Returns `values` * `factor` + `shift`, clipped to 0..255 and rounded down."""
     return np.clip(values.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
 
 

@@ -137,7 +137,7 @@ class NormedConvolution(nn.Module):
         out_channels: Channels of the output.
         kernel_size: Side of the kernel.
         relu: Whether a ReLU follows the norm.
-        norm: Constructor of the norm, from the number of channels.
+        norm: Constructor of the norm, from the number of channels; by default `ChannelNorm`.
     """
 
     def __init__(

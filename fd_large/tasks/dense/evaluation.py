@@ -159,7 +159,7 @@ def forward_of_nothing(forward: Callable[[Tensor], Tensor], side: int) -> None:
 
 
 def finite(value: float) -> float | None:
-    """Returns a score for a JSON file, or None if it is not finite."""
+    """Returns `value`, or None if `value` is infinite or NaN, which JSON cannot hold."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -134,7 +134,7 @@ def resized_view(
 
 
 def scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
-    """Returns height and width multiplied by a ratio and rounded, each at least one pixel."""
+    """Returns a size in pixels: `height` and `width` times `ratio`, rounded, each at least 1."""
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 

@@ -7,5 +7,9 @@ LONGEST = 36
 
 
 def shortened(name: str) -> str:
-    """Shortens an image's name for a heading; "..." replaces the start of a long name."""
+    """Shortens the name of an image for a heading.
+
+    If `name` has more than `LONGEST` characters, its start is replaced by "...", so that the result
+    has `LONGEST` characters. Otherwise `name` is returned unchanged.
+    """
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

@@ -173,7 +173,12 @@ class DenseJob(TrainingJob):
         return make_student(self.run.student, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro-batches of random crops with the targets of their pixels."""
+        """Yields this rank's micro-batches of random crops, with a class or depth for each pixel.
+
+        Args:
+            samples: The training images and their targets.
+            portion: The epoch, the step to begin with, and this rank's share of each global batch.
+        """
         run = self.run
         return iter(
             build_loader(
@@ -202,9 +207,14 @@ class DenseJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluation on all test images, which writes its files to RUN/evaluations.
+        """Returns a single evaluation, on all test images, which writes files to RUN/evaluations.
 
         Before the first step, the evaluation tests nothing, since the head's weights are random.
+
+        Args:
+            engine: The task in its engine.
+            samples: Not used.
+            micro_batch_size: Largest number of windows in a forward of a rank.
         """
         run, task, images = self.run, cast(DenseTask, engine.task), self._test_images
 

@@ -82,7 +82,8 @@ class PairedImages(DivisibleImages):
 
     Args:
         pairs: The images and their truth files.
-        max_pixels: Largest number of pixels of an image; larger images are refused.
+        max_pixels: Largest number of pixels of an image. Reading a larger image by `sample` raises
+            DataError.
 
     Attributes:
         fingerprint: A hash of the files' names.
@@ -96,25 +97,25 @@ class PairedImages(DivisibleImages):
         return self._pairs.images[int(self.places[index, 0])]
 
     def read(self, index: int) -> bytearray:
-        """Returns the encoded bytes of the image with the given index.
+        """Returns the encoded bytes of the file of image `index`.
 
         Raises: DataError: if the file cannot be read.
         """
         return read_image(self[index])
 
     def truth_file(self, index: int) -> str:
-        """Returns the path of an image's truth file."""
+        """Returns the path of the truth file of image `index`."""
         return self._pairs.truths[int(self.places[index, 1])]
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:
-        """Reads the class or depth of each pixel of the image with the given index, (H, W).
+        """Reads the truth file of image `index`: the class or depth of each pixel, (H, W).
 
         Raises: DataError: if the file cannot be used.
         """
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
-        """Reads the image with the given index, (3, H, W) uint8, and its truth, (H, W).
+        """Reads image `index`, (3, H, W) uint8, and the class or depth of each pixel, (H, W).
 
         Raises: DataError: if a file cannot be read, or if image and truth differ in size.
         """
@@ -150,9 +151,11 @@ def read_numbers(
         path: The file.
         modes: The accepted modes of Pillow.
         expected: What kind of file is expected, for messages.
-        max_pixels: Largest number of pixels; larger files are refused.
+        max_pixels: Largest number of pixels of the file.
 
-    Raises: DataError: if the file cannot be read, or has another mode.
+    Raises:
+        DataError: if the file cannot be read, has a mode that is not in `modes`, or has more pixels
+            than `max_pixels`.
     """
     encoded = read_image(path)
     try:
@@ -249,5 +252,5 @@ def _layout_of(
 
 
 def _stem(path: str, root: str) -> str:
-    """Returns the path of a file relative to a folder, without its extension."""
+    """Returns `path` relative to the folder `root`, without the extension."""
     return os.path.splitext(os.path.relpath(path, root))[0]

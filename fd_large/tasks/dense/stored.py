@@ -82,7 +82,7 @@ class HeadTensors(Tensors):
         return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of the tensor with the given name, without reading the tensor."""
+        """Returns the shape of the tensor `name`, without reading the tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -95,12 +95,15 @@ def predict_files(
 ) -> Iterator[Predicted]:
     """Predicts image files and yields a result for each; at the end writes predictions.json.
 
+    A path that occurs twice in `images` is predicted once.
+
     Args:
         see: Predicts and draws an image, from pixels (3, H, W) uint8 and the stem of the drawn
             file's name.
         images: Paths of image files.
         folder: Folder for predictions.json, which is made if it is missing.
-        max_pixels: Largest number of pixels of an image; larger images are refused.
+        max_pixels: Largest number of pixels of an image. A larger image is not predicted: its
+            result has only the reason (`Predicted.problem`), like that of an unreadable image.
     """
     out_folder(folder)
     predictions: dict[str, Any] = {}
@@ -155,7 +158,10 @@ class StoredDense(StoredRun):
         return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
 
     def task(self, reader: Reader) -> Any:
-        """Builds the task of a checkpoint in evaluation mode, unsharded, on this rank's device."""
+        """Builds the task of the checkpoint `reader` in evaluation mode.
+
+        The task is unsharded and on this rank's device.
+        """
         return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
 
     def without_norm(self) -> str:

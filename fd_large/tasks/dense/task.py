@@ -43,7 +43,7 @@ class DenseTask(Task):
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        The factor is 0 for the parameters of a frozen student.
+        The factor is 1 for parameters outside the student, and 0 for those of a frozen student.
 
         Args:
             name: The parameter's name in this Module.
