@@ -106,7 +106,10 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` or more evaluations followed the best; False if `patience` is 0."""
+        """Whether `patience` or more evaluations followed the best; False if `patience` is 0.
+
+        If no evaluation had a finite value, all evaluations so far are counted.
+        """
         since = sum(step > (self.step or 0) for step in self._values)
         return bool(self._patience) and since >= self._patience
 

@@ -74,10 +74,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a block's forward that reports this rank's progress to the watchdog before each call.
+    """Returns a function that reports this rank's progress to the watchdog, then calls `compiled`.
 
-    A block's first call compiles for up to a minute, and the watchdog would take the compilation
-    of dozens of blocks for a hang.
+    `compiled` is the compiled forward of a block. Its first call compiles for up to a minute, and
+    the watchdog would take the compilation of dozens of blocks for a hang.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -127,20 +127,25 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 
 
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
-    """Returns the tensors of a stored student, by name; each tensor is read when it is accessed.
+    """Returns the tensors of the student that `student` describes, by name, from a checkpoint.
 
-    At the first access, names and shapes are compared with those in the checkpoint. If the user's
-    own file has changed since the checkpoint, a warning is logged.
+    Each tensor is read when it is accessed. At the first access, names and shapes are compared with
+    those in the checkpoint. If the student is a model of the user's own, and its source file has
+    changed since the checkpoint was written, a warning is logged.
     """
     warn_of_changed_code(reader, student.architecture)
     return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
 
 
 def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
-    """Returns the SHA-256 of the user's own file that made a run's model, or "" for other models.
+    """Returns the SHA-256 of the user's own source file that defines the model of a checkpoint.
 
-    If the checkpoint, written by an earlier version, has no hash, the present file's hash is
-    returned.
+    If the checkpoint has no hash, because an earlier version wrote it, the result is the hash of
+    the file as it is now. The result is "" if the model is not the user's own.
+
+    Args:
+        reader: The checkpoint.
+        architecture: The architecture of the checkpoint's model.
     """
     code = architecture.code
     recorded = _recorded_code(reader).get(code)
@@ -148,16 +153,23 @@ def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
 
 
 def _recorded_code(reader: Reader) -> dict[str, str]:
-    """Returns {name: SHA-256} of the user's own code in the manifest, or {} if it is invalid.
+    """Returns {name: SHA-256} of the user's own source files, from the manifest of a checkpoint.
 
-    The manifest may come from somebody else, so its types are checked.
+    A name is that of the file in the recipe. The result is {} if the manifest has no dict of
+    hashes. The manifest may come from somebody else, so its types are checked.
     """
     code = reader.manifest.get("code")
     return {name: str(digest) for name, digest in code.items()} if isinstance(code, dict) else {}
 
 
 def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> None:
-    """Logs a warning if the user's own file has changed since it made a run's model."""
+    """Logs a warning if the user's own source file has changed since a checkpoint was written.
+
+    Args:
+        reader: The checkpoint.
+        architecture: The architecture of the checkpoint's model, which names the file. Without
+            such a file, nothing is logged.
+    """
     made_by = code_hash(reader, architecture)
     doors.warn_if_changed(architecture.code, made_by, model=str(reader.path))
 

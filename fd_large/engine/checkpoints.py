@@ -39,7 +39,7 @@ class Checkpoints:
         global_batch_size: Images per step, over all ranks.
         facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
         check_stored: Raises CheckpointError for a manifest that belongs to another training.
-        lease: The right of this start of the run to write the folder; None if no other process can
+        lease: The right of this launch of the run to write the folder; None if no other process can
             write it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Checkpoints:
         decided_steps: Number of steps to which a time limit (optim.max_seconds, which only earlier
             versions had) shortened the restored run; later checkpoints record this number again.
             None if there was no such limit, or if the recipe's length has changed since.
-        bad_images: Numbers of unusable and of tried images in all starts of the run, over all
+        bad_images: Numbers of unusable and of tried images in all launches of the run, over all
             ranks. Set from the restored checkpoint; the trainer adds to them.
         stored_recipe: The recipe of the restored checkpoint; empty if none was restored.
     """
@@ -127,7 +127,12 @@ class Checkpoints:
             log.debug("%s", text)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Returns whether the recipe asks for a checkpoint after this number of steps."""
+        """Returns whether the recipe asks for a checkpoint after `step` finished steps.
+
+        Args:
+            step: Number of finished steps.
+            steps_per_epoch: Number of steps between two checkpoints if `runtime.save_every` is 0.
+        """
         return step % (self._runtime.save_every or steps_per_epoch) == 0
 
     @property
@@ -168,9 +173,9 @@ class Checkpoints:
             evaluated: Whether the evaluation that is due after this step, if any, was made.
             prunes: Whether old checkpoints are deleted when the new checkpoint is complete.
 
-        Returns: the seconds that a save took, if this call waited for it: with offload to a disk
-            for this save, else for the previous save if it was unfinished. None if this call waited
-            for no save, or if the save failed.
+        Returns: the seconds that a save took, or None if this call waited for no save or that save
+            failed. With offload to a disk, this call waits for its own save. Otherwise it waits for
+            the previous save, if that was still being written.
         """
         if self._saved == step:
             return None
@@ -219,7 +224,10 @@ class Checkpoints:
                 )
 
     def mark_best(self, step: int) -> None:
-        """Points `checkpoints/best` at the checkpoint of a step, as soon as it is complete."""
+        """Points the link `checkpoints/best` at the checkpoint of step `step`.
+
+        If that checkpoint is still being written, the link is set when the checkpoint is complete.
+        """
         self._best = step
         if not self._saver.begun:
             self._link_best()
@@ -293,12 +301,14 @@ class Checkpoints:
     ) -> tuple[int | None, list[str], list[str]]:
         """Restores the newest checkpoint that is undamaged and finite.
 
-        All ranks must call this method.
+        All ranks must call this method. When a checkpoint has been restored, the newer checkpoints
+        that are damaged or not finite have been renamed (`store.set_aside`).
 
-        Newer checkpoints that are damaged or not finite are set aside.
+        Args:
+            at_most: Largest step of a checkpoint that may be restored; None for no limit.
 
-        Returns: the step of the restored checkpoint, or None if there is none; complaints about
-            damaged newer checkpoints; complaints about newer checkpoints that are not finite.
+        Returns: the step of the restored checkpoint, or None if there is none; messages about
+            damaged newer checkpoints; messages about newer checkpoints that are not finite.
         """
         damaged: list[str] = []
         broken: dict[str, str] = {}

@@ -76,7 +76,10 @@ def _without_code() -> Iterator[None]:
 
 
 def _culprit(error: UnpicklingError) -> str:
-    """Returns the name of the class that torch.load refused, from the error's message."""
+    """Returns the name of the class that torch.load refused to load, from the message of `error`.
+
+    If the message names no class, the result is "an object of another kind".
+    """
     return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "an object of another kind"
 
 

@@ -51,10 +51,10 @@ class Ema:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Lets the task compute with the average in the block; all ranks must enter the block.
+        """Lets the task compute with the average within the context; all ranks must enter it.
 
-        Weights and average are exchanged, and exchanged back at the end of the block and after
-        `Interrupted`, but not after other errors.
+        Weights and average are exchanged at the start of the context. They are exchanged back at
+        its end and after `Interrupted`, but not after other errors.
         """
         self._exchange()
         try:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Pending(Protocol):
     """Metrics of an evaluation that rank 0 still computes, in a separate process.
 
-    The inputs of the metrics are kept on disk, so that a later start of the run can finish the
+    The inputs of the metrics are kept on disk, so that a later launch of the run can finish the
     work.
     """
 
@@ -50,7 +50,7 @@ class Pending(Protocol):
         """Deletes the stored inputs; called when the metrics have been recorded."""
 
     def give_up(self) -> None:
-        """Stops the work, and leaves it to a later start of the run."""
+        """Stops the work, and leaves it to a later launch of the run."""
 
 
 class Evaluation(NamedTuple):
@@ -58,17 +58,17 @@ class Evaluation(NamedTuple):
 
     Attributes:
         measure: Function that makes the measurement, called on all ranks with the task in training
-            mode. In a run that keeps an average of the weights, the task then has the average
-            instead of the weights. Arguments: the number of finished steps, whether this is the
-            last evaluation, and a function to call between batches. Returns a pair: numbers by
-            name, or a `Pending` if training need not wait for the numbers; and a panel for the
-            hooks, or None.
+            mode. If the run keeps an average of the weights, the task then has the average instead
+            of the weights. Arguments: the number of finished steps; whether this is the last
+            evaluation; a function to call between batches. Returns a pair. Its first element is a
+            dict of numbers by name, or a `Pending` if training goes on while the numbers are
+            computed. Its second element is a panel for the hooks, or None.
         every: Number of steps between two evaluations. 0 evaluates only before the first step and
             after the last step.
         left: Function that a resumed run calls once, on all ranks. Arguments: the run's number of
-            finished steps, and whether the evaluation due at that step is repeated. Returns the
-            step and the `Pending` of an evaluation that an earlier start of the run did not finish,
-            or None if there is no such evaluation.
+            finished steps; whether the evaluation due at that step is repeated. Returns the step
+            and the `Pending` of an evaluation that an earlier launch of the run did not finish, or
+            None if there is no such evaluation.
     """
 
     measure: Callable[

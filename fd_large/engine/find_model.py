@@ -32,7 +32,7 @@ _STUDENT, _SCRATCH = "student", "scratch"
 
 
 def _where(source: str) -> str:
-    """Returns the name that messages use for a model that the user named without a flag."""
+    """Returns "model SOURCE", for messages about a model that the user named without a flag."""
     return f"model {source}"
 
 
@@ -185,7 +185,11 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
 
 
 def slug(label: str) -> str:
-    """Turns a label into a name that a folder can have."""
+    """Returns `label` with the characters replaced by "_" that a folder's name should not have.
+
+    Letters, digits, ".", "-" and "_" are kept, except for "_" at the ends. If nothing or only dots
+    would be left, the result is "model".
+    """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
     return name if name.strip(".") else "model"  # Dots alone lead out of the folder.
 
@@ -241,8 +245,12 @@ def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -
 
 
 def _sized(whole: FamilyArchitecture, overrides: Architecture, image_size: int) -> Architecture:
-    """Returns `overrides` with the image size if the model can resize its position tables.
+    """Returns the fields `overrides` with the image size `image_size`, if the model can be resized.
 
-    For other models, returns `overrides` unchanged.
+    Args:
+        whole: The model's architecture, which says whether its position tables can be resized. If
+            they cannot, `overrides` is returned unchanged.
+        overrides: Fields of the architecture that differ from the model's own.
+        image_size: Side of the images in pixels.
     """
     return replace(overrides, image_size=image_size) if whole.resizes_positions else overrides

@@ -55,10 +55,11 @@ def arguments_of_step(
 ) -> Iterator[dict[str, Any]]:
     """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
 
-    A step in one pass takes and prepares each micro batch on demand. A step in two passes first
-    takes and prepares all micro batches, then makes one small collective on all ranks. The task's
-    sums are added in the order of the micro batches and then over the ranks, in float64. Sums of
-    integers are exact; other sums vary with the number of ranks and micro batches by rounding.
+    If `task.two_passes(count)` is False, each micro batch is taken and prepared on demand.
+    Otherwise all micro batches are taken and prepared first. `task.sums` of each is then added in
+    the order of the micro batches, and over the ranks by one small all-reduce, in float64. The
+    arguments include the totals (`task.with_totals`). Sums of integers are exact; other sums vary
+    with the number of ranks and micro batches by rounding.
 
     Args:
         task: The trained Module, outside of its engine.
@@ -101,6 +102,14 @@ def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
 
 
 def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
-    """Runs forward and backward of a step with a single micro batch; returns its detached loss."""
+    """Runs forward and backward of a step with a single micro batch.
+
+    Args:
+        engine: The task in its engine.
+        batch: The micro batch, on any device.
+        seed: Seed of the drop path and of the task's random draws.
+
+    Returns: the loss, a detached scalar.
+    """
     (arguments,) = arguments_of_step(engine.task, engine.deepspeed, [batch], seed, count=1)
     return backward(engine, arguments)

@@ -25,9 +25,9 @@ from fd_large.runtime import terminal
 
 
 def cuda_devices() -> list[int]:
-    """Returns the index of the GPU whose random state a block may change, in a list.
+    """Returns a list with the index of the current GPU, whose random state a run may change.
 
-    The list is empty if CUDA is not in use.
+    The list is empty if this process has not initialised CUDA.
     """
     import torch
 
@@ -91,7 +91,11 @@ def guest() -> Iterator[None]:
 
 
 def _logging() -> list[Any]:
-    """Returns functions that restore the present state of the root and DeepSpeed's loggers."""
+    """Returns functions that restore the present handlers and level of a logger each.
+
+    The loggers are the root logger and DeepSpeed's. Whether a logger passes messages on to its
+    parent is restored too.
+    """
 
     def restoring(logger: logging.Logger) -> Any:
         handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate

@@ -278,7 +278,10 @@ class TrainingJob:
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` images of the largest side in training; grey by default."""
+        """Makes a batch of `size` images, which are grey by default.
+
+        The images have the largest side that occurs in training.
+        """
         side, positions = max(self.run.data.sides), torch.arange(size)
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)

@@ -183,7 +183,7 @@ class Trainer:
         """Starts the hooks, and makes the evaluation that is due before the next step, if any.
 
         An evaluation is due before the first step of a run. In a resumed run, an evaluation is due
-        if the earlier start of the run did not finish it.
+        if the earlier launch of the run did not finish it.
         """
         with activity.work("opening logs and trackers"):
             for hook in self._hooks:
@@ -233,7 +233,7 @@ class Trainer:
         return status
 
     def give_up(self) -> None:
-        """Leaves pending evaluations, if any, to a later start of the run."""
+        """Leaves pending evaluations, if any, to a later launch of the run."""
         if self._pending is not None:
             self._pending[1].give_up()
 
@@ -286,7 +286,7 @@ class Trainer:
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward(self, micro_batches: Batches) -> _Passed:
-        """Runs forward and backward of all micro batches of a step."""
+        """Takes the micro batches of a step from `micro_batches`, and runs forward and backward."""
         engine, plan = self.engine, self._plan
         passed = _Passed()
 
@@ -365,8 +365,8 @@ class Trainer:
             losses: Losses of this rank's micro batches.
             epoch: Number of the epoch.
             learning_rate: Learning rate of the step.
-            norm: Norm of the gradients before clipping; None at stage 0, where the optimiser has
-                computed the norm.
+            norm: Norm of the gradients before clipping. If it is None, as at stage 0, the norm is
+                read from an attribute of DeepSpeed's optimiser.
         """
         wishes = [hook.wish() for hook in self._hooks]
         own_flags = [
@@ -493,7 +493,7 @@ class Trainer:
         Args:
             evaluated: Whether the evaluation that is due, if any, was made.
             counts_anew: Whether a run that resumes from this checkpoint counts unusable images from
-                zero, because the present start of the run has already reported them.
+                zero, because the present launch of the run has already reported them.
         """
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
         if verdict.stop:

@@ -90,7 +90,7 @@ def memory_setting() -> dict[str, Any]:
 
 
 def _proc_bytes(file: str, key: str) -> int:
-    """Returns an entry of a file in /proc, in bytes."""
+    """Returns the value of the line `key` in the file /proc/`file`, converted from kB to bytes."""
     path = Path("/proc", file)
     for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
@@ -196,7 +196,15 @@ def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _advised(advise: Callable[..., int], span: tuple[int, int], advice: int) -> bool:
-    """Gives the kernel advice on memory, `span` (address, bytes); returns whether it succeeds."""
+    """Calls `advise`, which is madvise, on a range of memory; returns whether the call succeeded.
+
+    A failure is logged.
+
+    Args:
+        advise: Function of an address, a number of bytes and the advice; returns 0 on success.
+        span: (address, bytes) of the range.
+        advice: Number of the advice, such as MADV_DONTFORK.
+    """
     address, size = span
     if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice)) == 0:
         return True

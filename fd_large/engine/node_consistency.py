@@ -209,7 +209,16 @@ def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -
 
 
 def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
-    """Hashes a file's size, first and last bytes and blocks between; returns the size in bytes."""
+    """Passes a sample of a file's bytes and the file's size to `update`.
+
+    The sample has the first and last bytes and blocks between them.
+
+    Args:
+        descriptor: Descriptor of the open file.
+        update: Adds bytes to a hash.
+
+    Returns: the size of the file in bytes.
+    """
     size = os.fstat(descriptor).st_size
     stride = max(_BLOCK, size // _BLOCKS)
     for at in (*range(0, size, stride), max(0, size - _BLOCK)):
@@ -242,10 +251,15 @@ def _driver() -> str | None:
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
-    """Compares one fact of all ranks; returns None if the ranks agree.
+    """Compares the fact `name` of all ranks that have it; returns None if these ranks agree.
+
+    Args:
+        ranks: The node and facts of every rank, in rank order. At least one rank has the fact.
+        name: Name of the fact.
 
     Returns: the nodes that differ from the majority, the value of the first of these nodes, a node
-        of the majority, and the majority's value.
+        of the majority, and the majority's value. Of equally frequent values, the value of the
+        lowest rank counts as the majority's.
     """
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Among equally frequent values the one of the lowest rank comes first.

@@ -125,7 +125,7 @@ def open_together(
         runs: The recipes.
         job_of: Makes the job of the recipes' task.
         deepspeed_config: Path of the DeepSpeed JSON.
-        leases: For each run the right of this start of the run to write its folder; None if
+        leases: For each run the right of this launch of the run to write its folder; None if
             nothing is to be written there.
         whole: The recipe of all students and the right to write the folder that contains their
             folders, or None for a single run.
@@ -176,9 +176,9 @@ def _share_cores(local_world_size: int) -> None:
 def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} from the stored recipes of those runs that have begun.
 
-    The sources are those of the frozen models and of the students' initial weights. Earlier
-    versions guessed statistics that a recipe now has to state; a run that began with guessed
-    statistics keeps them.
+    The sources are those of the frozen models and of the students' initial weights; the latter
+    have the value (). Earlier versions guessed statistics that a recipe now has to state; a run
+    that began with guessed statistics keeps them.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -490,7 +490,7 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
 
     Args:
         checked: The run, with its frozen models built.
-        lease: The right of this start of the run to write the run's folder; None if nothing is to
+        lease: The right of this launch of the run to write the run's folder; None if nothing is to
             be written there.
         launch: The launcher's facts about the ranks, such as their number in all and on this node.
     """
@@ -556,7 +556,14 @@ def engine_of(
     *,
     initial: InitialWeights | None = None,
 ) -> Engine:
-    """Builds a task in its engine as the recipe says; see `build_engine` and `group_norms`."""
+    """Builds a task in its engine as the recipe says, and sets the groups of its batch norms.
+
+    Args:
+        run: The recipe.
+        make: Constructs the task.
+        config: The filled DeepSpeed JSON.
+        initial: Weights of the modules that do not start at random; None if all start at random.
+    """
     engine = build_engine(
         make,
         config,

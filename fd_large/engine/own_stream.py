@@ -50,7 +50,11 @@ def _has_streams(device: torch.device) -> bool:
 
 
 def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
-    """Keeps the allocator from reusing tensors before a stream has read them."""
+    """Keeps the allocator from reusing the memory of `tensors` before `stream` has read it.
+
+    `tensors` is a tensor, or a nest of tuples, lists and dicts. Entries that are not tensors, or
+    not on a GPU, are skipped.
+    """
     for tensor in tree_leaves(tensors):
         if isinstance(tensor, Tensor) and _has_streams(tensor.device):
             tensor.record_stream(stream)

@@ -1,8 +1,10 @@
 """Repeats a step that the guard refused, in one process on one device, by plain torch.
 
-The weights come from a checkpoint of any number of ranks and any ZeRO stage, and the images from
-the incident's files; the drop path is drawn again from seed, epoch and positions. So the replayed
-losses equal the recorded losses if the checkpoint holds the weights that the step ran on.
+The guard refuses a step with an abnormal loss or gradient norm, and writes an incident, the record
+of the step. The weights come from a checkpoint of any number of ranks and any ZeRO stage, and the
+images from the incident's files; the drop path is drawn again from seed, epoch and positions. So
+the replayed losses equal the recorded losses if the checkpoint holds the weights that the step ran
+on.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ _object = partial(files.read_json, where="replay", holds=dict, remedy="Restore i
 
 
 class MicroBatch(NamedTuple):
-    """One micro batch of a refused step.
+    """One micro batch of a step that the guard refused because of an abnormal loss or gradient.
+
+    If images of several ranks share the statistics of batch norms, there is a single micro batch
+    with the images of all ranks.
 
     Attributes:
-        rank: The rank that computed the micro batch; 0 for the joined micro batches of all ranks.
-        batch: The uint8 images as on that rank, with their positions in the epoch's order.
+        rank: The rank that computed the micro batch; 0 for the images of all ranks.
+        batch: The uint8 images that the rank trained on, with their positions in the epoch's order.
         names: The images' names.
-        recorded: Loss of the micro batch in the run.
+        recorded: Loss of the micro batch in the run; for the images of all ranks, the mean loss.
     """
 
     rank: int
@@ -58,7 +63,7 @@ class MicroBatch(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """A refused step, as recorded and as replayed.
+    """A step that the guard refused, as recorded in the run and as replayed.
 
     Attributes:
         folder: The run's folder.
@@ -83,11 +88,13 @@ class Replayed(NamedTuple):
 
 
 def replay(path: Path, job_of: JobOf) -> Replayed:
-    """Runs a refused step forward and backward again; returns the recorded and replayed values.
+    """Runs forward and backward of a step again that the guard refused.
 
     Args:
         path: incident.json inside the run's folder, or the folder of incident.json.
         job_of: Makes the job of the run's recipe.
+
+    Returns: the recorded and the replayed values.
 
     Raises:
         ConfigError: If the incident does not exist, is damaged, is outside of its run's folder or
@@ -168,7 +175,14 @@ def _require_numbers(incident: dict[str, Any]) -> None:
 
 
 def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
-    """Returns the micro batches of one rank, whose images are in the file `images`."""
+    """Returns the micro batches that one rank computed in the step of an incident.
+
+    Args:
+        images: The file rank_NNNNN.safetensors, with the images of that rank and their positions.
+        incident: The content of incident.json, with the images' names and the losses.
+
+    Raises: ValueError: if the numbers of images, names and positions differ.
+    """
     stored, size = load_file(images), incident["micro_batch_size"]
     rank = int(images.stem.removeprefix("rank_"))
     recorded = incident["ranks"][rank]
@@ -211,7 +225,15 @@ def _weights(folder: Path, step: int) -> Reader:
 
 
 def _job(folder: Path, job_of: JobOf) -> tuple[TrainingJob, str]:
-    """Returns the run's job on one process, and the precision that the run computed in."""
+    """Returns the job of the run in `folder`, set to a single process, and the run's precision.
+
+    Args:
+        folder: The run's folder.
+        job_of: Makes the job of the run's recipe.
+
+    Returns: the job; the precision in which the run computed, "float32" or "bfloat16".
+    Raises: ConfigError: if the folder has no recipe, or the task learns from more than images.
+    """
     if kind_of(folder / RECIPE) != "file":
         raise ConfigError(
             f"replay: {folder}: the incident is not in its run's folder; got no {RECIPE} there, "

@@ -68,7 +68,7 @@ def train(
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
-        lease: The right of this start of the run to write the run's folder.
+        lease: The right of this launch of the run to write the run's folder.
         fresh: Whether to start over instead of resuming; if so, the old run's files are moved
             aside.
         profile: Number of steps to trace by torch's profiler, after the first three steps; 0 traces
@@ -130,7 +130,7 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     Args:
         trainers: One trainer for each student that is not finished.
         opened: Any of the opened runs, which share images and batches.
-        lease: The right of this start of the run to write the folder that contains all students'
+        lease: The right of this launch of the run to write the folder that contains all students'
             folders.
         shared: The hooks that all students' runs share.
     """
@@ -174,7 +174,7 @@ def _trainer_of(
 
     Args:
         opened: The run.
-        lease: The right of this start of the run to write the run's folder.
+        lease: The right of this launch of the run to write the run's folder.
         hooks: Hooks that watch the run.
         begun: See `Trainer`.
     """
@@ -239,7 +239,15 @@ def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
 
 
 def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
-    """Returns the learning rate schedule of a run of `total` steps."""
+    """Returns the learning rate schedule of a run of `total` steps.
+
+    If the warm-up takes the whole run, a warning is logged.
+
+    Args:
+        run: The recipe.
+        steps_per_epoch: Number of steps in an epoch, which converts the recipe's warm-up to steps.
+        total: Number of steps of the run.
+    """
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     warmup = int(run.optim.warmup_epochs * steps_per_epoch)
     if total <= warmup:
@@ -255,7 +263,13 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
 
 
 def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
-    """Returns the facts that a run's hooks get before the first step."""
+    """Returns the facts that a run's hooks get before the first step.
+
+    Args:
+        opened: The run.
+        lease: The right of this launch of the run to write the run's folder.
+        total: Number of steps of the whole run.
+    """
     run, job = opened.run, opened.job
     size, accumulation = opened.micro_batch_size, opened.accumulation
     return Setting(
@@ -280,7 +294,13 @@ def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
 
 
 def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
-    """Returns the `Best` of a run's evaluations so far, or None if the recipe names no metric."""
+    """Returns the `Best` of a run's evaluations so far, or None if the recipe names no metric.
+
+    Args:
+        job: The job of the run's recipe.
+        folder: The run's folder.
+        finished: Number of finished steps; later evaluations in the folder are left out.
+    """
     section = job.run.eval
     if not section.best_metric:
         return None
@@ -297,7 +317,15 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Warns if the run's length differs from the length in `stored`, its checkpoint's recipe."""
+    """Logs a warning if a resumed run has another length than the recipe of its checkpoint.
+
+    Args:
+        stored: The recipe of the checkpoint, as a dict.
+        run: The present recipe.
+        folder: The run's folder.
+        schedule: The learning rates of the present recipe.
+        finished: Number of finished steps.
+    """
     with suppress(FDError):
         changed = {
             name: values
@@ -323,9 +351,15 @@ def _log_other_length(
 def _step_flops(
     job: TrainingJob, micro_batch_size: int, micro_batches: int
 ) -> dict[int, StepFlops]:
-    """Counts a step's FLOPs on rank 0, by the side of the images; see `Setting.flops`.
+    """Returns {side of the images: FLOPs of a micro-batch} on rank 0, and {} on other ranks.
 
-    On other ranks, which report no FLOPs, the result is empty.
+    If the recipe has a single image size, the key is 0. A size whose FLOPs cannot be counted is
+    left out.
+
+    Args:
+        job: The job of the run's recipe.
+        micro_batch_size: Number of images in a micro-batch.
+        micro_batches: Number of micro-batches of a rank in a step.
     """
     if not distributed.is_main():
         return {}
@@ -374,7 +408,7 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
 
     Args:
         run: The recipe.
-        lease: The right of this start of the run to write the run's folder.
+        lease: The right of this launch of the run to write the run's folder.
         launcher: The name of the program that started the ranks.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -411,7 +445,7 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
     """Records in the runs' folders why the runs end: an error in the block, or the loss of a rank.
 
     Args:
-        runs: For each run, the right of this start of the run to write its folder, and the hooks
+        runs: For each run, the right of this launch of the run to write its folder, and the hooks
             whose `on_start` has returned.
     """
 
@@ -460,10 +494,10 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
     """Writes the status with which a run ended, and the reason, into its folder.
 
-    Nothing is written unless this start of the run has entered the folder and still owns it.
+    Nothing is written unless this launch of the run has entered the folder and still owns it.
 
     Args:
-        lease: The right of this start of the run to write the run's folder.
+        lease: The right of this launch of the run to write the run's folder.
         status: Status with which the run ended.
         reason: Why the run ended.
         first: Whether to write even if a rank of this start has already written a status.

@@ -39,7 +39,11 @@ class Schedule:
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """Returns the warm-up's factor of the learning rate, as in mmcv 1.x; 1 after warm-up."""
+        """Returns the factor by which the warm-up multiplies the learning rate at `step`.
+
+        As in mmcv 1.x, the factor rises linearly from `warmup_start` / `peak` at step 0 to 1 at
+        step `warmup`, and stays 1.
+        """
         if step >= self.warmup:
             return 1.0
         start = self.warmup_start / self.peak if self.peak else 1.0

@@ -40,7 +40,7 @@ class HooksOfAll(Hook):
 
         Args:
             settings: The facts of each student's run.
-            folder: The folder that this start of the run owns.
+            folder: The folder that this launch of the run owns.
         """
         whole = replace(
             settings[0],

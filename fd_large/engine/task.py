@@ -208,7 +208,10 @@ class Task(nn.Module):
         return torch.ones(size, dtype=torch.bool, device=images.device)
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the models whose layers an incident's record lists, by prefix of layer names."""
+        """Returns {prefix: model}, the models whose layers an incident's record lists.
+
+        In the record, a layer's name is the prefix followed by the layer's name in the model.
+        """
         return {"": self}
 
     def layer_scale(self, name: str, decay: float) -> float:

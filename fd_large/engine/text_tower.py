@@ -106,7 +106,15 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Returns a function that maps N texts to embeddings (N, C), and the factor of cosines."""
+    """Opens the text tower of a CLIP.
+
+    Args:
+        source: See `classes_of`.
+
+    Returns: a function that maps N texts to embeddings (N, C); the factor by which the model
+        multiplies cosines before the softmax.
+    Raises: WeightsError: if a package is not installed, or the tower cannot be read.
+    """
     is_open_clip = source.startswith(OPEN_CLIP) or kind_of(Path(source) / _SIDECAR) == "file"
     make = _of_open_clip if is_open_clip else _of_transformers
     try:
@@ -148,6 +156,13 @@ def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str
 
     No code of the folder is run. The configuration may give sizes and flags but no names, since a
     named model or tokenizer would be downloaded from the Hub and built from its own files.
+
+    Args:
+        package: The module open_clip.
+        folder: The folder.
+
+    Returns: as `_tower`.
+    Raises: ValueError: if the configuration gives other entries, or the tensors do not fit it.
     """
     config = read_json(folder / _SIDECAR, where=_WHERE)["model_cfg"]
     text, cleaned = dict(config["text_cfg"]), {}
@@ -228,6 +243,14 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
     No code of the folder is run. Only sizes and flags of the configuration are used, since other
     entries may name a kernel or code.
+
+    Args:
+        package: The module transformers.
+        name: The kind of text tower, a key of `TEXT_KINDS`.
+        config: The content of the folder's config.json.
+        tensors: The folder's tensors.
+
+    Raises: ValueError: if the tensors do not fit the configuration.
     """
     kind = TEXT_KINDS[name]
     # Early files repeat the tower's fields there, and transformers lets these win.
@@ -267,12 +290,12 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
 
 def _plain_name(key: str) -> str:
-    """Returns a tensor's name without `text_model.`, which some releases put before it."""
+    """Returns `key`, the name of a tensor, without "text_model.", which only some releases have."""
     return key.replace("text_model.", "")
 
 
 def _tokenizer(package: Any, folder: Path) -> Any:
-    """Returns the folder's tokenizer.
+    """Returns the tokenizer that the module transformers (`package`) reads from `folder`.
 
     Raises: ValueError: if the folder names a class that is not in `_TOKENIZERS`.
     """

@@ -73,7 +73,10 @@ class CachedTargets:
 
     @property
     def fewest_uses(self) -> float:
-        """Number of uses of each map above which storing saves time; infinite if there is none."""
+        """Number of uses of each map above which storing saves time.
+
+        The number is infinite if storing never saves time.
+        """
         gain = self.teacher_seconds - self.waits_seconds
         return self.teacher_seconds / gain if gain > 0 else math.inf
 

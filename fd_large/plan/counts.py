@@ -273,7 +273,10 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
 
 
 def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds up numbers or linear functions of several dicts, by phase."""
+    """Adds up the numbers or linear functions of several dicts, by phase.
+
+    A phase that a dict lacks counts as zero there.
+    """
     phases = dict.fromkeys(phase for terms in each for phase in terms)
     return {
         phase: reduce(add, [terms[phase] for terms in each if phase in terms]) for phase in phases
@@ -324,5 +327,8 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _meet(a: Line, b: Line) -> float:
-    """Returns the number of images at which a and b have the same value; b must be the steeper."""
+    """Returns the number of images at which `a` and `b` have the same value.
+
+    `b.each` must be larger than `a.each`.
+    """
     return (a.fixed - b.fixed) / (b.each - a.each)

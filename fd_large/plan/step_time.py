@@ -93,9 +93,10 @@ class StepSeconds:
     """Seconds of a step and of its parts.
 
     Attributes:
-        parts: Seconds of computation in a micro-batch, by part. The parts are the measured phases
-            and `ADDED`, or `PRODUCTS` and `REST` without measured phases, and `HOOKS` if there are
-            hooks.
+        parts: {part: seconds of computation in a micro-batch}. If the phases of a step were
+            measured, the parts are these phases and `ADDED` (ZeRO's copies, and waits for Python
+            to start operations). Otherwise the parts are `PRODUCTS` (matrix products) and `REST`
+            (everything else). In both cases there is the part `HOOKS` if DeepSpeed's hooks run.
         communication: Seconds of communication in a micro-batch.
         finish: Seconds of collectives and optimiser after the last micro-batch.
         accumulation: Number of micro-batches of a rank in a step.

@@ -100,7 +100,7 @@ class Workload:
         return 4 if summed else self.compute_bytes(machine)
 
     def teacher_bfloat16(self, machine: Machine) -> bool:
-        """Whether the teachers are in bfloat16."""
+        """Whether the teachers are in bfloat16 in a run on `machine`."""
         return frozen_in_bfloat16(self.frozen_dtype, machine.rates.bfloat16)
 
 

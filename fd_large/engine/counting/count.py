@@ -77,9 +77,10 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
 @contextmanager
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
-    """Lets the recorder count the modules that run in the block.
+    """Makes `recorder` count the forward calls of the modules in `models` within the context.
 
-    In the block, a parameter's gradient is freed as soon as backward has made it.
+    The counts are `recorder.inside`, `recorder.blocks` and `recorder.modules`. Within the context,
+    a parameter's gradient is freed as soon as backward has made it.
     """
     handles = []
     blocks, within = _gathered_whole(models)

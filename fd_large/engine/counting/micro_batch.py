@@ -246,9 +246,10 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
 
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
-    """Writes a micro batch size and the setting in which it was found to the run's folder.
+    """Writes the micro batch size `size`, and the `setting` in which it was found, to a file.
 
-    Only rank 0 writes.
+    The file is micro_batch.json in the run's folder `folder`. Only rank 0 writes. If writing fails,
+    the error is logged and not raised.
     """
     if distributed.is_main():
         path = folder / "micro_batch.json"

@@ -188,10 +188,14 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
 
 
 def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
-    """Returns a function that clips the gradients of `UPDATED` parameters and steps the optimiser.
+    """Returns a function that clips the gradient of a test parameter and steps the optimiser.
 
-    The function gets a callable, which it calls with the phase's name at the beginning, and with ""
-    at the end.
+    The returned function takes a callable. It calls the callable with the phase's name at the
+    beginning, and with "" at the end.
+
+    Args:
+        optim: The recipe's section of the optimiser.
+        device: Device of the test parameter, which has `UPDATED` float32 elements.
     """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -209,11 +213,14 @@ def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], Non
 def _seconds_of(
     one_pass: Callable[[Callable[[str], None]], None], now: Callable[[], float]
 ) -> dict[str, float]:
-    """Runs a pass on all ranks at the same time, and returns the seconds of each of its phases.
+    """Runs a pass on all ranks at the same time, and returns {phase: seconds on this rank}.
 
     Args:
-        one_pass: Runs the phases, and calls its argument with the name of each phase that begins.
-        now: Returns seconds.
+        one_pass: Runs the phases. Calls its argument with the name of each phase that begins, and
+            with "" when a phase ends and no other begins.
+        now: Returns the present time in seconds.
+
+    Returns: the seconds of each phase, by name; the entry "" has the seconds outside of phases.
     """
     seconds: dict[str, float] = defaultdict(float)
     if dist.is_initialized() and dist.get_world_size() > 1:

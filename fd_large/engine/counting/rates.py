@@ -86,7 +86,10 @@ def _machine(on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
 
 
 def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
-    """Returns a clock that first waits for the GPU's queued work, if there is a GPU."""
+    """Returns a clock that first waits for the GPU's queued work, then returns `clock()`.
+
+    If there is no GPU, `clock` itself is returned.
+    """
     if not torch.cuda.is_available():
         return clock
 
@@ -124,7 +127,13 @@ class _Clock:
 
 
 def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a large linear layer, forward and backward together."""
+    """Returns the FLOP/s of a large square linear layer, forward and backward together.
+
+    Args:
+        seconds: Measures the seconds of a call.
+        device: Device on which the layer runs.
+        dtype: Data type of the layer's weight and input.
+    """
     side = SIDE_ON_GPU if device.type == "cuda" else SIDE
     x, weight, gradient = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
     x.requires_grad_()
@@ -138,10 +147,14 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def _start(seconds: _Clock, device: torch.device) -> float:
-    """Returns the seconds that the call of an operation takes from Python.
+    """Returns the seconds that it takes to call one tensor operation from Python.
 
     The result is the time of a forward and backward through tiny layers, divided by the number of
-    calls.
+    operations that they call.
+
+    Args:
+        seconds: Measures the seconds of a call.
+        device: Device on which the layers run.
     """
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())

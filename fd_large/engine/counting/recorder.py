@@ -227,9 +227,13 @@ class Recorder(TorchDispatchMode):
 def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
     """Returns the bytes of the temporary copies that a convolution makes on a CPU.
 
-    The result is 0 for other operations. oneDNN copies tensors that are not channels-last: in
-    forward the larger of input and output; in backward input, output and a gradient that is not
-    contiguous.
+    oneDNN copies tensors that are not channels-last: in forward the larger of input and output; in
+    backward input, output and a gradient that is not contiguous.
+
+    Args:
+        name: Name of the operator; if it is not a convolution, the result is 0.
+        args: Positional arguments of the call.
+        outs: Tensors of the result.
     """
     if name not in ("convolution", "convolution_backward"):
         return 0
@@ -249,7 +253,14 @@ def tensors_of(thing: Any) -> list[Tensor]:
 
 
 def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[int, int]:
-    """Returns the number of bytes that an operation reads, and the number that it writes."""
+    """Returns the number of bytes that an operation reads, and the number that it writes.
+
+    Args:
+        known: What `Recorder` knows about the operator, such as which arguments it changes.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        outs: Tensors of the result.
+    """
     read_bytes: dict[Any, int] = {}
     written = 0
     for i, argument in enumerate((*args, *kwargs.values())):

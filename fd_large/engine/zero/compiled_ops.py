@@ -2,7 +2,7 @@
 
 torch compiles an operation at its first use. Meanwhile a file `lock` is in the operation's folder,
 for which other processes wait without a limit. A job that is killed while it compiles leaves this
-file behind, and every later start would wait for ever. Here one rank of a node compiles, in a
+file behind, and every later launch would wait for ever. Here one rank of a node compiles, in a
 process that a time limit ends. Each process that compiles or loads holds a lock of the operating
 system, which is released when the process ends. If the holder of this lock finds a file `lock` of
 torch, the file is stale.
@@ -62,7 +62,10 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Returns the state of each operation of `NAMES`, without compiling any."""
+    """Returns the state of each of DeepSpeed's compiled operations that fd_large uses (`NAMES`).
+
+    No operation is compiled.
+    """
     operations = []
     for name in NAMES:
         builder = _builder(name)
@@ -134,9 +137,9 @@ def _is_built(name: str) -> bool:
 
 
 def _build(name: str) -> str | None:
-    """Compiles an operation in a separate process, unless it is built.
+    """Compiles the operation `name` in a separate process, unless it is compiled already.
 
-    Returns: why the operation does not build, or None if it is built.
+    Returns: why the operation cannot be compiled, or None if it is compiled now.
     """
     try:
         builder = _builder(name)
@@ -239,7 +242,11 @@ def _wait(until: float, why: str) -> None:
 
 
 def _unchanged_seconds(path: Path) -> float:
-    """Returns the seconds since a file in a folder was last written, by the file server's clock."""
+    """Returns the seconds since the newest file directly in the folder `path` was written.
+
+    The times are those of the file server's clock. If the folder has no files, the result is the
+    server's time in seconds since 1970.
+    """
     with tempfile.NamedTemporaryFile(dir=path) as now:
         times = []
         for file in path.iterdir():

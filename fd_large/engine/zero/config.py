@@ -312,7 +312,7 @@ def stage_of(config: dict[str, Any]) -> int:
 def optimizer_class(config: dict[str, Any]) -> str | None:
     """Returns the name of the class in which DeepSpeed wraps the optimiser; None at stage 0.
 
-    `config` is a filled JSON.
+    `config` is a DeepSpeed JSON in which every "auto" is replaced.
     """
     if config["bf16"].get("immediate_grad_update"):
         return "BF16_Optimizer"
@@ -321,22 +321,32 @@ def optimizer_class(config: dict[str, Any]) -> str | None:
 
 
 def offloads(config: dict[str, Any], block_name: str) -> bool:
-    """Returns whether a block (`offload_optimizer` or `offload_param`) offloads to host or disk."""
+    """Returns whether a DeepSpeed JSON offloads to host memory or to a disk.
+
+    Args:
+        config: The JSON's content.
+        block_name: "offload_optimizer" for the optimiser's state, "offload_param" for the weights.
+    """
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device", "none") != "none"
 
 
 def offloads_to_disk(config: dict[str, Any], block_name: str = "offload_optimizer") -> bool:
-    """Returns whether a block offloads to a disk.
+    """Returns whether a DeepSpeed JSON offloads to a disk.
 
-    `offload_optimizer` is about the optimiser's state, `offload_param` about the weights.
+    Args:
+        config: The JSON's content.
+        block_name: "offload_optimizer" for the optimiser's state, "offload_param" for the weights.
     """
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device") == "nvme"
 
 
 def nvme_path(config: dict[str, Any]) -> str:
-    """Returns the folder that the JSON names for the optimiser's state on a disk, or ""."""
+    """Returns the folder on a disk that the JSON `config` names for the optimiser's state.
+
+    The result is "" if the JSON names no folder.
+    """
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
 
 
@@ -445,7 +455,13 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
 
 
 def with_micro_batch(filled: dict[str, Any], size: int, accumulation: int) -> dict[str, Any]:
-    """Returns a filled JSON with another micro batch size and number of micro batches per step."""
+    """Returns a copy of a DeepSpeed JSON with other batch sizes, for the same number of ranks.
+
+    Args:
+        filled: A JSON in which every "auto" is replaced.
+        size: The new micro batch size.
+        accumulation: The new number of micro batches of a rank in a step.
+    """
     world_size = filled["train_batch_size"] // (filled[MICRO_BATCH] * filled[ACCUMULATION])
     numbers = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     return {**filled, **numbers, "train_batch_size": size * accumulation * world_size}

@@ -35,7 +35,12 @@ class Float32Sums:
         self._reductions = self._cut(bucket)
 
     def _cut(self, bucket: int) -> Reductions:
-        """Cuts the sums into buckets, about in the order in which backward completes the sums."""
+        """Cuts the sums into buckets of at most `bucket` elements.
+
+        The buckets are about in the order in which backward completes the sums.
+
+        Returns: the object that sums the buckets over the ranks.
+        """
         cut = []
         self._buckets_of: dict[tuple[int, int], list[int]] = {}
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
@@ -62,7 +67,17 @@ class Float32Sums:
 
     @torch.no_grad()
     def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-        """Adds a parameter's gradient of one micro batch to the parameter's float32 sum."""
+        """Adds a parameter's gradient of one micro batch to the parameter's float32 sum.
+
+        Replaces DeepSpeed's `_update_hp_grad`. In the last micro batch of a step, the sum then
+        counts as complete in its buckets. A parameter without a gradient is left out.
+
+        Args:
+            parameter: The parameter.
+            group: Number of the parameter's group.
+            index: Number of the parameter in its group.
+            clear_lp_grads: Whether to set the gradient to zero afterwards.
+        """
         optimizer = self._optimizer
         if parameter.grad is None:
             return
@@ -105,8 +120,9 @@ class Float32Sums:
     def _for_norm(self, for_clipping: bool = False) -> Any:
         """Returns what DeepSpeed reads to clip gradients or to compute their norm.
 
-        For clipping this is the list of shards. For the norm it is a list with the norm of the
-        shards of all ranks as its only entry, and an empty dict.
+        Replaces DeepSpeed's `get_grads_for_norm`. If `for_clipping` is True, the result is the list
+        of this rank's shards. Otherwise it is the pair ([norm], {}), with the L2 norm of the shards
+        of all ranks.
         """
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

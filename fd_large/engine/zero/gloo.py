@@ -21,7 +21,8 @@ def gather_in_place(
 ) -> _Works | None:
     """Replaces `all_gather_into_tensor`: gathers all shards into `output_tensor`, in rank order.
 
-    Returns the unfinished work if `async_op`, else None.
+    The shards are the `input_tensor` of each rank of `group`. Returns the unfinished work if
+    `async_op` is True; otherwise waits for the work and returns None.
     """
     ranks, shards, mine = _shards(output_tensor, group)
     if mine.data_ptr() != input_tensor.data_ptr():
@@ -40,9 +41,11 @@ def scatter_in_place(
     group: Any = None,
     async_op: bool = False,
 ) -> _Works | None:
-    """Replaces `reduce_scatter_tensor`: writes the sum of this rank's shard to `output_tensor`.
+    """Replaces `reduce_scatter_tensor`: writes this rank's reduced shard to `output_tensor`.
 
-    `input_tensor` is overwritten. Returns the unfinished work if `async_op`, else None.
+    `input_tensor`, which has the shards of all ranks of `group`, is reduced by `op` (by default
+    added up over the ranks) and overwritten. Returns the unfinished work if `async_op` is True;
+    otherwise waits for the work and returns None.
     """
     ranks, shards, mine = _shards(input_tensor, group)
     works = _Works(
@@ -61,11 +64,12 @@ def sum_on_owner(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    """Replaces `reduce`: makes `tensor` on rank `dst` the sum over the ranks.
+    """Replaces `reduce`: reduces `tensor` over the ranks of `group` by `op`, onto rank `dst`.
 
-    On other ranks `tensor` may be overwritten. Of two ranks, the other one sends its tensor, and
-    `dst` adds it. With more ranks gloo's own reduction is used, because additions in another order
-    would change the values.
+    On other ranks `tensor` may be overwritten. If two CPU ranks add tensors, the other rank sends
+    its tensor, and `dst` adds it. With more ranks gloo's own reduction is used, because additions
+    in another order would change the values. Returns the unfinished work if `async_op` is True,
+    else None.
     """
     # Not at the top: `start` imports this file before DeepSpeed.
     from deepspeed.accelerator import get_accelerator

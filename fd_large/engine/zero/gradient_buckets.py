@@ -72,7 +72,10 @@ class InOrder(ABC):
         self._missing, self._next = list(self._needs), 0
 
     def arrived(self, bucket: int) -> None:
-        """Counts a gradient of a bucket, and sends each complete bucket that is next in order."""
+        """Counts one more complete gradient of the bucket with number `bucket`.
+
+        Then sends each bucket whose gradients are complete and which is next in order.
+        """
         assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._needs) and self._missing[self._next] == 0:
@@ -89,7 +92,7 @@ class InOrder(ABC):
 
     @abstractmethod
     def _start(self, bucket: int) -> None:
-        """Starts to sum a bucket over the ranks."""
+        """Starts to sum the bucket with number `bucket` over the ranks."""
 
     @abstractmethod
     def _settle(self) -> None:

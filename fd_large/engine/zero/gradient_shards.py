@@ -115,7 +115,10 @@ class OwnedShards(InOrder):
         replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
 
     def _cut(self, bucket_size: int) -> list[_Bucket]:
-        """Returns the buckets of all groups, roughly in the order in which backward fills them."""
+        """Cuts the gradients of all groups into buckets of at most `bucket_size` elements.
+
+        The returned buckets are roughly in the order in which backward fills them.
+        """
         cut = []
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             size = self._optimizer.partition_size[group] * self._world
@@ -137,7 +140,12 @@ class OwnedShards(InOrder):
         return [bucket for *_, bucket in sorted(cut, key=lambda row: row[:2])]
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
-        """Counts a gradient that autograd has made; replaces DeepSpeed's `process_gradients`."""
+        """Counts the gradient of `parameter` as complete in each bucket with a part of it.
+
+        Replaces DeepSpeed's `process_gradients`, whose argument `group` is ignored. At stage 1,
+        where autograd accumulates gradients, only the gradients of a step's last micro batch are
+        counted.
+        """
         if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
             for number in self._buckets_of[id(parameter)]:
                 self.arrived(number)
@@ -176,7 +184,8 @@ class OwnedShards(InOrder):
     def _own(self, bucket: _Bucket) -> tuple[Tensor, int]:
         """Returns the part of a bucket that is in this rank's shard.
 
-        Returns: a view of the shard, and the position of the view's first element in the bucket.
+        Returns: a view of the shard, empty if the shard has no part of the bucket; the position of
+            the view's first element in the bucket.
         """
         shard = self._shards[bucket.group]
         begin = bucket.begin - self._rank * shard.numel()
@@ -209,9 +218,10 @@ class OwnedShards(InOrder):
 
 
 def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
-    """Returns views of a bucket's memory, one for the elements of each of its parameters.
+    """Returns views of `filled`, the memory of a bucket: one for each parameter in the bucket.
 
-    The view for a whole parameter has the parameter's shape; other views are flat.
+    The view for a whole parameter has the parameter's shape. If only a part of a parameter is in
+    the bucket, the view is flat.
     """
     views = []
     for parameter, low, high, start in bucket.parts:

@@ -57,7 +57,8 @@ class LayerLearningRates:
     def step(self, *arguments: Any, **named: Any) -> None:
         """Steps all slices at their layers' learning rates.
 
-        Groups that DeepSpeed has emptied are left out.
+        The arguments are passed on to the optimiser's own step. Groups that DeepSpeed has emptied
+        are left out.
         """
         inner = self._inner
         groups, states, state_fields = inner.param_groups, inner.state, kept_by(inner)
@@ -131,9 +132,15 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
 def _cut(
     owner_state: dict[str, Any], moments: Iterable[str], start: int, stop: int
 ) -> dict[str, Any]:
-    """Returns the optimiser's state for elements [start, stop) of a tensor, by name.
+    """Returns the optimiser's state for elements [start, stop) of a flattened tensor, by name.
 
-    Moments are views, the step count is a copy.
+    Args:
+        owner_state: The optimiser's state of the whole tensor.
+        moments: Names of the moments in that state.
+        start: First element.
+        stop: End of the elements.
+
+    Returns: a view of each moment, and a copy of the step count if the state has one.
     """
     cut = {name: owner_state[name].view(-1)[start:stop] for name in moments}
     if "step" in owner_state:

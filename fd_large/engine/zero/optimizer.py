@@ -37,7 +37,10 @@ _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 
 
 def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
-    """Returns the kinds of state that an optimiser of `make_optimizer` keeps for each tensor."""
+    """Returns which moments and step count `optimizer` keeps for each tensor.
+
+    `optimizer` is an optimiser that `make_optimizer` made.
+    """
     return _kept[optimizer]
 
 
@@ -55,7 +58,7 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
 
 def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
-    """Returns what makes a named optimiser from (groups, lr=...); None for AdamW."""
+    """Returns a function (groups, lr=...) that makes the optimiser `optim.name`; None for AdamW."""
     return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
@@ -64,8 +67,14 @@ def decays(
 ) -> bool:
     """Returns whether weight decay applies to a parameter.
 
-    Weight decay does not apply to vectors, biases, names in `skip_names` and names that contain a
-    word of `skip_keywords`.
+    Weight decay does not apply to one-dimensional parameters, biases, names in `skip_names`, and
+    names that contain a word of `skip_keywords`.
+
+    Args:
+        name: Name of the parameter.
+        ndim: Number of its dimensions.
+        skip_names: See above.
+        skip_keywords: See above.
 
     Source: official code, optimizer.py get_pretrain_param_groups.
     """
@@ -161,9 +170,13 @@ def _made(
 
 
 def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
-    """Returns why an implementation of AdamW cannot be used, or None if it can.
+    """Returns why an implementation of AdamW cannot be used, or None if it can be used.
 
-    The result is the same on all ranks.
+    All ranks must call this function, and get the same result.
+
+    Args:
+        kind: The implementation: "deepspeed", "apex" or "torch".
+        settings: Keyword arguments of its constructor.
     """
     if kind == "torch":
         return None
@@ -177,6 +190,10 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
 
 def _off(kind: str, settings: dict[str, Any]) -> str | None:
     """Compares an implementation's steps on random numbers with those of torch's plain AdamW.
+
+    Args:
+        kind: The implementation: "deepspeed", "apex" or "torch".
+        settings: Keyword arguments of its constructor.
 
     Returns: how the steps fail or differ, or None if they are right.
     """

@@ -139,7 +139,11 @@ def _trial(
 
 
 def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
-    """Returns a function (tensor, steps) that makes a step count of the type of `value`."""
+    """Returns a function of (tensor, steps) that returns the number `steps` in the type of `value`.
+
+    If `value` is a tensor, the result is a tensor of the same data type on the same device. The
+    argument `tensor` is ignored.
+    """
     if not isinstance(value, Tensor):
         return lambda owner, steps: type(value)(steps)
     return lambda owner, steps: torch.tensor(steps, dtype=value.dtype, device=value.device)

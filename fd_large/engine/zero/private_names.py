@@ -1,7 +1,7 @@
 """The private names of DeepSpeed, torch and torchvision that this package reads or replaces.
 
 Code takes a private class, function or global by `get`, and replaces a method or a value by
-`replace`. pyproject.toml pins DeepSpeed to one release, and a start refuses any other.
+`replace`. pyproject.toml pins DeepSpeed to one release, and a launch refuses any other.
 tests/unit/engine/zero/test_private_names.py lists the private names of that release that are used,
 and fails if the package uses another. torch and torchvision may be newer releases, if their
 functions still have the parameters that are used.

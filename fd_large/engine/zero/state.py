@@ -75,7 +75,8 @@ def _statistics(engine: Engine) -> dict[str, Tensor]:
 def shards(engine: Engine) -> Iterator[Piece]:
     """Yields this rank's shards of masters, moments, moving average and running statistics.
 
-    The shards are views of the live state.
+    The shards are views of the live state. A shard's name is KIND.NAME: KIND is "master", the name
+    of a moment, or the key of the moving average, and NAME is the parameter's name.
     """
     inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
@@ -99,8 +100,9 @@ def shards(engine: Engine) -> Iterator[Piece]:
 
 
 def not_finite(engine: Engine) -> list[str]:
-    """Returns the names (KIND.NAME) of this rank's shards that hold NaN or infinity.
+    """Returns the names of this rank's shards that hold NaN or infinity, as `shards` yields them.
 
+    Shards of buffers that were not finite from the start (`Engine.infinite_buffers`) are left out.
     The check takes one pass over the shards without a copy, and the host waits once per device.
     """
     extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
@@ -292,9 +294,13 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
-    """Returns the optimiser's state of a tensor: moments and step count, by name.
+    """Returns the state that the optimiser `inner` keeps of a tensor: {name: moment or step count}.
 
-    Before the first step, the state is made here with its initial values.
+    If the state does not exist yet, as before the first step, it is made with its initial values.
+
+    Args:
+        inner: An optimiser of `make_optimizer`.
+        owner: A tensor that the optimiser steps.
     """
     owner_state, state_fields = inner.state[owner], kept_by(inner)
     if state_fields.count is not None and "step" not in owner_state:

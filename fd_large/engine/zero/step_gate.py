@@ -54,9 +54,9 @@ class StepGate:
 
         Args:
             engine: DeepSpeed's engine, after the last micro batch of a step.
-            ask: Decides whether to step, from the norm of the gradients before clipping. The norm
-                is None at stage 0, where the optimiser has computed it. Called once on every rank,
-                before the first weight changes.
+            ask: Decides whether to step, from the norm of the gradients before clipping. At stage 0
+                the norm is None, because only an attribute of DeepSpeed's optimiser has it. Called
+                once on every rank, before the first weight changes.
         """
         self._ask = ask
         _stepping.append(self)
@@ -68,9 +68,13 @@ class StepGate:
         return moved
 
     def answer(self, norm: Any = None) -> Answer:
-        """Returns the ranks' decision about the step, which the first call in a step makes.
+        """Returns the ranks' decision about the present step.
 
-        `norm` is the norm of the gradients before clipping, or None.
+        The first call in a step lets the ranks decide; later calls return the same decision.
+        Outside of `step`, the optimiser may always step.
+
+        Args:
+            norm: Norm of the gradients before clipping; None at stage 0.
         """
         if self._ask is not None:
             ask, self._ask = self._ask, None
@@ -100,9 +104,15 @@ def _is_invalid(norm: Any) -> bool:
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: Any) -> None:
-    """Clips tensors in place like DeepSpeed, but without a wait of the host for the norm.
+    """Multiplies tensors in place by min(1, `max_norm` / (`global_norm` + 1e-6)).
 
-    If the norm is below the limit, the tensors are multiplied by 1.
+    Replaces DeepSpeed's `clip_tensors_by_global_norm`, which makes the host wait for the norm.
+
+    Args:
+        input_tensors: The gradients.
+        max_norm: Largest norm after clipping.
+        global_norm: L2 norm of the gradients of all ranks, a scalar.
+        mpu: Ignored.
     """
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
     for tensor in input_tensors:

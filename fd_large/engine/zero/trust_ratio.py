@@ -55,9 +55,10 @@ class _TrustRatios:
         self._num_matrices, self._is_split = num_matrices, is_split
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Scales the gradients of matrices in the optimiser's groups, then steps the optimiser.
+        """Adds weight decay to the gradients of matrices, scales the sums, and steps the optimiser.
 
-        A group that DeepSpeed has emptied is left out.
+        The arguments are passed on to the optimiser's own step. A group that DeepSpeed has emptied
+        is left out.
         """
         device = distributed.device()
         squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)

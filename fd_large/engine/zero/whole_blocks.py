@@ -77,12 +77,19 @@ def _spare_calls() -> None:
 
 @functools.wraps(_print_rank_0)
 def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
-    """Replaces `print_rank_0`: does nothing for messages that would not be printed anyway."""
+    """Replaces DeepSpeed's `print_rank_0`: calls it only if `debug` or `force` is True.
+
+    Other messages would not be printed anyway, but would cost the host a call.
+    """
     if debug or force:
         _print_rank_0(message, debug, force)
 
 
 @functools.wraps(_iter_params)
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
-    """Replaces `iter_params`: for a block that is gathered whole, returns all its parameters."""
+    """Replaces DeepSpeed's `iter_params`, which returns the parameters of `module`.
+
+    If `module` is a block that is gathered whole, all parameters of the block are returned, also
+    those of its submodules. For other modules, `iter_params` itself is called.
+    """
     return module.__dict__.get(_UNIT) or _iter_params(module, recurse)
