@@ -139,6 +139,6 @@ def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
 
 
 def _split(feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
-    """Returns the prefix tokens (B, P, C) and the patches (B, H * W, C) of a map."""
+    """Returns the prefix tokens, (B, P, C), and the patches, (B, H * W, C), of `feature_map`."""
     k = feature_map.num_prefix_tokens
     return feature_map.tokens[:, :k], feature_map.tokens[:, k:]

@@ -122,9 +122,13 @@ class Canary(Hook):
                 )
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Checks teacher and speed if a check is due.
+        """Checks teacher and speed after every `every` steps and after the last step.
 
-        Returns: a verdict that ends the run if the teacher has changed, else None.
+        Args:
+            update: The numbers of the finished step.
+
+        Returns: a verdict that ends the run if the teacher has changed, in this check or an earlier
+            one; else None.
         """
         done = update.index + 1
         if not self._changed and (done % self._every == 0 or done == self._total):
@@ -197,9 +201,12 @@ class Canary(Hook):
         )
 
     def _check_speed(self) -> None:
-        """Logs the ranks that were slow both in this check and in the check before.
+        """Logs on rank 0 the ranks that were slow both in this check and in the check before.
 
-        A rank is slow if its matrix product took more than `SLOW` times the median over ranks.
+        A rank is slow if its matrix product took more than `SLOW` times the median over ranks. A
+        rank that was logged in the last `CHECKS_BETWEEN_NAMINGS` checks is not logged again.
+        Nothing is measured if another teacher's canary measures the speed. All ranks must call this
+        method.
         """
         if self._seconds is None:
             return
@@ -221,7 +228,7 @@ class Canary(Hook):
                     )
 
     def _names(self, ranks: list[int]) -> str:
-        """Returns the number, node and device of up to four ranks, and how many more there are."""
+        """Returns number, node and device of up to four of `ranks`, and how many more there are."""
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         return ", ".join(self._places[rank] for rank in ranks[:4]) + more
 

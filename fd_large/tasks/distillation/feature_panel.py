@@ -40,11 +40,12 @@ class FeaturePanel(Hook):
         self._setting = setting
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Writes the panel after `index` steps; 0 is before training.
+        """Writes the panel on rank 0, if this launch of the run still owns the run's folder.
 
         Args:
-            index: Finished steps.
-            panel: The result of `feature_panel` as arrays; only rank 0's panel is used.
+            index: Number of finished steps. The file is pictures/features_before.npz for 0 and
+                pictures/features_after.npz for any other number.
+            panel: The result of `feature_panel` as arrays.
         """
         if distributed.is_main() and self._setting.owned():
             name = f"features_{'after' if index else 'before'}.npz"

@@ -85,7 +85,9 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
 
 
 class TeacherOnShapes:
-    """Finds the image side and the grid of a teacher for a student, by models on the meta device.
+    """Finds the image side and the grid of a teacher for a student, by models without weights.
+
+    The models are on PyTorch's meta device, so that only shapes are computed.
 
     Args:
         name: The teacher's name, or "" for a single teacher.
@@ -287,9 +289,13 @@ class TeacherOnShapes:
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """Returns the teacher's grid for images of a side, and the entry that accepts the side.
+            """Returns the teacher's grid for images of side `side`, and an entry that accepts them.
 
-            The side is 0 if images are not resized. The grid is None if the teacher rejects it.
+            The grid is None if the teacher rejects the side; the entry is then the recipe's. If the
+            position embeddings must be resized to `side`, the entry says so.
+
+            Args:
+                side: Side of the teacher's images, in pixels; 0 for images that are not resized.
             """
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):

@@ -70,7 +70,10 @@ class Crops:
         return max(self.views, PANEL_IMAGES)
 
     def __call__(self, view: int) -> Tensor:
-        """Returns the view with the given index, (3, S, S) uint8.
+        """Returns view number `view`, counted from 0, as (3, S, S) uint8.
+
+        If the view's image cannot be used and `skip_bad` is True, the view is cut from the next
+        image, for at most `TRIES` images.
 
         Raises:
             DataError: if the image cannot be used and `skip_bad` is False, or if no image in
@@ -88,15 +91,15 @@ class Crops:
         raise AssertionError("one try at least")
 
     def name_of(self, view: int) -> str:
-        """Returns the name of the image from which a view is cut.
+        """Returns the name of the image from which view number `view` is cut.
 
-        With `skip_bad`, the view of an unusable image is cut from a later image, whose name is not
-        returned.
+        If this image cannot be used and `skip_bad` is True, the view is cut from a later image,
+        whose name is not returned.
         """
         return self.source[self._image(view)]
 
     def _image(self, view: int) -> int:
-        """Returns the index in `source` of the image from which a view is cut."""
+        """Returns the index in `source` of the image from which view number `view` is cut."""
         # Spread over the dataset, which may list its classes one after the other.
         place = view % min(len(self), len(self.source))
         return int(samples_at(self.source, self.seed, EVALUATION_EPOCH, np.array([place]))[0])
@@ -205,7 +208,14 @@ class HeldOutViews:
                 yield references(engine.task, **prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Returns the maps of a few fixed views, as arrays by name; see `feature_panel`."""
+        """Returns the maps of the `PANEL_IMAGES` views whose pixels vary most, as arrays by name.
+
+        The views are the same on any number of ranks. All ranks must call this method; see
+        `feature_panel` for the names and shapes.
+
+        Args:
+            engine: The engine of the task whose maps are returned.
+        """
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             shown = self._batch(self._panel, self._panel_numbers)
@@ -215,8 +225,11 @@ class HeldOutViews:
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
         """Yields (arguments of the task's forward, weight, number of views) for each batch.
 
-        All ranks yield the same number of batches; a rank without views left repeats its first view
-        with weight 0 instead of 1.
+        All ranks yield the same number of batches. A rank without views left repeats its first
+        view, with the weight 0; all other batches have the weight 1.
+
+        Args:
+            engine: The engine of the task, which prepares the arguments.
         """
         words = f"{self.name.replace('_', ' ')} views"
         for number in activity.counted(range(self._rounds), words, "batches"):
@@ -366,9 +379,11 @@ class _Search:
         self._totals = part if self._totals is None else self._totals + part
 
     def step(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Ends a pass, and moves the constant unless the search has converged.
+        """Ends a pass over the views, and moves the constant prediction or ends the search.
 
-        All ranks must call this method.
+        The first pass sets the constant to the mean of the tokens. The search ends, which sets
+        `done`, if the loss has no `newton`, or if at least two Newton steps were made and the last
+        of them hardly lowered the loss. All ranks must call this method.
 
         Args:
             summed: Sums a tensor over the ranks.

@@ -241,7 +241,10 @@ class DistillationJob(TrainingJob):
 
     @property
     def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Sentences on which flags to set, by the name of a mask's field that has no effect."""
+        """For each field of the mask that has no effect, a sentence that says which flags to set.
+
+        The result is {name of the field: sentence}.
+        """
         return self.run.mask.ignored_fields()
 
     @cached_property
@@ -257,7 +260,10 @@ class DistillationJob(TrainingJob):
         """Returns the recipe completed from the weights of teachers and student.
 
         If the recipe states no number of views and reads caches, the number and the seed of the
-        views are those of the caches.
+        views are those of the first cache.
+
+        Args:
+            sources: Opens the weights.
         """
         settle = super().settle
         entries = self.run.taught_by
@@ -423,7 +429,7 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
-        """The training and the test images of `eval.knn_root`."""
+        """The training and the test images of the labelled dataset `eval.knn_root`."""
         root, where = self.run.eval.knn_root, "eval.knn_root"
         fraction = 0.0 if has_parts(root, where=where) else self.run.data.val_fraction
         train_set = open_split(root, "train", val_fraction=fraction, where=where)
@@ -432,7 +438,11 @@ class DistillationJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` grey images, with maps of zeros if the run reads a cache."""
+        """Returns a batch of `size` grey images of the largest side in training.
+
+        If the run reads a cache, the batch's targets are maps of zeros; otherwise it has no
+        targets.
+        """
         return replace(super().probe_batch(size), targets=self.caches.blank_maps(size))
 
     def tensor_sizes(self) -> TensorSizes:
@@ -459,7 +469,11 @@ class DistillationJob(TrainingJob):
         return TensorSizes(sizes_of(task), sizes_of(*whole))
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns the placement of each teacher's weights, as {"NAME_teacher_placement": ...}."""
+        """Returns each teacher's placement of weights, as {"NAME_teacher_placement": placement}.
+
+        The key is "teacher_placement" for a single teacher. A placement is "replicated", "sharded"
+        or "node".
+        """
         entries = self.run.taught_by.items()
         return {f"{name}_teacher_placement".lstrip("_"): entry.placement for name, entry in entries}
 
@@ -586,6 +600,10 @@ class DistillationJob(TrainingJob):
 
         If `weighting.rule` is "own_data", the targets of a micro-batch also have the number of each
         image's dataset.
+
+        Args:
+            samples: The training images.
+            portion: The part of an epoch that this rank loads.
         """
         batches = super().batches(samples, portion)
         own_data = self.run.weighting.rule == "own_data"
@@ -676,12 +694,15 @@ class DistillationJob(TrainingJob):
         return {**several, **self.caches.early()}
 
     def _facts_of(self, name: str) -> dict[str, Any]:
-        """Returns what a manifest records of the teacher with the given name."""
+        """Returns what a checkpoint's manifest records of the teacher `name`, by `facts_of`."""
         cache = self.caches.readers.get(name)
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
         """Checks that a checkpoint's student had the same teachers, maps and statistics.
+
+        Args:
+            manifest: Manifest of the checkpoint.
 
         Raises: CheckpointError: if the teachers, maps or statistics differ.
         """
@@ -690,9 +711,10 @@ class DistillationJob(TrainingJob):
         self.caches.resume(manifest)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """Returns model, source and image size of each teacher, by name.
+        """Returns model, source and image size of each teacher, by the teacher's name.
 
-        A single teacher is named "teacher".
+        A single teacher is named "teacher". If its maps are read from a cache, the source is that
+        of the weights that computed the maps.
         """
         return {
             name or "teacher": FrozenPart(

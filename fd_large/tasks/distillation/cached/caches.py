@@ -121,10 +121,10 @@ class RunCaches:
         return {n: CachedTeacher(cache, where=source_flag(n)) for n, cache in self.readers.items()}
 
     def source_of(self, name: str) -> str:
-        """Returns the source of a teacher's weights.
+        """Returns the source of the weights of the teacher `name`.
 
         If the teacher's maps are read from a cache, the result is the source of the weights that
-        computed the maps.
+        computed the maps. Otherwise it is the source in the recipe.
         """
         if name in self.readers:
             return self.readers[name].header.teacher["source"]
@@ -139,10 +139,13 @@ class RunCaches:
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns the section with the number and the seed of the views that a cache states.
+        """Returns `section` with the number and the seed of the views that the first cache states.
 
         The section is returned unchanged if it states a number of views itself, or if the run reads
         no cache.
+
+        Args:
+            section: The recipe's section `task.distillation`.
         """
         if section.views or not self.folders:
             return section
@@ -151,9 +154,12 @@ class RunCaches:
         return replace(section, **fields)
 
     def facts(self, samples: ImageSource) -> dict[str, Any]:
-        """Returns the settings that decide the training views, as `view_facts` does.
+        """Returns the settings that decide the training views, as {name: value}, by `view_facts`.
 
         The run must repeat its views in later epochs (`fixed` must not be None).
+
+        Args:
+            samples: The training images.
         """
         assert self.fixed is not None
         return view_facts(self._settings, self.fixed, samples)
@@ -162,6 +168,9 @@ class RunCaches:
         """Returns a loader of the training views whose maps are written to a cache.
 
         The run must repeat its views in later epochs (`fixed` must not be None).
+
+        Args:
+            samples: The training images.
         """
         assert self.fixed is not None
         return ViewsToStore(
@@ -264,7 +273,7 @@ class RunCaches:
 
         Args:
             epoch: Number of the epoch, counted from 0.
-            samples: The images.
+            samples: The training images.
             options: Further arguments of `write_cache`, which writes the missing maps.
         """
         if self.fixed is None or not (self.folders or self.recorders):
@@ -339,14 +348,19 @@ class RunCaches:
     def early(self) -> dict[str, list[int]]:
         """Returns {`EARLY`: numbers of epochs} if the run stores maps, else an empty dictionary.
 
-        The numbers, counted from 1, are of epochs that were the first with their view, but whose
-        maps had all been stored before. In a run that began with an empty cache, the teachers would
-        have run in these epochs. The list grows during the run.
+        `EARLY` is a key in checkpoints and in summary.json. The numbers, counted from 1, are of
+        epochs that were the first with their view, but whose maps had all been stored before. In a
+        run that began with an empty cache, the teachers would have run in these epochs. The list
+        grows during the run.
         """
         return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Adds the epochs in a checkpoint's manifest to the epochs that `early` returns."""
+        """Adds the epochs that a checkpoint records to the epochs that `early` returns.
+
+        Args:
+            manifest: Manifest of the checkpoint; the epochs are under the key `EARLY`.
+        """
         self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 
@@ -408,7 +422,13 @@ def held_out_views(
 
 
 def _cut(crops: Mapping[str, Crops], name: str, view: int) -> Tensor:
-    """Returns the view with the given index in a set of held-out views, (3, S, S) uint8."""
+    """Returns view number `view` of the set `name` of held-out views, (3, S, S) uint8.
+
+    Args:
+        crops: The crops of each set of views, by the set's name.
+        name: Name of the set.
+        view: Index of the view in the set.
+    """
     return crops[name](view)
 
 

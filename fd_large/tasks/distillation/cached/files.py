@@ -76,7 +76,7 @@ class Stored(NamedTuple):
 
 
 def num_scales(precision: str) -> int:
-    """Returns the number of scales that a precision stores for each token."""
+    """Returns how many scales `precision` stores for each token: 0 for "fp32", else 2."""
     return 0 if precision == "fp32" else 2
 
 
@@ -107,7 +107,7 @@ def encode(tokens: Tensor, precision: str) -> Stored:
 
 
 def decode(stored: Stored, dtype: torch.dtype) -> Tensor:
-    """Returns decoded tokens, (..., N, C), in the given data type."""
+    """Returns the tokens that `stored` encodes, (..., N, C), converted to `dtype`."""
     values, scales = stored
     if not scales.shape[-1]:
         return values.to(dtype)
@@ -209,7 +209,7 @@ class Header:
         }
 
     def shards(self) -> Iterator[tuple[str, int]]:
-        """Yields (set's name, number of the shard in the set) for all shards."""
+        """Yields (name of its set, its number in the set, from 0) for each shard of the cache."""
         for name, count in self.sets.items():
             yield from ((name, number) for number in range(-(-count // self.records_per_shard)))
 
@@ -321,7 +321,10 @@ class ShardFile:
         return os.pwrite(self.descriptor, view, at)
 
     def _place(self, array: NDArray, name: str, row: int) -> tuple[memoryview, int]:
-        """Returns an array's bytes, and the position of a tensor's row as a byte of the file."""
+        """Returns (the bytes of `array`, position in the file of row `row` of the tensor `name`).
+
+        The bytes are a view of the array's memory; the position is counted in bytes.
+        """
         place = self.layout.places[name]
         at = place.start + row * ((place.stop - place.start) // self.layout.count)
         return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
@@ -331,9 +334,9 @@ class ShardFile:
 
         Args:
             call: Reads or writes a part of a buffer at a position in the file, and returns the
-                number of bytes.
+                number of bytes that it moved.
             view: The buffer.
-            at: Position in the file.
+            at: Position in the file, in bytes.
 
         Raises: OSError: if the file ends early.
         """
@@ -367,7 +370,10 @@ class ShardFiles:
             self._open.popitem()[1].close()
 
     def _file(self, name: str, number: int) -> ShardFile:
-        """Returns a shard by its set and number, and opens the shard if necessary."""
+        """Returns the open file of shard `number` of the set `name`, and opens it if necessary.
+
+        If `_MOST_OPEN` files are open already, the least recently used of them is closed first.
+        """
         key = name, number
         if key not in self._open:
             if len(self._open) >= _MOST_OPEN:
@@ -377,11 +383,16 @@ class ShardFiles:
         return self._open[key]
 
     def _opened(self, name: str, number: int) -> ShardFile:
-        """Opens a shard by its set and number."""
+        """Opens the file of shard `number` of the set `name`; a subclass defines how."""
         raise NotImplementedError
 
     def _place(self, name: str, record: int) -> tuple[ShardFile, int]:
-        """Returns the open shard of a record, and the record's row in the shard."""
+        """Returns the open file of the shard with a record, and the record's row in the shard.
+
+        Args:
+            name: Name of the record's set.
+            record: Number of the record in the set.
+        """
         number, row = divmod(record, self.header.records_per_shard)
         return self._file(name, number), row
 
@@ -399,10 +410,12 @@ class ShardFiles:
 
 
 def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str:
-    """Returns the differences between two mappings in words, such as "NAME A there and B here".
+    """Returns how mappings differ in words, such as "NAME 'A' in the cache but 'B' here".
+
+    Differences in nested mappings are listed too. The result is "" if the mappings are equal.
 
     Args:
-        stored: The mapping whose values are called "there".
+        stored: The mapping from the cache.
         expected: The mapping whose values are called "here".
         prefix: Words before each name.
     """

@@ -180,12 +180,16 @@ class StoredMaps:
         return maps
 
     def blank(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns zeros shaped like the result of `of`, for an image that cannot be used."""
+        """Returns zeros with the shapes of the result of `of`, for an image that cannot be used."""
         return {name: blank(reader) for name, reader in self.readers.items()}
 
 
 def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns zeros shaped like a stored map, the pair (values, scales) of `StoredMaps.of`."""
+    """Returns zeros with the shapes of a stored map, a pair (values, scales) as in `StoredMaps.of`.
+
+    Args:
+        reader: Reader of the cache, whose header gives the shapes.
+    """
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
@@ -268,10 +272,10 @@ class FromStored:
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
-    """Returns the entry of a cached teacher, with the model and settings by which maps were made.
+    """Returns the entry of a teacher whose maps are cached, completed from the cache.
 
-    The fields model, architecture, statistics, residual_dtype, layer and teacher_image_size are
-    taken from the cache.
+    The fields model, architecture, statistics, residual_dtype, layer and teacher_image_size get the
+    values with which the maps in the cache were made.
 
     Args:
         entry: The teacher's entry, whose source is a cache.

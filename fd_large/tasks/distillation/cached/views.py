@@ -34,7 +34,7 @@ def set_of(view: int) -> str:
 
 
 def _view_of(name: str) -> int:
-    """Returns the number of the view of a set; the inverse of `set_of`."""
+    """Returns the number of the view whose maps the set `name` stores; the inverse of `set_of`."""
     return int(name.removeprefix("view_"))
 
 
@@ -110,7 +110,7 @@ class ViewsToStore(Dataset):
     batch_size: int
 
     def __getitem__(self, place: Place) -> ToStore:
-        """Loads the views of the records of a `Place`."""
+        """Loads the views of the records that `place` names."""
         images = torch.zeros(self.batch_size, 3, *[self.image_size] * 2, dtype=torch.uint8)
         bad = []
         with suppress_stderr():
@@ -176,9 +176,10 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
 def check_stored_summary(
     name: str, entry: NamedTeacher, gives_summary: Callable[[str], bool]
 ) -> None:
-    """Raises ConfigError if the student learns a summary that a stored map does not contain.
+    """Raises ConfigError if a teacher's summary is not contained in the teacher's stored maps.
 
-    Such a summary is an embedding, or a summary that the teacher's model returns besides its map.
+    This function is called for teachers whose summary the student learns. The summary is missing
+    in stored maps if it is an embedding, or if the teacher's model returns it besides its map.
 
     Args:
         name: The teacher's name, or "" for a single teacher.

@@ -52,6 +52,10 @@ def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]
     """Returns the facts on a teacher that decide its map of a given view, as {name: value}.
 
     The names are `TEACHER_FACTS`.
+
+    Args:
+        teacher: The teacher.
+        entry: The teacher's entry in the recipe.
     """
     values = (
         teacher.fingerprint,
@@ -151,7 +155,7 @@ class CacheWriter(ShardFiles):
             )
 
     def unfinished(self, only: str = "") -> list[tuple[str, int]]:
-        """Returns (set, number) of each incomplete shard.
+        """Returns (name of the set, number in the set) of each shard that is not complete.
 
         Args:
             only: Name of the set whose shards are returned; "" for all sets.
@@ -230,7 +234,10 @@ class CacheWriter(ShardFiles):
             raise _not_written(self.folder, error) from error
 
     def finish(self, name: str, number: int) -> None:
-        """Flushes a complete shard to disk, and gives its file the final name.
+        """Flushes shard `number` of the set `name` to disk, and gives its file the final name.
+
+        All records of the shard must have been written. Does nothing if another process has already
+        finished the shard.
 
         Raises: CacheError: if the file cannot be written.
         """
@@ -246,7 +253,11 @@ class CacheWriter(ShardFiles):
             raise _not_written(self.folder, error) from error
 
     def _part(self, layout: Layout) -> Path:
-        """Returns the path of a shard's file before it is complete."""
+        """Returns the path, which ends in .part, of a shard's file before it is complete.
+
+        Args:
+            layout: Layout of the shard.
+        """
         return self.folder / f"{layout.name}.part"
 
     def _opened(self, name: str, number: int) -> ShardFile:
@@ -418,7 +429,12 @@ def _other_maps(stored: Header, expected: Header) -> str:
 
 
 def _not_written(folder: Path, error: OSError) -> CacheError:
-    """Returns the error for a record or shard that this rank could not write."""
+    """Returns the error for a record or shard that this rank alone could not write.
+
+    Args:
+        folder: Folder of the cache.
+        error: The error of the system call.
+    """
     refused = CacheError(
         f"{folder}: cannot be written; got {error}, expected room for the cache. Written maps are "
         "kept: repeat the command when there is room."

@@ -201,6 +201,10 @@ def check_map_head(
 
 
 def grids_named(maps: MapShapes) -> str:
-    """Returns the grids of student and teacher in words, such as "14x14 and 16x16"."""
+    """Returns the grids of student and teacher in words, such as "14x14 and 16x16".
+
+    Args:
+        maps: The two grids, among other shapes.
+    """
     grids = (maps.student_grid, maps.teacher_grid)
     return " and ".join(f"{rows}x{columns}" for rows, columns in grids)

@@ -64,6 +64,6 @@ def make(
 
 
 def reads_maps(make: Make) -> bool:
-    """Whether a constructor of heads is a subclass of `MapHead`, or a partial of a subclass."""
+    """Whether `make`, a constructor of heads, is a subclass of `MapHead` or a partial of one."""
     constructor = make.func if isinstance(make, partial) else make
     return isinstance(constructor, type) and issubclass(constructor, MapHead)

@@ -15,9 +15,10 @@ from fd_large.tasks.distillation.heads.map_head import WHERE
 
 
 def linear(width: int, teacher_width: int) -> nn.Module:
-    """Returns a linear layer, the head of Feature Distillation (Wei et al., arXiv 2205.14141).
+    """Returns a linear layer from `width` to `teacher_width` channels, with torch's initialisation.
 
-    The layer has torch's default initialisation, as published.
+    This is the head of Feature Distillation (Wei et al., arXiv 2205.14141), initialised as
+    published.
     """
     return nn.Linear(width, teacher_width)
 
@@ -136,7 +137,7 @@ def block(
 
 
 def _normed(width: int, out_width: int) -> nn.Sequential:
-    """Returns a layer norm, GELU and a linear layer."""
+    """Returns a layer norm, GELU and a linear layer from `width` to `out_width` channels."""
     return nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out_width))
 
 
