@@ -31,7 +31,15 @@ class DepthJob(DenseJob):
     on_last_map = ON_LAST_MAP
 
     def open_split(self, root: str, split: str, where: str) -> DepthSet:
-        """Opens the images of a split with their depth files."""
+        """Opens the images of a split with their depth files.
+
+        Args:
+            root: The dataset's folder.
+            split: "train" or "val".
+            where: The recipe's field that names the folder, for messages.
+
+        Raises: DataError: if the images or depth files cannot be used.
+        """
         section = self.section
         return open_depth(
             root,
@@ -86,7 +94,12 @@ class DepthJob(DenseJob):
         )
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns the model under test, with the test settings of the recipe."""
+        """Returns the model under test, with the test settings of the recipe.
+
+        Args:
+            forward: Maps images (B, 3, h, w) uint8 to depths (B, h, w) in metres.
+            at_once: Largest number of windows in a forward.
+        """
         section = self.section
         views = TestViews(self.run.data.image_size, section.test_windows, section.test_flip)
         return Model(forward, views, at_once)

@@ -27,7 +27,12 @@ class StoredDepth(StoredDense):
     """A stored depth run, which commands can score, and use on images."""
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's title, introduction and tag for a backbone trained on depth."""
+        """Returns the model card's title, introduction and tag for a backbone trained on depth.
+
+        Args:
+            manifest: The manifest of the exported checkpoint.
+            to: The library or format of the export, a value of the flag `--to`.
+        """
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),
@@ -38,7 +43,12 @@ class StoredDepth(StoredDense):
         )
 
     def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
-        """Returns a list of one item, the table of the nine scores."""
+        """Returns a list of one item, the table of the nine scores.
+
+        Args:
+            outcome: The result of `DepthJob.measure`.
+            images: Not used.
+        """
         return [numbers_table(outcome)]
 
     def predict(

@@ -92,7 +92,13 @@ class Depth(DenseTask):
         self.over, self.mean_share, self.factor = over, mean_share, factor
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the arguments of `forward`: normalised pixels and true depths."""
+        """Returns the arguments of `forward`: normalised pixels, `keep`, and true depths.
+
+        Args:
+            images: (B, 3, H, W) uint8, padded at the right and the bottom, on the device.
+            targets: The targets of the batch, with the true depth of each pixel.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         pixels = normalised(images, targets.sizes, self.statistics)
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
@@ -145,10 +151,11 @@ class Depth(DenseTask):
             depths: (B, H, W), the true depths in metres; 0 where the depth is unknown.
             whole: The sums over a step of several micro-batches (`silog_loss`). None if the step is
                 this micro-batch on all ranks, or if the loss averages over images.
-            for_sums: True to return only the sum of `silog_sums` over the images, (3,).
+            for_sums: True to return sums in place of the loss; used only if `depths` is not None.
 
-        Returns: with `depths` (loss, {}), a scalar and no further metrics; without `depths` the
-            predicted depths, (B, H, W) float32, in metres.
+        Returns: if `depths` is None, the predicted depths, (B, H, W) float32, in metres. Otherwise,
+            if `for_sums` is True, the sum of `silog_sums` over the images, (3,) float64; if it is
+            False, (loss, {}), a scalar and no further metrics.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             last = self._map(pixels, keep)
@@ -173,7 +180,14 @@ class Depth(DenseTask):
         return loss, {}
 
     def _map(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns the student's last map, (B, C, h, w)."""
+        """Returns the student's last map, (B, C, h, w).
+
+        For a linear head the map has passed the student's final norm. For other heads it has not.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         if self.norm is None:
             return normed_last_map(self.student, pixels, keep)
         if has_stages(self.student):
@@ -185,11 +199,12 @@ class Depth(DenseTask):
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        In a Swin model each patch merging counts as a layer, as in the published runs.
+        The factor is 1 for parameters outside the student, and 0 for those of a frozen student. In
+        a Swin model each patch merging counts as a layer, as in the published runs.
 
         Args:
             name: The parameter's name in this Module.
-            decay: Factor from one layer to the layer below it.
+            decay: Factor from each layer of the student to the layer below it.
         """
         inside = name.removeprefix("student.")
         if self.frozen or inside == name or not hasattr(self.student, "layers_above"):

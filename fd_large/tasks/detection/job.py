@@ -91,7 +91,10 @@ class DetectionJob(TrainingJob):
             score(read_ground_truth(self._test_images.annotations, self._test_images.only), [])
 
     def norm_group(self) -> int:
-        """Returns 0, since `make_task` refuses batch norms that use the statistics of a batch."""
+        """Returns 0, since no batch norm of the student uses the statistics of a batch.
+
+        For a student with such batch norms, `make_task` raises ConfigError.
+        """
         return 0
 
     def make_task(self) -> Detection:
@@ -173,7 +176,12 @@ class DetectionJob(TrainingJob):
         return heads
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields this rank's micro-batches: randomly resized images with their visible objects."""
+        """Yields this rank's micro-batches: randomly resized images with their visible objects.
+
+        Args:
+            samples: The training images and their objects.
+            portion: The epoch, the step to begin with, and this rank's share of each global batch.
+        """
         run = self.run
         return iter(
             build_training_loader(
@@ -219,9 +227,14 @@ class DetectionJob(TrainingJob):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns the evaluation by COCO's metrics, which writes into RUN/evaluations.
+        """Returns a single evaluation, by COCO's metrics, which writes into RUN/evaluations.
 
         Before the first step, the evaluation does nothing, since new heads detect nothing.
+
+        Args:
+            engine: The task in its engine.
+            samples: Not used.
+            micro_batch_size: Largest number of images in a forward of a rank.
         """
         run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
@@ -281,7 +294,7 @@ class DetectionJob(TrainingJob):
 
     @property
     def folder(self) -> Path:
-        """The run's folder of evaluations."""
+        """The folder RUN/evaluations, with a folder for each evaluation of the run."""
         return Path(self.run.run_dir()) / EVALUATED
 
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
@@ -321,6 +334,10 @@ class DetectionJob(TrainingJob):
 def check_classes(run: Run, images: CocoSet) -> None:
     """Checks that a dataset has as many classes as the heads (`task.detection.num_classes`).
 
+    Args:
+        run: The recipe.
+        images: A split of the dataset.
+
     Raises: ConfigError: if the numbers differ.
     """
     num_categories, expected = len(images.category_ids), run.task.detection.num_classes
@@ -333,7 +350,11 @@ def check_classes(run: Run, images: CocoSet) -> None:
 
 
 def jitter_of(run: Run) -> Jitter:
-    """Returns the random resizing of training images that the recipe sets."""
+    """Returns the random resizing of training images that the recipe sets.
+
+    If `task.detection.whole_size` is set, images stay whole (`ShortestEdge`). Otherwise they are
+    cropped to a square (`LargeScaleJitter`).
+    """
     numbers = run.task.detection
     if any(numbers.whole_size):
         return ShortestEdge(*numbers.whole_size)

@@ -31,7 +31,12 @@ class StoredDetection(StoredRun):
     job: DetectionJob
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's title, introduction and tag for the backbone of a detector."""
+        """Returns the model card's title, introduction and tag for the backbone of a detector.
+
+        Args:
+            manifest: The manifest of the exported checkpoint.
+            to: The library or format of the export, a value of the flag `--to`.
+        """
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),
@@ -43,10 +48,13 @@ class StoredDetection(StoredRun):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """Scores the detector by COCO's metrics on the test images of the run.
+        """Scores the detector on the run's test images by COCO's metrics.
 
-        The test images are those of `DetectionJob.test_images`. Writes results.json, scores.json
-        and plots into the folder.
+        All ranks must call this method. The test images are those of `DetectionJob.test_images`.
+
+        Args:
+            reader: A checkpoint of the run.
+            folder: Folder of results.json, scores.json and plots, which is made if it is missing.
 
         Returns: the tables of the metrics and the paths of the written files. On ranks other than 0
             the result has neither tables nor files.
@@ -82,6 +90,8 @@ class StoredDetection(StoredRun):
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
         """Draws boxes and masks of detected objects on images, and writes predictions.json.
+
+        A result is yielded for each image.
 
         Args:
             reader: A checkpoint of the run.
@@ -123,10 +133,13 @@ class StoredDetection(StoredRun):
         return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)
 
     def task(self, reader: Reader) -> Any:
-        """Builds the `Detection` task of a checkpoint, in evaluation mode."""
+        """Builds the `Detection` task of the checkpoint `reader`, in evaluation mode.
+
+        The task is unsharded and on this rank's device.
+        """
         return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
 
 
 def _classes(reader: Reader) -> tuple[str, ...]:
-    """Reads the names of the classes from a checkpoint; they are in the order of the labels."""
+    """Returns the names of the classes in the checkpoint `reader`, in the order of the labels."""
     return tuple(reader.manifest["categories"].values())

@@ -124,7 +124,13 @@ class Detection(Task):
         self.seed, self.statistics = seed, statistics
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the arguments of `forward`: normalised pixels, targets, and random numbers."""
+        """Returns the arguments of `forward`: normalised pixels, targets, and random numbers.
+
+        Args:
+            images: (B, 3, H, W) uint8, padded at the right and the bottom, on the device.
+            targets: The targets of the batch, with sizes and positions of the images.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         counts = {"anchors": 2 * self.anchors_per_image, "proposals": self.heads.draws_per_image}
         return {
             "pixels": self.pixels(images, targets.sizes),
@@ -203,6 +209,10 @@ class Detection(Task):
         Operations whose work depends on the content of images are left out: selection of proposals,
         matching, sampling, and cropping of target masks. None of these contains a matrix product.
 
+        Args:
+            batch: A batch, of which only the images and their sizes are used; may be on the meta
+                device.
+
         Returns: the sum of all losses, a scalar that backward can run through.
         """
         with torch.no_grad():
@@ -218,6 +228,11 @@ class Detection(Task):
         self, pixels: Tensor, sizes: Tensor, keep: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Runs backbone, pyramid and proposal head.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            sizes: (B, 2), height and width of each image without its padding.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
 
         Returns: three lists with an item for each pyramid level, finest first: maps
             (B, C, H_l, W_l), objectness logits (B, A_l) and box deltas (B, A_l, 4) of the level's

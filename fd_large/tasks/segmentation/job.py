@@ -35,7 +35,15 @@ class SegmentationJob(DenseJob):
     truth = torch.int16
 
     def open_split(self, root: str, split: str, where: str) -> SegmentationSet:
-        """Opens the images of a split with their labels."""
+        """Opens the images of a split with their labels.
+
+        Args:
+            root: The dataset's folder.
+            split: "train" or "val".
+            where: The recipe's field that names the folder, for messages.
+
+        Raises: DataError: if the images or labels cannot be used.
+        """
         section = self.section
         return open_segmentation(
             root,
@@ -81,7 +89,10 @@ class SegmentationJob(DenseJob):
         )
 
     def sources(self) -> Mapping[str, str]:
-        """Returns {field of the recipe: source of weights} for the student and the heads."""
+        """Returns {field of the recipe: source of weights} for the student and the heads.
+
+        The field of the heads, `task.segmentation.head_init`, is left out if it is empty.
+        """
         head_source = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
         return {**super().sources(), **head_source}
 
@@ -102,7 +113,14 @@ class SegmentationJob(DenseJob):
         return {**student, **heads}
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns the model under test, with the test settings of the recipe."""
+        """Returns the model under test, with the test settings of the recipe.
+
+        Args:
+            forward: Maps images (B, 3, h, w) uint8 to logits (B, K, h, w).
+            at_once: Largest number of windows in a forward.
+
+        Raises: ConfigError: if the recipe's windows leave gaps between them.
+        """
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
@@ -155,7 +173,9 @@ class SegmentationJob(DenseJob):
 def test_views(run: Run) -> TestViews:
     """Returns the sizes at which the recipe tests an image, whole or by windows.
 
-    Raises: ConfigError: if there would be gaps between the windows.
+    Raises:
+        ConfigError: if windows leave gaps between them, since `task.segmentation.test_stride`
+            exceeds their side, `data.image_size`.
     """
     section, side = run.task.segmentation, run.data.image_size
     short, long = section.test_size if any(section.test_size) else (side, LONG_SIDE * side)

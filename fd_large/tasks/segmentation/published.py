@@ -223,7 +223,11 @@ def _mmsegmentation(
 
 
 def _test(heads: Heads) -> dict[str, Any]:
-    """Returns mmsegmentation's `test_cfg`, by which it tests whole images or windows."""
+    """Returns mmsegmentation's `test_cfg`, by which it tests whole images or windows.
+
+    If `heads.window` is 0, the mode is "whole". Otherwise the mode is "slide", and the result also
+    has the size and the distance of the windows.
+    """
     if not heads.window:
         return {"mode": "whole"}
     size, stride = ([side, side] for side in (heads.window, heads.window_stride))

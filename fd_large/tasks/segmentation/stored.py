@@ -97,7 +97,13 @@ class StoredSegmentation(StoredDense):
         return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns the model card's title, introduction and tag for a segmentation model."""
+        """Returns the model card's title, introduction and tag for a segmentation model.
+
+        Args:
+            manifest: The manifest of the exported checkpoint.
+            to: The library or format of the export, a value of the flag `--to`. It decides whether
+                the card describes a backbone alone or a backbone with its heads.
+        """
         name = without_folders(self.run.data.root)
         intro = (
             "An image backbone that was trained to name the class of each pixel; the heads are "
@@ -127,7 +133,12 @@ class StoredSegmentation(StoredDense):
         return super().score(reader, folder)
 
     def tables(self, outcome: Outcome, images: SegmentationSet) -> Sequence[Any]:
-        """Returns two tables: one of mIoU, mAcc and aAcc, and one of the scores of each class."""
+        """Returns two tables: one of mIoU, mAcc and aAcc, and one of the scores of each class.
+
+        Args:
+            outcome: The result of `SegmentationJob.measure`.
+            images: The test images.
+        """
         return [
             numbers_table(outcome.scores, len(images)),
             classes_table(outcome.scores, self.job.classes.names),

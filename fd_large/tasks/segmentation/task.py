@@ -101,7 +101,13 @@ class Segmentation(DenseTask):
         self.auxiliary_weight, self.over, self.seed = auxiliary_weight, over, seed
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the arguments of `forward`: normalised pixels, labels, and masks of dropout."""
+        """Returns the arguments of `forward`: normalised pixels, labels, and masks of dropout.
+
+        Args:
+            images: (B, 3, H, W) uint8, padded at the right and the bottom, on the device.
+            targets: The targets of the batch, with the label of each pixel.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         count = self.head.width + (self.auxiliary.width if self.auxiliary else 0)
         draws = uniforms(self.seed, targets.epoch, targets.positions, "dropout", count)
         return {
@@ -128,7 +134,9 @@ class Segmentation(DenseTask):
             channels: (B, width of the head + width of the auxiliary head) bool, the channels that
                 dropout keeps before the classifiers; None keeps all.
 
-        Returns: with labels (loss, {name: term}), scalars; without labels (B, K, H, W) float32.
+        Returns: if `labels` is not None, (loss, {name: term}), scalars. The terms are "decode", and
+            "auxiliary" if there is an auxiliary head. If `labels` is None, the logits,
+            (B, K, H, W) float32.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self._maps(pixels, keep)
@@ -147,7 +155,16 @@ class Segmentation(DenseTask):
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
-        """Returns the student's maps for the neck; without a neck, [last map (B, C, h, w)]."""
+        """Returns the student's maps, which the neck or the head reads.
+
+        For a linear head, which has no neck, they are [last map after the final norm (B, C, h, w)].
+        Otherwise they are the maps (B, h, w, C) of all stages of a student with stages, or of four
+        blocks of a ViT.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            keep: (num_sites, B) bool, the branches that drop path keeps; None keeps all.
+        """
         if self.on_last_map:
             return [normed_last_map(self.student, pixels, keep)]
         if has_stages(self.student):
@@ -158,9 +175,11 @@ class Segmentation(DenseTask):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        One-dimensional parameters are always exempt. A ViT has no other exempt parameters. Weight
-        decay acts on a ViT's class token and position embedding as in the published runs, whose
-        code looks for both names without the backbone's prefix, and so does not find them.
+        One-dimensional parameters are always exempt and are not named. A student with several
+        stages names its other exempt parameters itself. For a ViT both parts of the result are
+        empty, so that weight decay acts on the class token and the position embedding, as in the
+        published runs. (Their code looks for both names without the backbone's prefix, and so does
+        not find them.)
         """
         if has_stages(self.student):
             return super().no_weight_decay()

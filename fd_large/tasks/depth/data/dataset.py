@@ -36,7 +36,8 @@ class DepthSet(PairedImages):
             other depths count as unknown. (0, 0) keeps all depths.
         bottom_crop: Height and width of the part of an image that is used, at the bottom of the
             image and horizontally centred. (0, 0) uses the whole image.
-        max_pixels: Images and depth files with more pixels are refused.
+        max_pixels: Largest number of pixels of an image or depth file. Reading a larger file raises
+            DataError.
     """
 
     def __init__(
@@ -141,7 +142,8 @@ def open_depth(
         limits: Lower and upper limit of the median depth, in metres.
         bottom_crop: Height and width of the part of an image that is used, at the bottom of the
             image and horizontally centred. (0, 0) uses the whole image.
-        max_pixels: Images and depth files with more pixels are refused.
+        max_pixels: Largest number of pixels of an image or depth file. Reading a larger file raises
+            DataError.
         where: The field that names the folder, for messages.
 
     Raises:

@@ -60,7 +60,15 @@ class _Paths(Sequence[str]):
 
 
 def default_list(root: str, split: str) -> str:
-    """Returns the path of a split's list in the dataset's folder, or "" if there is no list."""
+    """Returns the path of the list of a split's images in the dataset's folder.
+
+    Args:
+        root: Folder of the dataset.
+        split: "train" or "val".
+
+    Returns: the first file in `root` that has a name in `DEFAULT_NAMES[split]`; "" if there is
+        none.
+    """
     for name in DEFAULT_NAMES[split]:
         if kind_of(path := os.path.join(root, name)) == "file":
             return path
@@ -108,6 +116,10 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
     Lines whose depth file is "None" are left out, and counted in the log. The paths have no leading
     slash.
 
+    Args:
+        path: Path of the list.
+        where: The field that names the list, for messages.
+
     Raises:
         DataError: if the list cannot be read, has an invalid line, or has no image with a depth
             file.
@@ -138,9 +150,10 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Removes the leading "/" and every ".." from a path in a list, so that it lies in the dataset.
+    """Returns the path `name` of a list without a leading "/" and without any "..".
 
-    The result is "" if the path is invalid.
+    The result is therefore below the dataset's folder. It is "" if nothing is left of `name`, if
+    `name` has a null character, or if `name` is too long for a path.
     """
     return "/".join(next(paths_below(name), ()))
 
@@ -186,10 +199,11 @@ def _found(
 
 
 def _start(root: str, names: Sequence[str]) -> str:
-    """Returns the folder in `FOLDERS` to which a list's paths are relative.
+    """Returns the folder to which the paths in a list are relative, an entry of `FOLDERS`.
 
-    The result is the first entry below which the folder of the first path exists, or "" (the root)
-    if there is no such entry.
+    It is the first entry for which the folder of the first path exists, at
+    `root`/entry/dirname(`names[0]`). If there is no such entry, the result is "", which stands for
+    `root` itself.
 
     Args:
         root: Folder of the dataset.

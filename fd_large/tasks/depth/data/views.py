@@ -126,11 +126,14 @@ class TrainingViews(NamedTuple):
     def _with_strip(
         self, image: Tensor, depths: NDArray[np.float32], draws: tuple[float, float]
     ) -> Tensor:
-        """Returns a copy of an image (3, H, W) in which a strip of columns shows the depth (H, W).
+        """Returns a copy of an image in which a strip of columns shows the depth.
+
+        The fields `cut_depth_bytes`, `max_depth` and `depth_scale` decide which depth gets which
+        pixel value.
 
         Args:
             image: (3, H, W) uint8.
-            depths: (H, W), in metres.
+            depths: (H, W), in metres; 0 where the depth is unknown.
             draws: Two numbers in [0, 1), for start and width of the strip.
         """
         start, width = draws
@@ -226,7 +229,9 @@ class TestViews(NamedTuple):
         return [_square(start, side, height <= width) for start in starts]
 
     def rest(self, height: int, width: int) -> list[Window]:
-        """Returns further squares, which cover the pixels that are in no square of `squares`.
+        """Returns squares that cover the pixels which are in no square of `squares`.
+
+        The list is empty if there are no such pixels.
 
         Args:
             height: Height of the view, in pixels.

@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
-    """Returns a mask (H, W): True for pixels in a part of the image with a depth within limits.
+    """Returns a mask (H, W): True for pixels in `part` whose true depth is within `limits`.
 
     Args:
         truth: (H, W), true depths in metres; 0 where the depth is unknown.

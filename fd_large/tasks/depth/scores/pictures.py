@@ -130,7 +130,11 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def _range(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """Returns the ends of a colour scale: the `PERCENTILES` of the finite values."""
+    """Returns the lower and the upper end of a colour scale, the `PERCENTILES` of finite `values`.
+
+    If no value is finite, the ends are 0 and 1. If both percentiles are equal, the upper end is
+    0.001 above the lower end.
+    """
     known = values[np.isfinite(values)]
     low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 1.0)
     return (float(low), float(high)) if low < high else (float(low), float(low) + 1e-3)

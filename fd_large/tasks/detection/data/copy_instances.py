@@ -178,7 +178,12 @@ def _moves(
 
 
 def _apply(move: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Applies a transform (3, 3) to all points (n, 2), or transform i of (n, 3, 3) to point i."""
+    """Applies affine transforms to points; returns the new points, (n, 2).
+
+    Args:
+        move: A transform (3, 3) for all points, or transforms (n, 3, 3), one for each point.
+        points: (n, 2), x and y in pixels.
+    """
     return (move[..., :2, :2] @ points[..., None])[..., 0] + move[..., :2, 2]
 
 
@@ -232,7 +237,11 @@ def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
 
 
 def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
-    """Fills a hole, (H, W) bool, in an image (3, H, W) uint8 with the surrounding colours.
+    """Returns a copy of an image in which a hole has colours interpolated from the other pixels.
+
+    Args:
+        image: (3, H, W) uint8.
+        hole: (H, W) bool, True for the pixels to replace; at least one pixel must be False.
 
     Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
     """

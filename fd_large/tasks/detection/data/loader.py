@@ -58,7 +58,8 @@ def build_training_loader(
         seed: The run's seed.
         global_batch_size: Images per step over all ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        max_pixels: Largest number of pixels of an image. A larger image is not decoded, and another
+            image takes its place.
         semantic_classes: Number of classes of the semantic maps in the targets; 0 for no maps.
         copy_probability: Probability that the objects of an image are moved (`copy_instances`).
 
@@ -131,7 +132,9 @@ def grouped_order(
 class _Samples(Dataset):
     """Dataset whose item for B positions in the epoch's order, an array (B,), is a `Batch`.
 
-    The loading processes use the dataset.
+    The loading processes use the dataset. `order` has the index of the image at each position; it
+    is None if the order is that of `epoch_order`. The other fields are arguments of
+    `build_training_loader`, and `epoch` is the epoch, counted from 0.
     """
 
     source: CocoSet
@@ -200,9 +203,12 @@ class _Samples(Dataset):
 
 
 def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Pads masks (n, h, w) with zeros, at right and bottom, to the size `canvas` (height, width).
+    """Pads masks (n, h, w) with zeros, at right and bottom, to the size of a canvas.
 
-    Masks (n, 0, 0), which a dataset without masks has, are returned unchanged.
+    Args:
+        masks: (n, h, w) uint8. Masks (n, 0, 0) with n > 0, which a dataset without masks has, are
+            returned unchanged.
+        canvas: Height and width of the result.
     """
     return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
@@ -253,7 +259,8 @@ def build_evaluation_loader(
         rank: The rank, counted from 0.
         world_size: The number of ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        max_pixels: Largest number of pixels of an image. A larger image is not decoded, and counts
+            as unreadable.
     """
     assert batch_size > 0
     assert all(0 < short <= long for short, long in sides)
@@ -269,7 +276,8 @@ class _Resized(Dataset):
     """Dataset whose item for B positions in the array `order` is an `EvaluationBatch`.
 
     `order` has the images' indices in the order of the evaluation. The position -1 stands for an
-    image that only fills up the batch. The loading processes use the dataset.
+    image that only fills up the batch. The other fields are arguments of `build_evaluation_loader`.
+    The loading processes use the dataset.
     """
 
     source: CocoSet

@@ -79,12 +79,22 @@ def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
 
 
 def decompress(counts: bytes, height: int, width: int) -> NDArray:
-    """Returns the mask (height, width) uint8, 0 or 1, that compressed run lengths describe."""
+    """Returns the mask that compressed run lengths describe, (height, width) uint8, 0 or 1.
+
+    Args:
+        counts: The run lengths as COCO's compressed text, encoded to bytes.
+        height: Height of the mask.
+        width: Width of the mask.
+    """
     return coco_masks().decode({"size": [height, width], "counts": counts})
 
 
 def encode(masks: NDArray[np.uint8]) -> list[dict[str, Any]]:
-    """Encodes masks (n, H, W), 0 or 1, each as a dict of COCO's `size` and `counts` (as text)."""
+    """Encodes masks (n, H, W), 0 or 1, as COCO's compressed run lengths.
+
+    Returns: for each mask {"size": [H, W], "counts": run lengths as text}; [] if there are no
+        masks.
+    """
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0))

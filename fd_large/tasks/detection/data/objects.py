@@ -60,7 +60,8 @@ class Findings:
     def lines(self) -> list[str]:
         """Returns a line of text for each kind of defect.
 
-        A line has the number of objects or images with the defect, and the names of the first.
+        A line has the number of objects or images with the defect, and up to `NUM_NAMED` of their
+        ids or file names.
         """
         return [
             f"{count} {kind}: {', '.join(self.names[kind])}"
@@ -323,13 +324,20 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """Raised to leave out an annotation; its arguments are the kind of defect and the id."""
+    """Raised to leave out an annotation.
+
+    Its two arguments are the kind of defect, as words for a message, and the annotation's id.
+    """
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Replaces the polygons of an annotation by arrays, as a hook of `read_json`; returns `entry`.
+    """Replaces polygons in a JSON object by arrays, in place, and returns the object.
 
-    Most numbers of COCO's file belong to polygons, and take 8 bytes in an array instead of 32.
+    `read_json` calls this function for each object of the file. Most numbers of COCO's file belong
+    to polygons, and take 8 bytes in an array instead of 32.
+
+    Args:
+        entry: A JSON object. It stays unchanged if it has no list of polygons as `segmentation`.
     """
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
@@ -372,23 +380,25 @@ def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | b
 
 
 def is_number(value: Any, most: float = 2.0**31) -> bool:
-    """Whether a JSON value is a finite number with a magnitude of at most `most`.
+    """Whether `value`, from a JSON file, is a finite number with a magnitude of at most `most`.
 
-    Numbers in JSON can be larger than a float or a 64-bit integer can hold.
+    Numbers in JSON can be larger than a float or a 64-bit integer can hold. Since bool is a
+    subclass of int, true and false count as numbers.
     """
     return isinstance(value, (int, float)) and -most <= value <= most
 
 
 def is_box(value: Any) -> bool:
-    """Whether a JSON value is a list of four numbers (`is_number`)."""
+    """Whether `value`, from a JSON file, is a list of four numbers that pass `is_number`."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
-    """Converts a value to int.
+    """Converts `value` by int(), which truncates a fraction and reads the digits of a text.
 
     Raises:
-        TypeError, ValueError or OverflowError: if it is no number, or its magnitude exceeds `most`.
+        TypeError, ValueError or OverflowError: if int() fails, or if the result has a magnitude of
+            more than `most`.
     """
     number = int(value)
     if not -most <= number <= most:
@@ -397,11 +407,11 @@ def _whole(value: Any, most: int = 2**63 - 1) -> int:
 
 
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns height and width of an entry of the file's `images`.
+    """Returns height and width, in pixels, of `image`, an entry of the list `images` in the file.
 
     Raises:
-        KeyError, TypeError, ValueError or OverflowError: if they are missing, are no numbers, are
-            negative, or give more than `_MOST_PIXELS` pixels.
+        KeyError, TypeError, ValueError or OverflowError: if height or width is missing, is no
+            number or is negative, or if the image has more than `_MOST_PIXELS` pixels.
     """
     height, width = (_whole(image[side], _MOST_PIXELS) for side in ("height", "width"))
     if min(height, width) < 0 or height * width > _MOST_PIXELS:

@@ -112,7 +112,7 @@ def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> T
 
 
 def nothing(image_id: int) -> Target:
-    """Returns the target of an image without objects."""
+    """Returns a target without objects and semantic map, for the image with the id `image_id`."""
     return Target(
         boxes=torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64),
@@ -142,7 +142,11 @@ def _large_enough(boxes: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Returns the box (4,) around the pixels of a non-empty mask: left, top, right, bottom."""
+    """Returns the box around the ones of a mask, (4,) float64: left, top, right, bottom in pixels.
+
+    Args:
+        mask: (H, W), 0 or 1; at least one pixel must be 1.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 

@@ -80,7 +80,10 @@ class Taught(NamedTuple):
 def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
     """Returns the mask targets of the sampled proposals that match an object.
 
-    If the dataset has no masks, the result is empty, and the mask head runs without learning.
+    Args:
+        sampled: The sampled proposals.
+        targets: The target of each image. If the dataset has no masks, the result has no boxes, and
+            the mask head runs without learning.
     """
     rois, objects = sampled.positives, sampled.objects
     if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):

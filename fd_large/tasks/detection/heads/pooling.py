@@ -92,12 +92,14 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns for each level the indices of its boxes among all boxes of the batch.
+    """Returns for each of the `NUM_LEVELS` levels the indices of the boxes that it serves, int64.
 
-    The size of a box decides from which level its features are pooled.
+    The size of a box decides from which level its features are pooled. On the meta device, where
+    the sizes of boxes are unknown, each level gets about the same number of boxes.
 
-    On the meta device, where the sizes of boxes are unknown, each level gets an equal number of
-    boxes.
+    Args:
+        boxes: (n, 4) for each image: left, top, right, bottom in pixels. An index counts the boxes
+            of all images, image by image.
     """
     if boxes[0].is_meta:
         every = torch.arange(sum(map(len, boxes)), device="meta")

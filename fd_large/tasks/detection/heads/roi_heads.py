@@ -57,11 +57,12 @@ class Candidates(NamedTuple):
 
 
 def of_images(boxes: Tensor, scores: Tensor, counts: Sequence[int]) -> list[Candidates]:
-    """Splits boxes (N, 4 * C) and scores (N, K) of a batch into the `Candidates` of each image.
+    """Splits boxes and scores of a batch into the `Candidates` of each image.
 
     Args:
-        boxes: The boxes, C for each proposal: one for each class, or one for all classes.
-        scores: The scores of the K classes.
+        boxes: (N, 4 * C), the C boxes of each of N proposals: one for each class, or one for all
+            classes.
+        scores: (N, K), the scores of the K classes.
         counts: Number of proposals of each image; their sum is N.
     """
     parts = zip(boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), strict=True)

@@ -85,9 +85,12 @@ def anchors_of(
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """Makes an anchor of area side^2, centred at (0, 0), for each of the A aspect ratios.
+    """Makes an anchor, centred at (0, 0), for each of the A aspect ratios in `RATIOS`.
 
-    Returns: (A, 4) float32: left, top, right, bottom.
+    Args:
+        side: Square root of the area of every anchor, in pixels.
+
+    Returns: (A, 4) float32: left, top, right, bottom in pixels.
     """
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height

@@ -112,8 +112,8 @@ def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
     """Returns a mark for each detection in an image, with a colour for each class.
 
     Args:
-        detections: Dicts with `class` (its name), `bbox`, `score`, and optionally `segmentation`,
-            as in COCO's results format.
+        detections: Dicts with `class` (name of the class), and with `bbox`, `score`, and optionally
+            `segmentation` as in COCO's results format.
     """
     classes = sorted({entry["class"] for entry in detections})
     return [

@@ -63,7 +63,12 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """Returns the ids of up to `count` images with errors, those with the most errors first."""
+    """Returns the ids of up to `count` images with errors, those with the most errors first.
+
+    Args:
+        compared: {image id: comparison}, the result of `compare`.
+        count: Largest number of images.
+    """
     by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
     return [number for number in by_errors[:count] if compared[number].num_errors]
 

@@ -23,7 +23,7 @@ SHARDS = "results_of_rank_*"
 
 
 def shard_of(folder: Path, rank: int) -> Path:
-    """Returns the path of a rank's result file in a folder."""
+    """Returns the path of the result file of the rank `rank` in `folder`."""
     return folder / f"results_of_rank_{rank}.json"
 
 

@@ -86,9 +86,14 @@ class Scored(NamedTuple):
 
 
 def score_shards(request: Request) -> Scored:
-    """Merges and scores the ranks' results in a folder; writes results.json, scores.json and plots.
+    """Merges and scores the ranks' results in a folder; writes results.json and scores.json.
 
-    The ranks' result files are kept; the caller deletes them when it has recorded the scores.
+    If `request.images` is not empty, bootstrap scores and plots are written too. An error while
+    files are written is returned in `Scored.problem`. The ranks' result files are kept; the caller
+    deletes them when it has recorded the scores.
+
+    Args:
+        request: The folder, the ground truth, and the images to draw.
 
     Raises: DataError: if a result file cannot be read, or the results cannot be scored.
     """
@@ -123,10 +128,10 @@ def score_shards(request: Request) -> Scored:
 
 
 def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
-    """Returns the pixels (H, W, 3) uint8 of an image.
+    """Returns the pixels (H, W, 3) uint8 of the image file `path`.
 
     All pixels are grey if the image cannot be read, has more pixels than `max_pixels`, or has
-    another height or width than `size`.
+    another (height, width) than `size`.
     """
     try:
         image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)
@@ -138,9 +143,10 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 
 def main() -> None:
-    """Reads a `Request` from standard input, and writes the scores to the open file ANSWER.
+    """Reads a `Request` from standard input, and writes an answer to the open file ANSWER.
 
-    The request also has the process id of the parent, with which this process ends.
+    The answer, in JSON, has the fields of `Scored`, or "error" with a message. The request also has
+    the process id of the parent; if the parent ends, this process ends too.
     """
     request = parse_json(sys.stdin.read())
     _end_with(request.pop("parent"))
@@ -158,9 +164,9 @@ def main() -> None:
 def _end_with(parent: int) -> None:
     """Ties this process to its parent: the kernel kills it when the parent ends.
 
-    Without its parent, the process could write into the folder of a run that a later start has
-    taken over. Signals that a launcher sends to all processes of a job are ignored here, since the
-    ranks handle them. The process also gets a lower priority than the training.
+    Without its parent, the process could write into the folder of a run that was launched again.
+    Signals that a launcher sends to all processes of a job are ignored here, since the ranks handle
+    them. The process also gets a lower priority than the training.
 
     Args:
         parent: The parent's process id. If the parent has already ended, this process exits.

@@ -144,18 +144,28 @@ class ScoringProcess(Pending):
         return distributed.broadcast_object(scored.scores.named() if scored else {})
 
     def forget(self) -> None:
-        """Deletes, on rank 0, the note and the result files of all ranks."""
+        """Deletes, on rank 0, the result files of all ranks.
+
+        The file that marks the evaluation as not yet scored is deleted too.
+        """
         if distributed.is_main():
             forget_shards(self._folder)
 
     def give_up(self) -> None:
-        """Kills the process. The note stays, so that a later start scores the results."""
+        """Kills the scoring process, which only rank 0 has.
+
+        The detections of all ranks stay in the folder, together with a file that marks them as not
+        yet scored. When the run is launched again, they are scored.
+        """
         if self._process is not None:
             self._process.kill()
 
 
 def forget_shards(folder: Path) -> None:
-    """Deletes the note and all ranks' result files from the folder of an evaluation."""
+    """Deletes all ranks' result files from the folder of an evaluation.
+
+    The file that marks the evaluation as not yet scored is deleted too.
+    """
     (folder / NOTE).unlink(missing_ok=True)
     # Also those that an evaluation on more ranks left here when it was killed.
     for shard in folder.glob(SHARDS):

@@ -251,7 +251,9 @@ def merged(
 
 
 def in_areas(boxes: Tensor, areas: str) -> Tensor:
-    """Returns for each box whether its area is in one of the given ranges, (...) bool.
+    """Returns for each box whether its area is in one of the ranges `areas`, (...) bool.
+
+    A range includes its upper bound, but not its lower bound.
 
     Args:
         boxes: (..., 4): left, top, right, bottom in pixels.
@@ -270,7 +272,12 @@ def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
 
 
 def mirrored(images: Tensor, sizes: Tensor) -> Tensor:
-    """Mirrors images (B, 3, H, W) of sizes (B, 2) left to right; padding stays at the right."""
+    """Returns images that are mirrored left to right; the padding stays at the right.
+
+    Args:
+        images: (B, 3, H, W), padded at the right and the bottom.
+        sizes: (B, 2), height and width of each image without its padding.
+    """
     flipped = images.clone()
     for image, width in zip(flipped, sizes[:, 1].tolist(), strict=True):
         image[..., :width] = image[..., :width].flip(-1)

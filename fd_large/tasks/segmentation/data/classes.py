@@ -34,12 +34,14 @@ class Classes(NamedTuple):
 def classes_of(root: str, count: int, file: str) -> Classes:
     """Returns names and colours of a dataset's classes.
 
-    Without a file, the names are those of ADE20K or Cityscapes if the folder holds this dataset and
-    K is its number of classes. For any other dataset the names are "class 0", "class 1" and so on.
+    If `file` is not "", the names are those in `file`. Otherwise they are the names of ADE20K if
+    objectInfo150.txt is in `root` or in its folder ADEChallengeData2016, or the names of Cityscapes
+    if `root` has a folder leftImg8bit. If neither dataset is found, or if it has another number of
+    classes than `count`, the names are "class 0", "class 1" and so on.
 
     Args:
         root: Folder of the dataset.
-        count: K, the number of classes.
+        count: Number of classes.
         file: A JSON file with names and optional colours (`task.segmentation.classes`), or "".
 
     Raises: ConfigError: if the file is invalid, or does not have a name for each class.
@@ -58,7 +60,7 @@ def classes_of(root: str, count: int, file: str) -> Classes:
 
 
 def _ade20k_names(path: Path) -> tuple[str, ...]:
-    """Reads the names of ADE20K's classes from its objectInfo150.txt.
+    """Reads the names of ADE20K's classes from `path`, the dataset's file objectInfo150.txt.
 
     A name is the first synonym in the last column of a line; the first line is skipped.
     """

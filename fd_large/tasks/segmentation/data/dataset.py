@@ -47,7 +47,8 @@ class SegmentationSet(PairedImages):
         ignore_value: The number in label files that marks ignored pixels.
         reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1;
             False if class k has the number k.
-        max_pixels: Images and label files with more pixels are refused.
+        max_pixels: Largest number of pixels of an image or label file. Reading a larger file raises
+            DataError.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ def open_segmentation(
         ignore_value: The number in label files that marks ignored pixels.
         reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1;
             False if class k has the number k.
-        max_pixels: Images and label files with more pixels are refused.
+        max_pixels: Largest number of pixels of an image or label file. Reading a larger file raises
+            DataError.
         where: The field that names the folder, for messages.
 
     Raises:

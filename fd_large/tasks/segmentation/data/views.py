@@ -96,7 +96,14 @@ class TrainingViews(NamedTuple):
 
 
 def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
-    """Whether labels (h, w) have at least two classes, each with a share of less than `largest`."""
+    """Whether at least two classes occur in a crop, each with a share of less than `largest`.
+
+    Ignored pixels do not count.
+
+    Args:
+        labels: (h, w), the class of each pixel, or `IGNORED`.
+        largest: A share of the labelled pixels, in 0..1.
+    """
     counts = np.bincount(labels[labels != IGNORED])
     return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest
 

@@ -34,6 +34,10 @@ def classes_table(scores: Scores, names: tuple[str, ...]) -> Table:
     """Returns a table of IoU, accuracy (both in per cent) and labelled pixels of each class.
 
     Classes that occur in neither labels nor predictions are left out.
+
+    Args:
+        scores: The scores of the dataset.
+        names: The name of each class.
     """
     from rich.table import Table
 
