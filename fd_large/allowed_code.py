@@ -1,11 +1,11 @@
 """The user's list of code that may run again without being named. Imports no torch.
 
-A start that names or allows the user's own code on its command line adds the code's name and hash
-to the list, so that a resume needs no flags. The list is the file
+A command line that names or allows the user's own code adds the code's name and hash to the list,
+so that the same run can be resumed without flags. The list is the file
 `$XDG_STATE_HOME/fd_large/allowed_code.json`, or `$HOME/.local/state/fd_large/allowed_code.json` if
 XDG_STATE_HOME is not set: outside of every run folder, since a run folder may come from others. The
 list is used only if nobody but the user can write it. If neither variable is an absolute path,
-there is no list, and each start must name its code.
+there is no list, and each command must name its code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ _TURN_SECONDS = 2.0
 
 
 def place() -> Path | None:
-    """Returns the path of the list; None if XDG_STATE_HOME and HOME are no absolute paths."""
+    """Returns the path of the list, or None if there can be no list.
+
+    The path is below XDG_STATE_HOME if this variable holds an absolute path, and otherwise below
+    HOME. The result is None if HOME holds no absolute path either.
+    """
     state, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
     if os.path.isabs(state):  # The XDG specification says to ignore a relative path.
         return Path(state) / FOLDER / LIST
@@ -45,8 +49,9 @@ def place() -> Path | None:
 def read() -> tuple[Entries, str]:
     """Returns the entries of the list, and the reason why the list is not trusted.
 
-    The reason is "" for a trusted or a missing list; otherwise there are no entries. An error of
-    the file system is returned as the reason, and not raised.
+    The entries are {name of the code: {SHA-256 of its file: path of the file}}. They are {} for a
+    missing list and for a list that is not trusted. The reason is "" for a trusted or a missing
+    list. An error of the file system is returned as the reason, and not raised.
     """
     path = place()
     if path is None:
@@ -65,7 +70,7 @@ def read() -> tuple[Entries, str]:
 def add(name: str, digest: str, file: Path) -> None:
     """Adds the name and the hash of code to the list; does nothing if the list has no path.
 
-    Concurrent starts write one after another; on a file system without locks, the last write wins.
+    Concurrent processes write in turn; on a file system without locks, the last write wins.
     An error of the file system is logged, and not raised.
 
     Args:
@@ -146,10 +151,10 @@ def _is_list(value: object) -> bool:
 
 
 def _may_replace(path: Path) -> bool:
-    """Whether the list and its folder can be written by the user alone.
+    """Whether nobody but the user can write the list `path` and its folder.
 
-    If the result is True for a list that is not trusted, the list is only damaged, and may be
-    replaced.
+    If so, and the list is still not trusted, then its content is damaged, and it may be replaced.
+    The result is False if the list or its folder does not exist.
     """
     with suppress(OSError):
         others = _open_to_others(path.parent.lstat(), is_folder=True)
@@ -159,9 +164,10 @@ def _may_replace(path: Path) -> bool:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Holds a lock on the list's folder during the block.
+    """Holds a lock on `folder`, in which the list is, during the block.
 
-    The block also runs if the lock is not free after two seconds, or the file system has no locks.
+    The block runs without the lock if another process still holds it after two seconds, or if the
+    file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -70,7 +70,10 @@ class Result:
 
     @property
     def best(self) -> Path | None:
-        """Folder of the checkpoint with the best eval.best_metric, or None if none is kept."""
+        """Folder of the checkpoint with the best value of the metric `eval.best_metric`.
+
+        The value is None if the run keeps no such checkpoint.
+        """
         return store.best_of(self.folder)
 
     @cached_property
@@ -234,7 +237,7 @@ def distill(
 
 
 def result(folder: str | os.PathLike[str]) -> Result:
-    """Returns the result of the run in a folder, trained from Python or by the command line.
+    """Returns the result of the run in `folder`, trained from Python or by the command line.
 
     Raises: FDError: if the folder is not the folder of a run.
     """
@@ -375,7 +378,7 @@ def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of nested dicts, in which each path is replaced by its text."""
+    """Returns a copy of the nested dicts `values`, with each `os.PathLike` value as a str."""
     return {
         name: _texts(value)
         if isinstance(value, Mapping)

@@ -84,12 +84,15 @@ _NOT_THEIRS = tuple(f"{Path(file).resolve().parent}{os.sep}" for file in (__file
 
 
 def is_own(source: str) -> bool:
-    """Whether a name has one of the two forms that begin with `module:`."""
+    """Whether `source` begins with `module:`, and therefore names the user's own code."""
     return source.startswith(PREFIX)
 
 
 def absolute(source: str) -> str:
-    """Returns `module:FILE.py:NAME` with an absolute path, and any other name unchanged."""
+    """Returns a `source` of the form `module:FILE.py:NAME` with the absolute path of FILE.py.
+
+    Any other name is returned unchanged.
+    """
     where, name = _split(source)
     if not is_own(source) or not _is_path(where):
         return source
@@ -110,7 +113,7 @@ def allow(source: str | os.PathLike[str]) -> None:
 
 
 def is_allowed(source: str) -> bool:
-    """Whether the file of a `module:` name exists and the name may be imported."""
+    """Whether the file of the `module:` name `source` exists and the name may be imported."""
     path = file_of(source)
     return path is not None and _is_permitted(source, path)
 
@@ -305,7 +308,10 @@ def cause(error: Exception) -> str:
 
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """Returns the entry points in a kind's group, by name, without importing their packages."""
+    """Returns the entry points of the group `fd_large.KIND`, {name: entry point}.
+
+    KIND is `kind`. The packages that define the entry points are not imported.
+    """
     points = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
     return {point.name: point for point in points}
 
@@ -323,7 +329,10 @@ def _entry_points(path: tuple[str, ...]) -> EntryPoints:
 
 
 def file_of(source: str) -> Path | None:
-    """Returns the file of a `module:` name without importing it, or None if there is no file."""
+    """Returns the file of the `module:` name `source`, without importing it.
+
+    The result is None if no such file or module exists, or if the module is not made from a file.
+    """
     where, _ = _split(source)
     if _is_path(where):
         path = _real(where)
@@ -403,7 +412,10 @@ def _is_path(where: str) -> bool:
 
 
 def _real(path: str) -> Path:
-    """Returns the absolute path without links; a path with a NUL is returned unchanged."""
+    """Returns `path` as an absolute path, in which `~` and symbolic links are resolved.
+
+    A path with a NUL character is returned unchanged.
+    """
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError:  # A NUL, which a recipe may hold.
@@ -411,7 +423,11 @@ def _real(path: str) -> Path:
 
 
 def _hash(path: Path) -> str:
-    """Returns the SHA-256 of a file: of the text that was imported, or else of the present text."""
+    """Returns the SHA-256 of the text of the file `path`.
+
+    If this process has imported the file, the text is the imported one; otherwise it is the text
+    that the file has now.
+    """
     return _imported.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -421,7 +437,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
     Args:
         source: The name.
         path: The file.
-        digest: SHA-256 of the file; "" for that of the imported text, or else of the present text.
+        digest: SHA-256 of the file; "" to compute it with `_hash`.
     """
     if _is_named(source, path):
         return True
@@ -433,7 +449,7 @@ def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
 
 
 def _is_named(source: str, path: Path) -> bool:
-    """Whether the command line of this process allows a name of code, or the name's file."""
+    """Whether the command line of this process allows the name `source` or the file `path`."""
     return path in _files or absolute(source) in _names
 
 
@@ -548,9 +564,13 @@ def _from_file(_: str, path: Path, text: bytes) -> ModuleType:
 
 
 def _from_path(name: str, path: Path, text: bytes) -> ModuleType:
-    """Imports a module on Python's path, after the packages above it.
+    """Imports a module that is on Python's path, after the packages above it; returns the module.
 
-    A `.py` file that is not yet imported is run from `text`, whose hash was checked.
+    Args:
+        name: Name of the module, such as package.module.
+        path: File of the module.
+        text: Content of the file, whose hash was checked. If the module is not yet imported and
+            `path` ends in .py, this text is run.
     """
     package, _, last = name.rpartition(".")
     above = importlib.import_module(package) if package else None
@@ -576,7 +596,10 @@ def _run(spec: ModuleSpec, path: Path, text: bytes) -> ModuleType:
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
-    """Returns a module's spec without importing the packages above it."""
+    """Returns the spec of the module `name`, without importing the packages above it.
+
+    The result is None if there is no such module, or if the module has no spec (`__main__`).
+    """
     first, *rest = name.split(".")
     try:
         spec = find_spec(first) if first else None

@@ -142,7 +142,12 @@ def unusable(
 
 
 def _start(where: str, name: str) -> str:
-    """Returns the beginning of a message about a path: the field, if known, and the path."""
+    """Returns the beginning of a message about a path, "WHERE: NAME".
+
+    Args:
+        where: The field that the user set, or the command; if "", the result is NAME alone.
+        name: The path, of which the middle is left out if it is long.
+    """
     shown = name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
     return f"{where}: {shown}".removeprefix(": ")
 
@@ -150,15 +155,17 @@ def _start(where: str, name: str) -> str:
 def kind_of(
     path: str | os.PathLike[str], *, where: str = "", of: type[FDError] = ConfigError
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns the kind of file at a path, with links followed, or None if nothing exists there.
+    """Returns what `path` leads to, with links followed, or None if nothing exists there.
 
     Use this instead of `Path.exists` and similar methods, which raise or hide errors of the file
     system.
 
     Args:
-        path: The path; "other" is a pipe, a device or a socket.
+        path: The path.
         where: The field that the user set, or the command; "" if unknown.
         of: Class of the raised error.
+
+    Returns: "file", "folder", "other" (a pipe, a device or a socket), or None.
 
     Raises:
         FDError: If the file system refuses the path, as for a folder without permission or a name
@@ -375,7 +382,7 @@ def check_out(
 
 
 def unlinked(path: Path) -> Path:
-    """Removes a symbolic link at a path, and returns the path.
+    """Removes `path` if it is a symbolic link; returns `path` in every case.
 
     Writing through a link, in a folder that came from elsewhere, could overwrite any file of the
     user's.

@@ -25,7 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """State of a file when it was opened; size in bytes, modification time in ns."""
+    """State of a file when it was opened.
+
+    Attributes:
+        device: Number of the device that holds the file.
+        inode: Number of the file's inode.
+        size: Size in bytes.
+        changed: Time of the last modification, in ns since 1970.
+    """
 
     device: int
     inode: int
@@ -45,7 +52,9 @@ _handler_before: int | None = None
 
 
 def opening(path: Path) -> None:
-    """Records a file that is about to be mapped, and handles SIGBUS with a clear error from now on.
+    """Records the file `path`, which is about to be mapped, and installs the handler of SIGBUS.
+
+    From then on, an access to a removed page of the file ends the process with a clear error.
 
     Raises: OSError: if the file does not exist.
     """
@@ -54,9 +63,11 @@ def opening(path: Path) -> None:
 
 
 def hold(model: object, paths: Iterable[Path]) -> None:
-    """Records which mapped files hold a model's weights, for `check`, as long as the model lives.
+    """Records, for `check`, which mapped files hold a model's weights.
 
-    Files that were not given to `opening` are left out.
+    Args:
+        model: The model. The record is dropped when the model is garbage-collected.
+        paths: The files; those that were not given to `opening` are left out.
     """
     _held[model] = tuple(path for path in paths if path in _opened)
 

@@ -419,9 +419,11 @@ class _Parser(Generic[Own]):
         return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
-        """Returns the recipe in the file of --config, or None if the flag is missing or wrong.
+        """Returns the recipe in the file that --config names.
 
-        The file is read before the flags, because its task decides which flags exist.
+        The result is None if --config is not given, or if the file is missing or invalid; the
+        latter is added to the list of mistakes. The file is read before the flags, because its
+        task decides which flags exist.
         """
         if "config" not in field_names(self._kind):
             return None
@@ -509,7 +511,11 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _count(hint: Any, texts: list[str]) -> int:
-    """Returns how many of the texts after a flag are its value, by the flag's type `hint`."""
+    """Returns how many of `texts`, which follow a flag, are the flag's value.
+
+    This is the largest number of first texts that form a value of the type `hint`. If no number
+    does, the result is 0 for a bool, and otherwise at most 1.
+    """
     for count in range(len(texts), 0, -1):
         with suppress(ValueError):
             _value(hint, texts[:count])

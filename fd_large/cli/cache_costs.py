@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
-    """Returns the number of images in a forward pass of one rank for which times are computed."""
+    """Returns the number of images in a rank's forward pass, for which `plan` computes times.
+
+    If the counts of `load` hold for a single number of images, the result is this number. Otherwise
+    it is the run's micro-batch size, with a default for `auto`, and at most the global batch size.
+    """
     from fd_large.tasks.distillation.cached.views import batch_size
 
     batch = job.run.batch
@@ -87,7 +91,10 @@ def costs_of(
 
 
 def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> tuple[float, float]:
-    """Returns a step's seconds per image on one rank: with the teachers, and without them."""
+    """Returns the seconds that a step takes per image on one rank without communication.
+
+    Returns: the seconds of a step that runs the teachers, and of a step that does not.
+    """
     candidate = Candidate(
         stage=1,
         checkpointing=job.run.student.activation_checkpointing != "off",

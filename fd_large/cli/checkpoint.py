@@ -69,7 +69,7 @@ class Import(AllowsCode):
 
 
 def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
-    """Returns the folder of a run and its complete checkpoints, oldest first.
+    """Returns the path `run`, a run's folder, and the run's complete checkpoints, oldest first.
 
     Raises: ConfigError: if the folder is not a run's, or holds no complete checkpoint.
     """
@@ -87,7 +87,10 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
 
 
 def _without_manifest(folder: Path) -> list[str]:
-    """Returns a message for each checkpoint of a run whose manifest is missing or damaged."""
+    """Returns a message for each checkpoint, of the run in `folder`, without a valid manifest.json.
+
+    The file may be missing or damaged. The result is [] if all checkpoints have a valid one.
+    """
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)

@@ -54,7 +54,10 @@ class Finding(NamedTuple):
 
 
 def look(check: Callable[[], Finding]) -> Finding:
-    """Returns the finding of a check, or a finding with the exception that the check raised."""
+    """Calls a check and returns its finding.
+
+    If the check raises an exception, the finding has the exception's text and the verdict "-".
+    """
     try:
         return check()
     except Exception as error:
@@ -297,9 +300,10 @@ def collective_variables() -> Finding:
 
 
 def _named(variable: str) -> list[str]:
-    """Returns the network interfaces that an environment variable selects.
+    """Returns the network interfaces that the environment variable of the name `variable` selects.
 
-    The result is [] if the value begins with `^`, which excludes the interfaces after it.
+    The result is [] if the variable is not set or empty, or if its value begins with `^`, which
+    excludes the interfaces after it.
     """
     text = os.environ.get(variable, "")
     return [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
@@ -309,10 +313,10 @@ def _named(variable: str) -> list[str]:
 
 
 def state_disk(folder: str) -> Finding:
-    """Checks a folder for `engine.nvme_path`.
+    """Checks whether ZeRO can keep the optimiser's state in `folder` (`engine.nvme_path`).
 
     For each parameter, the disk stores 16 bytes of state, and a step moves 32 bytes (read and
-    written together).
+    written together). An empty `folder` is not checked, and the verdict is then "-".
     """
     if not folder:
         return Finding("no folder given; --nvme_path FOLDER checks one", "-")

@@ -196,8 +196,9 @@ def measured(
 def _protocol_of_run(options: Evaluate) -> Protocol:
     """Returns the protocol that `--task auto` stands for.
 
-    The protocol scores the first model's run by the run's task, or trains the models by this task.
-    The result is k-NN if the first model is not a run, or if the task allows neither.
+    If the first model of `options` is a run whose task scores runs, the protocol scores this run.
+    If the run's task cannot score runs, but can train other models, the protocol trains the models
+    on this task. In all other cases the protocol is k-NN.
     """
     folder = run_of_checkpoint(options.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":
@@ -247,7 +248,12 @@ def _refuse(
 
 
 def _score_files(options: Evaluate, kind: TaskKind) -> int:
-    """Scores files of results by a kind of task, without a model; returns the exit code."""
+    """Scores files of predictions without a model, and prints the results; returns 0.
+
+    Args:
+        options: The command's own arguments, which name the files.
+        kind: The kind of task whose metrics are computed.
+    """
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
     shown, written = score(options)
     show(shown, [f"written: {path}" for path in written])

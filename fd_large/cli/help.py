@@ -26,13 +26,21 @@ ALL = "all"
 
 
 def program(command: str) -> str:
-    """Returns the command as the user called it, by `fd-large` or by `python -m fd_large`."""
+    """Returns `command` after the name of the program that the user called.
+
+    The program is `fd-large`, or in all other cases `python -m fd_large`.
+    """
     script = Path(sys.argv[0]).name
     return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
 
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yields the names of a dataclass's fields without a default, nested fields with dots."""
+    """Yields the full names of all fields without a default of a dataclass.
+
+    Args:
+        kind: The dataclass. The fields of a nested dataclass are named NAME.FIELD.
+        prefix: Text before each name.
+    """
     for argument in fields(kind):
         hint = hints_of(kind)[argument.name]
         if argument.default is not MISSING or argument.default_factory is not MISSING:
@@ -167,7 +175,10 @@ def _parts(hints: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_by(task: Task) -> list[str]:
-    """Returns the sections that a task reads, or all sections if its code is not imported."""
+    """Returns the names of the recipe's sections, without subsections, that the task `task` reads.
+
+    All sections are returned for a task of the user's own whose code is not imported.
+    """
     kind = task.kind()
     of_tasks = {name for other in TASKS.values() for name in other.sections}
     unread = of_tasks.difference(kind.sections) if kind else set()
@@ -206,9 +217,10 @@ def _print_by_tyro(kind: type, command: str, text: str) -> None:
 
 
 def _filled(text: str) -> str:
-    """Returns text whose paragraphs are wrapped to the width of the terminal.
+    """Returns `text` with its paragraphs wrapped to the width of the terminal.
 
-    Further lines are indented, since tyro would join lines that begin with a letter.
+    Each line of a paragraph but the first is indented, since tyro would join lines that begin with
+    a letter.
     """
     width = shutil.get_terminal_size().columns
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))

@@ -118,7 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_on_ranks(arguments: list[str]) -> int:
-    """Runs the command after `--ranks N` in N forked processes; returns the exit code."""
+    """Runs a command in several forked processes, one for each rank; returns the exit code.
+
+    Args:
+        arguments: `--ranks N` or `--ranks=N`, and after it the command and its arguments.
+
+    Raises: ConfigError: if N is not a positive number.
+    """
     _, equals, text = arguments[0].partition("=")
     text, *rest = arguments[1:] or [""] if not equals else [text, *arguments[1:]]
     if not text.isdecimal() or int(text) < 1:
@@ -144,9 +150,14 @@ def _run_on_ranks(arguments: list[str]) -> int:
 
 
 def _refused(error: FDError, rank: int) -> int:
-    """Prints a mistake of the user's on one rank, and returns its exit code.
+    """Prints an error of the user's on one rank, and returns the error's exit code.
 
-    Rank 0 prints the mistake, or the rank that alone has met it. Other ranks wait for rank 0.
+    An error that is `rank_local` is printed by this rank; any other error is printed by rank 0,
+    for which the other ranks wait. An error that was already printed is not printed again.
+
+    Args:
+        error: The error.
+        rank: This rank.
     """
     failures.tell(error.exit_code, str(error))
     # Every rank makes the same mistake and one reports it, unless only one has met it.

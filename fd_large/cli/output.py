@@ -16,9 +16,10 @@ PIPE_WIDTH = 120
 
 
 def tables(*, most: int = 1000) -> Console:
-    """Returns a console for tables, as wide as the terminal but at most `most` characters.
+    """Returns a console for tables, of at most `most` characters in a line.
 
-    If the output is no terminal, the console has `PIPE_WIDTH` characters, or $COLUMNS if set.
+    The width is the environment variable COLUMNS, if it is set to a positive number. Otherwise it
+    is the width of the terminal, or `PIPE_WIDTH` characters if the output is no terminal.
     """
     from rich.console import Console
 
@@ -34,7 +35,12 @@ def tables(*, most: int = 1000) -> Console:
 
 
 def show(shown: Iterable[Any], written: Iterable[object]) -> None:
-    """Prints tables, and below them a line for each written file."""
+    """Prints tables, and lines below them.
+
+    Args:
+        shown: The tables, or other objects that rich can print.
+        written: The lines, which mostly name written files.
+    """
     console = tables()
     for table in shown:
         console.print(table)
@@ -43,7 +49,7 @@ def show(shown: Iterable[Any], written: Iterable[object]) -> None:
 
 
 def size(count: float) -> str:
-    """Returns a number of bytes as text with a unit from kB to TB, such as "1.5 GB"."""
+    """Returns `count` bytes as text in kB, MB, GB or TB (powers of 1000), such as "1.5 GB"."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:,.1f} {name}"

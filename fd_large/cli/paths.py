@@ -23,7 +23,10 @@ _PATTERN = re.compile(r"[*?\[{]")
 
 
 def paths_of(run: Run) -> dict[str, str]:
-    """Returns {field: value} for the fields of a recipe that may name a file or a folder."""
+    """Returns the fields of a recipe that may name a file or a folder, {full name: value}.
+
+    A value is "" for an empty field, and may also be a source of another kind, such as timm:NAME.
+    """
     parts = weighted_roots(run.data.root)
     named = {f"data.root ({part.name})": part.root for part in parts}
     named = named or {"data.root": run.data.root}
@@ -38,9 +41,10 @@ def paths_of(run: Run) -> dict[str, str]:
 
 
 def paths_of_models(models: Sequence[str]) -> dict[str, str]:
-    """Returns {label for messages: path} for the models of `evaluate`.
+    """Returns the paths in the names of the models of `evaluate`, {label for messages: path}.
 
-    A name RUN#NAME gives the path RUN, and MODEL=SOURCE gives SOURCE.
+    A name RUN#NAME gives the path RUN, and NAME=SOURCE gives SOURCE. Other names are returned
+    whole, such as timm:NAME, which is no path.
     """
     named = {}
     for name in models:
@@ -50,9 +54,10 @@ def paths_of_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def require_paths(named: Mapping[str, str]) -> None:
-    """Refuses values that can only be a path and name no existing file or folder.
+    """Refuses values that can only be a path, if no file or folder exists at this path.
 
-    Names of other kinds, and the contents of paths, are checked when they are opened.
+    Values of other forms, such as timm:NAME, and the contents of files are checked later, when
+    they are opened.
 
     Args:
         named: {field or label: value}.
@@ -142,9 +147,11 @@ def require_sources(run: Run) -> None:
 
 
 def _on_this_node(*checks: Callable[[], None]) -> None:
-    """Runs checks whose results may differ between nodes.
+    """Runs checks whose results may differ between nodes, such as checks of files.
 
-    An error is marked as `rank_local` on the first rank of each node, so that this rank prints it.
+    Raises:
+        FDError: With the mistakes of all checks. On the first rank of each node the error is
+            marked as `rank_local`, so that each node prints its own message.
     """
     try:
         check_all(*checks)

@@ -220,9 +220,9 @@ def _phases_key(run: Run, rates: Rates) -> str:
 
 
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
-    """Returns the frozen models of the published recipe that a run is named after.
+    """Returns the frozen models (teachers) of the published recipe with the name of `run`.
 
-    The result is None if there is no recipe of this name.
+    The result is {section of the recipe: frozen model}, or None if no recipe has this name.
     """
     return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
 

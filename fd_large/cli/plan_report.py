@@ -29,7 +29,10 @@ LEAST = 0.001
 
 
 def figure(value: float) -> str:
-    """Returns a number of seconds or hours as text, with two significant digits."""
+    """Returns `value`, a number of seconds or hours, as text with two significant digits.
+
+    A value below `LEAST` gives "<" and the number `LEAST`.
+    """
     if value < LEAST:
         return f"<{LEAST}"
     rounded = float(f"{value:.1e}")
@@ -37,7 +40,10 @@ def figure(value: float) -> str:
 
 
 def figures(between: Between) -> str:
-    """Returns a range of seconds or hours as text, such as "1.2-1.5"."""
+    """Returns a range of seconds or hours as text, such as "1.2-1.5".
+
+    If both ends of `between` are the same number as text, the result is this number alone.
+    """
     low, high = map(figure, between)
     return low if low == high else f"{low}-{high}"
 
@@ -227,7 +233,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 
 
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
-    """Returns the lines on how the times were estimated, and on their error."""
+    """Returns sentences for the report: how its times were estimated, and how wrong they may be."""
     if load.phases:
         where = "a step of this task, timed on one device, and from measured collectives"
     elif machine.rates.name.endswith("measured"):
@@ -244,9 +250,16 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
 
 
 def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
-    """Returns a line on the teachers' share of the FLOPs and when storing maps saves time.
+    """Returns a sentence on the costs of the teachers, or "" if the run's steps run no teacher.
 
-    The line is "" if the run computes no teacher.
+    The sentence states the teachers' share of a step's FLOPs. It also states the size of a stored
+    map below which reading the map, at 1 GB/s, takes less time than a rank spends on an image.
+
+    Args:
+        run: The recipe.
+        load: FLOPs and bytes of a step.
+        best: The best setting that fits.
+        machine: The hardware for which the run is planned.
     """
     counts = load.counts[False]
     teacher = counts.flops_per_image("inference")
@@ -277,8 +290,9 @@ def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
 
 
 def _teacher(candidate: Candidate, load: Workload) -> str:
-    """Returns the placement of the teachers as text, such as "sharded 1/2".
+    """Returns the placement of the teachers on the ranks as text for a table.
 
+    The text is `candidate.teacher`, such as "sharded", if all teachers are placed alike.
     "sharded 1/2" means that one of two teachers is sharded, and the other is whole on every rank.
     """
     count = len(load.teachers)

@@ -71,7 +71,10 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 
 def _norm_group(run: Run) -> int:
-    """Returns how many images share the statistics of the student's batch norms; 1 without any."""
+    """Returns how many images are normalised by the same statistics in the student's batch norms.
+
+    The result is 1 for a student without batch norms.
+    """
     if not run.student_architecture().has_batch_norms:
         return 1
     # These imports load torch, which a published recipe does not need.
@@ -84,7 +87,10 @@ def _norm_group(run: Run) -> int:
 
 
 def _moments(run: Run) -> int:
-    """Returns the number of moments that the run's optimiser keeps for each parameter."""
+    """Returns how many values of state the run's optimiser keeps for each parameter.
+
+    For AdamW there are 2, the averages of the gradient and of its square.
+    """
     if run.optim.name == ADAMW:
         return 2
     # This import loads torch, which a published recipe does not need.
@@ -119,9 +125,15 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
-    """Returns the bytes of a micro-batch that several students share, for any number of images.
+    """Returns the bytes, as a linear function of the images, that a run's students use in common.
 
-    The students of a run share the images and the outputs of the frozen models.
+    These are the bytes of a micro-batch's images and of the outputs of the frozen models
+    (teachers), which are in memory once for all students of the run.
+
+    Args:
+        run: The recipe, with several students.
+        rates: Rates of the card.
+        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
     """
 
     from fd_large.engine.counting.count import shared_bytes
@@ -165,12 +177,18 @@ def shape_fields(run: Run) -> dict[str, Any]:
 
 
 def cached_folders(run: Run) -> dict[str, str]:
-    """Returns the folders of cached targets, by the section of the teacher in the recipe."""
+    """Returns the folders with stored maps from which a run reads instead of running teachers.
+
+    The result is {section of a teacher in the recipe: folder}, without teachers that are run.
+    """
     folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
     return {name: folder for name, folder in folders.items() if folder}
 
 
 def steps_of(run: Run, images: int) -> int:
-    """Returns the number of steps of a run on a dataset with `images` images."""
+    """Returns the number of steps of a run on a dataset with `images` images.
+
+    This is `optim.max_steps`, or if that is 0 the steps of `optim.epochs` epochs.
+    """
     optim = run.optim
     return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)

@@ -60,7 +60,10 @@ _Dumper.add_representer(
 
 
 def _set(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts of fields without unset fields (None) and without empty dicts."""
+    """Returns a copy of the nested dicts `tree` without the values None and {}.
+
+    A dict that becomes empty by this is left out, too.
+    """
     values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {name: value for name, value in values.items() if value not in (None, {})}
 

@@ -71,9 +71,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _listed(root: Path) -> list[ListedRun]:
-    """Returns all runs below a folder, at any depth.
+    """Returns all runs below the folder `root`, at any depth.
 
-    Raises: ConfigError: if the path is no folder, or no run is below it.
+    Raises: ConfigError: if `root` is no folder, or no run is below it.
     """
     kind = kind_of(root, where="runs")
     if kind != "folder":
@@ -110,7 +110,14 @@ def _read(folder: Path) -> ListedRun:
 
 
 def _was_killed(owned: Path, files: RunFiles) -> bool:
-    """Whether the last start of a run was killed: it left owner.json, but no record of its end."""
+    """Whether a run's last launch was killed, and could therefore not record its end.
+
+    Args:
+        owned: Folder whose file owner.json names the last launch. The file is missing if the
+            launch ended by itself; the result is then False.
+        files: The run's other files. If their summary.json is of the same launch, the launch has
+            recorded its end, and the result is False.
+    """
     if not kind_of(owned / OWNER):
         return False
     return Owner.parse(read_bytes(owned / OWNER)).start != files.summary.get("start")
@@ -122,7 +129,7 @@ def _reason(files: RunFiles) -> str:
 
 
 def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
-    """Returns the runs that meet all conditions of the form FIELD=VALUE.
+    """Returns those of `runs` that meet all `conditions`, each a text FIELD=VALUE.
 
     Raises:
         ConfigError: If a condition has another form, no run has the field, or the field is `state`
@@ -155,7 +162,10 @@ def _require_known(name: str, where: str, runs: Iterable[ListedRun]) -> None:
 
 
 def _same(value: Any, text: str) -> bool:
-    """Whether a text means a recipe's value, as "1e-4" means 0.0001, and "true" means True."""
+    """Whether `text`, which the user typed, stands for `value`, the value of a recipe's field.
+
+    "1e-4" stands for 0.0001, and "true" for True; upper and lower case do not matter.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(text) == value
@@ -165,9 +175,9 @@ def _same(value: Any, text: str) -> bool:
 
 
 def _metric(name: str, runs: Iterable[ListedRun]) -> str:
-    """Returns the full name of a metric in evaluations.jsonl.
+    """Returns the name in evaluations.jsonl of the metric `name`, in which `/` may stand for `_`.
 
-    Raises: ConfigError: if no run has measured the metric.
+    Raises: ConfigError: if none of `runs` has measured the metric.
     """
     known = list(dict.fromkeys(each for run in runs for each in run.measured))
     metric = name.replace("/", "_")
@@ -244,7 +254,11 @@ def _print_csv(
 
 
 def _cell(value: Any) -> Any:
-    """Returns the value for a cell of a CSV file; text that could be a formula is quoted by `'`."""
+    """Returns `value` for a cell of a CSV file.
+
+    A text becomes one line, and gets a leading `'` if a spreadsheet could take it for a formula.
+    Values that are no text are returned unchanged.
+    """
     if not isinstance(value, str):
         return value
     text = " ".join(printable(value).split("\n"))
@@ -261,9 +275,9 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    """Returns a number or None unchanged, and any other value as text.
+    """Returns `value` unchanged if it is a number or None, and otherwise as text.
 
-    A negative number stays a number, which `_cell` does not quote.
+    Negative numbers stay numbers so that `_cell` does not put a `'` before the minus sign.
     """
     return value if value is None or isinstance(value, int | float) else _text(value)
 

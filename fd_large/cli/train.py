@@ -94,9 +94,12 @@ class Train(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Trains a run, or only checks its settings with --check; returns the exit code.
+    """Trains a run and prints its report; returns the exit code.
 
-    After a finished run it prints the report.
+    With --check it only checks the settings, and trains nothing.
+
+    Args:
+        arguments: The arguments after `train`.
     """
     parsed, run, named = checked(arguments)
     if parsed.own.check:
@@ -164,7 +167,13 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
     """Refuses mistakes that would end a run on `ranks` ranks before its first step.
 
-    Without mistakes, the global batch size and the micro-batch size are printed.
+    If there is no mistake, the numbers of images in a step and in a micro-batch are printed.
+
+    Args:
+        run: The recipe.
+        ranks: The number of ranks, which must divide the global batch size.
+        named: Full names of the fields that the user set.
+        fresh: Whether --fresh is given, with which the folder may hold a run of other settings.
     """
     require_apart(run, fresh=fresh)
     if not fresh:
@@ -204,7 +213,14 @@ def _require(name: str, where: str, kind: doors.Kind, file: str, table: str) -> 
 
 
 def _check_config(run: Run, deepspeed_config: str) -> None:
-    """Refuses a DeepSpeed JSON that contradicts the recipe, without knowing ranks and device."""
+    """Refuses a DeepSpeed JSON that contradicts the recipe.
+
+    Settings that depend on the number of ranks or on the device are not checked here.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
+    """
     precision = run.engine.precision
     ds.check_owned(
         ds.load(deepspeed_config),
@@ -282,7 +298,10 @@ def train_run(
 
 
 def _to_fit(run: Run, *, fresh: bool) -> tuple[str, ...]:
-    """Returns the names of the fields that are fitted to the images; none for a resumed run."""
+    """Returns the names of the recipe's fields whose values are to be fitted to the images.
+
+    The result is () if the run resumes: its folder has a recipe, and `fresh` is False.
+    """
     stored = Path(run.run_dir()) / RECIPE
     is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
     return fitted_fields(run) if is_new else ()

@@ -109,7 +109,15 @@ def inspect(source: str, model: str) -> int:
 
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
-    """Writes a model in another format, and prints how the source's tensors match the model."""
+    """Writes a model in another format, and prints how the source's tensors match it; returns 0.
+
+    Args:
+        source: The weights.
+        out: File or folder to write.
+        to: Name of the format.
+        model: Name of the model; "auto" for the model that the weights show.
+        architecture: The fields --architecture.NAME, for what the weights do not determine.
+    """
     require_paths({"weights convert": source})
     check_out(out, where="weights convert")
     from fd_large.engine.checkpoint_models import sources_of
@@ -161,7 +169,11 @@ def _require_alone(described: FamilyArchitecture, model: str, architecture: Arch
 
 
 def fetch(source: str, out: str) -> int:
-    """Downloads weights to a folder, and prints how a run can use them as a teacher."""
+    """Downloads the weights of `source` to the folder `out`; returns 0.
+
+    It prints the written files, the licence, and the flag by which a run can use the weights as a
+    teacher. If more flags are needed, it prints the error that would say so.
+    """
     check_out(out, where="weights fetch")
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.recipes.sections import FrozenModel
