@@ -130,10 +130,13 @@ def add_norm_forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y = x + scale * gamma * branch, LayerNorm(y), and each row's mean and 1/deviation.
+    """Returns y = x + scale * gamma * branch, LayerNorm(y), and statistics of y.
 
-    A row is a token's C channels of y. LayerNorm(y) is in `dtype`. If weight and bias are None,
-    only y is computed, and the other three results are empty.
+    If weight and bias are None, only y is computed, and the other three results are empty.
+
+    Returns: y in the shape and dtype of x; LayerNorm(y) in the shape of x and in `dtype`; for each
+        row the mean, (rows,) float32; for each row 1/deviation, (rows,) float32. A row is the C
+        channels of a token.
     """
     rows, constants = rows_of(x), tile(x.shape[-1])
     y = torch.empty_like(x)

@@ -131,7 +131,14 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
-    """Returns the operations that are wrong on this rank, each with a description of its error."""
+    """Returns the operations that are wrong on this rank, each with a description of its error.
+
+    If a call is wrong, all of its operations are in the result (`Call.kernels`).
+
+    Args:
+        calls: Calls from `recording`.
+        device: Device on which the calls are made.
+    """
     off: dict[str, str] = {}
     for call in calls:
         if why := _off(call, device):

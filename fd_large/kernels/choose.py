@@ -106,7 +106,10 @@ def refused() -> Mapping[str, str]:
 
 
 def reset() -> None:
-    """Forgets all choices, refusals and logged messages, as is needed if FD_KERNELS changes."""
+    """Forgets all choices and logged messages, and which operations `refuse` has turned off.
+
+    This is needed if the environment variable FD_KERNELS changes.
+    """
     _refused.clear()
     for cached in (_implementation, _say, apex_layer_norm):
         cached.cache_clear()
@@ -299,7 +302,14 @@ def _implementation(
 
 
 def _triton_problem(device_type: str, interpreted: bool, device: Device | None) -> str:
-    """Returns why this package's Triton kernels cannot run on a device, or "" if they can."""
+    """Returns why this package's Triton kernels cannot run on a device, or "" if they can.
+
+    Args:
+        device_type: "cuda", "cpu", "meta" or another device type of torch.
+        interpreted: Whether Triton's interpreter is on, in which kernels run on a CPU.
+        device: Device that the meta device imitates; None for none. Without it, kernels can run on
+            the meta device, where only shapes are computed.
+    """
     if device is not None:
         capability = device.capability
     elif device_type == "meta":
@@ -321,7 +331,12 @@ def _triton_problem(device_type: str, interpreted: bool, device: Device | None) 
 
 
 def _compile_problem(device_type: str, device: Device | None) -> str:
-    """Returns why torch.compile cannot run on a device, or "" if no reason is known in advance."""
+    """Returns why torch.compile cannot run on a device, or "" if no reason is known in advance.
+
+    Args:
+        device_type: "cuda", "cpu", "meta" or another device type of torch.
+        device: Device that the meta device imitates; None for none.
+    """
     if device is not None:
         return "" if device.capability else "another GPU"
     if device_type != "cuda":

@@ -81,7 +81,7 @@ def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def function_of(kernel: str) -> Any:
-    """Returns the Triton function that `Launch.kernel` names."""
+    """Returns the Triton function with the name `kernel`, which has the form "MODULE.FUNCTION"."""
     module, _, function = kernel.partition(".")
     return getattr(import_module(f"fd_large.kernels.{module}"), function)
 
@@ -140,10 +140,10 @@ def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[
 
 
 def backend(device_type: str) -> str:
-    """Returns torch.compile's backend for a device.
+    """Returns torch.compile's backend: "inductor" for the device type "cuda", else "aot_eager".
 
-    On CPUs the same graphs as on a GPU are traced and differentiated, but run in eager kernels,
-    without a C++ compiler.
+    With "aot_eager" the same graphs as on a GPU are traced and differentiated, but run in eager
+    kernels, without a C++ compiler.
     """
     return "inductor" if device_type == "cuda" else "aot_eager"
 
@@ -174,10 +174,17 @@ def twin(
 def _compiled(
     op: str, reference: Callable[..., Any], backend: str, channels: int
 ) -> Callable[..., Any]:
-    """Returns `reference` compiled for one width (`channels`).
+    """Returns `reference` compiled for tensors of one width.
 
-    torch limits the number of graphs per function, so each width has its own. If compilation
-    fails, the function logs a warning, refuses the operation and runs `reference`.
+    If compilation fails in a call, the returned function logs a warning, turns the operation off
+    (`choose.refuse`), and runs `reference`.
+
+    Args:
+        op: Name of the operation.
+        reference: The plain torch version of the operation.
+        backend: Name of torch.compile's backend.
+        channels: The width, which is a key of this function's cache. torch limits the number of
+            graphs of a function, so that each width has a function of its own.
     """
     compiled = torch.compile(reference, backend=backend, isolate_recompiles=True)
 

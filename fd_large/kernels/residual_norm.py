@@ -135,11 +135,13 @@ def residual_norm(
 
 
 def takes_bias(branch: Tensor, width: int) -> bool:
-    """Returns whether a branch's last layer should leave its bias to `residual_norm`'s kernels.
+    """Whether `residual_norm` should add the bias of a branch's last layer, in place of this layer.
+
+    This is so if `residual_norm` runs on its Triton kernel.
 
     Args:
         branch: Input of the branch's last layer.
-        width: C, channels of that layer's output.
+        width: C, the number of channels of this layer's output.
     """
     return implementation("residual_norm", branch, width=width, biased=True) == "triton"
 
@@ -310,7 +312,11 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Returns y twice, over the same memory, then each row's mean and 1/deviation."""
+        """Returns the results of `residual_norm_forward` for `inputs`, with the sum twice.
+
+        Returns: the sum x + scale * LayerNorm(branch + branch_bias); the same sum as another tensor
+            over the same memory; the mean and the 1/deviation of each row of branch + branch_bias.
+        """
         y, _, mean, rstd = residual_norm_forward(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)
@@ -322,9 +328,13 @@ class Twice(torch.autograd.Function):
 def implementation(
     op: str, branch: Tensor, *, width: int | None = None, **case: Any
 ) -> choose.Implementation:
-    """Returns the implementation of an operation for a branch.
+    """Returns the implementation of an operation: `triton`, `compiled`, `apex` or `reference`.
 
-    `width` is the number of channels of the norm; None for the number of channels of `branch`.
+    Args:
+        op: A registered operation.
+        branch: Tensor whose device, dtype and size decide.
+        width: Number of channels of the norm; None for the number of channels of `branch`.
+        case: Further values that decide whether kernels are tested, such as dtypes.
     """
     return choose.implementation(
         op,
@@ -339,9 +349,16 @@ def implementation(
 def check_stream(
     where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
 ) -> None:
-    """Checks that branch has the shape of x, scale the shape (B,), and each vector (C,).
+    """Checks that the tensors of a call fit the residual stream `x` of shape (B, ..., C).
 
-    Raises: ShapeError: if a shape differs.
+    Args:
+        where: Name of the calling function, for the message.
+        x: The residual stream.
+        branch: Must have the shape of `x`.
+        scale: Must have the shape (B,), or be None.
+        vectors: Each must have the shape (C,), or be None.
+
+    Raises: ShapeError: if a tensor has another shape.
     """
     check_shapes(
         where,
@@ -353,7 +370,7 @@ def check_stream(
 
 
 def factors(scale: Tensor | None) -> Tensor | None:
-    """Returns drop path's factors in float32, as the kernels need them, or None for None."""
+    """Returns drop path's factors `scale` in float32, as the kernels need them; None for None."""
     return None if scale is None else scale.float()
 
 
@@ -370,7 +387,11 @@ def rows_of(values: Tensor) -> int:
 
 
 def tile(width: int) -> dict[str, int]:
-    """Returns the compile-time constants of a launch for rows of `width` channels, 32 to 8192."""
+    """Returns the compile-time constants of a kernel for rows of `width` channels, 32 to 8192.
+
+    Returns: {"C": `width`, "ROWS": the number of rows in a tile, "BLOCK": `width` rounded up to a
+        power of 2, "num_warps": the number of warps of a program}.
+    """
     block = 1 << (int(width) - 1).bit_length()
     rows = max(1, _TILE // block)
     return {"C": int(width), "ROWS": rows, "BLOCK": block, "num_warps": rows * block // 512}
@@ -379,9 +400,15 @@ def tile(width: int) -> dict[str, int]:
 def backward_launch(
     rows: int, width: int, layer_scale: bool = False
 ) -> tuple[dict[str, int], int, int]:
-    """Returns the constants of a backward kernel's launch, and the numbers of tiles and programs.
+    """Returns what the launch of a backward kernel needs.
 
-    `layer_scale` says whether the kernel also reads the branch for LayerScale's gradient.
+    Args:
+        rows: Number of rows of the tensors.
+        width: C, the number of channels of a row.
+        layer_scale: Whether the kernel also reads the branch, for LayerScale's gradient.
+
+    Returns: the compile-time constants; the number of tiles, each of a few rows; the number of
+        programs, which share the tiles.
     """
     constants = tile(width)
     if width % 8:
@@ -400,9 +427,13 @@ def backward_launch(
 
 
 def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
-    """Returns memory for partial sums of a vector's gradient: (programs, C) float32.
+    """Returns uninitialised memory for partial sums of a vector's gradient.
 
-    Returns None if `vector` is None.
+    Args:
+        programs: Number of programs, of which each writes a partial sum.
+        vector: (C,), the vector; may be None.
+
+    Returns: (programs, C) float32, or None if `vector` is None.
     """
     if vector is None:
         return None
@@ -410,9 +441,13 @@ def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
 
 
 def summed(partial: Tensor | None, vector: Tensor | None) -> Tensor | None:
-    """Sums (programs, C) partial sums to a vector's gradient (C,), in the vector's dtype.
+    """Sums the partial sums of a vector's gradient.
 
-    Returns None if `partial` is None.
+    Args:
+        partial: (programs, C), a partial sum of each program; may be None.
+        vector: (C,), the vector.
+
+    Returns: (C,), in the dtype of `vector`; None if `partial` is None.
     """
     return None if partial is None else partial.sum(0).to(vector.dtype)
 

@@ -16,10 +16,17 @@ import triton.language as tl
 
 @triton.jit
 def locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
-    """Returns where the elements of tile `number` lie in a tensor (rows, C).
+    """Returns where the elements of a tile lie in a tensor (rows, C).
 
-    Returns the row numbers (ROWS,), the mask of existing rows (ROWS,), the offsets of the elements
-    (ROWS, BLOCK), and the mask of existing elements (ROWS, BLOCK).
+    Args:
+        rows: Number of rows of the tensor.
+        C: Number of channels, which are the columns of the tensor.
+        ROWS: Number of rows in a tile.
+        BLOCK: C, rounded up to a power of 2.
+        number: Number of the tile, from 0.
+
+    Returns: the row numbers (ROWS,), the mask of existing rows (ROWS,), the offsets of the elements
+        (ROWS, BLOCK), and the mask of existing elements (ROWS, BLOCK).
     """
     row = number * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
@@ -37,9 +44,16 @@ def _vector(POINTER, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def standardise(values, eps, mask, C: tl.constexpr):
-    """Returns rows with mean 0 and variance 1, and each row's mean and 1/deviation.
+    """Scales and shifts each row of a tile to mean 0 and variance 1.
 
-    Outside of the mask, the rows are 0.
+    Args:
+        values: (ROWS, BLOCK) float32, where elements outside of `mask` are 0.
+        eps: Added to the variance.
+        mask: (ROWS, BLOCK), the existing elements.
+        C: Number of existing channels of a row.
+
+    Returns: the rows (ROWS, BLOCK), 0 outside of `mask`; the mean of each row of `values`, (ROWS,);
+        1/deviation of each row, (ROWS,).
     """
     mean = tl.sum(values, 1) / C
     centred = tl.where(mask, values - mean[:, None], 0.0)
@@ -49,10 +63,14 @@ def standardise(values, eps, mask, C: tl.constexpr):
 
 @triton.jit
 def _norm_gradient(weighted, normed, rstd, C: tl.constexpr):
-    """Returns the gradient of a LayerNorm's input.
+    """Returns the gradient of a LayerNorm's input, (ROWS, BLOCK) float32.
 
-    `weighted` is the gradient of the LayerNorm's output times the weight, and `normed` the input
-    with mean 0 and variance 1.
+    Args:
+        weighted: (ROWS, BLOCK), the gradient of the LayerNorm's output times the LayerNorm's
+            weight.
+        normed: (ROWS, BLOCK), the input scaled and shifted to mean 0 and variance 1.
+        rstd: (ROWS,), 1/deviation of each row of the input.
+        C: Number of existing channels of a row.
     """
     along = tl.sum(weighted * normed, 1) / C
     centred = weighted - (tl.sum(weighted, 1) / C)[:, None] - normed * along[:, None]

@@ -35,8 +35,11 @@ from fd_large.kernels.window_attention_triton import (
 def _through_unit(gradient, unit, factor, COSINE: tl.constexpr):
     """Returns the gradients of vectors, from the gradients of the vectors scaled to norm 1.
 
-    `unit` holds the scaled vectors and `factor` their scales. For a dot product, which scales no
-    vectors, the gradients are returned unchanged.
+    Args:
+        gradient: (tokens, BD), the gradients of the scaled vectors.
+        unit: (tokens, BD), the scaled vectors.
+        factor: (tokens,), the factors by which the vectors were scaled.
+        COSINE: Whether attention scales vectors; if False, `gradient` is returned unchanged.
     """
     if COSINE:
         along = tl.where(factor < 1.0 / EPS, tl.sum(gradient * unit, 1), 0.0)
@@ -52,11 +55,21 @@ def _backward_keys(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Accumulates the gradient of one tile of queries over a range of keys.
+    """Adds the part of the keys `number` to the gradient of one tile of queries.
 
-    Returns the new `total`, `excess` and `cosine`. `total` is the gradient of q divided by scale.
-    For the scale's gradient, `excess` is the sum of the gradients of a query's logits, which is 0
-    in exact arithmetic, and `cosine` is the mean of its cosines, weighted by the softmax.
+    Args:
+        number: (keys,), indices of the keys in the window.
+        total: (queries, BD), the gradient of q so far, divided by scale.
+        excess: (queries,), the sum of the gradients of each query's logits so far. Over all keys
+            this sum is 0 in exact arithmetic. It is needed for the scale's gradient.
+        cosine: (queries,), the sum of each query's cosines so far, weighted by the softmax. It is
+            needed for the scale's gradient.
+        q: (queries, BD), the queries, of norm 1 if COSINE is true.
+        dout: (queries, BD), the gradient of the output.
+        lse: (queries,), log2 of the denominator of each query's softmax.
+        delta: (queries,), third result of `output_terms`.
+
+    Returns: the new `total`, `excess` and `cosine`; the last two change only if COSINE is true.
     """
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -84,9 +97,20 @@ def _backward_queries(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Accumulates the gradients of one tile of keys and values over a range of queries.
+    """Adds the part of the queries `number` to the gradients of one tile of keys and values.
 
-    Returns the new dk and dv. Keys are the rows of the tile, and queries the columns.
+    The keys are the rows of the computed tile of logits, and the queries its columns.
+
+    Args:
+        number: (queries,), indices of the queries in the window.
+        dk: (keys, BD), the gradient of the scaled keys so far, divided by the logits' scale.
+        dv: (keys, BD), the gradient of v so far.
+        k: (keys, BD), the keys as stored.
+        v: (keys, BD), the values.
+        scale: (keys,), the factor of each key's logits, times log2(e).
+        key_inside: (keys,), whether the key exists.
+
+    Returns: the new `dk` and `dv`.
     """
     row, inside, offset, region, q, _ = load_queries(
         number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -127,7 +151,9 @@ def _query_part(
 ):  # fmt: skip
     """Computes the gradients of q, bias and scale for one tile of queries in several windows.
 
-    `part` decides which tile. Of all windows of the batch, every `chunks`-th is taken.
+    `part` is the number of a program. With T tiles in a window, the program takes tile `part` % T
+    of every `chunks`-th window of the batch, from window `part` // T on. The gradient of q is
+    written to DQKV; the partial sums for bias and scale are written to DBIAS and DSCALE.
     """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
@@ -178,7 +204,9 @@ def _key_part(
 ):  # fmt: skip
     """Computes the gradients of k and v for one tile of keys in several windows.
 
-    `part` decides which tile. Of all windows of the batch, every `chunks`-th is taken.
+    `part` is the number of a program. With T tiles in a window, the program takes tile `part` % T
+    of every `chunks`-th window of the batch, from window `part` // T on. The gradients are written
+    to DQKV.
     """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
@@ -206,11 +234,21 @@ def _key_part(
 @triton.jit
 def _slots(block, blocks, PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
            ROW: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Returns for each of the SLOTS places of a block which token of the window has this place.
+    """Returns for each place of a block the index of the window's token that has this place.
 
-    A block is SLOTS // ROW consecutive rows of the window, each padded to ROW places. A place
-    without a token gets an index past the last token. A further block, which has the number
-    `blocks`, holds the prefix tokens.
+    A block is SLOTS // ROW consecutive rows of the window, each padded to ROW places, or the prefix
+    tokens.
+
+    Args:
+        block: Number of the block, from 0. The number `blocks` stands for the prefix tokens.
+        blocks: Number of blocks of rows in a window.
+        PREFIX: Number of prefix tokens.
+        WH: Rows of a window.
+        WW: Columns of a window.
+        ROW: Number of places for a row of the window.
+        SLOTS: Number of places in a block.
+
+    Returns: (SLOTS,); a place without a token gets an index past the last token.
     """
     slot = tl.arange(0, SLOTS)
     y, x = block * (SLOTS // ROW) + slot // ROW, slot % ROW
@@ -230,12 +268,14 @@ def _table_part(
 ):  # fmt: skip
     """Computes the table's gradient on one diagonal of tiles, summed over several windows.
 
-    `part` decides which diagonal. Of all windows of the batch, every `groups`-th is taken.
+    A tile pairs a block of queries with a block of keys of the same window. The tiles (I, I - d)
+    make a diagonal, and the gradient is summed along the diagonal and over the windows. With a
+    prefix, the tiles that pair prefix with patches, patches with prefix, and prefix with prefix
+    count as three more diagonals.
 
-    A tile pairs a block of queries with a block of keys. The tiles (I, I - d) make a diagonal, and
-    the gradient is summed along the diagonal and over the windows. With a prefix, the tiles that
-    pair prefix with patches, patches with prefix, and prefix with prefix count as three more
-    diagonals.
+    `part` is the number of a program. With D diagonals, the program takes diagonal `part` % D of
+    every `groups`-th window of the batch, from window `part` // D on. The sums are written to
+    PARTS.
     """
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R
@@ -308,9 +348,12 @@ def _backward(
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr,
 ):  # fmt: skip
-    """Computes a part of the gradients of queries, of keys and values, or of the table.
+    """Computes a part of the gradients of one head.
 
-    The number of the program decides which part. DBIAS, DSCALE and PARTS receive partial sums.
+    The number of the program decides the head, and whether the part is of the gradient of the
+    position table, of keys and values, or of queries. The gradients of queries, keys and values are
+    written to DQKV. DBIAS (biases), DSCALE (logits' scale) and PARTS (position table) receive
+    partial sums.
     """
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE

@@ -62,7 +62,7 @@ class Geometry:
         """Returns the geometry of an attention.
 
         Args:
-            qkv: (B, N, 3C), queries, keys and values.
+            qkv: (B, N, 3C), queries, keys and values of the prefix tokens, if any, and of the map.
             numbers: The number of heads, the rows and columns of the map, the rows and columns of a
                 window, the shift, and whether q and k are normalised (1 or 0).
         """
@@ -96,7 +96,10 @@ class Geometry:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles of tokens in a window, which is the number of programs for each head."""
+        """Number of tiles into which the tokens of a window are divided.
+
+        In the forward, this is the number of programs for each window and head.
+        """
         return blocks(self.tokens, self.tile)
 
     @property
@@ -303,7 +306,10 @@ forward.register_autograd(_differentiate, setup_context=_setup)
 def _in_bits(table: Tensor | None) -> Tensor | None:
     """Returns the table as (h, R) times log2(e), because the kernels compute powers of 2.
 
-    Returns None if there is no table.
+    Args:
+        table: (R, h), the position bias of each of R offsets for h heads; None for no table.
+
+    Returns: (h, R), or None if `table` is None.
     """
     if table is None:
         return None
@@ -335,7 +341,12 @@ def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
 def _product_flops(qkv: Any, window: tuple[int, int], height: int, width: int) -> int:
     """Returns the FLOPs of one matrix product of attention, such as queries times keys.
 
-    `qkv` is the shape (B, N, 3C); `height` and `width` are those of the map.
+    Args:
+        qkv: Shape (B, N, 3C) of queries, keys and values.
+        window: Rows and columns of a window. If these are the map's, all N tokens attend to one
+            another, prefix tokens included.
+        height: Rows of the map.
+        width: Columns of the map.
     """
     batch, tokens, channels = qkv
     if window == (height, width):

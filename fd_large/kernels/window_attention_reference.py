@@ -117,8 +117,22 @@ def _groups(
 ) -> Tensor:
     """Computes attention among the N tokens of each of the B * nW windows.
 
-    q, k, v and the result are (B * nW, h, N, D); index is (N, N) or None, regions (nW, N) or None.
-    `windows` is nW, the number of windows of an image.
+    Args:
+        q: (B * nW, h, N, D), queries.
+        k: (B * nW, h, N, D), keys.
+        v: (B * nW, h, N, D), values.
+        scale: Factor of the logits.
+        cosine: Whether logits are cosines of q and k instead of dot products.
+        table: (R, h), the position bias of each offset; None for no bias.
+        index: (N, N), the row of `table` for each (query, key) pair; None without `table`.
+        regions: (nW, N), the region of each token (`region_ids`). Tokens attend to tokens of the
+            same region only. None if all tokens of a window attend to one another.
+        windows: nW, the number of windows of an image.
+        memory: What is done with the (N, N) attention maps until backward: "keep" stores them,
+            "recompute" computes them again, and "sequential" computes them again for a few windows
+            at a time.
+
+    Returns: (B * nW, h, N, D).
     """
     if memory == "keep":
         return _group_attention(q, k, v, scale, cosine, table, index, regions)
@@ -174,7 +188,11 @@ def _group_attention(
 def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the mask that is added to the logits, (nW, N, N) with queries before keys.
 
-    The mask is -100 between tokens of different regions, -inf for keys that are padding, else 0.
+    The mask is -inf for keys that are padding, -100 between tokens of different regions, else 0.
+
+    Args:
+        regions: (nW, N), the region of each token of each window (`region_ids`).
+        dtype: Data type of the mask.
     """
     queries, keys = regions[:, :, None], regions[:, None, :]
     mask = (queries != keys).to(dtype) * REGION_PENALTY

@@ -20,9 +20,10 @@ EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def dot(a, b, INTERPRETED: tl.constexpr):
-    """Returns the matrix product of two tiles.
+    """Returns the matrix product of the tiles `a` and `b`, float32.
 
-    Triton's interpreter gets the tiles in float32, since it multiplies bfloat16 incorrectly.
+    If INTERPRETED is true, kernels run in Triton's interpreter. The interpreter gets the tiles in
+    float32, since it multiplies bfloat16 incorrectly.
     """
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -33,7 +34,10 @@ def dot(a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Rounds float32 to `dtype`, to nearest even, in Triton's interpreter as on a GPU."""
+    """Rounds `x`, which is float32, to `dtype`: to the nearest value, and ties to even.
+
+    If INTERPRETED is true, kernels run in Triton's interpreter, whose own rounding differs.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -47,11 +51,23 @@ def place(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Returns four values for each token of a window whose index is in `number`.
+    """Returns where some tokens of a window lie in the image's tensors.
 
-    The values are the token's row in the (B * N, ...) tensors, whether the token exists, the
-    token's offset in the position table, and the token's region id. Indices below PREFIX are the
-    image's prefix tokens; higher indices count along the window's rows.
+    Args:
+        number: (tokens,), indices of the tokens in the window. Indices below PREFIX are the image's
+            prefix tokens; higher indices count along the window's rows.
+        window: Index of the window among all windows of the batch.
+        H: Rows of the map.
+        W: Columns of the map.
+        PREFIX: Number of prefix tokens.
+        WH: Rows of a window.
+        WW: Columns of a window.
+        SHIFT: Offset of the windows, in tokens.
+        PADDED: Whether windows exceed the map.
+
+    Returns: four values for each token: its row in the (B * N, ...) tensors; whether it exists; a
+        number of its place in the window, such that the difference between query and key gives the
+        row of the position table; the id of its region, 0 without a shift.
     """
     columns = tl.cdiv(W, WW)
     of_image = columns * tl.cdiv(H, WH)
@@ -80,7 +96,17 @@ def place(
 
 @triton.jit
 def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's values of each token, (tokens, BD); 0 for missing tokens and past D."""
+    """Returns a head's values of each token, (tokens, BD); 0 for missing tokens and past D.
+
+    Args:
+        POINTER: Tensor of `stride` columns, with a row for each token of the batch.
+        row: (tokens,), the row of each token.
+        inside: (tokens,), whether the token exists.
+        column: First column of the head's values.
+        stride: Number of columns of the tensor.
+        D: Number of channels of a head.
+        BD: D, rounded up to the width of a tile.
+    """
     d = tl.arange(0, BD)
     at = row[:, None] * stride + (column + d)[None, :]
     return tl.load(POINTER + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
@@ -88,7 +114,14 @@ def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's bias, (1, BD) float32; zeros if there is no bias."""
+    """Returns a head's part of the biases, (1, BD) float32; zeros if BIAS is None.
+
+    Args:
+        BIAS: (2, C), the biases of queries and of values, or None.
+        column: Place of the head's first bias among these 2C numbers.
+        D: Number of channels of a head.
+        BD: D, rounded up to the width of a tile.
+    """
     d = tl.arange(0, BD)
     bias = tl.zeros([BD], tl.float32)
     if BIAS is not None:
@@ -98,7 +131,14 @@ def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def unit_factor(x, COSINE: tl.constexpr):
-    """Returns the factors that scale vectors to an L2 norm of 1, or 1 if COSINE is false."""
+    """Returns the factor that scales each vector of `x` to an L2 norm of 1.
+
+    Args:
+        x: (tokens, BD), a vector for each token.
+        COSINE: Whether attention uses cosines; if False, all factors are 1.
+
+    Returns: (tokens,) float32.
+    """
     x = x.to(tl.float32)
     factor = tl.full([x.shape[0]], 1.0, tl.float32)
     if COSINE:
@@ -112,9 +152,20 @@ def load_queries(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the results of `place` for a tile of queries, the scaled queries and their factors.
+    """Loads a head's queries for a tile of tokens of a window.
 
-    The factors come from `unit_factor`. The queries with their bias are multiplied by the factors.
+    Args:
+        number: (tokens,), indices of the tokens in the window.
+        QKV: (B * N, 3C), queries, keys and values.
+        BIAS: (2, C), the biases of queries and of values, or None.
+        head: Index of the head.
+        window: Index of the window among all windows of the batch.
+        D: Number of channels of a head.
+        BD: D, rounded up to the width of a tile.
+        COSINE: Whether the queries are scaled to norm 1.
+
+    Returns: the four results of `place`; the queries with their bias, times their factors, (tokens,
+        BD) float32; the factors of `unit_factor`, (tokens,).
     """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)
@@ -129,10 +180,20 @@ def load_keys(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the results of `place` for a tile of keys, then k, v and the factors of k.
+    """Loads a head's keys and values for a tile of tokens of a window.
 
-    k and v are as stored. k has no bias; the bias of v is added to the output instead, because the
-    softmax's weights sum to 1. The factors, from `unit_factor`, are not applied yet.
+    Args:
+        number: (tokens,), indices of the tokens in the window.
+        QKV: (B * N, 3C), queries, keys and values.
+        head: Index of the head.
+        window: Index of the window among all windows of the batch.
+        D: Number of channels of a head.
+        BD: D, rounded up to the width of a tile.
+        COSINE: Whether attention uses keys of norm 1.
+
+    Returns: the four results of `place`; k and v as stored, (tokens, BD); the factors that scale k
+        to norm 1 (`unit_factor`), which are not applied yet, (tokens,). k has no bias. The bias of
+        v is added to the output instead, because the softmax's weights sum to 1.
     """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     k = load_head(QKV, row, inside, C + head * D, 3 * C, D, BD)
@@ -145,10 +206,22 @@ def add_bias(
     logits, TABLE, number_i, number_j, offset_i, offset_j, region_i, region_j,
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Returns the logits plus a head's position bias and the penalty between regions.
+    """Adds a head's position bias, and a penalty between tokens of different regions, to logits.
 
-    Logits, bias and penalty are in units of log 2. Names that end in _i are for queries, and names
-    in _j for keys; the caller decides which of the two are the rows of the tile.
+    Logits, bias and penalty are multiplied by log2(e), because the kernels compute powers of 2.
+    Names that end in _i are for queries, and names in _j for keys. The caller decides which of the
+    two are the rows of the tile, by the shapes (n, 1) and (1, m).
+
+    Args:
+        logits: (rows, columns) of a tile, or a number.
+        TABLE: The position bias of each offset for this head, or None.
+        number_i: Index of each query in the window; number_j of each key.
+        offset_i: Third result of `place` for each query; offset_j for each key.
+        region_i: Region of each query; region_j of each key.
+        PREFIX: Number of prefix tokens.
+        WH: Rows of a window.
+        WW: Columns of a window.
+        SHIFT: Offset of the windows, in tokens. With 0 there is no penalty.
     """
     if TABLE is not None:
         at = offset_i - offset_j + ((WH - 1) * (2 * WW - 1) + WW - 1)
@@ -167,9 +240,23 @@ def output_terms(
     row, inside, BIAS, OUT, DOUT, LSE, rows, head, C,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Returns dout, lse and delta = sum(dout * (out - bias of v)) of each query.
+    """Loads what the backward needs of the output, for a head and a tile of queries.
 
-    lse is log2 of the denominator of a query's softmax.
+    Args:
+        row: (tokens,), the row of each query in the (B * N, ...) tensors.
+        inside: (tokens,), whether the query exists.
+        BIAS: (2, C), the biases of queries and of values, or None.
+        OUT: (B * N, C), the output.
+        DOUT: (B * N, C), the gradient of the output.
+        LSE: (heads, B * N), log2 of the denominator of each query's softmax.
+        rows: B * N.
+        head: Index of the head.
+        C: Number of channels of all heads.
+        D: Number of channels of a head.
+        BD: D, rounded up to the width of a tile.
+
+    Returns: the gradient of the output, dout, (tokens, BD); the query's entry of LSE, (tokens,),
+        infinite for a query that does not exist; sum(dout * (out - bias of v)), (tokens,).
     """
     dout = load_head(DOUT, row, inside, head * D, C, D, BD)
     out = load_head(OUT, row, inside, head * D, C, D, BD).to(tl.float32)
@@ -184,10 +271,22 @@ def softmax_gradient(
     rows, columns, drows, dcolumns, scale, bias, lse, delta, key_inside,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Returns a tile's dot products, softmax weights (recomputed from lse) and logits' gradient.
+    """Returns a tile's dot products, softmax weights and gradient of the logits.
 
-    `rows` are queries and `columns` keys, or the reverse. `drows` belongs to `rows` and `dcolumns`
-    to `columns`: for queries it is the gradient of the output, and for keys it is v.
+    The rows of the tile are queries and its columns keys, or the reverse. The weights are computed
+    again from `lse`.
+
+    Args:
+        rows: Queries or keys, (number of rows, BD).
+        columns: The other of the two, (number of columns, BD).
+        drows: For queries the gradient of the output, for keys v; in the shape of `rows`.
+        dcolumns: The other of the two, in the shape of `columns`.
+        scale: Factor of the logits times log2(e), for each key.
+        bias: (number of rows, number of columns), result of `add_bias`.
+        lse: log2 of the denominator of each query's softmax.
+        delta: Third result of `output_terms`, for each query.
+        key_inside: Whether each key exists; a missing key has the weight 0.
+        INTERPRETED: Whether kernels run in Triton's interpreter.
     """
     product = dot(rows, tl.trans(columns), INTERPRETED)
     weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)
@@ -203,9 +302,16 @@ def _forward_keys(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Makes one step of the running softmax, over the keys with the indices `number`.
+    """Makes one step of the running softmax of a tile of queries, over the keys `number`.
 
-    Returns the new maximum, sum and output of each query.
+    Args:
+        number: (keys,), indices of the keys in the window.
+        q: (queries, BD), the queries.
+        row_max: (queries,), the maximum of each query's logits so far.
+        row_sum: (queries,), the sum of each query's weights so far.
+        out: (queries, BD), the weighted sum of values so far.
+
+    Returns: the new `row_max`, `row_sum` and `out`.
     """
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE

@@ -46,7 +46,7 @@ class Work:
         self.what = without_secrets(description or self.what)
 
     def reach(self, done: float) -> None:
-        """Sets the number of finished units."""
+        """Sets the number of finished units to `done`."""
         self.done = done
         _changed()
 
@@ -57,9 +57,13 @@ class Work:
             _changed()
 
     def seconds_left(self, now: float) -> float | None:
-        """Returns the remaining seconds at the present speed, or None if unknown.
+        """Returns the remaining seconds at the present speed.
 
-        `now` is a time of `time.monotonic`.
+        Args:
+            now: Present time, by `time.monotonic`.
+
+        Returns: the seconds, or None if the total is unknown or 0, or no unit was finished since
+            this piece of work began.
         """
         fresh = self.done - self._first
         if not self.total or fresh <= 0:
@@ -93,7 +97,15 @@ def work(description: str, total: float | None = None, unit: str = "") -> Iterat
 
 
 def counted(items: Collection[T], description: str, unit: str) -> Iterator[T]:
-    """Yields the items, and records the loop as a piece of work that counts the finished items."""
+    """Yields the items of `items`, and records the loop as a piece of work (`work`).
+
+    The piece counts the finished items.
+
+    Args:
+        items: The items, whose number is the total.
+        description: The work in words.
+        unit: Unit of the count, such as "images".
+    """
     with work(description, len(items), unit) as begun:
         for item in items:
             yield item
@@ -108,7 +120,9 @@ def current() -> tuple[Work, ...]:
 def describe(works: tuple[Work, ...], now: float) -> str:
     """Describes nested pieces of work in words, with elapsed and, if known, remaining time.
 
-    `now` is a time of `time.monotonic`.
+    Args:
+        works: The pieces, the outermost first; at least one.
+        now: Present time, by `time.monotonic`.
     """
     text = ": ".join(str(piece) for piece in works)
     left = next((s for piece in works[::-1] if (s := piece.seconds_left(now)) is not None), None)
@@ -117,7 +131,7 @@ def describe(works: tuple[Work, ...], now: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Returns a duration as 0:07, 12:34, 1:02:03 or 3d 04h."""
+    """Returns a duration of `seconds` seconds as 0:07, 12:34, 1:02:03 or 3d 04h."""
     whole = round(seconds)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)

@@ -125,7 +125,10 @@ def start(
 
 
 def is_guest() -> bool:
-    """Whether this process belongs to other code, such as a notebook, and is never ended."""
+    """Whether this process belongs to other code, such as a notebook.
+
+    Code of this package then never ends the process.
+    """
     return _is_guest
 
 
@@ -327,12 +330,15 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
 
 
 def _name_of(launch: Launch) -> str:
-    """Returns a prefix for this job's keys, to distinguish the job from others at the same port.
+    """Returns a prefix for this job's keys in the store at which the ranks meet.
 
     A second job that uses the port of a running job finds the store of the running job. Thanks to
     the prefix, entries of the second job do not end the first. Jobs that cannot be distinguished
     have the same prefix. If the launcher has a token, the token is part of the prefix, so that
     others cannot guess the prefix.
+
+    Args:
+        launch: Place of this rank among all ranks.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
@@ -444,7 +450,10 @@ def barrier() -> None:
 
 
 def max_rank(value: float) -> float:
-    """Returns the largest of the ranks' numbers, exact for integers below 2**53."""
+    """Returns the largest `value` of all ranks, exact for integers below 2**53.
+
+    All ranks must call this function.
+    """
     if not dist.is_initialized():
         return value
     largest = max_tensor(torch.tensor(value, dtype=torch.float64, device=device()))
@@ -452,12 +461,18 @@ def max_rank(value: float) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns whether the flag is true on any rank, so that all ranks decide the same."""
+    """Returns whether `flag` is true on any rank, so that all ranks decide the same.
+
+    All ranks must call this function.
+    """
     return bool(max_rank(int(flag)))
 
 
 def max_tensor(value: torch.Tensor) -> torch.Tensor:
-    """Returns the elementwise maximum of the ranks' tensors, which all have the same shape."""
+    """Returns the elementwise maximum of `value` over all ranks, as a new tensor.
+
+    All ranks must call this function, with tensors of the same shape.
+    """
     largest = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -466,9 +481,10 @@ def max_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Returns the sum of a tensor over the ranks of `group`, or over all ranks if it is None.
+    """Returns the sum of `value` over the ranks of `group`, or over all ranks if `group` is None.
 
-    Integers that overflow wrap around. A tensor on the meta device is returned as it is.
+    All of these ranks must call this function. The result is a new tensor. Integers that overflow
+    wrap around. For a tensor on the meta device, the result is not summed.
     """
     total = value.detach().clone()
     # On the meta device, on which one rank alone counts, there are no values to add.
@@ -479,7 +495,10 @@ def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
 
 
 def all_gather(shard: torch.Tensor) -> torch.Tensor:
-    """Returns the flat tensors of all ranks, of equal length, concatenated in rank order."""
+    """Returns the tensors `shard` of all ranks, concatenated in rank order.
+
+    All ranks must call this function, with flat tensors of the same length.
+    """
     if not dist.is_initialized():
         return shard
     parts = [torch.empty_like(shard) for _ in range(world_size())]
@@ -488,7 +507,11 @@ def all_gather(shard: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Returns rank 0's `value`, which must be picklable, on all ranks."""
+    """Returns rank 0's `value` on all ranks.
+
+    All ranks must call this function. The value must be picklable; the values of other ranks are
+    ignored.
+    """
     if not dist.is_initialized():
         return value
     box = [value]
@@ -499,6 +522,8 @@ def broadcast_object(value: T) -> T:
 
 def of_main(make: Callable[[], T]) -> T:
     """Calls `make` on rank 0 alone, and returns its picklable result on all ranks.
+
+    All ranks must call this function.
 
     Raises: FDError: on all ranks, if `make` raises it.
     """
@@ -547,7 +572,10 @@ def tensors_of_main(
 
 
 def gather_objects(value: T) -> list[T]:
-    """Returns the picklable objects of all ranks, in rank order, on all ranks."""
+    """Returns the picklable `value` of each rank, in rank order, on all ranks.
+
+    All ranks must call this function.
+    """
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -587,7 +615,7 @@ def together(check: Callable[[], T]) -> T:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Returns whether the error of a collective says that another rank has ended."""
+    """Returns whether `error`, which a collective raised, says that another rank has ended."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_IS_GONE)
 
 

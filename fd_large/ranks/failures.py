@@ -73,18 +73,18 @@ class Store(Protocol):
     """
 
     def set(self, key: str, value: str) -> None:
-        """Sets the value of a key."""
+        """Sets the value of `key` to `value`."""
 
     def get(self, key: str) -> bytes:
-        """Returns the value of an existing key."""
+        """Returns the value of `key`, which must exist."""
 
     def check(self, keys: list[str]) -> bool:
-        """Returns whether all of the keys exist."""
+        """Returns whether all of `keys` exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Sets a key to `desired` if the key's value is `expected`.
+        """Sets the value of `key` to `desired` if its present value is `expected`.
 
-        If `expected` is "", the key is set if it does not exist.
+        If `expected` is "", the value is set if the key does not exist.
         """
 
 
@@ -177,9 +177,9 @@ class Watch:
                 return
 
     def heard(self) -> Ending | None:
-        """Returns why the ranks end, or None if no rank has failed.
+        """Returns why the ranks end, or None if no failure of a rank is known.
 
-        A store that cannot be reached counts as the loss of rank 0.
+        If the store cannot be reached, rank 0 counts as lost.
         """
         if self._known is not None or self._store is None:
             return self._known
@@ -193,7 +193,8 @@ class Watch:
     def _look(self) -> Ending | None:
         """Returns why this rank has to end or stop watching, or None if all ranks go on.
 
-        If the store does not answer, connects again; if that fails, rank 0 counts as lost.
+        If the store does not answer, the method connects to the store again. If this fails too,
+        rank 0 counts as lost.
         """
         with suppress(RuntimeError):
             return self._ending()
@@ -223,10 +224,13 @@ class Watch:
         return None
 
     def _find(self, rank: int, store: Store) -> bool:
-        """Opens a descriptor of the process of another rank; returns whether the process has ended.
+        """Begins to watch the process of rank `rank` of this node, by a descriptor of the process.
 
-        A rank that has not registered its process yet is looked up again a second later. A rank
-        whose process this process cannot watch is removed from the watched ranks.
+        If the rank has not registered its process in `store` yet, nothing changes, and a later call
+        tries again. If this process cannot watch the rank's process, the rank is removed from the
+        watched ranks.
+
+        Returns: True if the rank's process has already ended, else False.
         """
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
@@ -268,7 +272,11 @@ class Watch:
 
 
 def _ending_of(text: bytes) -> Ending:
-    """Parses an `Ending` from the store; any text is accepted, since anyone may write there."""
+    """Parses the entry `text` of the store, in which a rank has reported its end.
+
+    Any text is accepted, since anyone may write there. A text that no rank wrote counts as the loss
+    of rank 0.
+    """
     with suppress(ValueError, TypeError):
         rank, code, reason = parse_json(text)
         if (type(rank), type(code), type(reason)) == (int, int, str):
@@ -336,7 +344,10 @@ def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more:
 
 
 def stop_watching() -> None:
-    """Ends the watch, if any, of a rank that has finished or that needs no other rank."""
+    """Stops this rank's watch over the other ranks, if there is a watch.
+
+    A rank calls this when it has finished, or when it no longer needs the other ranks.
+    """
     global _watch
     if _watch is not None:
         _watch.stop()
@@ -345,6 +356,9 @@ def stop_watching() -> None:
 
 def tell(code: int, reason: str) -> None:
     """Reports an exit code other than 0 of this rank to the other ranks and the batch script.
+
+    If another thread is about to end this process (`leave_to`), the function waits for that end
+    instead.
 
     Args:
         code: The exit code.
@@ -360,7 +374,10 @@ def tell(code: int, reason: str) -> None:
 
 
 def heard() -> Ending | None:
-    """Returns the failure that another rank has reported, or None."""
+    """Returns the failure that another rank has reported.
+
+    The result is None if no failure is known, or if this rank does not watch the others.
+    """
     return _watch.heard() if _watch is not None else None
 
 
@@ -396,9 +413,10 @@ def _readable(descriptor: int) -> bool:
 
 
 def _this_process() -> list[str | int]:
-    """Returns the id of the machine's boot, the namespace of process ids, and this process's id.
+    """Returns the ID of the machine's boot, the namespace of process IDs, and this process's ID.
 
-    If the boot or the namespace is unknown, a text that is unique to this rank replaces both.
+    If the boot or the namespace is unknown, a text that is unique to this rank replaces the boot's
+    ID, and "" the namespace.
     """
     where = [processes.kernel(), processes.namespace()]
     return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

@@ -80,9 +80,13 @@ class Launch:
 
 
 def read_token(environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the launcher's secret for the ranks of a job, or "".
+    """Returns the launcher's secret for the ranks of a job.
 
-    Raises: LaunchError: if the file that the environment names cannot be read or holds no token.
+    Args:
+        environ: The environment, in which FD_LARGE_TOKEN_FILE may name the file with the secret.
+
+    Returns: the secret, or "" if the variable is not set.
+    Raises: LaunchError: if the file cannot be read or holds no token.
     """
     if not (name := environ.get(TOKEN_FILE)):
         return ""
@@ -100,7 +104,8 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank, or 0 without a launcher.
 
-    The rank is that in the launcher's environment variables, which are not checked here.
+    Args:
+        environ: The environment, with the launcher's variables. They are not checked here.
     """
     texts = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in texts if text.isdigit()), 0)
@@ -117,6 +122,9 @@ def is_first_of_node() -> bool:
 
 def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
     """Checks that this package supports the device that DS_ACCELERATOR names, if it is set.
+
+    Args:
+        environ: The environment, which may have the variable DS_ACCELERATOR.
 
     Raises: LaunchError: if DS_ACCELERATOR names an unsupported device.
     """
@@ -198,9 +206,14 @@ def _checked(launch: Launch) -> Launch:
 def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
     """Returns `launch`, of srun or mpirun, if the environment does not contradict it.
 
+    Args:
+        environ: The environment. srun and mpirun do not set RANK, WORLD_SIZE and LOCAL_RANK, but
+            the user may have set them.
+        launch: The launch that srun's or mpirun's own variables state.
+
     Raises:
-        LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK, which srun and mpirun do not set,
-            contradicts the launch, or if a number of the launch is out of range.
+        LaunchError: if RANK, WORLD_SIZE or LOCAL_RANK contradicts the launch, or if a number of the
+            launch is out of range.
     """
     for name, value in (
         ("RANK", launch.rank),
@@ -263,7 +276,16 @@ def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...]) -> Launch:
 
 
 def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
-    """Broadcasts rank 0's address and a free port of its node over MPI, and returns them."""
+    """Returns an address of rank 0 and a free port there, which rank 0 sends to all ranks over MPI.
+
+    All ranks must call this function, which also ends MPI.
+
+    Args:
+        world_size: Number of ranks.
+        one_node: Whether all ranks are on one node, so that the loopback address is enough.
+
+    Raises: LaunchError: if mpi4py does not work, or states another number of ranks.
+    """
     remedy = (
         "Install an mpi4py that is built for this mpirun (the mpi extra brings one with mpich), "
         "or set MASTER_ADDR and MASTER_PORT for all ranks."
@@ -357,8 +379,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
 def _slurm_port(environ: Mapping[str, str]) -> int:
     """Returns a port that all ranks can compute without communication.
 
-    Jobs on the same node get different ports. Each start of a job gets another port too, since a
-    rank of the last start may still hold its port.
+    Jobs on the same node get different ports. After a restart a job gets another port too, since a
+    rank from before the restart may still hold its port.
+
+    Args:
+        environ: The environment, with Slurm's number of the job and of its restarts.
     """
     starts = _integer(environ, "SLURM_RESTART_COUNT", 0)
     return 10000 + (_integer(environ, "SLURM_JOB_ID") + 1009 * starts) % 20000
@@ -371,9 +396,14 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def ask_slurm(*command: str, seconds: float = 30.0) -> str:
-    """Runs a Slurm program; returns its standard output, or, if that is empty, its error output.
+    """Runs a Slurm program, and returns what it writes.
 
-    Returns "" if the program cannot start or takes longer than `seconds`.
+    Args:
+        command: The program and its arguments.
+        seconds: Time after which the program is ended.
+
+    Returns: the program's standard output, or, if this is empty, its error output; "" if the
+        program cannot start or takes longer than `seconds`.
     """
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds)

@@ -77,6 +77,10 @@ def offer(name: str, value: Any) -> None:
     """Keeps a large value on rank 0 until the end of the meeting, for `fetch`.
 
     On other ranks and outside a meeting this function does nothing.
+
+    Args:
+        name: Name under which other ranks fetch the value.
+        value: The value.
     """
     meeting = _present.get()
     if meeting is not None and meeting.leads[False]:
@@ -84,9 +88,10 @@ def offer(name: str, value: Any) -> None:
 
 
 def fetch(name: str) -> Any:
-    """Returns the value that rank 0 has offered under a name in this meeting.
+    """Returns the value that rank 0 has offered under `name` in this meeting (`offer`).
 
-    Returns None if rank 0 has offered nothing under this name.
+    The result is None if rank 0 has offered nothing under this name. This function may only be
+    called within a meeting (`meet`).
     """
     meeting = _present.get()
     assert meeting is not None
@@ -100,7 +105,12 @@ _Name = tuple[str, bool]
 
 
 class _Made(NamedTuple):
-    """A value that was made for `once`, or the error that making the value raised."""
+    """What the maker of a value got: the value, or the error that making the value raised.
+
+    Attributes:
+        value: The value; None after an error.
+        error: The error, or None.
+    """
 
     value: Any
     error: FDError | None
@@ -164,7 +174,7 @@ class _Meeting:
     # --- in the thread of the check ---
 
     def run(self, check: Callable[[], Any]) -> None:
-        """Runs the check, and keeps its result or error."""
+        """Runs `check`, and keeps its result or error for the method `outcome`."""
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # Each thread has its own.
@@ -174,7 +184,14 @@ class _Meeting:
         self._woken.set()
 
     def once(self, name: _Name, make: Callable[[], Any]) -> Any:
-        """Makes a value, or waits for the rank that makes it; see the function `once`."""
+        """Makes a value, or waits for the rank that makes it; see the function `once`.
+
+        Args:
+            name: The value's name, and whether each node has a rank that makes the value.
+            make: Function that returns the value.
+
+        Returns: the value.
+        """
         _, of_node = name
         if self.leads[of_node]:
             if name not in self._made:
@@ -189,7 +206,10 @@ class _Meeting:
         return make() if value is None else value.get()
 
     def fetch(self, name: str) -> Any:
-        """Asks rank 0 for a value and waits for it; see the function `fetch`."""
+        """Asks rank 0 for the value `name` and waits for it; see the function `fetch`.
+
+        Returns: the value, or None if rank 0 has offered no value of this name.
+        """
         if name in self.offered:
             return self.offered[name]
         with self._changed:
@@ -248,7 +268,9 @@ class _Meeting:
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
         """Returns this rank's message, and the new values that this rank has made for all ranks.
 
-        `is_late` says whether this rank has waited for longer than _GRACE_SECONDS.
+        Args:
+            is_late: Whether more than `_GRACE_SECONDS` have passed since this rank heard of a
+                failed check.
         """
         # Read before the values that were made: if the check has ended, these are complete.
         ended = self._outcome is not None or self._crash is not None

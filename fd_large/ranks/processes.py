@@ -75,7 +75,7 @@ class Status(NamedTuple):
 
 
 def status(pid: int) -> Status | None:
-    """Returns a process's state, or None if the process is gone or hidden."""
+    """Returns the state of the process `pid`, or None if the process is gone or hidden."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -86,9 +86,13 @@ def status(pid: int) -> Status | None:
 
 
 def started(pid: int) -> int | None:
-    """Returns a process's start time in ticks since the boot, or None if the process has ended.
+    """Returns the time at which a process started.
 
-    Returns HIDDEN for another user's process that /proc does not show.
+    Args:
+        pid: ID of the process.
+
+    Returns: the time in ticks since the machine's boot; None if the process has ended; the constant
+        HIDDEN if it belongs to another user and /proc does not show it.
     """
     process = status(pid)
     if process is None:
@@ -117,7 +121,16 @@ def namespace() -> str:
 
 
 def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> None:
-    """Calls a function that may hang, such as on a disk, and waits for at most `seconds`."""
+    """Calls a function that may hang, such as on a disk, and waits for at most `seconds`.
+
+    The call goes on in a thread after this time. Its result is dropped, and its errors are not
+    raised.
+
+    Args:
+        call: The function.
+        arguments: Arguments of the function.
+        seconds: Time to wait, in seconds.
+    """
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -126,7 +139,10 @@ def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> 
 def check_workers(workers: int) -> None:
     """Checks that a rank's number of loading processes is not too large for its machine.
 
-    Raises: ConfigError: if `workers` is too large for the cores that this process may use.
+    Args:
+        workers: Number of loading processes.
+
+    Raises: ConfigError: if the number is too large for the cores that this process may use.
     """
     cores = len(os.sched_getaffinity(0))
     most = max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)
@@ -249,7 +265,9 @@ def _arguments(pid: int) -> list[str]:
 def _launcher_name(arguments: list[str]) -> str | None:
     """Returns the name of the launcher that a command line starts, or None if it starts none.
 
-    Options of the python interpreter are skipped.
+    Args:
+        arguments: The command line as a list. Python and its options in front of a script or module
+            are skipped.
     """
     words = iter(arguments)
     program = os.path.basename(next(words, ""))

@@ -22,7 +22,7 @@ def leave_at_signals() -> None:
     """Makes SIGTERM and SIGUSR1 end this process with exit code 75.
 
     The effect on a signal lasts until another handler for the signal is set. A signal that is
-    ignored, as under nohup, stays ignored.
+    ignored, as under nohup, or that already has a handler, is left alone.
     """
     # A handler is not called while the main thread is in a library, such as one that meets the
     # other ranks; a thread that reads this pipe goes on.
@@ -43,7 +43,12 @@ def leave_no_more() -> None:
 
 
 def await_the_end(number: int, frame: FrameType | None) -> None:
-    """Signal handler that waits until the thread of `leave_at_signals` ends the process."""
+    """Signal handler that waits until the thread of `leave_at_signals` ends the process.
+
+    Args:
+        number: Number of the signal; not used.
+        frame: The interrupted frame; not used.
+    """
     threading.Event().wait()
 
 
