@@ -135,19 +135,30 @@ class SmoothL1(Loss):
     of_tokens = True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean loss over tokens and channels, a scalar."""
+        """Returns the mean smooth L1 over tokens and channels, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean loss over the tokens and channels of each image, (B,)."""
+        """Returns the mean smooth L1 over the tokens and channels of each image, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, (C,), and the curvature of parabolas above the loss, (C,).
+        """Returns the slope of the loss, and the curvature of parabolas above it, (C,) each.
 
-        The parabolas touch the loss at the prediction and are nowhere below the loss. The second
-        derivative is not used, since it is 0 for differences above `beta`: if most differences were
-        above `beta`, a Newton step would lead far beyond the minimum.
+        The parabolas touch the loss at the prediction `constant` and are nowhere below the loss.
+        The second derivative is not used, since it is 0 for differences above `beta`: if most
+        differences were above `beta`, a Newton step would lead far beyond the minimum.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta
@@ -159,6 +170,10 @@ class SmoothL1(Loss):
         """Returns the loss on whitened teacher tokens, a scalar, by a fused kernel.
 
         Where the kernel cannot run, plain torch computes the loss.
+
+        Args:
+            projected, tokens: (B, N, C) each; see `Loss.fused`.
+            eps: Constant that whitening adds to the variance of a token.
         """
         return whitened_loss(projected, tokens, beta=self.beta, eps=eps)
 
@@ -170,17 +185,28 @@ class MeanSquaredError(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean squared difference over tokens and channels, a scalar."""
+        """Returns the mean squared difference over tokens and channels, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.mse_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean squared difference of each image's tokens, (B,)."""
+        """Returns the mean squared difference over the tokens and channels of each image, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.mse_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the first and the second derivative of the loss, (C,) each.
+        """Returns the first and the second derivative of the loss by `constant`, (C,) each.
 
         Both are sums over the images.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         slope = 2 / constant.numel() * (constant - target).mean(-2).sum(0)
         return slope, torch.full_like(constant, 2 / constant.numel() * len(target))
@@ -193,19 +219,30 @@ class L1(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean absolute difference over tokens and channels, a scalar."""
+        """Returns the mean absolute difference over tokens and channels, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.l1_loss(projected, target)
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean absolute difference of each image's tokens, (B,)."""
+        """Returns the mean absolute difference over the tokens and channels of each image, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, (C,), and the curvature of parabolas above the loss, (C,).
+        """Returns the slope of the loss, and the curvature of parabolas above it, (C,) each.
 
-        The parabolas touch the loss at the prediction and are nowhere below the loss. Steps of
-        slope / curvature are those of iteratively reweighted least squares, and lead towards the
-        median of the targets.
+        The parabolas touch the loss at the prediction `constant` and are nowhere below the loss.
+        Steps of slope / curvature are those of iteratively reweighted least squares, and lead
+        towards the median of the targets.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         difference = (constant - target).flatten(0, -2)
         scale = len(target) / target.numel()
@@ -220,11 +257,19 @@ class Cosine(Loss):
     reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns one minus the mean cosine over tokens, a scalar."""
+        """Returns one minus the mean cosine over tokens, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns one minus the mean cosine of each image's tokens, (B,)."""
+        """Returns one minus the mean cosine over the tokens of each image, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +277,9 @@ class Cosine(Loss):
 
         A single step of slope / curvature leads to the best direction. The norm of the prediction
         has no effect on the loss.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
         return _towards(constant, directions)
@@ -248,11 +296,19 @@ class CosineOfMap(Loss):
     reads_beta = False
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns one minus the mean cosine over images, a scalar."""
+        """Returns one minus the mean over images of the cosine between two maps, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns one minus the cosine of each image's maps, (B,)."""
+        """Returns one minus the cosine between the two maps of each image, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +316,9 @@ class CosineOfMap(Loss):
 
         A single step of slope / curvature leads to the best direction. The norm of the prediction
         has no effect on the loss.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         units = F.normalize(target.flatten(1), dim=-1).view_as(target)
         directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
@@ -283,30 +342,41 @@ class WeightedSum(Loss):
         self.of_tokens = all(loss.of_tokens for _, loss in terms)
 
     def begin(self, teacher: str, kind: str, **names: Any) -> None:
-        """Calls `begin` of each loss in the sum."""
+        """Calls `begin` of each loss in the sum with the same arguments; see `Loss.begin`."""
         for _, loss in self.terms:
             loss.begin(teacher, kind, **names)
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the weighted sum of the losses, a scalar."""
+        """Returns the weighted sum of the losses, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         losses = [weight * loss(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the weighted sum of the losses of each image, (B,)."""
+        """Returns for each image the weighted sum of the losses, (B,).
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         losses = [weight * loss.per_image(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum(0)
 
     def _terms(self) -> tuple[tuple[float, Loss], ...]:
-        """Returns `terms`, after passing on the number of prefix tokens to each loss."""
+        """Returns `terms`, the (weight, loss) pairs, and sets `num_prefix_tokens` of each loss."""
         for _, loss in self.terms:
             loss.num_prefix_tokens = self.num_prefix_tokens
         return self.terms
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the weighted sums of the losses' slopes and curvatures.
+        """Returns the weighted sums of the losses' slopes and of their curvatures, (C,) each.
 
         A loss whose `newton` returns None is left out.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
         """
         slope, curvature = torch.zeros_like(constant), torch.zeros_like(constant)
         for weight, loss in self.terms:
@@ -336,16 +406,30 @@ class ClsAndPatches(Loss):
         self._loss = WeightedSum([(cosine, Cosine()), (smooth_l1, SmoothL1(beta))])
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean of `per_image`, a scalar."""
+        """Returns the mean of `per_image` over the images, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns for each image the mean of the losses on CLS token and on patches, (B,)."""
+        """Returns for each image the mean of the losses on the CLS token and on the patches, (B,).
+
+        Without a CLS token the result is the loss on the patches.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         kinds = zip(self._kinds(projected), self._kinds(target), strict=True)
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns slope and curvature, (C,) each, as means over CLS token and patches."""
+        """Returns slope and curvature, (C,) each, as means of those on CLS token and on patches.
+
+        Args:
+            constant, target: (C,) and (B, N, C); see `Loss.newton`.
+        """
         derivatives = [
             torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)
         ]
@@ -353,9 +437,9 @@ class ClsAndPatches(Loss):
         return slope, curvature
 
     def _kinds(self, tokens: Tensor) -> list[Tensor]:
-        """Returns [CLS token, patches] of tokens (B, N, C), or [patches] without a CLS token.
+        """Returns [CLS token (B, 1, C), patches] of `tokens`, (B, N, C).
 
-        Other prefix tokens (registers) are left out.
+        Without prefix tokens the result is [patches]. Other prefix tokens (registers) are left out.
         """
         patches = tokens[:, self.num_prefix_tokens :]
         return [tokens[:, :1], patches] if self.num_prefix_tokens else [patches]
@@ -466,7 +550,11 @@ class FunctionLoss(Loss):
         self.label = words if words.endswith("loss") else f"{words} loss"
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the result of the user's function."""
+        """Returns the result of the user's function, a scalar.
+
+        Args:
+            projected, target: (B, N, C) each; see `Loss.__call__`.
+        """
         return self._function(projected, target)
 
 

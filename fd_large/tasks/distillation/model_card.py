@@ -113,9 +113,12 @@ def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """Returns the labels of the targets' held-out metrics by the metrics' names.
+    """Returns {name of a held-out metric of a target: its label}, for the loss and the cosine.
 
     The result is empty for a single teacher, whose target has no label.
+
+    Args:
+        entries: The teachers by name; "" names a single teacher.
     """
     return {
         f"held_out_{label}_{metric}": f"held-out {metric} of {label.replace('_', ' ')}"
@@ -126,7 +129,11 @@ def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
 
 
 def _losses(entry: NamedTeacher) -> str:
-    """Returns the losses of a teacher's targets in words, with the weights that are not 1."""
+    """Returns the losses of a teacher's targets in words, with the weights that are not 1.
+
+    Args:
+        entry: The teacher.
+    """
     words = []
     for kind in entry.targets:
         weight = entry.weight_of(kind)
@@ -139,6 +146,10 @@ def _loss(entry: NamedTeacher, kind: str) -> str:
 
     The words describe the paper's loss; for another loss they are the names of loss, normaliser and
     head.
+
+    Args:
+        entry: The target's teacher.
+        kind: "map" or "summary".
     """
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):

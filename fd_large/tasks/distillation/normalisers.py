@@ -33,12 +33,15 @@ _TRIAL_WIDTH = 8
 
 
 def none(tokens: Tensor) -> Tensor:
-    """Returns the tokens unchanged, in float64 if they were float64, else in float32."""
+    """Returns `tokens`, (..., C), unchanged; in float64 if they were float64, else in float32."""
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def unbiased_whitening(tokens: Tensor) -> Tensor:
-    """Normalises each token (..., C) to mean 0 and unbiased variance 1, as dBOT and MAE do."""
+    """Normalises each token (..., C) to mean 0 and unbiased variance 1, as dBOT and MAE do.
+
+    The result is in float64 if the tokens were float64, else in float32.
+    """
     variance, mean = torch.var_mean(none(tokens), dim=-1, keepdim=True)
     return (none(tokens) - mean) / (variance + 1e-6).sqrt()
 
@@ -61,7 +64,11 @@ class Affine:
         self._constants = {(mean.device, mean.dtype): self.constants}
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Returns normalised tokens (..., C), in float64 if they were float64, else in float32."""
+        """Returns the normalised tokens (..., C), in float64 if they were float64, else in float32.
+
+        Args:
+            tokens: (..., C), of any floating-point dtype.
+        """
         tokens = none(tokens)
         key = (tokens.device, tokens.dtype)
         if key not in self._constants:
@@ -84,6 +91,9 @@ def standardise(statistics: TargetStatistics) -> Affine:
     """Returns the normaliser that gives every channel mean 0 and variance 1.
 
     A standard deviation below 0.001 counts as 0.001, as in DUNE (arXiv 2503.14405).
+
+    Args:
+        statistics: Mean and deviation of each channel of the teacher.
     """
     return Affine(statistics.mean, statistics.deviation.clamp(min=1e-3).reciprocal())
 
@@ -92,6 +102,9 @@ def phi_s(statistics: TargetStatistics) -> Affine:
     """Returns the normaliser that rotates the channels so that every channel has variance 1.
 
     All channels are scaled by the same number; see `phi_s_matrix`.
+
+    Args:
+        statistics: Mean and rotation of the teacher's channels.
     """
     return Affine(statistics.mean, statistics.phi_s)
 

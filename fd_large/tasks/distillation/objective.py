@@ -51,7 +51,12 @@ class Known(NamedTuple):
     moving: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({})
 
     def loss(self, name: str, **numbers: float) -> losses.Loss:
-        """Returns the loss with the given name; see `make_loss` for the arguments."""
+        """Returns the loss with the name `name`.
+
+        Args:
+            name: Name of the loss in a recipe.
+            numbers: The arguments `beta` and `temperature` of `make_loss`.
+        """
         return losses.make_loss(name, known=self.losses, **numbers)
 
     def loss_of(self, entry: NamedTeacher, kind: str) -> losses.Loss:
@@ -65,7 +70,12 @@ class Known(NamedTuple):
         return self.loss(entry.setting("loss", kind), beta=entry.beta, temperature=temperature)
 
     def normaliser(self, name: str, **options: Any) -> Normaliser:
-        """Returns the normaliser with the given name; see `make_normaliser` for the arguments."""
+        """Returns the normaliser with the name `name`.
+
+        Args:
+            name: Name of the normaliser in a recipe.
+            options: Keyword arguments of `make_normaliser` except `running`.
+        """
         return make_normaliser(name, running=self.moving, **options)
 
 
@@ -298,10 +308,15 @@ def make_targets(
 
 
 def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
-    """Returns the matrix from summary to embedding, or None if the target is no embedding.
+    """Returns the matrix from a summary to its embedding, or None if the target is no embedding.
 
-    The matrix is (embedding width, map width). A teacher without weights has no matrix; the result
-    is then uninitialised, with the right shape.
+    The matrix is (embedding width, map width). If `teacher` holds no matrix, the
+    result is uninitialised with this shape.
+
+    Args:
+        entry: The teacher's entry in the recipe.
+        kind: "map" or "summary"; a map is no embedding.
+        teacher: The teacher.
     """
     if kind != SUMMARY or not entry.embedding_width:
         return None

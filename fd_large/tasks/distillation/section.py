@@ -203,11 +203,17 @@ class NamedTeacher(Teacher, Objective):
 
     @classmethod
     def joined(cls, teacher: Teacher, objective: Objective) -> NamedTeacher:
-        """Returns an entry from the sections `teacher` and `objective` of a single teacher."""
+        """Returns the entry that has the fields of both sections, `teacher` and `objective`.
+
+        A recipe with a single teacher has these sections instead of an entry.
+        """
         return cls(**_values(teacher), **_values(objective))
 
     def parted(self) -> tuple[Teacher, Objective]:
-        """Splits the entry into the sections `teacher` and `objective`; the inverse of `joined`."""
+        """Returns the sections (`teacher`, `objective`) with the fields of the entry.
+
+        This is the inverse of `joined`; fields that only an entry has are left out.
+        """
         values = _values(self)
         names = hints_of(Objective)
         objective = {name: values[name] for name in names}
@@ -358,7 +364,7 @@ class Mask:
 
     @property
     def varies(self) -> bool:
-        """Whether images may hide different numbers of patches."""
+        """Whether the number of hidden patches may differ between images."""
         return self.sampler == "block" or self.ratio_to > 0 or self.share < 1
 
     @property
@@ -369,7 +375,8 @@ class Mask:
     def ignored_fields(self) -> dict[str, str]:
         """Finds the fields that have no effect because of the values of other fields.
 
-        Returns: a sentence that says which flags to set, by the field's name.
+        Returns: {full name of the field, such as "mask.ratio": a sentence that says which flags to
+        set}.
         """
         names: dict[str, str] = {}
         if not self.decodes:
@@ -457,13 +464,19 @@ def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
 def _field(teacher: str, name: str, kind: str) -> str:
     """Returns the full name of a target's field, by `field_of`.
 
-    For a summary without a field of this name, the result is the full name of the map's field.
+    If `kind` is "summary" but a summary has no field `name` of its own, the result is the full name
+    of the map's field.
+
+    Args:
+        teacher: The teacher's name, or "" for a single teacher.
+        name: The field of `Objective`.
+        kind: "map" or "summary".
     """
     return field_of(teacher, name, kind if name in hints_of(Summary) else MAP)
 
 
 def _values(section: Teacher | Objective) -> dict[str, Any]:
-    """Returns the values of a section's fields by name; nested sections stay objects."""
+    """Returns {name: value} of the fields of `section`; nested sections stay objects."""
     return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
@@ -547,7 +560,10 @@ _TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
 
 
 def is_sum(loss: str) -> bool:
-    """Whether the field `loss` of a recipe holds a weighted sum of built-in losses."""
+    """Whether the field `loss` of a recipe is a weighted sum, as "0.9 cosine + 0.1 smooth_l1".
+
+    The result is False for the name of one loss, and for the user's own `module:FILE.py:NAME`.
+    """
     return " " in loss and not doors.is_own(loss)
 
 
@@ -603,7 +619,7 @@ tables of built-in ones by the file that defines them."""
 
 
 def _check_names(run: Any) -> None:
-    """Raises ConfigError for unknown names of losses, heads and normalisers in a recipe."""
+    """Raises ConfigError if the recipe `run` has an unknown name of a loss, head or normaliser."""
 
     def check(teacher: str, kind: str, field_name: str) -> None:
         thing, tables = NAMED[field_name]

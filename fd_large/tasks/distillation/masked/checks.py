@@ -71,8 +71,14 @@ def mask_checks(
 def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
     """Raises ConfigError if the student or the image size does not fit the mask.
 
-    The student must be able to hide patches. The mask must hide some patches but not all, and at
-    least as many as the smallest rectangle has.
+    The student must be able to hide patches in the way of `mask.student`. The mask must hide some
+    patches of an image but not all. If the mask is made of rectangles, it must hide at least as
+    many patches as the smallest rectangle has.
+
+    Args:
+        mask: The recipe's section `mask`.
+        student: The student, on the meta device.
+        image_size: Side of the student's images, in pixels.
     """
     has_patches = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
     require(

@@ -93,6 +93,11 @@ def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None
     """Returns MAE's fixed position embeddings of all patches, (N, width) float32.
 
     The first half of the channels depends on the column of a patch, the second half on its row.
+
+    Args:
+        grid: Rows and columns of the N patches.
+        width: Number of channels, a multiple of 4.
+        device: Device of the result; None for torch's default device.
     """
     # Computed on the device, since a copy from the CPU would make the host wait in each step.
     number = partial(torch.arange, dtype=torch.float64, device=device)

@@ -53,7 +53,8 @@ def _numbers_hidden(
 ) -> NDArray[np.int64]:
     """Draws the number of hidden patches of each image, (B,); for arguments see `masks`.
 
-    With the sampler `block` an image may have fewer hidden patches than this number.
+    If `mask` states neither a range of ratios nor a share of images, all images have the same
+    number. With the sampler `block` an image may have fewer hidden patches than this number.
     """
     if not mask.ratio_to and mask.share == 1:
         return np.full(np.shape(positions), hidden(mask, grid))

@@ -131,7 +131,7 @@ class Masked(Whole, Part):
     def width(self, student: nn.Module) -> int:
         """Returns the number of channels of the heads' input.
 
-        With a decoder this is the decoder's width, else the student's width.
+        With a decoder this is the decoder's width, else the width of `student`.
         """
         return student.width if self._decoder is None else self._mask.decoder_width
 
@@ -156,7 +156,13 @@ class Masked(Whole, Part):
         return sight
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns zeros shaped like the result of `draws`, to count operations by shapes."""
+        """Returns zeros of the shapes in the result of `draws`, on the device of `images`.
+
+        They stand for the result when operations are counted by shapes.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+        """
         sight = {"mask": images.new_zeros(self._patches, len(images), dtype=torch.bool)}
         if self._drops:
             visible = self._patches - self._num_hidden
@@ -214,6 +220,10 @@ class Masked(Whole, Part):
 
         In the comparison of a summary all tokens count. If `drawn` has no mask, the comparison is
         returned unchanged.
+
+        Args:
+            comparison: The tokens of student and teacher for one target.
+            drawn: The result of `draws`; empty for whole images.
         """
         if "mask" not in drawn:
             return comparison
@@ -231,18 +241,26 @@ class Masked(Whole, Part):
         return Counted(comparison, counts, shares, number, self._micro_batches)
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,).
+        """Returns the weight of each image in a mean over images, (B,) float32.
 
         The weight is the number of the image's counted patches if images may have different numbers
-        of counted patches and the loss is a mean over the counted tokens of the step. Otherwise the
-        weight is 1.
+        of counted patches, the loss is a mean over the counted tokens of the step, and `drawn` has
+        a mask. Otherwise the weight is 1.
+
+        Args:
+            drawn: The result of `draws`; empty for whole images.
+            pixels: A tensor whose first dimension is B.
         """
         if not self._differ or "mask" not in drawn:
             return pixels.new_ones(len(pixels), dtype=torch.float32)
         return self._counted_patches(drawn).sum(1).to(torch.float32)
 
     def _counted_patches(self, drawn: Drawn) -> Tensor:
-        """Returns whether each patch counts in the loss, (B, N) bool."""
+        """Returns whether each patch counts in the loss, (B, N) bool.
+
+        Args:
+            drawn: The result of `draws`, with a mask.
+        """
         mask = drawn["mask"].T
         kinds = {"masked": mask, "visible": ~mask}
         return kinds.get(self._mask.tokens, torch.ones_like(mask))
