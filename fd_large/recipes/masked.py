@@ -85,7 +85,7 @@ def maskdistill_vit_base() -> Run:
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
     Duration: 187,500 steps; 92 to 140 GPU-hours
     Memory: 12.7 GB of each GPU
-    Result: ImageNet-1K fine-tuned 84.8, linear 76.3, k-NN 75.6 (reproduction; paper: 85.3)
+    Result: ImageNet-1K fine-tuned 84.8, linear 76.3, k-NN 75.6 (reproduced by others; paper: 85.3)
 
     Also published: ADE20K 52.6, COCO Mask R-CNN 44.4 / 40.1 in 12 epochs (the reproduction); ADE20K
     53.8 (the paper, as the reproduction quotes it). Without a mask, `fd_clip_vit_base`, the linear
