@@ -1,6 +1,6 @@
 """Reads and writes weights files, for every family of models.
 
-All code gets the weights of a source from `resolve.py`, which resolves each source once in a start
+All code gets the weights of a source from `resolve.py`, which resolves each source once in a launch
 of a command. For this `download.py` finds the file, `read.py` opens its tensors, `published.py`
 finds their format and model, and `sidecar.py` reads the configuration next to the file. `settle.py`
 fills a recipe's section with the model that the weights show. `coverage.py` checks that file and

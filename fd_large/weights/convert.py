@@ -99,9 +99,10 @@ def write(
 
 
 def _timm(architecture: FamilyArchitecture) -> Export:
-    """Returns how the model is exported to timm.
+    """Returns how a model is written with timm's tensor names.
 
-    Raises: WeightsError: if timm has no such model.
+    Raises:
+        WeightsError: If timm has no model of this family, or none with all parts of `architecture`.
     """
     export = family_of(architecture).exports.get("timm")
     lacks = export.lacks_place(architecture) if export else "timm has no model of this family"

@@ -1,7 +1,8 @@
 """Checks that a file covers a model exactly: the file and the model have the same tensors.
 
-Otherwise the file is refused. Names and shapes are compared before any tensor is read. Tensors are
-then read one by one, checked for NaN and infinity, and resized if the model has another grid.
+Otherwise a WeightsError is raised. Names and shapes are compared before any tensor is read. Then
+tensors are read one by one, checked for NaN and infinity, and resized if the model has another
+grid.
 """
 
 from __future__ import annotations
@@ -122,11 +123,14 @@ class Fitted:
         return self._file.dtypes(sources)
 
     def is_file_of(self, dtype: torch.dtype) -> bool:
-        """Whether all tensors come from local files and have this dtype."""
+        """Whether the model's tensors all come from local files and have dtype `dtype` there."""
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the paths of the tensors' files; empty if a library provides the tensors."""
+        """Returns the paths of the files that hold the tensors, after their index if there is one.
+
+        The list is empty if a library or a checkpoint provides the tensors.
+        """
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
@@ -173,9 +177,10 @@ class Match:
         return _complaints(self.missing, self.left_over, self.misfits)
 
     def summary(self) -> str:
-        """Returns how much of the model fits, in words, such as "98.5% of the model's 100 numbers".
+        """Returns how much of the model fits: "98.5% of the model's 100 numbers, 12 tensors".
 
-        The number of tensors that fit unchanged or resized follows.
+        The numbers are the elements of all tensors of the model. The tensors are those that fit,
+        unchanged or resized.
         """
         share = 100 * self.parameters / self.total if self.total else 0.0
         # An incomplete model must not round up to 100 %.

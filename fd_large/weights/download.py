@@ -167,9 +167,11 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 
 
 def _writer(source: str) -> Callable[[Path], str]:
-    """Returns a function that downloads a source into a folder and returns the licence.
+    """Returns a function that downloads the weights of `source` into a folder.
 
-    Raises: WeightsError: if the source is of a kind that is not downloaded, such as a path.
+    The function takes the folder, and returns the licence of the weights, or "" if it is unknown.
+
+    Raises: WeightsError: if `source` is of a kind that is not downloaded, such as a path.
     """
     if source.startswith(HUB):
         return partial(_folder_of_hub, source.removeprefix(HUB))

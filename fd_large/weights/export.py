@@ -47,11 +47,13 @@ def export_of(
 
     Args:
         architecture: The student, with the image size of the export.
-        to: One of LIBRARIES.
+        to: The value of `--to`, a key of `LIBRARIES`.
         pads: Whether the run pads images whose size does not fit.
         window_rule: The run's rule for maps that windows do not divide.
 
-    Raises: ConfigError: if the library lacks the model; it names formats that can hold the model.
+    Raises:
+        ConfigError: If the library lacks the model. The message names the formats that can hold the
+            model.
     """
     if LIBRARIES[to].graph:
         return None
@@ -85,7 +87,14 @@ def libraries_of(
 
 
 def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: WindowRule) -> str:
-    """Returns, in words, the reason why a library's format cannot hold a model, or ""."""
+    """Returns why the format `to` cannot hold a model, in words; "" if it can.
+
+    Args:
+        architecture: The student, with the image size of the export.
+        to: A value of `--to` whose files hold tensors, not a graph.
+        pads: Whether the run pads images whose size does not fit.
+        window_rule: The run's rule for maps that windows do not divide.
+    """
     exports = family_of(architecture).exports
     if to not in exports:
         return f"a {architecture.family} model, which has no export of this kind"
@@ -209,11 +218,11 @@ def _renamed(
 
 
 def parse_size(text: str) -> int:
-    """Returns the number of bytes that a text such as "5GB", "300MB", "80KB" or "5000" states.
+    """Returns the number of bytes that `text` states, such as "5GB", "300MB", "80KB" or "5000".
 
-    Units are powers of 1000.
+    Units are powers of 1000, also "GiB" and the like. A number without a unit is in bytes.
 
-    Raises: ConfigError: if the text states no size.
+    Raises: ConfigError: if `text` has another form or another unit, or states less than 1 byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
     size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0

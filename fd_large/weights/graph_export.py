@@ -38,7 +38,7 @@ _TOLERANCE = 1e-3
 
 
 def check_packages(to: To) -> None:
-    """Checks that the packages that a format needs are installed.
+    """Checks that the packages that an export to the format `to` needs are installed.
 
     Raises: ConfigError: naming the packages that are missing.
     """
@@ -121,7 +121,7 @@ class _Tokens(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps (B, 3, H, W) to (B, N, C), prefix tokens included."""
+        """Maps normalised images (B, 3, H, W) to tokens (B, N, C), prefix tokens included."""
         return self.net(images).tokens
 
 
@@ -158,7 +158,13 @@ _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
 def _metadata(side: int, feature_map: FeatureMap, statistics: Statistics) -> dict[str, str]:
-    """Returns {key: text} that describes the graph's input and output, for the graph's file."""
+    """Returns {key: text} that describes the graph's input and output, for the graph's file.
+
+    Args:
+        side: Side of the graph's images, in pixels.
+        feature_map: Result of the backbone for images of this size.
+        statistics: Mean and standard deviation by which images are normalised.
+    """
     return {
         "image_size": str(side),
         "image_mean": " ".join(map(str, statistics.mean)),

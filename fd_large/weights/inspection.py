@@ -170,6 +170,10 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
     """Describes a model that this project stored and whose family has no published files.
 
     The user's code that makes the model is not imported.
+
+    Args:
+        source: The source as the user gave it.
+        stored: The model, opened from an exported folder or from a checkpoint.
     """
     is_file = stored.file.path is not None
     dropped = [name for name in stored.sizes if is_file and name.startswith(DECODER)]
@@ -189,10 +193,10 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
 
 
 def _merged(weights: PublishedWeights) -> Architecture:
-    """Returns the known architecture fields, from the tensors and from what is stated.
+    """Returns the architecture fields of `weights` that are known, with None in other fields.
 
-    For image and window size, a statement takes precedence over what the tensors show; for other
-    fields, the tensors take precedence.
+    The image size and the window size are those that the format or a configuration states. If
+    neither states them, and for all other fields, a value that the tensors show takes precedence.
     """
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}

@@ -81,8 +81,8 @@ class Learned:
         recipe: {row: text} added to the table of the recipe.
         data: {row: text} added to the table of the images.
         metrics: {key in summary.json: label} of the entries to show.
-        origins: {owner of weights: origin} of the weights that the student learned from, besides
-            its own initial weights.
+        origins: {weights in words: their origin}, for the weights that the student learned from,
+            such as "the teacher's weights"; its own initial weights are not among them.
     """
 
     title: str
@@ -194,10 +194,12 @@ def _template() -> Any:
 
 
 def allowed_by(code: str) -> str:
-    """Returns the value of `allow_code` of `load_model` that permits a model's code.
+    """Returns the value for `allow_code` of `load_model` that permits a model's code.
 
-    The value is the name of the user's file without folders, or a `module:` name. It is "" for code
-    that needs no permission: an installed plugin, or this package's own code.
+    Args:
+        code: Name of the code. For `module:FOLDER/FILE.py:NAME` the result is FILE.py, and
+            `module:PACKAGE.MODULE:NAME` is returned unchanged. For any other name the result is "",
+            since an installed plugin and this package's own code need no permission.
     """
     name = without_folders(code) if doors.is_own(code) else ""
     file = name.removeprefix(doors.PREFIX).rpartition(":")[0]
@@ -205,7 +207,14 @@ def allowed_by(code: str) -> str:
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:
-    """Returns the size rules that differ from the defaults, as text of `load_model`'s arguments."""
+    """Returns arguments of `load_model`, as Python text, for size rules that are not the default.
+
+    The text is appended to other arguments, such as ', size_rule="pad"'. It is "" if all rules are
+    the defaults.
+
+    Args:
+        sizes: {name: value} of the student's rules for sizes (`Student.sizes`).
+    """
     usual = Student(model="").sizes()
     return "".join(
         f", {name}={json.dumps(value) if isinstance(value, str) else tuple(value)}"
@@ -215,7 +224,14 @@ def _rules(sizes: Mapping[str, Any]) -> str:
 
 
 def map_of(net: nn.Module, side: int) -> str:
-    """Describes a backbone's map in words, for images of `side` pixels a side."""
+    """Describes in words the map that a backbone returns for square images.
+
+    The result is, for example, "14 x 14 tokens of 768 channels at 224 px, after 1 class token".
+
+    Args:
+        net: The backbone.
+        side: Side of the images, in pixels.
+    """
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
     after = f", after {prefix} class token{'s' if prefix > 1 else ''}" if prefix else ""
@@ -239,7 +255,14 @@ def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str,
 
 
 def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Returns the planned length of the run in words, from its recipe or its time limit."""
+    """Returns the planned length of the run in words: a number of steps, or "30 epochs".
+
+    If a time limit decided the number of steps, the text says so.
+
+    Args:
+        optim: Section `optim` of the recipe, as a dict.
+        manifest: The checkpoint's manifest.
+    """
     if decided := decided_steps(manifest):
         return f"{decided:,}, as many as its time limit allowed"
     most = optim["max_steps"]

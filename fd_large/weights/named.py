@@ -64,9 +64,11 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
 
 
 def file_in_package(name: str, where: str) -> Path:
-    """Returns the weights file inside an installed package, without importing the package.
+    """Returns the only weights file inside the installed package `name`, without importing it.
 
-    Raises: WeightsError: if the package is not installed, or has no weights file or several.
+    Raises:
+        WeightsError: If the package is not installed, or has no weights file or several. The
+            message begins with `where`.
     """
     # A dotted name would import the packages above it.
     spec = find_spec(name) if name.isidentifier() else None
@@ -92,7 +94,10 @@ def file_in_package(name: str, where: str) -> Path:
 
 
 def no_open_clip(source: str, where: str) -> WeightsError:
-    """Returns the error for a source `open_clip:...` when open_clip is not installed."""
+    """Returns the error for a `source` `open_clip:...` when open_clip is not installed.
+
+    The message begins with `where`.
+    """
     return WeightsError(
         f"{where}: open_clip is not installed; got {source}, expected the package open_clip. Run "
         "pip install 'fd_large[open_clip]', or give the path of a file."
@@ -154,9 +159,13 @@ def _require_folder(source: str, where: str) -> None:
 
 
 def _require_tensors(path: Path, where: str) -> None:
-    """Checks that a file begins as weights files do, unlike an empty file, text or an HTML page.
+    """Checks that the file `path` begins as weights files do, unlike an empty file, text or HTML.
 
-    Raises: WeightsError: if the file begins otherwise, or cannot be read.
+    An index (.json) and an exported graph are not checked here.
+
+    Raises:
+        WeightsError: If the file begins otherwise, or cannot be read. The message begins with
+            `where`.
     """
     if path.suffix in _OTHER_FILES:
         return

@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 
 
 def is_random(source: str) -> bool:
-    """Whether a source stands for random weights, as "", `random` and `timm:NAME=random` do."""
+    """Whether `source` stands for random weights, as "", `random` and `timm:NAME=random` do."""
     if source in ("", RANDOM):
         return True
     brought = family_of_source(source)
@@ -94,13 +94,14 @@ def without_folders(source: str) -> str:
 
 
 def file_beside(source: str, name: str) -> Path | None:
-    """Returns the path of a file in the folder of weights, or None if there is no such file.
+    """Returns the path of the file `name` in the folder of weights, or None if it is not there.
 
     For `hf:OWNER/NAME` the file is looked up in the local cache of the Hub. For a source that is
     neither a path nor on the Hub, the result is None.
 
     Args:
-        source: The source of the weights.
+        source: The source of the weights: a file beside which `name` lies, a folder, or another
+            source.
         name: Name of the file.
     """
     if source.startswith(HUB):
@@ -113,7 +114,10 @@ def file_beside(source: str, name: str) -> Path | None:
 
 
 def licence_of_card(card: Path | None) -> str:
-    """Returns the licence in the metadata of a model card, or "" if there is no card or licence."""
+    """Returns the licence in the metadata of the model card `card`.
+
+    The result is "" if `card` is None, cannot be read, or states no licence.
+    """
     if card is None or kind_of(card) != "file":
         return ""
     try:
@@ -134,7 +138,10 @@ def licence_of_card(card: Path | None) -> str:
 
 
 def _timm_licence(config: Path) -> str:
-    """Returns the licence that timm's config.json states, or "" if there is no file or licence."""
+    """Returns the licence that the file `config`, a config.json of timm, states.
+
+    The result is "" if the file is missing or damaged, or states no licence.
+    """
     if kind_of(config) != "file":
         return ""
     try:

@@ -209,7 +209,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Returns, as text, the parts of names before the first dot, each with its number of names."""
+    """Counts `names` by their part before the first dot, and returns "fpn (12), norm (2)" as text."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -301,6 +301,14 @@ def _model_flag(where: str) -> str:
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
     """Returns the architecture fields that the shapes of a file's tensors show.
 
+    If there is no patch embedding, only the family is known, and all other fields are None.
+
+    Args:
+        family: The family of the model.
+        shapes: {our name: shape} of the tensors.
+        file: The tensors, by their names in the file.
+        where: Field that the user set, for messages.
+
     Raises: WeightsError: if a tensor is empty, or has a shape that is impossible in the family.
     """
     empty = [name for name, shape in shapes.items() if 0 in shape]
@@ -356,7 +364,8 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
     """Returns the tensors of a segmentation model's backbone, and the names of all other tensors.
 
-    For any other file it returns all tensors, and no names.
+    The prefix `backbone.` of the names is removed. A file without a tensor `decode_head.*` is not a
+    segmentation model: then all its tensors and an empty list are returned.
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []

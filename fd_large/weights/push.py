@@ -43,7 +43,9 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Creates a private repository and uploads a folder to it; returns the repository's address.
 
-    The folder stays on disk after an error.
+    Args:
+        folder: Folder of an export, which stays on disk after an error.
+        repository: OWNER/NAME of the repository.
 
     Raises: ConfigError: if the repository exists; WeightsError: if the upload fails.
     """

@@ -106,12 +106,12 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape without reading it."""
+        """Returns the shape of the tensor `name` without reading the tensor."""
         entry = self._entries[name]
         return tuple(entry.header().get_shape() if isinstance(entry, _Slice) else entry.shape)
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """Returns a tensor's dtype without reading it; as text if torch lacks the dtype."""
+        """Returns the dtype of the tensor `name` without reading it, as text if torch lacks it."""
         entry = self._entries[name]
         if isinstance(entry, _Slice):
             return DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
@@ -122,7 +122,7 @@ class Tensors(Mapping[str, Tensor]):
         return tuple(sorted({str(self.dtype(name)).removeprefix("torch.") for name in names}))
 
     def under(self, names: Mapping[str, str]) -> Tensors:
-        """Returns some of the tensors under new names, given {new name: old name}."""
+        """Returns the tensors that `names`, {new name: old name}, lists, under their new names."""
         entries = {new: self._entries[old] for new, old in names.items()}
         return Tensors(entries, self.path, self.wrapping, self.other_part)
 
@@ -150,9 +150,13 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
 
 
 def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]:
-    """Splits `FILE#PART` into (file, part); the part is "" if the source names none.
+    """Splits a `source` FILE#PART into (file, part).
 
-    Raises: WeightsError: if there is no part of that name.
+    The part is "" if the source has none, or if a file or folder has the whole name, with the `#`.
+
+    Raises:
+        WeightsError: If PART is not one of `PARTS`, such as "student". The message begins with
+            `where`.
     """
     name, mark, part = str(source).rpartition("#")
     if not mark or kind_of(source):
@@ -199,9 +203,11 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
 
 
 def file_of(path: Path, *, where: str = "weights") -> Path:
-    """Returns the path of the weights file (or index) at a path or inside the folder at a path.
+    """Returns the path of a weights file or index: `path`, or the file inside the folder `path`.
 
-    Raises: WeightsError: if there is no such file.
+    Raises:
+        WeightsError: If there is no such file, or `path` is the folder of a run or an exported
+            graph. The message begins with `where`.
     """
     kind = kind_of(path, where=where, of=WeightsError)
     if kind == "file" and path.suffix not in _GRAPHS:
@@ -229,7 +235,10 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Returns the paths of an index and of all its files; for any other file [path].
+    """Returns the paths of all files of weights: an index and the files that it names, or one file.
+
+    Args:
+        path: An index (.json), or any other file, for which the result is [path].
 
     Raises: WeightsError: if the index cannot be read.
     """
@@ -327,9 +336,11 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
 
 
 def _sharded(path: Path, where: str) -> dict[str, Any]:
-    """Returns {name: tensor} of all files that an index names.
+    """Returns {name: tensor} of all files that the index `path` names.
 
-    Raises: WeightsError: if the index is damaged, or a file or tensor is missing.
+    Raises:
+        WeightsError: If the index is damaged, or a file or tensor is missing. The message begins
+            with `where`.
     """
     try:
         index = read_json(path, where=where)["weight_map"]

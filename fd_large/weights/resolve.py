@@ -63,18 +63,19 @@ if there is none."""
 
 
 class Sources:
-    """The weights of all sources in one start of a command; each source is resolved once.
+    """The weights of all sources in one launch of a command; each source is resolved once.
 
     Args:
-        readers: Functions that open a stored model at a path. They are called before the path is
-            read as a weights file, and contain no collectives.
+        readers: Functions that open a run or checkpoint at a path and return its model, or None if
+            there is none. They are called before the path is read as a weights file, and contain no
+            collectives.
         guesses: True if unknown image statistics are always guessed with a warning, since the
             command has no flag to set them; False if they are an error for formats whose publishers
             use different statistics.
-        settled: {source: image statistics}, for the sources whose models an earlier start of the
-            command determined; an empty tuple if that start guessed the statistics. A value is used
-            if the weights state no statistics. If a source in this dict has a file with a student
-            and a teacher, and does not name one of them, the student is taken.
+        settled: {source: image statistics}, for the sources whose models an earlier launch of the
+            command determined. A value is an empty tuple if that launch guessed the statistics. A
+            value is used if the weights state no statistics. If a source in this dict has a file
+            with a student and a teacher, and does not name one of them, the student is taken.
     """
 
     def __init__(
@@ -123,12 +124,12 @@ class ResolvedWeights:
     """The weights of one source; properties are computed on first access and kept.
 
     Every property raises FDError if the source cannot be downloaded or read, or is damaged.
-    Licence and repository are found from the source's name instead (origin.py).
+    `origin.py` finds the licence and the repository, from the source's name alone.
 
     Args:
         source: The source as the user wrote it.
         read_stored: Opens runs and checkpoints.
-        was_settled: Whether an earlier start of the command determined the model of the source. If
+        was_settled: Whether an earlier launch of the command determined the model of the source. If
             so, a file with a student and a teacher means the student unless the source names one.
 
     Attributes:
@@ -170,9 +171,10 @@ class ResolvedWeights:
 
     @property
     def unpublished(self) -> Stored | None:
-        """The stored model if its family has no published formats; None for other sources.
+        """The stored model if its family has no published formats; otherwise None.
 
-        The tensors of such a model do not show its architecture.
+        The tensors of a model of such a family do not show its architecture. A source without a
+        stored model has the value None.
         """
         stored = self.stored
         return stored if stored and family_of(stored.architecture).published is None else None
@@ -303,10 +305,11 @@ class ResolvedWeights:
         )
 
     def fetch(self) -> None:
-        """Downloads the weights that a library provides, before they are read.
+        """Downloads the weights into the library's cache, if a library provides them.
 
-        All ranks must call this method, in a meeting (`ranks.meeting`). For sources that no library
-        provides, nothing is done.
+        For sources that no library provides, nothing is done. All ranks must call this method, in a
+        meeting of ranks (`ranks.meeting`), in which one rank downloads for all ranks with its
+        cache.
 
         Raises: WeightsError: if the weights cannot be downloaded.
         """
@@ -328,7 +331,13 @@ class ResolvedWeights:
         return Configuration(self._located, folder, self.where)
 
     def _backbone(self) -> tuple[Tensors, list[str]]:
-        """Returns the tensors of one backbone, and the names of the file's other tensors."""
+        """Returns the tensors of one backbone, and the names of the file's other tensors.
+
+        If the file has a student and a teacher, and the source does not name one of them, the
+        choice is logged. The student is taken from EsViT's files, for a source that is not a path,
+        and if an earlier launch of the command determined the model. In all other cases the teacher
+        is taken.
+        """
         if self._located.tensors is not None:
             return self._located.tensors, []
         (name, part), where = self._name_and_part, self.where
@@ -353,7 +362,8 @@ class ResolvedWeights:
         """Returns the tensors of one part of the file.
 
         Args:
-            part: "student" or "teacher", for a file with both, of which "" means the teacher.
+            part: "student" or "teacher", if the file has dicts of these two names; "" in such a
+                file means the teacher. In any other file all tensors are returned.
         """
         if part not in self._files:
             name, _ = self._name_and_part
@@ -411,7 +421,10 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
 def other_model(
     source: str, stored: FamilyArchitecture, requested: FamilyArchitecture, where: str
 ) -> WeightsError:
-    """Returns the error for a source whose stored model is not the requested model."""
+    """Returns the error for a `source` whose model is `stored` instead of `requested`.
+
+    The message begins with `where`.
+    """
     return WeightsError(
         f"{where}: {source}: another model; got {name_of(stored)}, expected "
         f"{name_of(requested)}. {remedy_for(stored)}"

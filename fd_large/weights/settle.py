@@ -170,7 +170,7 @@ def _of_published(
         section: The section as the user set it.
         named: The model that the section names; None if it names none or a family alone.
         weights: The weights, with the architecture fields that they show.
-        sources: Has the image statistics that an earlier start of the command determined.
+        sources: Has the image statistics that an earlier launch of the command determined.
         where: The flag of the source, for messages.
 
     Raises: WeightsError: if the tensors are those of another model, or leave fields unknown.
@@ -338,7 +338,11 @@ def _nothing_shows(
 
 
 def _placeholder(field: str) -> str:
-    """Returns a placeholder for a field's value in a flag, as "gelu|quick_gelu" or "NUMBER"."""
+    """Returns a placeholder for the value of the architecture field `field` in a flag.
+
+    It is the list of choices, such as "gelu|quick_gelu" or "True|False", for several numbers
+    "NUMBERS", otherwise "NUMBER".
+    """
     hint = hints_of(Architecture)[field]
     for part in (hint, *get_args(hint)):
         if get_origin(part) is Literal:
@@ -351,9 +355,9 @@ def _placeholder(field: str) -> str:
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:
-    """Returns the image statistics of a section that is completed from its weights.
+    """Returns the image statistics in a section that is completed from its weights, or None.
 
-    None means that the section states none, and that those of the model that it names are used.
+    None means that `section` states none, and that those of the model that it names are used.
     """
     if not section.statistics:
         return None

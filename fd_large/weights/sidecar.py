@@ -53,8 +53,8 @@ class Described(NamedTuple):
         architecture: The architecture fields that the configuration states.
         statistics: The stated image statistics; None if the configuration states none.
         family: The family that builds the model.
-        read_here: Whether the tensors can also be loaded into one of this package's own models,
-            which has a final norm of the tokens that the library's module may lack.
+        read_here: Whether a model of this package can also read the tensors. It has a final norm of
+            the tokens, which the library's module may lack.
     """
 
     architecture: Architecture
@@ -69,8 +69,8 @@ class Configuration:
     Every property raises WeightsError if the file is damaged or describes an unsupported model.
 
     Args:
-        located: The location of the weights, and for weights that are in a library's own list, what
-            the library states about them.
+        located: The location of the weights. It also has what a library states about them, if they
+            are in the library's own list.
         folder: The folder of the weights.
         where: Field that the user set, for messages.
     """
@@ -316,6 +316,10 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
 
     Returns None if timm has no model of that name.
 
+    Args:
+        config: Contents of timm's config.json.
+        where: Field that the user set, for messages.
+
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
     arguments = config.get("model_args") or {}
@@ -348,7 +352,10 @@ def _made_by_timm(name: str, arguments: str) -> Any:
 
 
 def _deeper(config: Any) -> str:
-    """Returns an entry of a configuration with an impossible number of layers, in words, or ""."""
+    """Returns the first entry of `config` with an impossible number of layers, as "depth 5,000".
+
+    Entries of nested dicts are searched too. The result is "" if there is no such entry.
+    """
     for name, value in config.items() if isinstance(config, dict) else ():
         several = value if isinstance(value, list) else [value]
         number = sum(abs(v) for v in several if isinstance(v, int))

@@ -113,9 +113,11 @@ class _Archive:
         return io.BytesIO(self.read("data.pkl"))
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of a file in the archive.
+        """Returns the bytes of the file `name` in the archive.
 
-        Raises: ValueError: if all reads together exceed a bound.
+        Raises:
+            ValueError: If the file has a compression that torch does not use, or all reads of this
+                archive together exceed a bound.
         """
         info = self._zip.getinfo(self._root + name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -130,7 +132,7 @@ class _Archive:
         return b"".join(parts)
 
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
-        """Returns the storage with the name `key` in the archive.
+        """Returns the storage `key` of the archive, with `numel` elements of `dtype`.
 
         Raises:
             ValueError: If the storage is compressed or encrypted, which it never is in files of
@@ -239,7 +241,10 @@ _CLASS = re.compile(
 
 
 def _named_tensors(code: bytes) -> dict[str, frozenset[str]]:
-    """Returns {class name: names of its parameters and buffers}, as TorchScript's code lists them.
+    """Returns {class name: names of its parameters and buffers} for the classes in `code`.
+
+    Args:
+        code: A source file of a TorchScript archive, which lists these names.
 
     Raises: RefusedError: if a class has code that restores its objects (`__setstate__`).
     """

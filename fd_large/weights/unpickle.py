@@ -84,9 +84,9 @@ class Budget:
         self._left = _ENTRIES
 
     def take(self, entries: int) -> None:
-        """Counts entries of a dict or module before they are processed.
+        """Counts `entries` more entries of dicts or modules, before they are processed.
 
-        Raises: ValueError: if the bound is exceeded.
+        Raises: ValueError: if all entries counted so far exceed the bound.
         """
         self._left -= entries
         if self._left < 0:
@@ -188,7 +188,7 @@ class _Reader(pickle._Unpickler):
         self._storages, self._budget, self._script = storages, budget, script
 
     def find_class(self, module: str, name: str) -> _Global:
-        """Returns a `_Global` for a name that this reader knows; imports nothing.
+        """Returns a `_Global` for the name `module.name`, if this reader knows it; imports nothing.
 
         Raises: RefusedError: for any other name.
         """
@@ -199,7 +199,7 @@ class _Reader(pickle._Unpickler):
         raise RefusedError(name[:200])
 
     def persistent_load(self, identity: Any) -> Held:
-        """Returns the storage that a persistent id of the pickle describes."""
+        """Returns the storage that `identity`, a persistent id of the pickle, describes."""
         return _storage(identity, self._storages)
 
     def _reduce(self) -> None:
