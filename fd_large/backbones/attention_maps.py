@@ -59,16 +59,23 @@ def attention_maps(
 
 
 def with_query_bias(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """Adds the queries' bias (C,), unless it is None, to projected tokens (B, N, 3C).
+    """Adds the queries' bias to projected tokens, and returns them.
 
     The keys' bias is left out: it adds the same number to all logits of a query, so that the
     attention map does not depend on it.
+
+    Args:
+        projected: (B, N, 3C), queries, keys and values of each token.
+        bias: (C,), the queries' bias; None adds nothing.
     """
     return projected if bias is None else projected + F.pad(bias, (0, 2 * len(bias)))
 
 
 def _in_windows(projected: Tensor, positions: TokenPositions) -> Tensor:
-    """Gathers tokens (B, N, C) by window into (B, nW, T, C); padding tokens are zeros."""
+    """Gathers the tokens `projected`, (B, N, C), by window into (B, nW, T, C).
+
+    The windows are those of `positions`, nW windows of T tokens. Padding tokens are zeros.
+    """
     index = positions.index.to(projected.device)
     if len(index) == 1 and bool(positions.whole[0]):
         return projected[:, None]

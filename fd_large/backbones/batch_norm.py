@@ -55,10 +55,10 @@ class Groups:
         self._ranks: Any = None
 
     def lie_in(self, global_batch: int, micro_batch: int) -> None:
-        """Lets groups span several ranks if a micro-batch is not a multiple of the group.
+        """Lets groups span several ranks, if necessary and possible; a collective.
 
-        This is possible only if a step has a single micro-batch on each rank. In all other cases
-        each micro-batch begins with a new group. This method is a collective.
+        Groups span ranks if the size of a group does not divide `micro_batch`, and each rank has a
+        single micro-batch in a step. In all other cases each micro-batch begins with a new group.
 
         Args:
             global_batch: Number of images in a step, over all ranks; a multiple of the group's
@@ -77,21 +77,26 @@ class Groups:
             self._ranks = distributed.neighbours(ranks)
 
     def of(self, images: int, device: torch.device) -> Tensor:
-        """Returns for each image of a micro-batch the row of its group in `sums`, (B,) int64.
+        """Returns the group of each image of a micro-batch, as its row in the result of `sums`.
 
         Args:
             images: B, the number of images in the micro-batch of this rank.
             device: Device of the result.
+
+        Returns: (B,) int64.
         """
         if self.size == PASS:
             return torch.zeros(images, dtype=torch.int64, device=device)
         return (torch.arange(images, device=device) + self._first) // self.size
 
     def sums(self, of_images: Tensor) -> Tensor:
-        """Sums values (B, K) float64 over the images of each group, and returns (groups, K).
+        """Sums values over the images of each group, and returns (number of groups, K) float64.
 
         If groups span ranks, the sums include the images of other ranks, and this method is a
         collective.
+
+        Args:
+            of_images: (B, K) float64, the values of each image of this rank's micro-batch.
         """
         images, before = len(of_images), self._first % self.size
         number = -(-(before + images) // self.size) if self.size != PASS else 1
@@ -167,13 +172,15 @@ def statistics_of(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.compiler.disable
 def normalised(norm: Any, x: Tensor) -> Tensor:
-    """Applies a batch norm to x in float32, or in float64 for a float64 x; keeps the dtype of x.
+    """Applies a batch norm to `x`, computing in float32, or in float64 for a float64 `x`.
 
-    In training it uses the statistics of groups, if their size is not 0; otherwise the running
-    statistics. The dropout and activation of timm's norms follow.
+    The result has the shape and dtype of `x`. In training, the statistics of groups of images are
+    used, if the size of the groups is not 0. Otherwise the running statistics are used. The dropout
+    and activation of timm's norms follow.
 
     Args:
-        norm: Module with weight, bias, running_mean, running_var, eps, norm_groups and seen.
+        norm: Module with weight, bias, running_mean, running_var and eps. Its `norm_groups` is the
+            `Groups`, and its `seen` has the recorded statistics (see `_note`).
         x: (B, C, ...).
     """
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
@@ -269,6 +276,9 @@ def _note(ctx: Any) -> None:
 
     `seen` has the sum over images of the mean (C) and the unbiased variance (C) of each image's
     group, and the number of images.
+
+    Args:
+        ctx: Autograd context of `_Normalise`, with the norm and the statistics of the forward.
     """
     groups: Groups = ctx.norm.norm_groups
     sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)
@@ -278,21 +288,25 @@ def _note(ctx: Any) -> None:
 
 
 def _by_image(x: Tensor, images: int) -> Tensor:
-    """Reshapes (B', C, ...) to (B, B' / B, C, positions), where B is the number of images."""
+    """Reshapes `x` from (B', C, ...) to (B, B' / B, C, positions), where B is `images`.
+
+    B' is a multiple of B, the number of images, if a model has flattened other dimensions into the
+    first.
+    """
     return x.reshape(images, len(x) // images, x.shape[1], -1)
 
 
 def forget(norms: Sequence[Any]) -> None:
-    """Discards the statistics that norms have recorded, such as those of a trial."""
+    """Discards the statistics that `norms` have recorded, so that no step uses them."""
     for norm in norms:
         norm.seen = None
 
 
 @torch.no_grad()
 def move(norms: Sequence[Any]) -> None:
-    """Updates the running statistics of norms by the statistics recorded in a step; a collective.
+    """Updates the running statistics of `norms` by the statistics recorded in a step; a collective.
 
-    Norms without recorded statistics stay unchanged.
+    Norms without recorded statistics stay unchanged. The recorded statistics are discarded.
     """
     norms = [norm for norm in norms if norm.seen is not None]
     if not norms:

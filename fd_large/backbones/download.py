@@ -40,15 +40,28 @@ def downloaded(source: str, get: Callable[[], T]) -> T:
 
 
 def download(source: str, get: Callable[[], object]) -> None:
-    """Fills the library's cache, so that a later `downloaded` of the source needs no network."""
+    """Fills the library's cache, so that `downloaded` needs no network for the same source.
+
+    In a meeting of all ranks (`ranks.meeting`), rank 0 and the first rank of each node load the
+    object. Outside a meeting each rank loads it. If this process has done so before for this
+    source, nothing is done.
+
+    Args:
+        source: The source, as the user gave it.
+        get: Loads the object, from the cache or the network.
+    """
     _first(source, get)
 
 
 def _first(source: str, get: Callable[[], T]) -> list[T]:
-    """Loads the object on rank 0 and on the first rank of each node.
+    """Loads an object on rank 0 and on the first rank of each node; outside a meeting on each rank.
 
-    Returns a list of the object on a rank that loaded it, and an empty list on all other ranks. The
-    list is also empty if this process has found the source in its cache before.
+    Args:
+        source: The source, as the user gave it.
+        get: Loads the object, from the cache or the network.
+
+    Returns: a list of the object on a rank that loaded it, and an empty list on all other ranks.
+        The list is also empty if this process has called this function for `source` before.
     """
     got: list[T] = []
     if source in _cached:

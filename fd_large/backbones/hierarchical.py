@@ -158,9 +158,9 @@ class HierarchicalBackbone(nn.Module):
         return sum(self.depths[:stage]) + int(block) + 1
 
     def layers_above(self, name: str) -> int:
-        """Returns the number of layers after a parameter's layer.
+        """Returns the number of layers after the layer of the parameter `name`.
 
-        Here each patch merging counts as a layer of its own.
+        Here each patch merging counts as a layer of its own, unlike in `layer_id`.
 
         Source: models/optimizer.py of SwinTransformer/MIM-Depth-Estimation.
         """
@@ -191,9 +191,10 @@ class HierarchicalBackbone(nn.Module):
         return -(-height // p), -(-width // p)
 
     def _misfit(self, height: int, width: int) -> str:
-        """Returns an error message on the first stage that an image size does not fit.
+        """Returns an error message if an image of (height, width) pixels does not fit, else "".
 
-        Returns "" if the size fits all stages.
+        The message names the first stage that the image does not fit. If `size_rule` is "pad", only
+        images smaller than a patch do not fit.
         """
         rows, columns = self._patch_grid(height, width)
         if min(rows, columns) < 1:
@@ -284,10 +285,13 @@ class HierarchicalBackbone(nn.Module):
             site += 2 * depth
 
     def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns patch embeddings plus absolute positions, (B, H/p, W/p, C).
+        """Returns patch embeddings plus absolute positions, (B, H/p, W/p, C); p is a patch's side.
 
         If `in_two_dtypes`, returns the sum twice: in the dtype of the residual stream, and in the
         dtype of the weights.
+
+        Args:
+            images: (B, 3, H, W), normalised images.
         """
         compute = self.patch_embed.proj.weight.dtype
         dtype = residual_dtype(self.residual, compute)

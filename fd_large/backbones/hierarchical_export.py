@@ -75,7 +75,10 @@ def hugging_face(a: WindowedTransformer, class_name: str, **values: Any) -> dict
 
 
 def _fits(a: WindowedTransformer) -> bool:
-    """Whether no padding is needed for patches, for windows or for patch merging in any stage."""
+    """Whether images of the model's `image_size` need no padding in any stage.
+
+    Padding may be needed for patches, for windows or for patch merging.
+    """
     side, rest = divmod(a.image_size, a.patch_size)
     for stage in range(len(a.depths)):
         rest += side % min(a.window_size, side) if side else 1

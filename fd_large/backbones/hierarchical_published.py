@@ -172,11 +172,16 @@ def window_and_size(
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns {field: value} of the architecture fields in transformers' config.json of a Swin.
+    """Returns {field: value} of the architecture fields that transformers' config.json states.
 
-    The fields are `norm_eps`, `image_size` (pixels) and `window_size` (tokens) of a Swin or SwinV2.
+    The fields are `norm_eps`, `image_size` (pixels) and `window_size` (tokens). A value is None if
+    the configuration lacks it.
 
-    Raises: WeightsError: for an unsupported activation; the message begins with `where`.
+    Args:
+        config: Contents of the config.json of a Swin or SwinV2; it always has `window_size`.
+        where: Field that the user set, for the message.
+
+    Raises: WeightsError: for an unsupported activation.
     """
     activation_named(config.get("hidden_act"), where, of="hidden_act")
     return {

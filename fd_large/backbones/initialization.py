@@ -147,7 +147,10 @@ class HostDraws(TorchDispatchMode):
     """Context in which torch draws all random numbers with the CPU generator, for any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, on the CPU if it draws random numbers, and returns its result."""
+        """Runs the operation `func`, and returns its result on the device that the call asks for.
+
+        An operation that draws random numbers runs on the CPU, and its result is copied.
+        """
         kwargs = kwargs or {}
         requested_device = (
             args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")

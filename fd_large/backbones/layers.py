@@ -47,10 +47,11 @@ class BranchEnd(Linear):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Maps (..., in) to (..., out); returns the result, and the bias if it is not added yet.
+        """Maps `x` from (..., in) to (..., out).
 
-        Returns: the result, and the bias (out,) that the norm after this layer has to add to it;
-            None if the bias is already added.
+        Returns: the result, and the bias (out,) that the norm after this layer still has to add to
+            it. The bias is left to the norm if the norm's fused kernel can add it (`takes_bias`).
+            Otherwise it is already added, and None is returned in its place.
         """
         x = x.to(self.weight.dtype)
         if takes_bias(x, self.out_features):

@@ -20,9 +20,8 @@ class Format:
 
     Attributes:
         what: The format in words, for messages.
-        marks: Regular expressions that must all be found in a file's tensor names. A family's first
-            format whose marks are all found is taken. The keys of the dicts around the tensors
-            count as one more name, "in KEY.KEY".
+        marks: Regular expressions that must all be found in a file's tensor names. The keys of the
+            dicts around the tensors count as one more name, "in KEY.KEY".
         rows: Table that translates the tensor names.
         facts: Architecture fields that no tensor shows and that are the same in all files.
         ask: Architecture fields that no tensor shows and in which files differ. A configuration
@@ -87,7 +86,7 @@ class TensorFile(Protocol):
     """An opened file: a mapping of names to tensors, with shapes known before a tensor is read."""
 
     def shape(self, name: str) -> Shape:
-        """Returns the shape of a tensor."""
+        """Returns the shape of the tensor `name`."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
@@ -160,10 +159,12 @@ class Published:
             raises ValueError or IndexError for impossible shapes.
         configs: {library: function that reads its configuration}, for the libraries "hf", "timm"
             and "open_clip"; timm's configuration is a timm module.
-        adapt: Returns (rules, descriptions of changes) for a model that differs from the file's
-            model within limits.
-        guess: Returns values that are common among published models, for fields that neither the
-            file nor a configuration nor the user gives.
+        adapt: Function that takes the file's {our name: rule} and a `TargetModel`, which may differ
+            from the file's model within limits. It returns the {our name: rule} of that model, and
+            descriptions of the changes for the log.
+        guess: Function that takes the architecture fields that the tensors show. It returns values
+            that are common among published models, for fields that neither the file nor a
+            configuration nor the user gives.
         free: Fields in which a model may differ from its file, because position tables are resized
             or coordinates are scaled.
         ours: {field: default value} of the fields that the user may choose freely, since they
@@ -171,9 +172,11 @@ class Published:
         agree: {field: function that returns whether the weights fit the model in this field}. The
             function takes the file's value, the model's value and the depths of the file. In
             fields without a function, the two values have to be equal.
-        complete: Fills fields that depend on other fields, in place; returns notes for the log.
-        without_shape: Returns arbitrary values for fields on which no shape depends, so that the
-            shapes of a model can be computed before these fields are known.
+        complete: Function that takes the {field: value} of a model and a `Settling`. It fills the
+            fields that depend on other fields, in place, and returns notes for the log.
+        without_shape: Function that takes the known fields, and returns {field: arbitrary value}
+            for fields on which no shape depends. With these values, the shapes of a model can be
+            computed before these fields are known.
         facts: {named model: known facts of its weights}.
     """
 

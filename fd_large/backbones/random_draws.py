@@ -14,7 +14,7 @@ from fd_large.errors import ConfigError
 
 
 def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = False) -> None:
-    """Refuses dropout and unsuitable batch norms in a user's own model or head.
+    """Checks that a user's own model or head has no dropout and no unsuitable batch norm.
 
     Args:
         net: The trained module.
@@ -22,9 +22,9 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
         where: Field that the user set, for messages.
         has_groups: Whether batch norms of torch and timm will normalise by groups
             (`batch_norm.adopt`). If True, those that have running statistics and a momentum are
-            accepted; if False, every batch norm is refused.
+            accepted; if False, no batch norm is accepted.
 
-    Raises: ConfigError: naming the first refused module.
+    Raises: ConfigError: naming the first module that is not accepted.
     """
     remedy = "use a norm of single images"
     if has_groups:

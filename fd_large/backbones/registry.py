@@ -52,7 +52,10 @@ def family_of_source(source: str) -> tuple[Family, str] | None:
 
 
 def is_module(source: str) -> bool:
-    """Whether a source names a module that brings its weights and is itself the teacher."""
+    """Whether `source` names a module that brings its weights and is itself the teacher.
+
+    For example, `module:FILE.py:NAME` does.
+    """
     brought = family_of_source(source)
     return brought is not None and brought[0].scheme.weightless is None
 

@@ -28,7 +28,7 @@ def normalise(images: Tensor, statistics: Statistics) -> Tensor:
 
 @lru_cache
 def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns (mean, standard deviation), each (1, 3, 1, 1), on a device.
+    """Returns mean and standard deviation of `statistics`, each (1, 3, 1, 1), on `device`.
 
     Both tensors are cached, since a copy to a GPU in each step would make the CPU wait.
     """

@@ -70,7 +70,10 @@ def table(text: str, *, start: str = "") -> Rows:
 
 
 def under(start: str, rows: Rows) -> Rows:
-    """Returns the rows with the prefix `start` put before every pattern of names in the file."""
+    """Returns `rows` with the prefix `start` put before every pattern of names in the file.
+
+    The pattern "-", for a tensor that is not in the file, stays unchanged.
+    """
     return tuple(
         row if row.theirs == NOWHERE else row._replace(theirs=start + row.theirs) for row in rows
     )
@@ -103,9 +106,12 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def renamed(name: str, before: str, after: str) -> str | None:
-    """Translates a name from the pattern `before` to the pattern `after`.
+    """Translates a name from one pattern to another; returns None if it does not match.
 
-    Returns None if the name does not match `before`.
+    Args:
+        name: The name, which has to match `before`.
+        before: Pattern of such names, as in `Row`.
+        after: Pattern of the translated names, as in `Row`.
     """
     match = _regex(before).fullmatch(name)
     if match is None:
@@ -122,9 +128,10 @@ def renamed(name: str, before: str, after: str) -> str | None:
 
 
 def our_name(name: str, rows: Rows) -> tuple[str, str]:
-    """Returns (our name, form) of a file's tensor, by the first row that matches its name.
+    """Returns (our name, form) of a file's tensor, by the first of `rows` that matches `name`.
 
-    If no row matches, the name stays unchanged, whether or not the model has a tensor of this name.
+    Our name is "-" for a tensor that is left out. If no row matches, the result is (`name`, ""),
+    whether or not the model has a tensor of this name.
     """
     for row in rows:
         if (ours := renamed(name, row.theirs, row.ours)) is not None:
@@ -191,7 +198,11 @@ class Piece:
     length: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape of the model's tensor, given the shape of each tensor of the file."""
+        """Returns the shape of the model's tensor that this rule makes.
+
+        Args:
+            shape_of: Returns the shape of a tensor of the file, given its name there.
+        """
         if not self.sources:
             return (self.length,)
         shapes = [shape_of(name) for name in self.sources]
@@ -207,7 +218,11 @@ class Piece:
         return joined
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the model's tensor, made from the tensors of the file."""
+        """Returns the model's tensor that this rule makes.
+
+        Args:
+            tensors: The tensors of the file, by their names in the file.
+        """
         if not self.sources:
             return torch.full((self.length,), self.value)
         parts = [tensors[name] for name in self.sources]
@@ -236,7 +251,12 @@ class Translation(NamedTuple):
 
 
 def translated(names: Iterable[str], rows: Rows) -> Translation:
-    """Translates the names of a file's tensors to ours by the table of its format."""
+    """Translates the names of a file's tensors to ours.
+
+    Args:
+        names: Names of the file's tensors.
+        rows: Translation table of the file's format.
+    """
     pieces: Pieces = {}
     thirds: dict[str, dict[str, str]] = {}
     dropped, unfit = [], []
@@ -270,7 +290,10 @@ def to_unfolded(tensor: Tensor) -> Tensor:
 
 
 def from_unfolded(tensor: Tensor) -> Tensor:
-    """Reorders the last axis of merged patches, 4C, from nn.Unfold's order to ours."""
+    """Reorders the last axis of merged patches, 4C, from nn.Unfold's order to ours.
+
+    This is the inverse of `to_unfolded`, which describes the two orders.
+    """
     return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3)
 
 

@@ -36,7 +36,8 @@ class Windows(NamedTuple):
         side: Side w of a window in tokens.
         shift: Offset of the windows from the map's corner, in tokens.
         bottom: Number of rows of zero tokens below the map, which take part in attention.
-        right: Number of columns of zero tokens to the right of the map, which take part too.
+        right: Number of columns of zero tokens to the right of the map, which take part in
+            attention.
     """
 
     side: int
@@ -45,11 +46,11 @@ class Windows(NamedTuple):
     right: int = 0
 
     def pad(self, x: Tensor) -> Tensor:
-        """Pads (B, H, W, C) with the zero tokens, to (B, H + bottom, W + right, C)."""
+        """Pads `x`, (B, H, W, C), with zero tokens to (B, H + bottom, W + right, C)."""
         return F.pad(x, (0, 0, 0, self.right, 0, self.bottom)) if self._pads else x
 
     def crop(self, x: Tensor) -> Tensor:
-        """Removes the zero tokens from (B, H + bottom, W + right, C), which gives (B, H, W, C)."""
+        """Removes what `pad` adds: maps (B, H + bottom, W + right, C) to (B, H, W, C)."""
         height, width = x.shape[1] - self.bottom, x.shape[2] - self.right
         return x[:, :height, :width] if self._pads else x
 
@@ -65,7 +66,8 @@ class StageWindows:
     Attributes:
         side: Requested side of a window in tokens.
         shifts: Whether odd blocks shift their windows, by half a side.
-        rule: "masked" or "official".
+        rule: "masked": a window is at most as large as the map, and padding is hidden from
+            attention. "official": windows keep their size, and padding takes part in attention.
     """
 
     side: int

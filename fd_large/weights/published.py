@@ -209,7 +209,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Counts `names` by their part before the first dot, and returns "fpn (12), norm (2)" as text."""
+    """Counts names by their part before the first dot, and returns it as "fpn (12), norm (2)"."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1

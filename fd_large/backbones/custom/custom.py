@@ -126,7 +126,10 @@ def _group_norms(net: Any, image_size: int, where: str) -> None:
 
 
 def _complete(net: Any) -> None:
-    """Sets default values for the optional attributes that a model lacks."""
+    """Sets default values for the optional attributes of a backbone that the model `net` lacks.
+
+    By default there are no drop path rates, no parameters without weight decay, and no layers.
+    """
     for name, value in (
         ("drop_path_rates", ()),
         ("no_weight_decay", frozenset),

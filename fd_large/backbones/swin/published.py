@@ -57,7 +57,14 @@ FORMATS = {
 
 
 def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
-    """Returns (rows, heads) of the position table of each stage; (0, 0) if there is no table."""
+    """Returns (rows, heads) of the position table of the first block of each stage.
+
+    The pair is (0, 0) if there is no table.
+
+    Args:
+        shapes: {our name: shape} of the file's tensors.
+        stages: Number of stages.
+    """
     return [shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0)) for s in range(stages)]
 
 

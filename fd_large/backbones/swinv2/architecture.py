@@ -103,15 +103,14 @@ class SwinV2Architecture(WindowedTransformer):
 def trained_windows(
     stated: tuple[int, ...], window_size: int, tokens_a_side: int
 ) -> tuple[int, ...]:
-    """Returns for each stage the window side by which a trained model scales its coordinates.
+    """Returns for each stage the side of a window by which a trained model scales its coordinates.
 
-    These are the coordinates of the position biases. The side is in tokens.
+    These are the coordinates of the position biases; sides are in tokens. A stated side other than
+    0 is kept. A stated 0 becomes the smaller of `window_size` and the side of the stage's map, or
+    stays 0 if that is 1, since a window of one token has no distances to scale.
 
     Args:
-        stated: For each stage, the value of `pretrained_window_sizes` of the model. It is the
-            result if it is not 0. For 0, the result is the side of a window in training, which was
-            `window_size`, or the side of the stage's map if that is smaller. If this side is 1, the
-            result is 0, since a window of one token has no distances to scale.
+        stated: `pretrained_window_sizes` of the model, one side for each stage.
         window_size: Side of a window in training, in tokens.
         tokens_a_side: Side of the first stage's map in training, in tokens.
     """

@@ -89,7 +89,7 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 
     Args:
         shapes: Shapes of the file's tensors, by our names.
-        file: The file.
+        file: The file, from which the tables of coordinates are read.
     """
     fields = names.recognised(shapes)
     stages = len(fields["depths"])
@@ -111,6 +111,10 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
     """Returns what the tables of coordinates and attention masks in official files show.
 
+    Args:
+        stages: Number of stages of the model.
+        file: The file, from which the tables are read.
+
     Returns: for each stage the side of a window in tokens, 0 if no table shows this side; for each
         stage the side of a window in pre-training, or () if a stage has no table; and the number of
         patches along a side of the image, 0 if no mask shows this number.
@@ -131,7 +135,10 @@ def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...],
 
 
 def _reference(largest: float, window: int) -> int:
-    """Returns w0, the window of pre-training, from a table of coordinates.
+    """Returns w0, the side in tokens of the window of pre-training, from a table of coordinates.
+
+    If the table does not show w0, since w is 1 or `largest` is not positive and finite, the result
+    is w.
 
     Args:
         largest: Largest entry of the table, which is log2(8 (w - 1) / (w0 - 1) + 1) / 3.
@@ -143,9 +150,16 @@ def _reference(largest: float, window: int) -> int:
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Returns the architecture fields in transformers' `config.json`; None for other models' files.
+    """Returns the architecture fields that transformers' config.json of a SwinV2 states.
 
-    In such a file a window of pre-training of 0 means the window of the stage.
+    Where its `pretrained_window_sizes` is 0 or missing, the result has the side of the stage's
+    window: the smaller of `window_size` and the side of the stage's map.
+
+    Args:
+        config: Contents of config.json. For a model of another type, the result is None.
+        where: Field that the user set, for messages.
+
+    Raises: WeightsError: for an unsupported activation.
     """
     if config.get("model_type") != "swinv2":
         return None
@@ -164,7 +178,7 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 def _timm(net: Any, where: str) -> Architecture | None:
     """Returns the architecture fields of a SwinV2 module of timm, or None for another module.
 
-    In timm a window of pre-training of 0 means the window of the stage.
+    Where the module's `pretrained_window_size` is 0, the result has the side of the stage's window.
     """
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
@@ -180,7 +194,12 @@ def _timm(net: Any, where: str) -> Architecture | None:
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of a stage's shared bias tensor, given the name of a block's bias tensor."""
+    """Returns the name of a stage's shared tensor of the position-bias MLP.
+
+    Args:
+        name: Name of the same tensor in a block. The name of any other tensor is returned
+            unchanged.
+    """
     return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
 
 
@@ -235,6 +254,11 @@ def _same_norms(fact: int, requested: int, depths: tuple[int, ...]) -> bool:
     """Whether two values of `extra_norm_every` give the same extra norms.
 
     A value of 0, or larger than the number of blocks of every stage, gives none.
+
+    Args:
+        fact: Value of the file.
+        requested: Value of the model.
+        depths: Number of blocks of each stage.
     """
     return (
         all(k > max(depths) for k in (fact or math.inf, requested or math.inf)) or fact == requested

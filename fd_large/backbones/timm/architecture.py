@@ -88,12 +88,14 @@ def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def with_arguments(name: str, arguments: Mapping[str, Any]) -> str:
-    """Returns a timm model's name with arguments as JSON after it; without arguments, the name."""
+    """Returns `name`, timm's name of a model, followed by `arguments` as JSON if there are any."""
     return name + json.dumps(arguments, sort_keys=True) if arguments else name
 
 
 def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
-    """Returns timm's name of a model, and {argument: value} of the JSON after it.
+    """Splits `timm_name` into timm's name of a model and the {argument: value} in JSON after it.
+
+    The dict is empty if nothing follows the name.
 
     Raises: ValueError: if what follows the name is not JSON.
     """

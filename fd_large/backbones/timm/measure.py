@@ -208,7 +208,10 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
 
 
 def still(net: nn.Module) -> None:
-    """Sets all dropout rates to 0; a few timm models have dropout by default in position MLPs."""
+    """Sets all dropout rates of `net` to 0.
+
+    A few timm models have dropout by default, in the MLPs of their positions.
+    """
     for module in net.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -217,7 +220,11 @@ def still(net: nn.Module) -> None:
 def _layers(net: Any) -> tuple[dict[str, int], bool]:
     """Returns {parameter name: number of its layer}, and whether the classifier has parameters.
 
-    Layers are numbered as by timm's `param_groups_layer_decay`; {} if timm does not define them.
+    Layers are numbered as by timm's `param_groups_layer_decay`. If timm does not define layers of
+    the model, the result is ({}, False).
+
+    Args:
+        net: The whole timm model.
     """
     if not hasattr(net, "group_matcher"):
         return {}, False
@@ -227,10 +234,16 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 
 
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
-    """Returns the number of the head's layer, or 0 if timm does not define layers of the model.
+    """Returns the number of the layer of the head, or 0 if `layers` is empty.
 
-    A model without a head may have parameters in timm's last layer. The result is then the number
-    of this layer + 1, so that the learning rate of the last block decays as in a model with a head.
+    This is timm's last layer. If `net` has parameters in this layer, and the whole model has no
+    head, the result is the number of the layer after it, so that the learning rate of the last
+    block decays as in a model with a head.
+
+    Args:
+        layers: {parameter name: number of its layer}; empty if timm does not define layers.
+        net: The model without the modules that the map does not need.
+        has_head: Whether the classifier of the whole model has parameters.
     """
     if not layers:
         return 0

@@ -83,7 +83,7 @@ _FILLING = {
 
 
 def check_name(name: str) -> None:
-    """Checks that this release of timm has a model and is not too old.
+    """Checks that the installed release of timm has the model `name` and is not too old.
 
     Raises: ConfigError: if timm lacks the model; VersionError: if timm is too old.
     """
@@ -101,13 +101,19 @@ def check_name(name: str) -> None:
 
 
 def near_names(name: str) -> str:
-    """Returns the model names of timm that are similar to an unknown name, in words."""
+    """Returns text for a message that lists the names of timm's models nearest to `name`.
+
+    If no name is near, the text says that a name of timm is expected.
+    """
     near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
     return f"nearest: {', '.join(near)}" if near else "expected a name that timm knows"
 
 
 def config_of(name: str) -> Any:
-    """Returns timm's `pretrained_cfg` of a model, or None if timm has none (a user's own model)."""
+    """Returns timm's `pretrained_cfg` of the model `name`.
+
+    The result is None if timm has none, as for a user's own model.
+    """
     return timm.get_pretrained_cfg(split_arguments(name)[0])
 
 
@@ -129,8 +135,12 @@ class Size(NamedTuple):
 def sized(name: str, image_size: int) -> Size:
     """Returns the image size of a model that is made for images of `image_size` pixels a side.
 
-    If `image_size` is 0, it is the model's default size. A model that cannot be made for another
-    size keeps its default size.
+    The result is the model's default size if `image_size` is 0, or if the model cannot be made for
+    another size.
+
+    Args:
+        name: timm's name of the model.
+        image_size: Side of the images in pixels, or 0.
     """
     check_name(name)
     config = config_of(name)
@@ -161,14 +171,14 @@ def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
 
 @cache
 def can_resize(name: str) -> bool:
-    """Whether timm can convert a model's weights to another image size."""
+    """Whether timm can convert the weights of the model `name` to another image size."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return hasattr(create(name), "set_input_size")
 
 
 @cache
 def strides(name: str) -> list[int]:
-    """Returns the strides at which a timm model has maps, in rising order.
+    """Returns the strides at which timm's model `name` has maps, in rising order.
 
     Raises: ConfigError: if timm lacks the model.
     """
@@ -347,7 +357,8 @@ class Stage(NamedTuple):
         index: Index of the map among the model's maps.
         width: Channels of the map.
         stride: Pixels per token, each way.
-        last: If it is the last map, its layout in the result of `forward_features`; else None.
+        last: Layout of the map in the result of `forward_features`, if the map is the model's last;
+            None for the map of an earlier stage.
     """
 
     index: int
@@ -400,7 +411,13 @@ def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
 
 
 def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
-    """Returns the map (B, h * w, C) of normalised images (B, 3, H, W)."""
+    """Returns the map (B, h * w, C) of `stage`, without prefix tokens, of images (B, 3, H, W).
+
+    Args:
+        net: The timm model, cut after the map.
+        stage: The map that `cut` returned.
+        images: (B, 3, H, W), normalised images.
+    """
     if stage.last is None:
         (feature_map,) = inner_maps(net, [stage.index], images)
     else:
@@ -413,14 +430,26 @@ def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
 
 
 def class_token_and_map_of(net: Any, stage: Stage, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (class token (B, 1, C), map (B, h * w, C)) of images; the model has a class token."""
+    """Returns (class token (B, 1, C), map (B, h * w, C)) of images.
+
+    Args:
+        net: A timm model whose first token is the class token.
+        stage: The model's last map.
+        images: (B, 3, H, W), normalised images.
+    """
     assert stage.last is not None
     tokens = net.forward_features(images)
     return tokens[:, :1], tokens[:, stage.last.layout.num_prefix_tokens :]
 
 
 def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
-    """Returns the raw maps (B, C, h, w) of the stages with these indices, before a final norm."""
+    """Returns the maps (B, C, h, w) of some stages as raw activations, without a final norm.
+
+    Args:
+        net: The timm model.
+        indices: Indices of the stages, in rising order.
+        images: (B, 3, H, W), normalised images.
+    """
     return net.forward_intermediates(
         images, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
     )

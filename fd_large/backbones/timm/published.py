@@ -115,11 +115,15 @@ class _Resized(Piece):
     resize: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape at the model's image size."""
+        """Returns the shape of the positions at the model's image size; `shape_of` is not used."""
         return self.new_shape
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the tensor at the model's image size, given the file's tensors."""
+        """Returns the positions at the model's image size.
+
+        Args:
+            tensors: The tensors of the file, by their names in the file.
+        """
         return self.resize(tensors)[self.name]
 
 
@@ -138,7 +142,11 @@ class _Resize:
         self._resized: dict[str, Tensor] | None = None
 
     def __call__(self, file: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns {our name: tensor} of all resized weights, given the file's tensors."""
+        """Returns {our name: tensor} of all weights, resized to the model's image size.
+
+        Args:
+            file: The tensors of the file, by their names in the file.
+        """
         if self._resized is None:
             name, size = self._architecture.timm_name, self._architecture.image_size
             state = {ours: file[theirs].float() for ours, theirs in self._names.items()}
@@ -158,9 +166,10 @@ class _Resize:
 
 
 def weightless(name: str, where: str) -> dict[str, Tensor]:
-    """Returns {timm's name: weight on the meta device} of a whole model.
+    """Returns {timm's name: weight on the meta device} of the whole model `name`.
 
-    Raises: WeightsError: if timm has the model, but no weights for it.
+    Raises:
+        WeightsError: If timm has the model, but no weights for it. The message begins with `where`.
     """
     _refuse_untrained(name, where)
     return _weightless(name)
@@ -257,7 +266,7 @@ def _refuse_untrained(name: str, where: str) -> None:
 
 
 def load(name: str, where: str) -> Loaded:
-    """Returns a whole model with timm's weights, from timm's cache or the network.
+    """Returns the whole model `name` with timm's weights, from timm's cache or the network.
 
     Raises:
         WeightsError: If timm has no weights for the model, lacks the model, or cannot download the
@@ -268,7 +277,9 @@ def load(name: str, where: str) -> Loaded:
 
 
 def fetch(name: str, where: str) -> None:
-    """Downloads timm's weights of a model into timm's cache, on one rank of each cache.
+    """Downloads timm's weights of the model `name` into timm's cache, for a later `load`.
+
+    In a meeting of all ranks (`ranks.meeting`), one rank downloads for all ranks with its cache.
 
     Raises:
         WeightsError: If timm has no weights for the model, lacks the model, or cannot download the
@@ -279,7 +290,7 @@ def fetch(name: str, where: str) -> None:
 
 
 def save(name: str, where: str, folder: Path) -> str:
-    """Writes a model with timm's weights to a folder in timm's format.
+    """Writes the whole model `name` with timm's weights to `folder`, in timm's format.
 
     Returns: the licence of the weights, or "" if timm states none.
     Raises:
@@ -342,7 +353,13 @@ def in_timm_names(shapes: Shapes, expected: Shapes, *, where: str = "weights") -
 
 
 def _layer_scale(name: str, expected: Shapes) -> str:
-    """Translates DeiT III's name of a layer scale to timm's; returns other names unchanged."""
+    """Translates DeiT III's name of a layer scale to timm's.
+
+    Args:
+        name: Name of a tensor in the file. It is returned unchanged if timm's model has a tensor of
+            this name, or none of the translated name.
+        expected: {timm's name: shape} of the tensors of timm's model.
+    """
     theirs = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
     return theirs if name not in expected and theirs in expected else name
 
@@ -373,7 +390,10 @@ def _weightless(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def _second_names(name: str) -> frozenset[str]:
-    """Returns the duplicate names in a model's state dict: for each tensor all but the first."""
+    """Returns the duplicate names in the state dict of timm's model `name`.
+
+    These are, for each tensor with several names, all but the first.
+    """
     with torch.device("meta"):
         net = create(name)
     first = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
@@ -386,9 +406,10 @@ def _statistics(name: str) -> Statistics:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    """Returns {name: tensor} of a model's parameters and floating-point buffers, each tensor once.
+    """Returns {name: tensor} of the parameters and floating-point buffers of `net`.
 
-    A module shared by several blocks has several names in a state dict; the first is kept.
+    Each tensor is there once: a module shared by several blocks has several names in a state dict,
+    of which the first is kept.
     """
     names = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
     state = net.state_dict().items()

@@ -126,9 +126,9 @@ class TimmBackbone(nn.Module):
         self.drop_path_rates = self._keep_rows() if self._measured else ()
 
     def _keep_rows(self) -> tuple[float, ...]:
-        """Replaces each drop path by a `Kept` module.
+        """Replaces each drop path by a `Kept` module, which takes its factors from rows of `keep`.
 
-        Returns: the drop rate of each row of `keep`.
+        Returns: the drop rate of each row of `keep`, the argument of `forward`.
         """
         assert self._measured is not None
         rows, owned = defaultdict(list), defaultdict(list)
@@ -182,7 +182,10 @@ class TimmBackbone(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """The number of the layer that the head of the whole model has or would have."""
+        """The number of the layer that the head of the whole model has or would have.
+
+        It is 0 for a frozen model, and if timm does not define layers of the model.
+        """
         return self._measured.last_layer if self._measured else 0
 
     def layer_id(self, name: str) -> int:

@@ -89,7 +89,9 @@ TEXT_KINDS = {
 def kind_of(name: str, where: str) -> Kind:
     """Returns the entry of the table of supported models for transformers' `model_type` `name`.
 
-    Raises: WeightsError: if models of this type are not supported as teachers.
+    Raises:
+        WeightsError: If models of this type are not supported as teachers; the message begins with
+            `where`.
     """
     if name not in KINDS:
         raise WeightsError(
@@ -101,11 +103,11 @@ def kind_of(name: str, where: str) -> Kind:
 
 
 def library(where: str) -> Any:
-    """Imports transformers and returns the package.
+    """Imports the package transformers and returns it.
 
     Raises:
-        WeightsError: If transformers is not installed.
-        VersionError: If the installed release is too old.
+        WeightsError: If transformers is not installed; the message begins with `where`.
+        VersionError: If the installed release is too old; the message begins with `where`.
     """
     try:
         import transformers

@@ -131,20 +131,30 @@ class _Half(Piece):
     number: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape of the half.
+        """Returns the shape of the half of the file's tensor that this rule takes.
 
         For an odd number of rows it returns the shape of the whole tensor, which fits no model.
+
+        Args:
+            shape_of: Returns the shape of a tensor of the file, given its name there.
         """
         rows, *rest = super().shape(shape_of) or (1,)
         return (rows if rows % 2 else rows // 2, *rest)
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the half, given the file's tensors."""
+        """Returns the half that this rule takes.
+
+        Args:
+            tensors: The tensors of the file, by their names in the file.
+        """
         return tensors[self.sources[0]].chunk(2)[self.number]
 
 
 def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
-    """Returns the facts that most published models of the architecture's type have in common."""
+    """Returns the facts that most published models of the architecture's type have in common.
+
+    The image size is the architecture's, or 224 pixels if it is 0. The licence is unknown.
+    """
     statistics = kind_of(architecture.transformers_type, "teacher.model").statistics
     return WeightFacts(statistics, architecture.image_size or 224, "", "transformers")
 

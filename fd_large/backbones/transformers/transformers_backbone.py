@@ -164,7 +164,10 @@ def _width(settings: Any) -> int:
 
 
 def _stride(settings: Any) -> int:
-    """Returns the pixels per token, each way.
+    """Returns the pixels per token, each way, of a model's last map.
+
+    Args:
+        settings: transformers' configuration of the model.
 
     Raises:
         ValueError: For patches that are not square, images without 3 channels, or a Hiera that does

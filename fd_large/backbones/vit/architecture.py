@@ -59,7 +59,10 @@ class ViTArchitecture(Transformer):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens of the feature map before its patches: class and distillation token."""
+        """Number of tokens of the feature map before its patches, from 0 to 2.
+
+        These are the class token, and the distillation token if `keep_distillation_token`.
+        """
         keeps_distillation = self.distillation_token and self.keep_distillation_token
         return int(self.class_token) + int(keeps_distillation)
 
@@ -74,7 +77,10 @@ class ViTArchitecture(Transformer):
         return replace(self, image_size=image_size)
 
     def with_own_position_biases(self) -> Self:
-        """Returns the model with a table of relative positions in every block."""
+        """Returns the model with a table of relative positions in each block.
+
+        A model without a table that all blocks share is returned unchanged.
+        """
         shared = self.relative_position == "shared"
         return replace(self, relative_position="block") if shared else self
 

@@ -34,10 +34,13 @@ def is_beit(a: ViTArchitecture) -> bool:
 
 
 def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
-    """Returns the names under which a tensor is exported if every block has its own table.
+    """Returns the names of one of our tensors in an export whose blocks have a table each.
 
-    The shared table has a name in every block, as in timm's beit_* models; any other tensor keeps
-    its only name.
+    As in timm's beit_* models, the shared table of relative positions has a name in every block.
+
+    Args:
+        name: Our name of the tensor. For any tensor but the shared table the result is [name].
+        a: Our model.
     """
     if name != _SHARED_TABLE:
         return [name]
@@ -166,7 +169,8 @@ def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
 def _mmseg_added(a: ViTArchitecture) -> Mapping[str, Tensor]:
     """Returns {name: tensor} of tensors that mmsegmentation's model has and ours lacks.
 
-    These tensors change no result: they are position tables of zeros and layer scales of one.
+    These tensors change no result. They are position tables of zeros, if our model has no relative
+    positions, and layer scales of one, if it has no layer scales.
     """
     side = a.image_size // a.patch_size
     added = {}

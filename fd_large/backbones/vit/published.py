@@ -531,7 +531,11 @@ _OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of the shared bias table, given the name of a block's table."""
+    """Returns the name of the table of relative positions that all blocks share.
+
+    Args:
+        name: Name of the table of a block. The name of any other tensor is returned unchanged.
+    """
     return re.sub(r"^blocks\.\d+\.attn\.(?=relative_position)", "rel_pos_bias.", name)
 
 

@@ -289,8 +289,14 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the inputs of the blocks.
 
-        Returns: tokens (B, P + N, C); drop path's factors (num_branches, B), or None; and the
-            shared table of position biases (R, h), or None.
+        Args:
+            images: (B, 3, H, W), normalised images of any float dtype.
+            keep: (num_branches, B) bool, True where drop path keeps a branch; None keeps all.
+            grid: Rows and columns of the N patches.
+
+        Returns: tokens (B, P + N, C), with P prefix tokens and registers; drop path's factors
+            (num_branches, B), or None without `keep`; and the shared table of position biases (R,
+            h) of R offsets and h heads, or None if the model has none.
         """
         batch_size = images.shape[0]
         scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
@@ -312,9 +318,12 @@ class ViT(nn.Module):
         return x, scales, None if self.rel_pos_bias is None else self._offsets(grid)
 
     def _positions(self, grid: Grid) -> Tensor:
-        """Returns the absolute positions for a grid of patches, (1, prefix + N, C).
+        """Returns the absolute positions for N patches, (1, prefix + N, C), resized if necessary.
 
         The rows of prefix tokens, if the positions have any, come first.
+
+        Args:
+            grid: Rows and columns of the patches.
         """
         if grid == self.image_grid:
             return self.pos_embed
@@ -323,9 +332,13 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :prefix].to(patches.dtype), patches], dim=1)
 
     def _offsets(self, grid: Grid) -> Tensor:
-        """Returns the shared table of relative positions for a grid of patches, (R, h) float32.
+        """Returns the shared table of relative positions for a grid, resized if necessary.
 
-        The rows of prefix tokens come last.
+        Args:
+            grid: Rows and columns of the patches, (H, W).
+
+        Returns: (R, h) float32 for h heads, with R = (2H - 1)(2W - 1) rows, and after these 3 rows
+            for prefix tokens and registers if the model has any.
         """
         table = self.rel_pos_bias()
         if grid == self.image_grid:
@@ -458,10 +471,10 @@ class Attention(nn.Module):
 
         Args:
             x: (B, N, C), the tokens.
-            table: Table of relative positions, (R, h) float32, with R = (2H - 1)(2W - 1) for a grid
-                (H, W), and 3 rows more for prefix tokens; for windows R = (2 window - 1)^2. Or the
-                position biases of each image, (B, h, N, N); or None. Not used if the block has its
-                own table.
+            table: Table of relative positions of R offsets, (R, h) float32; or the position biases
+                of each image, (B, h, N, N); or None. R is (2H - 1)(2W - 1) for a grid (H, W), plus
+                3 if there are prefix tokens or registers; with windows R is (2 window - 1)^2. The
+                argument is not used if the block has its own table.
             grid: Rows and columns of the patches.
             window: Side in tokens of the windows within which patches attend, without prefix
                 tokens; 0 means that every token attends to all tokens.
@@ -558,7 +571,7 @@ class RelativePositionBias(nn.Module):
         fill(self.relative_position_bias_table, draw)
 
     def forward(self) -> Tensor:
-        """Returns the table, (R, h) float32."""
+        """Returns the table, (R, h) float32, for h heads and R offsets, prefix tokens last."""
         # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
         return _float32(self.relative_position_bias_table).clone()
 
