@@ -52,12 +52,13 @@ class Transfer:
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns a recipe whose student is a named model.
+        """Returns a recipe whose student is the named model.
 
-        The student keeps the recipe's attention window, unless the position tables of the named
-        model fix the window, and keeps the recipe's rules of image sizes that the model's family
-        has. If each block of the recipe's student has its own position bias, each block of the new
-        student has one too.
+        The attention window stays that of `run`, unless the position tables of the named model fix
+        the window. The student's fields for images of other sizes (such as `size_rule`) stay those
+        of `run` if the family of the named model uses them, or if the user set them. Otherwise they
+        become the defaults. If each block of `run`'s
+        student has its own position bias, each block of the new student has one too.
 
         Args:
             run: The recipe.

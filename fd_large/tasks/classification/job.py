@@ -63,7 +63,11 @@ class ClassificationJob(TrainingJob):
     metrics: ClassVar = METRICS
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images; the recipe may restrict them to a few images of each class."""
+        """Opens the training images.
+
+        The recipe may restrict them to a fraction of the images or to a number of images of each
+        class.
+        """
         return self._training_images()
 
     def settle(self, sources: Sources) -> Run:
@@ -310,7 +314,7 @@ class FineTuningJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` images of zeros with uniform targets over the classes."""
+        """Makes a batch of `size` images of zeros; targets have equal shares of all classes."""
         side, num_classes = self.run.data.image_size, self.num_classes
         positions = torch.arange(size)
         return Batch(
@@ -469,9 +473,12 @@ class LinearProbeJob(ClassificationJob):
         return {"frozen_source": self.run.student.init, "frozen_hash": self._hash}
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Checks that a checkpoint's linear layer was trained on the same frozen model.
+        """Checks that a checkpoint's linear layer was trained on this run's frozen model.
 
-        Raises: CheckpointError: if the frozen model had another hash.
+        Args:
+            manifest: The checkpoint's manifest.
+
+        Raises: CheckpointError: if the layer was trained on a model with another hash.
         """
         if manifest.get("frozen_hash") != self._hash:
             raise CheckpointError(
@@ -500,7 +507,7 @@ class _GroupWarning(Hook):
         self._group = group
 
     def on_start(self, setting: Setting) -> None:
-        """Logs a warning on rank 0 if the group size does not divide the micro-batch size."""
+        """Logs a warning on rank 0 if the group size does not divide `setting.micro_batch_size`."""
         size = setting.micro_batch_size
         if size % self._group and distributed.is_main():
             log.warning(

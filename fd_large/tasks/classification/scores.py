@@ -33,7 +33,13 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the mean "loss", and "top1" and "top5" in per cent, from the sums of `summed`."""
+    """Returns the mean "loss", and "top1" and "top5" in per cent.
+
+    All three are 0 if there are no images.
+
+    Args:
+        sums: The sums of `summed`, added over batches and ranks.
+    """
     images = max(float(sums["images"]), 1.0)
     return {
         "loss": float(sums["loss"]) / images,

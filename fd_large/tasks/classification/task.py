@@ -184,18 +184,31 @@ class FrozenFeature(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenFeature:
-        """Keeps the model in evaluation mode, even if `mode` is True."""
+        """Keeps the model in evaluation mode, even if `mode` is True; returns this Module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the features of images (B, 3, H, W) uint8, (B, C) float32, without gradient."""
+        """Returns the features of images, (B, C) float32, without gradient.
+
+        C is the model's number of channels; with the pool "both" it is twice that number.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+        """
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
             features = self.model(pixels.to(next(self.model.parameters()).dtype))
             return torch.cat(list(self._pooled(features)), 1)
 
     def _pooled(self, features: FeatureMap) -> Iterator[Tensor]:
-        """Yields the pooled tokens (B, C) float32 that `pool` asks for, the mean first."""
+        """Yields one or two pooled tokens of each image, (B, C) float32 each.
+
+        For the pool "mean" it is the mean of the patch tokens, for "cls" the class token, and for
+        "both" first the mean and then the class token.
+
+        Args:
+            features: The map of the frozen model.
+        """
         if self.pool != "cls":
             yield mean_token(features, self.norm)
         if self.pool != "mean":
@@ -303,7 +316,7 @@ class LinearProbing(Task):
         return F.cross_entropy(logits, labels), {}
 
     def _logits(self, normed: Tensor) -> Tensor:
-        """Returns the logits (B, K) float32 of normalised features (B, C)."""
+        """Returns the logits (B, K) float32 of `normed` (B, C), features after the batch norm."""
         return self.head(normed.to(self.head.weight.dtype)).float()
 
     def before_step(self, progress: float) -> None:

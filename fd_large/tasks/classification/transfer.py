@@ -36,12 +36,12 @@ class ClassificationTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns a recipe whose student is a named model, with images of the given size.
+        """Returns a recipe whose student is `model`, on images of the side `image_size`.
 
         The image statistics are those of the model, unless `run` states some. The student's other
-        fields are those of the run that trained the model; drop path and fields that the user set
-        stay those of `run`. Every block gets its own copy of a position bias that blocks share. The
-        arguments are those of `Transfer.starting_from`.
+        fields are those of the run that trained the model; drop path and the fields that the user
+        set stay those of `run`. Every block gets its own copy of a position bias that blocks share.
+        The arguments are those of `Transfer.starting_from`.
         """
         refuse_decided(fields, OWN_FIELDS)
         architecture = resolve(model.model, model.architecture).with_own_position_biases()

@@ -15,9 +15,14 @@ def linear(values: NDArray[np.uint8], factor: float, shift: float) -> NDArray[np
 
 
 def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Converts an image (H, W, 3) from red, green and blue to hue, saturation and value.
+    """Converts an image from red, green and blue to hue, saturation and value.
 
     Hue is in 0..179; saturation and value are in 0..255.
+
+    Args:
+        image: (H, W, 3) uint8.
+
+    Returns: (H, W, 3) uint8.
     """
     # Plane by plane: NumPy is slow along an axis of three.
     red, green, blue = (image[..., i].astype(np.float32) for i in range(3))
@@ -35,7 +40,13 @@ def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def to_rgb(hsv: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Converts an image (H, W, 3) from the result of `to_hsv` back to red, green and blue."""
+    """Converts an image from hue, saturation and value to red, green and blue.
+
+    Args:
+        hsv: (H, W, 3) uint8, in the ranges of the result of `to_hsv`.
+
+    Returns: (H, W, 3) uint8.
+    """
     hue, saturation, value = (hsv[..., i].astype(np.float32) for i in range(3))
     chroma, sixths = value * saturation / 255, hue / 30
     image = np.empty_like(hsv)

@@ -48,7 +48,7 @@ class Model(Protocol):
         """
 
     def idle(self) -> None:
-        """Runs a dummy forward on a rank without an image, while other ranks predict images."""
+        """Runs a forward on a black image, to run as many forwards as the other ranks."""
 
 
 class Drawn(NamedTuple):

@@ -111,7 +111,7 @@ class View:
 
 
 def whole_view(height: int, width: int) -> View:
-    """Returns the view that leaves an image unchanged."""
+    """Returns the view that leaves an image of `height` and `width` pixels unchanged."""
     return View((height, width), (height, width), (0, 0, height, width), False)
 
 

@@ -267,7 +267,7 @@ class _PassWarning(Hook):
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Logs a warning on rank 0 if each rank has several micro-batches in a step."""
+        """Logs a warning on rank 0 if `setting.accumulation` (micro-batches per step) exceeds 1."""
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
                 "batch norms see %d of the %d images of a step at a time: another number of micro "

@@ -161,7 +161,11 @@ class TestImages(Dataset):
     views: TestViews
 
     def __getitem__(self, index: int) -> TestImage:
-        """Reads an image and its truth; if this fails, the reason is stored in `TestImage.bad`."""
+        """Reads image `index` and its truth, and makes the views of the image.
+
+        If the image or its truth cannot be read, the result has no views, and the reason is in its
+        field `bad`. If `index` is -1, the result is padding, without views and truth.
+        """
         none = torch.zeros(1, 1)
         if index < 0:
             return TestImage([], none, index)

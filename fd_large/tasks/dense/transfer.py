@@ -23,11 +23,11 @@ class DenseTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns a recipe whose student is a named model, and whose crop fits the model.
+        """Returns a recipe whose student is `model`, and whose crop fits this model.
 
-        The side of the crop is enlarged to a multiple of the patch size. For a model with several
-        stages, which accepts crops of any size, the side stays unchanged. The arguments are those
-        of `Transfer.starting_from`.
+        The side of `run`'s crop is enlarged to a multiple of the patch size. For a model with
+        several stages, which accepts crops of any size, the side stays unchanged. The arguments are
+        those of `Transfer.starting_from`.
         """
         run = super().starting_from(
             run, model, image_size=image_size, trained_as=trained_as, fields=fields

@@ -70,5 +70,5 @@ def mean_of_windows(
 
 
 def num_forwards(places: Sequence[Window], at_once: int) -> int:
-    """Returns how many forwards `mean_of_windows` runs for these windows."""
+    """Returns how many forwards `mean_of_windows` runs for `places`, `at_once` windows each."""
     return -(-len(places) // at_once)

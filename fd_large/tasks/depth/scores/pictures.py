@@ -78,7 +78,7 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG with a row for each image: the image, true depth, predicted depth, and error.
+    """Writes the PNG `path` with a row for each image: image, true depth, predicted depth, error.
 
     True and predicted depths of an image have the same colour scale. The error is drawn only at
     scored pixels.

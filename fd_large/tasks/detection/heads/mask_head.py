@@ -45,11 +45,19 @@ class MaskHead(nn.Module):
         self.masks = Convolution(width, num_classes, 1, draw=Draw("normal", std=0.001))
 
     def forward(self, cuts: Tensor) -> Tensor:
-        """Maps pooled features of R boxes (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
+        """Returns the mask logits of R boxes for each class, (R, K, 28, 28) float32.
+
+        Args:
+            cuts: (R, width, 14, 14), the pooled features of the boxes.
+        """
         return self.logits(self.convolutions(cuts))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Maps the output of `convolutions` (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
+        """Maps the features (R, width, 14, 14) of R boxes to mask logits (R, K, 28, 28) float32.
+
+        Args:
+            features: The output of the layers `convolutions`.
+        """
         return at_least_float32(self.masks(F.relu(self.doubling(features))))
 
 

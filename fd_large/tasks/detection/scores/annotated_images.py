@@ -132,7 +132,7 @@ def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 @own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG with a row for each image: left its true objects, right its detections."""
+    """Writes the PNG `path` with a row for each image: left true objects, right detections."""
     from matplotlib.figure import Figure
 
     column = (ROW_WIDTH - 3 * GAP) / 2
@@ -165,7 +165,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 @own_look
 def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
-    """Writes a PNG of an image (H, W, 3) with marks drawn on it, at the image's own size."""
+    """Writes the PNG `path`, an image (H, W, 3) uint8 with marks drawn on it, at its own size."""
     from matplotlib.figure import Figure
 
     height, width = image.shape[:2]
@@ -176,7 +176,13 @@ def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> N
 
 
 def draw_marks(axes: Axes, image: NDArray[np.uint8], marks: Sequence[Mark]) -> None:
-    """Draws an image (H, W, 3) with marks, small objects over large objects, into a plot's axes."""
+    """Draws an image with marks into a plot's axes, small objects over large objects.
+
+    Args:
+        axes: Axes of Matplotlib.
+        image: (H, W, 3) uint8.
+        marks: The objects or detections to draw.
+    """
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 

@@ -114,7 +114,7 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
 
     Args:
         folder: The run's folder of evaluations.
-        last: Evaluations of later steps than this step are ignored.
+        last: A step of training; evaluations that were made after later steps are ignored.
 
     Returns: the step and the folder of the evaluation, or None if there is no such evaluation.
     """

@@ -65,7 +65,10 @@ def draw_evaluation(
 
 @own_look
 def draw_curves(scores: Scores, path: Path) -> None:
-    """Writes a PNG of precision against recall at each IoU of `CURVES`, for boxes and for masks."""
+    """Writes the PNG `path` with curves of precision against recall, for boxes and for masks.
+
+    Each has a curve for every IoU in `CURVES`. Masks are left out if `scores` has none.
+    """
     from matplotlib.figure import Figure
 
     kinds = scores.kinds

@@ -28,9 +28,9 @@ def shard_of(folder: Path, rank: int) -> Path:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """Reads and checks a results file.
+    """Reads and checks `path`, a JSON file of detections in COCO's results format.
 
-    Raises: DataError: if the file is missing, or not in COCO's results format.
+    Raises: DataError: if the file is missing, or not in this format.
     """
     results = read_json(str(path), where="detections", flag="--detections FILE")
     if not isinstance(results, list):
@@ -42,7 +42,12 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def write_results(path: str | Path, results: Sequence[Result]) -> None:
-    """Writes results to a JSON file, which replaces an existing file only when it is complete."""
+    """Writes results to a JSON file, which replaces an older file only when it is complete.
+
+    Args:
+        path: The JSON file.
+        results: Detections in COCO's results format.
+    """
     # json.dumps is C, json.dump is not: five times as fast.
     with replacing(Path(path)) as aside:
         aside.write_text(json.dumps(results, separators=(",", ":")))

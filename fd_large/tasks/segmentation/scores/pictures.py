@@ -98,7 +98,13 @@ def draw_prediction(
 
 @own_look
 def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
-    """Writes a PNG with a row for each image: the image, labels, prediction, and wrong pixels."""
+    """Writes the PNG `path` with a row for each image: image, labels, prediction, wrong pixels.
+
+    Args:
+        rows: The images.
+        of: Names and colours of the classes.
+        path: File to write.
+    """
     from matplotlib.figure import Figure
 
     # A row is as high as its image, in columns of this width.

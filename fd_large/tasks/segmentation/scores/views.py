@@ -34,5 +34,5 @@ def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Ten
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes logits (B, K, h, w) bilinearly to (B, K, *size)."""
+    """Resizes `logits` (B, K, h, w) bilinearly to the height and width `size`, (B, K, H, W)."""
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
