@@ -94,7 +94,8 @@ def feature_panel(
     Returns: tensors in host memory, by name: "images" is (n, S, S, 3) uint8. "teacher" is the
         teacher's normalised map and "student" the student's projected map, (n, h, w, C) float32
         each, with h x w patches. In a run with several teachers the names of a teacher's two maps
-        are "teacher_NAME" and "student_NAME".
+        are "teacher_NAME" and "student_NAME"; a teacher whose map is not learnt, but only its
+        summary, is left out.
     """
     student_tokens: dict[str, Tensor] = {}
     shown = [target for target in task.targets if target.kind == MAP]

@@ -208,10 +208,11 @@ class HeldOutViews:
                 yield references(engine.task, **prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Returns the maps of the `PANEL_IMAGES` views whose pixels vary most, as arrays by name.
+        """Returns the maps of `PANEL_IMAGES` fixed views, as arrays by name.
 
-        The views are the same on any number of ranks. All ranks must call this method; see
-        `feature_panel` for the names and shapes.
+        Among the first `PANEL_CANDIDATES` views, these are the views whose pixels vary most, on any
+        number of ranks. All ranks must call this method; see `feature_panel` for the names and
+        shapes.
 
         Args:
             engine: The engine of the task whose maps are returned.

@@ -241,6 +241,9 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
 def read_heads(folder: Path) -> dict[str, StoredHead]:
     """Reads the heads that `write` wrote, by the labels of the heads' targets.
 
+    Args:
+        folder: The folder of the heads.
+
     Raises:
         WeightsError: if a file is damaged.
         ConfigError: if a head is the user's own code, and that code is not allowed to run.
@@ -267,18 +270,27 @@ def read_heads(folder: Path) -> dict[str, StoredHead]:
 
 
 def _module(heads: Mapping[str, StoredHead]) -> nn.Module:
-    """Returns a Module of all heads, whose state_dict has the names heads.LABEL.*."""
+    """Returns a Module of all heads, whose state_dict has the names heads.LABEL.*.
+
+    Args:
+        heads: The heads by LABEL, the label of a head's target.
+    """
     return nn.ModuleDict({"heads": nn.ModuleDict(dict(heads))})
 
 
 def _maps(values: Any) -> MapShapes:
-    """Returns the `MapShapes` that config.json stores as a list."""
+    """Returns the `MapShapes` that config.json stores as the list `values` of its four fields."""
     student, teacher, prefix, blocks = values
     return MapShapes(tuple(student), tuple(teacher), prefix, blocks)
 
 
 def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
-    """Returns the inverse of a normaliser from a head's tensors; None if there is no inverse."""
+    """Returns the inverse of a head's normaliser from stored tensors; None if none is stored.
+
+    Args:
+        tensors: The stored tensors of all heads, by name.
+        prefix: What the names of the inverse's tensors begin with.
+    """
     constants = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
     if constants["mean"] is None:
         return None
@@ -314,7 +326,12 @@ class StoredDistillation(StoredRun):
         return projection if to == "fd" else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says on the teachers, the losses and the crops."""
+        """Returns what the model card says on the teachers, the losses and the crops.
+
+        Args:
+            manifest: Manifest of the checkpoint that is exported.
+            to: The format; not used.
+        """
         facts = facts_by_teacher(manifest, several=bool(self.run.teachers))
         return learned(self.run.taught_by, facts, self.run.data)
 

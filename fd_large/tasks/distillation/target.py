@@ -80,7 +80,7 @@ class NamedTarget(Target):
 
     @property
     def stateful(self) -> list[Any]:
-        """A list of the normaliser and the loss, each only if it has a state."""
+        """A list with the normaliser and the loss, each only if training updates a state of it."""
         return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
     def modules(self) -> dict[str, nn.Module]:
@@ -161,9 +161,12 @@ class NamedTarget(Target):
         return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's summary, (B, 1, Ct), or the float32 embedding of the summary.
+        """Returns the teacher's summary, (B, 1, Ct), or the summary's embedding in float32.
 
-        The embedding is returned if the target has a projection.
+        The result is the embedding if the target has a projection.
+
+        Args:
+            teacher: The teacher's map.
         """
         summaries = summary(teacher)
         return summaries if self._projection is None else summaries.float() @ self._projection.T
@@ -216,7 +219,12 @@ class NamedTarget(Target):
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the unweighted loss of each image, (B,) float32.
 
-        The mean over images is the result of `value`, which has the same arguments.
+        The mean over images is the result of `value`.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens after the head.
+            tokens: (B, N, Ct), the teacher's tokens before the normaliser, of any floating-point
+                dtype.
         """
         normalised = self.normalise(tokens.detach())
         return self.loss.per_image(projected.to(normalised.dtype), normalised)
@@ -253,12 +261,12 @@ def guess(
 
 
 def reads_blocks(head: nn.Module) -> bool:
-    """Whether a head reads the maps after the student's blocks instead of the last map."""
+    """Whether `head` reads the maps after each of the student's blocks instead of the last map."""
     return isinstance(head, MapHead) and head.reads_blocks
 
 
 def summary(feature_map: FeatureMap) -> Tensor:
-    """Returns the summary of each image, (B, 1, C).
+    """Returns the summary of each image in `feature_map`, (B, 1, C).
 
     The summary is the class token, which is `feature_map.summary` or else the first prefix token.
     For a map without a class token it is the mean of all tokens.
@@ -271,7 +279,7 @@ def summary(feature_map: FeatureMap) -> Tensor:
 
 
 def as_map(summaries: Tensor) -> FeatureMap:
-    """Returns summaries (B, 1, C) as maps of a single patch, for heads that read maps."""
+    """Returns `summaries`, (B, 1, C), as maps with a single patch, for heads that read maps."""
     return FeatureMap(summaries, (1, 1), 0)
 
 

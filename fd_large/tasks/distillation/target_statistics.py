@@ -86,7 +86,7 @@ def statistics_of(mean: Tensor, covariance: Tensor, facts: Mapping[str, Any]) ->
 
 
 def write(path: Path, statistics: TargetStatistics) -> None:
-    """Writes statistics into a file, atomically."""
+    """Writes `statistics` into the file `path`, atomically; an existing file is replaced."""
     tensors = {name: getattr(statistics, name).contiguous() for name in _NAMES}
     metadata = {"kind": _KIND, "facts": json.dumps(dict(statistics.facts))}
     with replacing(path) as aside:
@@ -94,7 +94,7 @@ def write(path: Path, statistics: TargetStatistics) -> None:
 
 
 def read(path: str) -> TargetStatistics:
-    """Reads a file of statistics.
+    """Reads the file of statistics `path`, which `fd-large statistics` wrote.
 
     Raises: ConfigError: if the file cannot be read or is not a file of statistics.
     """
@@ -120,9 +120,9 @@ def require_same(stored: Mapping[str, Any], run_facts: Mapping[str, Any], path: 
     """Checks that statistics were measured on tokens of the run's target.
 
     Args:
-        stored: The facts in the file.
-        run_facts: The run's facts.
-        path: The file.
+        stored: The facts in the file, which may have further names.
+        run_facts: The run's facts, as {name: value}.
+        path: Path of the file, for messages.
 
     Raises: ConfigError: if facts differ; the message names the differences.
     """
@@ -193,7 +193,7 @@ def hadamard(size: int) -> np.ndarray | None:
 
 
 def _sylvester(size: int) -> np.ndarray:
-    """Returns Sylvester's Hadamard matrix for a power of two, (size, size) int8."""
+    """Returns Sylvester's Hadamard matrix, (size, size) int8; `size` must be a power of two."""
     signs = np.ones((1, 1), np.int8)
     while len(signs) < size:
         signs = np.kron(np.array([[1, 1], [1, -1]], np.int8), signs)
@@ -203,7 +203,7 @@ def _sylvester(size: int) -> np.ndarray:
 def _paley_1(prime: int) -> np.ndarray:
     """Returns the Hadamard matrix of Paley's first construction, (prime + 1, prime + 1) int8.
 
-    The remainder of the prime by 4 must be 3.
+    `prime` must be a prime number whose remainder by 4 is 3.
     """
     signs = np.eye(prime + 1, dtype=np.int8)
     signs[0, 1:], signs[1:, 0] = 1, -1
@@ -214,7 +214,8 @@ def _paley_1(prime: int) -> np.ndarray:
 def _paley_2(prime: int) -> np.ndarray:
     """Returns the Hadamard matrix of Paley's second construction, int8.
 
-    The side of the matrix is 2 * (prime + 1). The remainder of the prime by 4 must be 1.
+    The side of the matrix is 2 * (prime + 1). `prime` must be a prime number whose remainder by 4
+    is 1.
     """
     inner = np.zeros((prime + 1, prime + 1), np.int8)
     inner[0, 1:] = inner[1:, 0] = 1
@@ -224,7 +225,7 @@ def _paley_2(prime: int) -> np.ndarray:
 
 
 def _residues(prime: int) -> np.ndarray:
-    """Returns the matrix of quadratic residues modulo a prime, (prime, prime) int8.
+    """Returns the matrix of quadratic residues modulo `prime`, (prime, prime) int8.
 
     An element is 0 on the diagonal, 1 if row - column is a square modulo the prime, and else -1.
     """

@@ -132,7 +132,11 @@ class Target:
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the unweighted loss of each image, (B,) float32.
 
-        The mean over images is the result of `value`, which has the same arguments.
+        The mean over images is the result of `value`.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens after the head.
+            tokens: (B, N, Ct), the teacher's tokens before the normaliser.
         """
         pairs = zip(projected.split(1), tokens.split(1), strict=True)
         return torch.stack([self.value(*pair) for pair in pairs])
@@ -211,17 +215,23 @@ class Whole:
     description = ""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns an empty dictionary, since no random numbers are needed; see `Task.draws`."""
+        """Returns an empty dictionary, since whole images need no random numbers.
+
+        For the arguments see `Task.draws`.
+        """
         return {}
 
     def width(self, student: nn.Module) -> int:
-        """Returns the number of channels of the heads' input, which is the student's width."""
+        """Returns the number of channels of the heads' input, here the width of `student`."""
         return student.width
 
     def undrawn(self, images: Tensor) -> Drawn:
         """Returns an empty dictionary, the placeholder for the result of `draws`.
 
         Placeholders are used in training without random numbers, to count operations by shapes.
+
+        Args:
+            images: Not used.
         """
         return {}
 
@@ -237,11 +247,21 @@ class Whole:
         return Seen(student(pixels, keep))
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Comparison:
-        """Returns the comparison unchanged, since all tokens count in the loss."""
+        """Returns `comparison` unchanged, since all tokens count in the loss.
+
+        Args:
+            comparison: The tokens of student and teacher for one target.
+            drawn: Not used.
+        """
         return comparison
 
     def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
-        """Returns the weight of each image in a mean over images, (B,): ones."""
+        """Returns the weight of each image in a mean over images, here ones, (B,).
+
+        Args:
+            drawn: Not used.
+            pixels: (B, 3, H, W).
+        """
         return pixels.new_ones(len(pixels))
 
 
@@ -249,11 +269,14 @@ class Sum:
     """Combines the targets' losses into their weighted sum; the default of `Distillation.join`."""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns an empty dictionary, since no random numbers are needed; see `Task.draws`."""
+        """Returns an empty dictionary, since the sum needs no random numbers.
+
+        For the arguments see `Task.draws`.
+        """
         return {}
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns the training loss of a micro-batch, a scalar.
+        """Returns the weighted sum of the targets' losses on a micro-batch, a scalar.
 
         Args:
             comparisons: The comparison of student and teacher for each target.
@@ -327,7 +350,10 @@ class Distillation(Task):
             return self.teachers(images, given_maps or {}, self.training)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the random numbers of `sight` and `join`, by name; see `Task.draws`."""
+        """Returns the random numbers that `sight` and `join` need for each image, by name.
+
+        For the arguments see `Task.draws`.
+        """
         return {
             name: drawn
             for filler in (self.sight, self.join)
@@ -382,7 +408,11 @@ class Distillation(Task):
         return self._measured(comparisons)
 
     def _measured(self, comparisons: Sequence[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of an evaluation, a scalar, and the metrics that `forward` describes."""
+        """Returns the loss of an evaluation, a scalar, and the metrics that `forward` describes.
+
+        Args:
+            comparisons: The comparison of student and teacher for each target.
+        """
         losses = [comparison.value() for comparison in comparisons]
         cosines = [c.target.cosine(c.projected, c.tokens) for c in comparisons]
         metrics: dict[str, Tensor] = {}
@@ -408,6 +438,6 @@ class Distillation(Task):
 
 
 def _in_type(map_: FeatureMap, dtype: torch.dtype) -> FeatureMap:
-    """Returns the feature map with its tokens and its summary converted to a data type."""
+    """Returns `map_` with its tokens and, if there is one, its summary converted to `dtype`."""
     summary = None if map_.summary is None else map_.summary.to(dtype)
     return map_._replace(tokens=map_.tokens.to(dtype), summary=summary)

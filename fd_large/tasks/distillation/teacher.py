@@ -312,6 +312,11 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
     teacher is the teacher's summary after a projection into the embedding space of texts. The
     projection is among the teacher's weights and follows the final norm.
 
+    Args:
+        name: The teacher's name.
+        entry: The teacher's entry in the recipe.
+        sources: Opens the teacher's weights.
+
     Raises:
         ConfigError: if the weights have no projection that fits the map, or if the entry learns
             another layer than the last.
@@ -332,6 +337,11 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
 def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
     """Returns the matrix from a CLIP summary to its embedding, (embedding width, map width).
 
+    Args:
+        name: The teacher's name.
+        entry: The teacher's entry in the recipe.
+        sources: Opens the teacher's weights.
+
     Raises: ConfigError: if the weights have no projection that fits the map.
     """
     tensor, is_transposed = _named(name, entry, sources)
@@ -340,9 +350,14 @@ def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
 
 
 def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
-    """Returns the projection's name in the teacher's weights, and whether it is transposed.
+    """Returns (name of the projection's tensor in the teacher's weights, whether it is transposed).
 
     A transposed projection has the shape (map width, embedding width).
+
+    Args:
+        name: The teacher's name.
+        entry: The teacher's entry in the recipe.
+        sources: Opens the teacher's weights.
 
     Raises: ConfigError: if the weights have no projection that fits the map.
     """

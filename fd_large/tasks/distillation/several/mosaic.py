@@ -48,6 +48,9 @@ class Mosaic(Frozen):
     def grid(self, image_size: int) -> tuple[int, int]:
         """Returns the rows and columns of an image's map, which do not depend on the image's side.
 
+        Args:
+            image_size: Side of the images, in pixels; not used.
+
         Raises: ShapeError: if the edges of the images are not edges of the mosaic's patches.
         """
         rows, columns = self.net.grid(self.image_size, self.image_size)

@@ -169,10 +169,11 @@ class RunningStatistics(Float32Buffers):
         return Undo(self.mean, self.divisor, None)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns this Module by its name in checkpoints, running.LABEL.
+        """Returns {name in checkpoints: this Module}; the name is running.LABEL.
 
         Args:
-            label: The target's label; "" for a single teacher's map, which is named running.map.
+            label: The target's label, LABEL. For a single teacher's map it is "", and the name is
+                running.map.
         """
         return {f"running.{label or MAP}": self}
 
@@ -197,7 +198,11 @@ class RunningStatistics(Float32Buffers):
         self.deviation.lerp_(self._deviation(step).to(self.deviation), weight)
 
     def _deviation(self, step: Moments) -> Tensor:
-        """Returns the deviations of a step, (2, C), that update the running deviations."""
+        """Returns the standard deviations of a step, (2, C), that update the running deviations.
+
+        Args:
+            step: Mean and variance over the tokens of the step.
+        """
         return step.variance.sqrt() + self._EPS
 
     def _divisor(self, deviation: Tensor) -> Tensor:
@@ -227,7 +232,11 @@ class StepStatistics(RunningStatistics):
 
 
 class FollowsForwards(Part):
-    """Updates running statistics from the tokens that the forwards of a step have normalised."""
+    """Updates running statistics from the tokens that the forwards of a step have normalised.
+
+    Args:
+        running: The running statistics.
+    """
 
     of_step = False
 
@@ -243,17 +252,18 @@ class FollowsForwards(Part):
         self._momentum, self._running.noted = momentum_at(progress), None
 
     def noted(self) -> Tensor | None:
-        """Returns the sums over the tokens that this rank has normalised in the step, (K,).
+        """Returns the sums over the tokens that this rank has normalised in the step, (K,) float64.
 
-        The result is None if there were no tokens.
+        These are sums as in `RunningStatistics.sums_of`; None if this rank normalised no tokens.
         """
         return self._running.noted
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Updates the running statistics.
+        """Moves the running statistics towards the statistics of the step.
 
         Args:
-            noted: (K,), the sums over the tokens of the step on all ranks; None if there were none.
+            noted: (K,), the sums over the tokens of the step on all ranks. If there were none, it
+                is None, and the running statistics stay as they are.
         """
         if noted is not None:
             self._running.move(self._running.moments_of(noted), self._momentum)
@@ -261,7 +271,12 @@ class FollowsForwards(Part):
 
 
 class FollowsStep(Part):
-    """Normalises a step's tokens by the step's statistics, which then update running statistics."""
+    """Normalises a step's tokens by the step's statistics, which then update running statistics.
+
+    Args:
+        target: The target whose teacher's tokens are normalised.
+        running: The running statistics.
+    """
 
     def __init__(self, target: Any, running: RunningStatistics) -> None:
         self._target, self._running, self._momentum = target, running, 0.0
@@ -293,6 +308,10 @@ class FollowsStep(Part):
         self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Moves the running statistics towards the statistics of the step."""
+        """Moves the running statistics towards the statistics of the step, which `take` computed.
+
+        Args:
+            noted: Not used.
+        """
         assert self._running.moments is not None
         self._running.move(self._running.moments, self._momentum)

@@ -59,7 +59,11 @@ class SummaryQueue(Float32Buffers):
         return self._of_step if learns else self.rows
 
     def begin(self, micro_batches: int) -> None:
-        """Begins a step that has the given number of micro-batches on each rank."""
+        """Begins a step, in which `placed` is called once for each micro-batch of this rank.
+
+        Args:
+            micro_batches: Number of micro-batches of each rank in the step.
+        """
         self._of_step, self._placed, self._micro_batches = None, 0, micro_batches
 
     def placed(self, summaries: Tensor) -> Tensor:
@@ -101,13 +105,18 @@ class SummaryQueue(Float32Buffers):
 
 
 class QueueOfStep(Part):
-    """Adds the summaries of each step to a target's queue."""
+    """The part of a step that adds the step's summaries to the queue of a target's loss.
+
+    Args:
+        target: The target, whose teacher's summaries are added.
+        queue: The queue.
+    """
 
     def __init__(self, target: Any, queue: SummaryQueue) -> None:
         self._target, self._queue = target, queue
 
     def begin(self, micro_batches: int) -> None:
-        """Begins a step that has the given number of micro-batches on each rank."""
+        """Begins a step that has `micro_batches` micro-batches on each rank."""
         self._queue.begin(micro_batches)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
@@ -120,16 +129,26 @@ class QueueOfStep(Part):
         return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
-        """Puts the step's summaries first in the queue that the losses of the step read."""
+        """Puts the step's summaries first in the queue that the losses of the step read.
+
+        Args:
+            totals: The summaries of the step, the sum of the results of `sums` over all
+                micro-batches of all ranks.
+            micro_batches: Not used.
+        """
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Stores the summaries of the finished step in the queue."""
+        """Stores the summaries of the finished step in the queue.
+
+        Args:
+            noted: Not used.
+        """
         self._queue.move()
 
 
 def units(tokens: Tensor) -> Tensor:
-    """Returns tokens (..., C) scaled to unit L2 norm."""
+    """Returns `tokens`, (..., C), scaled to unit L2 norm over the last dimension."""
     return F.normalize(tokens, dim=-1)
 
 
@@ -201,7 +220,7 @@ class Relation(Loss):
     reads_beta, reads_temperature = False, True
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Raises ConfigError if the target is a summary, which has no patches."""
+        """Raises ConfigError if the target is a summary, which has no patches; see `Loss.begin`."""
         field = field_of(teacher, "loss", kind)
         if kind == SUMMARY:
             raise ConfigError(
@@ -246,7 +265,7 @@ class QueueDivergence(Loss):
     queue: SummaryQueue | None = None
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Makes the queue for the teacher's summaries.
+        """Makes the queue for the teacher's summaries; for the arguments see `Loss.begin`.
 
         Raises: ConfigError: if the target is not a summary, or if summaries are normalised.
         """
@@ -296,6 +315,6 @@ class QueueDivergence(Loss):
         return {f"queues.{label}": self.queue}
 
     def part(self, target: Any) -> Part:
-        """Returns the part of a step that adds the target's summaries to the queue."""
+        """Returns the part of a step that adds the summaries of `target`'s teacher to the queue."""
         assert self.queue is not None
         return QueueOfStep(target, self.queue)

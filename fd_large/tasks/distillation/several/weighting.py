@@ -74,12 +74,14 @@ class Weighted(Part):
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns {"coins": result of `coins`} for the rule "drop", else an empty dictionary.
+        """Draws the random numbers of the rule "drop" for the images of a batch.
 
         Args:
             seed: The run's seed.
             epoch: Epoch, counted from 0.
             positions: (B,), positions of the images in the epoch's order.
+
+        Returns: {"coins": the result of `coins`, (T - 1, B) bool}; empty for other rules.
         """
         if self._weighting.rule != "drop":
             return {}
@@ -174,6 +176,9 @@ class _Teaches(nn.Module):
     """Module for the table of whether a teacher teaches the images of a dataset.
 
     The buffer `rows` is (teachers, datasets) bool, and is left out of checkpoints.
+
+    Args:
+        rows: For each teacher a list with an entry for each dataset; may be empty.
     """
 
     rows: Tensor
