@@ -77,10 +77,15 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Owner:
-        """Parses the contents of an owner.json; if they are invalid, `start` is "unknown".
+        """Parses the contents of an owner.json.
 
         Values are checked, since anybody may have written the file, and the ID of a start becomes a
         part of file names.
+
+        Args:
+            text: The contents.
+
+        Returns: the owner; if the contents are invalid, an owner whose `start` is "unknown".
         """
         with suppress(ValueError):
             record = parse_json(text)

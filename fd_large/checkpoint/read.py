@@ -107,12 +107,12 @@ class Reader:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs an action on rank 0, and returns the result on all ranks.
+    """Calls `action` on rank 0 alone, and returns its result on all ranks.
 
     All ranks must call this function.
 
     Raises:
-        FDError: on all ranks, if the action raises an FDError or an OSError; an OSError becomes a
+        FDError: on all ranks, if `action` raises an FDError or an OSError; an OSError becomes a
             CheckpointError.
     """
 

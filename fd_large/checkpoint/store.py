@@ -242,7 +242,11 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
-    """Returns `action(file)`, or None if the file or folder `file` does not exist.
+    """Returns the result of `action` for the file or folder `file`, or None if it does not exist.
+
+    Args:
+        file: The file or folder.
+        action: Function that reads `file`. It may be called again after a failed read.
 
     Raises: StorageError, CheckpointError: if `file` exists and cannot be read.
     """
@@ -377,7 +381,13 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
 
 
 def best_of(folder: Path) -> Path | None:
-    """Returns the folder of the checkpoint of a run's best evaluation, or None if none is kept."""
+    """Returns the folder of the checkpoint of the best evaluation of a run.
+
+    Args:
+        folder: The run's folder.
+
+    Returns: the checkpoint's folder, or None if there is no such checkpoint.
+    """
     link = checkpoints_of(folder) / BEST
     return link.resolve() if link.is_symlink() and kind_of(link) else None
 

@@ -103,7 +103,7 @@ def _problem_of(path: Path, ranks: int, kind: str, stamps: tuple) -> str | None:
 
 
 def outcome(reader: Reader) -> str:
-    """Returns the kind of weights that are the result of a run.
+    """Returns the kind of weights that are the result of the run with the checkpoint `reader`.
 
     The kind is "ema" if the run keeps a moving average of the weights, else "master".
     """

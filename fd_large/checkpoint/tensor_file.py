@@ -225,7 +225,12 @@ class TensorFile:
 
 
 def _write_all(descriptor: int, views: list[memoryview]) -> None:
-    """Writes all bytes of the views to a file descriptor, and empties the list of views."""
+    """Writes all bytes of `views` to a file, and empties the list `views`.
+
+    Args:
+        descriptor: File descriptor of the file.
+        views: Views of the bytes, in order.
+    """
     while views:
         written = os.writev(descriptor, views)
         while views and written >= len(views[0]):

@@ -69,6 +69,9 @@ def decode(
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
     """Returns the size of an image whose lower rows `decode` can skip.
 
+    Args:
+        encoded: The bytes of an image file.
+
     Returns: height and width in pixels, or None if the image has to be decoded whole.
     """
     header = read_header(encoded)

@@ -53,7 +53,10 @@ class JpegHeader(Header):
 
 
 def read_header(encoded: bytes | bytearray) -> Header | None:
-    """Returns the header of a JPEG, PNG or WebP file.
+    """Reads the header of a JPEG, PNG or WebP file.
+
+    Args:
+        encoded: The bytes of an image file.
 
     Returns: the header, or None for other formats and for headers that cannot be read.
     """
@@ -72,6 +75,9 @@ def read_header(encoded: bytes | bytearray) -> Header | None:
 
 def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
     """Reads the header of a JPEG, which is all segments before the first scan.
+
+    Args:
+        encoded: The bytes of the file.
 
     Returns: the header, or None if there is no frame segment or a segment does not start with 0xFF.
     Raises: IndexError or struct.error: if the file ends within the header.
@@ -151,7 +157,16 @@ def _read_webp(encoded: bytes | bytearray) -> Header | None:
 
 
 def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    """Raises DataError if an image has more than `max_pixels` pixels; `where` names the image."""
+    """Checks that an image has at most `max_pixels` pixels.
+
+    Args:
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+        max_pixels: Largest allowed number of pixels.
+        where: Name of the image, for the message.
+
+    Raises: DataError: if the image has more pixels.
+    """
     if width * height > max_pixels:
         raise DataError(
             f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "

@@ -62,7 +62,7 @@ class Batch:
     targets: Any = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with images and targets on a device, without waiting for the copy.
+        """Returns the batch with images and targets on `device`, without waiting for the copy.
 
         Positions and indices stay on the CPU, where random numbers are drawn from them, since
         reading them back from a device would stop the host.
@@ -286,6 +286,10 @@ class Beside(Protocol):
     def of(self, index: int, view: torch.Tensor) -> Any:
         """Returns the stored tensors for a view of image `index`, in tuples or dicts.
 
+        Args:
+            index: Index of the image.
+            view: (3, S, S) uint8, the view.
+
         Raises: DataError: if nothing is stored for the image; the loader then replaces the image.
         """
 
@@ -321,9 +325,13 @@ class ViewBatches(Dataset):
     sizes: ImageSizes | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the views at positions (B,) as a batch with images (B, 3, S, S) uint8.
+        """Loads a batch of views.
 
-        A position for which no sample can be used gets a black view.
+        Args:
+            positions: (B,), positions in the epoch's order.
+
+        Returns: a batch with images (B, 3, S, S) uint8. A position for which no sample can be used
+            gets a black view.
         """
         if not self.mixed_among:
             return self._load(positions, len(positions))

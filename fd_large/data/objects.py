@@ -99,7 +99,7 @@ class Stored(NamedTuple):
 
 
 def join(root: str, name: str) -> str:
-    """Returns the path or URL of the file or folder `name` below a root, which may be a URL."""
+    """Returns the path or URL of the file or folder `name` below `root`, a path or a URL."""
     return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
 
 

@@ -57,6 +57,10 @@ SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 def open_photographs(root: str, *, where: str) -> Photographs | None:
     """Opens `builtin:photographs` or `builtin:photographs-held-out`.
 
+    Args:
+        root: Value of a configuration field such as `data.root`.
+        where: Name of this configuration field, for messages.
+
     Returns: the images, or None if `root` does not start with "builtin:".
     Raises: DataError: if there is no built-in dataset of this name, or a package is missing.
     """
@@ -131,6 +135,9 @@ def _without_profile(encoded: bytes) -> bytes:
 
     libpng would warn about the profile on every rank. `decode` ignores colour profiles, so that the
     pixels are the same.
+
+    Args:
+        encoded: The bytes of an image file.
     """
     if not encoded.startswith(b"\x89PNG"):
         return encoded

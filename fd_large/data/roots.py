@@ -78,7 +78,7 @@ def scheme_of(root: str) -> str:
 
 
 def is_url(root: str) -> bool:
-    """Whether a root is a URL instead of a path."""
+    """Whether `root` is a URL instead of a path."""
     return bool(scheme_of(root))
 
 

@@ -181,6 +181,10 @@ class Blocks:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Returns the order of the blocks in an epoch.
 
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+
         Returns: (num_blocks,) the permuted numbers of the blocks; (num_blocks,) the position in the
             epoch at which each of these blocks ends; (num_windows,) the position at which each
             window starts.
@@ -215,7 +219,12 @@ def samples_at(
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Returns the number of steps in an epoch; a last, incomplete global batch is dropped."""
+    """Returns the number of steps in an epoch; a last, incomplete global batch is dropped.
+
+    Args:
+        num_samples: Number of samples of the whole dataset.
+        global_batch_size: Number of images in a step over all ranks.
+    """
     return num_samples // global_batch_size
 
 

@@ -96,7 +96,7 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
 
 
 def _key(name: bytes) -> bytes:
-    """Returns the name of a member of an archive, up to the first dot after the last slash."""
+    """Returns the part of a member's name `name` up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
 
@@ -104,7 +104,10 @@ def _key(name: bytes) -> bytes:
 class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args: Any, **named: Any) -> tarfile.TarInfo:
-        """Parses a header; raises InvalidHeaderError for a negative size, which tarfile accepts."""
+        """Parses a header, with the arguments of tarfile's method of this name.
+
+        Raises: InvalidHeaderError: if the header states a negative size, which tarfile accepts.
+        """
         header = super().frombuf(*args, **named)
         if header.size < 0:
             raise tarfile.InvalidHeaderError(f"a size of {header.size}")
@@ -112,7 +115,10 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        """Reads the next header; raises `Torn` for damage at which tarfile would end silently."""
+        """Reads the next header of `archive`.
+
+        Raises: Torn: at damage at which tarfile would end silently.
+        """
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:

@@ -102,7 +102,10 @@ def add_norm_reference(
     gamma: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Computes `add_norm` in plain torch."""
+    """Computes `add_norm` in plain torch, with the same arguments and results.
+
+    `dtype` must be given.
+    """
     y = add_branch_reference(x, branch, scale, gamma)
     return y, layer_norm_reference(y, weight, bias, eps, dtype)
 
@@ -110,7 +113,10 @@ def add_norm_reference(
 def add_branch_reference(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:
-    """Computes `add_branch` in plain torch, summed in float32 and rounded once."""
+    """Computes `add_branch` in plain torch, with the same arguments and result.
+
+    The sum is computed in float32 and rounded once.
+    """
     branch = branch.to(torch.promote_types(x.dtype, torch.float32))
     if gamma is not None:
         branch = branch * gamma.to(branch.dtype)
@@ -134,9 +140,19 @@ def add_norm_forward(
 
     If weight and bias are None, only y is computed, and the other three results are empty.
 
-    Returns: y in the shape and dtype of x; LayerNorm(y) in the shape of x and in `dtype`; for each
-        row the mean, (rows,) float32; for each row 1/deviation, (rows,) float32. A row is the C
-        channels of a token.
+    Args:
+        x: (B, ..., C), the residual stream.
+        branch: (B, ..., C), any float dtype.
+        gamma: (C,), LayerScale; None means 1.
+        scale: (B,) float32, drop path's factor per sample; None means 1.
+        weight: (C,), weight of the norm; None without a norm.
+        bias: (C,), bias of the norm; None without a norm.
+        eps: Added to the variance.
+        dtype: Data type of LayerNorm(y).
+
+    Returns: y in the shape and dtype of x; LayerNorm(y) in the shape of x; for each row the mean,
+        (rows,) float32; for each row 1/deviation, (rows,) float32. A row is the C channels of a
+        token.
     """
     rows, constants = rows_of(x), tile(x.shape[-1])
     y = torch.empty_like(x)

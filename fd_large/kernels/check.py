@@ -82,7 +82,7 @@ def recording() -> Iterator[dict[Call, None]]:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates an operation's public function so that `recording` sees its calls."""
+    """Decorates an operation's public function `function` so that `recording` sees its calls."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

@@ -160,9 +160,9 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether operations on devices of this type may run kernels, which need a check.
+    """Returns whether operations on devices of the type `device_type` may run kernels.
 
-    Kernels are all implementations other than the reference.
+    Kernels are all implementations other than the reference; they need a check.
     """
     general, single = _wishes(wished())
     wishes = {general, *single.values()} - {"reference"}
@@ -183,10 +183,10 @@ def wished() -> str:
 
 @lru_cache(maxsize=16)
 def _wishes(text: str) -> tuple[str, dict[str, str]]:
-    """Parses a value of FD_KERNELS.
+    """Parses `text`, a value of the environment variable FD_KERNELS.
 
-    Returns: the implementation for all operations, and the implementations for single operations
-        by the operation's name.
+    Returns: the implementation for all operations, which is "auto" if `text` names none;
+        {operation: implementation} for single operations.
     Raises: ConfigError: if an implementation or an operation is unknown.
     """
     general, single = "auto", {}

@@ -87,11 +87,15 @@ def function_of(kernel: str) -> Any:
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Returns a decorator that registers a launcher as the operation torch.ops.fd_large.NAME.
+    """Returns a decorator that registers a launcher as an operation of torch.
 
-    The operation's schema follows from the launcher's annotations. The launcher gets contiguous
-    tensors. If the launcher returns None for an unneeded result, the operation returns an empty
-    tensor, because the results of an operation cannot be None.
+    A launcher is a function that starts Triton kernels. The operation's schema follows from the
+    launcher's annotations. The launcher gets contiguous tensors. If the launcher returns None for
+    an unneeded result, the operation returns an empty tensor, because the results of an operation
+    cannot be None.
+
+    Args:
+        name: NAME of the operation torch.ops.fd_large.NAME.
     """
 
     def register(launcher: Callable[..., tuple[Tensor | None, ...]]) -> torch.library.CustomOpDef:
@@ -140,10 +144,10 @@ def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[
 
 
 def backend(device_type: str) -> str:
-    """Returns torch.compile's backend: "inductor" for the device type "cuda", else "aot_eager".
+    """Returns torch.compile's backend for devices of the type `device_type`.
 
-    With "aot_eager" the same graphs as on a GPU are traced and differentiated, but run in eager
-    kernels, without a C++ compiler.
+    The backend is "inductor" for "cuda", else "aot_eager". With "aot_eager" the same graphs as on a
+    GPU are traced and differentiated, but run in eager kernels, without a C++ compiler.
     """
     return "inductor" if device_type == "cuda" else "aot_eager"
 

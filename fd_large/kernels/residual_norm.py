@@ -169,7 +169,10 @@ def _fused(
 def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Computes `layer_norm` in plain torch."""
+    """Computes `layer_norm` in plain torch, with the same arguments and result.
+
+    `dtype` must be given.
+    """
     if x.dtype == weight.dtype == dtype:
         # The kernels behind this call keep float32 statistics for half-precision inputs.
         return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -179,7 +182,10 @@ def layer_norm_reference(
 def stream_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, copy: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes `stream_norm` in plain torch."""
+    """Computes `stream_norm` in plain torch, with the same arguments and results.
+
+    `dtype` must be given.
+    """
     y = layer_norm_reference(x, weight, bias, eps, dtype)
     return y, y.to(copy)
 
@@ -194,7 +200,10 @@ def residual_norm_reference(
     branch_bias: Tensor | None = None,
     copy: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes `residual_norm` in plain torch: norm, scale and sum in float32, rounded once."""
+    """Computes `residual_norm` in plain torch, with the same arguments and results.
+
+    Norm, scale and sum are computed in float32, and the sum is rounded once.
+    """
     if branch_bias is not None:
         branch = branch.to(torch.promote_types(branch.dtype, torch.float32)) + branch_bias
     normed = _wide_layer_norm(branch, weight, bias, eps)
@@ -224,6 +233,17 @@ def residual_norm_forward(
     """Returns y = x + scale * LayerNorm(branch + branch_bias), and statistics of the branch.
 
     Without x and scale, y is LayerNorm(branch + branch_bias).
+
+    Args:
+        x: (B, ..., C), the residual stream, or None.
+        branch: (B, ..., C), any float dtype.
+        weight: (C,), weight of the norm.
+        bias: (C,), bias of the norm.
+        branch_bias: (C,), the bias of the branch's last layer; None for no bias.
+        scale: (B,) float32, drop path's factor per sample; None means 1.
+        eps: Added to the variance.
+        dtype: Data type of y.
+        copy: Data type of a second copy of y; None for no copy.
 
     Returns: y in `dtype`, y in `copy` (empty if `copy` is None), and the mean and the 1/deviation
         of each row of branch + branch_bias, (rows,) float32.
@@ -255,9 +275,18 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, branch, weight, bias and branch_bias.
 
-    dy and dcopy are the gradients of the first two results of `residual_norm_forward`; one of them
-    may be None. The gradient of x is dy + dcopy in the data type that `dx` names, or empty if `dx`
-    is None. `mean` and `rstd` are the statistics that `residual_norm_forward` returned.
+    The gradient of x is empty if `dx` is None, and that of branch_bias if `branch_bias` is None.
+
+    Args:
+        dy: (B, ..., C), the gradient of `residual_norm_forward`'s first result, or None.
+        dcopy: (B, ..., C), the gradient of its second result, or None; not both are None.
+        branch: (B, ..., C), as in `residual_norm_forward`, like the next three arguments.
+        weight: (C,), weight of the norm.
+        branch_bias: (C,), the bias of the branch's last layer; None for no bias.
+        scale: (B,) float32, drop path's factor per sample; None means 1.
+        mean: (rows,) float32, a result of `residual_norm_forward`.
+        rstd: (rows,) float32, a result of `residual_norm_forward`.
+        dx: Data type of the gradient of x, which is dy + dcopy; None if it is not needed.
     """
     rows = rows_of(branch)
     constants, tiles, programs = backward_launch(rows, branch.shape[-1])
@@ -382,7 +411,7 @@ _TILE = 4096
 
 
 def rows_of(values: Tensor) -> int:
-    """Returns the number of rows of a tensor; a row runs along the last dimension."""
+    """Returns the number of rows of `values`; a row runs along the last dimension."""
     return values.numel() // values.shape[-1]
 
 

@@ -62,7 +62,7 @@ def whitened_loss(
 def whitened_loss_reference(
     student_map: Tensor, teacher_map: Tensor, beta: float, eps: float
 ) -> Tensor:
-    """Computes `whitened_loss` in plain torch."""
+    """Computes `whitened_loss` in plain torch, with the same arguments and result."""
     target = whiten(teacher_map.detach(), eps)
     wide = torch.promote_types(student_map.dtype, target.dtype)
     return F.smooth_l1_loss(student_map.to(wide), target.to(wide), beta=beta)

@@ -244,9 +244,15 @@ def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.
 def position_index(rows: int, columns: int, prefix: int, device: torch.device) -> Tensor:
     """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
-    For patches, the row is (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) =
-    query - key. Prefix tokens come before the patches. The last three rows of the table are, as for
+    For patches, the row is (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query
+    - key. Prefix tokens come before the patches. The last three rows of the table are, as for
     BEiT's CLS, for the pairs (prefix, patch), (patch, prefix) and (prefix, prefix).
+
+    Args:
+        rows: Rows of the grid of patches.
+        columns: Columns of the grid of patches.
+        prefix: Number of prefix tokens; N is this number plus rows * columns.
+        device: Device of the result.
     """
     return _position_index(rows, columns, prefix, device)
 

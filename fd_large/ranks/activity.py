@@ -41,7 +41,10 @@ class Work:
         _changed()
 
     def advance(self, amount: float = 1, description: str | None = None) -> None:
-        """Adds `amount` finished units, and replaces the description unless it is None."""
+        """Adds `amount` finished units.
+
+        `description` replaces the description of the work, unless it is None or empty.
+        """
         self.reach(self.done + amount)
         self.what = without_secrets(description or self.what)
 

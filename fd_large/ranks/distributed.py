@@ -48,10 +48,10 @@ _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
-    """Returns how many file descriptors rank 0 may hold at once; the other ranks hold fewer.
+    """Returns how many file descriptors rank 0 of `num_ranks` ranks may hold at once.
 
-    Each rank has two connections to the store of rank 0. The other descriptors are files, tens of
-    connections of collectives, and tensors from loading processes.
+    The other ranks hold fewer. Each rank has two connections to the store of rank 0. The other
+    descriptors are files, tens of connections of collectives, and tensors from loading processes.
     """
     return 2 * num_ranks + 4096
 
@@ -174,7 +174,12 @@ def leave(code: int) -> int:
 
 
 def _take_gpu(launch: Launch) -> None:
-    """Makes this rank's GPU the current device, with expandable memory segments.
+    """Makes this rank's GPU the current device.
+
+    Memory segments become expandable, unless the environment configures torch's allocator already.
+
+    Args:
+        launch: Place of this rank among all ranks.
 
     Raises:
         LaunchError: if this rank has no GPU of its own, or if CUDA_DEVICE_MAX_CONNECTIONS puts the
@@ -321,6 +326,11 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
     If another job has taken the port, this rank finds that job's store, where rank 0 of this job
     never registers. This rank then waits, without writing entries that the other job reads, until
     rank 0 has failed at the port and the launcher ends all ranks, or until the timeout.
+
+    Args:
+        launch: Place of this rank among all ranks.
+        name: Prefix of this job's keys in the store.
+        timeout_seconds: Time after which connecting or waiting fails.
     """
     store = _store_of(launch, name, timeout_seconds, for_group=True)
     if launch.rank == 0:

@@ -289,7 +289,10 @@ def _ending_of(text: bytes) -> Ending:
 def code_after(ending: Ending | None) -> Exit:
     """Returns the exit code of a rank that ends because another rank has ended.
 
-    The code is AGAIN (75) if the other rank ended with AGAIN, else LOST (1).
+    Args:
+        ending: Reason for the end of the ranks; None if unknown.
+
+    Returns: AGAIN (75) if the other rank ended with AGAIN, else LOST (1).
     """
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 

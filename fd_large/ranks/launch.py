@@ -390,7 +390,10 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """Returns the first host of a Slurm node list: "gpu[003-004,9],login1" gives gpu003."""
+    """Returns the first host of the Slurm node list `nodelist`.
+
+    For example, "gpu[003-004,9],login1" gives gpu003.
+    """
     match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0]) if match else ""
 

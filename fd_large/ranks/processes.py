@@ -290,9 +290,12 @@ def _launcher_name(arguments: list[str]) -> str | None:
 def _lost_its_runner(launchers: dict[int, str]) -> bool:
     """Returns whether the `deepspeed` command had already ended when this rank began to watch.
 
-    The launch.py of such a command has no runner as ancestor and is in a process group whose
-    leader is gone. A launch.py that was started by hand or over ssh leads its own process group,
-    or a shell leads the group.
+    The launch.py of such a command has no runner as ancestor and is in a process group whose leader
+    is gone. A launch.py that was started by hand or over ssh leads its own process group, or a
+    shell leads the group.
+
+    Args:
+        launchers: The launchers among this process's ancestors: {process ID: name}.
     """
     launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
     if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):
