@@ -211,7 +211,12 @@ def _appear(aside: Path, chunk: Path) -> None:
 
 
 def _shape(subject: Subject, side: int) -> tuple[int, ...]:
-    """Returns the shape of a subject's map as (rows, columns, -1), for reshaping flat features."""
+    """Returns (rows, columns, -1), the shape to which the flat features of an image are reshaped.
+
+    Args:
+        subject: The model, of whose map the rows and columns are returned.
+        side: Side of the images in pixels.
+    """
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device())
     with torch.no_grad():
         return (*subject.forward(normalise(blank, subject.statistics)).grid, -1)

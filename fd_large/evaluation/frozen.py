@@ -190,7 +190,12 @@ class Subject(NamedTuple):
 
 
 def _measure(how: _How, request: Request) -> Result:
-    """Extracts the features of every requested model, and classifies them with every seed."""
+    """Classifies the features of every requested model with every seed, and writes the results.
+
+    Args:
+        how: The protocol's function and settings.
+        request: The user's request.
+    """
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
@@ -300,7 +305,20 @@ def _rows(
     flags: Any,
     data: Data,
 ) -> Iterator[Row]:
-    """Yields the row of the table for each pooling of a model's features."""
+    """Yields a row of the table for each kind of pooling, with the accuracy of every seed.
+
+    The kinds of pooling are the one that --pool names, or for "auto" those of the protocol. Of
+    these, a subject without a class token has only "mean".
+
+    Args:
+        how: The protocol's function and settings.
+        subject: The model, with one of its heads or without.
+        train: The training images with their labels.
+        test: The test images with their labels.
+        seeds: Seeds of the repetitions.
+        flags: The command's own arguments.
+        data: The section `data` of the recipe.
+    """
     import numpy as np
 
     out = out_folder(flags.out)

@@ -76,12 +76,13 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """Returns the hash of the names of the images that a run trains on, in a list.
+    """Returns a list with one hash, of the names of the images that a run trains on.
+
+    The list is empty if `val_fraction` is above 0, but would hold out no image, or all images.
 
     Args:
         images: All images of the run's folder.
-        val_fraction: Fraction of the images that the run holds out. The list is empty if this
-            fraction is above 0, but would hold out no image, or all images.
+        val_fraction: Fraction of the images that the run holds out.
     """
     from fd_large.data.val_fraction import Part, places_of
 

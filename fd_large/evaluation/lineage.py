@@ -109,12 +109,11 @@ def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
 
 
 def _weights_of_cache(source: str) -> str:
-    """Returns the source of the weights by which cached targets were computed.
-
-    A source that is not of cached targets is returned unchanged.
+    """Returns the source of the weights by which stored maps of a teacher were computed.
 
     Args:
-        source: The source, which is "cached:FOLDER" for cached targets.
+        source: "cached:FOLDER", with the folder of the stored maps. Any other source is returned
+            unchanged.
     """
     from fd_large.tasks.distillation.cached.files import Header
     from fd_large.tasks.distillation.section import CACHED
@@ -126,7 +125,11 @@ def _weights_of_cache(source: str) -> str:
 
 
 def _told_by(source: str) -> list[Training]:
-    """Returns the trainings that an export records, or [] for weights without such a record."""
+    """Returns the trainings that the config.json of an export records.
+
+    Args:
+        source: The weights. Without a config.json that has such a record, the result is [].
+    """
     from fd_large.weights.origin import file_beside
     from fd_large.weights.read import read_json
     from fd_large.weights.sidecar import OWN

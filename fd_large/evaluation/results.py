@@ -198,12 +198,20 @@ def _label(row: Row) -> str:
 
 
 def _labels(rows: Sequence[Row]) -> NDArray[np.int64] | None:
-    """Returns the classes of the test images, (N,), or None if no row has them."""
+    """Returns the class of each test image, (N,), from the first of `rows` that has the classes.
+
+    The result is None if no row has them.
+    """
     return next((row.labels for row in rows if row.labels is not None), None)
 
 
 def _constant_accuracy(labels: NDArray[np.int64]) -> float:
-    """Returns the accuracy of always predicting the most common class, in per cent."""
+    """Returns the accuracy, in per cent, of always predicting the most common class.
+
+    Args:
+        labels: The class of each image, (N,); negative for an image that does not count. The
+            result is 0 if no image counts.
+    """
     import numpy as np
 
     counts = np.bincount(labels[labels >= 0], minlength=1)
@@ -211,9 +219,13 @@ def _constant_accuracy(labels: NDArray[np.int64]) -> float:
 
 
 def _write_predictions(path: Path, labels: NDArray[np.int64] | None, rows: Sequence[Row]) -> None:
-    """Writes an .npz file with the test images' labels, (N,), and predictions.
+    """Writes the test images' classes and the models' predictions to an .npz file.
 
-    The predictions of each row are (seeds, N).
+    Args:
+        path: The file.
+        labels: The class of each image, (N,), stored as `labels`. For None, no file is written.
+        rows: The rows of the table. The predictions of a row, (seeds, N), are stored as
+            `predicted/LABEL`; a row that lacks predictions is left out.
     """
     import numpy as np
 

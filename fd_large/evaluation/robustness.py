@@ -106,7 +106,11 @@ def _real(images: LabelledImages) -> LabelSet:
 
 
 def _objectnet(root: str) -> LabelSet:
-    """Opens those images of ObjectNet whose class corresponds to classes of ImageNet."""
+    """Opens those images of ObjectNet whose class corresponds to classes of ImageNet.
+
+    Args:
+        root: Folder of the download.
+    """
     import numpy as np
 
     from fd_large.data.labelled import open_labelled

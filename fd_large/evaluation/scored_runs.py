@@ -21,7 +21,7 @@ class _NoFlags:
 
 
 def scored_by(kind: TaskKind) -> Protocol:
-    """Returns the protocol that scores the runs of a kind of task."""
+    """Returns the protocol that scores a run of the task `kind` by the task's own metrics."""
     return Protocol(
         name=kind.name,
         title=kind.title or kind.name,

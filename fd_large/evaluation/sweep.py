@@ -146,10 +146,11 @@ class Sweep:
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
-        """Returns "rate", "decay", both or none: those that are at the edge of the grid.
+        """Returns which settings of the best trial are at an edge of the grid.
 
-        Rate and decay are those of the best trial. Beyond the edge there may be a better value. A
-        layer decay of 1 is no edge, since it is the largest that makes sense.
+        The result has "rate" if the learning rate is the lowest or highest of several, and "decay"
+        if the layer decay is. Beyond the edge there may be a better value. A layer decay of 1 is no
+        edge, since it is the largest that makes sense.
         """
         beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
         rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
@@ -209,7 +210,11 @@ def check_fields(changes: Mapping[str, Any]) -> None:
 
 
 def settings_of(flags: SweepFlags) -> dict[str, Any]:
-    """Returns the entries of summary.json that describe the grid and the held-out fraction."""
+    """Returns the entries of summary.json that describe a sweep.
+
+    These are the grid of learning rates and layer decays in `flags`, and the fraction of the
+    training images that the trials hold out.
+    """
     grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
     return {**grid, "sweep_held_out": HELD_OUT}
 
@@ -403,7 +408,10 @@ def _run_trials(
 
 
 def _finite(score: float | None) -> float | None:
-    """Returns a score, or None if it is missing or NaN, as box AP is on images without objects."""
+    """Returns `score`, or None if it is None, NaN or infinite.
+
+    For example, box AP is NaN on images without objects.
+    """
     return score if score is not None and isfinite(score) else None
 
 

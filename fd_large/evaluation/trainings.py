@@ -133,10 +133,19 @@ def _measure(kind: TaskKind, request: Request) -> Result:
 def _recipes_of(
     models: Sequence[NamedModel], kind: TaskKind, flags: Any, changes: Mapping[str, Any]
 ) -> list[list[Run]]:
-    """Returns the recipes to train for each model, each starting from the model's weights.
+    """Returns a list of recipes for each model; each recipe starts from the model's weights.
 
     Without --sweep, all models have the one recipe that fits the first model. With --sweep, a model
     has the recipes that fit any of the models, and the recipe that fits the model itself is first.
+    If --recipe names a recipe, this recipe fits every model.
+
+    Args:
+        models: The models.
+        kind: The kind of task on which they are trained.
+        flags: The command's own arguments.
+        changes: The fields that the user set, {full name: value}.
+
+    Raises: ConfigError: if a recipe has another task, or does not allow a change.
     """
     fitting = [flags.recipe or _fitting(model, kind) for model in models]
     for name in fitting:
@@ -149,7 +158,7 @@ def _recipes_of(
 
 
 def _fitting(model: NamedModel, kind: TaskKind) -> str:
-    """Returns the name of the published recipe that fits a model."""
+    """Returns the name of the published recipe of the task `kind` that fits `model` best."""
     from fd_large.tasks.jobs import transfer_of
 
     of_run = "" if model.section.source == RANDOM else None  # See Transfer.recipe_for.

@@ -163,7 +163,10 @@ def _measure(request: Request) -> Result:
 
 
 def tested_part(root: str) -> LabelledImages:
-    """Returns the test images of a dataset, or all images if it has no test part."""
+    """Returns the test images of the dataset `root`, which are in its subfolder val/ or test/.
+
+    All images are returned if the dataset has no such subfolder.
+    """
     from fd_large.data.labelled import SPLITS, open_labelled, open_split
     from fd_large.data.roots import local_kind
 
@@ -255,7 +258,14 @@ def _source(model: NamedModel, clip: str) -> str:
 
 
 def _lines(file: str, flag: str) -> list[str]:
-    """Returns the non-empty lines of a text file, without surrounding white space."""
+    """Returns the non-empty lines of the text file `file`, without surrounding white space.
+
+    Args:
+        file: Path of the file.
+        flag: The flag that named the file, for messages.
+
+    Raises: ConfigError: if the file cannot be read.
+    """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

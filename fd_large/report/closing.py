@@ -64,9 +64,10 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
 def beats_constant(files: RunFiles) -> bool | None:
     """Whether a finished run's student is better than a constant prediction on held-out images.
 
-    The best constant is fitted to the same views, so that with n views its loss is too low by about
-    one part in n. The result is None if the losses are too close to tell, if they were not
-    measured, or if the run is not finished.
+    The best constant is fitted to the same n views, so that its loss is too low by about one part
+    in n. The result is True if the student's loss is lower than the constant's, and False if it is
+    higher by more than this part. It is None if it is higher by less, if a loss was not measured,
+    or if the run is not finished.
     """
     _, losses = files.evaluated("held_out_loss")
     _, constants = files.evaluated("held_out_best_constant")
@@ -80,23 +81,31 @@ def beats_constant(files: RunFiles) -> bool | None:
 
 
 def called(files: RunFiles) -> str:
-    """Returns "NAME (RECIPE)" for a run with a name of its own, or "RECIPE" for others."""
+    """Returns a run's name for people.
+
+    It is "NAME (RECIPE)" if the user named the run (`runtime.name`), and "RECIPE" otherwise.
+    """
     recipe: str = files.recipe["name"]
     run_name = files.recipe.get("runtime", {}).get("name")
     return f"{run_name} ({recipe})" if run_name else recipe
 
 
 def status_words(files: RunFiles) -> str:
-    """Returns the status of a run for people, such as "done" or "not finished"."""
+    """Returns the status of a run for people.
+
+    It is the status in summary.json, such as "done", or "not finished" without this file. A
+    finished run whose student is worse than a constant prediction has a warning beside "done".
+    """
     if beats_constant(files) is False:
         return "done, but WORSE THAN A CONSTANT"
     return files.summary.get("status") or "not finished"
 
 
 def worse_than_constant(files: RunFiles) -> str:
-    """Returns a text with the losses and suggestions, if the student is worse than a constant.
+    """Returns a text with the losses and suggestions for a student that learned too little.
 
-    The text is "" for all other runs.
+    The text is "" unless the run is finished and its student is worse than a constant prediction on
+    held-out images (`beats_constant`).
     """
     if beats_constant(files) is not False:
         return ""
@@ -111,7 +120,10 @@ def worse_than_constant(files: RunFiles) -> str:
 
 
 def stopped_text(files: RunFiles) -> str:
-    """Returns the closing text of a stopped run, with its last checkpoint and how to resume it."""
+    """Returns the closing text of a stopped run, with the command that resumes it.
+
+    The text has the step of the newest checkpoint, or says that none was saved.
+    """
     command = shlex.join(_again(files, {}))
     if files.saved is None:
         return f"stopped before anything was saved. To start again:\n  {command}"
@@ -121,9 +133,10 @@ def stopped_text(files: RunFiles) -> str:
 
 
 def when_measured(files: RunFiles, name: str) -> str:
-    """Returns when the newest value of a metric was measured, such as "after step 200".
+    """Returns when the newest value of the metric `name` was measured.
 
-    The text is "" if it was measured after the last finished step.
+    The text is "before training", "after step 200", or "" for the last finished step. The run must
+    have a value of the metric.
     """
     steps, _ = files.evaluated(name)
     if steps[-1] == 0:
@@ -245,7 +258,11 @@ def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _group(files: RunFiles) -> Path:
-    """Returns the folder of the whole run, which may be above the folder of the student."""
+    """Returns the folder of the whole run.
+
+    If the run trains several students, `files` are those of one student, whose folder is inside
+    the run's. Otherwise the result is the folder of `files`.
+    """
     return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
@@ -286,7 +303,10 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
 
 
 def _library(files: RunFiles) -> str:
-    """Returns the first format of `export --to` that can hold the student, or "" if none can."""
+    """Returns the first format of `export --to` that can hold the run's student.
+
+    The result is "" if no format can, or if the student's model is unknown.
+    """
     student = files.recipe["student"]
     architecture = model_of(student)
     if architecture is None:
@@ -303,14 +323,18 @@ def _library(files: RunFiles) -> str:
 
 
 def _evaluates(files: RunFiles) -> bool:
-    """Whether the run evaluates on held-out images, which a task of the user's own may not do."""
+    """Whether the run evaluates on held-out images.
+
+    Every built-in task does so. A run of the user's own task does if it has an evaluation.
+    """
     return files.task in TASKS or bool(files.evaluations)
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """Returns the words that call this package's program, such as ["fd-large"].
+    """Returns the words that call this package's program, as the run was launched.
 
-    The program is called in the same way as at the start of the run.
+    They are ["fd-large"] if this script launched the run, and otherwise ["python", "-m",
+    "fd_large"]. The first word is a path if a shell would not find the program by its name.
     """
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
@@ -319,7 +343,10 @@ def _commands(files: RunFiles) -> list[str]:
 
 
 def progress(files: RunFiles) -> str:
-    """Returns the number of finished steps and the total, as "200 of 400 steps"."""
+    """Returns the number of finished steps and the total, as "200 of 400 steps".
+
+    The text is "200 steps" if the total is unknown.
+    """
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
     return f"{done} of {total} steps" if total else f"{done} steps"

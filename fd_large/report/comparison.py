@@ -145,8 +145,8 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def shown(difference: Mapping[str, Any], digits: int = 2) -> str:
     """Returns a difference and its interval as text, such as "+1.20 (+0.80 to +1.60)".
 
-    If the interval includes 0, "none shown" stands for the difference. With one seed of a random
-    training, "one seed:" comes before the difference.
+    If the interval includes 0, the text is "none shown (-0.20 to +0.60)". If the scores depend on a
+    seed, but there is only one seed, it is "one seed: +1.20 (+0.80 to +1.60)" in both cases.
 
     Args:
         difference: The entry of the difference in summary.json.
@@ -172,7 +172,10 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Returns a field's value as text, like on the command line; "none" for an empty value."""
+    """Returns `value`, of a recipe's field, as text like on the command line.
+
+    Items of a list are separated by spaces. None, "" and an empty list give "none".
+    """
     if isinstance(value, list | tuple):
         return " ".join(map(_plain, value)) or "none"
     if isinstance(value, float):

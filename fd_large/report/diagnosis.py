@@ -294,15 +294,20 @@ def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndar
 
 
 def own_losses(landscape: Landscape) -> numpy.ndarray:
-    """Returns the unchanged model's loss on each batch, (batches,), with NaN for an overflow."""
+    """Returns the loss of the model with its trained weights on each batch, (batches,).
+
+    The loss is NaN for a batch on which it was not finite.
+    """
     return numpy.array(landscape["value"], float)
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
-    """Returns an array (3, steps) for each direction: mean - deviation, mean, mean + deviation.
+    """Returns the loss along each random direction as an array (3, steps) with an error band.
 
-    The mean is that of the loss over batches. The standard deviation is that of the change of the
-    loss by a step, since the loss itself differs more from batch to batch.
+    The rows are mean - deviation, mean, and mean + deviation. The mean is that of the loss over
+    batches. The deviation is the standard deviation over batches of the change of the loss from
+    the trained weights, since the loss itself differs more from batch to batch; it is 0 for one
+    batch.
     """
     loss, bands = _own(landscape), []
     for along in landscape["curves"]:
@@ -314,12 +319,18 @@ def _bands(landscape: Landscape) -> list[numpy.ndarray]:
 
 
 def _own(landscape: Landscape) -> float:
-    """Returns the unchanged model's loss, averaged over batches, or NaN if a loss overflowed."""
+    """Returns the loss of the model with its trained weights, averaged over batches.
+
+    The result is NaN if the loss was not finite on a batch.
+    """
     return float(own_losses(landscape).mean())
 
 
 def _first(landscape: Landscape) -> float:
-    """Returns the unchanged model's loss on the first batch, or NaN if it overflowed."""
+    """Returns the loss of the model with its trained weights on the first batch.
+
+    The result is NaN if this loss was not finite.
+    """
     return float(own_losses(landscape)[0])
 
 
@@ -349,7 +360,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def _note(panel: Axes, words: str) -> None:
-    """Adds a line to the title of a panel, unless the line is ""."""
+    """Adds `words` as a further line to the title of a panel; does nothing if `words` is ""."""
     if words:
         title = f"{panel.get_title(loc='left')}\n{words}"
         panel.set_title(title, fontsize=style.SMALL_SIZE, loc="left")
@@ -422,10 +433,16 @@ def _ends(
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
-    """Draws the CKA of every pair of models, including each model with itself.
+    """Returns a figure of the CKA between the layers of every two models and within each model.
 
-    Panels above the diagonal are left out, since they would repeat those below it. The result is
-    None if the diagnosis has no CKA.
+    The figure has a row and a column of panels for each model. Panels above the diagonal are left
+    out, since they would repeat those below it.
+
+    Args:
+        models: The models' entries in diagnosis.json.
+        averages: Not used.
+        cka: {"layers": the names of each model's layers, "matrix": the CKA of all pairs of layers}.
+            For an empty matrix, the result is None.
     """
     if not cka["matrix"]:
         return None
@@ -482,7 +499,10 @@ def _nan(value: float | None) -> float:
 
 
 def _spread(layers: list[int]) -> list[int]:
-    """Returns at most `MOST_LAYERS` layers, with the first and the last, at equal distances."""
+    """Returns at most `MOST_LAYERS` of the indices `layers`.
+
+    If there are more, they are chosen at equal distances, with the first and the last.
+    """
     if len(layers) <= MOST_LAYERS:
         return layers
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]

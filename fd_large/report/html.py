@@ -71,7 +71,12 @@ def status(words: str, *, good: bool | None) -> str:
 
 
 def section(heading: str, *parts: str) -> str:
-    """Returns the HTML of parts under a heading, or "" if all parts are empty."""
+    """Returns the HTML of a section, or "" if all parts are "".
+
+    Args:
+        heading: Heading of the section, plain text.
+        *parts: The parts of the section, HTML; "" for a part that is left out.
+    """
     inside = list(filter(None, parts))
     return _parts().section(heading, inside) if inside else ""
 
@@ -116,9 +121,12 @@ def commands(steps: Iterable[tuple[str, str]]) -> str:
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:
-    """Returns the HTML of a PNG with its caption, or "" if the file does not exist.
+    """Returns the HTML of an embedded PNG, or "" if the file does not exist.
 
-    A PNG that is larger than `MOST_BYTES` is replaced by a line with its file name.
+    Args:
+        path: The PNG. If it has more than `MOST_BYTES` bytes, the result is a line with its name.
+        alt: Description of the picture.
+        caption: Text below the picture; "" for none.
     """
     if kind_of(path) != "file":
         return ""

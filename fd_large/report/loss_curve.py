@@ -114,7 +114,10 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def _short(model: str) -> str:
-    """Returns a model's name without folders, so that the user's own model is `file.py:NAME`."""
+    """Returns the part of the name `model` after the last `/`.
+
+    The user's own model `module:FOLDER/file.py:NAME` thus becomes `file.py:NAME`.
+    """
     return model.rpartition("/")[2]
 
 

@@ -130,9 +130,10 @@ def _recipe(name: str) -> list[str]:
 
 
 def _listed(lines: list[str]) -> list[str]:
-    """Returns the lines with Markdown list items made of `section: reason` lines.
+    """Returns `lines` with each line of the form `section: reason` made an item of a Markdown list.
 
-    Only lines that follow a line with a colon at its end become items.
+    A list begins after a line that ends in a colon, with an empty line between them. It ends at a
+    line that has another form and is not indented. Lines outside of a list are unchanged.
     """
     listed: list[str] = []
     inside = False

@@ -67,7 +67,7 @@ class RunFiles:
         return max((int(step) for step in steps if step.isdigit()), default=None)
 
     def has(self, name: str) -> bool:
-        """Whether the folder has a file or folder with this name."""
+        """Whether the run's folder has a file or folder with the name `name`."""
         return kind_of(self.folder / name) is not None
 
     @property
@@ -120,11 +120,18 @@ class RunFiles:
 
     @property
     def losses(self) -> list[str]:
-        """Names of the metrics that are the training loss on evaluation images, in order."""
+        """Names of the evaluated metrics that are the training loss on other images.
+
+        An example is held_out_loss. The order is that of `measured`.
+        """
         return [name for name in self.measured if self.kind(name) == "loss"]
 
     def kind(self, name: str) -> str:
-        """Returns a metric's name without the set of images, such as "loss" for held_out_loss."""
+        """Returns the metric `name` without its set of images, such as "loss" for held_out_loss.
+
+        The metrics that environment.json lists say which part is the set. Other names are returned
+        unchanged, unless they end in `_loss`.
+        """
         pairs = (key.partition("/") for key in self.environment.get("metrics", {}))
         kinds = {f"{images}_{kind}": kind for images, _, kind in pairs}
         return kinds.get(name, "loss" if name.endswith("_loss") else name)
@@ -142,7 +149,11 @@ class RunFiles:
         return name if isinstance(name, str) else ""
 
     def lower_is_better(self, name: str) -> bool:
-        """Whether lower values of a metric are better, as the run's task defines."""
+        """Whether lower values of the metric `name` are better.
+
+        The run's environment.json states this; for a run of an earlier version, or a metric without
+        a label, its built-in task does. For the user's own task, it is then true of losses alone.
+        """
         kind, known = self.kind(name), self.environment.get("lower_is_better")
         if known is not None and kind != name:
             return kind in known
@@ -151,7 +162,10 @@ class RunFiles:
         return any(kind == suffix or kind.endswith(f"_{suffix}") for suffix in usual)
 
     def column(self, name: str) -> numpy.ndarray:
-        """Returns an entry of each row of metrics.jsonl, (n,), with NaN where it is missing."""
+        """Returns the entry `name` of each of the n rows of metrics.jsonl, (n,).
+
+        The value is NaN for a row without this entry.
+        """
         return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -83,7 +83,11 @@ class ListedRun:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The recipe's fields by full name, and the run's `recipe`, `student` and `state`."""
+        """What conditions on runs can name, {name: value}.
+
+        These are all fields of the recipe, by their full names (section.field), and three more:
+        `recipe`, the recipe's name; `student`, the name of the model; and `state`.
+        """
         named = {"recipe": self.recipe.get("name", ""), "student": self.student}
         return {**flat_plain(self.recipe), **named, "state": self.state}
 
@@ -124,7 +128,11 @@ class ListedRun:
 
     @property
     def measured(self) -> list[str]:
-        """Names of all evaluated metrics; those to show come first and baselines last."""
+        """Names of all evaluated metrics.
+
+        The metrics with a label come first (`RunFiles.measured`), and among these and the others
+        the losses of constant predictions come last.
+        """
         rows = self.files.evaluations if self.files else []
         names = list(dict.fromkeys(key for row in rows for key in row if key != "update"))
         first = self.files.measured if self.files else []
@@ -132,9 +140,9 @@ class ListedRun:
 
     @property
     def main_metric(self) -> str:
-        """The metric that chooses the best checkpoint, or else the first evaluated metric.
+        """The metric that chooses the run's best checkpoint (`eval.best_metric`).
 
-        If no metric was evaluated, the result is "".
+        If the run has not evaluated this metric, it is the first of `measured`, or "" without any.
         """
         section = self.recipe.get("eval")
         named = section.get("best_metric") if isinstance(section, dict) else None
@@ -145,9 +153,10 @@ class ListedRun:
         return next(reversed(self._values(metric)), None)
 
     def best(self, metric: str) -> Value | None:
-        """Returns the best value of a metric, or None if there is none; of equal values the first.
+        """Returns the best value of the metric `metric`, and of equal values the first.
 
-        The evaluation before the first step does not count, as for the best checkpoint.
+        The evaluation before the first step and values that are not finite do not count. The
+        result is None if there is no other value.
         """
         sign = 1 if self.lower_is_better(metric) else -1
         values = [each for each in self._values(metric) if each.step and math.isfinite(each.value)]

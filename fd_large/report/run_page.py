@@ -203,7 +203,10 @@ def _small(words: str) -> tuple[Any, Any]:
 
 
 def _thin(count: int) -> numpy.ndarray:
-    """Returns at most `MOST_POINTS` equidistant indices of `count` points, including the last."""
+    """Returns the indices of the points to draw, of `count` points in a row: (m,) int64.
+
+    These are all points, or `MOST_POINTS` of them at equal distances, with the first and the last.
+    """
     return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 

@@ -107,7 +107,10 @@ def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE)
 
 
 def named_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Labels the rows of the y axis with names, the first on top, and adds vertical grid lines."""
+    """Labels the heights 0, 1, 2 ... of the y axis with `names`, and adds vertical grid lines.
+
+    Height 0 is on top, so that the plot has a row for each name in the order of `names`.
+    """
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.6)
     plain_axes(axes)

@@ -245,7 +245,13 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (name of the column, score) for each score of the columns that have cells."""
+    """Yields (name of the column, entry of the score) for each score of the table.
+
+    Columns in which no model has been or is being trained are left out.
+
+    Args:
+        summary: Content of summary.json.
+    """
     for column in summary["columns"]:
         if column["name"] in _trained(summary):
             for score in column["scores"]:
@@ -253,12 +259,15 @@ def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _trained(summary: dict[str, Any]) -> set[str]:
-    """Returns the names of the columns that have cells."""
+    """Returns the names of the columns for which summary.json has a training of some model."""
     return {cell["column"] for cell in summary["cells"]}
 
 
 def _published(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the entries with the paper's scores, for the columns that have cells."""
+    """Returns the entries of summary.json with the paper's scores.
+
+    Entries for columns without a training of some model are left out.
+    """
     return [figure for figure in summary["published"] if figure["column"] in _trained(summary)]
 
 
@@ -269,7 +278,14 @@ def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any
 def _by_seed(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> dict[int, float]:
-    """Returns {seed: score in the unit of the table} for the finished seeds of a cell."""
+    """Returns {seed: score in the unit of the table} for the finished runs of a cell.
+
+    Args:
+        summary: Content of summary.json.
+        row: Name of the row.
+        column: Name of the column.
+        score: The entry of the score in the column's entry of summary.json.
+    """
     return {
         cell["seed"]: score["scale"] * cell["scores"][score["key"]]
         for cell in _cells(summary, row, column)
@@ -285,9 +301,16 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """Returns row a's score less row b's score, over the seeds that both rows have.
+    """Returns the difference of a score between two rows, seed by seed, with its mean.
 
-    The result is None if the rows have no seed in common.
+    Args:
+        summary: Content of summary.json.
+        a: Name of a row.
+        b: Name of the row whose score is subtracted.
+        column: Name of the column.
+        score: The entry of the score in the column's entry of summary.json.
+
+    Returns: the difference, over the seeds that both rows have; None if they have none in common.
     """
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]
@@ -302,10 +325,19 @@ def _interval(
     score: dict[str, Any],
     interval: Interval,
 ) -> dict[str, Any]:
-    """Returns the entries of summary.json on the interval of row a's score less row b's score.
+    """Returns the entries of summary.json on the interval of the difference between two rows.
 
     The interval is in the unit of the table. Only seeds that both rows have are used. The result is
     {} if the interval is unknown.
+
+    Args:
+        summary: Content of summary.json.
+        a: Name of a row.
+        b: Name of the row whose score is subtracted.
+        column: Name of the column.
+        score: The entry of the score in the column's entry of summary.json.
+        interval: Function of the run folders of two rows and the name of a score, which returns the
+            difference with its interval, or None if they are unknown.
     """
     seeds = _by_seed(summary, a, column, score).keys() & _by_seed(summary, b, column, score).keys()
     ours, others = (
@@ -345,9 +377,15 @@ def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _paper(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> tuple[float, bool] | None:
-    """Returns the paper's score of a cell, and whether the cell has the paper's settings.
+    """Returns the paper's score of a cell, and whether the cell was trained with its settings.
 
-    The result is None if the paper has no score for the cell.
+    Args:
+        summary: Content of summary.json.
+        row: Name of the row.
+        column: Name of the column.
+        score: The entry of the score in the column's entry of summary.json.
+
+    Returns: the score and the answer, or None if the paper has no score for the cell.
     """
     for entry in summary["published"]:
         if (entry["row"], entry["column"]) == (row, column):
@@ -377,7 +415,11 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
 
 
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines below the table."""
+    """Yields the lines below the table: explanations, warnings, and the errors of failed runs.
+
+    Args:
+        summary: Content of summary.json.
+    """
     if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
     if any(not entry["same_settings"] for entry in _published(summary)):
@@ -450,9 +492,13 @@ def _made_by(summary: dict[str, Any], column: str) -> str:
 
 
 def _changes(cell: dict[str, Any]) -> str:
-    """Returns the changed fields of a cell's recipe as text, or "" if nothing was changed.
+    """Returns how the recipe of a cell differs from the published recipe, as text.
 
-    The recipe's own values are in brackets.
+    The text is "" for an unchanged recipe. Otherwise it begins with ", changed", and lists the
+    changed fields with the published values in brackets, if summary.json records them.
+
+    Args:
+        cell: The entry of the cell in summary.json.
     """
     if cell["unchanged"]:
         return ""

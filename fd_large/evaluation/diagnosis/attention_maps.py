@@ -81,7 +81,10 @@ class _Operands(TorchFunctionMode):
         self._num_images = 0
 
     def count(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Pre-hook of the whole model, which records the number of images of a forward."""
+        """Pre-hook of the whole `model`, which records the number of images in `inputs[0]`.
+
+        `_pass_on` needs this number in the same forward.
+        """
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
@@ -111,7 +114,10 @@ class _Operands(TorchFunctionMode):
         return out
 
     def _pass_on(self, attention: Tensor) -> None:
-        """Passes the maps of the running layer to `note`, if the tokens' positions are known.
+        """Passes the maps of the running layer to `note`.
+
+        Nothing is passed if `attention` has another shape, or if the positions of the T tokens in
+        the image are unknown.
 
         Args:
             attention: The maps, (B * nW, h, T, T), of B images with nW windows and h heads.

@@ -51,13 +51,22 @@ class Extent:
     side: int = 9
 
     def line(self, points: int) -> list[float]:
-        """Returns `points` equidistant values from -reach to reach, with 0 in the middle."""
+        """Returns equidistant steps from the trained weights, with 0 in the middle.
+
+        The steps go from -`reach` to `reach`, the largest distance that the landscape covers.
+
+        Args:
+            points: Number of steps; odd.
+        """
         half = points // 2
         return [self.reach * (i - half) / half for i in range(points)]
 
     @property
     def losses(self) -> int:
-        """Number of points at which a loss is computed, on all curves and the map."""
+        """Number of points at which a loss is computed for one model.
+
+        These are the points of all curves and of the two-dimensional map.
+        """
         return self.seeds * self.points + self.side**2
 
 
@@ -90,7 +99,14 @@ def num_batches(images: int, batch_size: int) -> int:
 
 
 def num_steps(models: Sequence[LoadedModel], images: int, batch_size: int, extent: Extent) -> int:
-    """Returns how often `examine` will call its function `progress`."""
+    """Returns how often `examine` will call its function `progress`.
+
+    Args:
+        models: The models.
+        images: Number of images.
+        batch_size: Largest number of images in a batch, as for `num_batches`.
+        extent: Size and resolution of the landscapes.
+    """
     batches = num_batches(images, batch_size)
     looks = sum(1 + (model.scratch is not None) for model in models)
     return looks * batches + sum(len(model.losses) for model in models) * extent.losses
@@ -341,5 +357,5 @@ def _facts(model: LoadedModel) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """Returns a value for JSON, which is None for NaN and infinity, since JSON has neither."""
+    """Returns `value` if it is finite, and None for NaN and infinity, which JSON cannot hold."""
     return value if math.isfinite(value) else None

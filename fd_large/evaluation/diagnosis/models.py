@@ -183,7 +183,12 @@ def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[T
 
 
 def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
-    """Returns the task of a model's run, and the run's training loss.
+    """Returns the task of a student's run, with trained weights, and the run's training loss.
+
+    Args:
+        named: The student.
+        stored: The student's run.
+        sample: The images, whose classes a loss on labels needs.
 
     Raises: FDError: if the images lack the classes of the loss, or weights are missing.
     """

@@ -191,7 +191,7 @@ def cells_of(
 
 
 def _fitting(row: Row, column: Column) -> str:
-    """Returns the name of the published recipe of a column that fits a row's model."""
+    """Returns the name of the published recipe of `column` that fits the model of `row` best."""
     # Random weights take the recipe of their run's student, so that only the weights differ.
     of_run = None if row.kind == "teacher" else row.run.name
     return column.recipe(row.model.architecture, of_run)
@@ -278,8 +278,12 @@ def swept(cell: Cell, sweep: Sweep, tried: Sequence[Run], changes: Changes) -> C
 def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
     """Returns a recipe with changed fields that starts from a model's weights.
 
-    If the fields set an image size and the task trains the whole model on labels, the model is
-    built for this size. A window size is ignored for models without windows.
+    Args:
+        model: The model. If `fields` set an image size and the recipe's task classifies images,
+            the model is built for this size; other tasks adapt the model to it by themselves.
+        base: The recipe.
+        fields: The changed fields, {full name: value}. A window size is ignored if the recipe's
+            model has no windows.
     """
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
@@ -350,7 +354,9 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
 def _as_entries(others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Returns the entries of summary.json that name the rows with which a student is compared.
 
-    A single row is named under its kind, as "teacher", and several under the plural.
+    Args:
+        others: {kind of row: names of the rows of this kind}. A single row is stored under its
+            kind, {"teacher": NAME}, and several under the plural, {"teachers": [NAME, ...]}.
     """
     single = {kind: names[0] for kind, names in others.items() if len(names) == 1}
     return single | {f"{kind}s": names for kind, names in others.items() if len(names) > 1}
@@ -393,9 +399,9 @@ def _published(
 
 
 def _is_of_record(run: Run) -> bool:
-    """Whether a run has the settings of the published recipe of its name.
+    """Whether all settings of `run` are those of the published recipe with the run's name.
 
-    The file of the teacher's weights may differ.
+    Only the file of the teacher's weights may differ.
     """
     recipe = registry.get(run.name)
     # In both directions, since a resume may change a length to a longer one.

@@ -123,15 +123,15 @@ class Column(NamedTuple):
 
 
 def _size(architecture: FamilyArchitecture) -> tuple[int, int]:
-    """Returns the width and the number of blocks of an architecture.
+    """Returns `embed_dim`, the width, and the sum of `depths`, the number of blocks.
 
-    A value is 0 if the architecture does not have it, as for models of timm.
+    A value is 0 if the architecture does not have the field, as for models of timm.
     """
     return getattr(architecture, "embed_dim", 0), sum(getattr(architecture, "depths", ()))
 
 
 def _ratio(a: int, b: int) -> float:
-    """Returns |log(a / b)| for two sizes, or 0 if a size is 0."""
+    """Returns |log(a / b)| for two sizes, or 0 if `a` or `b` is 0, which means unknown."""
     return abs(math.log(a / b)) if a and b else 0.0
 
 

@@ -72,9 +72,9 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 
 
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
-    """Returns a score of a run's newest evaluation with its bootstrap samples.
+    """Returns the score `score` of a run's newest evaluation, with its bootstrap samples.
 
-    If the run has stored no samples, the result is None.
+    The result is None if the run in `folder` has stored no samples.
     """
     from fd_large.probes import redrawn
 

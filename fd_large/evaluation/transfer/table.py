@@ -191,10 +191,16 @@ def _measure(request: Request) -> Result:
 
 
 def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
-    """Runs the sweep in each column to which it applies, over the recipes of all rows.
+    """Runs the sweep in each column that can be swept, over the recipes of all rows.
+
+    Args:
+        cells: All cells of the table.
+        request: The user's request.
 
     Returns: the exit code; and all cells, or none if the code is not 0. A cell of a swept column
-        has the best setting for its row.
+        has the best setting for its row; other cells are unchanged.
+
+    Raises: ConfigError: if no column of the cells can be swept.
     """
     flags, chosen = request.flags, {id(cell): cell for cell in cells}
     columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
@@ -235,7 +241,7 @@ def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
 
 
 def _made(folder: Path) -> Result:
-    """Writes the table from the runs in a folder, and returns it as the protocol's result."""
+    """Writes the table from the runs below `folder`; returns the protocol's result with it."""
     _, tables, files = write_table(folder, of_runs, single_class)
     return Result(tables, files)
 
