@@ -69,15 +69,17 @@ class Best:
     def note(self, step: int, metrics: Mapping[str, float], *, all_made: bool) -> bool:
         """Records the numbers of an evaluation; returns whether this evaluation is the best so far.
 
-        All ranks must call this method; the numbers of rank 0 count.
+        All ranks must call this method; the numbers of rank 0 count. The result is False if
+        `metrics` lacks the metric, or if the evaluation was made before the first step.
 
         Args:
             step: Number of finished steps.
             metrics: The numbers, by name.
-            all_made: True if `metrics` has the numbers of every evaluation that the run makes. Then
-                the run never measures a metric that `metrics` lacks.
+            all_made: Whether `metrics` has the numbers of every evaluation that the run makes.
 
-        Raises: ConfigError: on all ranks, if the run never measures the metric of this `Best`.
+        Raises:
+            ConfigError: On all ranks, if `all_made` is True and `metrics` has other numbers but not
+                the metric, so that the run would never measure the metric.
         """
         value = distributed.broadcast_object(metrics.get(self.metric))
         if value is None:

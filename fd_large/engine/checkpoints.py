@@ -148,7 +148,9 @@ class Checkpoints:
     def after_update(
         self, *, busy_anywhere: bool, failed_anywhere: bool, broken_anywhere: bool = False
     ) -> float | None:
-        """Commits the checkpoint that is being written, if no rank is still writing.
+        """Completes the checkpoint that is being written, if no rank is still writing.
+
+        If a rank has failed, the checkpoint is not committed.
 
         Args:
             busy_anywhere: Whether any rank is still writing the checkpoint.
@@ -332,7 +334,9 @@ class Checkpoints:
             return step, damaged, list(broken.values())
 
     def _restore(self, reader: Reader) -> None:
-        """Writes the state in a checkpoint into the engine; all ranks must call this method.
+        """Writes the state in the checkpoint `reader` into the engine.
+
+        All ranks must call this method.
 
         Raises:
             CheckpointError: If the checkpoint belongs to another model or training.

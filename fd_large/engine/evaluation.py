@@ -112,7 +112,10 @@ class Interrupted(Exception):
 
 
 class evaluating:
-    """Context manager: evaluation mode without gradients in the block, training mode after it."""
+    """Context manager that puts an engine's task into evaluation mode, and turns gradients off.
+
+    At its end, also after an error, the task is put into training mode.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._task, self._no_grad = engine.task, torch.no_grad()

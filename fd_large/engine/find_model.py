@@ -195,9 +195,9 @@ def slug(label: str) -> str:
 
 
 def _checkpoint_of(path: Path) -> Reader | None:
-    """Opens the checkpoint at a path, or the newest checkpoint of the run at the path.
+    """Opens the checkpoint at `path`, or the newest checkpoint if `path` is the folder of a run.
 
-    Returns None if the path is neither a run nor a checkpoint.
+    Returns None if `path` is neither a run nor a checkpoint.
     """
     if store.manifest_of(path) is None and kind_of(store.checkpoints_of(path)) != "folder":
         return None

@@ -35,7 +35,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Returns a micro batch with the frozen models' outputs added to its targets.
+    """Returns the micro batch `batch` with the outputs of the task's frozen models in its targets.
 
     `batch` must be on the device.
     """
@@ -92,7 +92,10 @@ def arguments_of_step(
 def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
     """Runs forward and backward of one micro batch; returns its loss, a detached scalar.
 
-    Empties `arguments` to free memory that backward does not need.
+    Args:
+        engine: The task in its engine.
+        arguments: Arguments of the task's `forward`. The dict is emptied, to free memory that
+            backward does not need.
     """
     loss, _ = engine.deepspeed(**arguments)
     arguments.clear()

@@ -367,10 +367,10 @@ JobOf = Callable[[Run | Mapping[str, Any]], TrainingJob]
 
 
 def trained_at(run: Run) -> FamilyArchitecture:
-    """Returns the student's architecture with the image size of its position tables."""
+    """Returns the student's architecture in `run`, with the image size of its position tables."""
     return run.student_architecture().at(run.data.image_size)
 
 
 def sizes_of(*models: nn.Module) -> tuple[int, ...]:
-    """Returns the number of elements of each parameter of the models."""
+    """Returns the number of elements of each parameter of `models`, in one tuple."""
     return tuple(parameter.numel() for model in models for parameter in model.parameters())

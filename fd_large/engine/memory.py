@@ -183,7 +183,10 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Returns (address, bytes) of the full pages inside each tensor's storage in host memory."""
+    """Returns (address, bytes) of the whole memory pages in each tensor's storage.
+
+    Tensors that are not in host memory, or whose storage has no whole page, are left out.
+    """
     spans = {}
     for tensor in tensors:
         if tensor.device.type == "cpu":

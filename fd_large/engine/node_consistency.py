@@ -97,7 +97,11 @@ def software() -> dict[str, Fact]:
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
-    """Returns this rank's GPU, CUDA, NCCL and driver as facts; kernels are chosen by them."""
+    """Returns this rank's GPU model and its versions of CUDA, NCCL and driver as facts, by name.
+
+    Kernels are chosen by these facts. If `device` is not a GPU, the only fact is that there is no
+    GPU.
+    """
     same_cards = (
         "Use nodes of one kind (sbatch --constraint), or exclude the other nodes (--exclude)"
     )

@@ -161,9 +161,10 @@ def open_together(
 
 
 def _share_cores(local_world_size: int) -> None:
-    """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set.
+    """Divides a host's cores between its `local_world_size` CPU ranks.
 
-    A launcher may have bound each rank to some cores; a rank never uses more threads than these.
+    Nothing is done on a GPU, or if OMP_NUM_THREADS is set. A launcher may have bound each rank to
+    some cores; a rank never uses more threads than these.
     """
     if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         share = (os.cpu_count() or 1) // local_world_size
@@ -305,7 +306,12 @@ def check(
 
 
 def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
-    """Returns the numbers from recipe, ranks and model that fill the DeepSpeed JSON."""
+    """Returns the numbers from recipe, ranks and model that fill the DeepSpeed JSON.
+
+    Args:
+        job: The job of the recipe, which also knows the model's sizes.
+        launch: The launcher's facts about the ranks, such as their number in all and on this node.
+    """
     run, size = job.run, job.run.batch.micro_batch_size
     sizes, is_probed = job.tensor_sizes(), size == "auto"
     size = 1 if size == "auto" else size
@@ -324,7 +330,7 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
 
 
 def _disk_bytes(checked: Checked) -> int:
-    """Returns the bytes that each rank keeps on the disk, for a run with offload to a disk."""
+    """Returns the bytes that each rank keeps on the disk in a run that offloads to a disk."""
     optim, numbers = checked.job.run.optim, checked.numbers
     place = Placement(
         stage=3,
@@ -361,7 +367,10 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
     """Writes the settled recipe into the run's folder and marks the lease as entered.
 
-    If `fresh`, the files of an earlier run are moved aside first.
+    Args:
+        run: The settled recipe.
+        lease: The right of this launch of the run to write the run's folder.
+        fresh: Whether to start over; if so, the files of an earlier run are moved aside first.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -380,7 +389,7 @@ def _start_deepspeed() -> None:
 
 
 def _build_models(checked: Sequence[Checked]) -> None:
-    """Checks the kernels, and builds the frozen models, which all students share."""
+    """Checks the kernels of all runs, and builds the frozen models, which all students share."""
     for run in checked:
         check_kernels(run.job, bfloat16=run.numbers.bfloat16)
     first, *others = (run.job for run in checked)
@@ -404,7 +413,13 @@ def _build_models(checked: Sequence[Checked]) -> None:
 
 
 def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
-    """Builds the frozen models of a task; all ranks must call this function."""
+    """Builds the frozen models of a task; all ranks must call this function.
+
+    Args:
+        job: The job of the task.
+        numbers: Has the precision and the number of ranks per node.
+        persistence_threshold: See `TrainingJob.build`.
+    """
     with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
         job.build(
             bfloat16=numbers.bfloat16,
@@ -462,7 +477,9 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
 def _probed(checked: Sequence[Checked], share: int) -> int:
     """Returns the micro batch size that a probe finds with temporary engines.
 
-    `share` is the number of images of a rank in a step.
+    Args:
+        checked: The runs of all students, with their frozen models built.
+        share: Number of images of a rank in a step.
     """
     first, engines, averages = checked[0].job, [], []
     for checked_run in checked:
@@ -581,7 +598,7 @@ def engine_of(
 
 
 def _average_of(engine: Engine, run: Run) -> Ema | None:
-    """Makes the moving average of an engine's weights; returns None if the recipe sets no decay."""
+    """Returns a moving average of the engine's weights, or None if the recipe sets no decay."""
     return Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
 
 

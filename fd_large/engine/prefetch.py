@@ -54,7 +54,7 @@ class Prefetch:
         self._staged: tuple[Batch, Batch] | None = None
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the batch unchanged: a single student runs the frozen models itself."""
+        """Returns `batch` unchanged: a single student runs the frozen models itself."""
         return batch
 
     def stage(self) -> None:
@@ -125,6 +125,7 @@ class StepForSeveral:
         """Returns the micro batch that was yielded last, with the frozen models' outputs added.
 
         The outputs are computed for the first student; the other students get the same tensors.
+        `batch` is that micro batch, on the device.
         """
         if self._done < self._next:
             self._taken[self._done] = self._taken[self._done][0], self._complete(batch)

@@ -128,9 +128,10 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
-    """Reads incident.json and the images beside it.
+    """Reads an incident, whose record is the JSON `file`, and the images beside this file.
 
-    Returns: the incident's content, and the micro batches whose images were kept.
+    Returns: the content of the JSON, and the micro batches whose images were kept.
+    Raises: ConfigError: if the incident is missing or damaged, or has no images.
     """
     if kind_of(file) != "file":
         raise ConfigError(
@@ -159,7 +160,10 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 
 def _require_numbers(incident: dict[str, Any]) -> None:
-    """Checks that the entries of an incident that are used or shown are numbers.
+    """Checks that the entries of incident.json that are used or shown are numbers.
+
+    Args:
+        incident: The content of incident.json.
 
     Raises:
         KeyError, TypeError or ValueError: If an entry is missing or no valid number.
@@ -302,7 +306,12 @@ def _with_whole_groups(
 
 
 def _step(task: Task, batches: list[Batch], seed: int) -> tuple[list[float], float]:
-    """Runs all micro batches forward and backward.
+    """Runs all micro batches of a step forward and backward.
+
+    Args:
+        task: The task, not in an engine.
+        batches: The micro batches of all ranks.
+        seed: Seed of the drop path and of the task's random draws.
 
     Returns: the loss of each micro batch, and the L2 norm of the mean loss's gradient.
     """

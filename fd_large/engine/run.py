@@ -220,6 +220,13 @@ def _trainer_of(
 def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
     """Returns whether a run is finished, and logs that it is finished or resumed.
 
+    A run is finished if its folder says so, and it has all steps or its patience is exhausted.
+
+    Args:
+        opened: The run.
+        total: Number of steps of the whole run.
+        best: The run's evaluations, for its patience; None if the recipe names no metric.
+
     Raises: CheckpointError: if the folder says that the run is finished but has no checkpoint.
     """
     folder, finished = opened.folder, opened.finished

@@ -31,7 +31,7 @@ class RunPage(Tracker):
         self._clock = clock
 
     def on_start(self, setting: Setting) -> None:
-        """Stores the facts of the run; writes nothing yet."""
+        """Stores `setting`, the facts of the run; writes nothing yet."""
         self._setting = setting
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
@@ -47,7 +47,10 @@ class RunPage(Tracker):
             self._cost = self._last - begin
 
     def on_end(self, status: str) -> None:
-        """Writes the page if the run was stopped, but not if it is done, failed or interrupted."""
+        """Writes the page, unless `status` says that the run is done, failed or was interrupted.
+
+        So the page is written, for example, if the run was preempted.
+        """
         if status not in (DONE, FAILED, INTERRUPTED):
             self._write(running=False)
 

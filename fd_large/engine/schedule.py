@@ -31,11 +31,14 @@ class Schedule:
     warmup: int
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0."""
+        """Returns the learning rate of step `step`, counted from 0."""
         raise NotImplementedError
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a step for a layer whose peak is multiplied by `scale`."""
+        """Returns the learning rate of a layer at step `step`, counted from 0.
+
+        The layer's peak learning rate is `peak` multiplied by `scale`.
+        """
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
@@ -54,7 +57,7 @@ class CosineSchedule(Schedule):
     """Linear warm-up, then half a period of a cosine to the minimum, as in timm's scheduler."""
 
     def value(self, t: int) -> float:
-        """Returns L(t), the learning rate at position t of the schedule, in steps."""
+        """Returns L(t), the learning rate after `t` steps of the schedule."""
         if t < self.warmup:
             return self.warmup_start + t * (self.peak - self.warmup_start) / self.warmup
         if t >= self.total:
@@ -63,15 +66,16 @@ class CosineSchedule(Schedule):
         return self.minimum + 0.5 * (self.peak - self.minimum) * (1 + math.cos(phase))
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0: L(max(step - 1, 0)).
+        """Returns the learning rate of step `step`, counted from 0.
 
-        The official loop advances its scheduler after the step with that step's own index, so the
-        first two steps both have the learning rate of the warm-up's start.
+        The result is L(max(step - 1, 0)), where L is `value`. The official loop advances its
+        scheduler after the step with that step's own index, so the first two steps both have the
+        learning rate of the warm-up's start.
         """
         return self.value(max(step - 1, 0))
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at a step, counted from 0.
+        """Returns the learning rate of a layer at step `step`, counted from 0.
 
         The peak is multiplied by `scale`; the start of the warm-up and the minimum are not.
         """
@@ -93,7 +97,7 @@ class PolynomialSchedule(Schedule):
     after_warmup: bool = False
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0."""
+        """Returns the learning rate of step `step`, counted from 0."""
         if self.after_warmup:
             # mmengine reaches peak and minimum in the last step of warm-up and run.
             if step < self.warmup:
@@ -107,7 +111,7 @@ class PolynomialSchedule(Schedule):
         return self.minimum + (self.peak - self.minimum) * left**self.power
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at a step, counted from 0.
+        """Returns the learning rate of a layer at step `step`, counted from 0.
 
         The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
         """
@@ -127,7 +131,10 @@ class RiseAndFall(Schedule):
     power = 0.9
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0; the official code counts from 1."""
+        """Returns the learning rate of step `step`, counted from 0.
+
+        The official code counts steps from 1.
+        """
         done = (step + 1) / max(self.warmup, 1)
         if done < 1:
             return self.warmup_start + (self.peak - self.warmup_start) * done**self.power
@@ -135,7 +142,7 @@ class RiseAndFall(Schedule):
         return self.peak + (self.minimum - self.peak) * fallen
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer: the unscaled learning rate times `scale`."""
+        """Returns the learning rate of a layer at step `step`: `at_step(step)` times `scale`."""
         return scale * self.at_step(step)
 
 
@@ -154,12 +161,12 @@ class StepSchedule(Schedule):
     drops: tuple[float, ...] = ()
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0."""
+        """Returns the learning rate of step `step`, counted from 0."""
         fallen = sum(step >= round(drop * self.total) for drop in self.drops)
         return max(self.peak * 0.1**fallen, self.minimum) * self._warm(step)
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at a step, counted from 0.
+        """Returns the learning rate of a layer at step `step`, counted from 0.
 
         The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
         """

@@ -255,9 +255,11 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
 
 
 def attention_memory(mode: str) -> str:
-    """Resolves `student.attention_memory`: "auto" is "recompute" on GPUs and "keep" on CPUs.
+    """Returns the value of `student.attention_memory` for the recipe's value `mode`.
 
-    Raises: ConfigError: if the mode is "keep" on a GPU.
+    "auto" becomes "recompute" on GPUs and "keep" on CPUs. Other values are returned unchanged.
+
+    Raises: ConfigError: if `mode` is "keep" on a GPU.
     """
     planned = choose.stood_for()
     on_gpu = planned.on_gpu if planned else distributed.device().type == "cuda"

@@ -53,7 +53,7 @@ class HooksOfAll(Hook):
             hook.on_start(whole)
 
     def end(self, status: str) -> None:
-        """Calls the hooks' `on_end` when the runs of all students have ended."""
+        """Calls the hooks' `on_end` with `status` when the runs of all students have ended."""
         for hook in self._hooks:
             hook.on_end(status)
 
@@ -82,12 +82,12 @@ class HooksOfAll(Hook):
             hook.on_stop()
 
     def on_saved(self, seconds: float) -> None:
-        """Passes the call on to each hook."""
+        """Passes the call on to each hook; see `Hook`."""
         for hook in self._hooks:
             hook.on_saved(seconds)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Passes the call on to each hook."""
+        """Passes the call on to each hook; see `Hook`."""
         for hook in self._hooks:
             hook.on_evaluation(index, metrics)
 
@@ -125,6 +125,11 @@ def _train_epoch(
 
     Training ends earlier when no student can take the next step, since each student has stopped or
     is at a later step.
+
+    Args:
+        trainers: A trainer for each student.
+        finished: Number of finished steps of the students that are furthest behind.
+        batches: See `train_together`.
     """
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch

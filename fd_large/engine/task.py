@@ -174,7 +174,10 @@ class Task(nn.Module):
         return batch_norm.norms_of(self)
 
     def student_norms(self) -> list[Any]:
-        """Returns the student's batch norms that may normalise by groups of images."""
+        """Returns the student's batch norms whose images can be divided into groups.
+
+        Each group then has its own statistics (`student.group_norms`).
+        """
         return batch_norm.norms_of(self.student)
 
     def shapes_only(self, batch: Batch) -> Tensor:
@@ -200,7 +203,7 @@ class Task(nn.Module):
     def keep_all(self, images: Tensor) -> Tensor | None:
         """Returns drop-path masks that keep every branch, (num_sites, B) bool of True.
 
-        Returns None if the student has no drop path.
+        B is the number of images in `images`. Returns None if the student has no drop path.
         """
         if not any(self.drop_path_rates):
             return None

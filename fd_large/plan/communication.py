@@ -68,7 +68,10 @@ def of_step(load: Workload, candidate: Candidate, machine: Machine) -> float:
 
 
 def gathered_again(load: Workload) -> float:
-    """Returns the fraction of parameters that ZeRO-3 gathers again for the backward pass."""
+    """Returns the fraction of the student's parameters that ZeRO-3 gathers again in backward.
+
+    The other parameters are still whole since the forward pass.
+    """
     return max(0.0, 1 - KEPT_ELEMENTS / load.parameters)
 
 

@@ -40,7 +40,7 @@ class Line(NamedTuple):
         return Line(self.fixed + other.fixed, self.each + other.each)
 
     def scaled(self, factor: float) -> Line:
-        """Returns the linear function times a factor."""
+        """Returns the linear function multiplied by `factor`."""
         return Line(factor * self.fixed, factor * self.each)
 
 
@@ -143,7 +143,10 @@ class Counts:
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts with a phase left out, such as "inference" if maps are stored."""
+        """Returns the counts with `phase` left out.
+
+        For example, "inference" is left out if teachers' maps are stored.
+        """
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -154,7 +157,7 @@ class Counts:
         )
 
     def flops(self, phase: Phase, images: int) -> int:
-        """Returns the FLOPs of a phase for `images` images, without recomputation."""
+        """Returns the FLOPs of the phase `phase` for `images` images, without recomputation."""
         products = [p for p in self.products if p.phase == phase and not p.again]
         total = round(sum(p.times * p.flops.at(images) for p in products))
         return total - (self.again.at(images) if phase == "backward" else 0)
@@ -284,12 +287,18 @@ def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:
-    """Returns the number of elements of each tensor, from (elements, number of such tensors)."""
+    """Returns the number of elements of each tensor.
+
+    `tensors` has pairs (elements of a tensor, number of such tensors).
+    """
     return [size for size, count in tensors for _ in range(count)]
 
 
 def grouped(tensors: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Returns sorted pairs (elements, number of such tensors), from the elements of each tensor."""
+    """Returns sorted pairs (elements of a tensor, number of such tensors).
+
+    `tensors` has the number of elements of each tensor.
+    """
     return tuple(sorted(Counter(tensors).items()))
 
 
@@ -308,9 +317,9 @@ def through(first: int, second: int, at: tuple[int, int]) -> Line:
 
 
 def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """Returns the linear functions that are the largest for some micro-batch of one image or more.
+    """Returns those of `lines` that are the largest for some micro-batch of one image or more.
 
-    The other functions do not affect the maximum.
+    The other linear functions do not affect the maximum.
     """
     best: dict[float, float] = {}
     for fixed, each in lines:

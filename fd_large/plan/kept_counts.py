@@ -33,7 +33,7 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 
 def read(name: str) -> dict[bool, Counts] | None:
-    """Looks up the stored counts of a key.
+    """Looks up the stored counts of the key `name` (see `key`).
 
     Returns: a dict of the counts without activation checkpointing (False) and with it (True), or
         None if the file does not have the key.

@@ -54,7 +54,7 @@ class PeakMemory:
         return self.states + self.teacher + self.activations + self.buffers
 
     def fits(self, rates: Rates) -> bool:
-        """Whether the total is at most the fraction `HEADROOM` of a GPU's memory."""
+        """Whether the total is at most the fraction `HEADROOM` of `rates.memory_bytes`."""
         return self.total <= HEADROOM * rates.memory_bytes
 
 

@@ -75,7 +75,7 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
 
 
 def checkpoint_bytes(load: Workload) -> int:
-    """Returns the size in bytes of a checkpoint with float32 master weights and moments."""
+    """Returns the size of a checkpoint in bytes: the float32 master weights and the moments."""
     return 4 * (1 + load.moments) * load.parameters
 
 

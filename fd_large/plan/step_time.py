@@ -69,7 +69,7 @@ class Between(NamedTuple):
     high: float
 
     def scaled(self, factor: float) -> Between:
-        """Returns the range whose ends are multiplied by a factor."""
+        """Returns the range whose ends are those of this range multiplied by `factor`."""
         return Between(factor * self.low, factor * self.high)
 
 
@@ -226,7 +226,10 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict
 
 
 def reached(rates: Rates) -> tuple[float, float]:
-    """Returns the rates that the operations of a whole step reach.
+    """Returns the rates that whole steps reach, as fractions of the single operations' rates.
+
+    Args:
+        rates: Rates of single operations. On a CPU they are returned unchanged.
 
     Returns: FLOP/s of matrix products; bytes/s of other operations.
     """
@@ -251,7 +254,10 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
 
 
 def _computed_again(load: Workload, candidate: Candidate) -> float:
-    """Returns the FLOPs that activation checkpointing recomputes, as a fraction of forward."""
+    """Returns the FLOPs that activation checkpointing recomputes, as a fraction of forward's FLOPs.
+
+    The result is 0 for a candidate without activation checkpointing.
+    """
     if not candidate.checkpointing:
         return 0.0
     images = candidate.micro_batch_size

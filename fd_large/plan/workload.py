@@ -64,7 +64,10 @@ class Workload:
         return tuple(sorted(range(len(totals)), key=totals.__getitem__))
 
     def split_sizes(self, candidate: Candidate) -> tuple[int, ...]:
-        """Returns the number of elements of each tensor of the teachers that a candidate shards."""
+        """Returns the number of elements of each tensor of the teachers that `candidate` shards.
+
+        The result is empty if no teacher is sharded.
+        """
         if candidate.teacher == "replicated":
             return ()
         split = self.smallest_first[candidate.whole :]
@@ -81,7 +84,7 @@ class Workload:
         return sum(self.student_sizes)
 
     def accumulation(self, candidate: Candidate, machine: Machine) -> int:
-        """Returns the number of micro-batches of a rank in a step."""
+        """Returns the number of micro-batches of a rank in a step, at least 1."""
         share = self.global_batch_size // machine.cluster.gpus
         return max(1, share // candidate.micro_batch_size)
 
@@ -91,11 +94,11 @@ class Workload:
         return counts.in_step_of(self.accumulation(candidate, machine))
 
     def compute_bytes(self, machine: Machine) -> int:
-        """Returns the number of bytes of a parameter in the data type of matrix products."""
+        """Returns the bytes of a parameter in the data type of matrix products: 2 or 4."""
         return 2 if machine.rates.bfloat16 else 4
 
     def sum_bytes(self, machine: Machine) -> int:
-        """Returns the number of bytes of a gradient's element in the sum over ranks."""
+        """Returns the bytes of a gradient's element in the sum of gradients over ranks: 2 or 4."""
         summed = sums_in_float32(machine.cluster.gpus, bfloat16=machine.rates.bfloat16)
         return 4 if summed else self.compute_bytes(machine)
 

@@ -113,7 +113,10 @@ def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
 
 
 def _gathered_whole(models: Models) -> tuple[set[nn.Module], set[nn.Module]]:
-    """Returns the blocks that ZeRO-3 gathers whole, and all modules inside these blocks."""
+    """Returns two sets: the blocks that ZeRO-3 gathers whole, and the modules inside these blocks.
+
+    The blocks are those of all models in `models`.
+    """
     blocks: set[nn.Module] = set()
     within: set[nn.Module] = set()
     for model in models.all():
@@ -219,7 +222,9 @@ def step_flops(
     micro_batches: int = 1,
     image_size: int = 0,
 ) -> StepFlops | None:
-    """Returns the FLOPs of a micro-batch as this device runs it, or None if they cannot be counted.
+    """Returns the FLOPs of a micro-batch as this process's device runs it.
+
+    The result is None if the FLOPs cannot be counted, as for a task that cannot run without values.
 
     Args:
         job: The job that describes the task; no weights or images are read.

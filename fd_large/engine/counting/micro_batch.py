@@ -164,7 +164,7 @@ def probe(
 
 
 def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
-    """Runs all phases with one image, so that the optimiser makes its moments."""
+    """Runs each of `phases` with one image, so that the optimiser makes its moments."""
     with out_of_memory_named(1):
         for phase in phases:
             phase(1)
@@ -204,9 +204,9 @@ def _phases(
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
-    """Returns `count` copies of the tensors of a micro batch, on the device.
+    """Returns `count` copies of each tensor in the micro batch `batch`, on the device.
 
-    The tensors include the outputs of the frozen models.
+    The outputs of the frozen models of `task`, which are computed here, are copied too.
     """
     whole = completed(task, batch.to(distributed.device()))
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]

@@ -99,11 +99,10 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phase: Name of the running phase.
-        inside: Number of modules that are running now, counted by the caller.
-        blocks: Number of forward calls of blocks that ZeRO-3 gathers whole, by phase, counted by
-            the caller.
-        modules: Number of forward calls of modules outside these blocks, by phase, counted by the
-            caller.
+        inside: Number of modules that are running now. The code that runs the models sets this
+            number, `blocks` and `modules`.
+        blocks: Number of forward calls of blocks that ZeRO-3 gathers whole, by phase.
+        modules: Number of forward calls of modules outside these blocks, by phase.
         operations: Operations that computed or moved data.
         calls: Number of all calls by phase, views included.
         live: Bytes of the storages that are alive now, without those of `models`.
@@ -209,7 +208,7 @@ class Recorder(TorchDispatchMode):
         return known
 
     def follow(self, t: Tensor) -> None:
-        """Counts a tensor's storage as alive until the storage is released."""
+        """Counts the storage of tensor `t` as alive until the storage is released."""
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -282,7 +281,7 @@ def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[i
 
 
 def bytes_of(t: Tensor) -> int:
-    """Returns the bytes of a tensor; a dimension of stride 0 counts as one element."""
+    """Returns the bytes of tensor `t`; a dimension of stride 0 counts as one element."""
     size = t.element_size()
     for n, step in zip(t.shape, t.stride(), strict=True):
         if step:

@@ -152,9 +152,12 @@ def _attention(
     scale: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """Replaces torch's attention on the meta device by a call of the imitated device's kernel.
+    """Replaces `scaled_dot_product_attention` on the meta device, where torch would split it up.
 
-    torch itself would split attention on the meta device into several operations.
+    Calls the single operation that an imitated GPU (if `on_gpu` is True) or CPU would run. The
+    other parameters are those of `scaled_dot_product_attention`.
+
+    Returns: the result on the meta device, in the shape of `q`, with the channels of `v`.
     """
     if q.ndim == 3:  # The heads are in the batch, as in SAM.
         q, k, v = (part[:, None] for part in (q, k, v))

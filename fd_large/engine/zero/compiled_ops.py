@@ -194,9 +194,10 @@ def _load(name: str) -> str | None:
 
 @contextmanager
 def _turn(name: str) -> Iterator[int]:
-    """Holds this node's lock for compiling or loading an operation; removes torch's stale lock.
+    """Holds this node's lock while the operation `name` is compiled or loaded.
 
-    Yields the file descriptor of the lock.
+    A stale lock file that torch has left is removed. Yields the file descriptor of the node's
+    lock.
 
     Raises:
         TimeoutError: If another process holds a lock for more than BUILD_SECONDS.

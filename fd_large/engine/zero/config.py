@@ -213,7 +213,10 @@ def check(config: Any, *, where: str) -> None:
 
 
 def _wrong_keys(config: Any) -> Iterator[str]:
-    """Yields a line for each unknown key and for each value of a wrong kind."""
+    """Yields a line for each unknown key of a DeepSpeed JSON, and for each value of a wrong type.
+
+    Numbers out of range, and "auto" for a key that a run does not fill, are wrong too.
+    """
     if not isinstance(config, dict):
         yield f"the file is not an object; got {config!r}, expected {{...}}. Correct the file."
         return
@@ -305,7 +308,7 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """Returns the ZeRO stage in a DeepSpeed JSON, 0 to 3; 0 if the JSON names none."""
+    """Returns the ZeRO stage, 0 to 3, in the DeepSpeed JSON `config`; 0 if the JSON names none."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
@@ -351,9 +354,10 @@ def nvme_path(config: dict[str, Any]) -> str:
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a filled JSON in which offload to a disk is replaced by offload to host memory.
+    """Returns a copy of `config`, a filled JSON, for DeepSpeed itself.
 
-    DeepSpeed's timers are turned off too, because they wait for the device around each micro batch.
+    In the copy, offload to a disk is replaced by offload to host memory. DeepSpeed's timers are
+    turned off too, because they wait for the device around each micro batch.
     """
     in_memory = {"device": "cpu", "pin_memory": False}
     there = [name for name in _OFFLOADS if offloads_to_disk(config, name)]

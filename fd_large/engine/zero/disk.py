@@ -46,7 +46,7 @@ class Disk:
         self._folder = folder
 
     def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns a flat tensor of `numel` zeros on the disk.
+        """Returns a flat tensor of `numel` zeros of type `dtype` on the disk.
 
         The tensor's space on the disk is reserved until the tensor is freed.
         """
@@ -59,7 +59,7 @@ class Disk:
             return torch.from_file(path, shared=True, size=numel, dtype=dtype)
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Moves the float32 shards of parameters to the disk."""
+        """Moves this rank's float32 shards of `parameters` to the disk."""
         for parameter in parameters:
             shard = parameter.ds_tensor.data
             parameter.ds_tensor.data = self.zeros(shard.numel()).view_as(shard).copy_(shard)

@@ -90,7 +90,7 @@ def _digits(total: Tensor) -> str:
 
 
 def _hash(name: str, elements: Tensor, offset: int) -> Tensor:
-    """Hashes flat elements of the tensor `name`, which begin at the position `offset`.
+    """Hashes `elements`, a flat part of the tensor `name` that begins at position `offset`.
 
     Returns an int64 scalar.
     """

@@ -105,7 +105,7 @@ class _Works:
 
 
 def _shards(whole: Tensor, group: Any) -> tuple[list[int], tuple[Tensor, ...], Tensor]:
-    """Splits a tensor into equal shards, one for each rank of a group.
+    """Splits `whole` into equal flat shards, one for each rank of `group`.
 
     Returns: the ranks of the group, their shards (views of `whole`), and this rank's shard.
     """

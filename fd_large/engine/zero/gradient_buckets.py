@@ -45,7 +45,7 @@ def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
 
 
 def start_sum(sent: Tensor, owner: int | None) -> Any:
-    """Starts the sum of a tensor over the ranks, in place, and returns the unfinished work.
+    """Starts to sum `sent` over the ranks, in place, and returns the unfinished work.
 
     The sum is made on the rank `owner`, or on all ranks if `owner` is None.
     """

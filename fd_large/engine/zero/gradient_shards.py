@@ -206,7 +206,8 @@ class OwnedShards(InOrder):
     def _reduce(self, pipeline_parallel: bool = False) -> None:
         """Sums the remaining buckets after the backward of a micro batch.
 
-        After the last micro batch of a step, the summed shards are passed to the optimiser.
+        After the last micro batch of a step, the summed shards are passed to the optimiser. This
+        method replaces methods of DeepSpeed, whose argument is ignored.
         """
         self.finish()
         self._first = self._engine.is_gradient_accumulation_boundary()
@@ -233,8 +234,8 @@ def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
 def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:
     """Returns the L2 norm of the shards of all ranks together, a float32 scalar.
 
-    All ranks must call this function. Squares are summed by chunks, whose float32 sums are exact to
-    about 1e-7, whereas DeepSpeed makes float64 copies.
+    All ranks must call this function, each with its own `shards`. Squares are summed by chunks,
+    whose float32 sums are exact to about 1e-7, whereas DeepSpeed makes float64 copies.
     """
     chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
     square = torch.nn.utils.get_total_norm(chunks).double().square()

@@ -150,7 +150,7 @@ def _cut(
 
 
 def _joined(cuts: list[LayerSlice]) -> list[LayerSlice]:
-    """Returns the slices in order, with neighbours of the same scale joined into one slice.
+    """Returns the slices in `cuts`, sorted, with neighbours of the same scale joined.
 
     A joined slice includes the padding between its parts. Empty slices are left out.
     """

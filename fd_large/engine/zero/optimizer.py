@@ -84,9 +84,10 @@ def decays(
 
 
 def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the parameter groups "decay" and "no_decay", without frozen parameters.
+    """Returns the groups "decay", with `weight_decay`, and "no_decay", without weight decay.
 
-    An empty group is left out.
+    The groups are dicts in torch's form, and have the trained parameters of `task`. An empty group
+    is left out.
     """
     skip_names, skip_keywords = task.no_weight_decay()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -154,7 +155,7 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Sets the learning rate of all groups of an optimiser, also inside DeepSpeed's wrapper."""
+    """Sets the learning rate of all groups of `optimizer`, which may be DeepSpeed's wrapper."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

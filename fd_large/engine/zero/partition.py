@@ -91,15 +91,15 @@ def _split_onto(disk: Disk) -> Any:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Returns whether ZeRO-3 has sharded this parameter."""
+    """Returns whether ZeRO-3 has sharded `parameter`."""
     return hasattr(parameter, "ds_tensor")
 
 
 def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Returns this rank's elements of a parameter, flat and without padding, and their offset.
+    """Returns this rank's elements of `parameter`, and the position of the first in the parameter.
 
-    A parameter that is not sharded counts as a single shard at offset 0. The returned tensor is a
-    view, so that writing to it changes the parameter.
+    The elements are flat and without padding. A parameter that is not sharded counts as a single
+    shard at position 0. The returned tensor is a view, so that writing to it changes the parameter.
     """
     if not is_partitioned(parameter):
         return parameter.data.view(-1), 0
@@ -141,7 +141,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the floating-point buffers of a module that are in its state dict, by name."""
+    """Returns the floating-point buffers of `module` that are in its state dict, by name."""
     persistent = module.state_dict().keys()
     return {
         name: buffer

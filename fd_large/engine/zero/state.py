@@ -65,9 +65,10 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def _statistics(engine: Engine) -> dict[str, Tensor]:
-    """Returns the task's running statistics, by name.
+    """Returns the task's floating-point buffers that belong to its state dict, by name.
 
-    The statistics are whole and equal on all ranks; in a checkpoint each rank stores a shard.
+    These running statistics are whole and equal on all ranks; in a checkpoint each rank stores a
+    shard.
     """
     return partition.running_statistics(engine.task)
 
@@ -240,7 +241,7 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """Returns the range of elements of a whole tensor that this rank stores in a checkpoint."""
+    """Returns the range of elements of the tensor `whole` that this rank stores in a checkpoint."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
@@ -260,7 +261,10 @@ def redistribute(engine: Engine) -> None:
 
 
 def _forget_whole_copies(engine: Engine) -> None:
-    """Drops ZeRO-3's whole copies of small tensors; the next forward gathers them again."""
+    """Drops the whole copies of small tensors that ZeRO-3 keeps; other stages have none.
+
+    The next forward gathers these tensors again.
+    """
     if engine.stage == 3:
         engine.deepspeed.optimizer._partition_all_parameters()
 
