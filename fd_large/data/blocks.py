@@ -283,7 +283,7 @@ class BlockImages:
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+            raise IndexError(f"no image has index {index}; expected 0 to {len(self) - 1}")
         number, place = self.blocks.block(index)
         name = f"{self._parts[number]}/{place}"
         with suppress(DataError):

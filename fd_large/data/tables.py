@@ -281,8 +281,9 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
         raise DataError(
-            f"{stored.url}: a cell too large for an image; got {mean} bytes, expected at most "
-            f"{MAX_FILE_BYTES}. Remove this cell from column {column}."
+            f"{stored.url}: cells of column {column} too large for images; got {mean} bytes on "
+            f"average in a row group, expected at most {MAX_FILE_BYTES}. Remove the large cells, "
+            "or leave out the file."
         )
 
 

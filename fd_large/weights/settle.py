@@ -286,16 +286,16 @@ def reconcile(
             requested = _first(user, net)
             agree = published.agree.get(field, _equal)
             if fact is not None and requested is not None and not agree(fact, requested, depths):
-                conflicts.append(f"{field} {_text(fact)} for {_text(requested)}")
+                conflicts.append(f"{field} {_text(fact)} instead of {_text(requested)}")
             values[field] = fact if requested is None else requested
     settling = Settling(filled(weights.found, weights.stated), user_fields, named is not None)
     for note in published.complete(values, settling):
         log.info("%s: %s", where, note)
     if conflicts:
-        whose = f"the model {name}" if named is not None else "the set fields"
+        whose = f"the model {name}" if named is not None else "the fields that are set"
         raise WeightsError(
             f"{where}: {weights.what}: not the model of the run; got "
-            f"{', '.join(sorted(conflicts))} of {whose}, expected equal values. "
+            f"{', '.join(sorted(conflicts))}, expected the values of {whose}. "
             f"{_name_another(section, family)}"
         )
     unset = {field for field, value in values.items() if value is None}

@@ -104,7 +104,7 @@ class Depth:
             self.bottom_crop == (0, 0) or min(self.bottom_crop) > 0,
             "task.depth.bottom_crop: invalid lengths",
             self.bottom_crop,
-            "two numbers of pixels, or 0 0",
+            "two numbers of pixels above 0, or 0 0 for no crop",
         )
         within("task.depth.loss_lambda", self.loss_lambda, "[0, 1]")
         within("task.depth.cut_depth", self.cut_depth, "[0, 1]")

@@ -80,12 +80,12 @@ def test_every_named_net_is_recognised_from_its_shapes(name):
 
 def test_a_named_net_must_be_the_net_of_the_file(tmp_path):
     path = saved(made("dino_vit_base_patch16", **SMALL), tmp_path)
-    with pytest.raises(WeightsError, match="embed_dim 32 for 768") as caught:
+    with pytest.raises(WeightsError, match="embed_dim 32 instead of 768") as caught:
         loaded(path, "dino_vit_base_patch16")
     assert "--teacher.model auto" in str(caught.value)
     with pytest.raises(WeightsError, match=r"got vit, .*swinv2"):
         loaded(path, "swinv2_base")
-    with pytest.raises(WeightsError, match="class_token True for False"):
+    with pytest.raises(WeightsError, match="class_token True instead of False"):
         loaded(path, num_heads=(2,), class_token=False)
     _, teacher = loaded(path, "dino_vit_base_patch16", **SMALL)
     assert teacher.model == "dino_vit_base_patch16"

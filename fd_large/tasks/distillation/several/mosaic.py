@@ -57,9 +57,9 @@ class Mosaic(Frozen):
         if self.image_size % self.tiles or rows % self.tiles or columns % self.tiles:
             raise ShapeError(
                 f"a mosaic of {self.tiles}x{self.tiles} images: the images do not end at borders "
-                f"of tokens; got {rows}x{columns} tokens of {self.image_size}x{self.image_size} "
-                f"pixels, expected multiples of {self.tiles}. Set teachers.NAME.mosaic or "
-                "teachers.NAME.teacher_image_size."
+                f"of tokens; got a mosaic of {self.image_size}x{self.image_size} pixels and "
+                f"{rows}x{columns} tokens, expected multiples of {self.tiles} for both. Set "
+                "another teachers.NAME.teacher_image_size or teachers.NAME.mosaic."
             )
         return rows // self.tiles, columns // self.tiles
 

@@ -271,15 +271,15 @@ class QueueDivergence(Loss):
         """
         if kind != SUMMARY:
             raise ConfigError(
-                f"{field_of(teacher, 'loss')}: the loss queue works on summaries only; got queue "
-                "for a map, expected queue for the summary of one of several teachers. Set queue "
-                "in --teachers.NAME.summary.loss."
+                f"{field_of(teacher, 'loss')}: the loss 'queue' works on summaries only; got a "
+                "map, expected the summary of one of several teachers. Set queue in "
+                "--teachers.NAME.summary.loss."
             )
         field = field_of(teacher, "normaliser", kind)
         if normaliser != NONE:
             raise ConfigError(
-                f"{field}: the loss queue takes summaries without a normaliser; got {normaliser}, "
-                f"expected {NONE}. Set --{field} {NONE}."
+                f"{field}: the loss 'queue' works on summaries that are not normalised; got "
+                f"{normaliser}, expected {NONE}. Set --{field} {NONE}."
             )
         self.queue = SummaryQueue(width)
 
