@@ -134,12 +134,12 @@ class BatchNorm(Float32Buffers):
         self.seen: Tensor | None = None  # (2 C + 1,) float64, see `_note`.
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises (B, C, H, W), keeping shape and dtype; a collective in training."""
+        """Normalises `x`, (B, C, H, W), and keeps its shape and dtype; a collective in training."""
         return normalised(self, x)
 
 
 def adopt(net: nn.Module) -> Groups:
-    """Makes a model's batch norms (torch's or timm's) normalise by groups; returns the `Groups`.
+    """Makes the batch norms of `net`, torch's or timm's, normalise by groups; returns the `Groups`.
 
     The modules keep their names and classes, and timm's norms also their dropout and activation.
     Until `size` of the groups is set, the norms use their running statistics.
@@ -153,12 +153,12 @@ def adopt(net: nn.Module) -> Groups:
 
 
 def norms_of(net: nn.Module) -> list[Any]:
-    """Returns the batch norms of a model that normalise by groups (attribute `norm_groups`)."""
+    """Returns the batch norms of `net` that normalise by groups (attribute `norm_groups`)."""
     return [module for module in net.modules() if hasattr(module, "norm_groups")]
 
 
 def statistics_of(net: nn.Module) -> dict[str, Tensor]:
-    """Returns {name in the model: tensor} of the running means and variances of batch norms.
+    """Returns {name in `net`: tensor} of the running means and variances of batch norms.
 
     Only batch norms that normalise by groups (attribute `norm_groups`) are included.
     """

@@ -17,7 +17,7 @@ from fd_large.errors import ShapeError
 
 
 def linear_rates(rate: float, num_blocks: int) -> tuple[float, ...]:
-    """Returns the drop rate of each residual branch, two per block, (2 * num_blocks) numbers.
+    """Returns the drop rate of each residual branch of `num_blocks` blocks, which have two each.
 
     The rates rise linearly from 0 in the first block to `rate` in the last.
     """

@@ -139,7 +139,7 @@ class HierarchicalBackbone(nn.Module):
         return sum(self.depths) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the number of a parameter's layer, for layer-wise learning rates.
+        """Returns the number of the layer of the parameter `name`, for layer-wise learning rates.
 
         The patch embedding is layer 0, and block b, counted from 0 over all stages, is layer b + 1.
         A patch merging has the layer of the block before it. All other parameters (final norm,
@@ -193,8 +193,8 @@ class HierarchicalBackbone(nn.Module):
     def _misfit(self, height: int, width: int) -> str:
         """Returns an error message if an image of (height, width) pixels does not fit, else "".
 
-        The message names the first stage that the image does not fit. If `size_rule` is "pad", only
-        images smaller than a patch do not fit.
+        The message names the first stage that the image does not fit. If `size_rule` is "pad",
+        images of every size fit.
         """
         rows, columns = self._patch_grid(height, width)
         if min(rows, columns) < 1:
@@ -339,7 +339,7 @@ class PatchMerging(nn.Module):
     """Concatenates the channels of each 2x2 tokens; odd sides of a map are padded with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4C).
+        """Maps `x` from (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4C).
 
         The (row, column) of the four tokens are in the order (0, 0), (1, 0), (0, 1), (1, 1).
         """

@@ -192,7 +192,7 @@ def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_fields(net: Any) -> dict[str, Any]:
-    """Returns {field: value} of the architecture fields of timm's Swin or SwinV2 module.
+    """Returns {field: value} of the architecture fields of `net`, timm's Swin or SwinV2 module.
 
     The fields are `norm_eps`, `image_size` (pixels) and `window_size` (tokens).
     """

@@ -83,7 +83,8 @@ class Scheme:
     def branch_end(self, divide_squared: float) -> Draw:
         """Returns the distribution of the last weight of a residual branch.
 
-        If `rescale`, it is `linear` with values divided by sqrt(divide_squared); else `linear`.
+        If `rescale`, it is `linear` with values divided by the square root of `divide_squared`;
+        else `linear`.
         """
         return self.linear.divided(math.sqrt(divide_squared)) if self.rescale else self.linear
 
@@ -95,7 +96,7 @@ NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
 
 
 def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
-    """Returns the scheme `name` of a family's {name: scheme}.
+    """Returns the scheme `name` of `schemes`, a family's {name: scheme}.
 
     Raises: ConfigError: if the family has no scheme of that name.
     """

@@ -34,7 +34,11 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out); `bias` (out,), unless None, replaces the layer's bias."""
+        """Maps `x` from (..., in) to (..., out).
+
+        The result is in the dtype of the weight. If `bias` (out,) is given, it replaces the layer's
+        own bias.
+        """
         bias = self.bias if bias is None else bias
         return F.linear(x.to(self.weight.dtype), self.weight, bias)
 
@@ -49,9 +53,9 @@ class BranchEnd(Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps `x` from (..., in) to (..., out).
 
-        Returns: the result, and the bias (out,) that the norm after this layer still has to add to
+        Returns: the result; and the bias (out,) that the norm after this layer still has to add to
             it. The bias is left to the norm if the norm's fused kernel can add it (`takes_bias`).
-            Otherwise it is already added, and None is returned in its place.
+            Otherwise this layer adds the bias, and None is returned in its place.
         """
         x = x.to(self.weight.dtype)
         if takes_bias(x, self.out_features):
@@ -64,9 +68,9 @@ class Float32Linear(Linear):
     """Linear layer that computes in float32 or wider, also with a 16-bit weight and in autocast."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out) in float32, or in float64 if the weight is float64.
+        """Maps `x` from (..., in) to (..., out) in float32, or in float64 if the weight is float64.
 
-        A given `bias` (out,) replaces the layer's own.
+        If `bias` (out,) is given, it replaces the layer's own bias.
         """
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = self.bias if bias is None else bias
@@ -95,9 +99,14 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Tensor, dtype: torch.dtype | None = None, copy: torch.dtype | None = None
     ) -> Any:
-        """Normalises (..., C); the result has `dtype`, or the dtype of x if `dtype` is None.
+        """Normalises `x`, (..., C), over its channels.
 
-        If `copy` is a dtype, a pair is returned: the result, and the result in the dtype `copy`.
+        Args:
+            x: (..., C).
+            dtype: Dtype of the result; None keeps the dtype of `x`.
+            copy: Dtype of a second result with the same values; None returns one result.
+
+        Returns: the result, or with `copy` the pair of both results.
         """
         if copy is None:
             return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
@@ -178,9 +187,14 @@ class PatchEmbed(nn.Module):
         self.norm = None if norm_eps is None else LayerNorm(embed_dim, norm_eps)
 
     def forward(self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None) -> Any:
-        """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`, dropping pixels beyond whole patches.
+        """Maps images to tokens, (B, H/p, W/p, C), and drops pixels beyond whole patches of side p.
 
-        If `copy` is a dtype, a pair is returned: the result, and the result in the dtype `copy`.
+        Args:
+            images: (B, 3, H, W), normalised images.
+            dtype: Dtype of the result.
+            copy: Dtype of a second result with the same values; None returns one result.
+
+        Returns: the result, or with `copy` the pair of both results.
         """
         x = self.proj(images).permute(0, 2, 3, 1)
         if self.norm is not None:
@@ -205,7 +219,10 @@ class PatchConvolution(nn.Conv2d):
             fill(self.bias, self.scheme.convolution_bias, fan_in)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, C, H/p, W/p) in the dtype of the weight."""
+        """Maps `images` from (B, in, H, W) to (B, C, H/p, W/p), for patches of side p.
+
+        The result is in the dtype of the weight.
+        """
         # Channels last, because tokens are: the map is then no copy of the convolution's result.
         images = images.to(self.weight.dtype, memory_format=torch.channels_last)
         return super().forward(images)
@@ -246,10 +263,10 @@ class Mlp(nn.Module):
         self.fc2 = last(hidden, width, draw=end)
 
     def forward(self, x: Tensor) -> Any:
-        """Maps (..., C) to (..., C).
+        """Maps `x` from (..., C) to (..., C).
 
         If the last layer is a `BranchEnd`, the result is a pair: the mapped tensor, and the bias
-        (C,) that is still to be added to it, or None.
+        (C,) that is still to be added to it, or None if no bias is left to add.
         """
         return self.fc2(self.activation(self.fc1(x)))
 
@@ -257,7 +274,8 @@ class Mlp(nn.Module):
 def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:
     """Returns the dtype of the residual stream.
 
-    For the choice "compute" it is `compute`, the dtype of the matrix products; for "float32" the
-    wider of `compute` and float32.
+    Args:
+        choice: "compute" for the dtype `compute`; "float32" for the wider of `compute` and float32.
+        compute: Dtype of the matrix products.
     """
     return compute if choice == "compute" else torch.promote_types(compute, torch.float32)

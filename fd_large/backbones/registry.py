@@ -27,7 +27,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(architecture: FamilyArchitecture) -> Family:
-    """Returns the family of a model.
+    """Returns the family of the model `architecture`.
 
     Raises: ConfigError: if no family has the name `architecture.family`.
     """
@@ -40,9 +40,9 @@ def family_of(architecture: FamilyArchitecture) -> Family:
 
 
 def family_of_source(source: str) -> tuple[Family, str] | None:
-    """Returns (family, rest) of a source that starts with a family's prefix, such as `timm:`.
+    """Returns (family, rest) of a `source` that starts with a family's prefix, such as `timm:`.
 
-    Returns None for other sources, such as paths.
+    The rest is the part after the prefix. The result is None for other sources, such as paths.
     """
     for family in FAMILIES.values():
         prefix = family.architecture.prefix
@@ -52,9 +52,9 @@ def family_of_source(source: str) -> tuple[Family, str] | None:
 
 
 def is_module(source: str) -> bool:
-    """Whether `source` names a module that brings its weights and is itself the teacher.
+    """Whether `source` names a torch Module that brings its weights and is itself the teacher.
 
-    For example, `module:FILE.py:NAME` does.
+    This is so for `module:FILE.py:NAME`, but not for `timm:NAME` or a path.
     """
     brought = family_of_source(source)
     return brought is not None and brought[0].scheme.weightless is None

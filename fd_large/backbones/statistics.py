@@ -21,7 +21,10 @@ OPENAI_CLIP = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261
 
 
 def normalise(images: Tensor, statistics: Statistics) -> Tensor:
-    """Maps uint8 images (B, 3, H, W) to normalised float32 images of the same shape."""
+    """Normalises uint8 `images`, (B, 3, H, W), by `statistics`, to float32 of the same shape.
+
+    Pixels are divided by 255 first.
+    """
     mean, std = _constants(statistics, images.device)
     return (images.float() / 255 - mean) / std
 

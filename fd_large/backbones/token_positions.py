@@ -39,14 +39,19 @@ class TokenPositions(NamedTuple):
 
 
 def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:
-    """Returns the positions of all tokens of an image, prefix tokens first, without windows."""
+    """Returns the positions of all tokens of an image, without windows.
+
+    Args:
+        grid: Rows and columns of the patches.
+        num_prefix_tokens: Number of tokens before the patches.
+    """
     prefix = torch.full((num_prefix_tokens,), PREFIX)
     index = torch.cat([prefix, torch.arange(grid[0] * grid[1])])
     return TokenPositions(index[None], grid, grid, torch.ones(1, dtype=torch.bool))
 
 
 def positions_in(x: Tensor, windows: Windows) -> TokenPositions:
-    """Returns the positions of the tokens of a map (B, H, W, C) that is cut into windows."""
+    """Returns the positions of the tokens of the map `x`, (B, H, W, C), which `windows` cut."""
     side, shift = (windows.side,) * 2, (windows.shift,) * 2
     return window_positions((x.shape[1], x.shape[2]), side, shift, pad_first=True)
 

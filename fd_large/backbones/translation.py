@@ -281,7 +281,7 @@ def translated(names: Iterable[str], rows: Rows) -> Translation:
 
 
 def to_unfolded(tensor: Tensor) -> Tensor:
-    """Reorders the last axis of merged patches, 4C, from our order to that of nn.Unfold.
+    """Reorders the last axis of `tensor`, 4C for merged patches, from our order to nn.Unfold's.
 
     In our order, the C channels of a token are adjacent, and the 2x2 tokens follow each other
     column by column; in nn.Unfold's order, the four values of a channel are adjacent, row by row.
@@ -290,7 +290,7 @@ def to_unfolded(tensor: Tensor) -> Tensor:
 
 
 def from_unfolded(tensor: Tensor) -> Tensor:
-    """Reorders the last axis of merged patches, 4C, from nn.Unfold's order to ours.
+    """Reorders the last axis of `tensor`, 4C for merged patches, from nn.Unfold's order to ours.
 
     This is the inverse of `to_unfolded`, which describes the two orders.
     """

@@ -235,9 +235,11 @@ def parse_size(text: str) -> int:
 
 
 def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[str, Shape]]:
-    """Distributes float32 tensors, in their order, over files of at most `shard_size` bytes.
+    """Distributes float32 tensors over files, in their order.
 
-    A tensor that is larger than `shard_size` has a file of its own.
+    Args:
+        shapes: (name, shape) of the tensors.
+        shard_size: Largest size of a file in bytes. A tensor that is larger has a file of its own.
 
     Returns: {name: shape} of the tensors in each file.
     """

@@ -247,7 +247,7 @@ def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
 
 
 def table(inspection: Inspection) -> Any:
-    """Returns an inspection as a table of the package rich, for the terminal."""
+    """Returns `inspection` as a table of the package rich, for the terminal."""
     from rich.table import Table
     from rich.text import Text
 

@@ -83,7 +83,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
 
 def without_folders(source: str) -> str:
-    """Returns a source without the folders of the user's machine, for publication.
+    """Returns `source` without the folders of the user's machine, for publication.
 
     Of a path only the last part is kept, also in `module:PATH/TO/FILE.py:NAME`. Other sources stay
     unchanged.

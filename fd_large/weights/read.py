@@ -300,7 +300,7 @@ def _unwrapped(
 
 
 def _has_both(contents: Any) -> bool:
-    """Whether a file's contents are dicts of a student and a teacher, as in DINO's training."""
+    """Whether `contents` of a file are dicts of a student and a teacher, as in DINO's training."""
     if not isinstance(contents, Mapping) or "model" in contents or "state_dict" in contents:
         return False
     return all(isinstance(contents.get(part), Mapping) for part in ("student", "teacher"))

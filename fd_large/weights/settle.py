@@ -214,7 +214,13 @@ def _of_published(
 def settle_student(student: Student, sources: Sources) -> Student:
     """Returns the student's section, completed from the weights of `init`.
 
-    A section without `init` is returned unchanged.
+    A section without `init` is returned unchanged. If the model's family has no published formats,
+    tensors do not show the model, and only `init` changes: for a run it becomes the path of the
+    checkpoint that is taken.
+
+    Args:
+        student: The section as the user set it.
+        sources: Finds the weights.
 
     Raises:
         WeightsError: If a file cannot be read, has weights of another model than the section names,

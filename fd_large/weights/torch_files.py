@@ -33,9 +33,10 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load(path: Path) -> Any:
-    """Returns the contents of a torch file: containers, plain values, tensors, `Passive` objects.
+    """Returns the contents of the torch file `path`: containers, plain values, tensors.
 
-    The contents of a TorchScript archive are the module's state dict.
+    Other objects become `Passive` objects. The contents of a TorchScript archive are the module's
+    state dict.
 
     Raises:
         RefusedError: If the pickle imports a name or makes a call that is not known here.
@@ -164,7 +165,7 @@ class _Bounded(io.FileIO):
 
 
 def _legacy(path: Path) -> Any:
-    """Returns the contents of a legacy file, which has five pickles and then the storages.
+    """Returns the contents of the legacy file `path`, which has five pickles and then the storages.
 
     The pickle of the contents is read twice: first to learn the dtypes and sizes of the storages,
     which give their positions in the file, then to make the tensors.

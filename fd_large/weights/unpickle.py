@@ -302,7 +302,7 @@ def _set_items(into: Any, items: list[Any]) -> None:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a key of a dict can be hashed and compared in bounded time.
+    """Whether `key`, a key of a dict, can be hashed and compared in bounded time.
 
     False for tuples, large integers and long texts, by which a file could make lookups slow.
     """

@@ -22,7 +22,9 @@ def _timm_has_no_place(a: SwinArchitecture) -> str:
 def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
     """Returns why mmsegmentation's Swin and transformers' UPerNet cannot hold the model, in words.
 
-    Returns "" if they can. The argument `pads` is not used.
+    Args:
+        a: The model. If both can hold it, the result is "".
+        pads: Not used.
     """
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
     if side < a.window_size:

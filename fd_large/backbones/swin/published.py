@@ -69,7 +69,11 @@ def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns, in words, a part of the file that no Swin model here has, or "" if there is none."""
+    """Returns, in words, a part of the file that no Swin model here has, or "" if there is none.
+
+    Args:
+        shapes: {our name: shape} of the file's tensors.
+    """
     stages = count_of(shapes, r"layers\.(\d+)\.")
     windows = [grid_of(rows) for rows, _ in _tables(shapes, stages)]
     return "" if windows == sorted(windows, reverse=True) else "a larger window in a later stage"

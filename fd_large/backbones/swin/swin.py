@@ -261,9 +261,10 @@ class Downsample(PatchMerging):
 
 
 def build(a: SwinArchitecture, options: Options) -> Swin:
-    """Builds a model with newly drawn weights.
+    """Builds the model `a` with newly drawn weights.
 
-    Raises: ConfigError: if `stage_windows` is set, since the position tables decide the windows.
+    Raises:
+        ConfigError: If `options` has `stage_windows`, since the position tables decide the windows.
     """
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):

@@ -176,7 +176,7 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Returns the architecture fields of a SwinV2 module of timm, or None for another module.
+    """Returns the architecture fields of `net`, a SwinV2 module of timm; None for another module.
 
     Where the module's `pretrained_window_size` is 0, the result has the side of the stage's window.
     """

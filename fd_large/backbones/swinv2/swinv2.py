@@ -423,6 +423,6 @@ class Downsample(PatchMerging):
 
 
 def build(a: SwinV2Architecture, options: Options) -> SwinV2:
-    """Builds a model with newly drawn weights."""
+    """Builds the model `a` with newly drawn weights."""
     arguments = vars(a) | {"qkv_bias": a.qkv_bias != "none", **options.of_windows()}
     return SwinV2(**arguments, sequential_stages=options.sequential_stages, **options.of_all())

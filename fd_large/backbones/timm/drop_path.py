@@ -40,9 +40,10 @@ class Kept(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B', ...) to the same shape, where B' is a multiple of B, the number of images.
+        """Multiplies `x` by the factors of its images, and keeps its shape, (B', ...).
 
-        The rows of an image are adjacent.
+        B' is a multiple of B, the number of images. All entries of an image along this axis are
+        adjacent. Without drop path, `x` is returned.
         """
         if self.scales.now is None:
             return x

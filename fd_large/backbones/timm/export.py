@@ -51,7 +51,12 @@ def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
 
 
 def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, Any]:
-    """Returns the contents of timm's config.json for the model."""
+    """Returns the contents of timm's config.json for a model.
+
+    Args:
+        architecture: The model.
+        statistics: Mean and standard deviation by which the model's images are normalised.
+    """
     name = architecture.timm_name
     known = config_of(name)
     timm_name, arguments = split_arguments(name)
@@ -72,6 +77,6 @@ def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, 
 
 
 def class_name(architecture: TimmArchitecture) -> str:
-    """Returns the name of timm's class of the model."""
+    """Returns the name of the class of `architecture` in timm, such as "VisionTransformer"."""
     with torch.device("meta"):
         return type(create(architecture.timm_name)).__name__

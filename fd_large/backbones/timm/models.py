@@ -162,9 +162,9 @@ def sized(name: str, image_size: int) -> Size:
 
 
 def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
-    """Returns the arguments of `create` that make a model for images of `image_size` pixels a side.
+    """Returns the arguments of `create` that make the model `name` for `image_size` pixels a side.
 
-    The result is empty if the model needs no argument for this size.
+    The result is empty if the model needs no argument for this size, or if `image_size` is 0.
     """
     return sized(name, image_size).arguments
 
@@ -369,7 +369,8 @@ class Stage(NamedTuple):
     def grid(self, height: int, width: int) -> tuple[int, int] | None:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Returns None if the image does not divide into tokens.
+        The result is None if a side is not a multiple of the stride. A square image of the size for
+        which the model is made always has a map, since some models round such a map up.
         """
         if self.last and height == width == self.last.side:
             return self.last.layout.grid  # Which some models round up.

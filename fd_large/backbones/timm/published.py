@@ -206,12 +206,13 @@ _HARMLESS = ("drop_path_rate", "drop_rate", "num_classes", "strict_img_size")
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the architecture that the config.json of a timm folder describes.
+    """Returns the architecture that `config`, the contents of a folder's config.json, describes.
 
     Returns None if the file is not timm's.
 
     Raises:
-        WeightsError: If this release of timm lacks the model, or the images are not square.
+        WeightsError: If this release of timm lacks the model, or the images are not square. The
+            message begins with `where`.
         ConfigError: If timm refuses the arguments of the model.
     """
     name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
@@ -370,6 +371,9 @@ def _without_prefix(names: list[str]) -> dict[str, str]:
     Known prefixes are `net.` in our checkpoints, `encoder.` in our "fd" exports, `timm_model.` in
     transformers' files, and `visual.trunk.` in open_clip's files. Names of other tensors in a file
     with a known prefix are left out. A file without a known prefix keeps its names.
+
+    Args:
+        names: Names of all tensors in the file.
     """
     for prefix, beside in (
         ("net.", ()),

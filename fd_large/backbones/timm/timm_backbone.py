@@ -189,10 +189,10 @@ class TimmBackbone(nn.Module):
         return self._measured.last_layer if self._measured else 0
 
     def layer_id(self, name: str) -> int:
-        """Returns the number of a parameter's layer, by timm's `param_groups_layer_decay`.
+        """Returns the number of the layer of the parameter `name`, for layer-wise learning rates.
 
-        timm counts the final norm to the last block, whereas this package's own families count it
-        to the last layer.
+        Layers are those of timm's `param_groups_layer_decay`. timm counts the final norm to the
+        last block, whereas this package's own families count it to the last layer.
 
         Raises: ConfigError: if timm does not define the model's layers.
         """

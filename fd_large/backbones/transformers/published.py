@@ -60,14 +60,14 @@ _DROPPED = (
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the architecture that transformers' config.json describes.
+    """Returns the architecture that `config`, the contents of transformers' config.json, describes.
 
     Returns None if `model_type` is not a supported type of transformers. Logs a warning about
     fields that this release of transformers does not know.
 
     Raises:
         WeightsError: For a configuration that no published model has, or if transformers is not
-            installed.
+            installed. The message begins with `where`.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KINDS:

@@ -406,7 +406,11 @@ _BEYOND = (
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns, in words, a part of the file that no ViT model here has, or "" if there is none."""
+    """Returns, in words, a part of the file that no ViT model here has, or "" if there is none.
+
+    Args:
+        shapes: {our name: shape} of the file's tensors.
+    """
     for pattern, label in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
             return label
@@ -440,9 +444,11 @@ def _guess(architecture: Architecture) -> Architecture:
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Returns the architecture fields in transformers' `config.json`; None for other models' files.
+    """Returns the architecture fields that `config`, the contents of a config.json, states.
 
-    Raises: WeightsError: for an unsupported activation.
+    Returns None if the file does not describe a ViT of transformers that can be read here.
+
+    Raises: WeightsError: for an unsupported activation; the message begins with `where`.
     """
     if config.get("model_type") not in _HF_TYPES:
         return None
@@ -457,9 +463,11 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _open_clip(config: dict[str, Any], where: str) -> Architecture:
-    """Returns the architecture fields that a model configuration of open_clip states.
+    """Returns the architecture fields that `config`, a model configuration of open_clip, states.
 
-    Raises: WeightsError: if the configuration has options of layers that are not supported.
+    Raises:
+        WeightsError: If the configuration has options of layers that are not supported. The message
+            begins with `where`.
     """
     vision = config.get("vision_cfg", {})
     options = [name for name in ("act_kwargs", "norm_kwargs") if vision.get(name)]
@@ -479,9 +487,9 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Returns the architecture fields of a ViT or BEiT module of timm.
+    """Returns the architecture fields of `net`, a ViT or BEiT module of timm.
 
-    Returns None if the module computes something else than our ViT.
+    Returns None if the module computes something else than our ViT, or is another model.
     """
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models import beit, vision_transformer

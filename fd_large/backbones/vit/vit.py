@@ -196,7 +196,7 @@ class ViT(nn.Module):
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the number of a parameter's layer, for layer-wise learning rates.
+        """Returns the number of the layer of the parameter `name`, for layer-wise learning rates.
 
         Patch embedding, prefix tokens, registers and absolute positions are layer 0. Block b,
         counted from 0, is layer b + 1. All other parameters (norms outside the blocks, shared
@@ -581,7 +581,7 @@ def _float32(table: Tensor) -> Tensor:
 
 
 def build(a: ViTArchitecture, options: Options) -> ViT:
-    """Builds a model with newly drawn weights."""
+    """Builds the model `a` with newly drawn weights."""
     arguments = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
     arguments["resizes_positions"] = options.resizes_positions
     return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **arguments, **options.of_all())
