@@ -163,7 +163,7 @@ class ClassificationJob(TrainingJob):
 
         If the recipe sets `eval.root`, they are all images of `eval.root`. If it sets only
         `data.val_fraction`, they are the part of `data.root` that this fraction holds out. If it
-        sets neither, they are the part val, validation or test of `data.root`.
+        sets neither, they are the part of `data.root` that is named val, validation or test.
         """
         if self._test is None:
             root, classes = self.run.eval.root, self.classes()
@@ -507,7 +507,10 @@ class _GroupWarning(Hook):
         self._group = group
 
     def on_start(self, setting: Setting) -> None:
-        """Logs a warning on rank 0 if the group size does not divide `setting.micro_batch_size`."""
+        """Logs a warning on rank 0 if micro-batches are not whole groups of the batch norm.
+
+        They are not if the group size does not divide `setting.micro_batch_size`.
+        """
         size = setting.micro_batch_size
         if size % self._group and distributed.is_main():
             log.warning(

@@ -41,6 +41,9 @@ class StoredClassification(StoredRun):
             task: The job's task, in evaluation mode.
             images: (B, 3, S, S) uint8, on the device.
             labels: (B,) int64, indices into the result of `classes`, on the device.
+
+        Returns: a function without arguments that returns {`loss_name`: the mean loss,
+            "accuracy (%)": the top-1 accuracy}.
         """
         prepared = task.prepare(images, labels, None)
 

@@ -267,7 +267,10 @@ class _PassWarning(Hook):
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Logs a warning on rank 0 if `setting.accumulation` (micro-batches per step) exceeds 1."""
+        """Logs a warning on rank 0 if a rank has several micro-batches in a step.
+
+        Their number is `setting.accumulation`.
+        """
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
                 "batch norms see %d of the %d images of a step at a time: another number of micro "

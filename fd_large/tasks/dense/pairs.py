@@ -130,7 +130,9 @@ class PairedImages(DivisibleImages):
         return image, truth
 
     def some_truths(self) -> list[NDArray[Any]]:
-        """Reads up to `FILES_CHECKED` truth files, spread evenly over the dataset, (H, W) each.
+        """Returns the class or depth of each pixel, (H, W) each, in some of the truth files.
+
+        Up to `FILES_CHECKED` files, spread evenly over the dataset, are read.
 
         Raises: DataError: if a file cannot be used.
         """

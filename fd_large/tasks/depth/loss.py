@@ -13,7 +13,10 @@ Over = Literal["batch", "image"]
 
 
 class Whole(NamedTuple):
-    """The sums over a whole step, which a first pass computes for the loss of a second pass.
+    """Sums over all images of a step that has several micro-batches.
+
+    A first pass over the micro-batches computes the sums, and the loss of the second pass uses
+    them.
 
     Attributes:
         sums: (3,) float64, the sum of `silog_sums` over all images of the step.

@@ -68,7 +68,7 @@ class DepthSet(PairedImages):
         """Reads some of the depth files, and checks that their depths are in the expected unit.
 
         Args:
-            limits: Lower and upper limit of the median depth, in metres.
+            limits: Two depths in metres, between which the median of the known depths must be.
             where: The field that names the dataset, for messages.
 
         Raises:
@@ -139,7 +139,8 @@ def open_depth(
         depth_scale: Units of a depth file per metre.
         valid_range: Two depths (near, far) in metres. Depths d with near < d <= far are kept, and
             other depths count as unknown. (0, 0) keeps all depths.
-        limits: Lower and upper limit of the median depth, in metres.
+        limits: Two depths in metres. The median of the known depths in the checked files must be
+            strictly between them.
         bottom_crop: Height and width of the part of an image that is used, at the bottom of the
             image and horizontally centred. (0, 0) uses the whole image.
         max_pixels: Largest number of pixels of an image or depth file. Reading a larger file raises

@@ -92,7 +92,7 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns for each of the `NUM_LEVELS` levels the indices of the boxes that it serves, int64.
+    """Returns the indices (int64) of the boxes to pool from each of the `NUM_LEVELS` levels.
 
     The size of a box decides from which level its features are pooled. On the meta device, where
     the sizes of boxes are unknown, each level gets about the same number of boxes.

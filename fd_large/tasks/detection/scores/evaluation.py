@@ -92,13 +92,15 @@ def evaluate(
 
 
 def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) -> ScoringProcess:
-    """Starts the process that scores the detections of all ranks in a folder.
+    """Starts, on rank 0, the process that scores the detections of all ranks in a folder.
 
     Args:
         images: The test images and their objects.
         folder: Folder of the detections, on storage that all ranks share; also for the results.
         draw: Whether to plot the worst images, some other images, and precision-recall curves.
         max_pixels: Images with more pixels are drawn as grey.
+
+    Returns: an object for the process, on all ranks.
     """
     paths = {images.image_id(index): images[index] for index in range(len(images))} if draw else {}
     return ScoringProcess(

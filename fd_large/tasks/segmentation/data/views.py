@@ -36,7 +36,7 @@ class TrainingViews(NamedTuple):
         scale_range: Smallest and largest scale. At scale 1 the shorter side of the resized image
             equals `image_size`, or less if the longer side would exceed `LONG_SIDE * image_size`.
         cat_max_ratio: Another crop is drawn, up to `CROPS` in all, if one class has at least this
-            share of the crop's labelled pixels. 1 accepts every crop.
+            share of the crop's labelled pixels, or if no pixel is labelled. 1 accepts every crop.
         photometric: Whether colours are changed (`photometric.distort`).
     """
 
