@@ -62,10 +62,11 @@ class Features(NamedTuple):
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
-    """Pools the feature maps of B images into one row of float32 features per image.
+    """Pools `features`, the feature maps of B images, into one row of float32 features per image.
 
-    The pooling "mean" returns the mean of the patch tokens, (B, C); "cls" the class token, (B, C);
-    "both" the mean and the class token, (B, 2C); "map" all patch tokens concatenated, (B, N C).
+    The map has N patch tokens of C channels. For `pool` "mean" the result is the mean of the patch
+    tokens, (B, C); for "cls" the class token, (B, C); for "both" the mean and the class token,
+    (B, 2C); for "map" all patch tokens concatenated, (B, N C).
 
     Raises: ConfigError: if `pool` needs a class token and the map has none.
     """

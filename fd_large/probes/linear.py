@@ -115,7 +115,12 @@ def evaluate(
 
 
 def steps(num_train: int, probe: Probe) -> int:
-    """Returns the number of steps, over all epochs, of a probe on `num_train` images."""
+    """Returns the number of steps, over all epochs, of a probe on `num_train` images.
+
+    Args:
+        num_train: Number of training images.
+        probe: Settings of the training.
+    """
     return probe.epochs * (num_train // _batch_of(num_train, probe))
 
 
@@ -143,6 +148,10 @@ def work(num_train: int, probe: Probe) -> int:
     """Returns an upper bound on the number of images that `evaluate` reports to `progress`.
 
     The bound counts all training images in each epoch, whereas batches leave out a remainder.
+
+    Args:
+        num_train: Number of training images, those of the held-out tenth included.
+        probe: Settings of the training.
     """
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 

@@ -121,7 +121,11 @@ class RemoteCurves(Curves):
             )
 
     def on_start(self, setting: Setting) -> None:
-        """Starts the thread, which begins or continues the run in the service."""
+        """Starts the thread, which begins or continues the run in the service.
+
+        Args:
+            setting: The facts of the run.
+        """
         super().on_start(setting)
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._failed = False
@@ -215,7 +219,11 @@ class RemoteCurves(Curves):
 def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
     """Returns the name for the run in a service.
 
-    It is the recipe's `runtime.name` if set, else the name of the run's folder.
+    It is the field `runtime.name` of `recipe` if set, else the name of the run's folder.
+
+    Args:
+        setting: The facts of the run, with its folder.
+        recipe: Contents of recipe.json.
     """
     return recipe["runtime"].get("name") or setting.folder.resolve().name
 

@@ -134,6 +134,8 @@ def _off(
 class _Past:
     """What the guard knows about earlier steps.
 
+    A step that the guard skipped is called refused, any other step accepted.
+
     Attributes:
         accepted: The last accepted steps from which the current weights resulted.
         refused: Indices of the refused steps since the last accepted step or roll-back.
@@ -150,7 +152,11 @@ class _Past:
 
     @property
     def at_most(self) -> int:
-        """Largest number of finished steps of a state that a roll-back may restore."""
+        """Largest number of finished steps of a state that the next roll-back may restore.
+
+        If no step was accepted after the last roll-back, it is below the number that this roll-back
+        restored. Otherwise it is the number of steps before the first refused step.
+        """
         if self.restored is None:
             return self.refused[0]
         # The state of the last roll-back did not help. Nor does a copy of it, such as the
@@ -206,7 +212,13 @@ class Guard(Hook):
         self._limits = limits
 
     def on_start(self, setting: Setting) -> None:
-        """Reads what the guard knows of the steps before a resume, from the run's folder."""
+        """Reads what the guard knows of the steps before a resume, from the run's folder.
+
+        Incidents of steps that the run repeats are renamed.
+
+        Args:
+            setting: The facts of the run.
+        """
         self._setting = setting
         self._incidents = setting.folder / INCIDENTS
         self._findings: list[Finding] = []
@@ -227,7 +239,14 @@ class Guard(Hook):
         return Verdict(skip=bool(self._findings))
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Writes the step's folder in RUN/incidents, and logs the abnormal numbers."""
+        """Writes the step's folder in RUN/incidents, and logs the abnormal numbers.
+
+        All ranks must call this method.
+
+        Args:
+            update: The numbers of the skipped step.
+            evidence: This rank's images of the step, and what the models computed from them.
+        """
         mine: dict[str, Any] = {
             "rank": distributed.rank(),
             "host": distributed.node_name(),
@@ -287,9 +306,12 @@ class Guard(Hook):
         log.warning("%s", _in_words(self._incident, self._findings, folder))
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Counts refused steps, and decides whether the run is rolled back or ends.
+        """Counts skipped steps, and decides whether the run is rolled back or ends.
 
-        Returns: a roll-back after too many refused steps in a row or with a non-finite state; the
+        Args:
+            update: The numbers of the step.
+
+        Returns: a roll-back after too many skipped steps in a row or with a non-finite state; the
             end of the run if no roll-back is left; otherwise None.
         """
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
@@ -320,7 +342,12 @@ class Guard(Hook):
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Forgets the steps that were undone, and records the roll-back in the step's incident."""
+        """Forgets the steps that were undone, and records the roll-back in the step's incident.
+
+        Args:
+            update: The last step before the roll-back.
+            restored: Number of finished steps of the restored state.
+        """
         roll_backs = {**self._past.roll_backs, update.index: restored}
         refused = len(self._past.refused)
         folder = of_step(self._incidents, update.index + 1)
@@ -439,10 +466,10 @@ def _set_aside(incidents: Path, first_update: int) -> None:
 
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
-    """Reads the roll-backs of a run from the folder RUN/incidents.
+    """Reads the roll-backs of a run from `incidents`, its folder RUN/incidents.
 
     Returns: for each index (from 0) of a step after which the run was rolled back, the number of
-        finished steps of the restored state.
+        finished steps of the restored state; empty if the run was not rolled back.
     """
     roll_backs = {}
     for folder in _folders(incidents):

@@ -69,10 +69,10 @@ class Verdict:
 
     @classmethod
     def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
-        """Combines the verdicts of several hooks.
+        """Combines `verdicts`, those of several hooks; None stands for no request and is ignored.
 
-        The result skips if any verdict does, has the smallest `roll_back` of all, and the first
-        `stop` that is not "". None is ignored.
+        The result skips if any verdict does, has the smallest `roll_back` of all (None if no
+        verdict has one), and the first `stop` that is not "".
         """
         present = [verdict for verdict in verdicts if verdict is not None]
         back = [v.roll_back for v in present if v.roll_back is not None]
@@ -196,7 +196,7 @@ class Hook:
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Called before the first step, with the facts of the run."""
+        """Called before the first step; `setting` has the facts of the run."""
 
     def beat(self) -> None:
         """Called for every micro-batch of training and evaluation, to show that the run goes on."""
@@ -209,13 +209,18 @@ class Hook:
         """Called before the run saves a checkpoint and stops because a rank requested it."""
 
     def judge(self, update: Update) -> Verdict | None:
-        """Called before the weights change, with the loss and gradient norm of the step.
+        """Called before the weights change; `update` has the loss and gradient norm of the step.
 
         Returns: a verdict, or None to accept the step.
         """
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Called after a step was skipped, with the step's images and what models computed."""
+        """Called after a step was skipped.
+
+        Args:
+            update: The numbers of the skipped step.
+            evidence: This rank's images of the step, and what the models computed from them.
+        """
 
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Called after a roll-back that followed step `update`.
@@ -226,7 +231,7 @@ class Hook:
         """
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Called after each step, also a skipped step.
+        """Called after each step, also a skipped step; `update` has the numbers of the step.
 
         Returns: a verdict, whose `skip` is ignored, or None to go on.
         """
@@ -238,10 +243,15 @@ class Hook:
         """
 
     def on_saved(self, seconds: float) -> None:
-        """Called when a checkpoint is complete, with the seconds that it took."""
+        """Called when a checkpoint is complete, which took `seconds` seconds."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Called with the metrics of the evaluation after `index` steps, the same on every rank."""
+        """Called with the results of an evaluation, the same on every rank.
+
+        Args:
+            index: Number of finished steps.
+            metrics: {name: value} of the evaluation.
+        """
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
         """Called with feature maps of a few held-out images, before the first step and at the end.
@@ -254,7 +264,11 @@ class Hook:
         """
 
     def on_end(self, status: str) -> None:
-        """Called after the last step, with the status "done" or that of an early end."""
+        """Called after the last step.
+
+        Args:
+            status: How the run ended: "done", or another status after an early end.
+        """
 
     def on_failure(self, status: str, reason: str) -> None:
         """Called instead of `on_end` after an error.
@@ -276,22 +290,35 @@ class Tracker:
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Called before the first step, with the facts of the run."""
+        """Called before the first step; `setting` has the facts of the run."""
 
     def on_step(self, update: Update) -> None:
-        """Called after each step, before `on_rows` gets the step's row."""
+        """Called after each step with its numbers, before `on_rows` gets the step's row.
+
+        Args:
+            update: The numbers of the step.
+        """
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Called with the rows of an interval of `log_every` steps, in order.
+        """Called with the rows of metrics.jsonl for an interval of `log_every` steps.
 
         The interval may be shorter before a checkpoint or the end of the run.
+
+        Args:
+            rows: The rows, in order.
         """
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Called with the metrics of the evaluation after `index` steps, by name.
+        """Called with the results of an evaluation.
 
-        The names are those in evaluations.jsonl.
+        Args:
+            index: Number of finished steps.
+            metrics: {name: value}, with the names in evaluations.jsonl.
         """
 
     def on_end(self, status: str) -> None:
-        """Called at the end of the run, with its status."""
+        """Called at the end of the run, also after an error.
+
+        Args:
+            status: How the run ended, such as "done" or "failed".
+        """

@@ -45,7 +45,11 @@ class Meter(Hook):
         self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
-        """Removes rows that the run will write again, and starts to measure the speed."""
+        """Removes rows that the run will write again, and starts to measure the speed.
+
+        Args:
+            setting: The facts of the run.
+        """
         self._setting = setting
         self._pending: list[Update] = []
         self._written = 0
@@ -73,7 +77,11 @@ class Meter(Hook):
         self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
-        """Records a step's numbers; writes rows after every `log_every` steps and the last step."""
+        """Records a step's numbers, and writes rows after each `log_every` steps and the last step.
+
+        Args:
+            update: The numbers of the step.
+        """
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
@@ -90,7 +98,11 @@ class Meter(Hook):
             self._flush()
 
     def on_save(self, index: int) -> None:
-        """Writes all pending rows before a checkpoint, since a resume needs them."""
+        """Writes all pending rows before a checkpoint, since a resume needs them.
+
+        Args:
+            index: Number of finished steps; not used.
+        """
         self._flush()
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
@@ -109,7 +121,13 @@ class Meter(Hook):
         self._trackers.tell("on_evaluation", index, metrics)
 
     def on_end(self, status: str) -> None:
-        """Writes pending rows and summary.json, with the largest peak memory of all ranks."""
+        """Writes pending rows, and summary.json with the largest peak memory of all ranks.
+
+        All ranks must call this method.
+
+        Args:
+            status: How the run ended.
+        """
         self._flush()
         peak = int(distributed.max_rank(peak_memory_bytes()))
         if distributed.is_main():
@@ -120,9 +138,13 @@ class Meter(Hook):
         self._trackers.tell("on_end", status)
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Writes pending rows and summary.json without a collective, with rank 0's peak memory.
+        """Writes pending rows, and summary.json with rank 0's peak memory, without a collective.
 
         A status and reason that another rank has already written in this launch are kept.
+
+        Args:
+            status: "failed" or "interrupted".
+            reason: The error in a sentence.
         """
         self._flush()
         if distributed.is_main():

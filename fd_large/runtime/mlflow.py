@@ -28,7 +28,13 @@ class MLflow(RemoteCurves):
     name, package = "mlflow", "mlflow-skinny"
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the run in MLflow; a new run gets the recipe's fields as its parameters."""
+        """Opens the run in MLflow; a new run gets the recipe's fields as its parameters.
+
+        Args:
+            setting: The facts of this run.
+            recipe: Contents of recipe.json, without secrets.
+            known: ID of the run in MLflow to continue, or None for a new run.
+        """
         # A server that does not answer is given up after a minute, not after many.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -121,7 +121,13 @@ class Preemption(Hook):
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def on_start(self, setting: Setting) -> None:
-        """Estimates the duration of a save, and warns if the time after a signal is too short."""
+        """Estimates the duration of a save, and warns if the time after a signal is too short.
+
+        All ranks must call this method.
+
+        Args:
+            setting: The facts of the run.
+        """
         self._setting = setting
         # One rank of each node looks for the file.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
@@ -178,18 +184,31 @@ class Preemption(Hook):
         self._leave_soon()
 
     def after_update(self, update: Update) -> None:
-        """Records the longest duration of a step, since a save waits for the end of a step."""
+        """Records the longest duration of a step, since a save waits for the end of a step.
+
+        Args:
+            update: Not used.
+        """
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
         self._mark = now
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Excludes the evaluation, which can be interrupted, from the duration of the next step."""
+        """Excludes the evaluation, which can be interrupted, from the duration of the next step.
+
+        Args:
+            index: Not used.
+            metrics: Not used.
+        """
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:
-        """Records the longest duration of a save; warns if a save exceeds `notice_seconds`."""
+        """Records the longest duration of a save; warns if it is new and exceeds `notice_seconds`.
+
+        Args:
+            seconds: Duration of the save.
+        """
         if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
@@ -303,6 +322,9 @@ class Preemption(Hook):
         """Estimates the duration of a save from the writing of a test file on each node.
 
         All ranks must call this method.
+
+        Args:
+            setting: The facts of the run, with its folder and the size of a checkpoint.
 
         Returns: the seconds on the slowest node, or None if a test file cannot be written.
         """

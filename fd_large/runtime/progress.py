@@ -35,7 +35,11 @@ class Progress(Tracker):
         self._several, self._whose = bool(student), f"{student}: " if student else ""
 
     def on_start(self, setting: Setting) -> None:
-        """Draws the bar if the output is a terminal and only one student trains."""
+        """Draws the bar if the output is a terminal and only one student trains.
+
+        Args:
+            setting: The facts of the run.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -69,7 +73,7 @@ class Progress(Tracker):
             activity.on_change.append(self._draw)
 
     def on_step(self, update: Update) -> None:
-        """Moves the bar to the number of finished steps."""
+        """Sets the finished steps that the bar shows to those up to `update`, the last step."""
         self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:
@@ -104,6 +108,10 @@ class Progress(Tracker):
         """Logs the metrics of an evaluation.
 
         Metrics of a part of the task, such as one of several teachers, have a line of their own.
+
+        Args:
+            index: Number of finished steps.
+            metrics: {name: value} of the evaluation.
         """
         words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
         shown = [name for name in words if name in metrics] or metrics
@@ -117,7 +125,7 @@ class Progress(Tracker):
             log.info("%s  %s: %s", self._whose, part, _listed(numbers))
 
     def on_end(self, status: str) -> None:
-        """Draws the bar a last time with the run's status, and frees the terminal."""
+        """Draws the bar a last time with `status`, the run's status, and frees the terminal."""
         if self._bar is not None:
             activity.on_change.remove(self._draw)
             self._draw(status, at_once=True)

@@ -281,6 +281,10 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
     Damaged lines are removed too, with a warning if other rows follow. Without damaged lines, the
     file is only truncated, which needs no free space. A missing file is made.
 
+    Args:
+        path: The file.
+        update: Index of a step, from 0; in evaluations.jsonl a number of finished steps.
+
     Returns: the kept rows.
     """
     before, goes_on = _lines_before(path, update)

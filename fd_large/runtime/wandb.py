@@ -23,7 +23,13 @@ class WandB(RemoteCurves):
     name, package = "wandb", "wandb"
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the run in W&B, with the recipe as its configuration."""
+        """Opens the run in W&B, with the recipe as its configuration.
+
+        Args:
+            setting: The facts of this run.
+            recipe: Contents of recipe.json, without secrets.
+            known: ID of the run in W&B to continue, or None for a new run.
+        """
         import wandb
 
         # Evaluations whose step the training rows have not reached: wandb takes steps in order.
@@ -74,7 +80,12 @@ class WandB(RemoteCurves):
         self._step = max(self._step, step)
 
     def finish(self, status: str) -> None:
-        """Sends the kept evaluations, and closes the run in W&B."""
+        """Sends the kept evaluations, and closes the run in W&B.
+
+        Args:
+            status: How this run ended; W&B shows the run as failed unless it is "done" or
+                "preempted".
+        """
         for step, values in sorted(self._early.items()):
             self._run.log(values, step=step)
         self._run.finish(exit_code=0 if status in (DONE, PREEMPTED) else 1)

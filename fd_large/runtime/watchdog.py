@@ -136,25 +136,37 @@ class Watchdog(Hook):
         self._thread.start()
 
     def on_start(self, setting: Setting) -> None:
-        """Records a beat, and the number of finished steps for messages."""
+        """Records a beat (a sign of progress), and the number of finished steps for messages.
+
+        Args:
+            setting: The facts of the run.
+        """
         self.beat()
         self._total = setting.total_updates
         self._where = f"after step {setting.first_update} of {self._total}"
 
     def beat(self, *_: object, **__: object) -> None:
-        """Records a beat, so that the seconds are counted from zero again."""
+        """Records a beat (a sign of progress), so that the seconds are counted from zero again."""
         self._beats += 1
 
     on_skip = on_roll_back = on_evaluation = on_save = beat
 
     def after_update(self, update: Update) -> None:
-        """Records a beat, and the number of finished steps for messages."""
+        """Records a beat (a sign of progress), and the number of finished steps for messages.
+
+        Args:
+            update: The numbers of the finished step.
+        """
         self.beat()
         self._stepped = True
         self._where = f"after step {update.index + 1} of {self._total}"
 
     def on_saved(self, seconds: float) -> None:
-        """Records a beat, and warns if the save took more than half of the watchdog's limit."""
+        """Records a beat (a sign of progress), and warns if a save took long.
+
+        Args:
+            seconds: Duration of the save; the warning is logged above half of the watchdog's limit.
+        """
         self.beat()
         if seconds > self._limit / 2:
             log.warning(

@@ -65,7 +65,7 @@ def align(
     interpolation: str = "none",
     with_prefix: bool = True,
 ) -> tuple[FeatureMap, FeatureMap]:
-    """Returns the two maps with equal grids and equal numbers of prefix tokens (CLS).
+    """Returns the maps (`student`, `teacher`) with equal grids and numbers of prefix tokens (CLS).
 
     The tokens of the results have the shapes (B, N, Cs) and (B, N, Ct). If the numbers of prefix
     tokens differ, or `with_prefix` is False, both maps lose their prefix tokens.

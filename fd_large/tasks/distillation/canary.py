@@ -101,7 +101,13 @@ class Canary(Hook):
         self._named: dict[int, int] = {}
 
     def on_start(self, setting: Setting) -> None:
-        """Stores the teacher's hash and map, and compares the hashes of ranks with equal shards."""
+        """Stores the teacher's hash and map, and compares the hashes of ranks with equal shards.
+
+        If hashes differ, the run ends at the first call of `after_update` or `on_save`.
+
+        Args:
+            setting: The facts of the run.
+        """
         self._map = self._map_of().float()
         self._shard = self._shard_of()
         self._good, self._total = setting.first_update, setting.total_updates
@@ -137,7 +143,10 @@ class Canary(Hook):
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def on_save(self, index: int) -> Verdict | None:
-        """Checks the teacher before a checkpoint is written.
+        """Checks the teacher before a checkpoint, unless it was checked after the same step.
+
+        Args:
+            index: Number of finished steps.
 
         Returns: a verdict that ends the run without the checkpoint if the teacher has changed, else
             None.

@@ -84,7 +84,7 @@ class NamedTarget(Target):
         return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the head, and the state of loss and normaliser, by their names in checkpoints."""
+        """Returns {name in checkpoints: module} for head, loss state and normaliser state."""
         modules = {self.path: self.head}
         for each in self.stateful:
             modules |= each.state(self.label)
@@ -172,7 +172,7 @@ class NamedTarget(Target):
         return summaries if self._projection is None else summaries.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
-        """Tells loss and normaliser how many of an image's compared tokens are prefix tokens."""
+        """Tells loss and normaliser that `number` tokens of an image are prefix tokens."""
         for each in (self.loss, *self.stateful):
             each.num_prefix_tokens = number
 

@@ -214,7 +214,11 @@ class CachedTeacher:
         self.fingerprint: str = reader.header.facts["teacher_hash"]
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns the rows and columns of the stored maps, for any side of the student's images."""
+        """Returns the rows and columns of the stored maps, for any side of the student's images.
+
+        Args:
+            image_size: Not used.
+        """
         return self.reader.header.grid
 
     def of_stored(self, images: Tensor, stored: Sequence[Tensor]) -> FeatureMap:

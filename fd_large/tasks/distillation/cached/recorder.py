@@ -99,7 +99,7 @@ class Recorder:
         return reader
 
     def __call__(self, images: Tensor) -> FeatureMap:
-        """Returns the teacher's map of uint8 images (B, 3, H, W), without storing the map."""
+        """Returns the teacher's map of `images`, (B, 3, H, W) uint8, without storing the map."""
         return self._teacher(images)
 
     def of_stored(self, images: Tensor, stored: Any) -> FeatureMap:
@@ -125,7 +125,7 @@ class Recorder:
         return map_
 
     def is_whole(self, view: int) -> bool:
-        """Returns whether all maps of a view are stored, the same on all ranks.
+        """Returns whether all maps of view number `view` are stored, the same on all ranks.
 
         All ranks must call this method.
         """

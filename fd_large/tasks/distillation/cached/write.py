@@ -413,7 +413,7 @@ def _finish(
 
 
 def _other_maps(stored: Header, expected: Header) -> str:
-    """Returns the differences between two headers in words, for the message of `prepare`.
+    """Returns the differences between the headers `stored` and `expected` in words, for a message.
 
     The words name the facts that differ. If no facts differ, they name the fields of the section
     `teacher` that differ, and if no such fields differ, all fields of the header that differ.

@@ -76,7 +76,7 @@ class MapHead(nn.Module):
 
 
 def patches_of(map_: FeatureMap) -> Tensor:
-    """Returns the tokens of a map without its prefix tokens, (B, H * W, C)."""
+    """Returns the patches of `map_`, its tokens without the prefix tokens, (B, H * W, C)."""
     return map_.tokens[:, map_.num_prefix_tokens :]
 
 

@@ -77,7 +77,7 @@ class Ladder(MapHead):
         self.patch = rungs()
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns the student's grid, which is also the grid of the output."""
+        """Returns `student`, the student's grid, which is also the grid of the output."""
         return student
 
     def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
@@ -200,7 +200,7 @@ class Convolutional(MapHead):
 
 
 def _tokens(map_: Tensor) -> Tensor:
-    """Returns the tokens (B, H * W, C) of an image-like map (B, C, H, W)."""
+    """Returns the tokens, (B, H * W, C), of the image-like map `map_`, (B, C, H, W)."""
     return map_.flatten(2).transpose(1, 2)
 
 
@@ -321,7 +321,7 @@ class UpsamplingMLP(MapHead):
         )
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns a grid with `factor` times the rows and columns of the student's grid."""
+        """Returns `factor` times the rows and columns of `student`, the student's grid."""
         return self.factor * student[0], self.factor * student[1]
 
     def forward(self, student: FeatureMap) -> FeatureMap:

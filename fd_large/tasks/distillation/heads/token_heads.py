@@ -57,7 +57,7 @@ class MLP(nn.Module):
         self.last = _normed(hidden, teacher_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns (B, N, teacher_width) from tokens (B, N, width)."""
+        """Returns the output, (B, N, teacher_width), for the student's `tokens`, (B, N, width)."""
         tokens = self.first(tokens)
         for layer in self.inner:
             tokens = tokens + layer(tokens)

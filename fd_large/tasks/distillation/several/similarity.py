@@ -190,7 +190,7 @@ def relation_divergence(
 
 
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
-    """Returns a queue (Q, C) after the summaries (B, C) of a batch were added at its front.
+    """Returns `queue`, (Q, C), after `summaries`, (B, C), were added at its front.
 
     The last B rows of the queue are dropped. If B is larger than Q, the result is the first Q
     summaries of the batch.
