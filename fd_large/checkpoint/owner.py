@@ -149,8 +149,8 @@ def _may_be(name: str, value: Any) -> bool:
 class Slurm:
     """Asks Slurm about the jobs of other owners.
 
-    An answer is reused for `SLURM_SECONDS`, so that a waiting start does not keep Slurm's
-    controller busy.
+    An answer is reused for `SLURM_SECONDS`, so that a launch that waits does not keep
+    Slurm's controller busy.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ class Reader:
 
     Args:
         stored: The checkpoint.
-        kinds: Kinds of tensors that were checked against the receipts and may be read: "master",
+        kinds: Kinds of tensors that may be read, since their checksums were compared: "master",
             "ema", or a moment of the optimiser (see `read`); None for all kinds.
 
     Attributes:

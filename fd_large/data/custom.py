@@ -148,7 +148,10 @@ class CustomImages:
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
     def _try(self) -> None:
-        """Raises DataError if none of `_TRIED` images of the source can be read."""
+        """Checks that at least one of `_TRIED` images, spread evenly over the source, can be read.
+
+        Raises: DataError: if none of them can be read.
+        """
         problems = []
         for place in self._spread(_TRIED):
             try:

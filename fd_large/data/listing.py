@@ -62,7 +62,8 @@ class Listing:
     """Read-only names and numbers of a dataset's samples, by index.
 
     Attributes:
-        arrays: `names`, `ends`, and an array for each column of numbers.
+        arrays: `names`, the concatenated bytes of all names; `ends`, (num_samples,) int64, the end
+            of each name in `names`; an array (num_samples,) for each column of numbers.
         facts: Facts about the dataset, recorded when the listing was made.
         path: The file that holds the arrays; None if they are in memory.
         fingerprint: A hash of the samples.

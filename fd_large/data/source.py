@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
-    """A dataset of images, numbered from 0 in the same order on every machine and at every start.
+    """A dataset of images, numbered from 0 in the same order on every machine and in every process.
 
     A source is opened on every rank, pickled, and read by index in the loading processes. A source
     may have further methods that take an index, for other parts of a sample, such as the objects in

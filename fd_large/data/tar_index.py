@@ -46,7 +46,8 @@ class TarImage(NamedTuple):
         name: Name of the image's member in the archive.
         offset: Offset of the image's first byte in the archive.
         size: Number of bytes of the image.
-        label: The number in KEY.cls, or `NO_LABEL` without a valid number.
+        label: The number in the archive's member KEY.cls, where KEY is `name` up to the
+            first dot after the last slash; `NO_LABEL` without a valid number in such a member.
     """
 
     name: bytes

@@ -31,12 +31,12 @@ class Part:
     """`ImageSource` of a part of another source's images, in the same order.
 
     Args:
-        images: The other source.
-        places: (len,) int64, the indices of the part's images in the other source, rising.
+        images: The other source, which has all images.
+        places: (len,) int64, the indices of the part's images in `images`, rising.
 
     Attributes:
-        images: The other source.
-        fingerprint: A hash of the other source's fingerprint and of the indices.
+        images: The source with all images.
+        fingerprint: A hash of the fingerprint of `images` and of the indices.
     """
 
     def __init__(self, images: ImageSource, places: NDArray[np.int64]) -> None:
@@ -56,7 +56,7 @@ class Part:
         return self.images.read(self.place(index))
 
     def place(self, index: int) -> int:
-        """Returns the index, in the source that was divided, of the part's image `index`.
+        """Returns the index of the part's image `index` in the source with all images.
 
         Raises: IndexError: if the part has no such image.
         """

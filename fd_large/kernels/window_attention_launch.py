@@ -22,9 +22,11 @@ class Partials(NamedTuple):
     """Shapes of the partial sums that backward's programs write, all float32.
 
     Attributes:
-        table: Shape of the partial gradients of the table of position biases.
-        bias: Shape of the partial gradients of the biases of queries and values.
-        scale: Shape of the partial gradients of the logits' scale.
+        table: Shape of the partial gradients of the table of position biases: (groups of windows,
+            heads, diagonals of tiles, distances of rows in a tile, columns of a window, columns of
+            a window).
+        bias: Shape of the partial gradients of the biases of queries and values: (programs, 2, C).
+        scale: Shape of the partial gradients of the logits' scale: (heads, programs).
     """
 
     table: tuple[int, ...]
@@ -104,15 +106,18 @@ class Geometry:
 
     @property
     def step(self) -> int:
-        """Number of keys in a step of the forward's loop; a step of the backward has 16 keys."""
+        """Number of keys that the forward's loop over a window's keys takes at a time.
+
+        The backward takes 16 keys at a time.
+        """
         return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property
     def rest(self) -> int:
-        """Number of keys that the forward's loop leaves for a last, shorter step of 16 keys.
+        """Number of keys of a window that the forward takes in a last, shorter step of 16 keys.
 
-        The number is 0 if all keys of a window fill whole steps of `step` keys, or if the last keys
-        take a whole step with padding.
+        These keys are left after all whole steps of `step` keys. The number is 0 if no key is left,
+        if more than 16 keys are left (a whole step with padding takes them), or if `step` is 16.
         """
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0

@@ -27,7 +27,7 @@ class Work:
     Args:
         description: The work in words.
         total: Number of units of the work; None if unknown.
-        unit: Unit of the count.
+        unit: Unit of the count, such as "images"; "" to show a percentage of `total` instead.
         done: Number of units that were finished before this piece of work began.
     """
 
@@ -90,7 +90,7 @@ def work(description: str, total: float | None = None, unit: str = "") -> Iterat
     Args:
         description: The work in words.
         total: Number of units of the work; None if unknown.
-        unit: Unit of the count, such as "images".
+        unit: Unit of the count, such as "images"; "" to show a percentage of `total` instead.
     """
     begun = Work(description, total, unit)
     try:

@@ -54,7 +54,8 @@ class Ending(NamedTuple):
 
     Attributes:
         rank: The rank that reported its end, or that was found dead.
-        code: Exit code of the rank; 0 if rank 0 has finished, whose end closes the store.
+        code: Exit code of the rank; 0 if the rank is rank 0, which has finished. The end of rank 0
+            closes the store.
         reason: The reason in one sentence.
     """
 
@@ -121,7 +122,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread that watches the other ranks."""
         self._thread.start()
 
     def stop(self, code: int = 0, reason: str = "") -> None:

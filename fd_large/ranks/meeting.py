@@ -122,7 +122,7 @@ class _Made(NamedTuple):
 
 
 class _State(NamedTuple):
-    """A rank's message at a meeting.
+    """A rank's message to all ranks, which the rank sends each time that the ranks meet.
 
     Attributes:
         node: Name of the rank's node.
@@ -130,7 +130,8 @@ class _State(NamedTuple):
         ended: Whether the rank's check has ended.
         error: Text of an exception of the check that is not an FDError, or "".
         failed: Whether the rank's check failed with any exception.
-        over: Whether to stop waiting for the other ranks; the value of rank 0 counts.
+        over: Whether the rank has waited long enough for the other ranks after a failed check. If
+            this is True in rank 0's message, all ranks stop waiting.
         num_made: Number of values that the rank made for all ranks and broadcasts next.
         made: Values that the rank made for its node.
         wanted: Name of the value that the rank fetches, or "".
@@ -148,11 +149,11 @@ class _State(NamedTuple):
 
 
 class _Meeting:
-    """A rank's part in a meeting.
+    """What a rank needs to take part in a meeting (`meet`).
 
     Attributes:
-        leads: {True: whether this rank makes the values for its node, False: whether this rank
-            makes the values for all ranks}. The keys are those of `of_node` in `once`.
+        leads: Whether this rank makes values for others: for the key True the values for its node,
+            for the key False the values for all ranks. The keys are those of `of_node` in `once`.
         offered: Values that other ranks may fetch from this rank, by name.
     """
 

@@ -201,9 +201,10 @@ def nearest_launcher() -> int:
 
 @contextmanager
 def hold() -> Iterator[None]:
-    """Keeps a rank alive in the block after its launcher is gone, for a step and a save.
+    """Keeps this rank alive within the `with` block, although its launcher is gone.
 
-    The time is limited by `watch_launcher`'s `longest_hold`.
+    The block finishes a step and saves a checkpoint. The argument `longest_hold` of
+    `watch_launcher` limits the time.
     """
     _holds.append(None)
     try:
