@@ -116,7 +116,7 @@ class Best:
         return bool(self._patience) and since >= self._patience
 
     def reason(self) -> str:
-        """Returns why the run stops early, in a sentence."""
+        """Returns a message that says why the run stops early: after how many worse evaluations."""
         step = self.step
         value = "not finite" if step is None else f"{self._values[step]:.6g} at step {step}"
         return (

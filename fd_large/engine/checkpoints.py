@@ -262,7 +262,9 @@ class Checkpoints:
             return self._finish(worst > 0, worst > 1)
 
     def resume(self) -> int:
-        """Restores the newest sound checkpoint; returns its step, or 0 if the run has none.
+        """Restores the newest sound checkpoint: one that is undamaged and finite.
+
+        Returns: the step of the checkpoint, or 0 if the run has no checkpoints.
 
         Raises:
             CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints
@@ -291,7 +293,7 @@ class Checkpoints:
         return step or 0
 
     def roll_back(self, at_most: int) -> int | None:
-        """Restores the newest sound checkpoint whose step is at most `at_most`.
+        """Restores the newest undamaged and finite checkpoint whose step is at most `at_most`.
 
         Returns: the step of the checkpoint, or None if there is no such checkpoint.
         """

@@ -62,7 +62,7 @@ class Evaluation(NamedTuple):
             of the weights. Arguments: the number of finished steps; whether this is the last
             evaluation; a function to call between batches. Returns a pair. Its first element is a
             dict of numbers by name, or a `Pending` if training goes on while the numbers are
-            computed. Its second element is a panel for the hooks, or None.
+            computed. Its second element is the panel of maps for `Hook.on_features`, or None.
         every: Number of steps between two evaluations. 0 evaluates only before the first step and
             after the last step.
         left: Function that a resumed run calls once, on all ranks. Arguments: the run's number of

@@ -84,10 +84,10 @@ class TensorSizes(NamedTuple):
 class TrainingJob:
     """A task's part in a training run, described by the run's recipe.
 
-    The engine calls `settle`, and constructs a new job from the settled recipe. On the new job it
-    calls `open_samples` and `check`, which raise errors for the user's mistakes, without a
-    collective and without a model in memory; then `build`; and then `make_task` any number of
-    times.
+    The engine calls `settle`, and constructs a new job from the recipe that `settle` returns. On
+    the new job the engine calls `open_samples` and `check`, which raise errors for the user's
+    mistakes, without a collective and without a model in memory. It then calls `build`, and after
+    that `make_task` any number of times.
 
     Args:
         run: The recipe.
@@ -126,7 +126,8 @@ class TrainingJob:
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe with its models, windows and statistics completed from the weights.
 
-        Only headers of files are read. Settling a settled recipe changes nothing.
+        Only headers of files are read. A recipe that `settle` has returned is not changed by
+        another call.
 
         Args:
             sources: Opens the weights.

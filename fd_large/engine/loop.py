@@ -87,8 +87,8 @@ class _Agreed(NamedTuple):
 
     Attributes:
         update: The step's numbers, for the hooks.
-        stop: Whether any rank wishes to stop.
-        save: Whether any rank wishes to save.
+        stop: Whether a hook of any rank asks to stop.
+        save: Whether a hook of any rank asks to save a checkpoint.
         busy: Whether any rank is still writing a checkpoint.
         failed: Whether any rank failed to write a checkpoint.
         broken: Whether any rank failed to write a checkpoint because its state is not finite.
@@ -392,7 +392,7 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores the newest sound checkpoint of at most `at_most` finished steps.
+        """Restores the newest undamaged and finite checkpoint of at most `at_most` steps.
 
         If there is no such checkpoint, the run ends.
 
@@ -512,7 +512,7 @@ class Trainer:
         Args:
             last: Whether the run has made its last step.
 
-        Returns: True, or False if a wish to stop interrupted the evaluations.
+        Returns: True, or False if the evaluations were interrupted because a hook asked to stop.
         """
         due = [item for item in self._evaluations if item.due(self._finished, last)]
         if not due:
@@ -576,11 +576,11 @@ class Trainer:
         self._pending = None
 
     def between_batches(self) -> None:
-        """Calls the hooks' `beat`, and asks all ranks whether a hook wishes to stop.
+        """Reports progress by the hooks' `beat`, and lets the run stop if a hook asks to stop.
 
         All ranks must call this method between the batches of work that is not a training step.
 
-        Raises: Interrupted: if a hook of any rank wishes to stop.
+        Raises: Interrupted: on all ranks, if a hook of any rank asks to stop.
         """
         self._beat()
         if self._stop_wished():

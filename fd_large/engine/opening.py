@@ -65,10 +65,10 @@ log = logging.getLogger(__name__)
 
 
 class Checked(NamedTuple):
-    """A settled and checked run, of which no model is built yet.
+    """A run whose recipe is complete and checked, and of which no model is built yet.
 
     Attributes:
-        job: The job of the settled recipe.
+        job: The job of the recipe, with all fields set that the weights decide.
         samples: The training images, which all students share.
         numbers: Numbers from recipe, ranks and model that fill the DeepSpeed JSON.
         config: The filled DeepSpeed JSON. Its micro batch size is 1 as long as a probe has to find
@@ -85,7 +85,7 @@ class Opened(NamedTuple):
     """A run whose models and engine are built.
 
     Attributes:
-        run: The settled recipe.
+        run: The recipe, with all fields set that the weights decide.
         folder: The run's folder.
         job: The recipe's job, with its frozen models built.
         samples: The training images.
@@ -177,9 +177,9 @@ def _share_cores(local_world_size: int) -> None:
 def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} from the stored recipes of those runs that have begun.
 
-    The sources are those of the frozen models and of the students' initial weights; the latter
-    have the value (). Earlier versions guessed statistics that a recipe now has to state; a run
-    that began with guessed statistics keeps them.
+    The sources are those of the frozen models and of the students' initial weights; for initial
+    weights the value is (). Earlier versions guessed statistics that a recipe now has to state; a
+    run that began with guessed statistics keeps them.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -193,7 +193,9 @@ def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
 def _settle_each(
     runs: Sequence[Run], job_of: JobOf, weights: Sources, *others: Callable[[], Any]
 ) -> list[TrainingJob]:
-    """Settles the recipes and returns their jobs; all ranks must call this function.
+    """Calls `settle` for each recipe, and returns the jobs of the completed recipes.
+
+    All ranks must call this function.
 
     Args:
         runs, job_of: See `open_together`.
@@ -276,7 +278,7 @@ def check(
     """Checks a run for the user's mistakes, without a collective and without a model in memory.
 
     Args:
-        job: The job of a settled recipe.
+        job: The job of the recipe that `settle` returned.
         load_config: Reads the DeepSpeed JSON.
         open_samples: Opens the training images.
         launch: The launcher's facts about the ranks, such as their number in all and on this node.
@@ -365,10 +367,10 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 
 
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
-    """Writes the settled recipe into the run's folder and marks the lease as entered.
+    """Writes the recipe into the run's folder and marks the lease as entered.
 
     Args:
-        run: The settled recipe.
+        run: The recipe that `settle` returned.
         lease: The right of this launch of the run to write the run's folder.
         fresh: Whether to start over; if so, the files of an earlier run are moved aside first.
 
@@ -603,7 +605,7 @@ def _average_of(engine: Engine, run: Run) -> Ema | None:
 
 
 def resume(opened: Opened) -> Opened:
-    """Restores the newest sound checkpoint, if any, into a run that `build` made.
+    """Restores the newest undamaged and finite checkpoint, if any, into a run of `build`.
 
     Returns: the run, with `finished` set.
     """
@@ -624,7 +626,7 @@ def open_run(
     deepspeed_config: str,
     lease: Lease | None = None,
 ) -> Opened:
-    """Opens a single run without resuming it; see `open_together`."""
+    """Opens a single run without restoring a checkpoint; for parameters see `open_together`."""
     (opened,) = open_together([run], job_of, deepspeed_config, [lease])
     return opened
 
@@ -656,7 +658,8 @@ def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
         run: The recipe.
         job_of: Makes the job of the recipe's task.
 
-    Returns: the job of the settled recipe, and the training images.
+    Returns: the job of the recipe, with all fields set that the weights decide; the training
+        images.
     Raises: FDError: for the user's mistakes, before models are built.
     """
     launch = distributed.start()

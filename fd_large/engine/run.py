@@ -106,7 +106,11 @@ def train(
 def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
     """Waits for the other ranks; then catches signals and watches for hangs in the block.
 
-    Yields a hook for the runs of all students, which joins the signal handler and the watchdog.
+    Yields a hook for the runs of all students, which combines the signal handler and the watchdog.
+
+    Args:
+        run: The recipe.
+        lease: The right of this launch of the run to write the run's folder.
     """
     with activity.work("meeting the other ranks"):
         launch = distributed.start()

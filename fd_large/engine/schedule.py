@@ -120,7 +120,7 @@ class PolynomialSchedule(Schedule):
 
 
 class RiseAndFall(Schedule):
-    """A rise to the peak in the warm-up, then a fall to the minimum in as many steps.
+    """A rise to the peak in the warm-up, then a fall to the minimum in the same number of steps.
 
     After a fraction x of the steps of the rise or of the fall, x^0.9 of the change is done. After
     the fall, the learning rate stays at the minimum.

@@ -107,8 +107,8 @@ def check_norm_batch(
     """Checks that the group size of a student's batch norms fits the batch sizes.
 
     Args:
-        student: The section of a settled recipe. For a model without batch norms, every size is
-            accepted.
+        student: The recipe's section, with all fields set that the weights decide. For a model
+            without batch norms, every size is accepted.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         batch: The recipe's section `batch`.
         image_size: Side of the images, in pixels.
@@ -182,7 +182,7 @@ def student_weights(
     """Finds the weights of `student.init`; reads only headers of files.
 
     Args:
-        student: The section of a settled recipe.
+        student: The recipe's section, with all fields set that the weights decide.
         sources: The sources that open the weights.
         image_size: See `make_student`; position tables are resized to this size.
         without: Names of tensors that the task does not use.
@@ -212,7 +212,7 @@ def as_student(
     """Returns the recipe's section of a student that starts from a named model's weights.
 
     Args:
-        named: The model and its weights, settled.
+        named: The section of the model and its weights, with all fields set that these decide.
         architecture: The student's architecture in training.
         section: The section that gives the student's other fields.
         trained_as: The student of the run that trained the model; None for a model that no run

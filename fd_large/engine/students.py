@@ -23,13 +23,14 @@ from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
 class HooksOfAll(Hook):
-    """Joins the hooks of the process into one hook, which each student's run calls.
+    """Combines the hooks of this process into one hook, which each student's run calls.
 
-    The joined hooks begin and end once. Of each step they are told once, when the first student has
-    taken the step. So the time between two calls is the time that all students take for a step.
+    `on_start` and `on_end` of the given hooks are called once for all students, and `after_update`
+    once for each step, when the first student has taken the step. So the time between two calls is
+    the time that all students take for a step.
 
     Args:
-        hooks: The hooks to join; their verdicts on steps are ignored.
+        hooks: The hooks to combine; their verdicts on steps are ignored.
     """
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
@@ -58,7 +59,7 @@ class HooksOfAll(Hook):
             hook.on_end(status)
 
     def wish(self) -> Wish:
-        """Returns a wish to stop if any hook wishes to stop, and to save if any wishes to save."""
+        """Returns the requests to stop and to save, each True if any hook makes the request."""
         wishes = [hook.wish() for hook in self._hooks]
         return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
 

@@ -246,7 +246,7 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
     Args:
         package: The module transformers.
-        name: The kind of text tower, a key of `TEXT_KINDS`.
+        name: Name of the tower's class of models, a key of `TEXT_KINDS`.
         config: The content of the folder's config.json.
         tensors: The folder's tensors.
 

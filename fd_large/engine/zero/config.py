@@ -205,7 +205,8 @@ def check(config: Any, *, where: str) -> None:
 
     Raises:
         ConfigError: If there are mistakes. The message has a line for each unknown key and each
-            value of a wrong kind, or else for each setting without effect at the JSON's stage.
+            invalid value. If there are none, it has a line for each setting without effect at
+            the JSON's stage.
     """
     wrong = list(_wrong_keys(config)) or list(_ignored(config))
     if wrong:

@@ -34,9 +34,10 @@ _UNIT = "_gathered_whole"
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
-    """Makes ZeRO-3 gather each block as one module, if it fits the bucket of prefetched parameters.
+    """Makes ZeRO-3 gather each block as one module, if the block's parameters fit a bucket.
 
-    `plan/buckets.py` chooses these blocks, because `plan` counts them too.
+    The bucket is that of prefetched parameters. `plan/buckets.py` chooses these blocks, because
+    `plan` counts them too.
 
     Args:
         engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser the
