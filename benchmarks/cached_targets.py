@@ -95,7 +95,9 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
 
 
 def cut(root: str, folder: Path) -> Path:
-    """Writes `CROPS` different crops of a dataset's images to a new folder; returns the folder.
+    """Writes `CROPS` different crops of the images in the dataset `root` as PNG files.
+
+    The files are written to `folder`, which must not exist yet; the result is `folder`.
 
     A cache has one entry for each image, so that a few images alone would not fill it.
     """

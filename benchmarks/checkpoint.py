@@ -41,9 +41,16 @@ def parse() -> argparse.Namespace:
 
 
 def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Returns the number of parameters, and for each way of saving the seconds of every save.
+    """Saves the engine's state in three ways in turns, and measures how long training waits.
 
-    Every rank has to call this function, and the seconds are those of the slowest rank.
+    Every rank has to call this function.
+
+    Args:
+        arguments: The flags, with the number of rounds.
+        scratch: Folder for the checkpoints.
+
+    Returns: `parameters`, their number, and `seconds`, {way of saving: seconds of each save on the
+        slowest rank}.
     """
     import torch
     from engines import zero_engine
@@ -110,9 +117,14 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
-    """Kills a small run several times, and starts the same command again.
+    """Kills a small run several times, and starts the same command again after each kill.
 
-    Returns: for each kill, the seconds from the kill to the first new step, and the steps lost.
+    Args:
+        kills: Number of kills.
+        scratch: Folder for the images and the run.
+
+    Returns: for each kill, the `seconds` from the kill to the first new step, and `updates_lost`,
+        the number of steps after the newest checkpoint.
     """
     import signal
 

@@ -149,7 +149,11 @@ def _difference(
 
 
 def text_of(table: Mapping[str, Any]) -> str:
-    """Returns the table as lines of text."""
+    """Returns the accuracies, the differences and the judgement in `table` as lines of text.
+
+    Args:
+        table: A result of `table_of`.
+    """
     rates = "".join(f"{rate:>8g}" for rate in table["rates"])
     lines = [f"{'test accuracy at rate':34}{rates}   chosen  pairs"]
     for kind, row in table["rows"].items():
@@ -200,12 +204,21 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
 
 
 def _percent(row: Mapping[str, Any], *, held_out: bool) -> np.ndarray:
-    """Returns a row's accuracy in per cent, (rates, seeds), on held-out or on test images."""
+    """Returns a row's accuracy in per cent for each learning rate and seed, (rates, seeds).
+
+    Args:
+        row: The row, as `Claim.rows` returns it.
+        held_out: Whether the accuracy on the held-out images is returned, or that on the test
+            images.
+    """
     chosen: np.ndarray = row["right"][..., row["held_out"] == held_out]
     return 100 * chosen.mean(-1)
 
 
 def _tested(row: Mapping[str, Any]) -> np.ndarray:
-    """Returns for each test image whether a row classified it correctly, (rates, seeds, N) bool."""
+    """Returns whether the models of a row classified each test image correctly.
+
+    The result is (rates, seeds, N) bool, for each learning rate, seed and test image of `row`.
+    """
     tested: np.ndarray = row["right"][..., ~row["held_out"]]
     return tested

@@ -153,7 +153,10 @@ def _engine(name: str, setting: Setting) -> Step:
 
 
 def _seeded_task(setting: Setting) -> Any:
-    """Returns the student and its loss on this rank's device, with the engine's initial weights."""
+    """Returns the student with its loss as a module in training mode, on this rank's device.
+
+    Its initial weights are drawn with the recipe's seed, as those of this package's engine are.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.run.runtime.seed)
         task = setting.make_task()
@@ -176,7 +179,15 @@ def _update(
     clip: Callable[[], Any],
     batch: Batch,
 ) -> Tensor:
-    """Runs forward, backward, clipping and the optimiser step in plain torch; returns the loss."""
+    """Runs a whole step in plain torch; returns the loss before the step, detached.
+
+    Args:
+        setting: Not used.
+        module: The student with its loss, perhaps wrapped by DDP.
+        optimizer: The optimiser of the module.
+        clip: Function that clips the gradients after the backward pass.
+        batch: The batch of this rank.
+    """
     task = getattr(module, "module", module)
     loss, _ = module(**prepared(task, batch, 0))
     loss.backward()

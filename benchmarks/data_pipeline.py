@@ -181,6 +181,9 @@ def webdataset(pattern: str) -> Callable[[int], int] | None:
     """Returns a pipeline of webdataset, which reads tar files in their order.
 
     The result is None if webdataset is not installed.
+
+    Args:
+        pattern: Paths of the tar files with a range in braces, such as FOLDER/{00..15}.tar.
     """
     try:
         import webdataset as wds
@@ -199,10 +202,14 @@ def webdataset(pattern: str) -> Callable[[int], int] | None:
 def measure(
     pipelines: dict[str, Callable[[int], int]], repetitions: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Returns the images per second of each pipeline in each round.
+    """Runs the pipelines in turns; returns the images per second of each in each round.
 
-    The pipelines run in turns, and a first round is not measured. The rates `processor` are per
-    second of processor time, and the rates `wall` per second of wall time.
+    Args:
+        pipelines: {name: function of the epoch that reads all images and returns their number}.
+        repetitions: Number of measured rounds; one more round before them is not measured.
+
+    Returns: {name: {"processor": images per second of processor time, "wall": images per second of
+        wall time}}, with a value for each round.
     """
     rates = {name: {"processor": [], "wall": []} for name in pipelines}
     for epoch in range(repetitions + 1):
@@ -217,9 +224,12 @@ def measure(
 
 
 def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[float]]:
-    """Returns how many image and tar files each pipeline opens per image.
+    """Returns how many image and tar files each pipeline opens, divided by the number of images.
 
-    The two numbers of a pipeline are those of its first and its second epoch.
+    Args:
+        pipelines: {name: function of the epoch that reads all images and returns their number}.
+
+    Returns: {name: [number in the first epoch, number in the second epoch]}.
     """
     opened, last = 0, ("", "")
 
@@ -242,7 +252,10 @@ def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[
 
 
 def in_shards(folder: Path, shards: Path) -> str:
-    """Packs the images below `folder` into `NUM_SHARDS` tar files; returns the files' pattern."""
+    """Packs the images below `folder` into `NUM_SHARDS` tar files in the folder `shards`.
+
+    Returns: the paths of the files as a pattern for webdataset, such as FOLDER/{00..15}.tar.
+    """
     for number in range(NUM_SHARDS):
         with tarfile.open(shards / f"{number:02}.tar", "w") as archive:
             for path in sorted(folder.rglob("*.JPEG"))[number::NUM_SHARDS]:
@@ -280,7 +293,13 @@ def measure_listing(num: int) -> dict[str, float]:
 
 
 def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, object]]:
-    """Returns, for each pipeline, median and quartiles of its rate and of its ratio to PIL's."""
+    """Returns for each pipeline the median and quartiles of its rate and of its ratio to PIL's.
+
+    The rates are per second of processor time, and a ratio is of rates in the same round.
+
+    Args:
+        rates: A result of `measure`.
+    """
     result = {}
     for name, samples in rates.items():
         values = samples["processor"]

@@ -70,7 +70,10 @@ def zero_engine(
 
 
 def noise(micro_batch_size: int, image_size: int) -> Batch:
-    """Returns a batch of random uint8 images, which are different on every rank."""
+    """Returns a batch of `micro_batch_size` random uint8 images of side `image_size` pixels.
+
+    The images are different on every rank, and the same at every call.
+    """
     rank = distributed.rank()
     generator = torch.Generator().manual_seed(rank)
     shape = (micro_batch_size, 3, image_size, image_size)

@@ -26,7 +26,12 @@ STEPS = 6
 
 
 def milliseconds(optimizer: torch.optim.Optimizer, on_gpu: bool) -> float:
-    """Returns the median time of an optimiser step, without the first step."""
+    """Returns the median time of a step of `optimizer` in ms, without the first step.
+
+    Args:
+        optimizer: The optimiser, whose parameters have gradients.
+        on_gpu: Whether to wait for the GPU at the end of each step.
+    """
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()

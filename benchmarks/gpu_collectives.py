@@ -27,7 +27,7 @@ BYTES, BYTES_ON_CPUS = 200_000_000, 2_000_000
 
 
 def milliseconds(act: Callable[[], None]) -> float:
-    """Returns the median time of a collective on the slowest rank.
+    """Returns the median time of the collective `act` on the slowest rank, in ms.
 
     Every rank has to call this function.
     """

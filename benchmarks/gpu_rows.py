@@ -117,10 +117,13 @@ def memory(file: Path) -> dict[str, Any]:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """Returns {"waits_per_step": {name of a CUDA call: number of calls in a traced step}}.
+    """Returns how often the host waits for the GPU in a step that torch's profiler has traced.
 
-    In these calls the host waits for the GPU. The result is {} if the folder has no trace of
-    torch's profiler.
+    Args:
+        folder: Folder of the trace.
+
+    Returns: {"waits_per_step": {name of a CUDA call that waits: number of calls per step}}, or {}
+        if the folder has no trace.
     """
     traces = [path for path in folder.glob("*") if path.name.endswith((".json", ".json.gz"))]
     traces = [path for path in traces if path.name != "communication.json"]

@@ -57,7 +57,10 @@ def repeated(parameter: Tensor, draw: initialization.Draw, fan_in: int | None = 
 
 
 def clocked(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON for DeepSpeed with its throughput timer turned on, as by default."""
+    """Returns the JSON for DeepSpeed that the package makes of `config`, with one change.
+
+    DeepSpeed's throughput timer, which the package turns off, is on, as by DeepSpeed's default.
+    """
     return {**_for_deepspeed(config), "timers": {"throughput": {"enabled": True}}}
 
 

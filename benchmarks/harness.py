@@ -99,7 +99,7 @@ def parse(parser: argparse.ArgumentParser, *, quick: dict[str, Any]) -> argparse
 
 
 def turns(names: Sequence[Any], rounds: int) -> Iterator[list[Any]]:
-    """Yields the order of names in each round.
+    """Yields the order of `names` in each of `rounds` rounds.
 
     Each round begins with the next name of the list, so that no contender is always the first.
     """
@@ -119,7 +119,10 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """Returns the `spread` of the ratios above[i] / below[i], where i is the number of a round."""
+    """Returns the `spread` of the ratios above[i] / below[i], where i is the number of a round.
+
+    That is their median, their quartiles and the ratios themselves, for JSON.
+    """
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 

@@ -141,9 +141,9 @@ def build(name: str, run: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def phases(now: list[str]) -> Iterator[None]:
-    """Writes to `now[0]` which part of a step is running, during the block.
+    """Keeps in `now[0]`, during the block, which part of a distillation step is running.
 
-    The parts are "teacher", "forward", "backward" and "update".
+    The parts are "teacher" (its forward), "forward" (of the student), "backward" and "update".
     """
     import torch
 

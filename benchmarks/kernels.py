@@ -108,7 +108,7 @@ def ahead_of_time() -> int:
 
 
 def write(name: str, results: dict[str, Any]) -> None:
-    """Writes results with their conditions to a file in the folder of results."""
+    """Writes `results` and the conditions of the benchmark as JSON to RESULTS/`name`."""
     harness.write(
         harness.conditions(__file__, __doc__, ("torch", "triton")) | results, RESULTS / name
     )
@@ -405,7 +405,10 @@ def norm_questions(compiled: bool) -> list[Question]:
 
 
 def other_norms() -> dict[str, Callable]:
-    """Returns the LayerNorms of apex and Liger by name, if they are installed."""
+    """Returns the LayerNorms of other packages that are installed, {"apex" or "liger": function}.
+
+    A function takes the input, the weight and the bias.
+    """
     from fd_large.kernels import choose
 
     norms: dict[str, Callable] = {}
@@ -568,7 +571,11 @@ def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, fl
 
 
 def line(row: dict[str, Any]) -> str:
-    """Returns the line of the table for a row of a question."""
+    """Returns the line of the printed table for a result of an implementation.
+
+    Args:
+        row: An entry of `Question.rows`; if the implementation did not run, with the reason.
+    """
     if "failed" in row:
         return f"{row['operation']:38} {'':8} {row['by']:15} did not run: {row['failed'][:80]}"
     work = f"{row['tflops']:7.1f}" if row["tflops"] else "      -"

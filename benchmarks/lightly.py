@@ -170,9 +170,14 @@ def environment() -> dict[str, str]:
 
 
 def timed(name: str, settings: argparse.Namespace) -> dict[str, float]:
-    """Runs `TIMED` steps of a contender.
+    """Runs `TIMED` steps of a contender in a new process.
 
-    Returns: the seconds to the fifth step, the images per second after it, and the peak GiB.
+    Args:
+        name: "ours" or "light".
+        settings: The flags.
+
+    Returns: `to_step_5`, the seconds from the launch to the fifth step; `images_per_second` from
+        there to the last step; and `gib`, the peak memory of the process in GiB.
     """
     shutil.rmtree(settings.work / f"timed_{name}", ignore_errors=True)
     begin, at, text = time.perf_counter(), {}, ""

@@ -81,14 +81,15 @@ def parse() -> argparse.Namespace:
 
 
 def named(quick: bool) -> str:
-    """Returns the name of the loaded model, which is smaller with --quick."""
+    """Returns the name of the model to load, a ViT-B if `quick` and otherwise a ViT-L."""
     return "vit_base_patch16" if quick else "vit_large_patch14"
 
 
 def write_files(folder: Path, name: str) -> dict[str, int]:
-    """Writes a model's random weights as weights.pth and weights.safetensors.
+    """Writes random weights of the model `name` to `folder`, as .pth and as .safetensors file.
 
-    Returns: the number of parameters, and that of the largest tensor.
+    Returns: `parameters`, their number, and `largest_tensor`, the number of elements of the largest
+        tensor.
     """
     import torch
     from safetensors.torch import save_file
@@ -178,7 +179,13 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
 
 
 def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[dict[str, Any]]:
-    """Loads a file once in new processes; returns the measurements of each rank."""
+    """Loads a file of weights once in new processes; returns the measurements of each rank.
+
+    Args:
+        path: The file.
+        arguments: The flags.
+        loader: One of `LOADERS`.
+    """
     flags = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
     code = harness.start(__file__, *flags, ranks=RANKS)
     if code:

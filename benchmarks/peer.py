@@ -102,7 +102,10 @@ def _step(
 
 
 def _config(setting: Setting) -> SimpleNamespace:
-    """Returns the part of the official code's configuration that its build functions read."""
+    """Returns the settings of `setting` in the form of the official code's configuration.
+
+    It has only the entries that the official functions which build model and optimiser read.
+    """
     run, shape = setting.run, setting.run.student_architecture()
     space = SimpleNamespace
     swin = space(

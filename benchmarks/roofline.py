@@ -132,7 +132,7 @@ class Counter(Recorder):
 
     @contextmanager
     def named(self, model: nn.Module) -> Iterator[None]:
-        """Assigns operations to the modules of a model during the block."""
+        """Makes the counter assign operations, during the block, to the modules of `model`."""
         handles = []
         for name, module in model.named_modules():
             handles.append(
@@ -177,9 +177,14 @@ class Counter(Recorder):
         self._add(operation.name, operation.flops, operation.read, operation.written)
 
     def _launch(self, name: str, args: Any, kwargs: Any) -> None:
-        """Adds a row for each kernel of a fused operation.
+        """Adds a row for each kernel that a fused operation launches.
 
         The operation's code runs, but its kernel launches are only recorded.
+
+        Args:
+            name: Name of the operation, without "fd_large::".
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
         """
         from torch._library.custom_ops import OPDEFS
 
@@ -289,7 +294,7 @@ def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
 
 @contextmanager
 def only(proven: Proof) -> Iterator[set[str]]:
-    """Makes unproven operations use the reference kernels during the block.
+    """Makes operations use the reference kernels during the block where `proven` returns False.
 
     Args:
         proven: The result of `proof`.
@@ -383,7 +388,12 @@ def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
 
 
 def beside(rows: list[Row], phases: tuple[str, ...]) -> int:
-    """Returns the bytes that operations other than matrix products move in some phases."""
+    """Returns the bytes that operations other than matrix products read and write.
+
+    Args:
+        rows: The rows of a step.
+        phases: Parts of the step (`Row.phase`) that are summed.
+    """
     return sum(row.moved for row in rows if row.phase in phases and row.kind != "matmul")
 
 

@@ -117,7 +117,10 @@ def measure(
 
 
 def _cut_to_first_step(run: Path) -> None:
-    """Removes a run's steps and checkpoints after the first step, so that a restart makes them."""
+    """Removes what the run in the folder `run` has stored about steps after the first.
+
+    These are rows of metrics and checkpoints, so that a restart of the run makes the steps again.
+    """
     rows = run / "metrics.jsonl"
     rows.write_text(rows.read_text().splitlines(keepends=True)[0])
     for checkpoint in (run / "checkpoints").glob("step_*"):
@@ -128,7 +131,7 @@ def _cut_to_first_step(run: Path) -> None:
 def _start(
     command: list[Any], flags: list[str], folder: Path, package: Path, steps: int = 1
 ) -> dict[str, float]:
-    """Starts a run, and kills the run when a number of steps are made and saved.
+    """Starts a run, and kills it as soon as it has made and saved `steps` steps.
 
     Args:
         command: Command that starts this file on ranks.

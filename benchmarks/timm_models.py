@@ -199,7 +199,7 @@ def scattered(net: Any) -> Any:
 
 
 def family_of(name: str) -> str:
-    """Returns the name of the module of timm that defines a model."""
+    """Returns the name of the module in timm.models that defines the model `name`."""
     import timm
 
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
@@ -279,7 +279,10 @@ def ask(task: str, names: list[str], work: Path) -> None:
 
 
 def in_turn(names: list[str]) -> list[str]:
-    """Returns names sorted so that families take turns, and early answers are of all families."""
+    """Returns the models' `names`, sorted so that the families of models take turns.
+
+    Thus all families have answers after a short time.
+    """
     places: dict[str, int] = defaultdict(int)
     keys = []
     for name in names:
@@ -289,12 +292,19 @@ def in_turn(names: list[str]) -> list[str]:
 
 
 def kind_of(name: str, answer: dict[str, Any]) -> str:
-    """Returns a model's family and class, as FAMILY.CLASS."""
+    """Returns the family and the class of the model `name`, as FAMILY.CLASS.
+
+    Args:
+        name: Name of the model in timm.
+        answer: Answer of the task "shapes" for this model, which has the name of its class.
+    """
     return f"{family_of(name)}.{answer['class']}"
 
 
 def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns the smallest model with a map of each family and class.
+    """Returns the name of the smallest model of each family and class.
+
+    Models without a feature map or with more than `LARGEST` parameters do not count.
 
     Args:
         answers: The answers of the task "shapes", by name.

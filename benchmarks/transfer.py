@@ -113,17 +113,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _seconds(run: Path) -> float:
-    """Returns the seconds of a training, from its first file to its last.
+    """Returns the seconds of a training, by the times at which two files were written.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, in which cell.json is written first and summary.json last.
     """
     times = [(run / name).stat().st_mtime for name in ("cell.json", "summary.json")]
     return times[1] - times[0]
 
 
 def _of_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a cell that are written to the results."""
+    """Returns a copy of `cell`, a cell's entry in summary.json, for the benchmark's results.
+
+    It has only the row, the column, the seed, the recipe, its differences and the scores.
+    """
     names = ("row", "column", "seed", "recipe", "unlike_first", "scores")
     return {name: cell[name] for name in names}
 

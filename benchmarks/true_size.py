@@ -96,7 +96,10 @@ class Parts(threading.Thread):
             time.sleep(0.05)
 
     def now(self, part: str) -> None:
-        """Ends the present part and begins another; does nothing if the part stays the same."""
+        """Ends the present part, writes its record, and begins the part with the name `part`.
+
+        Does nothing if the present part has this name.
+        """
         with self._lock:
             if part == self._part:
                 return
@@ -113,7 +116,7 @@ class Parts(threading.Thread):
             self._begin(part)
 
     def write(self, **line: Any) -> None:
-        """Adds an object to the file as a line of JSON."""
+        """Adds a line to the file of records, a JSON object with the entries `line`."""
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -318,7 +321,10 @@ def write_teacher(path: Path, model: str) -> int:
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
-    """Returns {name: shape} of a model's parameters; a SwinV2 has windows of 12 tokens."""
+    """Returns {name: shape} of the parameters of the model with the name `model`.
+
+    A SwinV2 is made with windows of 12 x 12 tokens, on which the shapes of its tables depend.
+    """
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.recipes.architectures import Architecture, resolve
 
@@ -327,7 +333,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_swin(name: str) -> bool:
-    """Whether a model's name belongs to a SwinV2 of this package."""
+    """Whether the model with the name `name` is a SwinV2 of this package."""
     return name.startswith("swinv2")
 
 
@@ -371,13 +377,18 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def notes_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines that the training process has recorded."""
+    """Returns the lines that the training process has recorded in `folder`, or [] before any."""
     path = folder / NOTES
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
-    """Starts the training process in a process group of its own."""
+    """Starts the training process in a process group of its own; returns the process.
+
+    Args:
+        arguments: The flags of the benchmark.
+        folder: Folder of the record, the run and the output.
+    """
     run_flags = ["--as-run", folder, *(["--learn"] if arguments.learn else [])]
     command = [sys.executable, __file__, *run_flags, "--", *flags_of(arguments, folder)]
     threads = str(os.cpu_count())
@@ -422,7 +433,10 @@ def follow(process: subprocess.Popen, folder: Path, until: Any) -> None:
 
 
 def steps_of(notes: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
-    """Returns {step: (loss, gradient norm)} from the recorded lines."""
+    """Returns {step: (loss, gradient norm)} from `notes`, the recorded lines.
+
+    Lines that record no step are left out.
+    """
     return {note["step"]: (note["loss"], note["grad_norm"]) for note in notes if "step" in note}
 
 

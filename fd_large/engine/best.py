@@ -56,7 +56,10 @@ class Best:
         Args:
             folder: The run's folder.
             finished: Number of finished steps; later evaluations in the folder are left out.
-            metric, lower_is_better, patience: See `Best`.
+            metric: Name of the metric in evaluations.jsonl.
+            lower_is_better: Whether a lower value of the metric is better.
+            patience: Number of consecutive evaluations without a better value after which the run
+                is to stop early; 0 if the run is never to stop early.
         """
         values: dict[int, float] = {}
         if distributed.is_main():

@@ -158,8 +158,11 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
     """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
 
     Args:
-        sources: The words by which the user named the models, each as in `find_model`.
-        job_of, image_size: See `find_model`.
+        sources: The words by which the user named the models. Each is a folder of a run or a
+            checkpoint, RUN#NAME, RUN#scratch, weights, or MODEL=SOURCE.
+        job_of: Makes the job of a stored recipe.
+        image_size: Side of the models' images, in pixels, to which tables of positions are resized.
+            0 stands for the side with which each model was trained.
 
     Raises: FDError: if a model is not found, or if two sources are the same.
     """

@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, FamilyArchitecture] = {**SWINV2, **SWIN, **VIT, **TIMM}
 
 
 def field_names(family: str) -> tuple[str, ...]:
-    """Returns the names of the fields that models of a family have.
+    """Returns the names of the fields that models of the backbone family `family` have.
 
     Raises: ConfigError: if the family does not exist.
     """
@@ -57,7 +57,11 @@ def field_names(family: str) -> tuple[str, ...]:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """Returns {field: description} from "Attributes:" in a class's and its bases' docstrings."""
+    """Returns {field: description} for the fields of a dataclass and of its base classes.
+
+    The descriptions are the entries under "Attributes:" in the classes' docstrings. For a field
+    that several classes describe, the entry of the most derived class is used.
+    """
     descriptions: dict[str, str] = {}
     for base in cls.__mro__:
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
@@ -68,7 +72,10 @@ def _descriptions(cls: type) -> dict[str, str]:
 
 
 def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
-    """Returns the dataclass with the fields of all families, each None by default."""
+    """Makes a dataclass that has the fields of all `families`, each None by default.
+
+    Its docstring describes the fields by the texts of the families' own docstrings.
+    """
     types: dict[str, Any] = {"family": Literal[tuple(family.family for family in families)]}
     texts = {"family": "Family of the model, which the name of the model decides."}
     for family in families:
@@ -106,7 +113,7 @@ else:
 
 
 def by_name(name: str) -> FamilyArchitecture | None:
-    """Returns the model of a name, or None for an unknown name.
+    """Returns the model that `name` names, or None for an unknown name.
 
     A name is known if it is in the table or begins with a family's prefix, as in `timm:NAME`.
     Whether the library or the file behind a prefix has the model is checked when the model is
@@ -130,10 +137,11 @@ def split_model(source: str) -> tuple[str, str]:
 
 
 def name_of(architecture: FamilyArchitecture) -> str:
-    """Returns a model's name in the table, or else with a family's prefix (`timm:NAME`).
+    """Returns the name of a model.
 
-    A model that differs from one in the table by the image size alone has the same name. If the
-    model is not in the table and the family has no prefix, the result is the family's name.
+    This is the name in the table of models; a model that differs from one in the table by the
+    image size alone has the same name. For a model that is not in the table, it is the name with
+    the family's prefix (`timm:NAME`), or the family's name if the family has no prefix.
     """
     for name, model in ARCHITECTURES.items():
         same = name not in FAMILIES and type(model) is type(architecture)
@@ -213,7 +221,7 @@ def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:
 
 
 def brings_model(source: str) -> bool:
-    """Whether a source of weights also names the model, as `timm:NAME` does."""
+    """Whether `source`, a source of weights, also names the model, as `timm:NAME` does."""
     return any(f.prefix and source.startswith(f.prefix) for f in FAMILIES.values())
 
 
@@ -273,21 +281,23 @@ def whole(values: dict[str, Any]) -> FamilyArchitecture:
 
 
 def set_fields(section: Architecture) -> dict[str, Any]:
-    """Returns {field: value} of the fields of a section that are not None."""
+    """Returns {field: value} for the fields of `section` that are set, which means not None."""
     return {name: value for name, value in asdict(section).items() if value is not None}
 
 
 def filled(first: Architecture, second: Architecture) -> Architecture:
-    """Returns a copy of the first section, with its unset fields (None) taken from the second."""
+    """Returns a copy of `first`, in which each unset field (None) has the value of `second`."""
     return Architecture(**set_fields(second) | set_fields(first))
 
 
 def overrides(
     architecture: FamilyArchitecture, named: FamilyArchitecture | None = None
 ) -> Architecture:
-    """Returns a section with the fields in which a model differs from a named model.
+    """Returns a section in which those fields are set that differ between two models.
 
-    Without a named model, the section has all fields of the model.
+    Args:
+        architecture: The model whose values are taken.
+        named: The model with which it is compared; None to set all fields.
     """
     values = architecture.values()
     known = {} if named is None else named.values()

@@ -121,7 +121,10 @@ class FamilyArchitecture:
 
     @property
     def kind(self) -> Kind:
-        """The operation that mixes the model's tokens."""
+        """The operation that mixes the model's tokens.
+
+        It is "convolutions", "attention" over all tokens, or attention in "windows".
+        """
         return "attention"
 
     @property
@@ -156,7 +159,7 @@ class FamilyArchitecture:
         return self
 
     def overridden(self, values: dict[str, Any]) -> Self:
-        """Returns the model with other values of some fields.
+        """Returns the model with the values of some fields replaced by `values`, {field: value}.
 
         Raises: ConfigError: if the values do not fit the other fields.
         """
@@ -212,7 +215,10 @@ class Transformer(FamilyArchitecture):
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
     def summary(self) -> dict[str, Any]:
-        """Returns width, depths, heads and patch size, by their labels."""
+        """Returns the shape for the model card, {label: value}.
+
+        The entries are "width, depths, heads", a text, and "patch", the side of a patch in pixels.
+        """
         depths, heads = (" ".join(map(str, numbers)) for numbers in (self.depths, self.num_heads))
         return {
             "width, depths, heads": f"{self.embed_dim}, {depths}, {heads}",
@@ -270,7 +276,10 @@ class WindowedTransformer(Transformer):
         return self.image_size if self.absolute_position else 0
 
     def summary(self) -> dict[str, Any]:
-        """Returns the entries of any transformer and the window size, by their labels."""
+        """Returns the shape for the model card, {label: value}.
+
+        To the entries of every transformer, it adds "window", the side of a window in tokens.
+        """
         return {**super().summary(), "window": self.window_size}
 
     def with_window(self, window_size: int) -> Self:

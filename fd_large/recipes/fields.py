@@ -47,7 +47,10 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
 
 
 def entry_type(hint: Any) -> Any | None:
-    """Returns the dataclass of a type dict[str, dataclass], or None for any other type."""
+    """Returns the type of the values if `hint` is the type dict[str, DATACLASS], or else None.
+
+    A recipe's field has such a type if users choose the names of its entries, as of `teachers`.
+    """
     if get_origin(hint) is not dict:
         return None
     section = get_args(hint)[1]
@@ -86,7 +89,10 @@ def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dic
 
 
 def describe_type(hint: Any) -> str:
-    """Returns a description of a field's type, such as "a whole number or auto"."""
+    """Returns the type `hint` of a field in words for a message.
+
+    For example, int | Literal["auto"] gives "a whole number or auto".
+    """
     origin = get_origin(hint)
     if origin is Literal:
         options = [str(option) for option in get_args(hint)]
@@ -216,17 +222,24 @@ def require(
 
 
 def positive(where: str, value: float) -> None:
-    """Raises ConfigError unless the value is a finite number above 0."""
+    """Raises ConfigError, which begins with `where`, unless `value` is finite and above 0."""
     require(0 < value < math.inf, f"{where}: must be positive", value, "a number above 0")
 
 
 def not_negative(where: str, value: float) -> None:
-    """Raises ConfigError unless the value is a finite number of 0 or more."""
+    """Raises ConfigError, which begins with `where`, unless `value` is finite and 0 or more."""
     require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number of 0 or more")
 
 
 def within(where: str, value: float, interval: str) -> None:
-    """Raises ConfigError unless the value lies in an interval, such as "[0, 1)"."""
+    """Raises ConfigError unless the value lies in an interval.
+
+    Args:
+        where: The field or the flag, for the message.
+        value: The value.
+        interval: The interval as text, such as "[0, 1)", in which a bracket includes the end and a
+            parenthesis excludes it.
+    """
     low, high = map(float, interval[1:-1].split(","))
     is_above = value > low if interval.startswith("(") else value >= low
     is_below = value < high if interval.endswith(")") else value <= high
@@ -266,9 +279,12 @@ def is_name(where: str, text: str) -> None:
 
 
 def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
-    """Raises ConfigError unless values are three means and three positive standard deviations.
+    """Raises ConfigError for invalid image statistics.
 
-    An empty tuple is valid, too.
+    Args:
+        where: The field, for the message.
+        values: Valid are three means with three standard deviations above 0, one for each colour
+            channel, and an empty tuple.
     """
     require(
         len(values) in (0, 6) and all(value > 0 for value in values[3:]),
@@ -279,14 +295,23 @@ def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value for JSON: nested dicts in which each tuple is replaced by a list."""
+    """Returns a copy of `value` in which each tuple is replaced by a list, as JSON needs it.
+
+    Args:
+        value: A dict, whose values are treated in the same way, a tuple, or a value for JSON.
+    """
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.base_lr": value, ...} for all fields of a dataclass, nested with dots."""
+    """Returns {"optim.base_lr": value, ...} for all fields of a dataclass object.
+
+    Args:
+        section: The object. Fields of a dataclass or a dict inside it have names with dots.
+        prefix: Text before each name.
+    """
     named: dict[str, Any] = {}
     for f in fields(section):
         value = getattr(section, f.name)
@@ -302,7 +327,12 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.base_lr": value, ...} for the values in nested dicts, as of recipe.json."""
+    """Returns {"optim.base_lr": value, ...} for the values in nested dicts.
+
+    Args:
+        values: The nested dicts, such as the content of recipe.json.
+        prefix: Text before each name.
+    """
     named: dict[str, Any] = {}
     for name, value in values.items():
         inside = isinstance(value, dict)

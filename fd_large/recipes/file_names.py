@@ -41,7 +41,7 @@ In a folder without recipe.json, they do not belong to a run.
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is the folder of a run, which has recipe.json or at least checkpoints."""
+    """Whether `folder` is the folder of a run, because it has a recipe.json or a checkpoint."""
     return kind_of(folder / RECIPE) is not None or any((folder / CHECKPOINTS).glob("step_*"))
 
 

@@ -40,7 +40,10 @@ _MODULES = (
 
 
 def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
-    """Yields the recipes of a module, which are its public functions without parameters."""
+    """Yields the recipes of `module`, which are its public functions without parameters.
+
+    Each is yielded as a function whose run has the function's name.
+    """
     for name, make in vars(module).items():
         is_own = inspect.isfunction(make) and make.__module__ == module.__name__
         if is_own and not name.startswith("_") and not inspect.signature(make).parameters:
@@ -48,7 +51,7 @@ def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
 
 
 def _named(make: Callable[[], Run]) -> Callable[[], Run]:
-    """Decorates the function of a recipe, so that the run is named after the function."""
+    """Returns a function like `make`, whose run has the name of the function `make`."""
 
     @wraps(make)
     def recipe() -> Run:

@@ -37,10 +37,11 @@ def lines_of(path: Path) -> list[Line]:
 
 
 def newest_line(path: Path) -> list[Line]:
-    """Returns a list with the last undamaged line of a .jsonl file, or [] if there is none.
+    """Returns a list with the last undamaged line of the .jsonl file `path`.
 
     Only the last 64 kB of the file are read. The very last line may be incomplete, if the run is
-    running or was killed.
+    running or was killed; the line before it is then returned. The result is [] if the file does
+    not exist or has no undamaged line there.
     """
     if kind_of(path) != "file":
         return []
@@ -53,7 +54,7 @@ def newest_line(path: Path) -> list[Line]:
 
 
 def numbers_of(lines: list[Line]) -> str:
-    """Returns the numbers of lines as text, "line 3" or "lines 3, 5"."""
+    """Returns the numbers of one or more lines as text, "line 3" or "lines 3, 5"."""
     numbers = ", ".join(str(line.number) for line in lines)
     return f"line{'s' if len(lines) > 1 else ''} {numbers}"
 

@@ -197,10 +197,11 @@ LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
-    """Whether a run's new length is larger than the old, so that the run may continue.
+    """Whether the length of a run in `now` is larger than in `before`, so that it may continue.
 
-    If one length is in epochs and the other in steps, the result is True, since they can be
-    compared only when the number of steps of an epoch is known.
+    If both lengths are in steps (`max_steps`), the number of epochs must also be the same. If one
+    length is in epochs and the other in steps, the result is True, since they can be compared only
+    when the number of steps of an epoch is known.
     """
     if bool(before.max_steps) != bool(now.max_steps):
         return True
@@ -261,7 +262,10 @@ class Run:
                     self._refuse_sections_of(kind, read)
 
     def _models(self) -> dict[str, Student | FrozenModel]:
-        """Returns the sections that describe a model, by full name, such as "teachers.NAME"."""
+        """Returns the sections that describe a model, {full name: section}.
+
+        The names are "student", "teacher", and "students.NAME" and "teachers.NAME" for each entry.
+        """
         several = _named("teachers", self.teachers) | _named("students", self.students)
         return {"student": self.student, "teacher": self.teacher, **several}
 
@@ -383,7 +387,7 @@ class Run:
         return replace(self, teacher=teacher, objective=objective)
 
     def in_one_process(self) -> Run:
-        """Returns the run for a single process, in which no teacher is sharded."""
+        """Returns the same run with every teacher whole on each rank instead of sharded."""
         entries = self.taught_by.items()
         return self.with_taught_by({n: replace(e, placement="replicated") for n, e in entries})
 
@@ -480,9 +484,12 @@ class Run:
         }
 
     def norm_batch(self) -> int:
-        """Returns how many images share the statistics of a batch norm in training.
+        """Returns how many images the student's batch norms normalise by the same statistics.
 
-        The number is 0 if the running statistics of the initial weights are used.
+        0 means that the running statistics of the initial weights are used. The result is
+        `student.norm_batch`, but at most the global batch size. If the field is "auto", it is 0 for
+        a student with initial weights (`student.init`), and otherwise the divisor of the global
+        batch size that is nearest to `USUAL_NORM_BATCH`.
         """
         student, size = self.student, self.batch.global_batch_size
         if student.norm_batch != "auto":
@@ -553,7 +560,10 @@ class Run:
 
 
 def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
-    """Returns {"optim.base_lr": (value in a, value in b), ...} for the fields that differ."""
+    """Returns {"optim.base_lr": (value in `a`, value in `b`), ...} for the fields that differ.
+
+    A value is None if the run does not have the field, such as one of a teacher of another name.
+    """
     flat_a, flat_b = flat(a), flat(b)
     pairs = {name: (flat_a.get(name), flat_b.get(name)) for name in flat_a | flat_b}
     return {name: (first, second) for name, (first, second) in pairs.items() if first != second}
@@ -614,7 +624,7 @@ def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) 
 
 
 def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries by full name, as {"teachers.NAME": entry}."""
+    """Returns {"GROUP.NAME": entry} for the `entries`, {NAME: entry}, of the field `group`."""
     return {f"{group}.{name}": entry for name, entry in entries.items()}
 
 
@@ -635,12 +645,18 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _usual(section: Any) -> Any:
-    """Returns a section of the same class with all defaults; the model of a student is ""."""
+    """Returns a section of the class of `section` in which all fields have their defaults.
+
+    A student's field `model` has no default, and is "".
+    """
     return type(section)(model="") if isinstance(section, Student) else type(section)()
 
 
 def _unread(read: TaskKind) -> dict[str, Any]:
-    """Returns default values of the sections that a task does not read, by name."""
+    """Returns the recipe's sections that the task `read` does not read, {name: default value}.
+
+    Sections that all tasks read are not among them.
+    """
     names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
     # The types of several teachers and students are called like a dict, and give an empty one.
     return {name: hints_of(Run)[name]() for name in names}

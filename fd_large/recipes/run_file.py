@@ -46,9 +46,9 @@ class Given:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """Returns where a field is set, as the beginning of a message such as "run.yaml:12: ".
+        """Returns the beginning of a message, which says where the field `name` is set.
 
-        For values from Python, the result is "".
+        It is "FILE:LINE: ", or "FILE: " if the line is unknown. For values from Python it is "".
         """
         if not self.path:
             return ""

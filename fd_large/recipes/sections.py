@@ -135,7 +135,10 @@ class Student:
         return replace(self, **{name: v for name, v in usual.items() if name not in unchanged})
 
     def sizes(self) -> dict[str, Any]:
-        """Returns {name: value} of the fields in `SIZE_FIELDS`."""
+        """Returns {name: value} of the fields on image and window sizes (`SIZE_FIELDS`).
+
+        They decide how the model treats images and maps of sizes that do not divide, and windows.
+        """
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
@@ -171,11 +174,11 @@ class NamedStudent(Student):
             raise ConfigError(str(error).replace("optim.", f"{self.place}.")) from None
 
     def alone(self) -> Student:
-        """Returns the section `student` of a separate run of this student."""
+        """Returns the section `student` for a run that trains only this student."""
         return Student(**{f.name: getattr(self, f.name) for f in fields(Student)})
 
     def optimised(self, optim: Optim) -> Optim:
-        """Returns the section `optim` of a separate run of this student.
+        """Returns the section `optim` for a run that trains only this student.
 
         Args:
             optim: The section of the common run, whose values the student's own replace.
@@ -338,7 +341,10 @@ class Data:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Sides in pixels of the crops that steps may have."""
+        """Sides in pixels of the square crops; a step has crops of one of these sides.
+
+        They are `image_sizes`, or `image_size` alone if that field is empty.
+        """
         return self.image_sizes or (self.image_size,)
 
 
@@ -489,9 +495,9 @@ class Optim:
         return {name: value for name, value in following.items() if name not in values}
 
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
-        """Returns the learning rates of a step with a global batch size.
+        """Returns the learning rates of a run with `global_batch_size` images in a step.
 
-        The three rates are for the peak, the start of the warm-up and the end of the schedule.
+        Returns: the rate at the peak, at the start of the warm-up and at the end of the schedule.
         """
         scale = global_batch_size / RATE_BATCH_SIZE
         return self.base_lr * scale, self.warmup_lr * scale, self.min_lr * scale

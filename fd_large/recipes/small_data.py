@@ -141,8 +141,9 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
 def fitted_fields(run: Run) -> tuple[str, ...]:
     """Returns the names of the fields that `fit` may change in a run.
 
-    Only runs of the recipe `small_data`, and of the quick start with another student, have fields
-    that may change. For other runs the result is ().
+    For a run of the recipe `small_data`, these are all fields that `fit` computes; for the quick
+    start with a single student of another model, they are the learning rates. For all other runs,
+    and for runs without teachers, the result is ().
     """
     if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
         return ()
@@ -191,11 +192,11 @@ def _unnamed(values: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
 
 
 def _batch(images: int, ranks: int) -> int:
-    """Returns the global batch size for a number of images.
+    """Returns the global batch size for `images` training images on `ranks` ranks.
 
     The size is a power of two from 32 to 256 near a sixteenth of the images. With fewer than 32
     images, it is the largest power of two that does not exceed their number. The size is then
-    rounded up to a multiple of the ranks.
+    rounded up to a multiple of `ranks`.
     """
     fewest, most = _BATCHES
     sixteenth = 2 ** round(math.log2(max(images, 16) / 16))

@@ -134,7 +134,10 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
 
 
 def _place(run: Run) -> str:
-    """Returns the path of a run's images with links resolved, or their URL."""
+    """Returns where a run's training images are, to compare it with another run's.
+
+    This is `data.root` as an absolute path without links, or unchanged if it is a URL.
+    """
     return run.data.root if "://" in run.data.root else os.path.realpath(run.data.root)
 
 
