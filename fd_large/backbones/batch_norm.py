@@ -7,9 +7,10 @@ changes only float64 rounding. Running statistics are updated once in each step 
 by the means and unbiased variances of the step's groups, averaged over the images of the step.
 
 A norm records the statistics of a step in the norm's backward. Backward runs once for each forward,
-even if the forward is recomputed. Backward does not run for an evaluation, for a trial, or for the
-first pass of a step that repeats its forwards in a second pass. If neither input nor parameters of
-a norm need gradients, the statistics are recorded in the training forward.
+even if the forward is recomputed. Backward does not run for an evaluation, for another forward that
+belongs to no step, or for the first pass of a step that repeats its forwards in a second pass. If
+neither input nor parameters of a norm need gradients, the statistics are recorded in the training
+forward.
 
 Source: Ioffe and Szegedy, arXiv 1502.03167.
 """
@@ -297,7 +298,7 @@ def _by_image(x: Tensor, images: int) -> Tensor:
 
 
 def forget(norms: Sequence[Any]) -> None:
-    """Discards the statistics that `norms` have recorded, so that no step uses them."""
+    """Discards the statistics that `norms` have recorded, such as those of a skipped step."""
     for norm in norms:
         norm.seen = None
 

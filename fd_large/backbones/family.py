@@ -29,7 +29,8 @@ class Options:
     Attributes:
         drop_path_rate: Drop rate of the last block's residual branches, in [0, 1). The rates of the
             blocks rise linearly, from 0 in the first block.
-        size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
+        size_rule: "pad" lets Swin models pad images whose size does not fit. "drop" pads no image,
+            and ignores the pixels beyond whole patches.
         window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models have
             another rule than "masked".
         shift_stages: For each stage, whether every second block shifts its windows; empty if blocks
@@ -88,8 +89,8 @@ class Scheme:
         settle: Returns (architecture, notes for the log) of a source; its second argument is the
             architecture with the fields that the user set.
         load: Returns the whole module with its weights, and its image statistics if known.
-        weightless: Returns {the module's own name: weight on the meta device}. None if the teacher
-            is the module itself, so that its weights are not loaded into another model.
+        weightless: Returns {name in the library's module: weight on the meta device}. None if the
+            teacher is this module itself, so that its weights are not loaded into another model.
         fetch: Downloads the weights to this machine, so that `load` needs no network. None if
             there is no download.
         save: Writes the whole module with its weights to a folder in the library's format, and

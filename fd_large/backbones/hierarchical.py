@@ -314,9 +314,10 @@ class HierarchicalBackbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one stage, and the patch merging `downsample` after the blocks, or None.
+    """The blocks of one stage, and the patch merging `downsample` that follows them.
 
-    `forward` runs the blocks alone; the backbone calls `downsample`.
+    `downsample` is None if no patch merging follows. `forward` runs the blocks alone; the backbone
+    calls `downsample`.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):

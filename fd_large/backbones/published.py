@@ -54,7 +54,7 @@ class Format:
     refusal: str = ""
 
     def is_it(self, names: Collection[str], wrapping: tuple[str, ...]) -> bool:
-        """Whether a file has this format.
+        """Whether a file has this format: all `marks` are found in it, and `without` is not.
 
         Args:
             names: Names of the file's tensors.

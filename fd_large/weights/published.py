@@ -209,7 +209,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Counts names by their part before the first dot, and returns it as "fpn (12), norm (2)"."""
+    """Returns how many names begin with each text before the first dot, as "fpn (12), norm (2)"."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -335,8 +335,9 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
 def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
     """Returns the tensors of one part of a file, and the names of the file's other tensors.
 
-    Only the files of Feature-Distillation have a teacher among the student's tensors; in other
-    files all tensors are returned.
+    Only the files of Feature-Distillation have a teacher's tensors, under a prefix, among the
+    student's. For "teacher" these are returned, without the prefix; for any other part, all other
+    tensors. A file without such a teacher is returned whole, with an empty list.
 
     Args:
         file: The file's tensors.

@@ -249,7 +249,7 @@ def resizes(architecture: TimmArchitecture) -> bool:
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
-    """Returns the facts of timm's own weights for a model."""
+    """Returns the facts of timm's own weights for the timm model `architecture`."""
     config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"
