@@ -113,7 +113,7 @@ def extract(
         pools: Kinds of pooling: "mean", "cls", "both" or "map" (`pooled`). All are computed from
             the same forwards.
         workers: Loader processes of each rank.
-        max_pixels: Larger images are refused before they are decoded.
+        max_pixels: Number of pixels above which an image counts as unusable, without being decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.
         progress: Called after each batch of this rank with the batch's number of images.
         between: Called before each batch on every rank; may raise to stop.

@@ -92,7 +92,8 @@ def evaluate(
         progress: Called after each training batch with its number of images; the sum of these
             numbers is at most `work`.
 
-    Raises: DataError: if there are fewer than 10 training images, so that none can be held out.
+    Raises:
+        DataError: if fewer than 10 training images have a label, so that none can be held out.
     """
     usable = train.usable()
     order = usable[epoch_order(len(usable), probe.seed, 0, np.arange(len(usable)))]

@@ -103,8 +103,8 @@ class RemoteCurves(Curves):
     kept in RUN/trackers.json, so that a resumed run continues the same run there.
 
     Attributes:
-        name: Name of the tracker in the recipe, of fd_large's extra in `pip install`, and of the
-            library's module.
+        name: Name of the tracker in the recipe, such as "wandb". The module of the service's
+            library has the same name.
         package: Name of the library for `pip install`.
     """
 

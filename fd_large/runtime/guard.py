@@ -177,10 +177,10 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """Returns what the guard knows after the steps in some rows of metrics.jsonl.
+    """Returns what the guard knows after the steps in `rows`.
 
     Args:
-        rows: The rows, in order.
+        rows: Rows of metrics.jsonl, in order.
         roll_backs: For each index (from 0) of a step after which the run was rolled back, the
             number of finished steps of the restored state.
     """

@@ -204,7 +204,7 @@ class Meter(Hook):
         return {"images_per_second_of_sizes": of_sizes}
 
     def _shares(self, steps: Iterable[tuple[int, int]], seconds: float) -> dict[str, float]:
-        """Returns the TFLOP/s and utilisation of some steps (`utilisation.shares`).
+        """Returns the TFLOP/s and utilisation of the given steps (`utilisation.shares`).
 
         Args:
             steps: (image size, number of students) of each step.

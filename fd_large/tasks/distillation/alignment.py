@@ -119,7 +119,7 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
 
 
 def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
-    """Returns a map resized to another grid by bilinear interpolation; prefix tokens are kept.
+    """Returns `map_` resized to `grid` by bilinear interpolation; its prefix tokens stay the same.
 
     Args:
         map_: The map.

@@ -45,7 +45,7 @@ def knn_accuracy(
         image_size: Side of the images, in pixels.
         micro_batch_size: Number of images of a forward.
         workers: Number of loading processes of a rank.
-        max_pixels: Number of pixels above which an image is refused.
+        max_pixels: Number of pixels above which an image counts as unusable.
         blank_maps: Zeros shaped like the stored maps of an image, or None if no cache is read.
     """
 

@@ -37,8 +37,9 @@ class Loss:
 
     Attributes:
         label: Label in logs and plots.
-        reads_beta, reads_temperature: Whether the loss uses `beta` or `temperature`; a recipe that
-            sets the one that is not used is refused.
+        reads_beta: Whether the loss uses `beta`. If not, a recipe must not set `objective.beta`.
+        reads_temperature: Whether the loss uses `temperature`. If not, a recipe must not set
+            `objective.temperature`.
         temperature: `objective.temperature`, which `make_loss` sets after construction.
         of_tokens: Whether the loss is a mean over the losses of single tokens (`per_token`).
         in_sums: Whether a weighted sum of losses may have the loss as a term.

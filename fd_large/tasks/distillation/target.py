@@ -38,8 +38,8 @@ class NamedTarget(Target):
         kind: "map" or "summary".
         fused_eps: Constant that whitening adds to a token's variance, if a kernel may fuse
             whitening and loss; else None.
-        interpolation: How maps of different grids are resized (alignment.py); "none" refuses
-            different grids.
+        interpolation: How maps of different grids are resized (alignment.py). With "none",
+            different grids are an error.
         with_prefix: Whether the prefix tokens (CLS) of the map are learnt too.
         projection: (teacher_width, channels of the teacher's map), the matrix from the teacher's
             summary to its embedding; None to learn the summary without a projection.

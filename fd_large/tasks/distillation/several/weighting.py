@@ -40,8 +40,9 @@ this name."""
 class Weighted(Part):
     """Combines losses so that only some teachers count for an image (`join` of `Distillation`).
 
-    The loss is the mean over a step's kept pairs of image and teacher. In this mean an image has
-    the weight that `Distillation.sight.shares` returns.
+    A pair of an image and a teacher is kept if the teacher counts for the image. The loss is the
+    mean over the kept pairs of a step. In this mean an image has the weight that
+    `Distillation.sight.shares` returns.
 
     Args:
         weighting: The rule, and the probability of dropping a teacher.
@@ -70,7 +71,10 @@ class Weighted(Part):
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns (self,), since the number of kept pairs is summed over a whole step."""
+        """Returns (self,), the part that sums over a whole step.
+
+        It sums the number of kept pairs: pairs of an image and a teacher that counts for the image.
+        """
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
@@ -126,7 +130,8 @@ class Weighted(Part):
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
         """Returns the number of kept pairs of image and teacher in a micro-batch, (1,) float64.
 
-        A pair counts as the weight of its image, which `Distillation.sight.shares` returns.
+        A pair is kept if the teacher counts for the image. It adds the weight of its image, which
+        `Distillation.sight.shares` returns, instead of 1.
 
         Args:
             task: The task, whose student is not run.
@@ -141,7 +146,7 @@ class Weighted(Part):
         """Stores the numbers of a step.
 
         Args:
-            totals: (1,), the number of kept pairs in the whole step.
+            totals: (1,), the sum of the results of `sums` over the micro-batches of all ranks.
             micro_batches: Number of micro-batches of the step on all ranks.
         """
         self._number, self._micro_batches = totals, micro_batches
@@ -155,9 +160,9 @@ class Weighted(Part):
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns whether each teacher is kept for each image, (teachers, B) bool.
+        """Returns whether each teacher counts for each image, (teachers, B) bool.
 
-        All teachers are kept if the rule needs random numbers that `drawn` does not have, or
+        All teachers count if the rule needs random numbers that `drawn` does not have, or
         datasets that `maps` does not have, as when operations are counted by shapes.
 
         Args:
@@ -196,9 +201,10 @@ class _Teaches(nn.Module):
 def coins(
     seed: int, epoch: int, positions: ArrayLike, *, teachers: int, drop_probability: float
 ) -> Tensor:
-    """Draws whether each teacher except the worst is kept for an image, (T - 1, B) bool on the CPU.
+    """Draws which teachers besides the worst count for an image, (T - 1, B) bool on the CPU.
 
-    The worst teacher of an image is the teacher with the largest loss.
+    The worst teacher of an image is the teacher with the largest loss, which always counts. Row k
+    is for the k-th of the other teachers.
 
     Args:
         seed: The run's seed.
@@ -212,14 +218,14 @@ def coins(
 
 
 def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
-    """Returns whether each teacher is kept for each image, (T, B) bool.
+    """Returns whether each teacher counts for each image, (T, B) bool.
 
-    The worst teacher of an image, which is the teacher with the largest loss, is always kept.
+    The worst teacher of an image, which is the teacher with the largest loss, always counts.
 
     Args:
         losses: (T, B), the loss of each image by each teacher. Of teachers with the same loss, the
             first counts as the worst.
-        coins: (T - 1, B) bool, whether each teacher except the worst is kept, in the teachers'
+        coins: (T - 1, B) bool, whether each teacher except the worst counts, in the teachers'
             order.
     """
     worst = losses.detach().argmax(0, keepdim=True)
@@ -241,12 +247,12 @@ def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
 def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: int) -> Tensor:
     """Returns the training loss of a micro-batch, a scalar.
 
-    The mean over all micro-batches of a step is the mean loss of the step's kept pairs of image and
-    teacher.
+    The mean over all micro-batches of a step is the mean loss of the step's kept pairs, which are
+    the pairs of an image and a teacher that counts for the image.
 
     Args:
         losses: (T, B), the loss of each image by each teacher, times the weight of the image.
-        kept_pairs: (T, B) bool, whether a teacher is kept for an image.
+        kept_pairs: (T, B) bool, whether a teacher counts for an image.
         number: Number of kept pairs in the whole step, each counted as the weight of its image, a
             scalar. If it is 0, the loss is 0.
         parts: Number of micro-batches of the step on all ranks. The engine averages losses and
