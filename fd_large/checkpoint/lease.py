@@ -54,18 +54,18 @@ _MOST_BYTES = 1 << 16
 
 
 class OwnedError(ConfigError):
-    """Error for a run folder that another start (launch) owns."""
+    """Error for a run folder that another launch of the run owns."""
 
 
 class Lease:
-    """The right of one start (launch) of a run to write the run's folder.
+    """The right of one launch of a run to write the run's folder.
 
     Rank 0 gets its lease from `claim`, which also starts the thread of the heartbeat. Each other
-    rank makes a lease without a heartbeat, with the ID of the same start.
+    rank makes a lease without a heartbeat, with the ID of the same launch.
 
     Args:
         folder: The run's folder.
-        start: ID of the start, which all ranks share.
+        start: ID of the launch, which all ranks share.
 
     Attributes:
         root: The owned folder, which is the run's folder, or the folder of several students'
@@ -84,7 +84,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def owned(self) -> bool:
-        """Whether owner.json still names this lease's start (launch of the run) as the owner.
+        """Whether owner.json still names the launch that has this lease as the owner.
 
         The result is False if owner.json is missing, and True if it exists and cannot be read.
         """
@@ -106,7 +106,7 @@ class Lease:
         return inner
 
     def must_own(self) -> None:
-        """Raises OSError if owner.json is gone or names another start (launch) as the owner.
+        """Raises OSError if owner.json is gone or names another launch as the owner.
 
         The error is an OSError so that callers handle it like a failed write.
         """
@@ -243,11 +243,11 @@ def claim(
     Args:
         folder: The run's folder, which is made if missing.
         say: Function that is called with a line for the user before a longer wait.
-        on_lost: Function that is called in another thread, with the reason, if another start takes
+        on_lost: Function that is called in another thread, with the reason, if another launch takes
             the folder over or owner.json is gone. By default the process ends with exit code 3.
 
     Raises:
-        OwnedError: if another start owns the folder, and is alive or may be alive.
+        OwnedError: if another launch owns the folder, and is alive or may be alive.
         ConfigError: if the folder cannot be made or written.
     """
     this_process = replace(Owner.here(), folder=str(folder.resolve()))

@@ -28,10 +28,10 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A start (launch) of a run, as the owner of the run's folder; stored in owner.json.
+    """A launch of a run, as the owner of the run's folder; stored in owner.json.
 
     Attributes:
-        start: ID of the start.
+        start: ID of the launch.
         host: Name of rank 0's machine.
         boot: ID of the machine's boot; empty if the system has no such ID.
         pid_namespace: PID namespace in which `pid` is valid; containers may have their own.
@@ -40,7 +40,7 @@ class Owner:
         cluster: Name of the Slurm cluster; empty outside of Slurm.
         job: Number of the Slurm job; empty outside of Slurm.
         restarts: Number of restarts of the Slurm job.
-        since: Time at which the start began, by rank 0's clock.
+        since: Time at which the launch began, by rank 0's clock.
         folder: Absolute path of the owned folder; empty if an earlier version wrote the record.
     """
 
@@ -58,7 +58,7 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        """Returns the record of a new start (launch) whose rank 0 is this process.
+        """Returns the record of a new launch whose rank 0 is this process.
 
         The attribute `folder` is left empty.
         """
@@ -79,8 +79,8 @@ class Owner:
     def parse(cls, text: bytes) -> Owner:
         """Parses the contents of an owner.json.
 
-        Values are checked, since anybody may have written the file, and the ID of a start becomes a
-        part of file names.
+        Values are checked, since anybody may have written the file, and the ID of a launch becomes
+        a part of file names.
 
         Args:
             text: The contents.

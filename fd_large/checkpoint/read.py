@@ -177,8 +177,10 @@ def _problem(path: Path, files: int) -> str:
         path: The checkpoint's folder.
         files: Number of files of tensors in the checkpoint.
 
-    Returns: a message about the damage if rank 0 finds it too, or "" for a sound checkpoint.
-    Raises: StorageError: on all ranks, if a rank finds damage in a file that rank 0 finds sound.
+    Returns: a message about the damage if rank 0 finds it too, or "" if no rank finds damage.
+
+    Raises:
+        StorageError: on all ranks, if a rank finds damage in a file in which rank 0 finds none.
     """
     world, rank = distributed.world_size(), distributed.rank()
 

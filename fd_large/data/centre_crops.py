@@ -113,8 +113,8 @@ def central_batches(
         rank: This rank, counted from 0.
         world_size: W, the number of ranks.
         workers: Number of loading processes; 0 loads in this process.
-        max_pixels: Largest number of pixels of an image; larger images are refused before they
-            are decoded.
+        max_pixels: Largest number of pixels of an image. Larger images are not decoded, and count
+            as images that cannot be used.
     """
     starts = range(rank * batch_size, len(source), world_size * batch_size)
     ends = [(start, min(start + batch_size, len(source))) for start in starts]

@@ -39,7 +39,7 @@ def decode(
     Args:
         encoded: The bytes of an image file.
         where: Name of the image in error messages.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        max_pixels: Largest number of pixels; an image with more is not decoded.
         num_rows: Number of rows that are needed from the top; None for all rows. The result may
             have more rows, since decoding stops early only for images whose size
             `size_before_decoding` returns.

@@ -33,7 +33,7 @@ def decode_with_pillow(
     Args:
         encoded: The bytes of an image file.
         where: Name of the image in error messages.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        max_pixels: Largest number of pixels; an image with more is not decoded.
 
     Returns: (H, W, 3) uint8.
     Raises: DataError: if Pillow cannot read the image, or the image has too many pixels.

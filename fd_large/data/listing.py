@@ -112,7 +112,7 @@ def listed(
 
     Of several concurrent runs, one run makes the listing and the other runs wait for the file.
     Without file locks each run makes its own listing, and the last file stays. If the cache folder
-    cannot be written, every start makes the listing again.
+    cannot be written, every launch makes the listing again.
 
     Args:
         dataset: Description of the dataset's kind; with `anchor` it identifies the listing.

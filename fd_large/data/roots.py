@@ -348,7 +348,7 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
 def require_dataset(root: str, *, where: str) -> None:
     """Checks the form of a root, and takes a quick look at its file or folder.
 
-    A path at which nothing exists is not refused here.
+    A path at which nothing exists is no error here.
 
     Args:
         root: Value of `data.root`.

@@ -38,7 +38,8 @@ class ViewSettings:
     Attributes:
         image_size: Side of the view, in pixels.
         min_crop_scale: Smallest area of the crop, as a fraction of the image's area in (0, 1].
-        max_pixels: Largest number of pixels of an image; larger images are refused before decoding.
+        max_pixels: Largest number of pixels of an image. Larger images are not decoded, and raise a
+            DataError.
         color_jitter: Strength of the color jitter, in [0, 1]; 0 turns it off.
         grayscale_probability: Probability of a grey view, in [0, 1].
         interpolation: Interpolation of the resize, which is antialiased.

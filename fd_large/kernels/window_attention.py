@@ -166,7 +166,7 @@ def untested(
 
     Args:
         window: Rows and columns of a window, in tokens.
-        prefix: Number of prefix tokens.
+        prefix: Number of prefix tokens, such as a class token, before the map's tokens.
         head_width: Number of channels of a head.
         table: Whether there is a position bias.
         shifted_product: Whether logits are dot products in shifted windows.

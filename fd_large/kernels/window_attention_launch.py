@@ -79,7 +79,7 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        """N, the number of tokens of a window, prefix tokens included."""
+        """N, the number of tokens of a window, with the `prefix` tokens before the map's tokens."""
         return self.prefix + self.window[0] * self.window[1]
 
     @property
@@ -235,7 +235,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, bias, table and scale, the last three in float32.
 
-    The scale of a dot product is a constant, for which the fourth result is empty.
+    The second or third result is empty if bias or table is None. The fourth result is empty for dot
+    products, whose scale is a constant.
 
     Args:
         dout: (B, N, C), the gradient of the output.

@@ -251,7 +251,8 @@ def position_index(rows: int, columns: int, prefix: int, device: torch.device) -
     Args:
         rows: Rows of the grid of patches.
         columns: Columns of the grid of patches.
-        prefix: Number of prefix tokens; N is this number plus rows * columns.
+        prefix: Number of prefix tokens, such as a class token; N is this number plus
+            rows * columns.
         device: Device of the result.
     """
     return _position_index(rows, columns, prefix, device)

@@ -203,7 +203,7 @@ def nearest_launcher() -> int:
 def hold() -> Iterator[None]:
     """Keeps this rank alive within the `with` block, although its launcher is gone.
 
-    The block finishes a step and saves a checkpoint. The argument `longest_hold` of
+    A rank uses this while it finishes writing a checkpoint. The argument `longest_hold` of
     `watch_launcher` limits the time.
     """
     _holds.append(None)
