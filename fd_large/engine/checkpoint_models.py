@@ -215,9 +215,9 @@ class _Tensors(Tensors):
         return len(self._table)
 
     def shape(self, name: str) -> stream.Shape:
-        """Returns a tensor's shape without reading it."""
+        """Returns the shape of the tensor `name` without reading the tensor."""
         return self._table[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns float32, the data type of all master weights."""
+        """Returns float32, the data type of all stored weights, whatever `name` is."""
         return torch.float32

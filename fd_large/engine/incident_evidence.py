@@ -53,10 +53,11 @@ def evidence_of(
 
 @contextmanager
 def layer_maxima(task: Task) -> Iterator[dict[str, Tensor]]:
-    """Records the largest magnitude of each layer's output inside the block.
+    """Records the largest magnitude of each layer's output within the context.
 
-    A layer is a module with parameters of its own. Yields a dictionary from the layer's name to a
-    float32 scalar on the device, which the block's forward passes fill in execution order.
+    A layer is a module of `task.models()` with parameters of its own. Yields a dictionary from the
+    layer's name to a float32 scalar on the device, which forward passes within the context fill in
+    execution order. If a layer runs several times, the largest value counts.
     """
     maxima: dict[str, Tensor] = {}
 

@@ -124,8 +124,9 @@ class TrainingJob:
         self.between_batches: Callable[[], None] = lambda: None
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe with its models, windows and statistics completed from the weights.
+        """Returns the recipe with those fields set that the weights decide.
 
+        These are the fields of the models, such as attention windows, and the image statistics.
         Only headers of files are read. A recipe that `settle` has returned is not changed by
         another call.
 

@@ -286,7 +286,10 @@ class Trainer:
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward(self, micro_batches: Batches) -> _Passed:
-        """Takes the micro batches of a step from `micro_batches`, and runs forward and backward."""
+        """Takes the micro batches of a step from `micro_batches`, and runs forward and backward.
+
+        Returns: the micro batches, their losses, and the seconds that this rank waited for them.
+        """
         engine, plan = self.engine, self._plan
         passed = _Passed()
 
@@ -457,9 +460,10 @@ class Trainer:
         return BadCount(*map(sum, zip(counts, self._bad_before, strict=True)))
 
     def _after_evaluation(self, *, saved: bool) -> None:
-        """Keeps this step's checkpoint if its evaluation is the best so far.
+        """Keeps this step's checkpoint if the step's evaluation is the best so far.
 
-        If patience is exhausted, the run ends.
+        If patience is exhausted, the run ends. In a run that keeps no best checkpoint, nothing is
+        done.
 
         Args:
             saved: Whether a checkpoint of this step is stored or being written.

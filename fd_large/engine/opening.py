@@ -215,7 +215,9 @@ def _settle_each(
 
 
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
-    """Returns the recipe with the fields that its weights decide: models, windows, statistics.
+    """Returns the recipe with those fields set that its weights decide.
+
+    These are the fields of the models, such as attention windows, and the image statistics.
 
     Args:
         job: The job of the recipe.
@@ -358,7 +360,12 @@ def _fetch_weights(job: TrainingJob) -> None:
 
 
 def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
-    """Compares code, images and weights of all nodes; all ranks must call this function."""
+    """Compares code, images and weights of all nodes; all ranks must call this function.
+
+    Args:
+        jobs: Jobs of the runs, which name the weights.
+        samples: The training images.
+    """
     for job in jobs:
         node_consistency.check(samples, job.sources(), job.weights, job.run.code())
 

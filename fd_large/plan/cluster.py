@@ -46,7 +46,10 @@ class Cluster:
         return min(self.gpus, self.gpus_per_node)
 
     def network(self, rates: Rates) -> float:
-        """Returns the rate in bytes/s that collectives reach over all network cards of a node."""
+        """Returns the bytes/s that collectives reach over all network cards of a node together.
+
+        The result is the fraction `rates.network_share` of the cards' rate.
+        """
         return self.nic_gigabits / 8 * 1e9 * self.nics_per_node * rates.network_share
 
     def seconds(self, size: float, rates: Rates, *, span: Span = "all", calls: int = 1) -> float:

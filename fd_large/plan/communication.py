@@ -34,7 +34,13 @@ KEPT_ELEMENTS = 500_000_000
 
 
 def of_micro_batch(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the collectives in each micro-batch of a rank."""
+    """Returns the seconds of the collectives in each micro-batch of a rank.
+
+    Args:
+        load: The training run.
+        candidate: The settings, of which stage, hpZ and the teachers' placement count here.
+        machine: The hardware.
+    """
     cluster, rates = machine.cluster, machine.rates
     whole = load.compute_bytes(machine) * load.parameters
     calls = sum(1 for n in load.student_sizes if n > load.threshold)
@@ -57,7 +63,15 @@ def of_micro_batch(load: Workload, candidate: Candidate, machine: Machine) -> fl
 
 
 def of_step(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the collectives after the last micro-batch."""
+    """Returns the seconds of the collectives after the last micro-batch of a step.
+
+    The result is 0 at stage 3, which has no such collectives.
+
+    Args:
+        load: The training run.
+        candidate: The settings, of which the stage counts here.
+        machine: The hardware.
+    """
     total = 0.0
     if candidate.stage in (1, 2):
         whole = load.compute_bytes(machine) * load.parameters
@@ -76,7 +90,12 @@ def gathered_again(load: Workload) -> float:
 
 
 def _scatter(load: Workload, machine: Machine) -> float:
-    """Returns the seconds of a reduce-scatter of all gradients, with one collective per bucket."""
+    """Returns the seconds of a reduce-scatter of all gradients, with one collective per bucket.
+
+    Args:
+        load: The training run, which has the number of gradients.
+        machine: The hardware.
+    """
     buckets = -(-load.parameters // gradient_bucket(load.parameters))
     gradients = load.sum_bytes(machine) * load.parameters
     return machine.cluster.seconds(gradients, machine.rates, calls=buckets)

@@ -163,7 +163,7 @@ class Counts:
         return total - (self.again.at(images) if phase == "backward" else 0)
 
     def flops_per_image(self, phase: Phase) -> float:
-        """Returns the FLOPs of a phase for one image, without recomputation."""
+        """Returns the FLOPs of the phase `phase` for one image, without recomputation."""
         images = self.images or 1
         return self.flops(phase, images) / images
 

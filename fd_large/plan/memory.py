@@ -173,7 +173,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Numbers of bytes in one kind of memory.
+    """Numbers of bytes in one memory: that of the device, that of the host, or a disk.
 
     Attributes:
         parameters: Bytes of the trained parameters.

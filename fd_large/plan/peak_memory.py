@@ -59,7 +59,13 @@ class PeakMemory:
 
 
 def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakMemory:
-    """Returns the peak memory of a rank in a run of a workload with a candidate's settings."""
+    """Returns the peak memory of a rank in a run.
+
+    Args:
+        load: The training run.
+        candidate: The settings of the run.
+        machine: The hardware.
+    """
     cluster, rates = machine.cluster, machine.rates
     size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
     bucket = load.sum_bytes(machine) * gradient_bucket(load.parameters)
@@ -106,7 +112,13 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
 
 
 def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Placement:
-    """Returns the settings that determine where the state of a candidate's run is kept."""
+    """Returns the settings that determine where the state of a run is kept.
+
+    Args:
+        load: The training run.
+        candidate: The settings of the run.
+        machine: The hardware.
+    """
     cluster = machine.cluster
     return Placement(
         stage=candidate.stage,

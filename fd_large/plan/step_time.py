@@ -179,7 +179,13 @@ class Estimate:
 
 
 def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate:
-    """Estimates memory and time of a candidate, even if it does not fit into the GPU's memory."""
+    """Estimates memory and time of a run, even if it does not fit into the GPU's memory.
+
+    Args:
+        load: The training run.
+        candidate: The settings of the run.
+        machine: The hardware.
+    """
     return Estimate(
         candidate=candidate,
         memory=peak_memory(load, candidate, machine),
@@ -241,7 +247,15 @@ def reached(rates: Rates) -> tuple[float, float]:
 
 
 def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the bytes that a micro-batch moves in copies of gradients and gathered parameters."""
+    """Returns the bytes that a micro-batch moves in copies of gradients and gathered parameters.
+
+    The gathered parameters are those of the student at stage 3, and of teachers that are sharded.
+
+    Args:
+        load: The training run.
+        candidate: The settings of the run.
+        machine: The hardware.
+    """
     size, moved = load.compute_bytes(machine), 0.0
     if candidate.stage or machine.cluster.gpus > 1:
         # Backward itself writes each gradient once.
@@ -284,7 +298,13 @@ def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
 
 
 def _update(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the optimiser in a step, with gradient norm and clipping."""
+    """Returns the seconds of the optimiser in a step, with gradient norm and clipping.
+
+    Args:
+        load: The training run.
+        candidate: The settings, of which the stage counts: at stage 0 a rank steps all parameters.
+        machine: The hardware.
+    """
     bandwidth = reached(machine.rates)[1]
     # Each master is read, and the new parameter is written. Stage 0 steps the parameters
     # themselves, without a copy.

@@ -84,21 +84,27 @@ class Workload:
         return sum(self.student_sizes)
 
     def accumulation(self, candidate: Candidate, machine: Machine) -> int:
-        """Returns the number of micro-batches of a rank in a step, at least 1."""
+        """Returns the number of micro-batches of a rank in a step, at least 1.
+
+        `candidate` has the micro-batch size, and `machine` the number of ranks.
+        """
         share = self.global_batch_size // machine.cluster.gpus
         return max(1, share // candidate.micro_batch_size)
 
     def counts_of(self, candidate: Candidate, machine: Machine) -> Counts:
-        """Returns the counts of each micro-batch in a step with a candidate's settings."""
+        """Returns the counts of each micro-batch in a step with the settings `candidate`."""
         counts = self.counts[candidate.checkpointing]
         return counts.in_step_of(self.accumulation(candidate, machine))
 
     def compute_bytes(self, machine: Machine) -> int:
-        """Returns the bytes of a parameter in the data type of matrix products: 2 or 4."""
+        """Returns the bytes of a parameter in the matrix products: 2 in bfloat16, 4 in float32."""
         return 2 if machine.rates.bfloat16 else 4
 
     def sum_bytes(self, machine: Machine) -> int:
-        """Returns the bytes of a gradient's element in the sum of gradients over ranks: 2 or 4."""
+        """Returns the bytes of a gradient's element when gradients are summed over ranks.
+
+        The result is 2 in bfloat16, 4 in float32.
+        """
         summed = sums_in_float32(machine.cluster.gpus, bfloat16=machine.rates.bfloat16)
         return 4 if summed else self.compute_bytes(machine)
 

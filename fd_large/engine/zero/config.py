@@ -257,7 +257,10 @@ def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
 
 
 def _ignored(config: dict[str, Any]) -> Iterator[str]:
-    """Yields a line for each setting that has no effect at the JSON's stage or in this package."""
+    """Yields a line for each setting of the DeepSpeed JSON `config` that has no effect.
+
+    A setting may have no effect at the JSON's ZeRO stage, or in no run of this package.
+    """
     zero, stage = config.get("zero_optimization", {}), stage_of(config)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}

@@ -89,7 +89,8 @@ class Disk:
 def _make_room(optimizer: Any, disk: Disk) -> None:
     """Allocates the flat offloaded weights of each parameter group on the disk.
 
-    Replaces the method of DeepSpeed that allocates these weights in host memory.
+    Replaces DeepSpeed's `_create_param_groups_fp16_flat_cpu_memory`, which allocates these weights
+    in host memory.
     """
     for group in optimizer.trainable_param_groups:
         numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])
@@ -103,6 +104,11 @@ def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
     Replaces DeepSpeed's `_setup_for_real_optimizer`. The gradient of a sub-group is a view of the
     flat buffer in which gradients are summed, whereas DeepSpeed makes a copy with the same elements
     in the same order.
+
+    Args:
+        optimizer: DeepSpeed's ZeRO-3 optimiser.
+        disk: The disk.
+        exact: Values of the masters; see `Disk.holds_state`.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
     state_fields, total = kept_by(inner), sum(sizes)

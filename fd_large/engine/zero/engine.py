@@ -131,6 +131,8 @@ def build_engine(
 def _check_quantiser(zero: Mapping[str, Any]) -> None:
     """Checks that DeepSpeed's compiled quantiser can be used, if the JSON asks for it.
 
+    All ranks must call this function. `zero` is the section `zero_optimization` of the JSON.
+
     Raises: ConfigError: if the quantiser cannot be used.
     """
     if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
