@@ -1,4 +1,4 @@
-"""The record of a run folder's owner, and checks whether the owner is alive; imports no torch."""
+"""Stores who owns a run's folder, and checks whether the owner is alive; imports no torch."""
 
 from __future__ import annotations
 

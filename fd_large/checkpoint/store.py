@@ -269,7 +269,7 @@ def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
         kinds: Kinds of tensors whose bytes are checked, such as "master" (master weights) or "ema"
             (averaged weights); None to check the whole files.
 
-    Returns: a message for each damaged file.
+    Returns: a message for each damaged file; empty if no file is damaged.
     """
     problems = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
     return [problem for problem in problems if problem]

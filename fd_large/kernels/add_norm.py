@@ -182,7 +182,8 @@ def add_norm_backward(
     """Returns the gradients of x, branch, gamma, weight and bias.
 
     Here y = x + scale * gamma * branch. If dnormed is None, the results for x, weight and bias are
-    empty; the caller then uses dy, which is the gradient of x.
+    empty; the caller then uses dy, which is the gradient of x. If gamma is None, the result for
+    gamma is empty.
 
     Args:
         dy: (B, ..., C), the gradient of y; None if dnormed is the only gradient.

@@ -93,13 +93,14 @@ class Watch:
     """Thread that ends this rank after another rank's failure.
 
     Args:
-        connect: Returns a client of the store for this watch alone, since a waiting call blocks
-            other callers. The argument is the number of seconds after which connecting fails.
+        connect: Function that returns a client of the store for this watch alone, since a waiting
+            call blocks other callers. The argument is the number of seconds after which connecting
+            fails.
         rank: This rank.
         world_size: Number of ranks.
-        meeting_seconds: Time that the ranks may take to meet.
+        meeting_seconds: Time in seconds that the ranks may take to connect to the store.
         neighbours: The other ranks of this node whose processes are watched.
-        leave: Ends the process with an exit code.
+        leave: Function that ends the process, given the exit code.
     """
 
     def __init__(
@@ -335,8 +336,8 @@ def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more:
     """Starts the thread that ends this rank after another rank's failure.
 
     Args:
-        connect: Returns a client of the store for this watch alone. The argument is the number of
-            seconds after which connecting fails.
+        connect: Function that returns a client of the store for this watch alone. The argument is
+            the number of seconds after which connecting fails.
         rank: This rank.
         world_size: Number of ranks.
         more: Further arguments of `Watch`.
