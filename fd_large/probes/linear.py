@@ -158,7 +158,13 @@ def work(num_train: int, probe: Probe) -> int:
 
 
 class _Layers:
-    """One linear layer for each of R learning rates, all after the same batch norm."""
+    """One linear layer for each of R learning rates, all after the same batch norm.
+
+    Args:
+        num_rates: Number of learning rates, R.
+        num_classes: Number of classes, K.
+        width: Number of features of an image, C.
+    """
 
     def __init__(self, num_rates: int, num_classes: int, width: int) -> None:
         device = distributed.device()

@@ -1,7 +1,7 @@
 """Shows the progress of a command: a bar on a terminal, else a line at least every 30 s.
 
-A thread reads `activity` twice a second and draws the bar. During training nothing is drawn here,
-since training's own bar (`progress.py`) uses the terminal.
+A thread asks twice a second what the command is doing (`activity`), and draws the bar. During
+training nothing is drawn here, since training's own bar (`progress.py`) uses the terminal.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ class _Terminal(logging.Handler):
 
     The records are printed by the console that also draws the progress bar, so that no line breaks
     the bar.
+
+    Args:
+        rank: This rank; of ranks other than 0, only errors are printed, with the rank's number.
     """
 
     def __init__(self, rank: int) -> None:

@@ -101,7 +101,8 @@ class Watchdog(Hook):
         owned: Function that returns whether this launch of the run still owns the folder.
         start: ID of this launch.
         start_seconds: Number of seconds for which the rank may go without a beat until the end of
-            its first step; None for a multiple of `seconds` (`START_FACTOR`).
+            its first step. None for `START_FACTOR` times `seconds`, but at least
+            `LEAST_START_SECONDS` and at most the larger of `MOST_START_SECONDS` and `seconds`.
         leave: Function that ends the process with an exit code.
     """
 

@@ -202,7 +202,11 @@ class DistillationJob(TrainingJob):
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """Labels of the metrics by name; the label of "loss" says which loss the recipe chooses."""
+        """Labels of the metrics, by the metrics' names.
+
+        With a single teacher, the label of "loss" says which loss the recipe chooses; with several
+        teachers it is "sum of the losses".
+        """
         objective, label = self.run.objective, "sum of the losses"
         if not self.run.teachers:
             label = KNOWN.loss(objective.loss, beta=objective.beta).label
@@ -306,7 +310,10 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _on_shapes(self) -> Mapping[str, TeacherOnShapes]:
-        """The `TeacherOnShapes` of each teacher of the recipe `settled`, by name."""
+        """What finds each teacher's image side and grid, by the teacher's name.
+
+        The entries of the teachers are those of the recipe `settled`.
+        """
         return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
@@ -350,7 +357,10 @@ class DistillationJob(TrainingJob):
         )
 
     def images_together(self) -> int:
-        """Returns the smallest number of images that fills the mosaics of every teacher."""
+        """Returns the smallest number of images that fills the mosaics of every teacher.
+
+        The result is 1 if no teacher runs on mosaics.
+        """
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
 
     def sources(self) -> Mapping[str, str]:
@@ -725,7 +735,7 @@ class DistillationJob(TrainingJob):
 
 
 def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
-    """Returns the `TeacherOnShapes` of each teacher of a recipe, by name.
+    """Returns what finds each teacher's image side and grid, by the teacher's name.
 
     Args:
         run: The recipe, with the models and architectures that the weights decide.

@@ -399,6 +399,8 @@ class ShardFiles:
     def _empty(self, rows: int) -> dict[str, NDArray]:
         """Returns uninitialised byte arrays for the tensors of a shard except `checks`, by name.
 
+        Each array is (rows, bytes of a record in this tensor) uint8.
+
         Args:
             rows: Number of records.
         """

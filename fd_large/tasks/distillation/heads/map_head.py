@@ -113,7 +113,11 @@ def with_blocks(
 
 
 class HeardBlocks:
-    """Wraps `Distillation.sight`, to also collect the maps after the student's blocks."""
+    """Wraps `Distillation.sight`, to also collect the maps after the student's blocks.
+
+    Args:
+        sight: The wrapped object, whose other attributes the wrapper has too.
+    """
 
     def __init__(self, sight: Any) -> None:
         self._sight = sight
