@@ -42,13 +42,13 @@ def downloaded(source: str, get: Callable[[], T]) -> T:
 def download(source: str, get: Callable[[], object]) -> None:
     """Fills the library's cache, so that `downloaded` needs no network for the same source.
 
-    In a meeting of all ranks (`ranks.meeting`), rank 0 and the first rank of each node load the
-    object. Outside a meeting each rank loads it. If this process has done so before for this
-    source, nothing is done.
+    In a meeting of all ranks (`ranks.meeting`), rank 0 and the first rank of each node call `get`.
+    Outside a meeting each rank calls it. If this process has done so before for this source,
+    nothing is done.
 
     Args:
         source: The source, as the user gave it.
-        get: Loads the object, from the cache or the network.
+        get: Loads an object from the library's cache, or from the network into the cache.
     """
     _first(source, get)
 
@@ -87,7 +87,7 @@ def _first(source: str, get: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Sets huggingface_hub, which timm and open_clip use too, to offline mode in the block."""
+    """Sets huggingface_hub, which timm and open_clip use too, offline in the `with` block."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -18,15 +18,18 @@ DECODER = "decoder.0."
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """How models of one family are exported to one library; functions take the architecture.
+    """How models of one family are exported to one library.
+
+    All attributes but `window_rule` are functions of our architecture. `copies` also takes, as its
+    first argument, our name of the tensor. Second arguments are, for `lacks`, whether images are
+    padded, and for `config` and `preprocessor`, the statistics by which images are normalised.
 
     Attributes:
         names: Returns the origin of the tensor names, in words, for the model card.
         rows: Returns the table that translates the library's tensor names.
         copies: Returns the names, before translation, under which one of our tensors is written.
             There are several if a shared position bias is copied into every block.
-        lacks: Function of the architecture and of whether images are padded; returns, in words,
-            the features of the model that the library lacks, or "".
+        lacks: Returns, in words, the features of the model that the library lacks, or "".
         added: Returns {the library's name: tensor} of the tensors that the library's model has and
             ours lacks.
         becomes: Returns the architecture of the exported model, which differs from ours if blocks

@@ -51,7 +51,7 @@ def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPosit
 
 
 def positions_in(x: Tensor, windows: Windows) -> TokenPositions:
-    """Returns the positions of the tokens of the map `x`, (B, H, W, C), which `windows` cut."""
+    """Returns the positions of the tokens of the map `x`, (B, H, W, C), cut into `windows`."""
     side, shift = (windows.side,) * 2, (windows.shift,) * 2
     return window_positions((x.shape[1], x.shape[2]), side, shift, pad_first=True)
 

@@ -65,7 +65,8 @@ class StageWindows:
 
     Attributes:
         side: Requested side of a window in tokens.
-        shifts: Whether odd blocks shift their windows, by half a side.
+        shifts: Whether odd blocks shift their windows, by half a side. With the rule "masked", a
+            single window is never shifted.
         rule: "masked": a window is at most as large as the map, and padding is hidden from
             attention. "official": windows keep their size, and padding takes part in attention.
     """

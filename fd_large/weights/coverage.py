@@ -300,7 +300,7 @@ def covered(
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of `items` that fit a model, and checks that the model lacks no tensor.
+    """Yields the pairs of `items` that fit a model, and checks that the model lacks no tensor.
 
     Args:
         expected: {name: shape} of every tensor of the model.

@@ -213,7 +213,7 @@ def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides all Python warnings in the block, such as those of torch's exporters on internals."""
+    """Hides all Python warnings in the `with` block, such as those of torch's exporters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

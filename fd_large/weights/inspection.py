@@ -195,8 +195,9 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
 def _merged(weights: PublishedWeights) -> Architecture:
     """Returns the architecture fields of `weights` that are known, with None in other fields.
 
-    The image size and the window size are those that the format or a configuration states. If
-    neither states them, and for all other fields, a value that the tensors show takes precedence.
+    The image size and the window size are those that the format or a configuration states, or else
+    those that the tensors show. For all other fields, a value that the tensors show takes
+    precedence over a stated one.
     """
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}

@@ -94,7 +94,7 @@ def file_in_package(name: str, where: str) -> Path:
 
 
 def no_open_clip(source: str, where: str) -> WeightsError:
-    """Returns the error for a `source` `open_clip:...` when open_clip is not installed.
+    """Returns the error for `source`, which needs open_clip, when open_clip is not installed.
 
     The message begins with `where`.
     """

@@ -76,11 +76,11 @@ def _there(repository: str, remedy: str) -> ConfigError:
 
 @contextmanager
 def _explained(repository: str, remedy: str) -> Iterator[None]:
-    """Turns errors of the Hub's client in the block into our errors with a one-sentence message.
+    """Turns errors of the Hub's client in the `with` block into our errors.
 
     Args:
         repository: OWNER/NAME of the repository, for messages.
-        remedy: End of each message.
+        remedy: End of each error's message.
 
     Raises: ConfigError: if the repository exists; WeightsError: for other errors.
     """

@@ -122,7 +122,7 @@ class Tensors(Mapping[str, Tensor]):
         return tuple(sorted({str(self.dtype(name)).removeprefix("torch.") for name in names}))
 
     def under(self, names: Mapping[str, str]) -> Tensors:
-        """Returns the tensors that `names`, {new name: old name}, lists, under their new names."""
+        """Returns the tensors of `names`, {new name: old name}, under their new names."""
         entries = {new: self._entries[old] for new, old in names.items()}
         return Tensors(entries, self.path, self.wrapping, self.other_part)
 

@@ -308,8 +308,7 @@ class ResolvedWeights:
         """Downloads the weights into the library's cache, if a library provides them.
 
         For sources that no library provides, nothing is done. All ranks must call this method, in a
-        meeting of ranks (`ranks.meeting`), in which one rank downloads for all ranks with its
-        cache.
+        meeting of ranks (`ranks.meeting`): one rank downloads for all ranks that share its cache.
 
         Raises: WeightsError: if the weights cannot be downloaded.
         """

@@ -238,7 +238,7 @@ class Configuration:
 
 @contextmanager
 def _plain_errors(folder: Path, where: str) -> Iterator[None]:
-    """Turns errors that a damaged configuration causes in the block into a WeightsError.
+    """Turns errors that a damaged configuration causes in the `with` block into a WeightsError.
 
     Args:
         folder: The folder of the configuration, for the message.

@@ -20,10 +20,12 @@ def _timm_has_no_place(a: SwinArchitecture) -> str:
 
 
 def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
-    """Returns why mmsegmentation's Swin and transformers' UPerNet cannot hold the model, in words.
+    """Returns why mmsegmentation's Swin or transformers' UPerNet cannot hold the model, in words.
+
+    The result is "" if both can.
 
     Args:
-        a: The model. If both can hold it, the result is "".
+        a: The model.
         pads: Not used.
     """
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)

@@ -247,7 +247,7 @@ class WindowAttention(nn.Module):
 
 
 class Downsample(PatchMerging):
-    """Patch merging of Swin V1: a norm of the four joined tokens, then the linear reduction."""
+    """Patch merging of Swin V1: a norm of 2x2 concatenated tokens, then the linear reduction."""
 
     def __init__(self, width: int, norm_eps: float, scheme: Scheme):
         super().__init__()

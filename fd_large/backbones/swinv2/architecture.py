@@ -91,7 +91,7 @@ class SwinV2Architecture(WindowedTransformer):
         return replace(self, window_size=window_size, pretrained_window_sizes=trained)
 
     def with_own_position_biases(self) -> Self:
-        """Returns the model with a position-bias MLP in every block."""
+        """Returns the model with a position-bias MLP in every block, none of which blocks share."""
         return replace(self, shared_position_bias=False)
 
     @property

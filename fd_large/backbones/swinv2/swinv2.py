@@ -303,8 +303,8 @@ class CosineAttention(nn.Module):
             windows: Windows over the map, with side w.
             position_table: ((2w - 1)^2, h) float32, the position bias of each offset and head.
 
-        Returns: the mapped tokens, and the bias (C,) of the last layer if it is still to be added
-            to them, or None.
+        Returns: the mapped tokens, and the bias (C,) of the last layer that is still to be added to
+            them; None if this bias is already added.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
@@ -405,7 +405,7 @@ class PositionBias(nn.Module):
 
 
 class Downsample(PatchMerging):
-    """Patch merging of SwinV2: the linear reduction of the four joined tokens, then a norm."""
+    """Patch merging of SwinV2: the linear reduction of 2x2 concatenated tokens, then a norm."""
 
     def __init__(self, width: int, norm_eps: float, scheme: Scheme):
         super().__init__()

@@ -61,7 +61,7 @@ _DRAWS = "sapiens2"
 
 
 def why_refused(name: str) -> str:
-    """Returns why a timm model is refused, or is accepted as a teacher alone, in words.
+    """Returns why timm's model `name` cannot be used at all, or only as a teacher, in words.
 
     Returns "" if no such reason is known. Lists of model names show the text; whether a model is
     accepted is decided only when it is built.

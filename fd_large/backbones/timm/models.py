@@ -212,7 +212,7 @@ class LastMap(NamedTuple):
 
     Attributes:
         side: Side of the image in pixels.
-        layout: Layout of the map in the result.
+        layout: Layout of the map in the result of `forward_features`.
         unused: Paths of the modules that the map does not need.
     """
 

@@ -280,7 +280,8 @@ def load(name: str, where: str) -> Loaded:
 def fetch(name: str, where: str) -> None:
     """Downloads timm's weights of the model `name` into timm's cache, for a later `load`.
 
-    In a meeting of all ranks (`ranks.meeting`), one rank downloads for all ranks with its cache.
+    In a meeting of all ranks (`ranks.meeting`), one rank downloads for all ranks that share its
+    cache.
 
     Raises:
         WeightsError: If timm has no weights for the model, lacks the model, or cannot download the

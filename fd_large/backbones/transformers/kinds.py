@@ -37,7 +37,7 @@ class Kind:
             texts; else "".
         without: Fields of the configuration that leave out modules after the map.
         arguments: Arguments of the class `model` that leave out modules after the map.
-        norm_of_mean: Attribute of the norm that follows the mean of the map, or "".
+        norm_of_mean: Name of the module that normalises the mean of the map, or "".
         asks_to_resize: Whether positions are resized only if an argument of `forward` asks for it.
         class_tokens: Number of tokens of the map before registers and patches.
         statistics: Image statistics that most published models were trained with.

@@ -68,7 +68,10 @@ class ViTArchitecture(Transformer):
 
     @property
     def fixed_image_size(self) -> int:
-        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        """Side in pixels of the only images that the model takes; 0 if it takes any size.
+
+        Without positions the model takes any size that is a multiple of the patch.
+        """
         has_positions = self.absolute_position or self.relative_position != "none"
         return self.image_size if has_positions else 0
 
