@@ -18,7 +18,7 @@ FIRST_SECONDS = 5.0
 
 
 class RunPage(Tracker):
-    """Tracker that writes RUN/report.html after evaluations, and when the run stops early.
+    """Tracker that writes RUN/report.html after evaluations, and at the end of a preempted run.
 
     The full report of a finished run is written elsewhere. A run that fails writes no page, so that
     nothing delays its end.

@@ -526,8 +526,9 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
         folder: The recipe's `engine.nvme_path`; "" if the recipe names no folder.
 
     Raises:
-        ConfigError: If JSON and recipe name different folders, if none of the two names a folder,
-            or if the recipe names a folder although the state stays in memory.
+        ConfigError: If the JSON offloads the optimiser's state to a disk, and JSON and recipe name
+            different folders or none. If the JSON keeps the state in memory, and the recipe names
+            a folder.
     """
     if not offloads_to_disk(config):
         if folder:

@@ -55,11 +55,13 @@ def start_sum(sent: Tensor, owner: int | None) -> Any:
 
 
 class InOrder(ABC):
-    """Sends buckets of gradients in the same order on all ranks, each when it is complete.
+    """Sends buckets of gradients in the same order on all ranks.
+
+    A bucket is sent when all its gradients and those of the earlier buckets are complete.
 
     Args:
-        needs: Number of gradients for which each bucket waits; buckets are in the order in which
-            they are sent.
+        needs: For each bucket, the number of gradients that must be complete before it is sent.
+            Buckets are numbered in the order in which they are sent.
     """
 
     def __init__(self, needs: Sequence[int]) -> None:
@@ -104,8 +106,8 @@ class Reductions(InOrder):
 
     Args:
         engine: DeepSpeed's engine, which decides the data type that is sent.
-        buckets: Tensors to sum.
-        needs: Number of gradients for which each bucket waits.
+        buckets: Tensors to sum, in the order in which they are sent.
+        needs: For each bucket, the number of gradients that must be complete before it is sent.
         owners: For each bucket the rank that needs its sum, or None if all ranks need it. On ranks
             that do not need it, the bucket's content is undefined afterwards.
     """

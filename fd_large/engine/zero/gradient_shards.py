@@ -23,11 +23,11 @@ _NORM_CHUNK = 1 << 16
 
 
 class _Bucket(NamedTuple):
-    """Adjacent parameters of a flat group.
+    """Adjacent elements of a flattened parameter group, whose gradients are reduced together.
 
     Attributes:
-        group: Number of the group.
-        begin: First element in the group.
+        group: Number of the parameter group.
+        begin: Position of the bucket's first element in the flattened group.
         size: Number of elements.
         owner: The rank that steps the whole bucket, or None if each rank steps a part.
         parts: (parameter, start, stop, position) of each parameter with elements in the bucket:

@@ -67,14 +67,13 @@ def decays(
 ) -> bool:
     """Returns whether weight decay applies to a parameter.
 
-    Weight decay does not apply to one-dimensional parameters, biases, names in `skip_names`, and
-    names that contain a word of `skip_keywords`.
+    Weight decay does not apply to one-dimensional parameters and to biases.
 
     Args:
         name: Name of the parameter.
-        ndim: Number of its dimensions.
-        skip_names: See above.
-        skip_keywords: See above.
+        ndim: Number of dimensions of the parameter.
+        skip_names: Names of further parameters to which weight decay does not apply.
+        skip_keywords: Weight decay does not apply if the name contains any of these words.
 
     Source: official code, optimizer.py get_pretrain_param_groups.
     """

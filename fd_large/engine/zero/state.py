@@ -46,7 +46,10 @@ class _Home(NamedTuple):
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Returns which elements of each tensor each rank stores; needs no communication."""
+    """Returns which elements of each tensor each rank stores in a checkpoint.
+
+    This function needs no communication.
+    """
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
