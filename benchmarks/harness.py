@@ -109,7 +109,7 @@ def turns(names: Sequence[Any], rounds: int) -> Iterator[list[Any]]:
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Returns the median and the quartiles of samples, and the samples themselves, for JSON."""
+    """Returns the median and the quartiles of `samples`, and the samples themselves, for JSON."""
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
     return {
         "median": statistics.median(samples),
@@ -162,13 +162,13 @@ def _version(package: str) -> str:
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON, to a folder that is created if it is missing."""
+    """Writes `results` as JSON to the file `path`, whose folder is created if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure to a file, without the top and right sides of its axes."""
+    """Writes the plot `figure` to the file `path`, without the top and right sides of its axes."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -42,7 +42,7 @@ SMALL_SIDE = 96
 
 
 def shapes_of(name: str) -> dict[str, Any]:
-    """Runs a whole model on the meta device, and finds the feature map in its output.
+    """Runs timm's model `name` on the meta device, and finds the feature map in its output.
 
     Returns: shape and stride of the map, or under `refused` the reason why there is none.
     """
@@ -68,7 +68,9 @@ def shapes_of(name: str) -> dict[str, Any]:
 
 
 def numbers_of(name: str) -> dict[str, Any]:
-    """Compares the adapter's map of a model with timm's, with random weights, at one or two sizes.
+    """Compares the adapter's map of the model `name` with timm's, at one or two image sizes.
+
+    The weights are random.
 
     Returns: {"at SIDE": the largest relative difference, or the adapter's refusal} for each image
         size; the model's name; and the result of `is_last`.
@@ -112,7 +114,7 @@ def numbers_of(name: str) -> dict[str, Any]:
 
 
 def student_of(name: str) -> dict[str, Any]:
-    """Runs forward and backward of a model as a student, on the meta device.
+    """Runs forward and backward of timm's model `name` as a student, on the meta device.
 
     Returns: facts about the model; under `refused` or `difference`, the reason why it cannot train.
     """
@@ -182,9 +184,11 @@ def in_tokens(features: Any, width: int) -> Any:
 
 
 def scattered(net: Any) -> Any:
-    """Changes norms, biases and running statistics from their defaults to random values.
+    """Changes norms, biases and running statistics of the model `net` to random values.
 
-    Returns: the model, which is changed in place.
+    Otherwise they have their defaults, by which errors would not show.
+
+    Returns: `net`, which is changed in place.
     """
     import torch
 

@@ -163,9 +163,17 @@ class Distilled(nn.Module):
 def learning_rate(
     step: int, *, peak: float, start: float, least: float, warmup: int, steps: int
 ) -> float:
-    """Returns the learning rate of a step, counted from 0: linear warm-up, then cosine decay.
+    """Returns the learning rate of a step: a linear warm-up, then a cosine decay.
 
     As in the official code, the first two steps have the same rate.
+
+    Args:
+        step: The step, counted from 0.
+        peak: Rate at the end of the warm-up.
+        start: Rate of the first step.
+        least: Rate at the end of the run.
+        warmup: Number of steps of the warm-up.
+        steps: Number of steps of the run.
     """
     t = max(step - 1, 0)
     if t < warmup:
@@ -176,7 +184,10 @@ def learning_rate(
 def make_optimiser(
     model: nn.Module, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Returns an AdamW; vectors, position embeddings and the class token are not decayed."""
+    """Returns an AdamW for the parameters of `model`.
+
+    Weight decay leaves out vectors, position embeddings and the class token.
+    """
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
@@ -228,7 +239,10 @@ def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
 
 
 def images_of(folder: str) -> list[Path]:
-    """Returns the image files below a folder, sorted by path; exits if there are none."""
+    """Returns the image files below `folder`, sorted by path.
+
+    The program ends with a message if there are none.
+    """
     ends = (".jpg", ".jpeg", ".png")
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ends]
     if not paths:

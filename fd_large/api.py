@@ -412,7 +412,7 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _draw_report(folder: str) -> None:
-    """Draws the plots of a finished run; an error in drawing is logged and not raised."""
+    """Draws the plots of the finished run in `folder`; an error is logged and not raised."""
     from fd_large.report.make import make_report
 
     try:

@@ -142,7 +142,7 @@ def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
 
 
 def plain_names(arguments: Iterable[str]) -> list[str]:
-    """Returns the arguments of a command line with `module:` in place of the prefix `UNNAMED`.
+    """Returns `arguments`, those of a command line, with `module:` in place of `UNNAMED`.
 
     The prefix `UNNAMED` marks a name of code that was read from a run's folder, and that the user
     has therefore not allowed by naming it.
@@ -502,7 +502,7 @@ def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
 
 
 def _names_in(path: Path) -> set[str]:
-    """Returns the names that occur in a file's text as definitions, variables or imports.
+    """Returns the names that the text of the Python file `path` defines, assigns or imports.
 
     The set is empty if the text cannot be parsed, or can create further names (`exec`, `import *`).
     """
@@ -532,7 +532,10 @@ def _defined_in(node: ast.AST) -> Iterator[str]:
 
 
 def _tree(path: Path) -> ast.Module:
-    """Returns the syntax tree of a Python file, or an empty tree if it cannot be read or parsed."""
+    """Returns the syntax tree of the Python file `path`.
+
+    The tree is empty if the file cannot be read or parsed.
+    """
     try:
         if path.suffix == ".py":
             return ast.parse(path.read_bytes())

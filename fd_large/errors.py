@@ -33,7 +33,7 @@ _CLOSING = "'`),.;:]}>"
 
 
 def without_secrets(text: str) -> str:
-    """Returns text with user, password and query of each URL in it replaced by `***`.
+    """Returns `text`, in which user, password and query of each URL are replaced by `***`.
 
     Every source shown to a person, on a page, in a log or by a tracker passes through here.
     The query is also masked after a path without a host, as libraries' messages show it.
@@ -56,10 +56,12 @@ def _masked_word(match: re.Match[str]) -> str:
 
 
 def masked(value: Any) -> Any:
-    """Returns a copy of plain values, in which texts and keys are printable and without secrets.
+    """Returns a copy of `value` whose texts and keys are printable and without secrets.
 
-    Plain values are dicts, lists, texts and numbers. Secrets are the parts of URLs that
-    `without_secrets` replaces.
+    Secrets are the parts of URLs that `without_secrets` replaces.
+
+    Args:
+        value: A dict, list, text or number; dicts and lists have such values, too.
     """
     if isinstance(value, str):
         return without_secrets(printable(value))
@@ -211,7 +213,10 @@ class LostRankError(FDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text without secrets; its class if the text is ""."""
+    """Returns the first line of the text of `error`, without secrets (`without_secrets`).
+
+    If the text is "", the result is the name of the error's class.
+    """
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 

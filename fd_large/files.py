@@ -317,7 +317,7 @@ def read_json(
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Returns the object of an optional JSON file as a dict.
+    """Returns the object in the JSON file `path` as a dict.
 
     The dict is empty if the file is missing, damaged, unreadable or holds no object.
     """
@@ -435,7 +435,7 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
 
 
 def out_folder(out: str | Path) -> Path:
-    """Creates the folder of a command's --out if it is missing, and returns its path.
+    """Creates `out`, the folder of a command's --out, if it is missing; returns its path.
 
     Raises: ConfigError: if the folder cannot be created or written.
     """

@@ -75,8 +75,8 @@ def hold(model: object, paths: Iterable[Path]) -> None:
 def check(model: object) -> None:
     """Raises an error if a file of a model's weights was changed in place since it was opened.
 
-    The check makes a stat call for each file. Network file systems cache the result of a stat call
-    for some seconds.
+    The files are those that `hold` has recorded for `model`. The check makes a stat call for each,
+    whose result network file systems cache for some seconds.
 
     Raises: WeightsError: with exit code 3, on this rank alone.
     """
@@ -135,6 +135,9 @@ def _on_bus_error(number: int) -> None:
 
     With the previous handler, the access to memory is repeated, and the signal comes again. The
     signal comes from an access to memory, so the thread holds no lock of malloc or Python.
+
+    Args:
+        number: Number of the signal, SIGBUS.
     """
     sentences = [text for path in list(_opened) if (text := _changed(path, in_place=False))]
     if not sentences:

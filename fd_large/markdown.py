@@ -13,13 +13,13 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def escaped(text: object) -> str:
-    """Returns text as one line of Markdown that shows it literally, also in a cell of a table."""
+    """Returns one line of Markdown that shows `text` literally, also in a cell of a table."""
     line = " ".join(str(text).split())
     return _MARKS.sub(r"\\\1", line.translate(str.maketrans(_ENTITIES)))
 
 
 def code(text: object) -> str:
-    """Returns text as inline code of Markdown, with each backtick replaced by an apostrophe."""
+    """Returns `text` as inline code of Markdown, with each backtick replaced by an apostrophe."""
     line = " ".join(str(text).split()).replace("`", "'")
     return f"`{line}`".replace("|", r"\|")
 

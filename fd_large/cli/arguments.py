@@ -286,7 +286,7 @@ class _Parser(Generic[Own]):
         return WithRecipe(cast(Own, built), cast(Run, run), recipe_fields, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
-        """Refuses `module:` names whose file is missing or does not define the name.
+        """Refuses `module:` names in `arguments` whose file is missing or does not define the name.
 
         The method imports nothing, so that a mistyped name is reported before imports that take
         seconds.
@@ -303,10 +303,13 @@ class _Parser(Generic[Own]):
             raise ConfigError("\n".join(wrong))
 
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Returns {name: value} of the given arguments, the command's own and the recipe's fields.
+        """Returns {name: value} of the command's own arguments and the recipe's fields.
 
         Messages about mistakes are added to `self._mistakes`, and the names of flags with invalid
         values to `self._invalid`.
+
+        Args:
+            arguments: The words after the command. What they do not mention is not in the result.
         """
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
@@ -389,9 +392,14 @@ class _Parser(Generic[Own]):
         return {name.replace("-", "_"): (name, hint) for name, hint in names.items()}
 
     def _say_twice(self, name: str, texts: list[str]) -> None:
-        """Warns that the first value of a repeated flag such as `--teachers.NAME.model` is unused.
+        """Warns that a flag such as `--teachers.NAME.model` is repeated, and which value is used.
 
-        The user may have meant two entries with different names.
+        The user may have meant two entries with different names. There is no warning for a flag
+        that does not have the name of an entry.
+
+        Args:
+            name: The flag, without dashes.
+            texts: The texts of the later value, which is used.
         """
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
@@ -459,10 +467,11 @@ class _Parser(Generic[Own]):
         return f"--{name}: not given; expected {expected}. {see}"
 
     def _without_help(self, arguments: Sequence[str]) -> tuple[list[str], str | None]:
-        """Removes --help, and the name of a section after it, from the arguments.
+        """Removes --help, and the name of a section after it, from `arguments`.
 
-        Returns: the other arguments; and the section, "" if none is named, or None if there is no
-            --help.
+        Returns: the other arguments; and the section, which is "" for --help alone, and None
+            without --help.
+
         Raises: ConfigError: if the section does not exist.
         """
         first = next((n for n, argument in enumerate(arguments) if argument in HELP), None)
@@ -551,9 +560,10 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 
 
 def _own_task(arguments: Sequence[str]) -> str:
-    """Returns the absolute name of the user's own task in the last --task.name.
+    """Returns the name of the user's own task in the last --task.name of `arguments`.
 
-    If the flag is missing, or does not name a task of the user's own, the result is "".
+    Its path is made absolute. If the flag is missing, or names no task of the user's own, the
+    result is "".
 
     Raises: ConfigError: if the task cannot be imported.
     """

@@ -68,7 +68,15 @@ class Cache(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the maps and prints a line for each teacher; with --plan only prints the costs."""
+    """Stores the maps of a recipe's teachers, and prints a line for each teacher.
+
+    With --plan it only prints the costs.
+
+    Args:
+        arguments: The arguments after `cache`.
+
+    Returns: the exit code.
+    """
     parsed = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
     run = _with_views(parsed.run, options.views)
@@ -256,7 +264,11 @@ def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[s
 
 
 def _verdict(cost: CachedTargets) -> str:
-    """Returns a sentence on whether storing the maps saves time in the runs that read them."""
+    """Returns a sentence on whether storing a teacher's maps saves time in the runs that read them.
+
+    Args:
+        cost: The costs and savings for this teacher.
+    """
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
         return f"cached targets pay: {share} less time"

@@ -99,7 +99,10 @@ def _without_manifest(folder: Path) -> list[str]:
 
 
 def list_checkpoints(run: str) -> int:
-    """Prints a table of a run's complete checkpoints, and a line for each damaged checkpoint."""
+    """Prints a table of the complete checkpoints of the run in the folder `run`; returns 0.
+
+    A line below the table names each checkpoint whose manifest.json is missing or damaged.
+    """
     from rich.table import Table
 
     folder, checkpoints = stored_of(run)
@@ -130,7 +133,10 @@ def list_checkpoints(run: str) -> int:
 
 
 def verify(run: str) -> int:
-    """Checks every file of a run's checkpoints; returns 1 if a checkpoint is damaged, else 0."""
+    """Checks every file of the checkpoints of the run in the folder `run`.
+
+    Returns: the exit code, 1 if a checkpoint is damaged, else 0.
+    """
     folder, checkpoints = stored_of(run)
     unreadable = _without_manifest(folder)
     read = activity.counted(checkpoints, "reading every byte", "checkpoints")

@@ -84,7 +84,11 @@ class Embed(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the table, prints a line about it and returns the exit code."""
+    """Writes the table of images' features, and prints a line about it; returns the exit code.
+
+    Args:
+        arguments: The arguments after `embed`.
+    """
     options = parse(Embed, arguments, command="embed")
     data, out = options.data, Path(options.out)
     require_paths(paths_of_models([options.model]) | {"data.root": data.root})
@@ -103,9 +107,12 @@ def main(arguments: list[str]) -> int:
 
 
 def embed(options: Embed) -> tuple[int, int]:
-    """Writes the table of features.
+    """Writes the table of images' features.
 
     Every rank has to call this function.
+
+    Args:
+        options: The arguments of the command.
 
     Returns: the number of rows, and the side of the crops in pixels.
 

@@ -77,7 +77,7 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns the exit code."""
+    """Measures models by `arguments`, those after `evaluate`; returns the exit code."""
     tasks = [later for flag, later in pairwise(arguments) if flag == "--task"]
     tasks += [word.removeprefix("--task=") for word in arguments if word.startswith("--task=")]
     parsed = parse_with_recipe(

@@ -28,13 +28,15 @@ class Init:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns the exit code."""
+    """Writes the Slurm scripts to the folder in `arguments`, those after `init`; returns 0."""
     write(Path(parse(Init, arguments, command="init").folder))
     return 0
 
 
 def write(folder: Path) -> None:
-    """Copies the Slurm scripts to a new or empty folder, and prints the next commands.
+    """Copies the Slurm scripts to `folder`, and prints the next commands.
+
+    The folder is created if it is missing.
 
     Raises: ConfigError: if the folder is not empty, or cannot be written.
     """

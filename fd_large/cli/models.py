@@ -48,11 +48,11 @@ def main(arguments: list[str]) -> int:
 
 
 def matching(part: str) -> list[str]:
-    """Returns the names of all models, timm's included, that contain a text.
+    """Returns the names of all models, timm's included, that contain the text `part`.
 
     Upper and lower case do not matter.
 
-    Raises: ConfigError: if no name contains the text.
+    Raises: ConfigError: if no name contains `part`.
     """
     with activity.work("loading timm"):  # It imports torch, which takes seconds.
         import timm

@@ -238,7 +238,7 @@ def as_counted(run: Run) -> Run:
 
 
 def _as_trained(run: Run) -> Run:
-    """Returns the run, in which a teacher without a named model has the model of its weights.
+    """Returns `run`, in which a teacher without a named model has the model that its weights show.
 
     Training finds the model in the same way. A run whose recipe names the models of all teachers
     is returned unchanged.

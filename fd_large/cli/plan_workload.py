@@ -61,8 +61,13 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
     """Returns the counts of a step that the package has stored for a run and a card.
 
+    Args:
+        run: The recipe.
+        rates: Rates of the card.
+        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
+
     Returns: the counts without activation checkpointing (False) and with it (True); or None if
-        there are none, or if the run reads cached targets.
+        there are none, or if the run reads a teacher's stored maps.
     """
     # Shipped counts include the teachers, which a run with cached targets does not compute.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
@@ -100,7 +105,12 @@ def _moments(run: Run) -> int:
 
 
 def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
-    """Counts a step of a run on a card, which takes seconds.
+    """Counts the FLOPs and bytes of a step of a run on a card, which takes seconds.
+
+    Args:
+        run: The recipe.
+        rates: Rates of the card.
+        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
 
     Returns: the counts without activation checkpointing (False) and with it (True).
 

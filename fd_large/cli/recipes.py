@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run_file(name: str) -> str:
-    """Returns a recipe as a run file: its docstring in comments, then its fields in YAML.
+    """Returns the recipe `name` as the text of a run file for --config.
+
+    The text has the recipe's docstring in comments, and then its fields in YAML.
 
     Raises: ConfigError: if the recipe does not exist.
     """

@@ -308,10 +308,15 @@ def _to_fit(run: Run, *, fresh: bool) -> tuple[str, ...]:
 
 
 def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
-    """Returns a new run with some fields fitted to its images; a resumed run is returned unchanged.
+    """Returns `run` with some fields fitted to its images by `small_data.fit`; logs their values.
 
-    The fitted values are logged. If the images cannot be opened, the run is returned unchanged,
-    and the mistake is reported when the run is opened.
+    A run that resumes is returned unchanged. So is a run whose images cannot be opened; this
+    mistake is reported when the run is opened.
+
+    Args:
+        run: The recipe.
+        named: Full names of the fields that the user set, which stay unchanged.
+        fresh: Whether the run starts again although its folder has an earlier run.
     """
     if not _to_fit(run, fresh=fresh):
         return run
@@ -340,7 +345,10 @@ def parse_train(arguments: list[str]) -> WithRecipe[Train]:
 
 
 def say_how_to_go_on(run: Run) -> None:
-    """Logs a stopped run's progress and the command that resumes it; raises no error."""
+    """Logs the progress of the stopped run `run`, and the command that resumes it.
+
+    If its files cannot be read, that is logged instead, and no error is raised.
+    """
     from fd_large.report.closing import stopped_text
     from fd_large.report.run_files import read_run
     from fd_large.runtime.logs import WHOLE_LINES
@@ -360,7 +368,10 @@ def say_how_to_go_on(run: Run) -> None:
 
 
 def show_report(folder: str) -> None:
-    """Draws a finished run's curves and prints its results; logs an error, and raises none."""
+    """Draws the curves of the finished run in `folder`, and prints its results.
+
+    An error is logged and not raised.
+    """
     from fd_large.report.make import make_report
 
     try:

@@ -75,7 +75,11 @@ class ColumnFlags:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns the exit code."""
+    """Trains the cells of the table of `transfer`, and writes the table; returns the exit code.
+
+    Args:
+        arguments: The arguments after `transfer`.
+    """
     words, of_columns = split(arguments)
     parsed = parse_with_recipe(
         Transfer, words, command="transfer", recipe=registry.FINETUNING_RECIPE
@@ -88,6 +92,9 @@ def main(arguments: list[str]) -> int:
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separates flags of a single column, such as --ade20k.optim.epochs 3, from the other flags.
+
+    Args:
+        arguments: All words after the command. A word that is no flag stays with the flag before.
 
     Returns: the other flags; and {name of a column: its flags, without the name}.
     """

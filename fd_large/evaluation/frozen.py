@@ -272,10 +272,14 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
 
 
 def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
-    """Returns the requested heads of a model, by their names in `--features`.
+    """Returns the requested heads of a model, {name in `features`: head}.
 
-    The value of "own" is None, for the model's own map. The result is empty if the model has no
-    heads, or if only "own" is requested.
+    The head of "own", which stands for the model's own map, is None. The result is empty if the
+    model has no heads, or if only "own" is requested.
+
+    Args:
+        model: The model.
+        features: Values of `--features`: "own", or names of heads.
 
     Raises: ConfigError: if the model has heads, but lacks a requested head.
     """

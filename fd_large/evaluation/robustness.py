@@ -256,9 +256,9 @@ def _measure(request: Request) -> Result:
 
 
 def _job_of(model: NamedModel) -> Any:
-    """Returns the job of the run that fine-tuned a model.
+    """Returns the job of the run that trained `model` as a classifier.
 
-    Raises: ConfigError: if the model is not the student of a run that fine-tuned.
+    Raises: ConfigError: if `model` is not the student of such a run.
     """
     job = model.trained_by
     kind = job.run.task.kind() if job else None

@@ -416,9 +416,13 @@ def _finite(score: float | None) -> float | None:
 
 
 def _finished(trial: Trial, metric: Metric) -> Trial | None:
-    """Returns a finished trial with its recorded score, or None if the trial is not finished.
+    """Returns `trial` with its recorded score, or None if the trial is not finished.
 
     Every rank has to call this function.
+
+    Args:
+        trial: The trial.
+        metric: The score that is read from the trial's record.
 
     Raises: ConfigError: if the trial's folder holds a trial of another recipe or other inputs.
     """

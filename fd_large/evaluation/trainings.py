@@ -67,9 +67,13 @@ def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = Tr
 
 
 def _measure(kind: TaskKind, request: Request) -> Result:
-    """Trains every requested model with every seed.
+    """Trains every requested model with every seed, and writes the results.
 
-    Returns: the results, or only an exit code if a training ends early.
+    Args:
+        kind: The kind of task on which the models are trained.
+        request: The user's request.
+
+    Returns: the results; if a training ends early, they have only an exit code.
     """
     from fd_large.engine.find_model import slug
     from fd_large.engine.predictions import Predictions

@@ -176,9 +176,9 @@ def tested_part(root: str) -> LabelledImages:
 
 
 def _own_projection(model: NamedModel) -> Tensor | None:
-    """Returns the matrix by which a CLIP projects its class token to the image embedding.
+    """Returns the matrix by which the CLIP `model` projects its class token to the image embedding.
 
-    The result is None if the model is the student of a run, or has no such matrix.
+    The result is None if `model` is the student of a run, or has no such matrix.
     """
     from fd_large.tasks.distillation.teacher import projection_of
 

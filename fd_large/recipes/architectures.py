@@ -126,9 +126,10 @@ def by_name(name: str) -> FamilyArchitecture | None:
 
 
 def split_model(source: str) -> tuple[str, str]:
-    """Splits MODEL=SOURCE into the model and the source of weights.
+    """Splits MODEL=SOURCE into the name of the model and the source of weights.
 
-    The model is "" if there is no known model before the first "=", since a path may contain "=".
+    If there is no known model before the first "=", the model is "", and the source is the whole
+    `source`, since a path may contain "=".
     """
     named, sign, weights = source.partition("=")
     if sign and by_name(named):

@@ -48,9 +48,9 @@ def check_division(*, global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def nearest_divisors(number: int, target: int) -> list[int]:
-    """Returns the divisors of a number that are nearest to a target, below and above it.
+    """Returns the divisors of `number` that are nearest to `target`, below and above it.
 
-    There is only one if the target itself divides the number, or is larger than the number.
+    There is only one if `target` itself divides `number`, or is larger than `number`.
     """
     below = next(size for size in range(min(target, number), 0, -1) if number % size == 0)
     above = next((size for size in range(target, number + 1) if number % size == 0), None)

@@ -283,7 +283,10 @@ class WindowedTransformer(Transformer):
         return {**super().summary(), "window": self.window_size}
 
     def with_window(self, window_size: int) -> Self:
-        """Returns the same model with windows of another size, to load trained weights into."""
+        """Returns the same model with windows of `window_size` tokens on a side.
+
+        Weights of this model can be loaded into the result.
+        """
         return replace(self, window_size=window_size)
 
     def _check(self) -> None:

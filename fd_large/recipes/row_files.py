@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 
 def lines_of(path: Path) -> list[Line]:
-    """Returns the lines of a run's .jsonl file; none if the file does not exist.
+    """Returns the lines of `path`, a run's .jsonl file; [] if the file does not exist.
 
     A line is undamaged if it is a JSON object whose entry "update" is a number of steps, followed
     by a newline.

@@ -146,7 +146,11 @@ def when_measured(files: RunFiles, name: str) -> str:
 
 
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
-    """Returns the results of a run as rows (label, text)."""
+    """Returns the results of a run as rows (label, text) for the closing text and the page.
+
+    The rows are the models, losses and metrics, the best checkpoint, the held-out images, speed and
+    memory. A row is left out if the run's files lack its value.
+    """
     summary, student = files.summary, files.recipe["student"]
     begun = f"begun from {student.get('init') or 'random weights'}"
     rows = [("student", f"{full_name(student)}, {begun}")]
@@ -189,7 +193,11 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
-    """Returns suggested commands after this run, as [{"why": reason, "command": command line}]."""
+    """Returns the commands to suggest after a run, [{"why": reason, "command": command line}].
+
+    They depend on the run's task, on whether it is finished, stopped or running, and on whether its
+    student is better than a constant prediction.
+    """
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if beats_constant(files) is False:
@@ -238,11 +246,11 @@ def _on_own_images(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns a reason and a command to train again, if a student was worse than a constant.
+    """Returns a reason and a command to train again, for a student that was worse than a constant.
 
-    The command has more steps if the held-out loss fell, or otherwise a lower learning rate. The
-    start and end of the schedule are lowered with the peak, since rates that a flag sets do not
-    follow the peak.
+    The command is that of the run, as words, with a new folder. If the held-out loss fell, it has
+    more steps or epochs. Otherwise it has a quarter of the learning rates at the peak and at both
+    ends of the schedule, since rates that a flag sets do not follow the peak.
     """
     optim = files.recipe["optim"]
     _, losses = files.evaluated("held_out_loss")

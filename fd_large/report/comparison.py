@@ -19,7 +19,7 @@ COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
 def spread(values: list[float]) -> dict[str, float | None]:
-    """Returns the entries `mean` and `standard_deviation` of values over seeds.
+    """Returns the entries `mean` and `standard_deviation` of `values`, one value for each seed.
 
     The standard deviation is None for a single seed.
     """

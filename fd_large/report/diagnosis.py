@@ -89,7 +89,7 @@ def landscape_of(model: Model, kind: str) -> Landscape | None:
 
 
 def short(label: str) -> str:
-    """Returns a label of at most 30 characters for a panel, shortened in the middle."""
+    """Returns `label`, shortened in the middle to 30 characters if it is longer."""
     return label if len(label) <= 30 else f"{label[:14]}...{label[-13:]}"
 
 

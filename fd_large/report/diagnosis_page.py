@@ -82,7 +82,13 @@ SENTENCES = {
 
 
 def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes index.md into the folder of the plots; returns the path of index.md."""
+    """Writes index.md, the page of a diagnosis, into `folder`; returns its path.
+
+    Args:
+        folder: Folder of the plots.
+        diagnosis: Content of diagnosis.json.
+        pictures: Paths of the plots.
+    """
     models = diagnosis["models"]
     rows = table(models)
     head = ["", *(code(model["source"]) for model in models)]
@@ -107,7 +113,15 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes report.html with embedded plots; returns the path of report.html."""
+    """Writes report.html, the page of a diagnosis with embedded plots, into `folder`.
+
+    Args:
+        folder: Folder of the diagnosis.
+        diagnosis: Content of diagnosis.json.
+        pictures: Paths of the plots.
+
+    Returns: the path of report.html.
+    """
     models = diagnosis["models"]
     return html.write(
         folder / PAGE,
@@ -159,7 +173,11 @@ def table(models: list[Model]) -> list[list[str]]:
 
 
 def notes(models: list[Model]) -> list[str]:
-    """Returns notes on how the numbers of the table can be compared."""
+    """Returns sentences for below the table, on which of its numbers can be compared.
+
+    Args:
+        models: The entries of the models in diagnosis.json.
+    """
     sentences = []
     images = models[0]["landscapes"][0]["images"]
     if len(images) > 1:

@@ -43,7 +43,7 @@ def write_evaluation_page(
 
 
 def _parts(table: Any) -> list[str]:
-    """Returns a table of rich, and the lines of its caption, as parts of HTML."""
+    """Returns the HTML of `table`, a table of rich, and of each line of its caption."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(
         list(rows),

@@ -57,14 +57,20 @@ def fit_basis(tokens: numpy.ndarray) -> Basis:
 
 
 def colours(tokens: numpy.ndarray, basis: Basis) -> numpy.ndarray:
-    """Returns the sRGB colours (..., 3), in [0, 1], of tokens (..., C) in a basis."""
+    """Returns the sRGB colours (..., 3), in [0, 1], of `tokens` (..., C).
+
+    The three components of `basis` become lightness, blue to yellow, and green to red.
+    """
     parts = numpy.clip((tokens - basis.mean) @ basis.components.T / basis.scale, -1, 1)
     lightness = 55 + 38 * parts[..., 0]
     return _srgb(lightness, 55 * parts[..., 2], 65 * parts[..., 1])
 
 
 def mean_cosine(teacher: numpy.ndarray, student: numpy.ndarray) -> float:
-    """Returns the cosine similarity of two maps' tokens (..., C), averaged over tokens."""
+    """Returns the cosine similarity of `teacher` and `student`, averaged over tokens.
+
+    Both are maps of the same tokens, (..., C).
+    """
     norms = numpy.linalg.norm(teacher, axis=-1) * numpy.linalg.norm(student, axis=-1)
     return float(((teacher * student).sum(-1) / numpy.maximum(norms, 1e-12)).mean())
 

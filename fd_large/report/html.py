@@ -56,7 +56,7 @@ def write(
 
 
 def text(value: object) -> str:
-    """Returns a value's text escaped for HTML, with secrets in URLs masked."""
+    """Returns the text of `value`, escaped for HTML, with secrets in URLs masked."""
     return escape(without_secrets(str(value)))
 
 
@@ -82,7 +82,7 @@ def section(heading: str, *parts: str) -> str:
 
 
 def paragraph(words: str) -> str:
-    """Returns plain text as an HTML paragraph."""
+    """Returns the plain text `words` as an HTML paragraph."""
     return _parts().paragraph(words)
 
 

@@ -101,7 +101,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
 
 def smoothed(values: numpy.ndarray) -> numpy.ndarray:
-    """Returns the moving average of values over a centred window, of the same length.
+    """Returns the moving average of `values` over a centred window, an array of the same length.
 
     The window has about a 25th of the values; it is narrower near the ends.
     """

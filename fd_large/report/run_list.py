@@ -149,7 +149,7 @@ class ListedRun:
         return named if named in self.measured else next(iter(self.measured), "")
 
     def last(self, metric: str) -> Value | None:
-        """Returns the newest value of a metric, or None if it was not evaluated."""
+        """Returns the newest value of the metric `metric`, or None if it was not evaluated."""
         return next(reversed(self._values(metric)), None)
 
     def best(self, metric: str) -> Value | None:
@@ -163,7 +163,7 @@ class ListedRun:
         return min(values, key=lambda each: (sign * each.value, each.step), default=None)
 
     def lower_is_better(self, metric: str) -> bool:
-        """Whether lower values of a metric are better."""
+        """Whether lower values of the metric `metric` are better."""
         return self.files is not None and self.files.lower_is_better(metric)
 
     def _values(self, metric: str) -> list[Value]:
@@ -211,8 +211,9 @@ def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def state_of(files: RunFiles) -> str:
-    """Returns the state of a run that is not training now, from summary.json.
+    """Returns the state of a run that is not training now, from the status in its summary.json.
 
-    The state is `DONE`, `STOPPED` by a signal, `KILLED` if there is no summary, or else `FAILED`.
+    The state is `DONE` for a finished run, `STOPPED` for one that a signal stopped, `KILLED` if
+    there is no summary.json, and `FAILED` for every other status.
     """
     return _STATES.get(files.summary.get("status", ""), FAILED)

@@ -366,7 +366,11 @@ def _difference_text(difference: dict[str, Any], digits: int) -> str:
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields pairs of rows to compare: each student with its teachers and with random weights."""
+    """Yields the names of two rows to compare, for each pair.
+
+    Each student is compared with each of its teachers, and with random weights. Pairs with a model
+    that has no row are left out.
+    """
     names = {row["name"] for row in summary["rows"]}
     for row in summary["rows"]:
         for other in (*row.get("teachers", [row.get("teacher")]), row.get("scratch")):
@@ -480,7 +484,11 @@ def _lower_is_better(summary: dict[str, Any]) -> list[str]:
 
 
 def _made_by(summary: dict[str, Any], column: str) -> str:
-    """Returns a text on how a column was trained: recipes with changes, dataset and seeds."""
+    """Returns a text on how the cells of the column `column` were trained.
+
+    It names the recipes with their changes, the dataset and the number of seeds, or says "not
+    trained" if the column has no cells.
+    """
     cells = [cell for cell in summary["cells"] if cell["column"] == column]
     if not cells:
         return "not trained"

@@ -42,7 +42,7 @@ def random_direction(module: nn.Module, seed: int) -> Direction:
 
 @contextmanager
 def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Direction]]], None]]:
-    """Yields a function that sets the parameters to start + the sum of step * direction.
+    """Yields a function that sets the parameters of `module` to start + sum of step * direction.
 
     The argument of the function is a list of pairs (step, direction). The start is the parameters'
     values before the block, which are restored after the block.

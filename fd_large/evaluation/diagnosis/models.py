@@ -234,9 +234,10 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 
 
 def _positions(backbone: nn.Module) -> str:
-    """Returns the kinds of a model's position encodings, such as "absolute and relative" or "none".
+    """Returns the kinds of the position encodings of `backbone`.
 
-    The kinds are recognised by the names of parameters and modules.
+    The result is "absolute", "relative", "absolute and relative" or "none". The kinds are
+    recognised by the names of parameters and modules.
     """
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]

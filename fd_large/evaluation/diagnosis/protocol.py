@@ -91,7 +91,7 @@ def _summary(models: list[dict[str, Any]]) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU, or "the CPU" with the number of torch's threads."""
+    """Returns the name of the GPU `device`, or "the CPU" with the number of torch's threads."""
     import torch
 
     if device.type == "cuda":

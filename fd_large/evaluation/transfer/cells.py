@@ -363,7 +363,11 @@ def _as_entries(others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entry of a cell in summary.json, from the cell's record."""
+    """Returns the entry of a cell in summary.json.
+
+    Args:
+        record: The record in the folder of the cell's run, cell.json.
+    """
     recipe = record["recipe"]
     return {
         "recipe": recipe["name"],
@@ -445,7 +449,11 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
-    """Returns the state of each cell's run: `DONE`, `FAILED`, or "" for an unfinished run.
+    """Returns the state of the run of each cell: `DONE`, `FAILED`, or "" for an unfinished run.
+
+    Args:
+        out: Folder of the table.
+        cells: The cells.
 
     Raises:
         ConfigError: If the folder of a cell holds a different run, or if the run of a cell is in a

@@ -25,9 +25,11 @@ _OPTION = re.compile(r"[a-z][a-z-]*(=.+)?")
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuses texts that do not have the form of sbatch options without their dashes.
+    """Refuses `options` that do not have the form of sbatch options without their dashes.
 
-    Raises: ConfigError: with the first text of another form.
+    The form is NAME=VALUE, as in nodes=2.
+
+    Raises: ConfigError: with the first option of another form.
     """
     for option in options:
         require(
@@ -39,9 +41,11 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def script(name: str) -> str:
-    """Returns the path of a batch script below the current folder.
+    """Returns the path of the batch script `name`, which is slurm/NAME or NAME.
 
-    Raises: ConfigError: if the script does not exist.
+    Both are relative to the current folder; the first one that exists is returned.
+
+    Raises: ConfigError: if neither exists.
     """
     for path in (Path("slurm") / name, Path(name)):
         if kind_of(path) == "file":
