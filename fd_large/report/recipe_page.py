@@ -38,13 +38,14 @@ optim:
   max_steps: 20000
 ```
 
-The file is YAML or JSON, nested as the `recipe.json` of a run, which is such a file. Flags win
-over the file, `--recipe` over its name. Mistakes name file and line. Files are data: code of your
-own that they name runs only with `--allow_code FILE.py`. `plan` takes run files too.
+The file is YAML or JSON, nested as the `recipe.json` in the folder of a run, so that a
+`recipe.json` can be given too. Flags win over the file, `--recipe` over its name. Mistakes name
+file and line. Files are data: code of your own that they name runs only with `--allow_code
+FILE.py`. `plan` takes run files too.
 
-Duration and memory are what `plan` computes for each recipe's settings on A100s of 80 GB (40
-where it says so), in nodes of 8 with eight 100 Gb/s network cards, with the DeepSpeed JSON that
-it names or zero1.json. Public measurements of steps lie within such ranges; a run that waits for
+Duration and memory are what `plan` computes for each recipe's settings on A100s of 80 GB (40 where
+it says so), in nodes of 8 with eight 100 Gb/s network cards, with the DeepSpeed JSON that the row
+names, or with zero1.json. Public measurements of steps lie within such ranges; a run that waits for
 images takes longer ([scaling.md](scaling.md)).
 """
 

@@ -71,7 +71,7 @@ def test_memory_of_loading():
 
 def test_checkpoints_images_and_kills():
     waits = result("checkpoint")["stall_relative_to"]["deepspeed"]["median"]
-    assert f"| {waits:.2f} times as long |" in row("training waits")
+    assert f"| {waits:.2f} times as long |" in row("time that training waits")
     pipelines = result("data_pipeline")["pipelines"]
     folder, tar = (
         f"{pipelines[f'fd_large, {name}']['ratio_to_pil']:.2f}"
