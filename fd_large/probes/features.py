@@ -36,7 +36,7 @@ MAX_BAD_FRACTION = 0.01
 
 
 class Features(NamedTuple):
-    """Features and labels of N images for one kind of pooling, as memory-mapped arrays.
+    """Features and labels of N images for one way of pooling, as memory-mapped arrays.
 
     Attributes:
         rows: (N, C) float32, the features.

@@ -37,7 +37,7 @@ def file_system(path: Path) -> str:
 
 
 def write_speed(folder: Path) -> float:
-    """Measures the speed of writing to a folder, by a temporary file.
+    """Measures the speed of writing to the folder `folder`, by a temporary file.
 
     At most 256 MiB are written, in at most about 2 s, and flushed to the disk.
 

@@ -374,9 +374,10 @@ class Guard(Hook):
         self._past.roll_backs, self._past.restored = roll_backs, restored
 
     def _read(self, updates: int) -> _Past:
-        """Returns what the guard knows after the first `updates` steps, the same on every rank.
+        """Returns the skipped and accepted steps and the roll-backs in the first `updates` steps.
 
-        Rank 0 reads it from the run's folder; all ranks must call this method.
+        The result is the same on every rank. Rank 0 reads it from the run's folder; all ranks must
+        call this method.
         """
         past: _Past | None = None
         if distributed.is_main():

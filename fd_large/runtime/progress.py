@@ -73,7 +73,7 @@ class Progress(Tracker):
             activity.on_change.append(self._draw)
 
     def on_step(self, update: Update) -> None:
-        """Sets the finished steps that the bar shows to those up to `update`, the last step."""
+        """Moves the bar to the step `update`, which was just finished."""
         self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:

@@ -323,7 +323,7 @@ def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the version of each package in `PACKAGES`, or None if it is not installed."""
+    """Returns {package: its version} for `PACKAGES`; the version is None if it is not installed."""
     installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

@@ -147,7 +147,10 @@ class Watchdog(Hook):
         self._where = f"after step {setting.first_update} of {self._total}"
 
     def beat(self, *_: object, **__: object) -> None:
-        """Records a beat (a sign of progress), so that the seconds are counted from zero again."""
+        """Records a beat (a sign of progress), so that the seconds are counted from zero again.
+
+        The arguments are not used, so that this method can serve as several methods of `Hook`.
+        """
         self._beats += 1
 
     on_skip = on_roll_back = on_evaluation = on_save = beat

@@ -114,7 +114,7 @@ class TeacherOnShapes:
         self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
     def make(self) -> Frozen:
-        """Constructs the teacher with random weights, for the image sizes `image_size` and `sides`.
+        """Constructs the teacher with random weights, for all sides of the student's images.
 
         Raises:
             ConfigError: if the entry's model or image size is still "auto", since the weights have

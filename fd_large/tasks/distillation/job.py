@@ -662,7 +662,11 @@ class DistillationJob(TrainingJob):
         return evaluations
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the hook that writes the feature panel, and a canary for each teacher."""
+        """Returns the hook that writes the feature panel, and canaries that check teachers.
+
+        There is a canary for each teacher whose maps are not read from a cache; there is none if
+        `runtime.canary_every` is 0.
+        """
         every = self.run.runtime.canary_every
         return [FeaturePanel(), *canaries(self.placed, every, self.run.data.image_size)]
 

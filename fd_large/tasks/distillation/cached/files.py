@@ -120,7 +120,7 @@ class Record(NamedTuple):
 
     Attributes:
         map: Tokens of the map, (N, C), in host memory.
-        thumbnail: (64,) uint8.
+        thumbnail: (64,) uint8, the view in grey, 8 x 8 pixels row by row.
     """
 
     map: Stored

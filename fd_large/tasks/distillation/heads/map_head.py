@@ -168,7 +168,10 @@ class BesideLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the output's gradient for `tensor`, and zeros for `beside`."""
+        """Returns (gradient for `tensor`, gradient for `beside`).
+
+        The first is `slopes[0]`, the gradient of the output; the second is zeros.
+        """
         (beside,) = ctx.saved_tensors
         return slopes[0], torch.zeros_like(beside)
 
