@@ -113,7 +113,7 @@ def build(name: str, setting: Setting) -> Step:
     """Returns the step of a contender; all ranks build contenders in the same order.
 
     Args:
-        name: The contender, a key of `harness.TITLES`.
+        name: The contender, such as "zero1" or "ddp" (a key of `harness.TITLES`).
         setting: Models, batch and precision.
 
     Raises: Unavailable: if the contender cannot run on this machine.

@@ -72,7 +72,7 @@ def the_run(model: str, blocks: int, *, placement: str, checkpoints: bool) -> An
     """Returns a recipe whose student and teacher have a given number of blocks.
 
     Args:
-        model: The kind of blocks, a key of `MODELS`.
+        model: The kind of blocks, "ViT-L" or "SwinV2-G".
         blocks: Number of blocks.
         placement: Value of teacher.placement.
         checkpoints: Whether every block of the student is checkpointed.

@@ -111,7 +111,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     Args:
         path: The file.
         name: Name of the model.
-        loader: One of `LOADERS`.
+        loader: "fd_large" for this package's loader, or "naive".
 
     Returns: seconds, memory in bytes, and a hash of all ranks' weights.
     """
@@ -184,7 +184,7 @@ def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[
     Args:
         path: The file.
         arguments: The flags.
-        loader: One of `LOADERS`.
+        loader: "fd_large" for this package's loader, or "naive".
     """
     flags = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
     code = harness.start(__file__, *flags, ranks=RANKS)

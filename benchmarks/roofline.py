@@ -77,9 +77,9 @@ class Row:
     """Costs of an operation, or the total costs of several operations.
 
     Attributes:
-        phase: Part of the step, one of `PHASES`.
+        phase: "student forward", "student backward" or "teacher forward".
         stage: "stage N" of a Swin model, "blocks" of a ViT, or "ends" for all other modules.
-        kind: Class of the operation, one of `CLASSES`.
+        kind: Class of the operation, such as "matmul" or "attention" (see `CLASSES`).
         op: Name of the operation.
         flops: Floating-point operations of matrix products.
         read: Bytes that are read.

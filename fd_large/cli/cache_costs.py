@@ -45,7 +45,7 @@ def costs_of(
     is divided among them in proportion to their FLOPs.
 
     Args:
-        job: The job of a recipe with fixed views, after `settle`.
+        job: The job of a recipe with fixed views, in which the models of all teachers are known.
         load: FLOPs and bytes of the workload on the card.
         rates: Rates of the card.
         images: Number of images of the dataset.

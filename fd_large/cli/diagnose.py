@@ -44,7 +44,11 @@ class Diagnose(DiagnosisFlags, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Diagnoses the models, prints a summary and returns the exit code."""
+    """Examines models by `diagnose`, and prints a summary; returns the exit code.
+
+    Args:
+        arguments: The arguments after `diagnose`, which name the models and the images.
+    """
     options = parse(Diagnose, arguments, command="diagnose")
     require_paths(paths_of_models(options.models) | {"data.root": options.data.root})
     return measured(DIAGNOSIS, options, {})

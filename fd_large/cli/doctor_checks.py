@@ -42,7 +42,8 @@ class Finding(NamedTuple):
 
     Attributes:
         found: What was found, in a few words.
-        verdict: Seriousness of the result, a key of `SEVERITY`.
+        verdict: Seriousness of the result: "ok"; "-" if nothing was checked; "slow", "low",
+            "missing" or "check" for something to look at; or "STOPS" if training cannot start.
         remedy: What the user can do, if the verdict is not "ok".
         alike: Facts that should be the same on every node, as text; "" for none.
     """

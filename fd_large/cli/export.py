@@ -81,7 +81,13 @@ class Export(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Exports the student, uploads it if requested, and prints a line on the written files."""
+    """Exports a run's student, uploads it if requested, and prints a line on the written files.
+
+    Args:
+        arguments: The arguments after `export`.
+
+    Returns: the exit code.
+    """
     options = parse(Export, arguments, command="export")
     # torch is not imported yet.
     recipe_file(run_of_checkpoint(options.run), where="export")

@@ -88,7 +88,11 @@ class Plan(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Plans a run, prints the report and writes the requested files; returns the exit code."""
+    """Plans a run, prints the report and writes the requested files; returns the exit code.
+
+    Args:
+        arguments: The arguments after `plan`.
+    """
     parsed = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
     for flag, file in (

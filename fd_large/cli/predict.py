@@ -48,7 +48,13 @@ class Predict(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Predicts, and prints a line for each image; returns 2 if an image cannot be read, else 0."""
+    """Draws a run's predictions for images, and prints a line for each image.
+
+    Args:
+        arguments: The arguments after `predict`, which name the run and the images.
+
+    Returns: the exit code, 2 if an image cannot be read, else 0.
+    """
     options = parse(Predict, arguments, command="predict")
     unread = 0
     for prediction in predict(options.run, options.images, out=options.out, score=options.score):

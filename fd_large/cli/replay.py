@@ -28,7 +28,13 @@ class Replay(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Repeats the step, and prints its losses and gradient norm beside the recorded values."""
+    """Repeats a recorded step that the guard refused; returns the exit code.
+
+    It prints the step's losses and gradient norm beside the recorded values.
+
+    Args:
+        arguments: The arguments after `replay`, which name the record.
+    """
     options = parse(Replay, arguments, command="replay")
     require_paths({"replay": options.file})
     # Importing torch and deepspeed takes seconds.

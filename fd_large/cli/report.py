@@ -21,7 +21,11 @@ class Report:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the report of a run and prints its summary; returns the exit code."""
+    """Draws the curves of a run, writes its report and prints its results; returns the exit code.
+
+    Args:
+        arguments: The arguments after `report`, which name the run.
+    """
     options = parse(Report, arguments, command="report")
     from fd_large.report.make import make_report
 

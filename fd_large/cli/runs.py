@@ -50,7 +50,13 @@ class Runs:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table of runs; messages on unreadable folders go to stderr."""
+    """Prints a table of the runs below a folder; returns the exit code.
+
+    Messages on folders that cannot be read go to stderr.
+
+    Args:
+        arguments: The arguments after `runs`, which name the folder.
+    """
     options = parse(Runs, arguments, command="runs")
     root = Path(options.folder)
     runs = _listed(root)

@@ -50,7 +50,11 @@ class Statistics(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Measures a teacher's channels, writes the file and prints a line; returns the exit code."""
+    """Writes the mean and covariance of a teacher's channels to a file; returns the exit code.
+
+    Args:
+        arguments: The arguments after `statistics`.
+    """
     parsed = parse_with_recipe(
         Statistics, arguments, command="statistics", recipe=registry.DEFAULT_RECIPE
     )

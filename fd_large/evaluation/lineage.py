@@ -57,7 +57,7 @@ class Training(NamedTuple):
 
 
 def trainings_of(source: str) -> list[Training]:
-    """Returns the trainings that led to weights, the latest first; none for random weights.
+    """Returns the trainings that led to weights, the latest first; [] for random weights.
 
     Args:
         source: The weights, as `teacher.source` takes them.

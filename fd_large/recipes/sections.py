@@ -123,7 +123,7 @@ class Student:
     ) -> Student:
         """Returns the section with the defaults of those fields that have no use for a model.
 
-        Only the fields in `SIZE_FIELDS` are reset.
+        Only the fields on image and window sizes are reset (`SIZE_FIELDS`).
 
         Args:
             architecture: The model.

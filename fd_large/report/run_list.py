@@ -59,7 +59,8 @@ class ListedRun:
 
     Attributes:
         folder: Folder of the run.
-        state: One of `STATES`.
+        state: "running", "done", "stopped" by a signal, "failed" by an error or the guard, "killed"
+            without a record of its end, or "damaged" if its files cannot be read.
         files: Contents of the folder, or None if they cannot be read.
         problem: Reason why the run failed or cannot be read; "" otherwise.
     """

@@ -448,7 +448,11 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_one_class(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields notes on cells whose model predicts the same class for every test image."""
+    """Yields a note on each finished run whose model predicts one class for every test image.
+
+    Args:
+        summary: Content of summary.json.
+    """
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {column["name"]: column["title"] for column in summary["columns"]}
     for cell in summary["cells"]:
@@ -460,7 +464,11 @@ def _of_one_class(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:
-    """Yields notes on cells whose recipe differs from that of the first row."""
+    """Yields a note on each row and column whose recipe differs from the first row's in the column.
+
+    Args:
+        summary: Content of summary.json.
+    """
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {column["name"]: column["title"] for column in summary["columns"]}
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():

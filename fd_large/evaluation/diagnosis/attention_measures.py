@@ -38,7 +38,7 @@ def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
     1.
 
     Args:
-        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
         positions: Positions of the tokens.
     """
     there = (positions.index >= 0).to(attention)[None, :, None, None, :]
@@ -53,7 +53,7 @@ def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
     patches. Prefix tokens are neither queries nor keys.
 
     Args:
-        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
         positions: Positions of the tokens.
     """
     per_query = (among_patches(attention, positions) * distances(positions)[:, None]).sum(-1)
@@ -65,7 +65,7 @@ def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
     """Returns the share of attention that patches, as queries, pay to prefix tokens: (B, h).
 
     Args:
-        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
         positions: Positions of the tokens.
     """
     prefix = (positions.index == PREFIX).to(attention)[None, :, None, None, :]
@@ -81,7 +81,7 @@ def head_similarity(
     The map of a head for an image is one vector. The result is NaN for a layer with a single head.
 
     Args:
-        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
         positions: Positions of the tokens.
         patches_alone: Whether to use only the attention among patches. If all heads attend mostly
             to a prefix token, their complete maps are similar even if the maps among patches are
@@ -109,7 +109,7 @@ def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
     The result is None if no window is complete.
 
     Args:
-        attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+        attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
         positions: Positions of the tokens.
     """
     if not positions.whole.any():
@@ -209,7 +209,7 @@ class LayerFigures:
         """Adds the layer's attention maps for a batch of images to the sums.
 
         Args:
-            attention: (B, nW, h, T, T), whose rows are queries and sum to 1.
+            attention: (B images, nW windows, h heads, T queries, T keys), of sum 1 over the keys.
             positions: Positions of the tokens.
         """
         self.images += len(attention)

@@ -68,7 +68,7 @@ class Similarity:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def matrix(self) -> Tensor:
-        """Returns the CKA of all pairs of layers: (L, L) float64, with 1 on the diagonal.
+        """Returns the CKA of all pairs of the L layers: (L, L) float64, with 1 on the diagonal.
 
         The entries of a layer are NaN if its features are the same for all images.
         """

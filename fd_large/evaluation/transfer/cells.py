@@ -64,7 +64,8 @@ class Row:
     """Row of the table, which is a model.
 
     Attributes:
-        kind: Role of the model in its run.
+        kind: Role of the model in its run: "student", "teacher", or "scratch" for the student's
+            architecture with random weights.
         model: The model and the source of its weights.
         run: The recipe of the distillation to which the model belongs.
         weights: Digest of the model's weights.
