@@ -244,7 +244,7 @@ def start_ranks(arguments: argparse.Namespace) -> int:
 
 
 def sorted_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the title and the results of each contender, the fastest first."""
+    """Returns a pair (title, results) for each contender in `results`, the fastest first."""
     rows = results["contenders"].items()
     ordered = sorted(rows, key=lambda row: -row[1]["images_per_second"])
     return [(_title(name, results), row) for name, row in ordered]
@@ -292,7 +292,7 @@ def _spread(sample: dict[str, Any]) -> str:
 
 
 def subtitle(results: dict[str, Any]) -> str:
-    """Returns the title of the table and the plot, with models, sizes and machine."""
+    """Returns two lines with the models, sizes and machine in `results`, for table and plot."""
     return (
         f"{results['model']} ({results['trained_parameters'] / 1e6:.1f}M trained), "
         f"{results['image_size']} px, {results['micro_batch']} images per rank, "

@@ -32,6 +32,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
 
     Returns: the machine's rates; and for each recipe the times of the phases of its step, or None
         if the step does not fit in memory.
+
     Raises: LaunchError: if a rank fails.
     """
     import torch

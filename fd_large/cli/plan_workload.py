@@ -44,7 +44,15 @@ NO_SHAPES = (
 
 
 def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused") -> Workload:
-    """Returns the workload of a run on a card, from stored counts or by counting a step.
+    """Returns the workload of a run on a card: FLOPs and bytes of a step, and facts on its batch.
+
+    The FLOPs and bytes are those that the package has stored for this run and card, if there are
+    any. Otherwise a step is counted, which takes seconds.
+
+    Args:
+        run: The recipe.
+        rates: Rates of the card.
+        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
 
     Raises: FDError: if the run's models cannot be built.
     """

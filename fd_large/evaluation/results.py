@@ -67,9 +67,10 @@ class Row:
             self.predicted.append(predicted)
 
     def right(self) -> NDArray[np.bool_] | None:
-        """Returns whether each labelled image was classified correctly, (seeds, images) bool.
+        """Returns whether each image was classified correctly, (seeds, images) bool.
 
-        The result is None if labels, or the predictions of a seed, are missing.
+        Images without a label (`NO_LABEL`) are left out. The result is None if the row has no
+        labels, or lacks the predictions of a seed.
         """
         import numpy as np
 

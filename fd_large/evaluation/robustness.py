@@ -186,8 +186,9 @@ def best_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns labels and predictions, (N,) each; both are equal where the prediction is correct.
 
-    The label of an image is the first of the image's correct classes, or -1 without any. If the
-    class with the largest logit is another one of these, the label is returned as the prediction.
+    The label of an image is the first of the image's correct classes, or -1 without any. The
+    prediction is the class with the largest logit. If this is one of several correct classes of the
+    image, the prediction is replaced by the label, so that both are equal.
 
     Args:
         logits: (N, K), of N images and K classes.

@@ -72,7 +72,11 @@ class RunFiles:
 
     @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
-        """The recipe's section of each frozen model, by name ("teacher" or "teacher NAME")."""
+        """The recipe's section of each frozen model, {name: section}.
+
+        The name is "teacher" for a single teacher, and "teacher NAME" for one of several. Models
+        without a source of weights are left out.
+        """
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
         several = sections.pop("teachers", {})
         sections |= {f"teacher {name}": entry for name, entry in several.items()}
