@@ -45,8 +45,9 @@ class Groups:
             statistics. PASS: the images of one micro-batch of every rank are one group.
 
     Attributes:
-        images: Number of images in the present forward, set for a model that may flatten other
-            dimensions into the first; 0 if the first dimension holds the images alone.
+        images: Number of images in the present forward. It is needed for a model whose norms may
+            get more than the images along their first dimension, for example windows. With 0 the
+            length of the first dimension is the number of images.
     """
 
     def __init__(self, size: int = 0) -> None:

@@ -54,7 +54,9 @@ class Format:
     refusal: str = ""
 
     def is_it(self, names: Collection[str], wrapping: tuple[str, ...]) -> bool:
-        """Whether a file has this format: all `marks` are found in it, and `without` is not.
+        """Whether a file has this format, by the names of its tensors and the wrapping keys.
+
+        Each pattern in `marks` must match, and the pattern `without`, if any, must match none.
 
         Args:
             names: Names of the file's tensors.

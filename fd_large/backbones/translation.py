@@ -27,14 +27,14 @@ class Row(NamedTuple):
 
     In a pattern, `#` matches a number and `*` any text. `{a|b}` matches one of the alternatives; a
     name is written with the first. `+` matches the number that `#` matches in the other pattern,
-    plus one.
+    plus one: `layers.+.x` in the file is `blocks.#.x` here.
 
     Attributes:
         theirs: Pattern of names in the file; "-" for a tensor that an export leaves out.
         ours: Pattern of our names; "-" for a tensor that is left out when a file is read.
         form: Form of the tensor in the file, or "" if it is the same as in our model. "q", "k" and
             "v": a third of the rows of our tensor. "token": (C) for our (1, 1, C). "batched":
-            (N, C) for our (1, N, C). "matrix": a convolution with kernels of side 1 for our
+            (N, C) for our (1, N, C). "matrix": (out, in, 1), the weight of a convolution, for our
             (out, in). "unfolded": the last axis of merged patches in the order of nn.Unfold.
     """
 

@@ -96,7 +96,10 @@ class FixedViews(NamedTuple):
     seed: int
 
     def draws(self, epoch: int, index: int) -> Draws:
-        """Returns the random numbers of the view of image `index` in epoch `epoch`, from 0."""
+        """Returns the random numbers of the view of image `index` in epoch `epoch`.
+
+        Epochs count from 0; the views recur after `count` epochs.
+        """
         return view_draws(self.seed, epoch % self.count, [index])[0]
 
 

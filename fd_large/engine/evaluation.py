@@ -43,7 +43,7 @@ class Pending(Protocol):
             meanwhile: Called repeatedly while waiting, on all ranks; an error that it raises ends
                 the wait.
 
-        Raises: FDError: on all ranks, if the work failed.
+        Raises: FDError: on all ranks, if the process that computes the metrics failed.
         """
 
     def forget(self) -> None:

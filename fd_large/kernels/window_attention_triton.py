@@ -208,15 +208,17 @@ def add_bias(
 ):  # fmt: skip
     """Adds a head's position bias, and a penalty between tokens of different regions, to logits.
 
-    Logits, bias and penalty are multiplied by log2(e), because the kernels compute powers of 2.
-    Names that end in _i are for queries, and names in _j for keys. The caller decides which of the
-    two are the rows of the tile, by the shapes (n, 1) and (1, m).
+    `logits` and `TABLE` must already be multiplied by log2(e), as the constant `PENALTY` is,
+    because the kernels compute powers of 2. Names that end in _i are for queries, and names in _j
+    for keys. The caller decides which of the two are the rows of the tile, by the shapes (n, 1) and
+    (1, m).
 
     Args:
         logits: (rows, columns) of a tile, or a number.
         TABLE: The position bias of each offset for this head, or None.
-        number_i: Index of each query in the window; number_j of each key.
-        offset_i: Third result of `place` for each query; offset_j for each key.
+        number_i: Index of each query in the window; number_j: index of each key.
+        offset_i: Row times (2 WW - 1) plus column of each query in the window, the third result of
+            `place`; offset_j: the same for each key.
         region_i: Region of each query; region_j of each key.
         PREFIX: Number of prefix tokens.
         WH: Rows of a window.

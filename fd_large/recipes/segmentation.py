@@ -6,11 +6,12 @@ recipes of the same backbones, and each recipe names its source.
 
 All recipes have these settings: images scaled by 0.5 to 2, crops in which no class has more than
 three quarters of the pixels, flips, and photometric distortion; AdamW with betas .9/.999 and no
-clipping; a learning rate that falls linearly to 0 over all steps, multiplied by a warm-up of 1500
-steps from a millionth; an auxiliary head of weight 0.4; losses over all pixels; 150 classes, with
-label 0 ignored. Images are resized with antialiasing, and their colours are converted to HSV once,
-while mmsegmentation's distortion converts them twice. A step is one pass on 8 GPUs, and batch norms
-in the heads use the statistics of the whole batch. An epoch is the 20,210 training images.
+clipping; a learning rate that falls linearly to 0 over all steps, and in the first 1500 steps is
+also multiplied by a factor that rises from a millionth to 1; an auxiliary head of weight 0.4;
+losses over all pixels; 150 classes, with label 0 ignored. Images are resized with antialiasing, and
+their colours are converted to HSV once, while mmsegmentation's distortion converts them twice. A
+step is one micro-batch on each of 8 GPUs, and batch norms in the heads use the statistics of the
+whole batch. An epoch is the 20,210 training images.
 
 Sources: SwinTransformer/Swin-Transformer-Semantic-Segmentation @87e6f90 (configs/swin);
 microsoft/unilm @768a3c8 (beit/, beit2/ semantic_segmentation); arXiv 2111.09883 (SwinV2-G).

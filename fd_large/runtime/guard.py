@@ -65,8 +65,9 @@ class Finding:
         value: The loss or gradient norm of the step.
         median: Median of the same number over the last accepted steps; None without such steps.
         limit: Largest normal value; None while there are fewer than `KNOWN` accepted steps.
-        spread: Spread of the loss, or of the natural logarithm of the gradient norm, over the last
-            accepted steps; None if `median` is None.
+        spread: 1.4826 times the median absolute deviation of the loss, or of the natural logarithm
+            of the gradient norm, over the last accepted steps, with a lower limit; None if `median`
+            is None.
     """
 
     what: str

@@ -40,7 +40,8 @@ class ExportedStudent:
     Attributes:
         architecture: The student, with the image size of the export.
         statistics: Image statistics that the student was trained with.
-        into: How the student is written in the library's format; None for a graph.
+        into: Names and configuration by which a library reads the student; None if `to` is a graph
+            ("onnx" or "program").
         to: The export format.
         parameters: Number of elements in the student's tensors.
         manifest: The checkpoint's manifest: steps, samples, facts of the job.

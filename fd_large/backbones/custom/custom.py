@@ -13,10 +13,11 @@ A teacher needs neither `drop_path_rates` nor `blocks()`, and brings its weights
 called with the images alone. These attributes are optional:
 
     statistics                            mean and standard deviation by which images are normalised
-    layer_id(name), last_layer            layers of parameters, for `optim.layer_decay`
+    layer_id(name), last_layer            number of a parameter's layer, and the highest number,
+                                          for `optim.layer_decay`
     no_weight_decay()                     names of parameters that get no weight decay
     fewest_places                         number of positions of the smallest map that a batch norm
-                                          normalises, if that is not the last map
+                                          normalises; needed only if that is not the last map
     stages(images, keep)                  for detection, four maps (B, H, W, C) of images of any
                                           size, with `stage_widths` and `stage_strides`
 

@@ -1,4 +1,4 @@
-"""The fields of a timm model, and the timm models that have a name here."""
+"""Architecture class of timm's models, and those that have a short name in this project."""
 
 from __future__ import annotations
 

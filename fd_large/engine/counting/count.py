@@ -255,7 +255,9 @@ def step_flops(
 def kernel_calls(
     job: TrainingJob, device: choose.Device, *, bfloat16: bool, frozen_bfloat16: bool
 ) -> list[Call]:
-    """Returns the distinct calls of fused operations in a step of two images (`kernels/check.py`).
+    """Returns the distinct calls of fused operations in a step of two images.
+
+    Each call is one that `kernels/check.py` can compare with its reference.
 
     Args:
         job: The job that describes the task; no weights or images are read.
@@ -263,7 +265,7 @@ def kernel_calls(
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether the frozen models compute in bfloat16.
 
-    Raises: FDError: if a step cannot run without values.
+    Raises: FDError: if a step cannot run on the meta device, where tensors have no values.
     """
     with on_shapes(device), recording() as calls:
         task, _ = models_of(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)

@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
     """Returns the micro batch sizes to try, in rising order.
 
-    The sizes are the powers of two below the least valid size, then the least valid size, its
-    double, its fourfold and so on, as long as a size divides `share`.
+    A size is valid if it divides `share` and is a multiple of `together`. If `share` is no multiple
+    of `together`, images of several ranks share statistics, and `share` is the only valid size. The
+    result has the powers of two below the smallest valid size, which only serve to measure memory,
+    and then the smallest valid size and its doublings that divide `share`.
 
     Args:
-        share: Images of a rank per step; a multiple of the micro batch size.
-        together: Number of images that share the statistics of batch norms. A valid size is a
-            multiple of this number. If `share` is not a multiple of it, images of several ranks
-            share statistics, and `share` is the only valid size.
+        share: Images of a rank per step.
+        together: Number of images that share the statistics of batch norms.
     """
     least, sizes = together if share % together == 0 else share, [1]
     while 2 * sizes[-1] < least:

@@ -174,9 +174,10 @@ class Canary(Hook):
             self._report(done, changed, differs, max(far for _, far in reports))
 
     def _distance(self) -> float:
-        """Returns how far this rank's map is from its map at the start.
+        """Returns how far the teacher's map of the fixed images is from that at the start.
 
-        The distance is the norm of the difference, divided by the norm of the map at the start.
+        Both maps are computed on this rank. The distance is the norm of the difference, divided by
+        the norm of the map at the start.
         """
         now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
         return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()

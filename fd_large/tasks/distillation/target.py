@@ -161,9 +161,9 @@ class NamedTarget(Target):
         return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
-        """Returns the teacher's summary, (B, 1, Ct), or the summary's embedding in float32.
+        """Returns the teacher's summary, (B, 1, Ct), or its projection.
 
-        The result is the embedding if the target has a projection.
+        If the target has a projection, the result is the projected summary, (B, 1, C) float32.
 
         Args:
             teacher: The teacher's map.

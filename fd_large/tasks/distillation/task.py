@@ -228,7 +228,7 @@ class Whole:
     def undrawn(self, images: Tensor) -> Drawn:
         """Returns an empty dictionary, the placeholder for the result of `draws`.
 
-        Placeholders are used in training without random numbers, to count operations by shapes.
+        A placeholder stands for the random numbers if a step runs only to count its operations.
 
         Args:
             images: Not used.
