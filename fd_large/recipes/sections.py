@@ -55,49 +55,55 @@ class Student:
     model: str
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)
-    # How random weights are drawn. fd: normal with standard deviation 0.02, residual outputs scaled
-    # down with depth, SwinV2's branch norms start at 1e-5. official: as in the Swin-Transformer
-    # repository, where branch norms start at 0.
+    # Distribution of random initial weights. fd: normal with standard deviation 0.02; the last
+    # weight of each residual branch shrinks with depth, and the norms at the ends of SwinV2's
+    # residual branches start at 1e-5. official: as in the Swin-Transformer repository, where the
+    # norms at the ends of SwinV2's residual branches start at 0.
     initialization: Literal["fd", "official"] = "fd"
-    # Probability of dropping a residual branch in the last block, in [0, 1); it rises linearly to
-    # that from 0 in the first block. 0 turns drop path off.
+    # Probability with which the last block drops a residual branch, in [0, 1). The probability
+    # rises linearly over the blocks, from 0 in the first block. 0 turns drop path off.
     drop_path_rate: float = 0.1
     # Weights to start from: a file or a run folder (docs/weights.md lists the formats). Empty
     # starts from random weights.
     init: str = ""
-    # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
-    # random, or that the weights may hold in excess.
+    # Name patterns (with * and ?) of tensors in which student.init and the model may differ. A
+    # tensor of the model that the file lacks then stays random, and a tensor of the file that the
+    # model lacks is ignored.
     init_allow: tuple[str, ...] = ()
-    # Neighbouring images of the global batch that share the statistics of a batch norm in training,
-    # where the model has batch norms (a ResNet). 0: the running statistics of student.init are used
-    # as they are. auto: 0 with student.init, else the divisor of batch.global_batch_size that is
-    # nearest to 32, 8 at least.
+    # Number of neighbouring images of the global batch that share the statistics of a batch norm in
+    # training. It matters only for a model with batch norms, such as a ResNet. 0: the running
+    # statistics of student.init are used unchanged. auto: 0 with student.init; without it, the
+    # divisor of batch.global_batch_size, at least 8, that is nearest to 32.
     norm_batch: int | Literal["auto"] = "auto"
-    # What to do with an image size that is not a multiple of the patch size. drop: ignore the
-    # remainder, as published. pad: pad the image, and maps as window_rule says.
+    # What happens to an image whose size is not a multiple of the patch size. drop: the remaining
+    # pixels are ignored, as published. pad: the image is padded, and maps are padded as window_rule
+    # says.
     size_rule: Literal["drop", "pad"] = "drop"
-    # How a Swin model cuts a map that its windows do not divide, or that is no larger than one.
-    # masked: padding is hidden from attention, a window is never larger than the map, and a single
-    # window is not shifted. official: as the published backbones of mmdetection, mmsegmentation and
-    # MIM-Depth-Estimation, where padding takes part in attention and windows keep their size and
-    # shift; needs size_rule pad.
+    # How a Swin model cuts a map into windows if the map's size is not a multiple of the window
+    # size, or if the map is no larger than a window. masked: padding is hidden from attention, a
+    # window is never larger than the map, and a single window is not shifted. official: as in the
+    # published backbones of mmdetection, mmsegmentation and MIM-Depth-Estimation, padding takes
+    # part in attention, and windows keep their size and shift; this needs size_rule pad.
     window_rule: Literal["masked", "official"] = "masked"
-    # Under window_rule official: whether odd blocks of each stage shift their windows, as True True
-    # False False (MIM-Depth-Estimation). Empty: odd blocks of all stages do.
+    # Whether odd blocks shift their windows, a value for each stage, under window_rule official.
+    # True True False False is the choice of MIM-Depth-Estimation. Empty: odd blocks of all stages
+    # shift their windows.
     shift_stages: tuple[bool, ...] = ()
-    # Under window_rule official: side of a window in each stage of a SwinV2, in tokens, as 30 30 30
-    # 15. Empty: architecture.window_size in all stages.
+    # Side of a window in tokens, a number for each stage of a SwinV2, under window_rule official;
+    # for example 30 30 30 15. Empty: architecture.window_size in all stages.
     stage_windows: tuple[int, ...] = ()
-    # Data type of the residual stream. compute: the data type of matrix products, which takes less
-    # memory where that is bfloat16.
+    # Data type of the residual stream. float32: always float32. compute: the data type of matrix
+    # products; if that is bfloat16, the residual stream takes less memory.
     residual_dtype: Literal["float32", "compute"] = "float32"
-    # keep: store attention maps for the backward pass (refused on GPUs). recompute: compute them
-    # again there. auto: recompute on GPUs, keep on CPUs, where it is faster.
+    # How the backward pass gets the attention maps. keep: the forward pass stores them (refused on
+    # GPUs). recompute: the backward pass computes them again. auto: recompute on GPUs, and keep on
+    # CPUs, where it is faster.
     attention_memory: Literal["auto", "keep", "recompute"] = "auto"
-    # every: store only the inputs of blocks and compute the blocks again in the backward pass.
-    # offload: the same, with the inputs in host memory.
+    # Whether the backward pass computes blocks again. off: it does not. every: the forward pass
+    # stores only the inputs of blocks, and the backward pass computes the blocks again. offload: as
+    # every, with the inputs in host memory.
     activation_checkpointing: Literal["off", "every", "offload"] = "off"
-    # Checkpoint every k-th block, 1 or more; 1 checkpoints every block. Ignored while
+    # Number k, 1 or more: every k-th block is checkpointed; 1 checkpoints every block. Ignored if
     # activation_checkpointing is off.
     checkpoint_every: int = 1
 
@@ -137,30 +143,36 @@ class Student:
     def sizes(self) -> dict[str, Any]:
         """Returns {name: value} of the fields on image and window sizes (`SIZE_FIELDS`).
 
-        They decide how the model treats images and maps of sizes that do not divide, and windows.
+        They decide what the model does with an image whose size is not a multiple of the patch
+        size, and with a map whose size is not a multiple of the window size. They also decide the
+        windows of each stage.
         """
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedStudent(Student):
-    """One of several students that learn from the same batches, with its optimisation."""
+    """A student among several that learn from the same batches, with its optimisation."""
 
     place: ClassVar[str] = "students.NAME"
 
     # Peak learning rate of this student, per 512 images. None: optim.base_lr.
     base_lr: float | None = None
-    # Learning rate of this student at which the warm-up starts. None: optim.warmup_lr. With a
-    # base_lr of its own it keeps its ratio to it unless it or optim.warmup_lr is set, too.
+    # Learning rate of this student at which the warm-up starts, per 512 images. None:
+    # optim.warmup_lr. If this student has its own base_lr, and neither this field nor
+    # optim.warmup_lr is set, the ratio of optim.warmup_lr to optim.base_lr is kept.
     warmup_lr: float | None = None
-    # Learning rate of this student at which the schedule ends. None: optim.min_lr. With a base_lr
-    # of its own it keeps its ratio to it unless it or optim.min_lr is set, too.
+    # Learning rate of this student at which the schedule ends, per 512 images. None: optim.min_lr.
+    # If this student has its own base_lr, and neither this field nor optim.min_lr is set, the ratio
+    # of optim.min_lr to optim.base_lr is kept.
     min_lr: float | None = None
     # Weight decay of this student. None: optim.weight_decay.
     weight_decay: float | None = None
-    # Learning rate of each layer relative to the one above. None: optim.layer_decay.
+    # Factor of this student's learning rate from a layer to the layer below it. None:
+    # optim.layer_decay.
     layer_decay: float | None = None
-    # Decay of the average of this student's weights, 0: none is kept. None: optim.ema_decay.
+    # Decay of the exponential moving average of this student's weights. None: optim.ema_decay. 0:
+    # no average is kept.
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
@@ -203,16 +215,18 @@ class FrozenModel:
     folder_schemes: ClassVar[tuple[str, ...]] = ()
     """Prefixes that `source` may have before a folder's path, such as "cached:"."""
 
-    # Name of the model, which also decides its image statistics and its final norm. auto: the model
-    # that the weights of `source` belong to.
+    # Name of the model, which also decides the statistics that normalise its images, and its final
+    # norm. auto: the model to which the weights of `source` belong.
     model: str = AUTO
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)
-    # The weights: a file, a folder, or another source that docs/weights.md lists. `random`: random
-    # weights, for throughput runs and tests. Training stops while it is empty.
+    # Source of the weights: a file, a folder, or another source that docs/weights.md
+    # lists. `random`: random weights, for throughput runs and tests. A run whose source is empty
+    # does not start.
     source: str = ""
-    # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
-    # random, or that the weights may hold in excess.
+    # Name patterns (with * and ?) of tensors in which `source` and the model may differ. A tensor
+    # of the model that the source lacks then stays random, and a tensor of the source that the
+    # model lacks is ignored.
     allow: tuple[str, ...] = ()
     # Mean and standard deviation of red, green and blue with which the model's images are
     # normalised: six numbers for pixel values in 0..1. Empty uses those of the model's training.
@@ -263,50 +277,56 @@ class Data:
     # builtin:photographs; or a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
     # Several of these by weight: "0.7 /data/imagenet + 0.3 web=/data/web" (docs/data.md).
     root: str = ""
-    # Fraction of the images of a folder without train/ and val/ that is held out of all training
-    # and used for tests: k-NN, linear probes, fine-tuning. Segmentation, depth and detection take
-    # it from their train split. Which images follows from the names of the files, so images that
-    # are added move no other. 0 holds none out.
+    # Fraction of the images that is held out of all training and used for tests: k-NN, linear
+    # probes and fine-tuning. It is for a folder without train/ and val/. Segmentation, depth and
+    # detection hold out images of their train split. The names of the files decide which images are
+    # held out, so that added images do not change the choice among the others. 0 holds no image
+    # out.
     val_fraction: float = 0.0
-    # Share of the labelled training images of each class that fine-tuning, linear probes and k-NN
-    # learn from, one image at least. 1: all.
+    # Fraction of the labelled training images of each class from which fine-tuning, linear probes
+    # and k-NN learn, in (0, 1], at least one image. 1: all images.
     fraction: float = 1.0
-    # Largest number of labelled training images of each class that they learn from. 0: all.
+    # Largest number of labelled training images of each class from which fine-tuning, linear probes
+    # and k-NN learn. 0: no limit.
     per_class: int = 0
-    # Seed of the choice of these images, which also depends on the images' names.
+    # Seed of the choice of labelled images by data.fraction and data.per_class. The choice also
+    # depends on the images' names.
     label_seed: int = 0
-    # Folder on a local disk of each node for what is read from an object store and unpacked from
-    # parquet files. Empty: the folder `blocks` of the cache (FD_CACHE, else ~/.cache/fd_large).
+    # Folder on a local disk of each node for blocks of files that are read from an object store,
+    # and for images that are unpacked from parquet files. Empty: the folder `blocks` of the
+    # cache (FD_CACHE, else ~/.cache/fd_large).
     cache: str = ""
-    # Gigabytes that these blocks may take on each node; above it those used longest ago are
-    # removed.
+    # Size limit of data.cache on each node, in gigabytes, above 0. When it is exceeded, the files
+    # that were used longest ago are removed.
     cache_gb: float = 50.0
     # Side of the square crop, in pixels.
     image_size: int = 224
-    # Sides of the crop in a run at several resolutions, data.image_size among them: each step draws
-    # one of them for all its images. Evaluations, and tables of positions, have data.image_size.
-    # Empty: all steps have data.image_size.
+    # Sides of the square crop in a run at several resolutions, in pixels; data.image_size must be
+    # one of them. Each step draws one side for all its images. Evaluations and tables of positions
+    # use data.image_size. Empty: all steps use data.image_size.
     image_sizes: tuple[int, ...] = ()
     # Smallest area of a crop, as a fraction of the image's area in (0, 1]. 1 takes the whole image.
     min_crop_scale: float = 0.08
-    # Strength of random changes of brightness, contrast, saturation and (at a quarter of it) hue,
-    # in [0, 1]. 0 turns them off, as in the paper.
+    # Strength of random changes of brightness, contrast, saturation and hue, in [0, 1]; hue changes
+    # by a quarter of this strength. 0 turns the changes off, as in the paper.
     color_jitter: float = 0.0
-    # Probability of turning a view grey, in [0, 1]. 0 turns it off, as in the paper.
+    # Probability of turning an image grey, in [0, 1]. 0 turns this off, as in the paper.
     grayscale_probability: float = 0.0
-    # Whether each image is mixed with its neighbour in the batch, by a share that is drawn anew for
-    # every 128 images. Student and teachers see the mix.
+    # Whether each image is mixed with the neighbouring image of the global batch (mixup). The
+    # weight of the two images is random, and the same for every 128 images. Student and teachers
+    # see the mixed image.
     image_mixup: bool = False
-    # Largest fraction of images that may be unusable, in [0, 1). Unusable images are skipped and
-    # named; above this fraction of the images tried (counted as at least 1000, over all starts of
-    # the run) the run stops and lists them; the next start counts anew. 0 stops the run at the
-    # first one.
+    # Largest fraction of images that may be unusable (damaged, or larger than max_pixels),
+    # in [0, 1). Unusable images are skipped and named. If their number exceeds this fraction of the
+    # images tried (counted as at least 1000, over all starts of the run), the run stops and lists
+    # them; the next start counts anew. 0 stops the run at the first unusable image.
     max_bad_fraction: float = 0.01
-    # Largest number of pixels of an image. Larger images are skipped like damaged ones, before they
-    # take memory. The default is 8192 x 8192, which takes up to 0.9 GB while it is decoded.
+    # Largest number of pixels of an image. Larger images are skipped like damaged images, before
+    # they are decoded. The default is 8192 x 8192; an image of that size takes up to 0.9 GB while
+    # it is decoded.
     max_pixels: int = 2**26
-    # Number of loader processes per rank, at most 16 for each core that the rank may use, or 64
-    # where that is more. 0 loads in the training process.
+    # Number of loader processes per rank. The limit is 16 for each core that the rank may use, but
+    # at least 64. 0 loads in the training process.
     workers: int = 4
 
     def __post_init__(self) -> None:
@@ -361,26 +381,25 @@ class Optim:
     name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4
-    # Learning rate per 512 images at which the warm-up starts; under cosine that of the first two
-    # steps, as in the published runs. With another base_lr it keeps its ratio to it unless it is
-    # set, too.
+    # Learning rate per 512 images at which the warm-up starts. The schedule cosine uses it for the
+    # first two steps, as in the published runs. If base_lr is changed and warmup_lr is not set,
+    # warmup_lr keeps its ratio to base_lr.
     warmup_lr: float = 5e-7
-    # Learning rate per 512 images at which the schedule ends. With another base_lr it keeps its
-    # ratio to it unless it is set, too.
+    # Learning rate per 512 images at which the schedule ends. If base_lr is changed and min_lr is
+    # not set, min_lr keeps its ratio to base_lr.
     min_lr: float = 5e-6
-    # How the learning rate falls. cosine: half a cosine after the warm-up. linear: in a straight
-    # line over all steps, with the warm-up multiplied into it, as in the published segmentation
-    # runs of Swin, BEiT and MAE. linear_after_warmup: in a straight line from the warm-up's end,
-    # as in mmsegmentation 1.x. In these two the layers' own learning rates (layer_decay) begin at
-    # their own share of warmup_lr. rise_and_fall: with the power 0.9 up during the warm-up and as
-    # long down, then min_lr, as in the published depth runs of SwinV2; all of it is scaled for a
-    # layer. steps: divided by ten after each share of the run in `drops`, but not below min_lr, as
-    # in the published detectors.
+    # Shape of the learning rate. cosine: half a period of a cosine after the warm-up. linear: a
+    # straight line over all steps, multiplied by the warm-up's factor, as in the published
+    # segmentation runs of Swin, BEiT and MAE. linear_after_warmup: a straight line from the end of
+    # the warm-up, as in mmsegmentation 1.x. rise_and_fall: a rise with power 0.9 during the
+    # warm-up, a fall with the same power in as many steps, then min_lr, as in the published depth
+    # runs of SwinV2. steps: the peak divided by ten after each fraction of the run in `drops`, but
+    # not below min_lr, multiplied by the warm-up's factor, as in the published detectors.
     schedule: Literal["cosine", "linear", "linear_after_warmup", "rise_and_fall", "steps"] = (
         "cosine"
     )
-    # For steps: shares of the run after which the learning rate falls, such as 0.75 0.9167 (27 and
-    # 33 of 36 epochs).
+    # Fractions of the run after which the learning rate of the schedule steps falls, each between 0
+    # and 1, such as 0.75 0.9167 (after epochs 27 and 33 of 36). Other schedules need an empty list.
     drops: tuple[float, ...] = ()
     # Decoupled weight decay. Norms, biases and SwinV2's position-bias MLPs are not decayed. 0 turns
     # it off.
@@ -389,27 +408,31 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     # Constant added to the square root of AdamW's second moment.
     eps: float = 1e-8
-    # Largest L2 norm of all gradients together. 0 turns clipping off.
+    # Largest L2 norm of the gradients of all parameters together. Larger gradients are scaled down
+    # to it. 0 turns clipping off.
     clip_norm: float = 3.0
-    # Factor of the learning rate from one layer to the layer below it, down to the embedding,
-    # between 0 and 1. 1 gives all layers the same learning rate. All keep the same warmup_lr and
-    # min_lr.
+    # Factor of the learning rate from a layer to the layer below it, down to the embedding,
+    # in (0, 1]. 1 gives all layers the same learning rate. The factor scales a layer's peak in
+    # every schedule, its warmup_lr in every schedule but cosine, and its min_lr in rise_and_fall
+    # alone.
     layer_decay: float = 1.0
-    # Factor of the learning rate of the whole backbone, beside layer_decay, in (0, 1]. Heads and
-    # pyramids have the full learning rate. 1 turns it off.
+    # Factor of the learning rate of the whole backbone, in (0, 1], multiplied by the factors of
+    # layer_decay. Heads and feature pyramids have the full learning rate. 1 turns it off.
     backbone_rate: float = 1.0
     # Decay of the exponential moving average of the weights, in [0, 1), for example 0.9999.
     # Evaluation and export use the average. 0 turns it off.
     ema_decay: float = 0.0
     # Number of passes over the dataset, which also sets the length of the schedule.
     epochs: int = 300
-    # Number of passes, or a fraction of one, over which the learning rate rises. 0 turns warm-up
-    # off. In a run of fewer epochs than that it keeps its share of them unless it is set, too.
+    # Length of the warm-up, in which the learning rate rises, in epochs; fractions are allowed. 0
+    # turns warm-up off. If optim.epochs is set to a number that does not exceed the warm-up, and
+    # warmup_epochs is not set, the warm-up keeps its share of the run.
     warmup_epochs: float = 10.0
-    # Number of optimiser steps of the run and of its schedule, instead of epochs. 0 uses epochs.
+    # Number of optimiser steps of the run and of its schedule, in place of optim.epochs. 0 uses
+    # optim.epochs.
     max_steps: int = 0
-    # Which implementation of AdamW to use. auto: DeepSpeed's where it builds, else NVIDIA apex's
-    # where it is installed, else torch's.
+    # Implementation of AdamW. auto: DeepSpeed's if it can be built, else NVIDIA apex's if it is
+    # installed, else torch's.
     fused: Literal["auto", "deepspeed", "apex", "torch"] = "auto"
 
     def __post_init__(self) -> None:
@@ -509,9 +532,9 @@ class Batch:
 
     # Number of images in a step, over all ranks and micro-batches.
     global_batch_size: int = 2048
-    # Number of images in one pass on a rank. auto: the largest power of two that divides the rank's
-    # images of a step and fits in memory, found by a trial step. The number of passes per step
-    # follows.
+    # Number of images in one pass on a rank. auto: the largest power of two that divides the number
+    # of images of a rank in a step, and that fits in memory; a trial step finds it. The number of
+    # passes per step follows.
     micro_batch_size: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -537,13 +560,13 @@ class Engine:
     # Data type of parameters and matrix products. auto: bfloat16 on GPUs, float32 on CPUs. Master
     # weights, moments, softmax and loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Number of ranks in a node. 0 takes it from the launcher.
+    # Number of ranks in a node. 0 takes the number from the launcher.
     node_size: int = 0
-    # blocks: compile each of the student's blocks with torch.compile; under ZeRO-3, the parts of a
-    # block between its gathers of parameters.
+    # Parts of the student that torch.compile compiles. off: none. blocks: each block; under ZeRO-3,
+    # the parts of a block between the all-gathers of its parameters.
     compile: Literal["off", "blocks"] = "off"
-    # Folder on a local disk for masters, moments and gradients, 16 bytes a parameter, with
-    # ds_configs/zero3_nvme.json. Nothing is left in it when the run ends.
+    # Folder on a local disk for master weights, moments and gradients, 16 bytes per parameter, with
+    # ds_configs/zero3_nvme.json. The folder is empty again when the run ends.
     nvme_path: str = ""
 
     def __post_init__(self) -> None:
@@ -561,20 +584,22 @@ class Eval:
     # Number of steps between two evaluations. 0 evaluates only before the first step and after the
     # last.
     every: int = 0
-    # Number of views in an evaluation: always the same ones, spread over the images.
+    # Number of views in an evaluation. The views are the same in every evaluation, and are spread
+    # over the images.
     views: int = 256
-    # Folder of labelled images, with train/ and val/ or test/, on which a distilled student is
-    # tested by k-NN during training, as `evaluate --task knn` does it. Empty turns it off.
+    # Folder of labelled images, with train/ and val/ or test/, on which training tests the student
+    # of a distillation by k-NN, as `evaluate --task knn` does. Empty turns the test off.
     knn_root: str = ""
     # Number of steps between two k-NN tests. 0 tests only before the first step and after the last.
     knn_every: int = 0
-    # Metric of the evaluations by which the best checkpoint is kept beside the newest ones, as
-    # RUN/checkpoints/best: held_out_loss or test_knn of a distillation, test_top1 of a fine-tuning,
-    # box_AP of a detection, val_mIoU of a segmentation. Of losses less is better, of others more.
-    # Empty keeps the newest only.
+    # Metric by which evaluations are compared, so that the best checkpoint is kept besides the
+    # newest ones, in RUN/checkpoints/best. Examples are held_out_loss and test_knn for a
+    # distillation, test_top1 for fine-tuning, box_AP for detection, val_mIoU for segmentation and
+    # val_rmse for depth. Lower is better for losses and for errors of the depth, higher for other
+    # metrics. Empty: only the newest checkpoints are kept.
     best_metric: str = ""
-    # Number of evaluations in a row without a better value of best_metric after which the run
-    # ends. 0 trains to the last step.
+    # Number of consecutive evaluations without a better value of best_metric after which the run
+    # ends early. 0 trains to the last step.
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -609,18 +634,19 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """The guard against steps whose loss or gradient norm is not finite or far too large."""
+    """Guard that skips steps whose loss or gradient norm is not finite or far too large."""
 
-    # Whether such steps are skipped. False: only steps that DeepSpeed refuses by itself are.
+    # Whether steps with an abnormal loss or gradient norm are skipped. False: only the steps that
+    # DeepSpeed itself refuses are skipped.
     enabled: bool = True
-    # Number of steps skipped in a row after which the run returns to the last checkpoint before
-    # them.
+    # Number of consecutive skipped steps after which the run rolls back to the last checkpoint
+    # before them.
     skips: int = 5
-    # Number of such returns before the run stops with exit code 3.
+    # Number of roll-backs after which the run stops with exit code 3 instead of rolling back again.
     roll_backs: int = 3
-    # How far above the median of the last 100 accepted steps a value may lie, in units of their
-    # spread, above 0. The spread counts as at least 5% of the loss and a factor of 1.28 of the
-    # norm.
+    # Largest distance of a loss or gradient norm above its median over the last 100 accepted steps,
+    # as a multiple of their spread, above 0. The spread counts as at least 5% of the median loss,
+    # and at least a factor of 1.28 for the gradient norm.
     spread: float = 10.0
 
     def __post_init__(self) -> None:
@@ -638,40 +664,43 @@ class Runtime:
     run_dir: str = ""
     # Number of steps between two lines of the log.
     log_every: int = 20
-    # What shows the numbers of the run besides the progress bar and the files in its folder.
-    # tensorboard: curves in RUN/events. wandb: Weights & Biases. mlflow: MLflow. A Tracker of your
-    # own: module:FILE.py:NAME (docs/extending.md). An empty list turns them off.
+    # Trackers, which show the numbers of the run besides the progress bar and the files in its
+    # folder. tensorboard: curves in RUN/events. wandb: Weights & Biases. mlflow: MLflow. A Tracker
+    # of your own: module:FILE.py:NAME (docs/extending.md). An empty list turns them off.
     trackers: tuple[str, ...] = ("tensorboard",)
     # Name of the run in wandb and mlflow. Empty: the name of its folder.
     name: str = ""
     # Tags of the run in wandb and mlflow.
     tags: tuple[str, ...] = ()
-    # Seed of initial weights, order of images, crops and drop path. The number of ranks does not
-    # change what it gives.
+    # Seed of initial weights, order of images, crops and drop path, in [0, 2**63). The results do
+    # not depend on the number of ranks.
     seed: int = 0
-    # Number of steps between two checkpoints. 0 saves once per epoch. The last step is always
-    # saved.
+    # Number of steps between two checkpoints. 0 saves a checkpoint once per epoch. The last step
+    # always has a checkpoint.
     save_every: int = 0
-    # Minutes between two checkpoints, besides those of save_every. 0 turns it off.
+    # Minutes between two checkpoints, which are saved in addition to those of save_every. 0 turns
+    # these checkpoints off.
     save_minutes: float = 0.0
-    # Number of newest checkpoints to keep.
+    # Number of newest checkpoints that are kept, 1 or more; older checkpoints are removed.
     keep_last: int = 2
-    # Also keep the checkpoints of steps that are multiples of this number. 0 turns it off.
+    # Interval in steps at which further checkpoints are kept: 1000 also keeps the checkpoints of
+    # steps 1000, 2000 and so on. 0 keeps no further checkpoints.
     keep_every: int = 0
-    # Number of checkpoints in a row that may fail (a full disk) before the run stops. 0 never stops
-    # it.
+    # Number of consecutive checkpoints that cannot be written, for example on a full disk, after
+    # which the run stops. 0: the run never stops for this reason.
     max_failed_saves: int = 0
-    # Whether all ranks save and exit with code 75 on SIGTERM, SIGUSR1, a file named stop in the run
-    # folder, or the approaching end of the Slurm job.
+    # Whether all ranks save a checkpoint and exit with code 75 on SIGTERM, on SIGUSR1, if a file
+    # named stop is in the run folder, or when the end of the Slurm job approaches.
     preemption: bool = True
-    # Time between such a signal and the end of the job, in seconds, as in sbatch's option --signal.
+    # Seconds between the scheduler's signal and the forced end of the job, as in sbatch's
+    # option --signal.
     notice_seconds: float = 120.0
     # Number of steps between two checks of the teacher's weights and of each rank's speed. The
     # teacher is also checked before each checkpoint. 0 turns the checks off.
     canary_every: int = 500
-    # Seconds without a step, a batch of an evaluation or the end of a save after which a rank
-    # writes its stack traces and exits with code 75. Less than 1800, at which collectives
-    # time out. 0 turns the watchdog off.
+    # Seconds for which a rank may wait for the end of a step, for a batch of an evaluation or for
+    # the end of a save. A rank that waits longer writes its stack traces and exits with code 75.
+    # The number is less than 1800, at which collectives time out. 0 turns the watchdog off.
     watchdog_seconds: float = 600.0
 
     def __post_init__(self) -> None:
