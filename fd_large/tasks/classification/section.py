@@ -27,26 +27,28 @@ METRICS = {
 class FineTune:
     """Settings of fine-tuning, a classification in which the whole model is trained.
 
-    data.root has labelled images in train/, and in val/ or test/.
+    The folder data.root has labelled images in train/, and in val/ or test/.
     """
 
-    # The classifier of the mean token. linear: one linear layer. A module of your own, made from
-    # (width, number of classes): module:FILE.py:NAME (docs/extending.md).
+    # Classifier of the mean of the tokens. linear: one linear layer. A module of your own, made
+    # from (width, number of classes): module:FILE.py:NAME (docs/extending.md).
     head: str = "linear"
-    # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
+    # Mean magnitude of RandAugment, which applies up to two operations to an image, in [0, 10]. 0
+    # turns RandAugment off.
     randaugment: float = 9.0
-    # Standard deviation of that magnitude from operation to operation.
+    # Standard deviation of the magnitude of RandAugment's operations, 0 or more.
     randaugment_std: float = 0.5
-    # Probability that a box of 2% to 33% of an image is filled with noise, in [0, 1]. 0 turns it
-    # off.
+    # Probability that a box of 2% to 33% of an image is filled with noise (random erasing),
+    # in [0, 1]. 0 turns this off.
     erasing: float = 0.25
     # Alpha of the beta distribution of mixup's weights, in [0, 2]. 0 turns mixup off.
     mixup: float = 0.8
     # Alpha of the beta distribution of CutMix's areas, in [0, 2]. 0 turns CutMix off.
     cutmix: float = 1.0
-    # Probability that CutMix rather than mixup is applied to a global batch, if both are on.
+    # Probability that a global batch gets CutMix rather than mixup, if both are on, in [0, 1].
     switch_probability: float = 0.5
-    # Label smoothing: the probability taken from the label and spread over all classes, in [0, 1].
+    # Label smoothing: the probability that is taken from the true class and spread over all
+    # classes, in [0, 1]. 0 turns it off.
     smoothing: float = 0.1
     # Mean and standard deviation of red, green and blue with which images are normalised, in
     # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
@@ -68,14 +70,15 @@ class FineTune:
 class LinearProbe:
     """Settings of the linear probe, a classification by a linear layer on a frozen model.
 
-    data.root has labelled images in train/, and in val/ or test/.
+    The folder data.root has labelled images in train/, and in val/ or test/.
     """
 
     # Feature that is classified. mean: the mean of the patch tokens, as in the official code. cls:
-    # the class token. both: these two, concatenated.
+    # the class token. both: the mean and the class token, concatenated.
     pool: Literal["mean", "cls", "both"] = "mean"
-    # Number of neighbouring images of a global batch that share the statistics of the batch norm,
-    # as the images of a GPU do in the official code. It divides the global batch, or is larger.
+    # Number of neighbouring images of a global batch that share the statistics of the batch norm
+    # before the linear layer, as the images of a GPU do in the official code. The number divides
+    # the global batch size; a larger number counts as the global batch size.
     norm_batch: int = 128
     # Mean and standard deviation of red, green and blue with which images are normalised, in
     # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the

@@ -18,60 +18,68 @@ ON_LAST_MAP = {"linear"}
 class Depth:
     """Settings of depth estimation: the head on the student, its training and its test."""
 
-    # Text file with a line for each training image: its path and that of its depth file, below
-    # data.root. Empty: the images and depth files of the folder itself (docs/depth.md).
+    # Text file with a line for each training image: the path of the image and the path of its depth
+    # file, below data.root. Empty: the images and depth files of the folder itself (docs/depth.md).
     train_list: str = ""
-    # The same for the images of the test.
+    # Text file with a line for each test image, of the same form as train_list. Empty: the test
+    # images and depth files of the folder itself.
     val_list: str = ""
-    # Number of the depth files' units in a metre: 1000 where they hold millimetres, 256 in KITTI.
+    # Number in the depth files that stands for one metre: 1000 if the files hold millimetres, 256
+    # in KITTI.
     depth_scale: float = 1000.0
-    # Depths of the files that are farther than the second number or no farther than the first, in
-    # metres, are unknown, as 0 is. 0 0: none are.
+    # Two depths (near, far) in metres. A depth in the files counts as known if it is above near and
+    # at most far; other depths count as unknown, as the number 0 does. 0 0: all depths but 0 are
+    # known.
     valid_range: tuple[float, float] = (0.0, 0.0)
-    # Height and width of the part of an image, at the bottom and in the middle, that is used: 352
-    # 1216 for KITTI. 0 0: all of it.
+    # Height and width, in pixels, of the part of an image that is used. The part lies at the
+    # bottom, horizontally centred; its size is 352 1216 for KITTI. 0 0: the whole image is used.
     bottom_crop: tuple[int, int] = (0, 0)
-    # Largest depth that the head can give, in metres; the test leaves out pixels beyond it.
+    # Largest depth that the head can predict, in metres. The test leaves out pixels with larger
+    # depths.
     max_depth: float = 10.0
-    # Smallest depth, in metres; the test leaves out pixels that are nearer.
+    # Smallest depth in the test, in metres. The test leaves out pixels with smaller depths.
     min_depth: float = 0.001
-    # Whether pixels are normalised by ImageNet's statistics, as students are distilled. Without it
-    # they are between 0 and 1, as in the published runs.
+    # Whether pixels are normalised by ImageNet's statistics, as in the distillation of students.
+    # False: pixel values are between 0 and 1, as in the published runs.
     normalise: bool = True
     # Head that predicts depth from the student's last map. mim: the three transposed convolutions
-    # of MIM-Depth. linear: one layer. Your own, made from (channels of the map, head_width, pixels
-    # per place of the map): module:FILE.py:NAME.
+    # of MIM-Depth. linear: one layer. A head of your own, made from (channels of the map,
+    # head_width, stride of the map in pixels): module:FILE.py:NAME.
     head: str = "mim"
-    # Number of channels after the transposed convolutions.
+    # Number of channels of the head; in mim, the number after the transposed convolutions.
     head_width: int = 128
-    # Scale-invariant loss of Eigen: loss_factor x sqrt(mean d^2 - loss_lambda x (mean d)^2), d
-    # being the difference of the logarithms. batch: one root over all pixels with a depth, of all
-    # images of a step, as published. image: the mean of the roots of the images.
+    # Pixels over which the means in the scale-invariant loss of Eigen are taken. The loss is
+    # loss_factor x sqrt(mean d^2 - loss_lambda x (mean d)^2), where d is the difference of the
+    # logarithms of true and predicted depth. batch: the pixels of known depth in all images of a
+    # step, as published. image: the pixels of one image; the loss is then averaged over the images.
     loss_over: Literal["batch", "image"] = "batch"
-    # Share of the squared mean that is taken away, in [0, 1]: 0.5 as published, 0.85 in BTS and
-    # AdaBins, by which a wrong scale costs less.
+    # Factor of the squared mean that the loss subtracts (see loss_over), in [0, 1]. It is 0.5 as
+    # published, and 0.85 in BTS and AdaBins. With a larger factor, a wrong scale of all depths
+    # costs less.
     loss_lambda: float = 0.5
     # Factor of the loss: 1 as published, 10 in BTS and AdaBins.
     loss_factor: float = 1.0
-    # Train the head alone; the student stays as it is. Set student.drop_path_rate to 0 with it.
+    # Whether the head alone is trained, and the student keeps its weights. This needs
+    # student.drop_path_rate 0.
     frozen: bool = False
     # Whether brightness, contrast, gamma, hue and saturation of training images are changed at
     # random.
     colors: bool = True
-    # Share of the training images in which a strip from top to bottom shows the depth in place of
-    # the image (CutDepth), in [0, 1]. 0 turns it off.
+    # Fraction of the training images in which a strip of columns shows the depth in place of the
+    # image (CutDepth), in [0, 1]. 0 turns CutDepth off.
     cut_depth: float = 0.25
-    # What such a strip shows. scaled: the depth, from 0 to 255 at max_depth. wrapped: the
-    # numbers of the depth file modulo 256, as the published code does.
+    # Pixel values of a strip of cut_depth. scaled: the depth, scaled so that max_depth becomes 255.
+    # wrapped: the numbers of the depth file modulo 256, as in the published code.
     cut_depth_bytes: Literal["scaled", "wrapped"] = "scaled"
-    # Number of square windows of data.image_size, spread over the longer side, in which an image is
-    # tested, 2 or more; more where they would leave gaps. 0: whole, which a student of one image
-    # size, such as a ViT, cannot see.
+    # Number of square windows in which an image is tested, 2 or more. They have sides of
+    # data.image_size and are spread over the longer side of the image; further windows are added if
+    # they leave gaps. 0: the image is tested whole, which a student of one image size, such as a
+    # ViT, does not support.
     test_windows: int = 0
-    # Whether each window or image is also seen mirrored, and the depths averaged.
+    # Whether each image or window is also tested mirrored, and the two predictions are averaged.
     test_flip: bool = True
-    # Part of an image that is scored. nyu: without the borders of NYUv2's images. kitti_garg,
-    # kitti_eigen: the two parts in KITTI's published scores. none: the whole image.
+    # Part of an image that is scored. none: the whole image. nyu: the image without the borders of
+    # NYUv2's images. kitti_garg, kitti_eigen: the two crops of KITTI's published scores.
     test_crop: Literal["none", "nyu", "kitti_garg", "kitti_eigen"] = "none"
 
     def __post_init__(self) -> None:

@@ -29,72 +29,81 @@ class Detection:
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
-    # Heads that make classes, boxes and masks of proposals: mask_rcnn, cascade (Cascade Mask R-CNN)
-    # or htc (Hybrid Task Cascade). Your own, with the methods of RoIHeads
-    # (fd_large/tasks/detection/heads/roi_heads.py): module:FILE.py:NAME.
+    # Heads that predict classes, boxes and masks from proposals: mask_rcnn, cascade (Cascade Mask
+    # R-CNN) or htc (Hybrid Task Cascade). Heads of your own, with the methods of
+    # RoIHeads (fd_large/tasks/detection/heads/roi_heads.py): module:FILE.py:NAME.
     heads: str = "mask_rcnn"
-    # Published form of a cascade. mmdet: each stage draws its own sample and has its own mask head,
-    # logits are averaged. detectron2: one sample, one mask head, probabilities are averaged.
+    # Published form of the heads cascade. mmdet: each stage draws its own sample of proposals and
+    # has its own mask head, and logits of the stages are averaged. detectron2: all stages share one
+    # sample and one mask head, and probabilities are averaged.
     cascade_form: Literal["mmdet", "detectron2"] = "mmdet"
-    # How cascade and htc compare boxes with those of objects: l1 or smooth_l1 of the differences
-    # that they predict, or giou (generalized intersection over union, times 10) of the boxes.
+    # Loss of the boxes in the heads cascade and htc. l1, smooth_l1: the loss of the predicted box
+    # deltas. giou: one minus the generalized intersection over union of predicted and true boxes,
+    # times 10.
     box_loss: Literal["l1", "smooth_l1", "giou"] = "smooth_l1"
-    # Whether cascade and htc predict one box for a proposal, instead of one for each class.
+    # Whether the heads cascade and htc predict one box for each proposal instead of one box for
+    # each class.
     class_agnostic: bool = True
-    # Number of classes of the semantic branch of htc, which learns them from
-    # stuffthingmaps/train2017/*.png beside the images; COCO-Stuff has 183. 0 leaves the branch out.
+    # Number of classes of the semantic branch of htc. COCO-Stuff has 183. The branch learns from
+    # stuffthingmaps/train2017/*.png beside the images. 0 leaves the branch out.
     semantic_classes: int = 0
-    # Put a layer of attention over the whole map of stride 32 before the pyramid, as HTC++ does.
+    # Whether an attention layer over the whole map of stride 32 precedes the feature pyramid, as in
+    # HTC++.
     extra_attention: bool = False
     # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256
-    # Number of anchors per image that enter the losses of the proposal network.
+    # Number of anchors per image that count in the losses of the region proposal network.
     anchors_per_image: int = 256
-    # Number of proposals kept per image.
+    # Largest number of proposals that are kept per image.
     proposals_per_image: int = 1000
-    # Number of proposals per image that enter the losses of classes, boxes and masks.
+    # Number of proposals per image that count in the losses of classes, boxes and masks.
     rois_per_image: int = 512
-    # How tests choose among overlapping boxes of a class. hard: only the best is kept. linear,
-    # gaussian: soft-NMS, which lowers the scores of the others; with a task.detection.least_score
-    # of 0.001, as published for COCO.
+    # How a test treats overlapping boxes of a class. hard: of overlapping boxes, only the box with
+    # the best score is kept. linear, gaussian: soft-NMS, which lowers the scores of the other
+    # boxes; the scores published for COCO use it with a least_score of 0.001.
     nms: Literal["hard", "linear", "gaussian"] = "hard"
-    # Overlap (intersection over union) from which hard and linear act.
+    # Intersection over union of two boxes, in [0, 1]: hard drops a box above it, and linear lowers
+    # the score of a box from it on. The NMS gaussian does not use it.
     nms_iou: float = 0.5
-    # Boxes with this score or less are dropped before NMS.
+    # Score in [0, 1]; boxes with this score or less are dropped before NMS.
     least_score: float = 0.05
-    # Whether the score of a box is multiplied by the mean probability inside its mask: for the mask
-    # AP, at the cost of the box AP (EVA-02's "maskness").
+    # Whether the score of a box is multiplied by the mean probability inside its
+    # mask (EVA-02's "maskness"). This raises the mask AP and lowers the box AP.
     rescore_by_masks: bool = False
-    # Largest number of boxes reported per image. COCO's evaluation counts 100.
+    # Largest number of boxes that are reported per image. COCO's evaluation counts at most 100.
     detections_per_image: int = 100
-    # Smallest and largest scale of a training image before it is cropped to data.image_size, as
-    # multiples of the scale at which the whole image just fits.
+    # Smallest and largest scale to which a training image is resized before it is cropped to
+    # data.image_size. At scale 1 the whole image just fits into the crop.
     scale_range: tuple[float, float] = (0.1, 2.0)
-    # Probability that the objects of a training image are cut out and pasted back slightly scaled,
-    # turned and shifted, as InstaBoost does. Its authors take 0.5. 0 turns it off.
+    # Probability, for each training image, that its objects are cut out and pasted back slightly
+    # scaled, rotated and shifted, as in InstaBoost, whose authors use 0.5. 0 turns this off.
     copy_instances: float = 0.0
-    # Train on whole images instead of random scales and crops: the smallest and largest length of
-    # the shorter side, and the largest length of the longer side, in pixels. A global batch then
-    # holds only wide or only high images. 0 0 0 turns it off.
+    # Sizes of whole training images, in place of random scales and crops: the smallest and the
+    # largest length of the shorter side, and the largest length of the longer side, in pixels. A
+    # global batch then holds only wide images or only high images. 0 0 0 turns this off.
     whole_size: tuple[int, int, int] = (0, 0, 0)
-    # Length of the shorter side of evaluated images, and the largest length of the longer side, in
-    # pixels. 0 0 uses data.image_size for both.
+    # Length of the shorter side of a tested image, and largest length of its longer side, in
+    # pixels. 0 0: data.image_size for both.
     test_size: tuple[int, int] = (0, 0)
-    # Scales at which an image is tested, as multiples of the size above. The results of several
-    # scales are merged.
+    # Scales at which an image is tested, as multiples of test_size. The results of several scales
+    # are merged by test_merge.
     test_scales: tuple[float, ...] = (1.0,)
-    # Whether the image is also seen mirrored at each scale.
+    # Whether an image is also tested mirrored, at each scale.
     test_flip: bool = False
-    # How several views are merged. average: the best proposals of all views are given to each, and
-    # boxes, scores and masks are averaged. areas: the boxes of all views are put together, those of
-    # each scale if they have its areas, before overlapping ones are chosen. union: the boxes that
-    # each view reports are put together, and overlapping ones are chosen once more.
+    # How the results for several views of an image (scales and mirrored images) are merged.
+    # average: every view gets the best proposals of all views, and boxes, scores and masks are
+    # averaged. areas: the boxes of all views are put together before NMS, and test_areas limits the
+    # boxes of each scale by their areas. union: the boxes of all views after NMS are put together,
+    # and NMS runs once more.
     test_merge: Literal["average", "areas", "union"] = "average"
-    # For `areas`: which boxes each scale gives, by letters: s up to 32 x 32 pixels of the file, m
-    # up to 96 x 96, l above. For example l ml sm for three scales. Empty: all.
+    # Areas of the boxes that each scale contributes, with test_merge areas: an entry of letters for
+    # each scale, such as l ml sm for three scales. The letter s stands for areas up to 32 x 32
+    # pixels of the image file, m for larger areas up to 96 x 96, and l for areas above. Empty: each
+    # scale contributes boxes of all areas.
     test_areas: tuple[str, ...] = ()
-    # Number of first stages of a SwinV2 student whose attention is computed for few windows at a
-    # time, for attention maps that would fill the memory. 0 turns it off.
+    # Number of stages of a SwinV2 student, counted from the first, that compute attention for a few
+    # windows at a time. This saves memory if the attention maps of all windows would not fit. 0
+    # turns this off.
     sequential_stages: int = 0
 
     def __post_init__(self) -> None:
@@ -172,11 +181,12 @@ class Detection:
 class ScoredFiles:
     """Flags of the command `evaluate` that score a file of detections in place of a run."""
 
-    # File in COCO's results format that is scored without a model, with --annotations and --json.
+    # File of detections in COCO's results format. It is scored without a model, with --annotations
+    # and --json.
     detections: str = ""
-    # COCO's ground truth for --detections.
+    # File with COCO's ground truth for --detections.
     annotations: str = ""
-    # File for the scores of --detections; empty: they are not written.
+    # File to which the scores of --detections are written. Empty: no file is written.
     json: str = ""
 
 

@@ -35,15 +35,16 @@ class Teacher(FrozenModel):
     place: ClassVar[str] = "teacher"
     folder_schemes: ClassVar[tuple[str, ...]] = (CACHED,)
 
-    # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
-    # node: split over the ranks of a node, whole in every node.
+    # Where the teacher's weights are held. replicated: every rank holds all weights. sharded: the
+    # weights are split over all ranks. node: the weights are split over the ranks of a node, and
+    # every node holds all of them.
     placement: Literal["replicated", "sharded", "node"] = "replicated"
-    # Data type of weights and matrix products. auto: the data type of the student's matrix
-    # products.
+    # Data type of the teacher's weights and matrix products. auto: the data type of the student's
+    # matrix products.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Data type of the residual stream. compute: the weights' data type, as in the official code,
-    # which uses float16. float32: the sum of a block's output and its input is not rounded. Models
-    # of libraries have no choice.
+    # Data type of the teacher's residual stream. compute: the data type of the weights, as in the
+    # official code, which uses float16. float32: the sum of a block's output and input is not
+    # rounded. Models of other libraries, such as timm, have no choice.
     residual_dtype: Literal["compute", "float32"] = "compute"
 
 
@@ -53,51 +54,56 @@ class Objective:
 
     place: ClassVar[str] = "objective"
 
-    # Which map of the teacher is learnt. last: the output of its final norm. before_norm: the input
-    # of its final norm, for models of this package's own families.
+    # The map of the teacher that the student learns. last: the output of the teacher's final norm.
+    # before_norm: the input of that norm, for models of this package's own families.
     layer: Literal["last", "before_norm"] = "last"
-    # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
-    # difference. cosine: one minus the cosine of two tokens. cosine_of_map: one minus the cosine of
-    # two whole maps.
-    # cls_and_patches: half cosine, half smooth_l1, with equal weight of CLS token and patches.
-    # relation: the divergence between student's and teacher's similarities of an image's tokens.
-    # queue, for summaries: the divergence between student's and teacher's similarities to the
-    # teacher's newest summaries. A weighted sum of losses is written "0.9 cosine_of_map + 0.1
-    # smooth_l1", and a function of your own, from (projected, target) to a scalar,
+    # The loss. smooth_l1: quadratic up to beta, linear above. mse: the mean squared difference. l1:
+    # the mean absolute difference. cosine: one minus the cosine of two tokens. cosine_of_map: one
+    # minus the cosine of two whole maps. cls_and_patches: half cosine and half smooth_l1, where the
+    # CLS token weighs as much as all patches together. relation: the divergence between the
+    # student's and the teacher's similarities of the tokens of an image. queue, for summaries
+    # alone: the divergence between the student's and the teacher's similarities to the teacher's
+    # newest summaries. A weighted sum of losses is written "0.9 cosine_of_map + 0.1 smooth_l1". A
+    # function of your own, from (projected, target) to a scalar:
     # module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
     # How the teacher's tokens are normalised. whitening: each token gets mean 0 and variance 1 over
-    # its channels. unbiased_whitening: as whitening, by the unbiased variance, as in dBOT. none:
-    # tokens stay unchanged. standardise: each channel gets mean 0 and variance 1. phi_s: channels
-    # are rotated so that all have variance 1. running: each channel gets about mean 0 and variance
-    # 1, by running statistics over the steps. batch: each channel gets mean 0 and variance 1, by
-    # the statistics of the step's own images. A function of your own: module:FILE.py:NAME.
+    # its channels. unbiased_whitening: as whitening, with the unbiased variance, as in dBOT. none:
+    # tokens stay unchanged. standardise: each channel gets mean 0 and variance 1. phi_s: the
+    # channels are rotated and scaled by one number, so that each has variance 1. running: each
+    # channel gets about mean 0 and variance 1, by running statistics over the steps. batch: each
+    # channel gets mean 0 and variance 1, by the statistics of the step's own images. A function of
+    # your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
-    # File of means, deviations and the rotation of the teacher's channels, for standardise and
-    # phi_s: the command statistics writes it.
+    # File with the means and deviations of the teacher's channels and their rotation, for the
+    # normalisers standardise and phi_s. The command `statistics` writes this file.
     target_statistics: str = ""
-    # What maps the student's tokens to the teacher's width; it is trained with the student.
-    # linear: one linear layer. mlp: two, with a norm and GELU between; mlp_relu: with a norm and
-    # ReLU. attention_mlp: two transformer blocks and mlp. block: one transformer block and a linear
-    # layer. ladder: an MLP on every block of a ViT. convolutional, wide_convolutional: from the
-    # student's grid to the teacher's. resized_mlp: an MLP on the nearest places. upsampling_mlp:
-    # mlp that gives several places for one. A module of your own, made of (width, teacher_width):
+    # Module that maps the student's tokens to the teacher's width; it is trained with the student.
+    # linear: one linear layer. mlp: two linear layers, with a layer norm and GELU between them.
+    # mlp_relu: two linear layers, with a layer norm and ReLU between them. attention_mlp: two
+    # transformer blocks, then mlp. block: one transformer block, then a linear layer. ladder: the
+    # sum of an MLP on each block of a ViT. convolutional, wide_convolutional: convolutions from the
+    # student's grid to the teacher's. resized_mlp: nearest-neighbour resizing to the teacher's
+    # grid, then an MLP. upsampling_mlp: an mlp that predicts several tokens of the teacher from
+    # each token of the student. A module of your own, made from (width, teacher_width):
     # module:FILE.py:NAME.
     head: str = "linear"
-    # Difference, in units of the target, above which smooth L1 is linear rather than quadratic.
+    # Difference at which smooth L1 changes from quadratic to linear, in units of the target.
     beta: float = 2.0
-    # Number by which the losses relation and queue divide cosines before their softmax.
+    # Temperature of the losses relation and queue: the divisor of cosines before the softmax.
     temperature: float = 0.07
-    # Constant added to a teacher token's variance before its square root divides the token.
+    # Constant that whitening adds to the variance of a teacher's token, before the token is divided
+    # by the square root.
     whitening_eps: float = 1e-5
-    # What to do if student and teacher have different grids of tokens. none: stop with an error.
-    # bilinear: resize the teacher's map to the student's grid. bilinear_student: resize what the
-    # head gives to the teacher's grid. bilinear_larger: resize the map with fewer places. auto:
-    # bilinear if the grids differ at the teacher's image size.
+    # What happens if student and teacher have different grids of tokens. none: the run stops with
+    # an error. bilinear: the teacher's map is resized to the student's grid. bilinear_student: the
+    # output of the head is resized to the teacher's grid. bilinear_larger: the map with fewer
+    # tokens is resized to the other map's grid. auto: bilinear if the grids differ at the teacher's
+    # image size, else none.
     interpolation: Interpolation = "none"
-    # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
-    # image. auto: the size at which both grids agree, where the teacher takes it (docs/weights.md
-    # has the rule).
+    # Side of the teacher's image, in pixels. The image is the student's crop, resized to this
+    # side. 0: the side of the student's image. auto: the side at which the teacher's grid equals
+    # the student's, if the teacher takes images of that side (docs/weights.md has the rule).
     teacher_image_size: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
@@ -124,22 +130,25 @@ class Summary:
     The summary of an image is the CLS token or the mean of the tokens.
     """
 
-    # Which summary is learnt. token: the class token of the model, or the mean of the tokens of its
-    # map where it has none. embedding: the image embedding of a CLIP model, which is that token
-    # after the projection into the space of its texts; zero-shot classification needs it.
+    # The summary that the student learns. token: the class token, or, if the model has no class
+    # token, the mean of the map's tokens. embedding: the image embedding of a CLIP model, which is
+    # the class token after the projection into the space of CLIP's texts; zero-shot classification
+    # needs it.
     layer: Literal["token", "embedding"] = "token"
-    # Channels of the embedding. 0: those of the teacher's weights, which a run writes here.
+    # Number of channels of the embedding. 0: the number that follows from the teacher's weights,
+    # which a run writes into its recipe.json.
     width: int = 0
-    # The loss, head and normaliser of the summary, by the names that those of the map have. Empty:
-    # those of the map.
+    # The loss of the summary, a name as for the map. Empty: the loss of the map.
     loss: str = ""
+    # The head of the summary, a name as for the map. Empty: the kind of head of the map.
     head: str = ""
+    # The normaliser of the summary, a name as for the map. Empty: the normaliser of the map.
     normaliser: str = ""
-    # File of statistics of the summary's channels, for its normaliser.
+    # File with the statistics of the summary's channels, for the normalisers standardise and phi_s.
     target_statistics: str = ""
-    # Temperature of the loss queue. 0: that of the map's loss.
+    # Temperature of the summary's loss, if that is queue. 0: the temperature of the map's loss.
     temperature: float = 0.0
-    # Weight of the summary's loss beside the map's.
+    # Weight of the summary's loss relative to the map's loss.
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -151,26 +160,27 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(Teacher, Objective):
-    """One of several teachers, with the fields of `Teacher` and of `Objective` in one section.
+    """A teacher among several, with the fields of the sections teacher and objective.
 
     The loss of a run is the weighted sum of the losses on its teachers' maps and summaries.
     """
 
     place: ClassVar[str] = "teachers.NAME"
 
-    # What the student learns. map: all tokens; without the CLS token where the summary is learnt
-    # besides. summary: the CLS token, or the mean of all tokens of a model that has none
-    # (summary.layer).
+    # What the student learns from this teacher. map: all tokens of the map; if the summary is
+    # learnt too, without the CLS token. summary: the CLS token, or the mean of all tokens if the
+    # model has no CLS token (see summary.layer).
     targets: tuple[Literal["map", "summary"], ...] = (MAP,)
-    # How the summary is learnt.
+    # Settings for the teacher's summary, if targets has it.
     summary: Summary = field(default_factory=Summary)
-    # Weight of this teacher's loss in the sum.
+    # Weight of this teacher's loss in the sum of all teachers' losses.
     weight: float = 1.0
-    # Names of the datasets of data.root whose images it teaches, where weighting.rule is own_data.
+    # Names of the datasets in data.root from whose images the student learns this teacher's
+    # targets, if weighting.rule is own_data.
     datasets: tuple[str, ...] = ()
-    # Images along a side of a mosaic, k: k x k images are tiled into one image of the teacher's
-    # size, whose map is cut back into theirs (as RADIO does for SAM). 0: the teacher sees each
-    # image alone.
+    # Number k of images along a side of a mosaic. The teacher sees k x k images, tiled into one
+    # image of its own size, and its map is cut into the maps of the single images, as RADIO does
+    # for SAM. 0: the teacher sees each image alone.
     mosaic: int = 0
     interpolation: Interpolation = AUTO
     teacher_image_size: int | Literal["auto"] = AUTO
@@ -274,13 +284,14 @@ class NamedTeacher(Teacher, Objective):
 class Weighting:
     """The rule that chooses the teachers whose losses count for an image."""
 
-    # fixed: all teachers; the loss is the sum of their losses. With the other rules it is the mean
-    # over all pairs of image and teacher that are kept in a step. drop: the teacher with the
-    # largest loss of an image is kept, and each other one by chance, as in UNIC (DUNE's
-    # lowest_loss). own_data: the teachers of the image's dataset (teachers.NAME.datasets), as in
-    # DUNE.
+    # Rule that chooses the teachers. fixed: all teachers count, and the loss is the sum of their
+    # losses. With the other rules, the loss is the mean over all kept pairs of an image and a
+    # teacher in a step. drop: for each image, the teacher with the largest loss is kept, and each
+    # other teacher is dropped with drop_probability, as in UNIC (DUNE's lowest_loss). own_data: the
+    # teachers of the image's dataset are kept (teachers.NAME.datasets), as in DUNE.
     rule: Literal["fixed", "drop", "own_data"] = "fixed"
-    # Probability with which drop leaves out a teacher that is not the worst, in [0, 1].
+    # Probability with which the rule drop leaves out a teacher other than the one with the largest
+    # loss, in [0, 1].
     drop_probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -300,32 +311,39 @@ class Mask:
     and the image's position in the epoch's order.
     """
 
-    # How the hidden patches of an image are drawn. none: nothing is hidden. random: each alone, as
-    # in MAE. block: rectangles, as in EVA and BEiT, which may hide fewer than ratio says.
-    # block_exact: rectangles, and single patches up to the number, as in BEiT v2.
+    # How the hidden patches of an image are drawn. none: no patch is hidden. random: each patch by
+    # itself, as in MAE. block: rectangles of patches, as in EVA and BEiT; fewer patches than ratio
+    # says may be hidden. block_exact: rectangles, then single patches until the number is reached,
+    # as in BEiT v2.
     sampler: Literal["none", "random", "block", "block_exact"] = "none"
-    # Share of the patches that are hidden, in (0, 1).
+    # Fraction of an image's patches that are hidden, in (0, 1).
     ratio: float = 0.4
-    # Largest share: each image draws its own between ratio and this one. 0: all have ratio.
+    # Upper end of the fraction of hidden patches, in (ratio, 1). Each image then draws its own
+    # fraction between ratio and ratio_to. 0: all images use ratio.
     ratio_to: float = 0.0
-    # Share of the images that are masked, in (0, 1]; the others are shown whole.
+    # Fraction of the images that are masked, in (0, 1]. The student sees the other images whole.
     share: float = 1.0
-    # Patches of the smallest rectangle that is drawn.
+    # Smallest area of a rectangle of hidden patches, in patches, for the samplers block and
+    # block_exact.
     min_patches: int = 16
-    # What the student is shown in the place of a hidden patch. token: a learnt token. dropped:
-    # nothing; it encodes visible patches alone, as many in each image.
+    # What replaces a hidden patch in the student. token: a learnt token. dropped: nothing; the
+    # student encodes the visible patches alone, and their number is the same in all images.
     student: Literal["token", "dropped"] = "token"
-    # The tokens whose loss counts. masked: the hidden patches. visible: the other patches. all:
-    # both. A student that encodes visible patches alone has a decoder for the hidden ones.
+    # The tokens whose loss counts. masked: the hidden patches. visible: the other patches. all: all
+    # patches. If mask.student is dropped and the loss of hidden patches counts, a decoder predicts
+    # these patches.
     tokens: Literal["masked", "visible", "all"] = "masked"
-    # Whether the loss of prefix tokens (CLS) counts beside that of patches.
+    # Whether the loss of prefix tokens (CLS) counts besides the loss of patches.
     cls: bool = False
-    # What the loss is a mean over. token: all tokens of a step that count, on all ranks. image: the
-    # images, each with the mean over its tokens.
+    # The mean that gives the loss. token: over all counted tokens of a step on all ranks. image:
+    # over the images, where an image has the mean over its counted tokens.
     reduce: Literal["token", "image"] = "token"
-    # Channels, blocks and attention heads of the decoder, which is left out of the result.
+    # Number of channels of the decoder that predicts the hidden patches if mask.student is dropped.
+    # The decoder is no part of the trained student.
     decoder_width: int = 512
+    # Number of transformer blocks of the decoder (see decoder_width).
     decoder_depth: int = 8
+    # Number of attention heads in each block of the decoder (see decoder_width).
     decoder_heads: int = 16
 
     def __post_init__(self) -> None:
@@ -496,20 +514,21 @@ class Views:
     Maps can only be stored if the views are repeated in later epochs.
     """
 
-    # Number of views of each image, which the epochs take in turn: epoch e has view e modulo this
-    # number, the same in every run of the same view_seed. 0: every epoch draws a new one. With
-    # cached targets it is theirs.
+    # Number of fixed views of each image. Epoch e uses view e modulo this number, and the views are
+    # the same in every run with the same view_seed. 0: every epoch draws new views; but if teachers
+    # are read from a cache (cached:FOLDER), the views of the cache are used.
     views: int = 0
-    # Seed of these views, which a run's own seed does not change.
+    # Seed of the fixed views. It does not depend on runtime.seed.
     view_seed: int = 0
-    # Folder in which the first epochs, one for each of these views, store the teacher's maps; later
-    # epochs learn from them, and other runs may. Empty: nothing is stored. The command cache writes
-    # the same without a run.
+    # Folder for the teachers' maps of the fixed views. The first epochs, one for each view, store
+    # the maps; later epochs and other runs learn from the stored maps. Empty: no maps are stored.
+    # The command `cache` writes such a folder without a run.
     cache: str = ""
-    # How they are stored: fp32, fp16, fp8 (E4M3) or int8 (docs/cache.md).
+    # Number format of the stored maps: fp32, fp16, fp8 (E4M3) or int8 (docs/cache.md).
     precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
-    # Whether replicated teachers compute on a CUDA stream of their own, beside the student's
-    # forward and its gathers (docs/deepspeed_configs.md). Changes no number; does nothing on CPUs.
+    # Whether replicated teachers compute on a CUDA stream of their own, at the same time as the
+    # student's forward and its all-gathers (docs/deepspeed_configs.md). The results are the same.
+    # On CPUs this has no effect.
     teacher_stream: bool = False
 
     def __post_init__(self) -> None:

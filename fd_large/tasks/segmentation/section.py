@@ -28,50 +28,57 @@ class Segmentation:
 
     # Number of classes. ADE20K has 150.
     num_classes: int = 150
-    # JSON file with the names of the classes in order: a list of names, or of objects with `name`
-    # and `color` (red, green and blue in 0..255). Empty takes the names of ADE20K and Cityscapes,
-    # else numbers.
+    # JSON file with the names of the classes in the order of their numbers: a list of names, or of
+    # objects with `name` and `color` (red, green and blue in 0..255). Empty: the names of ADE20K or
+    # Cityscapes if the dataset is one of them, else numbers.
     classes: str = ""
-    # Number, in the label files, of pixels that are neither learnt nor scored.
+    # Value in the label files that marks ignored pixels, which count neither in the loss nor in the
+    # scores.
     ignore_value: int = 255
-    # Whether 0 in the label files is ignored too and class k has the number k + 1, as in ADE20K.
+    # Whether pixels with the value 0 in the label files are ignored too. Class k, counted from 0,
+    # then has the value k + 1, as in ADE20K.
     reduce_zero_label: bool = False
     # Head that predicts classes from the student's maps. uper: UPerNet. linear: one layer on the
     # last map. Your own, made from (channels of the maps, head_width, number of classes):
     # module:FILE.py:NAME.
     head: str = "uper"
-    # Weights that the heads start from: the file or folder of a whole segmentation model, in the
-    # names of mmsegmentation or transformers, often the same as student.init. Empty: random.
+    # Initial weights of the heads: the file or folder of a whole segmentation model, with the
+    # tensor names of mmsegmentation or transformers; often the same as student.init. Empty: random
+    # weights.
     head_init: str = ""
     # Number of channels of UPerNet.
     head_width: int = 512
-    # Weight of the loss of a second, small head on the third map. 0 turns it off.
+    # Weight of the loss of an auxiliary head on the student's third map. 0 turns this head off.
     auxiliary_weight: float = 0.4
-    # What the loss is divided by. all: the number of all pixels, ignored ones included, as in the
-    # published runs. labelled: the number of labelled pixels of a pass on all ranks.
+    # Divisor of the summed loss. all: the number of all pixels, ignored pixels included, as in the
+    # published runs. labelled: the number of labelled pixels of a micro-batch on all ranks.
     loss_over: Literal["all", "labelled"] = "all"
-    # Train the head alone; the student stays as it is. Set student.drop_path_rate to 0 with it.
+    # Whether the head alone is trained, and the student keeps its weights. This needs
+    # student.drop_path_rate 0.
     frozen: bool = False
-    # Smallest and largest scale of a training image before it is cropped; at 1 its shorter side is
-    # data.image_size, or its longer one four times that if it is very long.
+    # Smallest and largest scale to which a training image is resized before it is cropped. At
+    # scale 1 the shorter side has data.image_size pixels, or fewer if the longer side would exceed
+    # four times data.image_size.
     scale_range: tuple[float, float] = (0.5, 2.0)
-    # Crops in which one class has more than this fraction of the labelled pixels are drawn again,
-    # up to ten times, in (0, 1]. 1 takes every first crop.
+    # Fraction of a crop's labelled pixels, in (0, 1]. If one class has at least this fraction, or
+    # if no pixel is labelled, another crop is drawn, up to ten in all. 1 accepts the first crop.
     cat_max_ratio: float = 0.75
     # Whether brightness, contrast, saturation and hue of training images are changed at random.
     photometric: bool = True
-    # How an image is tested. whole: in one forward. slide: by overlapping windows of
-    # data.image_size, whose logits are averaged; needed for a student of one image size, such as a
-    # ViT.
+    # How an image is tested. whole: in one forward. slide: in overlapping square windows of
+    # data.image_size pixels a side, whose logits are averaged; a student of one image size, such as
+    # a ViT, needs this.
     test_mode: Literal["whole", "slide"] = "whole"
-    # Distance from window to window, in pixels, at most data.image_size. 0: two thirds of that.
+    # Distance between neighbouring windows of test_mode slide, in pixels, at most
+    # data.image_size. 0: two thirds of data.image_size.
     test_stride: int = 0
-    # Length of the shorter side of tested images, and the largest length of the longer side, in
-    # pixels; windows limit no side. 0 0: data.image_size, and four times that.
+    # Length of the shorter side of a tested image, and largest length of its longer side, in
+    # pixels. Windows do not limit the size. 0 0: data.image_size, and four times data.image_size.
     test_size: tuple[int, int] = (0, 0)
-    # Scales of that size at which an image is seen; the probabilities are averaged.
+    # Scales at which an image is tested, as multiples of test_size. The probabilities of several
+    # scales are averaged.
     test_scales: tuple[float, ...] = (1.0,)
-    # Whether it is also seen mirrored at each scale.
+    # Whether an image is also tested mirrored, at each scale.
     test_flip: bool = False
 
     def __post_init__(self) -> None:
