@@ -89,7 +89,7 @@ def test_a_check_beside_meetings_has_its_rank_s_gpu(card: Card, monkeypatch) -> 
 
 def test_the_doctor_s_ranks_meet_over_nccl(card: Card, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "_MESSAGE_BYTES", 64)
-    assert "NCCL adds up" in doctor._sum(0.0).found
+    assert "NCCL all-reduces" in doctor._sum(0.0).found
 
 
 # --- the optimiser and the blocks ---

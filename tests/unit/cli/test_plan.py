@@ -116,7 +116,7 @@ def test_a_plan_takes_the_weights_that_training_takes(tmp_path, capsys):
     assert cli.main([*words, "--recipe", "finetune_swinv2_base"]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "--student.init: " in told
-    assert "not the model of the run; got depths 2 2 for 2 2 18 2, embed_dim 16" in told
+    assert "not the model of the run; got depths 2 2 instead of 2 2 18 2, embed_dim 16" in told
     for name in ("embed_dim", "patch_size", "window_size"):
         words += [f"--student.architecture.{name}", str(getattr(tiny_runs.SWIN, name))]
     words += ["--student.architecture.depths", "2", "2", "--data.image_size", "32"]

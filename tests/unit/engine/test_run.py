@@ -300,7 +300,8 @@ def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_
     assert said[0].startswith("optim.max_steps 3 -> 5: ANOTHER SCHEDULE from here on: the run")
     rows = lines(tmp_path / "run", "metrics.jsonl")
     assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
-    assert f"step is {rows[3]['learning_rate']:.3g} after {rows[2]['learning_rate']:.3g}" in said[0]
+    next_rate, last_rate = (f"{rows[index]['learning_rate']:.3g}" for index in (3, 2))
+    assert f"next step is {next_rate} (the last step had {last_rate})" in said[0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["updates"], summary["total_updates"]) == ("done", 5, 5)
 

@@ -97,7 +97,7 @@ def test_what_stands_in_the_way(toy, jobs, tmp_path, monkeypatch, capsys):
     (tmp_path / "transfer.sh").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([*words, "--slurm"]) == 2
-    assert "no sbatch here" in capsys.readouterr().err
+    assert "no command sbatch" in capsys.readouterr().err
 
 
 def test_a_job_is_handed_on_the_names_of_own_code_and_no_others(toy, jobs, tmp_path, capsys):
