@@ -64,8 +64,8 @@ class HelpShown(Exception):
 class AllowsCode:
     """Argument --allow-code, for commands that build the models of stored runs and exports."""
 
-    # Python files whose code may be imported where a recipe, a stored run or an export names it
-    # (module:FILE.py:NAME). Files that you never allowed are refused.
+    # Python files whose code may be imported if a recipe, a stored run or an export names it, as
+    # module:FILE.py:NAME. Files whose import you never allowed are refused.
     allow_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,8 +84,8 @@ class AllowsCode:
 class TakesRunFile:
     """Argument --config, for commands that can read a recipe from a file."""
 
-    # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run.
-    # Such a recipe.json can be given as well. Flags win over the file (docs/recipes.md).
+    # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run; a
+    # recipe.json itself is accepted too. Flags override the values of the file (docs/recipes.md).
     config: str = ""
 
 

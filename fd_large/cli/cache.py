@@ -32,30 +32,33 @@ if TYPE_CHECKING:
 class Cache(TakesRunFile, AllowsCode):
     """Store the maps of a recipe's teachers for fixed views of data.root.
 
-    Runs then learn from the stored maps, without the teachers: --teacher.source cached:OUT. The
-    command takes the flags and the launcher of a run. Started again, it continues where it
-    stopped, on any number of ranks. With eval.root, it also stores the maps of held-out views.
+    Runs with --teacher.source cached:OUT then learn from the stored maps, without the teachers. The
+    command takes the flags and the launcher of a run. If the command is started again, it continues
+    where it stopped, on any number of ranks. If eval.root is set, it also stores the maps of the
+    views of the held-out images.
     """
 
     # Recipe of the runs that are to use the maps (or --recipe NAME).
     recipe: Annotated[str, Positional, arg(metavar="[RECIPE]")] = registry.DEFAULT_RECIPE
-    # Folder to write (or --out FOLDER). Of several teachers, each has a folder of its name in it.
+    # Folder to which the maps are written (or --out FOLDER). If there are several teachers, each
+    # has a subfolder with its name.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # Number of stored views of each image, which are random crops, flipped or not. The epochs of a
-    # run take them in turn. 0: the recipe's task.distillation.views, and 1 if that is 0.
+    # Number of views of each image that are stored. A view is a random crop, flipped or not; the
+    # epochs of a run use the views in turn. 0: the recipe's task.distillation.views, or 1 if that
+    # is 0.
     views: int = 0
-    # Number format of the stored maps. fp32: exact. fp16, fp8 (E4M3) and int8: rounded, with a
-    # shift and a factor for each token (docs/cache.md has the errors).
+    # Number format of the stored maps. fp32: exact. fp16, fp8 (E4M3) and int8: rounded, with an
+    # offset and a scale for each token (docs/cache.md lists the errors).
     precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
-    # Print the costs, and whether storing saves time; write nothing.
+    # Print the costs of storing, and whether storing saves time, and write nothing.
     plan: bool = False
-    # Card for --plan: h100, h200, b200, a100, a100_40 or l40s.
+    # GPU model for --plan: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
     # Rate at which each rank of a run reads the cache, in GB/s, for --plan.
     read_gb: float = 1.0
     # Number of runs that are to use the maps, for --plan.
     runs: int = 1
-    # Number of images, for --plan. 0: those of data.root.
+    # Number of images, for --plan. 0: the number of images in data.root.
     images: int = 0
 
     def __post_init__(self) -> None:

@@ -42,17 +42,17 @@ class Verify(_OfRun):
 class Prune(_OfRun):
     """Remove the checkpoints that the recipe does not keep."""
 
-    # Newest checkpoints that stay; None: as many as the recipe's runtime.keep_last.
+    # Number of newest checkpoints that are kept. None: the recipe's runtime.keep_last.
     keep_last: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export(_OfRun, AllowsCode):
-    """Write the newest checkpoint in DeepSpeed's own format, for this number of ranks."""
+    """Write the newest checkpoint in DeepSpeed's format, for as many ranks as run the command."""
 
     # Folder to write to.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # DeepSpeed's JSON, a path or a name, whose ZeRO stage the files are for.
+    # DeepSpeed's JSON, a path or a name, which decides the ZeRO stage of the written checkpoint.
     deepspeed_config: str
 
 
@@ -60,11 +60,11 @@ class Export(_OfRun, AllowsCode):
 class Import(AllowsCode):
     """Store a checkpoint in DeepSpeed's format as a run's newest, on as many ranks as wrote it."""
 
-    # The folder that DeepSpeed's save_checkpoint was given.
+    # Folder to which DeepSpeed's save_checkpoint wrote the checkpoint.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
     # Folder of the run, with its recipe.json.
     run: Annotated[str, Positional, arg(metavar="RUN")]
-    # DeepSpeed's JSON with which the checkpoint was trained, a path or a name.
+    # DeepSpeed's JSON of the training that wrote the checkpoint, a path or a name.
     deepspeed_config: str
 
 

@@ -17,8 +17,9 @@ from fd_large.evaluation.diagnosis.protocol import DIAGNOSIS, DiagnosisFlags
 class Data:
     """Flags of the images."""
 
-    # Images as for training: a folder, tar shards, or builtin:photographs. Of a dataset with parts,
-    # the test part. A run that learnt labels needs images of its classes for its loss.
+    # Images of the same kinds as for training: a folder, tar shards, or builtin:photographs. If the
+    # dataset has a training and a test part, the test part is used. The loss of a run that learnt
+    # labels needs images of the run's classes.
     root: str
 
 
@@ -26,16 +27,18 @@ class Data:
 class Diagnose(DiagnosisFlags, AllowsCode):
     """Show attention, flatness of the loss and similarity of layers of models.
 
-    A model is RUN (its student, with the loss of the run's task beside that of the model alone),
-    RUN#student (the same model alone), RUN#teacher or RUN#scratch; a file or folder of weights,
-    hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for
-    weights that do not show their model, such as timm:vit_tiny_patch16_224=random.
-    docs/diagnose.md explains the figures.
+    A MODEL may be a model of a run, whose folder is RUN. RUN is the student, with the loss of the
+    run's task besides the loss of the model alone; RUN#student is the student without the loss of
+    the task; RUN#teacher is the teacher; RUN#scratch is the student with random weights. Or a MODEL
+    may be a source of weights: a file, a folder, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
+    module:PATH/TO/FILE.py:NAME. If weights do not show their model, the model's name is put before
+    their source, NAME=SOURCE, such as timm:vit_tiny_patch16_224=random. docs/diagnose.md explains
+    the figures.
     """
 
-    # One model or several, side by side.
+    # Models to diagnose, which are shown side by side.
     models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL [MODEL ...]")]
-    # Images.
+    # The images, see --data.root.
     data: Data
 
     def __post_init__(self) -> None:

@@ -42,15 +42,18 @@ _SAME = ("packages", "code")
 class Doctor:
     """Check this machine for training, with remedies; exit code 1 if training cannot start.
 
-    Alone it looks at this node. Started like a run (srun, mpirun, torchrun, or deepspeed
-    --no_local_rank --module) it has the ranks meet, and names the nodes that differ.
+    Started alone, the command checks this node. Started by the launcher of a run (srun, mpirun,
+    torchrun, or deepspeed --no_local_rank --module), it also lets the ranks communicate, and names
+    the nodes that differ from the others.
     """
 
-    # Folder that runs are written to.
+    # Folder in which runs will be written.
     run_dir: str = "runs"
-    # Folder for copies of images (STAGE_TO of slurm/site.sh); empty: SLURM_TMPDIR, TMPDIR or /tmp.
+    # Folder on a local disk for copies of images (STAGE_TO of slurm/site.sh). Empty: SLURM_TMPDIR,
+    # TMPDIR or /tmp.
     local_disk: str = ""
-    # Folder that engine.nvme_path would name, for the optimiser's state; empty: none.
+    # Folder for the optimiser's state, the value that engine.nvme_path will have. Empty: no such
+    # folder is checked.
     nvme_path: str = ""
     # Print the reports of torch and DeepSpeed as well, for an issue.
     full: bool = False

@@ -30,11 +30,12 @@ _STOPPED = (
 class Data:
     """Flags of the images and their loading."""
 
-    # Images as for training, without labels: a folder, tar shards, or builtin:photographs.
+    # Images of the same kinds as for training, without labels: a folder, tar shards, or
+    # builtin:photographs.
     root: str
-    # Side of the centre crops in pixels; 0: as the model was trained.
+    # Side of the centre crops in pixels. 0: the side in the model's training.
     image_size: int = 0
-    # Number of loader processes per rank.
+    # Number of loader processes per rank. 0 loads in the main process.
     workers: int = sections.Data.workers
     # Largest number of pixels of an image; larger ones are left out.
     max_pixels: int = sections.Data.max_pixels
@@ -44,28 +45,30 @@ class Data:
 class Embed(AllowsCode):
     """Write the features of all images of a folder to a table, in the order of their names.
 
-    MODEL is RUN (its student), RUN#teacher or RUN#scratch; a file or folder of weights, an export,
-    hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for
-    weights that do not show their model.
+    MODEL may be a model of a run, whose folder is RUN: RUN is the student, RUN#teacher the teacher,
+    and RUN#scratch the student with random weights. Or MODEL may be a source of weights: a file, a
+    folder, an export, hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME. If
+    weights do not show their model, the model's name is put before their source, NAME=SOURCE.
 
-    A row has the image's path below the folder and its feature, in float32. With several ranks by
-    torchrun or deepspeed the table is the same to the bit. A stopped or killed command continues
-    when it is repeated. Unreadable images are named and left out.
+    A row of the table has the image's path below the folder and the image's feature in float32. The
+    table is the same to the bit for any number of ranks (torchrun or deepspeed). If the command was
+    stopped or killed, the same command continues it. Unreadable images are named and left out.
     """
 
-    # The model.
+    # Model whose features are written.
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     # The images.
     data: Data
-    # The table: a new FILE.parquet, FILE.npz or FILE.csv.
+    # File to which the table is written, a new FILE.parquet, FILE.npz or FILE.csv.
     out: str
-    # Feature of an image: the mean of its patch tokens, its class token, or its whole map (height,
-    # width, channels), which is written to .npz alone.
+    # Feature of an image. mean: the mean of its patch tokens. cls: its class token. map: its whole
+    # map (height, width, channels), for .npz alone.
     pool: Literal["mean", "cls", "map"] = "mean"
-    # Feature of the student of a distillation run, or of an export of it. own: its map. NAME or
-    # NAME.summary: the output of its head for the map or the summary of the teacher NAME.
+    # Source of the features, for the student of a distillation run or for an export of that
+    # student. own: the student's map. NAME: the output of its head for the map of the teacher NAME.
+    # NAME.summary: the output of its head for the summary of the teacher NAME.
     features: str = "own"
-    # Images at a time; the last bits of the features depend on it.
+    # Number of images in a forward. It changes the last bits of the features.
     batch_size: int = 64
 
     def __post_init__(self) -> None:

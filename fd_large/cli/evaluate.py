@@ -40,31 +40,36 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
 
     python -m fd_large evaluate MODEL [MODEL ...] --task knn --data.root FOLDER
 
-    FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
-    which KEY.cls is next to KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
-    (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
-    timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
-    model. A run of detection, segmentation or depth is scored on its own test images, or on
-    another --data.root. Before fine-tuning, --sweep tries the same grid of learning rates and layer
-    decays for every model, and tests each trial on a held-out tenth of the training images.
+    FOLDER has train/, and val/ or test/. Each of these holds a folder for each class, or tar shards
+    in which KEY.cls is next to KEY.jpg.
 
-    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
+    A MODEL may be a model of a run, whose folder is RUN: RUN is the student, RUN#teacher the
+    teacher, and RUN#scratch the student with random weights. Or a MODEL may be a source of weights:
+    a file, a folder, hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME. If
+    weights do not show their model, the model's name is put before their source, NAME=SOURCE.
+
+    A run of detection, segmentation or depth is scored on its own test images, or on another
+    --data.root. Before fine-tuning, --sweep tries the same grid of learning rates and layer decays
+    for every model, and tests each trial on a held-out tenth of the training images.
+
+    Fields of a recipe (--data.image_size, --optim.epochs ...) are flags, as in training.
     docs/evaluation.md explains the figures.
     """
 
     # Models to measure.
     models: Annotated[tuple[str, ...], Positional, arg(metavar="[MODEL ...]")] = ()
-    # knn: k nearest neighbours of frozen features; linear: a linear probe on them; zeroshot: class
-    # names, embedded by the text tower of a CLIP teacher; robustness: a fine-tuned model on a set
-    # whose labels are mapped to its classes; finetune: training of the whole model on the labels;
-    # or the task of a run, such as detection, to score that run. auto: the measurement for the
-    # task of the first model's run, else knn. module:FILE.py:NAME: a protocol of your own
-    # (docs/extending.md).
+    # What is measured. knn: k nearest neighbours of frozen features. linear: a linear probe on
+    # frozen features. zeroshot: zero-shot classification, by class names that the text tower of a
+    # CLIP teacher embeds. robustness: a fine-tuned model on a test set whose labels are mapped to
+    # the model's classes. finetune: training of the whole model on the labels. The task of a run,
+    # such as detection: the score of that run. auto: the measurement for the task of the first
+    # model's run, else knn. A protocol of your own: module:FILE.py:NAME (docs/extending.md).
     task: str = "auto"
-    # Kind of linear probe. cached: in minutes, on features of the centre crops. official: as
-    # in Feature-Distillation, on random crops, by the recipe linear_probe, through the engine.
+    # Kind of linear probe. cached: on stored features of the centre crops, which takes minutes.
+    # official: on random crops, as in Feature-Distillation, by a training with the recipe
+    # linear_probe.
     protocol: Literal["cached", "official"] = "cached"
-    # Folder for summary.json, the plot, and the runs of trainings.
+    # Folder for summary.json, the plot, and the run folders of trainings.
     out: str = "evaluation"
 
     def __post_init__(self) -> None:

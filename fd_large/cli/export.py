@@ -31,7 +31,7 @@ SHARD_SIZE = "5GB"
 class Export(AllowsCode):
     """Write the student of a run's newest or named checkpoint for another library.
 
-    OUT is a new folder: the weights, config.json, and README.md, the model card.
+    OUT is a new folder with the weights, config.json, and the model card README.md.
     """
 
     # Folder of the run, for example runs/quickstart, or of one of its checkpoints, for example
@@ -39,23 +39,24 @@ class Export(AllowsCode):
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names; onnx: an ONNX
-    # graph; program: a torch.export program. The last two run without any model code. A
-    # segmentation run can also be written with its heads. mmseg: in mmsegmentation's names;
-    # upernet: transformers' UperNetForSemanticSegmentation.
+    # Library or format. timm. hf: transformers' Swinv2, BEiT or ViT. fd: the names of
+    # Feature-Distillation. onnx: an ONNX graph. program: a torch.export program. The formats onnx
+    # and program run without any model code. A segmentation run can also be written with its heads,
+    # as mmseg (mmsegmentation's names) or upernet (transformers' UperNetForSemanticSegmentation).
     to: To
-    # Side in pixels of the exported model's images. 0: the side of the training. Other sides fit
-    # only models without a table of positions.
+    # Side in pixels of the exported model's images. 0: the side in the training. A model with a
+    # table of positions takes no other side.
     image_size: int = 0
-    # Largest size of a file of tensors; a larger model has several files and an index.
+    # Largest size of a file of weights. The weights of a larger model are split into several files,
+    # with an index.
     shard_size: str = SHARD_SIZE
     # OWNER/NAME of a new, private repository on the Hugging Face Hub to which OUT is uploaded.
     push: str = ""
-    # Licence of the student, as the Hub names it (mit, apache-2.0, ...). Empty: the card says that
-    # it is unknown.
+    # Licence of the student, by its name on the Hub (mit, apache-2.0, ...). Empty: the model card
+    # says that the licence is unknown.
     license: str = ""
-    # OWNER/NAME of the model on the Hub that the student learned from, where the recipe does not
-    # name it: for a teacher that is a file on a disk.
+    # OWNER/NAME of the teacher on the Hub, from which the student learnt. It is needed only if the
+    # recipe does not name it, because the teacher was a file on a disk.
     base_model: str = ""
 
     def __post_init__(self) -> None:

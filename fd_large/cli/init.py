@@ -23,7 +23,7 @@ _OF_A_CHECKOUT = {"throughput.sh"}
 class Init:
     """Write the Slurm scripts, and site.sh with the settings of your site, to your own folder."""
 
-    # A new or empty folder, which is made if it is not there.
+    # Folder to which the scripts are written. It must be empty, or is made if it does not exist.
     folder: Annotated[str, Positional, arg(metavar="DIR")]
 
 

@@ -27,7 +27,8 @@ auto                 for a teacher: the model of its weights (docs/weights.md)""
 class Models:
     """List the names of models for students and teachers."""
 
-    # Part of a name; lists the models whose names contain it, timm's as well.
+    # Part of a name. If it is given, all models whose names contain it are listed, including
+    # timm's.
     part: Annotated[str, Positional, arg(metavar="[PART]")] = ""
 
 

@@ -39,34 +39,36 @@ NARROW = 104
 class Plan(TakesRunFile, AllowsCode):
     """Plan a recipe on a cluster: memory, time, network, disk; from shapes, without a GPU.
 
-    Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training.
+    Fields of the recipe (--batch.global_batch_size 8192 ...) are flags, as in training.
     """
 
-    # Name of the recipe that is planned; if left out, quickstart.
+    # Name of the recipe that is planned. If it is left out: quickstart.
     recipe: str = registry.DEFAULT_RECIPE
     # Number of ranks, one for each GPU.
     gpus: int = 8
-    # Card: h100, h200, b200, a100, a100_40 or l40s.
+    # GPU model: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
-    # Ranks on each node.
+    # Number of GPUs in each node.
     gpus_per_node: int = 8
     # Rate of each network card in Gb/s.
     network: float = 400.0
-    # Network cards of each node; 0: one for each GPU.
+    # Number of network cards in each node. 0: one for each GPU.
     nics_per_node: int = 0
-    # Images of the dataset, which decide the steps of an epoch; the default is ImageNet-1K.
+    # Number of images of the dataset, which decides the number of steps of an epoch. The default is
+    # the number in ImageNet-1K.
     images: int = dataset_sizes.IMAGENET
-    # fused: the fused kernels, on cards that have them (h100, h200, a100, a100_40). reference:
-    # plain torch.
+    # Kernels whose speed is assumed. fused: the fused kernels, on GPUs that have them (h100, h200,
+    # a100, a100_40). reference: plain torch.
     kernels: Kernels = "fused"
-    # JSON of measured rates, which replace those of the card; with --probe it is written. Empty:
-    # the card's rates.
+    # JSON file of measured rates, which replace the rates of --gpu. With --probe, this file is
+    # written. Empty: the rates of --gpu.
     rates: str = ""
-    # Measure this machine first: its GPU, or as many CPU ranks as --gpus says.
+    # Measure the rates of this machine first: of its GPU, or, without a GPU, of as many CPU ranks
+    # as --gpus says.
     probe: bool = False
-    # File for the DeepSpeed JSON of the first setting; empty: it is not written.
+    # File to which the DeepSpeed JSON of the first setting is written. Empty: it is not written.
     write: str = ""
-    # Number of settings that are shown.
+    # Number of settings that are shown, 1 or more.
     rows: int = 5
 
     def __post_init__(self) -> None:

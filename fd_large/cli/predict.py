@@ -26,19 +26,20 @@ LEAST_SCORE = 0.5
 class Predict(AllowsCode):
     """Draw a run's predictions for images: boxes and masks, or the class or depth of pixels.
 
-    predictions.json has for each image of a detector a list of class, score, bbox (left, top,
-    width, height in its pixels) and segmentation (COCO's run lengths); docs/segmentation.md and
-    docs/depth.md describe the other tasks' entries. An image that cannot be read is reported and
-    left out; the exit code is 2 then.
+    The command also writes predictions.json. For a detector, this file has a list of objects for
+    each image, each with class, score, bbox (left, top, width and height in pixels of the image)
+    and segmentation (COCO's run lengths). docs/segmentation.md and docs/depth.md describe the
+    entries of the other tasks. An image that cannot be read is reported and left out, and the exit
+    code is then 2.
     """
 
-    # Folder of a run that detects, segments or estimates depth.
+    # Folder of a run of detection, segmentation or depth.
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Image files.
     images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGE [IMAGE ...]")]
-    # Folder for predictions.json and NAME.png of each image.
+    # Folder for predictions.json, and for NAME.png of each image NAME.
     out: str = "predictions"
-    # Least score of an object that is drawn and written, in [0, 1]; None: 0.5.
+    # Smallest score of a detected object that is drawn and written, in [0, 1]. None: 0.5.
     score: float | None = None
 
     def __post_init__(self) -> None:

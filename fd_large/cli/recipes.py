@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class Recipes:
     """List the recipes: models, hardware, duration and expected results.
 
-    With a name: that recipe's reasons and every field, as a run file (--config FILE).
+    With NAME, the command prints the reasons for that recipe's values and all its fields, in the
+    form of a run file (--config FILE).
     """
 
-    # Recipe to show; without it all are listed.
+    # Name of the recipe to show. Without it, all recipes are listed.
     name: Annotated[str, Positional, arg(metavar="[NAME]")] = ""
 
 

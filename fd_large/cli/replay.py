@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Replay(AllowsCode):
     """Repeat, on one device, a step that the guard refused."""
 
-    # RUN/incidents/update_NNNNNNNN, or the incident.json in it.
+    # Record of the step: the folder RUN/incidents/update_NNNNNNNN, or the incident.json in that
+    # folder.
     file: Annotated[str, Positional, arg(metavar="FILE")]
 
 

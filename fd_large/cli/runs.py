@@ -31,21 +31,24 @@ if TYPE_CHECKING:
 class Runs:
     """List the runs below a folder with their states and results.
 
-    Without --best, runs come in the order of their names, each with the newest value of its main
-    metric: the recipe's eval.best_metric, or the first number that its evaluations measure.
+    Without --best, the runs are sorted by name, and each is shown with the newest value of its main
+    metric. The main metric is the recipe's eval.best_metric, or, if that is empty, the first metric
+    of the run's evaluations.
     """
 
-    # Folder with runs in it, at any depth, for example runs.
+    # Folder that contains the run folders, at any depth, for example runs.
     folder: Annotated[str, Positional, arg(metavar="FOLDER")]
-    # Metrics, SET/METRIC or as in evaluations.jsonl (held_out_loss, test_top1), to show by the best
-    # value of each run and its step. Runs are sorted by the first metric, the best on top (their
-    # task says whether lower is better). The evaluation before training does not count.
+    # Metrics, as SET/METRIC or by the names in evaluations.jsonl (held_out_loss, test_top1). For
+    # each run, the best value of each metric and its step are shown. Runs are sorted by the first
+    # metric, the best run first; the task of a run decides whether lower is better. The evaluation
+    # before the first step does not count.
     best: tuple[str, ...] = ()
-    # Fields of the recipe to show beside each run, for example optim.base_lr.
+    # Fields of the recipe whose values are shown for each run, for example optim.base_lr.
     show: tuple[str, ...] = ()
-    # Only runs with these values, as FIELD=VALUE: fields of the recipe, or state, recipe, student.
+    # Conditions FIELD=VALUE on the listed runs. FIELD is a field of the recipe, or state, recipe or
+    # student.
     where: tuple[str, ...] = ()
-    # Print comma-separated values, with the newest value of every number that was measured.
+    # Print comma-separated values, with the newest value of every metric that was measured.
     csv: bool = False
 
 

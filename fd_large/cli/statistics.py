@@ -28,20 +28,20 @@ STOPPED = (
 class Statistics(TakesRunFile, AllowsCode):
     """Measure the teacher's channels on data.root, for objective.normaliser standardise and phi_s.
 
-    It takes the recipe, the flags and the launcher of the run that will use the file:
-    a run refuses statistics of another teacher, layer or size.
+    The command takes the recipe, the flags and the launcher of the run that will use the file,
+    since a run refuses statistics of another teacher, layer or image size.
     """
 
-    # Recipe of the run that is to use the file (or --recipe NAME).
+    # Recipe of the run that will use the file (or --recipe NAME).
     recipe: Annotated[str, Positional, arg(metavar="[RECIPE]")] = registry.DEFAULT_RECIPE
-    # The file to write, of the format safetensors (or --out FILE).
+    # File to which the statistics are written, in the format safetensors (or --out FILE).
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
-    # Target to measure: NAME for the map of that teacher, NAME_summary for its summary. Empty: the
-    # map of the only teacher.
+    # Target whose channels are measured. NAME: the map of the teacher NAME. NAME_summary: the
+    # summary of that teacher. Empty: the map of the only teacher.
     target: str = ""
-    # Number of random crops that are measured; each gives all tokens of its map.
+    # Number of random crops that are measured, 1 or more. All tokens of the map of a crop count.
     views: int = 4096
 
     def __post_init__(self) -> None:

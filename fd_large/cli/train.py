@@ -74,17 +74,18 @@ class Train(TakesRunFile, AllowsCode):
     On several GPUs: deepspeed fd_large/train.py, with the same flags.
     """
 
-    # Name of the recipe whose values are the defaults below; if left out, quickstart.
+    # Name of the recipe, whose values are the defaults of the recipe's fields below. If it is left
+    # out: quickstart.
     recipe: str = registry.DEFAULT_RECIPE
     # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
-    # Start anew although the folder of the run holds checkpoints.
+    # Start a new run, although the folder of the run holds checkpoints.
     fresh: bool = False
-    # Steps to trace with torch's profiler, after the first three, into RUN/profile/; 0 turns it
-    # off.
+    # Number of steps that torch's profiler traces, after the first three steps, into
+    # RUN/profile/. 0 turns the profiler off.
     profile: int = 0
-    # Number of ranks for which the settings are checked, as far as one process can without torch;
-    # nothing is trained. 0 trains.
+    # Number of ranks for which the settings are checked, as far as one process without torch can
+    # check them; nothing is trained. 0 trains.
     check: int = 0
 
     def __post_init__(self) -> None:

@@ -42,21 +42,21 @@ class Transfer(table.TransferFlags, AllowsCode):
     python -m fd_large transfer RUN [RUN ...] --imagenet DIR --ade20k DIR --coco DIR --nyuv2 DIR
 
     Each cell of the table is a separate training, and the same command resumes unfinished cells.
-    Columns: finetune and linear (both on --imagenet), ade20k, coco, nyuv2; columns without a
-    dataset are left out. Fields of a recipe apply to all columns, or with a column's name as
-    prefix to that column alone: --ade20k.optim.max_steps 2000,
+    The columns are finetune and linear (both on --imagenet), ade20k, coco and nyuv2; a column is
+    left out if its dataset is not given. A field of a recipe applies to all columns, or, with a
+    column's name as prefix, to that column alone: --ade20k.optim.max_steps 2000,
     --finetune.recipe finetune_clip_vit_large. docs/evaluation.md explains the figures.
     """
 
     # Folders of the runs that distilled the students.
     runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN [RUN ...]")] = ()
-    # Print the cost of the table and train nothing; without a dataset, the cost of all columns.
-    # Datasets are not read: each counts as large as the one that its column is named after.
+    # Print the cost of the table and train nothing. If no dataset is given, the cost is that of all
+    # columns. Datasets are not read; each counts as large as the dataset that names its column.
     plan: bool = False
-    # Number of GPUs of each training, for --plan. If it does not divide the global batch, the
-    # greatest common divisor of both is taken.
+    # Number of GPUs of each training, for --plan. If this number does not divide the global batch
+    # size, the greatest common divisor of the two is used.
     gpus: int = 8
-    # Card, for --plan: h100, h200, b200, a100, a100_40 or l40s.
+    # GPU model for --plan: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Transfer(table.TransferFlags, AllowsCode):
 class ColumnFlags:
     """Flags of one column, besides the fields of its recipe."""
 
-    # Recipe of the column; empty: the one that fits the model.
+    # Recipe of the column. Empty: the published recipe that fits the model.
     recipe: str = ""
 
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfSource:
-    # A file or folder of weights, a run's folder, FILE#teacher (or #student, #projector) of a file
-    # with several models, package:NAME, hf:REPO or open_clip:ARCH/TAG. docs/weights.md lists the
-    # formats.
+    # Source of the weights: a file, a folder, a run's folder, package:NAME, hf:REPO or
+    # open_clip:ARCH/TAG. FILE#teacher, FILE#student and FILE#projector name a model in a file with
+    # several models. The page docs/weights.md lists the formats.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
 
 
@@ -39,11 +39,11 @@ class _OfSource:
 class Inspect(_OfSource):
     """Say what a weights file holds: format, architecture, parameters, licence.
 
-    SOURCE may be MODEL=SOURCE, as in evaluate, for weights that do not show their model:
-    timm:NAME=FILE.
+    If the weights do not show their model, the model's name can be put before them, as in evaluate:
+    MODEL=SOURCE, for example timm:NAME=FILE.
     """
 
-    # Name of a model that the file is compared with, such as timm:NAME; auto: the model that the
+    # Name of the model with which the file is compared, such as timm:NAME. auto: the model that the
     # weights show.
     model: str = "auto"
 
@@ -54,14 +54,14 @@ class Convert(_OfSource):
 
     # File or folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # fd: a folder with this project's names and a config.json that describes the model; official:
-    # one file with the names of Swin-Transformer, DINO or Feature-Distillation; timm: one
-    # .safetensors or .pth file with timm's names (ViT, BEiT, Swin, SwinV2, or an export of a model
-    # of timm).
+    # Format. fd: a folder with this project's tensor names and a config.json that describes the
+    # model. official: one file with the tensor names of Swin-Transformer, DINO or
+    # Feature-Distillation. timm: one .safetensors or .pth file with timm's tensor names (ViT, BEiT,
+    # Swin, SwinV2, or an export of a model of timm).
     to: Literal["fd", "official", "timm"]
-    # Name of the model in the file; auto: the model that the weights show.
+    # Name of the model whose weights the file has. auto: the model that the weights show.
     model: str = "auto"
-    # Fields that the file does not determine, such as window_size.
+    # Fields of the model that the weights do not determine, such as window_size.
     architecture: Architecture = field(default_factory=Architecture)
 
 
@@ -69,7 +69,7 @@ class Convert(_OfSource):
 class Fetch:
     """Download weights into a folder that can be used as a source without a network."""
 
-    # hf:REPO, timm:NAME or open_clip:ARCH/TAG.
+    # Source of the weights: hf:REPO, timm:NAME or open_clip:ARCH/TAG.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
     # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="DIR")]

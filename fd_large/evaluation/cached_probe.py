@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class ProbeFlags(FrozenFlags, Repeated):
     """Flags of the linear probe that is trained on stored features."""
 
-    # Learning rates of the linear probe per 256 images; all are tried, and a held-out tenth of the
-    # training images decides.
+    # Learning rates of the linear probe per 256 images. Each is tried, and the accuracy on a
+    # held-out tenth of the training images chooses one.
     probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    # Epochs of the linear probe.
+    # Number of epochs of the linear probe.
     probe_epochs: int = 30
 
     def __post_init__(self) -> None:

@@ -54,10 +54,11 @@ _FIELDS = (
 class FrozenFlags(Pooled, Batched):
     """Flags that all protocols on features of frozen models have."""
 
-    # Features of the student of a distillation run, or of an export of it. own: its map. NAME or
-    # NAME.summary: the output of its head for the map or the summary of the teacher NAME (called
-    # teacher if it is the only one). Several are measured side by side. Models without heads are
-    # measured by their own map.
+    # Sources of the features, for the student of a distillation run or for an export of that
+    # student. own: the student's map. NAME: the output of its head for the map of the teacher NAME.
+    # NAME.summary: the output of its head for the summary of the teacher NAME. A single teacher has
+    # the name teacher. Several sources are measured side by side. Models without heads are measured
+    # by their own map.
     features: tuple[str, ...] = (OWN_FEATURES,)
 
     def __post_init__(self) -> None:

@@ -12,9 +12,10 @@ from fd_large.recipes.fields import at_least, positive
 class KnnFlags(FrozenFlags):
     """Flags of k-NN."""
 
-    # Number of neighbours that vote.
+    # Number of nearest neighbours that vote in k-NN, 1 or more.
     k: int = 20
-    # A neighbour's vote is exp(cosine similarity / temperature).
+    # Temperature of the votes in k-NN. The weight of a neighbour's vote is exp(cosine similarity /
+    # temperature).
     temperature: float = 0.07
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ class Result(NamedTuple):
 class Repeated:
     """Flag --seeds, for protocols that are repeated with several seeds."""
 
-    # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
+    # Number of repetitions. Their seeds are runtime.seed and the numbers after it. The result of
+    # k-NN is the same for every seed.
     seeds: int = 1
 
     def __post_init__(self) -> None:
@@ -50,8 +51,9 @@ class Repeated:
 class Pooled:
     """Flag --pool, for protocols that use a single feature vector of each image."""
 
-    # Feature of an image of a frozen model: the mean of its patch tokens, its class token, or both
-    # side by side in one vector. auto: each that the model has (k-NN: mean and cls).
+    # Feature of an image of a frozen model. mean: the mean of its patch tokens. cls: its class
+    # token. both: these two, concatenated. auto: each feature that the model has (for k-NN, mean
+    # and cls).
     pool: Literal["auto", "mean", "cls", "both"] = "auto"
 
 
@@ -59,7 +61,7 @@ class Pooled:
 class Batched:
     """Flag --batch_size, for protocols that run frozen models on images."""
 
-    # Images at a time while the model is frozen.
+    # Number of images in a forward of a frozen model.
     batch_size: int = 256
 
     def __post_init__(self) -> None:

@@ -46,8 +46,9 @@ _MAPPINGS, _IMAGES = "mappings", "images"
 class RobustnessFlags(Batched):
     """Flags of the protocol `robustness`."""
 
-    # Source of the images' classes. folders: the folder of an image. real: the ReaL labels of
-    # ImageNet's validation images, by their files' names; images without a label are left out.
+    # Source of the images' classes in robustness. folders: the folder of an image. real: the ReaL
+    # labels of ImageNet's validation images, found by file name; images without a label are left
+    # out.
     labels: Literal["folders", "real"] = "folders"
 
 

@@ -42,15 +42,15 @@ HELD_OUT = 0.1
 class SweepFlags:
     """Flags of `evaluate` and `transfer` for the sweep before a training."""
 
-    # For every model, try the recipes of all models at several learning rates and layer decays,
-    # test each trial on a held-out tenth of the training images, and train with the best setting
-    # on all training images.
+    # Choose learning rate and layer decay for each model before its training. The recipes of all
+    # models are tried at several learning rates and layer decays, each trial is tested on a
+    # held-out tenth of the training images, and the best setting trains on all training images.
     sweep: bool = False
-    # Learning rates of the sweep, as multiples of the peak learning rate of each recipe, which is
-    # always tried, too.
+    # Learning rates of the sweep, as multiples of the peak learning rate of each recipe. The
+    # factor 1 is always tried.
     sweep_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
-    # Layer decays of the sweep (optim.layer_decay); that of each recipe is always tried, too.
-    # Random weights have none.
+    # Layer decays of the sweep (optim.layer_decay). The layer decay of each recipe is always tried.
+    # Models with random weights are tried with that of the recipe alone.
     sweep_decays: tuple[float, ...] = (0.6, 0.7, 0.8)
 
     def __post_init__(self) -> None:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 class TrainingFlags(Repeated):
     """Flags that all protocols which train models have."""
 
-    # Name of the recipe by which all models are trained; empty: the published one that fits the
-    # first model. With --sweep, the recipes that fit any of the models are tried.
+    # Name of the recipe by which all models are trained. Empty: the published recipe that fits the
+    # first model; with --sweep, the recipes that fit any of the models.
     recipe: str = ""
-    # DeepSpeed's JSON of the trainings, a path or a name; empty: zero1.
+    # DeepSpeed's JSON of the trainings, a path or a name. Empty: zero1.
     deepspeed_config: str = ""
 
 

@@ -38,17 +38,18 @@ _FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels")
 class ZeroShotFlags(Batched):
     """Flags of zero-shot classification."""
 
-    # Name of the CLIP among a run's teachers whose image embedding the student has learnt.
+    # Name of the CLIP teacher of a run whose image embedding the student has learnt.
     clip: str = "clip"
-    # The CLIP with the text tower: open_clip:ARCH/TAG, hf:REPO, or a folder with a tokenizer.
-    # Empty: the source of the run's teacher.
+    # CLIP model whose text tower embeds the class names: open_clip:ARCH/TAG, hf:REPO, or a folder
+    # with a tokenizer. Empty: the source of the run's CLIP teacher.
     text: str = ""
-    # File with the name of a class on each line, in the order of the class folders. Empty: names of
-    # ImageNet's classes for folders that are called by their synsets (n01440764) or numbers (0 to
-    # 999), else the folders' own names.
+    # File with the name of a class on each line, in the order of the class folders. Empty: the
+    # names of ImageNet's classes if the folders are named by synsets (n01440764) or by numbers (0
+    # to 999), else the names of the folders.
     class_names: str = ""
-    # Texts around a name. openai: the 80 of CLIP's paper; simple: 7 of them (both need open_clip);
-    # one: "a photo of a NAME."; or a file with a text on each line that has {} for the name.
+    # Prompts into which a class name is put. openai: the 80 prompts of CLIP's paper. simple: 7 of
+    # these prompts (both need open_clip). one: "a photo of a NAME.". Or a file with a prompt on
+    # each line, in which {} stands for the class name.
     prompts: str = "openai"
 
 

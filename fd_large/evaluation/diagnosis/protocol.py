@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class DiagnosisFlags:
     """Flags of a diagnosis, besides the images."""
 
-    # Number of images, spread over the dataset; none is taken twice.
+    # Number of images, spread over the dataset without repetition.
     images: int = 64
-    # Images at a time; the loss landscapes see the first four batches.
+    # Number of images in a forward. The loss landscapes use the first four batches alone.
     batch_size: int = 16
     # Folder for report.html, index.md, the plots, diagnosis.json and averages.npz.
     out: str = "diagnosis"

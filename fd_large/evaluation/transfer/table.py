@@ -40,32 +40,33 @@ log = logging.getLogger(__name__)
 class TransferFlags(SweepFlags):
     """Flags of the table, its rows, its columns and its trainings."""
 
-    # ImageNet, or any folder with train/ and val/ that hold a folder for each class.
+    # Folder of ImageNet, or any folder with train/ and val/ that hold a folder for each class.
     imagenet: str = ""
-    # ADE20K, or any dataset that segmentation takes (docs/segmentation.md).
+    # Folder of ADE20K, or any dataset that segmentation takes (docs/segmentation.md).
     ade20k: str = ""
-    # COCO, or any dataset that detection takes (docs/detection.md).
+    # Folder of COCO, or any dataset that detection takes (docs/detection.md).
     coco: str = ""
-    # NYUv2, or any dataset that depth takes (docs/depth.md).
+    # Folder of NYUv2, or any dataset that depth takes (docs/depth.md).
     nyuv2: str = ""
-    # Columns that are trained: finetune, linear, ade20k, coco, nyuv2; empty: all whose dataset is
-    # named.
+    # Columns that are trained: finetune, linear, ade20k, coco or nyuv2. Empty: all columns whose
+    # dataset is given.
     only: tuple[str, ...] = ()
-    # Rows of each run. student: its student; teacher: its teacher, or all of several; scratch: its
-    # student's architecture with random weights; or the name of one of several teachers.
+    # Rows of the table for each run. student: the run's student. teacher: the run's teachers.
+    # scratch: the student's architecture with random weights. The name of a teacher, if there are
+    # several: that teacher alone.
     rows: tuple[str, ...] = ("student", "teacher", "scratch")
-    # Number of repetitions of each cell, with runtime.seed and the seeds after it.
+    # Number of repetitions of each cell. Their seeds are runtime.seed and the numbers after it.
     seeds: int = 1
-    # Folder of the table and of all trainings.
+    # Folder for the table and for the run folders of all trainings.
     out: str = "transfer"
     # DeepSpeed's JSON of the trainings, a name or a path.
     deepspeed_config: str = "zero1"
     # Make the table from the results that are in --out so far, and train nothing.
     table: bool = False
-    # Submit every training as a job of Slurm, and a last one that makes the table.
+    # Submit each training as a Slurm job, and a last job that makes the table.
     slurm: bool = False
-    # Options of sbatch for these jobs, without dashes: nodes=2 partition=gpu time=12:00:00. They
-    # win over those of slurm/transfer.sh.
+    # Options of sbatch for the jobs of --slurm, without dashes: nodes=2 partition=gpu
+    # time=12:00:00. They override the options in slurm/transfer.sh.
     sbatch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
