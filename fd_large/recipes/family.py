@@ -186,17 +186,19 @@ class Transformer(FamilyArchitecture):
     """Fields that vision transformers share.
 
     Attributes:
-        embed_dim: Channels after the patch embedding; Swin models double them at every merging.
+        embed_dim: Number of channels after the patch embedding; in a Swin model, each further stage
+            has twice as many channels as the stage before.
         depths: Number of blocks in each stage; a ViT has one stage.
         num_heads: Number of attention heads in each stage.
         patch_size: Side of a patch in pixels.
         image_size: Side in pixels of the images for which position tables are made; models
             without tables take any size.
-        mlp_ratio: Hidden width of the MLP as a multiple of the width.
-        qkv_bias: Which of query, key and value have a bias of their own; "fused" is one vector
-            for all three.
+        mlp_ratio: Number of hidden channels of an MLP, as a multiple of the block's channels.
+        qkv_bias: Biases of the attention. "none": no bias. "qv": a vector for the query and a
+            vector for the value. "qkv": a vector for each of query, key and value. "fused": one
+            vector for all three.
         absolute_position: Whether a learned position embedding is added to the tokens.
-        norm_eps: Number added to the variance in LayerNorm.
+        norm_eps: Constant that a LayerNorm adds to the variance.
     """
 
     embed_dim: int
@@ -254,7 +256,8 @@ class WindowedTransformer(Transformer):
     """Fields that the Swin models share.
 
     Attributes:
-        window_size: Side of an attention window in tokens; smaller maps are a single window.
+        window_size: Side of an attention window in tokens. A smaller map is a single window, except
+            under window_rule official, which pads it.
         patch_norm: Whether a LayerNorm follows the patch embedding.
     """
 

@@ -80,11 +80,11 @@ UNNAMED = "unnamed"
 class Task(_TaskSections):
     """The name of the task that the student is trained for, and the settings of single tasks."""
 
-    # What the student learns. distillation: the teacher's feature map. finetune: the labels of
-    # images. linear: nothing; it stays as it is, and a linear layer on its features learns the
-    # labels. detection: the boxes and masks of objects. segmentation: the class of each pixel.
-    # depth: the depth of each pixel. Only the first has a teacher. Or a task of your own,
-    # module:PATH/TO/FILE.py:NAME (docs/extending.md).
+    # Task for which the student is trained. distillation: the teacher's feature map; this task
+    # alone has a teacher. finetune: the labels of images. linear: the labels of images, by a linear
+    # layer on the features of the student, which keeps its weights. detection: the boxes and masks
+    # of objects. segmentation: the class of each pixel. depth: the depth of each pixel. A task of
+    # your own: module:PATH/TO/FILE.py:NAME (docs/extending.md).
     name: str = "distillation"
 
     def __post_init__(self) -> None:
@@ -216,11 +216,13 @@ class Run:
 
     name: str
     student: Student
-    # Several students that learn from the same batches, by names of your own. Fields that one
-    # leaves out are as in student. Each has a run folder, RUN/students/NAME.
+    # Several students that learn from the same batches, by names of your own. A field that is not
+    # set for a student has its value in the section student. Each student has a run folder,
+    # RUN/students/NAME.
     students: dict[str, NamedStudent] = field(default_factory=dict)
     teacher: Teacher = field(default_factory=Teacher)
-    # Several teachers, by names of your own; then the sections teacher and objective stay empty.
+    # Several teachers, by names of your own. They replace the sections teacher and objective, which
+    # then keep their defaults.
     teachers: dict[str, NamedTeacher] = field(default_factory=dict)
     weighting: Weighting = field(default_factory=Weighting)
     mask: Mask = field(default_factory=Mask)

@@ -25,13 +25,13 @@ class SwinV2Architecture(WindowedTransformer):
     """A SwinV2 model.
 
     Attributes:
-        pretrained_window_sizes: For each stage, the side in tokens of a window in pre-training, by
-            which the coordinates of the position biases are scaled; 0 means the side of the window
-            that is in use.
-        extra_norm_every: Number k, for a LayerNorm on the main path after every k-th block of a
-            stage; 0 means no such norms.
-        shared_position_bias: Whether the blocks of a stage share one position-bias MLP instead of
-            having one each.
+        pretrained_window_sizes: Side in tokens of a window in pre-training, a number for each
+            stage. It scales the coordinates of the position biases. 0: the side of the window that
+            is in use.
+        extra_norm_every: Interval k in blocks: a LayerNorm on the main path follows every k-th
+            block of a stage. 0: there are no such norms.
+        shared_position_bias: Whether the blocks of a stage share one position-bias MLP. False: each
+            block has its own.
     """
 
     pretrained_window_sizes: tuple[int, ...]

@@ -108,9 +108,9 @@ class TimmArchitecture(FamilyArchitecture):
     """A timm model up to the map at a stride; its name is checked where timm is imported.
 
     Attributes:
-        timm_name: Name of the model in timm; arguments that differ from timm's own follow it as
-            JSON, `vit_base_patch16_224{"global_pool": "avg"}`.
-        feature_stride: Pixels per token of the chosen map, each way; 0 takes the last map.
+        timm_name: Name of the model in timm. Arguments that differ from timm's defaults follow the
+            name as JSON, `vit_base_patch16_224{"global_pool": "avg"}`.
+        feature_stride: Stride in pixels of the map that is used. 0: the last map.
         image_size: Side in pixels of the images for which position tables are made; models
             without tables take any size.
     """

@@ -14,17 +14,20 @@ class ViTArchitecture(Transformer):
 
     Attributes:
         patch_bias: Whether the patch embedding has a bias.
-        class_token: Whether a CLS token stands before the patches.
-        distillation_token: Whether a second prefix token follows CLS (DeiT).
+        class_token: Whether a CLS token precedes the patches.
+        distillation_token: Whether a second prefix token follows the CLS token, as in DeiT.
         keep_distillation_token: Whether the distillation token stays in the feature map.
-        class_position: Whether the absolute positions have rows for class and distillation tokens.
-        num_registers: Number of learnt tokens after the prefix tokens, seen by all tokens,
-            without absolute position and outside of the feature map.
-        relative_position: Table of relative positions: "none", one for all blocks ("shared"), or
-            one in each ("block").
-        layer_scale: Initial factor of the residual branches, one per channel; 0 turns it off.
-        activation: "gelu" is the exact form; "quick_gelu" is x sigmoid(1.702 x), OpenAI CLIP's.
-        pre_norm_layer: Whether a LayerNorm stands before the first block (CLIP).
+        class_position: Whether CLS and distillation token have an absolute position embedding too.
+        num_registers: Number of registers, learnt tokens between the prefix tokens and the patches.
+            Registers take part in attention, but have no absolute position and are left out of the
+            feature map.
+        relative_position: Tables of relative positions. "none": no table. "shared": one table for
+            all blocks. "block": a table for each block.
+        layer_scale: Initial value of the learnt factors of the residual branches, one factor per
+            channel. 0: there are no such factors.
+        activation: Activation of the MLPs. "gelu": the exact GELU. "quick_gelu": x
+            sigmoid(1.702 x), as in OpenAI's CLIP.
+        pre_norm_layer: Whether a LayerNorm precedes the first block, as in CLIP.
     """
 
     patch_bias: bool
