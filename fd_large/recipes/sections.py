@@ -49,8 +49,8 @@ class Student:
 
     place: ClassVar[str] = "student"
 
-    # Name of the model, for example swinv2_base or vit_base_patch16; timm:NAME for any model of
-    # timm, for example timm:convnextv2_atto (docs/timm.md); or a model of your own,
+    # Name of the model, for example swinv2_base or vit_base_patch16. A model of timm is named
+    # timm:NAME, for example timm:convnextv2_atto (docs/timm.md), and a model of your own
     # module:PATH/TO/FILE.py:NAME (docs/extending.md).
     model: str
     # Changes to the named model's shape. None keeps the model's own value.
@@ -229,7 +229,8 @@ class FrozenModel:
     # model lacks is ignored.
     allow: tuple[str, ...] = ()
     # Mean and standard deviation of red, green and blue with which the model's images are
-    # normalised: six numbers for pixel values in 0..1. Empty uses those of the model's training.
+    # normalised: six numbers for pixel values in 0..1. Empty: the statistics of the model's
+    # training.
     statistics: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -271,20 +272,21 @@ class FrozenModel:
 class Data:
     """The training images, and the crop of each image that student and teacher see."""
 
-    # The training images: a folder, read recursively (labels are ignored); tar shards, given as
-    # their folder, one file or a pattern like "train-{000..146}.tar"; parquet files, likewise; a
-    # saved Hugging Face dataset; s3://, gs:// or https:// of tar or parquet files (docs/data.md);
-    # builtin:photographs; or a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
-    # Several of these by weight: "0.7 /data/imagenet + 0.3 web=/data/web" (docs/data.md).
+    # The training images. A folder is read recursively, and labels are ignored. Tar shards or
+    # parquet files are given as their folder, as one file, or as a pattern
+    # like "train-{000..146}.tar". Further forms are a saved Hugging Face dataset, addresses of tar
+    # or parquet files that begin with s3://, gs:// or https:// (docs/data.md), builtin:photographs,
+    # and a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md). A mixture of
+    # several, by weights, is written "0.7 /data/imagenet + 0.3 web=/data/web" (docs/data.md).
     root: str = ""
     # Fraction of the images that is held out of all training and used for tests: k-NN, linear
-    # probes and fine-tuning. It is for a folder without train/ and val/. Segmentation, depth and
-    # detection hold out images of their train split. The names of the files decide which images are
-    # held out, so that added images do not change the choice among the others. 0 holds no image
-    # out.
+    # probes and fine-tuning. The images are those of a folder without train/ and val/, or, in
+    # segmentation, depth and detection, those of the train split. The names of the files decide
+    # which images are held out, so that added images do not change the choice among the others. 0
+    # holds no image out.
     val_fraction: float = 0.0
     # Fraction of the labelled training images of each class from which fine-tuning, linear probes
-    # and k-NN learn, in (0, 1], at least one image. 1: all images.
+    # and k-NN learn, in (0, 1]. At least one image of each class is used. 1: all images.
     fraction: float = 1.0
     # Largest number of labelled training images of each class from which fine-tuning, linear probes
     # and k-NN learn. 0: no limit.
@@ -313,13 +315,14 @@ class Data:
     # Probability of turning an image grey, in [0, 1]. 0 turns this off, as in the paper.
     grayscale_probability: float = 0.0
     # Whether each image is mixed with the neighbouring image of the global batch (mixup). The
-    # weight of the two images is random, and the same for every 128 images. Student and teachers
-    # see the mixed image.
+    # weight of the two images is random, and the same in each group of 128 images. Student and
+    # teachers see the mixed image.
     image_mixup: bool = False
     # Largest fraction of images that may be unusable (damaged, or larger than max_pixels),
-    # in [0, 1). Unusable images are skipped and named. If their number exceeds this fraction of the
-    # images tried (counted as at least 1000, over all starts of the run), the run stops and lists
-    # them; the next start counts anew. 0 stops the run at the first unusable image.
+    # in [0, 1). Unusable images are skipped and named. The fraction is taken of the images tried in
+    # all starts of the run, counted as at least 1000. If it is exceeded, the run stops and lists
+    # the unusable images, and the next start counts from 0. A value of 0 stops the run at the first
+    # unusable image.
     max_bad_fraction: float = 0.01
     # Largest number of pixels of an image. Larger images are skipped like damaged images, before
     # they are decoded. The default is 8192 x 8192; an image of that size takes up to 0.9 GB while
@@ -375,9 +378,9 @@ class Optim:
     The three learning rates are per 512 images: a step uses value x global_batch_size / 512.
     """
 
-    # The optimiser. adamw; lars, for linear probes with large batches; or your own, a
-    # torch.optim.Optimizer that acts element by element and takes (groups, lr):
-    # module:FILE.py:NAME (docs/extending.md).
+    # Name of the optimiser. adamw: AdamW. lars: LARS, for linear probes with large batches. An
+    # optimiser of your own, a torch.optim.Optimizer that acts element by element and takes (groups,
+    # lr): module:FILE.py:NAME (docs/extending.md).
     name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4
@@ -408,8 +411,8 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     # Constant added to the square root of AdamW's second moment.
     eps: float = 1e-8
-    # Largest L2 norm of the gradients of all parameters together. Larger gradients are scaled down
-    # to it. 0 turns clipping off.
+    # Largest L2 norm of the gradient of all parameters together. A gradient of larger norm is
+    # scaled down to this norm. 0 turns clipping off.
     clip_norm: float = 3.0
     # Factor of the learning rate from a layer to the layer below it, down to the embedding,
     # in (0, 1]. 1 gives all layers the same learning rate. The factor scales a layer's peak in
@@ -582,7 +585,7 @@ class Eval:
     # module:PATH/TO/FILE.py:NAME. Empty turns the held-out loss off.
     root: str = ""
     # Number of steps between two evaluations. 0 evaluates only before the first step and after the
-    # last.
+    # last step.
     every: int = 0
     # Number of views in an evaluation. The views are the same in every evaluation, and are spread
     # over the images.
@@ -590,7 +593,8 @@ class Eval:
     # Folder of labelled images, with train/ and val/ or test/, on which training tests the student
     # of a distillation by k-NN, as `evaluate --task knn` does. Empty turns the test off.
     knn_root: str = ""
-    # Number of steps between two k-NN tests. 0 tests only before the first step and after the last.
+    # Number of steps between two k-NN tests. 0 tests only before the first step and after the last
+    # step.
     knn_every: int = 0
     # Metric by which evaluations are compared, so that the best checkpoint is kept besides the
     # newest ones, in RUN/checkpoints/best. Examples are held_out_loss and test_knn for a

@@ -13,9 +13,9 @@ class TransformersArchitecture(FamilyArchitecture):
     """A vision model of transformers, described by the config.json of a folder.
 
     Attributes:
-        transformers_type: The `model_type` of the model's configuration.
-        transformers_config: The fields of the model's configuration, as JSON; missing fields have
-            transformers' defaults.
+        transformers_type: Kind of the model in transformers, the `model_type` of its configuration.
+        transformers_config: Fields of the model's configuration in transformers, as JSON. A missing
+            field has transformers' default.
         image_size: Side in pixels of the images for which position tables are made; models
             without tables take any size.
     """

@@ -51,8 +51,8 @@ class FineTune:
     # classes, in [0, 1]. 0 turns it off.
     smoothing: float = 0.1
     # Mean and standard deviation of red, green and blue with which images are normalised, in
-    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
-    # student's weights were trained with, else ImageNet's.
+    # training and in tests: six numbers for pixel values in 0..1. Empty: the statistics with which
+    # the student's weights were trained, or, if they are unknown, ImageNet's.
     statistics: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class LinearProbe:
     # the global batch size; a larger number counts as the global batch size.
     norm_batch: int = 128
     # Mean and standard deviation of red, green and blue with which images are normalised, in
-    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
-    # student's weights were trained with, else ImageNet's.
+    # training and in tests: six numbers for pixel values in 0..1. Empty: the statistics with which
+    # the student's weights were trained, or, if they are unknown, ImageNet's.
     statistics: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -182,7 +182,12 @@ class NamedTeacher(Teacher, Objective):
     # image of its own size, and its map is cut into the maps of the single images, as RADIO does
     # for SAM. 0: the teacher sees each image alone.
     mosaic: int = 0
+    # What happens if student and teacher have different grids of tokens, with the choices of
+    # objective.interpolation.
     interpolation: Interpolation = AUTO
+    # Side of the teacher's image, in pixels, with the choices of objective.teacher_image_size. For
+    # a teacher with a mosaic, this is the side of the mosaic, and 0 and auto mean the side in the
+    # teacher's training.
     teacher_image_size: int | Literal["auto"] = AUTO
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class Segmentation:
     # then has the value k + 1, as in ADE20K.
     reduce_zero_label: bool = False
     # Head that predicts classes from the student's maps. uper: UPerNet. linear: one layer on the
-    # last map. Your own, made from (channels of the maps, head_width, number of classes):
+    # last map. A head of your own, made from (channels of the maps, head_width, number of classes):
     # module:FILE.py:NAME.
     head: str = "uper"
     # Initial weights of the heads: the file or folder of a whole segmentation model, with the
