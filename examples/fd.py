@@ -7,9 +7,9 @@ A frozen teacher turns an image into a map of tokens, and a new student learns t
     loss = smooth_l1(projection(student(image)), whiten(teacher(image)))
 
 Whitening normalises each token to mean 0 and variance 1. Only the student has drop path. A test
-compares losses and weights of the package, which trains models of any size, with this file: they
-are equal to the bit in float32, or within 3e-7 of the loss if gradients are clipped. This student
-has absolute positions, while the blocks of the paper's student share a relative position bias.
+compares losses and weights of the package with this file: they are equal to the bit in float32, or
+within 3e-7 of the loss if gradients are clipped. This student has absolute positions, while the
+blocks of the paper's student share a relative position bias.
 """
 
 from __future__ import annotations
@@ -52,12 +52,7 @@ class Block(nn.Module):
         )
 
     def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns the block's output (B, N, C).
-
-        Args:
-            tokens: The block's input, (B, N, C).
-            keep: Factors of attention and MLP for each image, (2, B); None for factors of 1.
-        """
+        """Returns (B, N, C); `keep` (2, B) scales attention and MLP of each image, None: by 1."""
         scales = (1.0, 1.0) if keep is None else keep[:, :, None, None]
         tokens = tokens + scales[0] * self.attention(self.norm1(tokens))
         return tokens + scales[1] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
@@ -72,10 +67,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Plain ViT, from normalised images (B, 3, H, W) to tokens (B, 1 + N, C) after the final norm.
-
-    The class token is the first.
-    """
+    """Plain ViT, from normalised images (B, 3, H, W) to tokens (B, 1 + N, C), class token first."""
 
     def __init__(
         self, width: int, depth: int, heads: int, patch: int, image: int, drop_path: float = 0.0
@@ -91,12 +83,7 @@ class ViT(nn.Module):
         self.rates = [drop_path * i / max(depth - 1, 1) for i in range(depth) for _ in range(2)]
 
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Returns the tokens (B, 1 + N, C), the class token first.
-
-        Args:
-            pixels: Normalised images, (B, 3, H, W).
-            keep: A result of `draw_keep`; None for no drop path.
-        """
+        """Returns the tokens after the final norm; `keep` is from `draw_keep`, or None."""
         # Channels last: the convolution's result then is the tokens, without a copy.
         patches = self.patch_embed["proj"](pixels.to(memory_format=torch.channels_last))
         tokens = patches.permute(0, 2, 3, 1).flatten(1, 2)
@@ -107,10 +94,7 @@ class ViT(nn.Module):
         return self.norm(tokens)
 
     def draw_keep(self, batch: int) -> Tensor:
-        """Draws the drop path factors of `batch` images, (2 * depth, batch).
-
-        A factor is 0 for a branch that is dropped for an image, or else 1 / (1 - rate).
-        """
+        """Draws drop path factors (2 * depth, B): 0 drops a branch, 1 / (1 - rate) keeps it."""
         rates = torch.tensor(self.rates)[:, None]
         return (torch.rand(len(self.rates), batch) >= rates).float() / (1 - rates)
 
@@ -146,13 +130,7 @@ class Distilled(nn.Module):
         self.projection = nn.Linear(student.width, teacher_width)
 
     def forward(self, images: Tensor, teacher_tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns the loss, averaged over images, tokens and channels.
-
-        Args:
-            images: (B, 3, H, W) uint8.
-            teacher_tokens: Tokens of the teacher for these images, (B, N, teacher_width).
-            keep: A result of `ViT.draw_keep`; None for no drop path.
-        """
+        """Returns the mean loss of uint8 images (B, 3, H, W), against teacher tokens (B, N, Ct)."""
         tokens = self.projection(self.student(normalise(images, MEAN, STD), keep))
         if tokens.shape[1] == teacher_tokens.shape[1] + 1:
             tokens = tokens[:, 1:]  # The teacher has no class token: the student's learns nothing.
@@ -163,18 +141,7 @@ class Distilled(nn.Module):
 def learning_rate(
     step: int, *, peak: float, start: float, least: float, warmup: int, steps: int
 ) -> float:
-    """Returns the learning rate of a step: a linear warm-up, then a cosine decay.
-
-    As in the official code, the first two steps have the same rate.
-
-    Args:
-        step: The step, counted from 0.
-        peak: Rate at the end of the warm-up.
-        start: Rate of the first step.
-        least: Rate at the end of the run.
-        warmup: Number of steps of the warm-up.
-        steps: Number of steps of the run.
-    """
+    """Returns the rate of a step: linear warm-up, then cosine; that of step 1 is that of step 0."""
     t = max(step - 1, 0)
     if t < warmup:
         return start + t * (peak - start) / warmup
@@ -184,10 +151,7 @@ def learning_rate(
 def make_optimiser(
     model: nn.Module, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Returns an AdamW for the parameters of `model`.
-
-    Weight decay leaves out vectors, position embeddings and the class token.
-    """
+    """Returns an AdamW; weight decay leaves out vectors, position embeddings and class token."""
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
@@ -206,17 +170,7 @@ def train_step(
     rate: float,
     clip_norm: float,
 ) -> float:
-    """Runs one step of the optimiser; returns the loss before the step.
-
-    Args:
-        model: The student and its projection.
-        optimiser: The optimiser of the model.
-        images: (B, 3, H, W) uint8.
-        teacher_tokens: Tokens of the teacher for these images, (B, N, C).
-        keep: A result of `ViT.draw_keep`; None for no drop path.
-        rate: Learning rate of the step.
-        clip_norm: Norm to which longer gradients are scaled.
-    """
+    """Runs one step of the optimiser with learning rate `rate`; returns the loss before it."""
     for group in optimiser.param_groups:
         group["lr"] = rate
     loss = model(images, teacher_tokens, keep)
@@ -228,10 +182,7 @@ def train_step(
 
 
 def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
-    """Yields batches without end, (batch, 3, side, side) uint8.
-
-    Each batch has random images, with a random crop and a random flip of each image.
-    """
+    """Yields batches without end: random crops, flipped at random, (batch, 3, side, side) uint8."""
     crop = v2.Compose([v2.RandomResizedCrop(side, (0.4, 1.0)), v2.RandomHorizontalFlip()])
     while True:
         images = [Image.open(path).convert("RGB") for path in random.choices(paths, k=batch)]
@@ -239,10 +190,7 @@ def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
 
 
 def images_of(folder: str) -> list[Path]:
-    """Returns the image files below `folder`, sorted by path.
-
-    The program ends with a message if there are none.
-    """
+    """Returns the image files below `folder`, sorted by path; ends the program if it has none."""
     ends = (".jpg", ".jpeg", ".png")
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ends]
     if not paths:

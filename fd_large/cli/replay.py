@@ -69,7 +69,8 @@ def _print_step(console: Console, replayed: Replayed, device: str) -> None:
     if weights == step:
         console.print(f"{text}the state before this step")
     elif weights < step:
-        text += f"{step - weights} steps before this step: losses will differ"
+        before = "1 step" if weights == step - 1 else f"{step - weights} steps"
+        text += f"{before} before this step: losses will differ"
         console.print(f"{text}, unless the steps between were refused too", style="yellow")
     else:
         text += f"{weights - step} steps AFTER this step (older ones are gone): losses will differ"

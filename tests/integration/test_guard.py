@@ -174,7 +174,7 @@ def test_replay_reproduces_the_recorded_losses(
 
     assert command.main([str(incident(stopped, 6) / "incident.json")]) == 0
     said = capsys.readouterr().out
-    assert "weights: checkpoint of 5 steps, 1 earlier" in said
+    assert "weights: checkpoint of 5 steps, 1 step before this step" in said
     assert "nan !" in said
 
 

@@ -35,7 +35,7 @@ def test_peers_in_a_collective_that_never_returns_end(
         assert stopped.poll() is None
     finally:
         outputs = started.kill()
-    assert f"rank 0 ends, since {told}" in outputs[0]
+    assert f"rank 0 ends because {told}" in outputs[0]
     codes = {path.name: json.loads(path.read_text())["code"] for path in tmp_path.iterdir()}
     assert codes == {"rank_0.json": 1} | ({"rank_2.json": 2} if code == 2 else {})
 
