@@ -58,7 +58,7 @@ class Export(_OfRun, AllowsCode):
 
 @dataclass(frozen=True, kw_only=True)
 class Import(AllowsCode):
-    """Store a checkpoint in DeepSpeed's format as a run's newest, on as many ranks as wrote it."""
+    """Store a checkpoint of DeepSpeed as the newest of a run; needs as many ranks as wrote it."""
 
     # Folder to which DeepSpeed's save_checkpoint wrote the checkpoint.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]

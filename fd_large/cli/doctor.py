@@ -55,7 +55,7 @@ class Doctor:
     # Folder for the optimiser's state, the value that engine.nvme_path will have. Empty: no such
     # folder is checked.
     nvme_path: str = ""
-    # Print the reports of torch and DeepSpeed as well, for an issue.
+    # Print the reports of torch and DeepSpeed as well, which an issue should contain.
     full: bool = False
 
 

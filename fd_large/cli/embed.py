@@ -37,7 +37,7 @@ class Data:
     image_size: int = 0
     # Number of loader processes per rank. 0 loads in the main process.
     workers: int = sections.Data.workers
-    # Largest number of pixels of an image; larger ones are left out.
+    # Largest number of pixels of an image. Larger images are left out.
     max_pixels: int = sections.Data.max_pixels
 
 

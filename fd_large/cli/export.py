@@ -39,7 +39,7 @@ class Export(AllowsCode):
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # Library or format. timm. hf: transformers' Swinv2, BEiT or ViT. fd: the names of
+    # Library or format. timm: timm's names. hf: transformers' Swinv2, BEiT or ViT. fd: the names of
     # Feature-Distillation. onnx: an ONNX graph. program: a torch.export program. The formats onnx
     # and program run without any model code. A segmentation run can also be written with its heads,
     # as mmseg (mmsegmentation's names) or upernet (transformers' UperNetForSemanticSegmentation).

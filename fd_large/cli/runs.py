@@ -39,9 +39,9 @@ class Runs:
     # Folder that contains the run folders, at any depth, for example runs.
     folder: Annotated[str, Positional, arg(metavar="FOLDER")]
     # Metrics, as SET/METRIC or by the names in evaluations.jsonl (held_out_loss, test_top1). For
-    # each run, the best value of each metric and its step are shown. Runs are sorted by the first
-    # metric, the best run first; the task of a run decides whether lower is better. The evaluation
-    # before the first step does not count.
+    # each run, the best value of each metric and the step of that value are shown. Runs are sorted
+    # by the first metric, the best run first; the task of a run decides whether lower is better.
+    # The evaluation before the first step does not count.
     best: tuple[str, ...] = ()
     # Fields of the recipe whose values are shown for each run, for example optim.base_lr.
     show: tuple[str, ...] = ()

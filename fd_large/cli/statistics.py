@@ -26,10 +26,11 @@ STOPPED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics(TakesRunFile, AllowsCode):
-    """Measure the teacher's channels on data.root, for objective.normaliser standardise and phi_s.
+    """Measure statistics of a teacher's channels, which the normalisers standardise and phi_s need.
 
-    The command takes the recipe, the flags and the launcher of the run that will use the file,
-    since a run refuses statistics of another teacher, layer or image size.
+    The images are those of data.root. The command takes the recipe, the flags and the launcher of
+    the run that will use the file, since a run refuses statistics of another teacher, layer or
+    image size.
     """
 
     # Recipe of the run that will use the file (or --recipe NAME).
@@ -41,7 +42,7 @@ class Statistics(TakesRunFile, AllowsCode):
     # Target whose channels are measured. NAME: the map of the teacher NAME. NAME_summary: the
     # summary of that teacher. Empty: the map of the only teacher.
     target: str = ""
-    # Number of random crops that are measured, 1 or more. All tokens of the map of a crop count.
+    # Number of random crops that are measured, 1 or more. All tokens of each crop's map are used.
     views: int = 4096
 
     def __post_init__(self) -> None:

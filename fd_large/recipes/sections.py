@@ -531,7 +531,7 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The number of images in a step, and in one pass on a GPU."""
+    """The number of images in a step, and in one pass on a rank."""
 
     # Number of images in a step, over all ranks and micro-batches.
     global_batch_size: int = 2048

@@ -125,7 +125,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The settings for a teacher's summary that differ from the settings for the teacher's map.
+    """The settings for a teacher's summary, which may differ from those for the teacher's map.
 
     The summary of an image is the CLS token or the mean of the tokens.
     """
