@@ -20,8 +20,9 @@ class Format:
 
     Attributes:
         what: The format in words, for messages.
-        marks: Regular expressions that must all be found in a file's tensor names. The keys of the
-            dicts around the tensors count as one more name, "in KEY.KEY".
+        marks: Regular expressions, each of which must be found in some tensor name of a file. They
+            also see one more line, "in A.B", where A and B are the keys of the nested dicts that
+            hold the tensors, outermost first.
         rows: Table that translates the tensor names.
         facts: Architecture fields that no tensor shows and that are the same in all files.
         ask: Architecture fields that no tensor shows and in which files differ. A configuration

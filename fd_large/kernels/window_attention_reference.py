@@ -59,8 +59,8 @@ def reference(
     """Computes attention in plain torch; autograd computes the backward.
 
     Args:
-        qkv: (B, N, 3C), prefix tokens, if any, and then the rows of the map; with a prefix, the
-            window is the map.
+        qkv: (B, N, 3C), prefix tokens, if any, and then the tokens of the map by rows. With prefix
+            tokens there is one window, as large as the map.
         bias: (2, C), the biases of queries and of values; None for 0.
         table: (R, h), the position bias of each offset between query and key; None for 0.
         scale: Factor of the logits, a number or (h,).

@@ -276,13 +276,15 @@ def softmax_gradient(
     """Returns a tile's dot products, softmax weights and gradient of the logits.
 
     The rows of the tile are queries and its columns keys, or the reverse. The weights are computed
-    again from `lse`.
+    again from `lse`. A value for each query or key has the shape (number of rows, 1) if these are
+    the rows of the tile, or else (1, number of columns).
 
     Args:
         rows: Queries or keys, (number of rows, BD).
-        columns: The other of the two, (number of columns, BD).
-        drows: For queries the gradient of the output, for keys v; in the shape of `rows`.
-        dcolumns: The other of the two, in the shape of `columns`.
+        columns: Keys if the rows are queries, or else queries, (number of columns, BD).
+        drows: The gradient of the output if the rows are queries, or else the values v of the keys;
+            in the shape of `rows`.
+        dcolumns: The same for the columns, in the shape of `columns`.
         scale: Factor of the logits times log2(e), for each key.
         bias: (number of rows, number of columns), result of `add_bias`.
         lse: log2 of the denominator of each query's softmax.

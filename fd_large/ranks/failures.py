@@ -132,8 +132,8 @@ class Watch:
         Rank 0, whose end closes the store, waits briefly until the other ranks have left too.
 
         Args:
-            code: This rank's exit code. Any code but 0 ends the other ranks; 0 from rank 0 ends
-                the watch of the other ranks.
+            code: This rank's exit code. With a code other than 0 the other ranks end. With 0,
+                rank 0 stops their watches, and another rank only notes that it has left.
             reason: The reason in one sentence. If several ranks fail, the first reason is kept.
         """
         if self._over.is_set():

@@ -299,7 +299,7 @@ def _agglomerative(
     image_size: int,
     rates: tuple[float, float, float] = VIT_RATES,
 ) -> Run:
-    """Returns a distillation of several teachers, with the settings of all recipes of ours.
+    """Returns a distillation of several teachers, with the settings that our recipes share.
 
     Args:
         student: The section of the student.

@@ -45,7 +45,10 @@ class Meter(Hook):
         self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
-        """Removes rows that the run will write again, and starts to measure the speed.
+        """Starts to measure the speed.
+
+        After a resume, the rows of metrics.jsonl and evaluations.jsonl that the run will write
+        again are removed first.
 
         Args:
             setting: The facts of the run.

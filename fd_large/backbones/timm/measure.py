@@ -236,9 +236,9 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
     """Returns the number of the layer of the head, or 0 if `layers` is empty.
 
-    This is timm's last layer. If `net` has parameters in this layer, and `has_head` is False, the
-    result is the number of the layer after it, so that the learning rate of the last block decays
-    as in a model with a head.
+    It is the number of timm's last layer, with one exception: if the model has no head, and `net`
+    has parameters in the last layer, it is the next number. The learning rate of the last block
+    then decays as in a model with a head.
 
     Args:
         layers: {parameter name: number of its layer}; empty if timm does not define layers.

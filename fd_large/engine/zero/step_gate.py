@@ -32,11 +32,11 @@ class Answer(NamedTuple):
 
 
 class StepGate:
-    """Asks once per step whether the inner optimiser may step.
+    """Lets an optimiser step only if the ranks decide so, once per step.
 
     Args:
-        inner: The optimiser that DeepSpeed wraps, or at stage 0 steps directly. Its method `step`
-            is replaced.
+        inner: The torch optimiser. DeepSpeed wraps it, except at stage 0, where DeepSpeed calls its
+            `step` directly. The gate replaces its method `step`.
 
     Attributes:
         inner: The optimiser.

@@ -20,7 +20,7 @@ def random_direction(module: nn.Module, seed: int) -> Direction:
     """Returns a normally distributed direction of the parameters, scaled to each filter's norm.
 
     A filter is the part of a weight for one output (an index of its first dimension). Vectors
-    (biases, norms, LayerScale) have no direction and stay fixed, as in the source.
+    (biases, norms, LayerScale) have no direction and stay fixed, as in arXiv 1712.09913.
 
     Args:
         module: The module whose parameters will be moved.

@@ -73,8 +73,7 @@ class ShownView(NamedTuple):
         sizes: (B, 2), height and width of each image in this view, without the padding.
         original_sizes: (B, 2), height and width of each original image.
         mirrored: Whether the view is mirrored.
-        areas: The ranges of area of the boxes that the view provides, as letters of the table
-            `AREAS`.
+        areas: Which boxes are taken from this view, by their area, as letters of the table `AREAS`.
     """
 
     images: Tensor

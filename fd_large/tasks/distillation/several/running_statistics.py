@@ -140,7 +140,9 @@ class RunningStatistics(Float32Buffers):
         return (tokens - mean.to(tokens)[rows]) / divisor[rows]
 
     def sums_of(self, tokens: Tensor) -> Tensor:
-        """Returns the result of the function `sums_of`, flattened to (K,) float64.
+        """Returns the sums from which mean and variance are computed, as a vector (K,) float64.
+
+        They are the result of this module's function `sums_of`, flattened.
 
         Args:
             tokens: (B, N, C), of any floating-point dtype.
