@@ -191,9 +191,13 @@ def _metric(name: str, runs: Iterable[ListedRun]) -> str:
     known = list(dict.fromkeys(each for run in runs for each in run.measured))
     metric = name.replace("/", "_")
     if metric not in known:
-        among = nearest(metric, known) if known else "expected a number that evaluations measure"
+        if not known:
+            raise ConfigError(
+                f"--best: no run here has been evaluated yet; got {name!r}, expected a run with an "
+                "evaluation. Leave --best out."
+            )
         raise ConfigError(
-            f"--best: no run has this metric; got {name!r}, {among}. "
+            f"--best: no run has this metric; got {name!r}, {nearest(metric, known)}. "
             "Change --best, or leave it out."
         )
     return metric

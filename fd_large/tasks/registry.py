@@ -37,7 +37,8 @@ def kind_of(name: str) -> TaskKind:
         )
     if name not in TASKS and kind.name in {"name", *TASKS}:
         raise ConfigError(
-            f"task.name: the name of a task's section is taken; got {kind.name!r} from {name}, "
-            f"expected a name other than name, {', '.join(TASKS)}. Give the kind another name."
+            f"task.name: {name} has the name of a built-in task, or the name 'name'; got "
+            f"{kind.name!r}, expected none of 'name', {', '.join(TASKS)}. Give the TaskKind "
+            "another name."
         )
     return kind

@@ -325,10 +325,10 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     arguments = config.get("model_args") or {}
     if unknown := strange_arguments(arguments):
         raise WeightsError(
-            f"{where}: config.json: an argument that is not passed to timm; got model_args "
-            f"{', '.join(unknown)[:200]}, expected plain values, no larger than models have, of "
-            f"{', '.join(sorted(ARGUMENTS))}. Remove the argument, or set --teacher.source "
-            "timm:NAME."
+            f"{where}: config.json: model_args that are not passed to timm; got "
+            f"{', '.join(unknown)[:200]}, expected only {', '.join(sorted(ARGUMENTS))}, each a "
+            "text, list or number of the size that models have. Remove the argument, or set "
+            "--teacher.source timm:NAME."
         )
     text = json.dumps(arguments, sort_keys=True)
     try:

@@ -259,8 +259,8 @@ def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> 
     if classes != needed:
         raise WeightsError(
             f"{where}: {label}: heads for other classes; got {classes} classes, expected {needed} "
-            "(task.segmentation.num_classes). Change that field, or leave the heads out: new "
-            "heads start from random weights."
+            "(task.segmentation.num_classes). Change task.segmentation.num_classes, or leave "
+            f"{where} out: new heads start from random weights."
         )
     modules = dict.fromkeys(name.partition(".")[0] for name in expected)
     return {
