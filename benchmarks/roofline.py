@@ -161,13 +161,7 @@ class Counter(Recorder):
     ) -> None:
         """Adds a row for an operation, or a row for each kernel of a fused operation.
 
-        Args:
-            func: The overload that was called.
-            known: The name of `func`, its FLOP formula, and which tensors it changes or creates.
-            args: Positional arguments of the call.
-            kwargs: Keyword arguments of the call.
-            outs: Tensors of the result.
-            out: Result of the call.
+        Args: As for `Recorder.record`.
         """
         if func.namespace == "fd_large":
             self._launch(known.name, args, kwargs)

@@ -331,11 +331,7 @@ def _interval(
     {} if the interval is unknown.
 
     Args:
-        summary: Content of summary.json.
-        a: Name of a row.
-        b: Name of the row whose score is subtracted.
-        column: Name of the column.
-        score: The entry of the score in the column's entry of summary.json.
+        summary, a, b, column, score: As for `_difference`.
         interval: Function of the run folders of two rows and the name of a score, which returns the
             difference with its interval, or None if they are unknown.
     """

@@ -112,11 +112,7 @@ class _Seen(NamedTuple):
 def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
     """Cuts a model on the meta device after the map of a stride, and runs it once.
 
-    Args:
-        net: The whole model, which is changed.
-        name: timm's name of the model.
-        stride: Pixels per token of the map; 0 means the last map.
-        image_size: Side of the images in pixels; 0 means the model's default size in timm.
+    Args: As for `models.cut`.
 
     Raises:
         ConfigError: If the model does not accept the images, or training it would depend on ranks

@@ -100,11 +100,9 @@ def surface(
     """Returns the losses on the plane that two directions span.
 
     Args:
-        module: The module whose parameters are moved, and restored at the end.
-        loss: Function that returns one or several losses for the present parameters.
+        module, loss, progress: As for `curve`.
         directions: Two results of `random_direction`.
         steps: Steps along each direction; at 0 the parameters are unchanged.
-        progress: Function that is called after every loss.
 
     Returns: rows for the steps along the second direction; a row has the losses for the steps along
         the first direction.

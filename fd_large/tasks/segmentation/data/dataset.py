@@ -97,12 +97,7 @@ def open_segmentation(
         root: The dataset's folder, in the layout of ADE20K, Cityscapes or COCO-Stuff, or with the
             folders images/SPLIT and labels/SPLIT, or SPLIT/images and SPLIT/labels.
         split: "train" or "val".
-        num_classes: Number of classes, K.
-        ignore_value: The number in label files that marks ignored pixels.
-        reduce_zero_label: True if 0 also marks ignored pixels and class k has the number k + 1;
-            False if class k has the number k.
-        max_pixels: Largest number of pixels of an image or label file. Reading a larger file raises
-            DataError.
+        num_classes, ignore_value, reduce_zero_label, max_pixels: As for `SegmentationSet`.
         where: The field that names the folder, for messages.
 
     Raises:
