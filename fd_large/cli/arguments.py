@@ -130,21 +130,17 @@ def parse_with_recipe(
     often: Mapping[str, str] | None = None,
     base_of: Callable[[Mapping[str, Any]], Run | None] = lambda options: None,
 ) -> WithRecipe[Own]:
-    """Parses the arguments of a command with a recipe and its fields.
+    """Parses the arguments of a command with a recipe and its fields; raises as `parse`.
 
     Args:
         kind: The dataclass of the command's own arguments; one field is `recipe: str`.
-        arguments: Arguments after the command.
-        command: Name of the command, for messages and the help.
+        arguments: As in `parse`.
+        command: As in `parse`.
         recipe: Name of the default recipe.
         often: {flag: description} of the flags that the overview of the help shows; None to show
             all of the command's own flags instead of an overview.
         base_of: Function that takes the command's own given arguments, and returns a recipe to use
             instead of the one that --recipe names, or None for the one that --recipe names.
-
-    Raises:
-        ConfigError: With a line for each unknown, missing or invalid argument.
-        HelpShown: If the help was requested.
     """
     return _Parser(kind, command, recipe, often, base_of).parse(arguments)
 
@@ -193,10 +189,7 @@ def call_subcommand(
         commands: {subcommand: (the dataclass of its arguments, its function)}.
         command: The command whose subcommands these are.
 
-    Raises:
-        ConfigError: If the subcommand does not exist, or with a line for each unknown, missing or
-            invalid argument.
-        HelpShown: If the help was requested, or there are no arguments.
+    Raises: ConfigError or HelpShown: as `choose` and `parse`.
     """
     summaries = {name: (getdoc(kind) or "").split("\n")[0] for name, (kind, _) in commands.items()}
     name, rest = choose(arguments, summaries, command=command)
@@ -303,13 +296,10 @@ class _Parser(Generic[Own]):
             raise ConfigError("\n".join(wrong))
 
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Returns {name: value} of the command's own arguments and the recipe's fields.
+        """Returns {name: value} of the own arguments and recipe fields that `arguments` mention.
 
         Messages about mistakes are added to `self._mistakes`, and the names of flags with invalid
         values to `self._invalid`.
-
-        Args:
-            arguments: The words after the command. What they do not mention is not in the result.
         """
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
@@ -380,9 +370,8 @@ class _Parser(Generic[Own]):
     def _known(self, like: str) -> dict[str, tuple[str, Any]]:
         """Returns {name with underscores: (name, type)} of all flags of the command.
 
-        Args:
-            like: A flag as the user typed it, such as `teachers.big.model`. Flags of a dict whose
-                keys the user chooses are returned for the key in `like` ("big").
+        Flags of a dict whose keys the user chooses are returned for the key in `like`, a flag as
+        the user typed it: "big" for `teachers.big.model`.
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:
@@ -395,11 +384,7 @@ class _Parser(Generic[Own]):
         """Warns that a flag such as `--teachers.NAME.model` is repeated, and which value is used.
 
         The user may have meant two entries with different names. There is no warning for a flag
-        that does not have the name of an entry.
-
-        Args:
-            name: The flag, without dashes.
-            texts: The texts of the later value, which is used.
+        that does not have the name of an entry. The later value, which is used, has the `texts`.
         """
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
@@ -427,11 +412,10 @@ class _Parser(Generic[Own]):
         return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
-        """Returns the recipe in the file that --config names.
+        """Returns the recipe in the file that --config names, or None without a valid file.
 
-        The result is None if --config is not given, or if the file is missing or invalid; the
-        latter is added to the list of mistakes. The file is read before the flags, because its
-        task decides which flags exist.
+        Mistakes in the file are added to the list of mistakes. The file is read before the flags,
+        because its task decides which flags exist.
         """
         if "config" not in field_names(self._kind):
             return None
@@ -533,12 +517,9 @@ def _count(hint: Any, texts: list[str]) -> int:
 
 
 def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
-    """Returns the value of a flag.
+    """Returns the value of the type `hint` that the texts after a flag form.
 
-    Args:
-        hint: The type of the value.
-        texts: The texts after the flag.
-        off: Whether the flag is a switch that was given as --no_NAME.
+    A switch that was given as --no_NAME is `off`.
 
     Raises: ValueError: if the texts are not a value of this type.
     """
@@ -560,10 +541,9 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 
 
 def _own_task(arguments: Sequence[str]) -> str:
-    """Returns the name of the user's own task in the last --task.name of `arguments`.
+    """Returns the user's own task in the last --task.name of `arguments`, or "" if there is none.
 
-    Its path is made absolute. If the flag is missing, or names no task of the user's own, the
-    result is "".
+    Its path is made absolute.
 
     Raises: ConfigError: if the task cannot be imported.
     """

@@ -71,14 +71,9 @@ class Cache(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Stores the maps of a recipe's teachers, and prints a line for each teacher.
+    """Stores the maps of a recipe's teachers, prints a line for each, and returns the exit code.
 
     With --plan it only prints the costs.
-
-    Args:
-        arguments: The arguments after `cache`.
-
-    Returns: the exit code.
     """
     parsed = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
@@ -112,9 +107,7 @@ STOPPED = (
 def _with_views(run: Run, views: int) -> Run:
     """Returns the recipe with `task.distillation.views`, the number of stored views of an image.
 
-    Args:
-        run: The recipe.
-        views: Number of views; 0 for the recipe's own number, or for 1 view if the recipe has 0.
+    This is `views`; or if that is 0 the recipe's own number; or if that is 0, too, one view.
 
     Raises: ConfigError: if the recipe has no teacher, or its maps cannot be stored.
     """
@@ -133,14 +126,10 @@ def _with_views(run: Run, views: int) -> Run:
 
 
 def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
-    """Writes the maps of a recipe's teachers that are not stored yet.
+    """Writes the maps of a recipe's teachers that are not stored yet to the folder `out`.
 
-    Every rank has to call this function.
-
-    Args:
-        run: The recipe; its section task.distillation defines the views.
-        out: Output folder, with a subfolder for each of several teachers.
-        precision: Number format of the stored maps.
+    Every rank has to call this function. The recipe's section task.distillation defines the views;
+    `Cache` describes the other arguments.
 
     Returns: the number of maps that this call wrote, by the teacher's name.
     Raises: FDError: for the user's mistakes.
@@ -186,9 +175,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
 def plan(run: Run, options: Cache) -> Table:
     """Returns a table of the costs of storing the teachers' maps, and of the time saved.
 
-    Args:
-        run: The recipe; its section task.distillation defines the views.
-        options: The command's arguments.
+    The recipe's section task.distillation defines the views.
 
     Raises: FDError: if the models cannot be built, or the images cannot be opened.
     """
@@ -233,10 +220,7 @@ def plan(run: Run, options: Cache) -> Table:
 def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[str, str]]:
     """Returns the rows (label, text) of the table about one teacher's maps.
 
-    Args:
-        cost: The costs of storing the maps.
-        options: The command's arguments.
-        micro_batch: Number of images in the forward passes for which times were computed.
+    Times were computed for forward passes of `micro_batch` images.
     """
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
@@ -267,11 +251,7 @@ def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[s
 
 
 def _verdict(cost: CachedTargets) -> str:
-    """Returns a sentence on whether storing a teacher's maps saves time in the runs that read them.
-
-    Args:
-        cost: The costs and savings for this teacher.
-    """
+    """Returns a sentence on whether storing a teacher's maps saves time in runs that read them."""
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
         return f"cached targets pay: {share} less time"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
     """Returns the number of images in a rank's forward pass, for which `plan` computes times.
 
-    If the counts of `load` hold for a single number of images, the result is this number. Otherwise
-    it is the run's micro-batch size, with a default for `auto`, and at most the global batch size.
+    This is the number for which alone the counts of `load` hold, if there is one. Otherwise it is
+    the run's micro-batch size, with a default for `auto`, and at most the global batch size.
     """
     from fd_large.tasks.distillation.cached.views import batch_size
 
@@ -47,11 +47,10 @@ def costs_of(
     Args:
         job: The job of a recipe with fixed views, in which the models of all teachers are known.
         load: FLOPs and bytes of the workload on the card.
-        rates: Rates of the card.
         images: Number of images of the dataset.
         precision: Number format of the stored maps.
         runs: Number of equal runs that use the maps.
-        read_bytes_per_second: Bytes per second at which a rank reads the maps.
+        read_bytes_per_second: Rate at which a rank reads the maps.
     """
     # Importing torch takes seconds.
     import torch
@@ -91,10 +90,7 @@ def costs_of(
 
 
 def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> tuple[float, float]:
-    """Returns the seconds that a step takes per image on one rank without communication.
-
-    Returns: the seconds of a step that runs the teachers, and of a step that does not.
-    """
+    """Returns a step's seconds per image on one rank: with the teachers run, and without them."""
     candidate = Candidate(
         stage=1,
         checkpointing=job.run.student.activation_checkpointing != "off",

@@ -87,10 +87,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
 
 
 def _without_manifest(folder: Path) -> list[str]:
-    """Returns a message for each checkpoint, of the run in `folder`, without a valid manifest.json.
-
-    The file may be missing or damaged. The result is [] if all checkpoints have a valid one.
-    """
+    """Returns a message for each checkpoint of a run whose manifest.json is missing or damaged."""
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)
@@ -133,10 +130,7 @@ def list_checkpoints(run: str) -> int:
 
 
 def verify(run: str) -> int:
-    """Checks every file of the checkpoints of the run in the folder `run`.
-
-    Returns: the exit code, 1 if a checkpoint is damaged, else 0.
-    """
+    """Checks every file of the checkpoints of a run; returns 1 if one is damaged, else 0."""
     folder, checkpoints = stored_of(run)
     unreadable = _without_manifest(folder)
     read = activity.counted(checkpoints, "reading every byte", "checkpoints")
@@ -151,11 +145,9 @@ def verify(run: str) -> int:
 
 
 def prune(run: str, keep_last: int | None) -> int:
-    """Removes the checkpoints that the recipe does not keep, and prints their names.
+    """Removes the checkpoints that the recipe does not keep, and prints their names; returns 0.
 
-    Args:
-        run: Folder of the run.
-        keep_last: Number of newest checkpoints to keep; None for the recipe's number.
+    `Prune` describes `keep_last`.
     """
     folder, _ = stored_of(run)
     with claimed(folder) as lease:
@@ -166,11 +158,6 @@ def prune(run: str, keep_last: int | None) -> int:
 
 def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     """Removes the checkpoints that the recipe does not keep; returns their folders.
-
-    Args:
-        folder: Folder of the run.
-        keep_last: Number of newest checkpoints to keep; None for the recipe's number.
-        lease: The ownership of the run's folder.
 
     Raises:
         ConfigError: If recipe.json is damaged, or no checkpoint would be kept.
@@ -204,12 +191,7 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
 def export(run: str, out: str, deepspeed_config: str) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format; returns the exit code.
 
-    Every rank has to call this function.
-
-    Args:
-        run: Folder of the run.
-        out: Folder to write.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
+    Every rank has to call this function. `Export` describes the arguments.
     """
     stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
@@ -227,12 +209,7 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 def import_(source: str, run: str, deepspeed_config: str) -> int:
     """Stores a checkpoint of DeepSpeed's format as a run's newest; returns the exit code.
 
-    Every rank has to call this function.
-
-    Args:
-        source: Folder that was given to DeepSpeed's save_checkpoint.
-        run: Folder of the run, which has a recipe.json.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
+    Every rank has to call this function. `Import` describes the arguments.
     """
     recipe_file(Path(run), where="checkpoint import")
     load(deepspeed_config)

@@ -47,11 +47,7 @@ class Diagnose(DiagnosisFlags, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Examines models by `diagnose`, and prints a summary; returns the exit code.
-
-    Args:
-        arguments: The arguments after `diagnose`, which name the models and the images.
-    """
+    """Examines models by `diagnose`, and prints a summary; returns the exit code."""
     options = parse(Diagnose, arguments, command="diagnose")
     require_paths(paths_of_models(options.models) | {"data.root": options.data.root})
     return measured(DIAGNOSIS, options, {})

@@ -60,10 +60,7 @@ class Doctor:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks the nodes and their connection, and prints a table of the findings.
-
-    Returns: the exit code, 1 if training cannot start.
-    """
+    """Checks the nodes and their connection, and prints a table; 1 if training cannot start."""
     options = parse(Doctor, arguments, command="doctor")
     terminal.take()
     # Output of libraries is kept out of the table.

@@ -55,10 +55,7 @@ class Finding(NamedTuple):
 
 
 def look(check: Callable[[], Finding]) -> Finding:
-    """Calls a check and returns its finding.
-
-    If the check raises an exception, the finding has the exception's text and the verdict "-".
-    """
+    """Returns the finding of a check; if it raises, the exception's text with the verdict "-"."""
     try:
         return check()
     except Exception as error:
@@ -202,12 +199,9 @@ def cpu_and_memory() -> Finding:
 
 
 def limits(world_size: int) -> Finding:
-    """Checks the hard limit of open files, and the soft limit of locked memory.
+    """Checks the hard limit of open files for so many ranks, and the soft limit of locked memory.
 
     A run raises its soft limit of open files up to the hard limit.
-
-    Args:
-        world_size: Number of ranks of the process group.
     """
     from fd_large.ranks.distributed import open_files_needed
 

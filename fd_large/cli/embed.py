@@ -87,11 +87,7 @@ class Embed(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the table of images' features, and prints a line about it; returns the exit code.
-
-    Args:
-        arguments: The arguments after `embed`.
-    """
+    """Writes the table of images' features, and prints a line about it; returns the exit code."""
     options = parse(Embed, arguments, command="embed")
     data, out = options.data, Path(options.out)
     require_paths(paths_of_models([options.model]) | {"data.root": data.root})
@@ -113,9 +109,6 @@ def embed(options: Embed) -> tuple[int, int]:
     """Writes the table of images' features.
 
     Every rank has to call this function.
-
-    Args:
-        options: The arguments of the command.
 
     Returns: the number of rows, and the side of the crops in pixels.
 

@@ -96,13 +96,10 @@ def main(arguments: list[str]) -> int:
 
 
 def with_flags_of(task: str) -> type[Evaluate]:
-    """Returns the dataclass of the command's arguments, with the flags of the named protocol.
+    """Returns the dataclass of the command's arguments, with the flags of the protocol `task`.
 
-    `Evaluate` already has the flags of the package's protocols. For a protocol of the user's own
-    or of an installed plugin, a subclass adds its flags.
-
-    Args:
-        task: Value of `--task`.
+    `Evaluate` already has the flags of the package's protocols. For a protocol of the user's own or
+    of an installed plugin, a subclass adds its flags.
 
     Raises: ConfigError: if the protocol does not exist.
     """
@@ -118,16 +115,10 @@ def with_flags_of(task: str) -> type[Evaluate]:
 
 
 def scored_run(models: Sequence[str], task: str) -> Run | None:
-    """Returns the recipe of the first model's run, if the run's own task is to score it.
+    """Returns the recipe of the first model's run, if the run's own task is to score it, else None.
 
-    The recipe is the base whose fields the flags may change.
-
-    Args:
-        models: The user's names of the models.
-        task: Value of `--task`.
-
-    Returns: the recipe; or None if another protocol measures, or if the recipe cannot be read (a
-        mistake that `evaluate` reports later).
+    The recipe is the base whose fields the flags may change. The result is also None if the recipe
+    cannot be read, a mistake that `evaluate` reports later. `task` is the value of --task.
     """
     folder = run_of_checkpoint(models[0]) if models else None
     if folder is None or files.kind_of(folder / RECIPE, where="evaluate") != "file":
@@ -141,12 +132,7 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
 
 
 def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
-    """Measures models; returns the exit code.
-
-    Args:
-        options: The command's own arguments.
-        changes: The fields of a recipe that the user set, {full name: value}.
-        run: The recipe with these fields.
+    """Measures models; returns the exit code. The arguments are those of `measured`.
 
     Raises: FDError: for the user's mistakes.
     """
@@ -253,12 +239,7 @@ def _refuse(
 
 
 def _score_files(options: Evaluate, kind: TaskKind) -> int:
-    """Scores files of predictions without a model, and prints the results; returns 0.
-
-    Args:
-        options: The command's own arguments, which name the files.
-        kind: The kind of task whose metrics are computed.
-    """
+    """Scores files of predictions, named in `options`, by a task's metrics; prints the results."""
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
     shown, written = score(options)
     show(shown, [f"written: {path}" for path in written])

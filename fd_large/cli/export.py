@@ -82,13 +82,7 @@ class Export(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Exports a run's student, uploads it if requested, and prints a line on the written files.
-
-    Args:
-        arguments: The arguments after `export`.
-
-    Returns: the exit code.
-    """
+    """Exports a run's student, and uploads it if requested; returns the exit code."""
     options = parse(Export, arguments, command="export")
     # torch is not imported yet.
     recipe_file(run_of_checkpoint(options.run), where="export")
@@ -125,18 +119,10 @@ def export(
     licence: str = "",
     base_model: str = "",
 ) -> tuple[int, int, list[Path]]:
-    """Writes the student of a checkpoint to a new folder.
+    """Writes the student of a checkpoint to the new folder `out`.
 
-    Args:
-        run: Folder of a run, whose newest checkpoint is taken, or of one of its checkpoints.
-        out: Folder to write.
-        to: The format, a key of `LIBRARIES`.
-        shard_size: Largest size of a file of tensors, such as 5GB; a graph is not split.
-        image_size: Side in pixels of the exported model's images; 0 keeps the side of the training.
-        repository: OWNER/NAME to which the caller will upload the folder, to check that the upload
-            is possible; empty for no upload.
-        licence: Licence of the student, for the model card.
-        base_model: OWNER/NAME of the model that the student learned from, for the model card.
+    `Export` describes the arguments. The upload to `repository` (--push; "" for none) is left to
+    the caller; here it is only checked to be possible.
 
     Returns: the step of the checkpoint, the student's number of parameters, and the written files.
 
@@ -231,14 +217,10 @@ def export(
 
 
 def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
-    """Calls `write` until no checkpoint is pruned meanwhile, and returns the result.
+    """Returns the result of `write`, which reads a checkpoint of a run and exports it.
 
     A run that still trains may remove the checkpoint that `write` reads. Then `write` is called
     again, and reads the newest checkpoint.
-
-    Args:
-        folder: Folder of the run.
-        write: Function that reads a checkpoint and writes the export.
 
     Raises: CheckpointError: if writing fails while the run's checkpoints stay the same.
     """
@@ -255,13 +237,10 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
 
 
 def _summary(folder: Path, step: int) -> dict[str, Any]:
-    """Returns the content of the run's summary.json, adapted to the exported checkpoint.
+    """Returns the content of a run's summary.json, adapted to its exported checkpoint.
 
-    For an earlier checkpoint, the final metrics are replaced by those of its own evaluation.
-
-    Args:
-        folder: Folder of a run, or of one of its checkpoints.
-        step: Step of the exported checkpoint.
+    If `folder` is that of an earlier checkpoint, the final metrics are replaced by those of its own
+    evaluation at step `step`, or by None if there was none.
     """
     from fd_large.runtime.run_folder import rows_before
 

@@ -35,11 +35,9 @@ def program(command: str) -> str:
 
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yields the full names of all fields without a default of a dataclass.
+    """Yields the full names of a dataclass's fields without a default, nested ones as NAME.FIELD.
 
-    Args:
-        kind: The dataclass. The fields of a nested dataclass are named NAME.FIELD.
-        prefix: Text before each name.
+    Each name begins with `prefix`.
     """
     for argument in fields(kind):
         hint = hints_of(kind)[argument.name]
@@ -61,13 +59,9 @@ def sections_of(task: type[Task]) -> dict[str, Any]:
 
 
 def section_named(typed: str, task: type[Task]) -> str:
-    """Returns the section that a text after --help names, or "" if there is none.
+    """Returns the section that the text `typed` after --help names, or "" if there is none.
 
     The name of a field gives its section, as "optim" for "optim.eps".
-
-    Args:
-        typed: Text after --help.
-        task: Class of the section `task`.
     """
     known = sections_of(task).keys() | {ALL}
     name = typed.replace("-", "_")
@@ -77,12 +71,9 @@ def section_named(typed: str, task: type[Task]) -> str:
 
 
 def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
-    """Prints a command's own arguments in full.
+    """Prints a command's own arguments, the fields of the dataclass `kind`, in full.
 
-    Args:
-        kind: The dataclass of the command's own arguments.
-        command: Name of the command.
-        of_recipe: Whether the fields of a recipe are flags, too; the help then mentions them.
+    If the fields of a recipe are flags, too (`of_recipe`), the help mentions them.
     """
     _print_by_tyro(kind, command, getdoc(kind) or "")
     if of_recipe:
@@ -96,13 +87,12 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
 
 
 def print_sections(kind: type, command: str, base: Run, task: type[Task], section: str) -> None:
-    """Prints all flags of a section, or of all sections, with a recipe's values as defaults.
+    """Prints all flags of a section, or of all sections, with the values of the recipe `base`.
 
     Args:
         kind: The dataclass of the command's own arguments, which are printed as well for `ALL`.
-        command: Name of the command.
         base: The recipe.
-        task: Class of the section `task`; a task of the user's own adds a subsection to it.
+        task: As in `sections_of`.
         section: A key of `sections_of`, or `ALL`.
     """
     import tyro
@@ -133,9 +123,8 @@ def print_overview(
 
     Args:
         kind: The dataclass of the command's own arguments.
-        command: Name of the command.
         base: The recipe whose values are shown, and whose task decides which sections are listed.
-        task: Class of the section `task`; a task of the user's own adds a subsection to it.
+        task: As in `sections_of`.
         often: {flag: description}, of the command's own flags and of fields of the recipe.
     """
     sections, read = sections_of(task), _read_by(base.task)
@@ -188,10 +177,7 @@ def _read_by(task: Task) -> list[str]:
 def _print_rows(title: str, rows: Mapping[str, str], width: int = 0) -> None:
     """Prints a title and below it {first column: second column}, wrapped to the terminal.
 
-    Args:
-        title: The title.
-        rows: The rows.
-        width: Width of the first column in characters; 0 for the longest text in it.
+    The first column has `width` characters; 0 gives it the length of its longest text.
     """
     width = width or max(map(len, rows))
     print(f"\n{title}:")

@@ -34,9 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(folder: Path) -> None:
-    """Copies the Slurm scripts to `folder`, and prints the next commands.
-
-    The folder is created if it is missing.
+    """Copies the Slurm scripts to `folder`, made if it is missing, and prints the next commands.
 
     Raises: ConfigError: if the folder is not empty, or cannot be written.
     """

@@ -120,10 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_on_ranks(arguments: list[str]) -> int:
     """Runs a command in several forked processes, one for each rank; returns the exit code.
 
-    Args:
-        arguments: `--ranks N` or `--ranks=N`, and after it the command and its arguments.
+    The first of the `arguments` are `--ranks N` or `--ranks=N`; the command and its own follow.
 
-    Raises: ConfigError: if N is not a positive number.
+    Raises:
+        ConfigError: If N is not a positive number.
+        LaunchError: If a launcher has already started this process as one of several ranks.
     """
     _, equals, text = arguments[0].partition("=")
     text, *rest = arguments[1:] or [""] if not equals else [text, *arguments[1:]]
@@ -152,12 +153,8 @@ def _run_on_ranks(arguments: list[str]) -> int:
 def _refused(error: FDError, rank: int) -> int:
     """Prints an error of the user's on one rank, and returns the error's exit code.
 
-    An error that is `rank_local` is printed by this rank; any other error is printed by rank 0,
-    for which the other ranks wait. An error that was already printed is not printed again.
-
-    Args:
-        error: The error.
-        rank: This rank.
+    An error that is `rank_local` is printed by this rank; any other error is printed by rank 0, for
+    which the other ranks wait. An error that was already printed is not printed again.
     """
     failures.tell(error.exit_code, str(error))
     # Every rank makes the same mistake and one reports it, unless only one has met it.

@@ -35,12 +35,7 @@ def tables(*, most: int = 1000) -> Console:
 
 
 def show(shown: Iterable[Any], written: Iterable[object]) -> None:
-    """Prints tables, and lines below them.
-
-    Args:
-        shown: The tables, or other objects that rich can print.
-        written: The lines, which mostly name written files.
-    """
+    """Prints tables, or other objects that rich can print, and below them lines, mostly paths."""
     console = tables()
     for table in shown:
         console.print(table)

@@ -27,10 +27,8 @@ def owning(run_dir: str) -> Iterator[Lease]:
     a refusal appears at once. The other ranks get the result in a broadcast, so that a refusal ends
     all ranks together.
 
-    Args:
-        run_dir: The run's folder.
-
-    Raises: OwnedError: on all ranks, if another command owns the folder.
+    Raises: FDError: on all ranks, if rank 0 cannot claim the folder, mostly because another command
+        owns it.
     """
     terminal.take()
     folder = Path(run_dir)

@@ -54,13 +54,10 @@ def paths_of_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def require_paths(named: Mapping[str, str]) -> None:
-    """Refuses values that can only be a path, if no file or folder exists at this path.
+    """Refuses values of `named`, {field or label: value}, that are paths to nothing.
 
-    Values of other forms, such as timm:NAME, and the contents of files are checked later, when
-    they are opened.
-
-    Args:
-        named: {field or label: value}.
+    Values of other forms, such as timm:NAME, and the contents of files are checked later, when they
+    are opened.
 
     Raises: ConfigError: with a line for each missing path.
     """
@@ -98,11 +95,9 @@ def require_contents(run: Run) -> None:
 
 
 def require_apart(run: Run, *, fresh: bool) -> None:
-    """Refuses a run's folder if it is a folder of images, or if --fresh would move images with it.
+    """Refuses a folder of images as a run's folder, also a parent of one if --fresh would move it.
 
-    Args:
-        run: The recipe.
-        fresh: Whether --fresh is given, which moves an earlier run's folder out of the way.
+    --fresh (`fresh`) moves an earlier run's folder out of the way.
 
     Raises: ConfigError: with the field of the images.
     """
@@ -149,9 +144,8 @@ def require_sources(run: Run) -> None:
 def _on_this_node(*checks: Callable[[], None]) -> None:
     """Runs checks whose results may differ between nodes, such as checks of files.
 
-    Raises:
-        FDError: With the mistakes of all checks. On the first rank of each node the error is
-            marked as `rank_local`, so that each node prints its own message.
+    Raises: FDError: with the mistakes of all checks. On the first rank of each node it is marked as
+        `rank_local`, so that each node prints its own message.
     """
     try:
         check_all(*checks)

@@ -90,11 +90,7 @@ class Plan(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Plans a run, prints the report and writes the requested files; returns the exit code.
-
-    Args:
-        arguments: The arguments after `plan`.
-    """
+    """Plans a run, prints the report and writes the requested files; returns the exit code."""
     parsed = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
     options = parsed.own
     for flag, file in (
@@ -150,14 +146,7 @@ def plan(
 ) -> tuple[Workload, Machine, list[Estimate], list[Refused]]:
     """Estimates time and memory of a run on a cluster for many settings, and sorts the settings.
 
-    Args:
-        run: The recipe.
-        cluster: Number of ranks and nodes, and rates of the network.
-        gpu: Name of the card.
-        rates: File of measured rates, which replace the card's; with `probe` the file is written.
-        probe: Whether to measure this machine and to use its rates.
-        kernels: "fused" for the fused kernels on cards that have them, "reference" for plain
-            torch.
+    `Plan` describes the arguments after `cluster`.
 
     Returns: the workload, the machine, the settings that fit with the best one first, and the
         settings that do not fit.

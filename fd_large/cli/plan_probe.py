@@ -83,10 +83,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
 def main(rank: int, ranks: int, port: int) -> None:
     """Runs one rank of `probe`, which reads its request as JSON from standard input.
 
-    Args:
-        rank: This rank.
-        ranks: Number of ranks.
-        port: Port of the process group on this machine.
+    The ranks meet at `port` of this machine.
     """
     import torch
 

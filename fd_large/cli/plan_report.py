@@ -40,10 +40,7 @@ def figure(value: float) -> str:
 
 
 def figures(between: Between) -> str:
-    """Returns a range of seconds or hours as text, such as "1.2-1.5".
-
-    If both ends of `between` are the same number as text, the result is this number alone.
-    """
+    """Returns a range of seconds or hours as text, such as "1.2-1.5", or "1.2" for equal ends."""
     low, high = map(figure, between)
     return low if low == high else f"{low}-{high}"
 
@@ -62,13 +59,11 @@ def report(
     """Returns the report that is printed.
 
     Args:
-        run: The recipe.
         load: FLOPs and bytes of a step.
-        machine: The hardware for which the run is planned.
         good: The settings that fit, with the best one first.
         bad: The settings that do not fit.
         images: Number of images of the dataset, which decides the steps of an epoch.
-        rows: Largest number of rows of each table, of settings that fit and of those that do not.
+        rows: Largest number of rows of each table.
         narrow: Whether the table omits columns that the lines after it repeat.
     """
     parts: list[Table | Text] = [_heading(run, load, machine)]
@@ -233,7 +228,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 
 
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
-    """Returns sentences for the report: how its times were estimated, and how wrong they may be."""
+    """Returns sentences on how the report's times were estimated, and how wrong they may be."""
     if load.phases:
         where = "a step of this task, timed on one device, and from measured collectives"
     elif machine.rates.name.endswith("measured"):
@@ -253,13 +248,8 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     """Returns a sentence on the costs of the teachers, or "" if the run's steps run no teacher.
 
     The sentence states the teachers' share of a step's FLOPs. It also states the size of a stored
-    map below which reading the map, at 1 GB/s, takes less time than a rank spends on an image.
-
-    Args:
-        run: The recipe.
-        load: FLOPs and bytes of a step.
-        best: The best setting that fits.
-        machine: The hardware for which the run is planned.
+    map below which reading the map, at 1 GB/s, takes less time than a rank spends on an image in
+    `best`.
     """
     counts = load.counts[False]
     teacher = counts.flops_per_image("inference")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fd_large.kernels.choose import Device
 
 Kernels = Literal["fused", "reference"]
+"""fused: the fused kernels, on cards that have them; reference: plain torch."""
 
 SHAPES = (
     *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "mask.", "task."),
@@ -49,11 +50,6 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
     The FLOPs and bytes are those that the package has stored for this run and card, if there are
     any. Otherwise a step is counted, which takes seconds.
 
-    Args:
-        run: The recipe.
-        rates: Rates of the card.
-        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
-
     Raises: FDError: if the run's models cannot be built.
     """
     return Workload(
@@ -67,15 +63,10 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
 
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
-    """Returns the counts of a step that the package has stored for a run and a card.
+    """Returns the counts of a step that the package has stored for a run and a card, or None.
 
-    Args:
-        run: The recipe.
-        rates: Rates of the card.
-        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
-
-    Returns: the counts without activation checkpointing (False) and with it (True); or None if
-        there are none, or if the run reads a teacher's stored maps.
+    The keys are as in `count_anew`. Nothing is stored for CPUs, for GPUs without bfloat16 and for
+    runs that read a teacher's stored maps.
     """
     # Shipped counts include the teachers, which a run with cached targets does not compute.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
@@ -84,10 +75,7 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 
 def _norm_group(run: Run) -> int:
-    """Returns how many images are normalised by the same statistics in the student's batch norms.
-
-    The result is 1 for a student without batch norms.
-    """
+    """Returns how many images share the statistics of the student's batch norms; 1 without any."""
     if not run.student_architecture().has_batch_norms:
         return 1
     # These imports load torch, which a published recipe does not need.
@@ -100,10 +88,7 @@ def _norm_group(run: Run) -> int:
 
 
 def _moments(run: Run) -> int:
-    """Returns how many values of state the run's optimiser keeps for each parameter.
-
-    For AdamW there are 2, the averages of the gradient and of its square.
-    """
+    """Returns how many values of state the optimiser keeps for each parameter; for AdamW 2."""
     if run.optim.name == ADAMW:
         return 2
     # This import loads torch, which a published recipe does not need.
@@ -114,11 +99,6 @@ def _moments(run: Run) -> int:
 
 def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
     """Counts the FLOPs and bytes of a step of a run on a card, which takes seconds.
-
-    Args:
-        run: The recipe.
-        rates: Rates of the card.
-        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
 
     Returns: the counts without activation checkpointing (False) and with it (True).
 
@@ -146,12 +126,7 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
     """Returns the bytes, as a linear function of the images, that a run's students use in common.
 
     These are the bytes of a micro-batch's images and of the outputs of the frozen models
-    (teachers), which are in memory once for all students of the run.
-
-    Args:
-        run: The recipe, with several students.
-        rates: Rates of the card.
-        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
+    (teachers), which are in memory once for all students of `run`, which has several.
     """
 
     from fd_large.engine.counting.count import shared_bytes
@@ -162,12 +137,7 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
 
 
 def _device(rates: Rates, kernels: Kernels) -> Device:
-    """Returns the card as the `Device` for which kernels are chosen.
-
-    Args:
-        rates: Rates of the card, with its compute capability.
-        kernels: "fused" for the fused kernels that the card has, "reference" for plain torch.
-    """
+    """Returns the card as the `Device` for which kernels are chosen."""
     from fd_large.kernels.choose import Device
 
     major, _, minor = rates.capability.partition(".")
@@ -195,9 +165,9 @@ def shape_fields(run: Run) -> dict[str, Any]:
 
 
 def cached_folders(run: Run) -> dict[str, str]:
-    """Returns the folders with stored maps from which a run reads instead of running teachers.
+    """Returns {section of a teacher: folder} for the teachers whose stored maps a run reads.
 
-    The result is {section of a teacher in the recipe: folder}, without teachers that are run.
+    Teachers that are run are left out.
     """
     folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
     return {name: folder for name, folder in folders.items() if folder}

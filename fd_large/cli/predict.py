@@ -51,9 +51,6 @@ class Predict(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Draws a run's predictions for images, and prints a line for each image.
 
-    Args:
-        arguments: The arguments after `predict`, which name the run and the images.
-
     Returns: the exit code, 2 if an image cannot be read, else 0.
     """
     options = parse(Predict, arguments, command="predict")
@@ -73,15 +70,10 @@ def predict(
 ) -> Iterator[Predicted]:
     """Runs the model of a run on images, and yields the prediction of each image.
 
-    Args:
-        run: Folder of the run.
-        images: Image files.
-        out: Folder for predictions.json and the drawn images.
-        score: Least score of an object that is drawn and written; None for `LEAST_SCORE`.
+    `Predict` describes the arguments.
 
-    Raises:
-        FDError: If the run or an image does not exist, if the run's task has no predictions, or if
-            `score` is given and the task's predictions have no scores.
+    Raises: FDError: if the run or an image does not exist, if the run's task has no predictions, or
+        if `score` is given and the task's predictions have no scores.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()

@@ -32,9 +32,6 @@ def main(arguments: list[str]) -> int:
     """Repeats a recorded step that the guard refused; returns the exit code.
 
     It prints the step's losses and gradient norm beside the recorded values.
-
-    Args:
-        arguments: The arguments after `replay`, which name the record.
     """
     options = parse(Replay, arguments, command="replay")
     require_paths({"replay": options.file})

@@ -56,9 +56,6 @@ def main(arguments: list[str]) -> int:
     """Prints a table of the runs below a folder; returns the exit code.
 
     Messages on folders that cannot be read go to stderr.
-
-    Args:
-        arguments: The arguments after `runs`, which name the folder.
     """
     options = parse(Runs, arguments, command="runs")
     root = Path(options.folder)
@@ -121,11 +118,8 @@ def _read(folder: Path) -> ListedRun:
 def _was_killed(owned: Path, files: RunFiles) -> bool:
     """Whether a run's last launch was killed, and could therefore not record its end.
 
-    Args:
-        owned: Folder whose file owner.json names the last launch. The file is missing if the
-            launch ended by itself; the result is then False.
-        files: The run's other files. If their summary.json is of the same launch, the launch has
-            recorded its end, and the result is False.
+    The file owner.json in the folder `owned` names the launch; a launch that ends by itself removes
+    the file. A launch whose summary.json is in `files` has recorded its end.
     """
     if not kind_of(owned / OWNER):
         return False

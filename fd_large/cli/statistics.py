@@ -51,11 +51,7 @@ class Statistics(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the mean and covariance of a teacher's channels to a file; returns the exit code.
-
-    Args:
-        arguments: The arguments after `statistics`.
-    """
+    """Writes the statistics of a teacher's channels to a file; returns the exit code."""
     parsed = parse_with_recipe(
         Statistics, arguments, command="statistics", recipe=registry.DEFAULT_RECIPE
     )
@@ -78,16 +74,10 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: str = "") -> None:
-    """Writes mean and covariance of a target's channels to a file.
+    """Writes mean, deviation and PHI-S rotation of a target's channels to the file `out`.
 
-    Every rank has to call this function.
-
-    Args:
-        run: The recipe.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
-        out: The file to write.
-        views: Number of random crops that are measured.
-        target: Label of the measured target (`Target.label`); "" for the only teacher's map.
+    Every rank has to call this function. `Statistics` describes the arguments; the labels of
+    targets are `Target.label`.
 
     Raises: FDError: for the user's mistakes.
     """

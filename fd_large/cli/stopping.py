@@ -22,10 +22,8 @@ def ending_with(sentence: str) -> Iterator[None]:
     """Raises an error with exit code 75 if a signal stops the block.
 
     The first signal stops the block at any point. Further signals, which a launcher sends after a
-    Ctrl-C, are ignored, so that they neither interrupt the clean-up nor change the exit code.
-
-    Args:
-        sentence: The message, with the state of the work and the remedy.
+    Ctrl-C, are ignored, so that they neither interrupt the clean-up nor change the exit code. The
+    message is `sentence`, which states what is done and the remedy.
 
     Raises: StoppedError: after Ctrl-C, or a scheduler's signal before the end of a job.
     """

@@ -98,9 +98,6 @@ def main(arguments: list[str]) -> int:
     """Trains a run and prints its report; returns the exit code.
 
     With --check it only checks the settings, and trains nothing.
-
-    Args:
-        arguments: The arguments after `train`.
     """
     parsed, run, named = checked(arguments)
     if parsed.own.check:
@@ -140,12 +137,8 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     """Refuses mistakes that can be found without torch.
 
     It checks the names of files, folders, datasets, teachers, losses, heads, optimisers and so on,
-    the number of loader processes, and DeepSpeed's JSON. A mistyped path or name is thus
-    reported before torch and weights are loaded, which takes seconds.
-
-    Args:
-        run: The recipe.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
+    the number of loader processes, and DeepSpeed's JSON. A mistyped path or name is thus reported
+    before torch and weights are loaded, which takes seconds.
 
     Raises: FDError: with a line for each mistake.
     """
@@ -168,13 +161,9 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
     """Refuses mistakes that would end a run on `ranks` ranks before its first step.
 
-    If there is no mistake, the numbers of images in a step and in a micro-batch are printed.
-
-    Args:
-        run: The recipe.
-        ranks: The number of ranks, which must divide the global batch size.
-        named: Full names of the fields that the user set.
-        fresh: Whether --fresh is given, with which the folder may hold a run of other settings.
+    If there is no mistake, the numbers of images in a step and in a micro-batch are printed. The
+    names of the fields that the user set are `named`. With `fresh` (--fresh) the folder may hold a
+    run of other settings.
     """
     require_apart(run, fresh=fresh)
     if not fresh:
@@ -217,10 +206,6 @@ def _check_config(run: Run, deepspeed_config: str) -> None:
     """Refuses a DeepSpeed JSON that contradicts the recipe.
 
     Settings that depend on the number of ranks or on the device are not checked here.
-
-    Args:
-        run: The recipe.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
     """
     precision = run.engine.precision
     ds.check_owned(
@@ -245,20 +230,16 @@ def train_run(
 ) -> int:
     """Owns the run's folder, trains the run and returns the exit code.
 
-    Every rank has to call this function.
+    Every rank has to call this function. `Train` describes `deepspeed_config`, `fresh` and
+    `profile`.
 
     Args:
-        run: The recipe.
-        deepspeed_config: Name or path of DeepSpeed's JSON.
-        fresh: Whether to start again although the folder has checkpoints.
-        profile: Number of steps to trace with torch's profiler; 0 turns it off.
         then: Function that rank 0 calls with the folder of each finished student, while the run
             still owns its folder.
         named: Full names of the fields that the user set; the other fields may be fitted to the
             images (`small_data.fit`). None to fit no field.
 
-    Raises:
-        FDError: For a mistake of the user's, or if another rank has ended.
+    Raises: FDError: for a mistake of the user's, or if another rank has ended.
     """
     require_apart(run, fresh=fresh)
     if not fresh:
@@ -312,12 +293,8 @@ def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
     """Returns `run` with some fields fitted to its images by `small_data.fit`; logs their values.
 
     A run that resumes is returned unchanged. So is a run whose images cannot be opened; this
-    mistake is reported when the run is opened.
-
-    Args:
-        run: The recipe.
-        named: Full names of the fields that the user set, which stay unchanged.
-        fresh: Whether the run starts again although its folder has an earlier run.
+    mistake is reported when the run is opened. Fields in `named` (full names), which the user set,
+    stay unchanged.
     """
     if not _to_fit(run, fresh=fresh):
         return run

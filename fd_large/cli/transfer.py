@@ -75,11 +75,7 @@ class ColumnFlags:
 
 
 def main(arguments: list[str]) -> int:
-    """Trains the cells of the table of `transfer`, and writes the table; returns the exit code.
-
-    Args:
-        arguments: The arguments after `transfer`.
-    """
+    """Trains the cells of the table of `transfer`, and writes the table; returns the exit code."""
     words, of_columns = split(arguments)
     parsed = parse_with_recipe(
         Transfer, words, command="transfer", recipe=registry.FINETUNING_RECIPE
@@ -93,8 +89,7 @@ def main(arguments: list[str]) -> int:
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separates flags of a single column, such as --ade20k.optim.epochs 3, from the other flags.
 
-    Args:
-        arguments: All words after the command. A word that is no flag stays with the flag before.
+    A word that is no flag stays with the flag before it.
 
     Returns: the other flags; and {name of a column: its flags, without the name}.
     """
@@ -153,9 +148,7 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
 def transfer(options: Transfer, changes: Mapping[str, Changes]) -> int:
     """Trains the missing cells and writes the table, or prints the costs with --plan.
 
-    Args:
-        options: The command's own arguments.
-        changes: The changes of each column's recipe, by the column's name.
+    `changes` are those of each column's recipe, by the column's name.
 
     Returns: the exit code.
 

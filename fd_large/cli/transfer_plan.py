@@ -44,12 +44,8 @@ class Cost(NamedTuple):
 def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     """Returns the cost of a training with the fastest settings that fit.
 
-    Args:
-        run: The recipe.
-        images: Number of training images, which decides the steps of an epoch.
-        gpus: Number of GPUs. The plan uses the greatest common divisor of this number and the
-            global batch size.
-        gpu: Name of the card.
+    The number of training images, `images`, decides the steps of an epoch. The plan uses the
+    greatest common divisor of `gpus` and the global batch size as the number of GPUs.
     """
     ranks, steps = gcd(run.batch.global_batch_size, gpus), steps_of(run, images)
     node = gcd(ranks, _NODE)
@@ -69,10 +65,9 @@ def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str)
     """Returns the report that is printed.
 
     Args:
-        costs: For each training of one seed: the row's label, the column's name, the recipe and
-            the cost.
+        costs: The row's label, the column's name, the recipe and the cost of each training of one
+            seed.
         seeds: Number of seeds, by which the total is multiplied.
-        gpu: Name of the card.
     """
     columns = list(dict.fromkeys(column for _, column, _, _ in costs))
     table = _table(f"GPU-hours of the table on {gpu}, one seed", ("model", *columns, "all"))
@@ -117,11 +112,7 @@ def _table(title: str, names: Sequence[str]) -> Table:
 
 
 def _reasons(missing: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Returns lines of trainings that are not planned, grouped by reason, column and row.
-
-    Args:
-        missing: Row, column and reason of each training that is not planned.
-    """
+    """Returns lines that group trainings by their reasons, from (row, column, reason) of each."""
     columns: dict[tuple[str, str], list[str]] = {}
     for row, column, why in missing:
         columns.setdefault((row, why), []).append(column)

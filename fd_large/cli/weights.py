@@ -76,15 +76,12 @@ class Fetch:
 
 
 def inspect(source: str, model: str) -> int:
-    """Prints a table that describes the weights of a source.
+    """Prints a table that describes the weights of a source; returns 0.
 
-    Args:
-        source: The source, or MODEL=SOURCE.
-        model: Name of the model to compare with; "auto" for the model that the weights show.
+    `Inspect` describes the arguments.
 
-    Raises:
-        ConfigError: If the user's own code is named, which is not imported here, or both `source`
-            and `model` name a model.
+    Raises: ConfigError: if the user's own code is named, which is not imported here, or both
+        `source` and `model` name a model.
     """
     named, source = split_model(source)
     if named and model != "auto":
@@ -111,12 +108,7 @@ def inspect(source: str, model: str) -> int:
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
     """Writes a model in another format, and prints how the source's tensors match it; returns 0.
 
-    Args:
-        source: The weights.
-        out: File or folder to write.
-        to: Name of the format.
-        model: Name of the model; "auto" for the model that the weights show.
-        architecture: The fields --architecture.NAME, for what the weights do not determine.
+    `Convert` describes the arguments.
     """
     require_paths({"weights convert": source})
     check_out(out, where="weights convert")
@@ -144,14 +136,10 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
 
 
 def _require_alone(described: FamilyArchitecture, model: str, architecture: Architecture) -> None:
-    """Checks that `convert` can take the model which a folder of weights describes.
+    """Checks that `convert` can take the model that a folder of weights describes.
 
-    Args:
-        described: The model that the folder describes.
-        model: The value of --model, which must be "auto".
-        architecture: The fields --architecture.NAME, none of which may be set.
-
-    Raises: ConfigError: if the flags name a model, or the user's own code makes the folder's model.
+    Raises: ConfigError: if the flags --model or --architecture.NAME describe a model, too, or if
+        the user's own code makes the folder's model.
     """
     if described.code:
         raise ConfigError(
