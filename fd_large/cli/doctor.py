@@ -162,8 +162,8 @@ def _meet(launch: Launch) -> Finding:
         distributed.start(launch, timeout_seconds=_MEET_SECONDS)
         seconds = time.perf_counter() - start
     except LaunchError as error:
-        text, _, remedy = str(error).removeprefix("launch: ").partition(" Choose ")
-        return Finding(text, "STOPS", f"Choose {remedy}")
+        text, choose, remedy = str(error).removeprefix("launch: ").partition(" Choose ")
+        return Finding(text, "STOPS", f"Choose {remedy}" if choose else "")
     except Exception as error:
         return Finding(first_line(error), "STOPS", "Check the interfaces and variables below.")
     return look(lambda: _sum(seconds))

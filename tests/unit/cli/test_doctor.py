@@ -18,6 +18,8 @@ from fd_large.cli import doctor
 from fd_large.cli import main as cli
 from fd_large.cli.doctor_checks import Finding
 from fd_large.engine.zero import compiled_ops
+from fd_large.errors import LaunchError
+from fd_large.ranks.launch import Launch
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -90,3 +92,24 @@ def test_half_an_environment_of_ranks_is_told_in_the_table(monkeypatch, capsys, 
     out = capsys.readouterr().out
     assert "WORLD_SIZE" in out
     assert "Training cannot start: launcher." in out
+
+
+@pytest.mark.parametrize("advice", [" Choose a free port.", " Start no more ranks than GPUs."])
+def test_ranks_that_do_not_meet_have_the_advice_of_their_error(advice, monkeypatch):
+    message = "local rank 1 has no GPU; got 1, expected 2."
+    launch = Launch(
+        launcher="torchrun",
+        rank=1,
+        world_size=2,
+        local_rank=1,
+        local_world_size=2,
+        master_addr="localhost",
+        master_port=1,
+    )
+
+    def start(*_, **__):
+        raise LaunchError(f"launch: {message}{advice}")
+
+    monkeypatch.setattr("fd_large.ranks.distributed.start", start)
+    finding = doctor._meet(launch)
+    assert f"{finding.found} {finding.remedy}".strip() == message + advice
