@@ -66,6 +66,7 @@ class Export(AllowsCode):
             f"--shard_size: --to {self.to} has one graph and no shards",
             self.shard_size,
             "no such flag",
+            "Leave out --shard_size",
         )
         require(
             bool(re.fullmatch(r"[a-z0-9.-]*", self.license)),

@@ -77,7 +77,7 @@ def predict(
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()
-    if score is not None and not (kind and kind.predicts_scores):
+    if score is not None and kind and not kind.predicts_scores:
         raise ConfigError(
             f"--score: the predictions of the task {recipe.task.name} have no scores; got {score}, "
             "expected no limit. Leave out --score."

@@ -137,7 +137,8 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
         refuse_other_task(f"--{name}.recipe", recipe_run, registry.get(usual[0]).task.name)
     fields = {**common, **chosen.fields}
     if set_here := [
-        f"--{field}: set by transfer itself; got a value of your own, expected none. {remedy}."
+        f"--{f'{name}.' if field in chosen.fields else ''}{field}: set by transfer itself; got a "
+        f"value of your own, expected none. {remedy}."
         for field, remedy in _SET_HERE.items()
         if field in fields
     ]:

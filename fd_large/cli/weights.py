@@ -90,11 +90,14 @@ def inspect(source: str, model: str) -> int:
             "expected one name. Leave out --model, or the name before the file."
         )
     model = named or model
-    for where, text in (("weights inspect", source), ("--model", model)):
+    for where, text, expected in (
+        ("weights inspect", source, "a file or another source of docs/weights.md"),
+        ("weights inspect" if named else "--model", model, "a model that `models` lists, or auto"),
+    ):
         if doors.is_own(text):
             raise ConfigError(
                 f"{where}: your own code is not imported for an inspection; got {text}, expected "
-                "weights. Name a file or another source of docs/weights.md."
+                f"{expected}. Name one of these."
             )
     require_paths({"weights inspect": source})
     from fd_large.engine.checkpoint_models import sources_of
@@ -123,13 +126,12 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
         _require_alone(described.architecture, model, architecture)
         settled = described.architecture
         statistics: Statistics | None = described.statistics
-        items = resolved.fitted(settled)
     else:
         weights = resolved.published
         named = None if model == "auto" else resolve(model)
         settled = reconcile(weights, architecture, named, name=model, where=where, section="")
         statistics = weights.statistics
-        items = resolved.fitted(settled)
+    items = resolved.fitted(settled)
     file = write(items, settled, to, out, statistics=statistics)
     print(f"{file}: {items.match.summary()}")
     return 0
@@ -143,8 +145,9 @@ def _require_alone(described: FamilyArchitecture, model: str, architecture: Arch
     """
     if described.code:
         raise ConfigError(
-            f"weights convert: a model made by your own code, which is not imported here; got "
-            f"{name_of(described)}, expected a library's model. Use export --to fd."
+            "weights convert: the model is made by your own code, which is not imported here; got "
+            f"{name_of(described)}, expected a model of this package or of a library. Write a run "
+            "by export RUN OUT --to fd; an export can be used as it is."
         )
     set_by_hand = [f"--architecture.{name}" for name in set_fields(architecture)]
     if model != "auto":

@@ -410,6 +410,7 @@ def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_pat
         (["RUN", "--coco.recipe", "linear_probe"], ["--coco.recipe:", "got linear_probe"]),
         (["RUN", "--coco.recipe", "coco_mask"], ["--coco.recipe:", "nearest"]),
         (["RUN", "--data.root", "x", "--runtime.run_dir", "y"], ["--data.root", "--out"]),
+        (["RUN", "--coco.eval.root", "x"], ["--coco.eval.root: set by transfer"]),
         (["RUN", "--seeds", "0"], ["--seeds"]),
         (["--table", "--out", "nowhere"], ["--out: nowhere: ", "got no summary.json"]),
         ([".", "--imagenet", "."], ["recipe.json"]),
