@@ -136,10 +136,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     """
     # Importing torch and deepspeed takes seconds.
     from fd_large.engine.opening import open_frozen
-    from fd_large.tasks.distillation.cached.caches import (
-        held_out_views,
-        held_out_writer,
-    )
+    from fd_large.tasks.distillation.cached.caches import held_out_views, held_out_writer
     from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, write_cache
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of

@@ -172,9 +172,7 @@ def measured(
         changes: The fields of a recipe that the user set, {full name: value}.
         run: The recipe with these fields; None for a command without a recipe.
     """
-    # Looked up when a run is trained: importing DeepSpeed takes seconds.
-    train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
-    outcome = protocol.measure(Request(protocol, options, changes, run, train_run))
+    outcome = protocol.measure(Request(protocol, options, changes, run, train.train_run))
     from fd_large.ranks import distributed
 
     show(outcome.tables, outcome.files)

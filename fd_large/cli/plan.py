@@ -15,7 +15,7 @@ from fd_large.cli.paths import paths_of, require_paths
 from fd_large.cli.plan_report import report
 from fd_large.cli.plan_workload import Kernels, shape_fields, shared_step_bytes, workload
 from fd_large.errors import ConfigError, check_all
-from fd_large.files import check_out
+from fd_large.files import check_out, unusable
 from fd_large.plan import kept_counts
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import NOTHING
@@ -268,7 +268,4 @@ def _write(flag: str, name: str, content: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"{flag}: cannot be written; got {error}, expected a file in a folder that can be "
-            "written. Name another file."
-        ) from None
+        raise unusable(flag, error, path) from None

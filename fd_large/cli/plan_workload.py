@@ -62,7 +62,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
     )
 
 
-def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
+def counts_kept_of(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts] | None:
     """Returns the counts of a step that the package has stored for a run and a card, or None.
 
     The keys are as in `count_anew`. Nothing is stored for CPUs, for GPUs without bfloat16 and for
@@ -128,7 +128,6 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
     These are the bytes of a micro-batch's images and of the outputs of the frozen models
     (teachers), which are in memory once for all students of `run`, which has several.
     """
-
     from fd_large.engine.counting.count import shared_bytes
     from fd_large.tasks.jobs import job_of
 

@@ -138,6 +138,5 @@ def _sum(costs: Iterable[Cost | None], *, times: int = 1) -> str:
     if not hours:
         return "-"
     # The sum is no more certain than each: what makes one training slower makes all slower.
-
     low, high = map(sum, zip(*hours, strict=True))
     return figures(Between(low, high).scaled(times))
