@@ -74,7 +74,7 @@ def _descriptions(cls: type) -> dict[str, str]:
 def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
     """Makes a dataclass that has the fields of all `families`, each None by default.
 
-    Its docstring describes the fields by the texts of the families' own docstrings.
+    The texts of the families' own docstrings describe the fields.
     """
     types: dict[str, Any] = {"family": Literal[tuple(family.family for family in families)]}
     texts = {"family": "Family of the model, which the name of the model decides."}
@@ -155,7 +155,7 @@ def full_name(section: Mapping[str, Any]) -> str:
     """Returns the name of the model that a section of recipe.json describes.
 
     If the model was found from its weights, recipe.json has the family and all fields. The name is
-    then that of the model with these fields in the table, or has the family's prefix (`timm:NAME`).
+    then that of `name_of`, or the family's if the section is invalid.
     """
     model: str = section["model"]
     if model not in FAMILIES:
@@ -177,25 +177,16 @@ def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
 
 
 def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {field: value} in which a section's model differs from the model of its name.
+    """Returns {field: value} in which a model differs from the named model, `full_name(section)`.
 
-    The result is {} if the section is not valid, or the table does not have a model of the name.
-
-    Args:
-        section: The model's section of recipe.json. The model's name is `full_name(section)`.
+    The result is {} if the section of recipe.json is not valid, or no model has this name.
     """
     model, named = model_of(section), by_name(full_name(section))
     return set_fields(overrides(model, named)) if model and named else {}
 
 
 def changed_words(section: Mapping[str, Any]) -> str:
-    """Returns the changed fields of a model as text, such as "image_size 448, depths 2 2 6 2".
-
-    The text is "" if the model is unchanged.
-
-    Args:
-        section: The model's section of recipe.json.
-    """
+    """Returns `changed_fields` as text, such as "image_size 448, depths 2 2 6 2", or ""."""
     words = {
         name: " ".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in changed_fields(section).items()
@@ -259,10 +250,7 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
 
 
 def whole(values: dict[str, Any]) -> FamilyArchitecture:
-    """Returns the model with given values of all fields.
-
-    Args:
-        values: {field: value}, of which `family` is the family's name.
+    """Returns the model with these values of all its fields; `family` is the family's name.
 
     Raises: ConfigError: if a field is missing, belongs to another family, or has an invalid value.
     """
@@ -294,11 +282,9 @@ def filled(first: Architecture, second: Architecture) -> Architecture:
 def overrides(
     architecture: FamilyArchitecture, named: FamilyArchitecture | None = None
 ) -> Architecture:
-    """Returns a section in which those fields are set that differ between two models.
+    """Returns a section with the fields of `architecture` that differ from the model `named`.
 
-    Args:
-        architecture: The model whose values are taken.
-        named: The model with which it is compared; None to set all fields.
+    Without `named`, all fields are set.
     """
     values = architecture.values()
     known = {} if named is None else named.values()

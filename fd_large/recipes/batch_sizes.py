@@ -8,14 +8,8 @@ from fd_large.errors import ConfigError
 def check_division(*, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
     """Refuses a global batch size that does not divide into micro-batches on all ranks.
 
-    Args:
-        global_batch_size: Number of images in a step, over all ranks.
-        micro_batch_size: Number of images in a forward pass of one rank.
-        world_size: Number of ranks.
-
-    Raises:
-        ConfigError: If a size does not divide, with the nearest sizes that do, or if a size is not
-            positive.
+    Raises: ConfigError: if a size does not divide, with the nearest sizes that do, or if a size is
+        not positive.
     """
     for key, size in (
         ("global_batch_size", global_batch_size),

@@ -213,12 +213,7 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
 
 
 def _with_heads(run: Run, **detection: Any) -> Run:
-    """Returns the recipe `run` with changed fields in its section task.detection.
-
-    Args:
-        run: A recipe of detection.
-        **detection: The changed fields of the section.
-    """
+    """Returns a recipe of detection with changed fields in its section task.detection."""
     section = replace(run.task.detection, **detection)
     task = replace(run.task, detection=section)  # type: ignore[call-arg]
     return replace(run, task=task)

@@ -39,17 +39,7 @@ def distillation(
     min_crop_scale: float = 0.08,
     batch: Batch = Batch(global_batch_size=2048),  # noqa: B008 (frozen)
 ) -> Run:
-    """Returns a distillation with the settings that all published distillations share.
-
-    Args:
-        student: The section of the student.
-        teacher: The section of the teacher.
-        rates: Learning rates.
-        epochs: Number of epochs.
-        image_size: Side of the crops in pixels.
-        min_crop_scale: Smallest area of a crop, as a fraction of the image's area.
-        batch: The section of the batch.
-    """
+    """Returns a distillation with the settings that all published distillations share."""
     base_lr, warmup_lr, min_lr = rates
     return Run(
         name=UNNAMED,

@@ -28,11 +28,8 @@ _LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
     """Whether a value from a foreign configuration is acceptable for a model's field.
 
-    Args:
-        value: The value. None, a bool, a bounded number, a short text, and a short list of these
-            are accepted.
-        counts_blocks: Whether the value is a number of blocks, or a list of numbers of blocks. Then
-            only whole numbers from 0 with a bounded sum are accepted.
+    Acceptable are None, a bool, a bounded number, a short text, and a short list of these. If the
+    field `counts_blocks`, only whole numbers from 0 are, or a list of them, with a bounded sum.
     """
     several = value if isinstance(value, list) else [value]
     if counts_blocks:
@@ -104,13 +101,9 @@ class FamilyArchitecture:
         """Raises ConfigError if a field has an invalid value; subclasses check their own fields."""
 
     def _require(self, ok: bool, field: str, expected: str, *beside: str) -> None:
-        """Raises ConflictError for a field unless `ok`.
+        """Raises ConflictError unless `ok`, for a value of `field` that is not as `expected`.
 
-        Args:
-            ok: Whether the field's value is valid.
-            field: Name of the field.
-            expected: Description of valid values, for the message.
-            beside: Names of other fields that decide whether the value is valid.
+        The names in `beside` are of other fields that decide whether the value is valid.
         """
         if not ok:
             raise ConflictError(
@@ -148,13 +141,10 @@ class FamilyArchitecture:
         return ""
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of another side.
+        """Returns the same model for images of `image_size` pixels a side.
 
-        The model is returned unchanged if it takes any size, or if its tensors always have the
-        size that follows from its own `image_size`.
-
-        Args:
-            image_size: Side of the images in pixels.
+        The model is returned unchanged if it takes any size, or if its tensors always have the size
+        that follows from its own `image_size`.
         """
         return self
 
@@ -219,7 +209,7 @@ class Transformer(FamilyArchitecture):
     def summary(self) -> dict[str, Any]:
         """Returns the shape for the model card, {label: value}.
 
-        The entries are "width, depths, heads", a text, and "patch", the side of a patch in pixels.
+        "width, depths, heads" is a text, and "patch" the side of a patch in pixels.
         """
         depths, heads = (" ".join(map(str, numbers)) for numbers in (self.depths, self.num_heads))
         return {
@@ -279,10 +269,7 @@ class WindowedTransformer(Transformer):
         return self.image_size if self.absolute_position else 0
 
     def summary(self) -> dict[str, Any]:
-        """Returns the shape for the model card, {label: value}.
-
-        To the entries of every transformer, it adds "window", the side of a window in tokens.
-        """
+        """Returns the entries of every transformer and "window", the side of a window in tokens."""
         return {**super().summary(), "window": self.window_size}
 
     def with_window(self, window_size: int) -> Self:

@@ -1,7 +1,8 @@
 """Checks fields of the recipe's dataclasses, and converts the dataclasses to JSON and back.
 
 A section is checked when an object is made, so that a wrong value gives the same message on the
-command line, in a recipe and in a stored recipe.json.
+command line, in a recipe and in a stored recipe.json. In all checks, `where` is the field, section
+or flag with which the message begins.
 """
 
 from __future__ import annotations
@@ -58,14 +59,9 @@ def entry_type(hint: Any) -> Any | None:
 
 
 def override(section: _Section, values: Mapping[str, Any]) -> _Section:
-    """Returns a copy of a dataclass with other values of some fields.
+    """Returns a copy of a dataclass with other `values`, such as {"optim.base_lr": 1e-4}.
 
-    Args:
-        section: The dataclass.
-        values: {"optim.base_lr": 1e-4, ...}, with dots for nested fields.
-
-    Raises:
-        ConfigError: If a field does not exist or has an invalid value.
+    Raises: ConfigError: if a field does not exist or has an invalid value.
     """
     tree = plain(asdict(section))  # type: ignore[call-overload]
     return from_plain(type(section), nested(values, tree), "")
@@ -74,9 +70,7 @@ def override(section: _Section, values: Mapping[str, Any]) -> _Section:
 def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns nested dicts, as {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}.
 
-    Args:
-        values: Values by full name.
-        tree: Nested dicts to which the values are added; None for a new dict.
+    If nested dicts are given as `tree`, the values are added to these.
     """
     tree = {} if tree is None else tree
     for name, value in values.items():
@@ -127,12 +121,7 @@ def _hints_of(cls: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a field's type; True and False are no numbers here.
-
-    Args:
-        value: The value.
-        hint: The type.
-    """
+    """Whether a value has the type `hint` of a field; True and False are no numbers here."""
     origin = get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
@@ -158,10 +147,6 @@ def check_types(section: Any, where: str) -> None:
     """Checks the types of a section's values, and makes paths of the user's own code absolute.
 
     With absolute paths, a recipe does not depend on the current folder.
-
-    Args:
-        section: The dataclass.
-        where: Name of the section, for messages.
 
     Raises: ConfigError: if a value does not have its field's type, or a number is too large.
     """
@@ -222,23 +207,20 @@ def require(
 
 
 def positive(where: str, value: float) -> None:
-    """Raises ConfigError, which begins with `where`, unless `value` is finite and above 0."""
+    """Raises ConfigError unless `value` is finite and above 0."""
     require(0 < value < math.inf, f"{where}: must be positive", value, "a number above 0")
 
 
 def not_negative(where: str, value: float) -> None:
-    """Raises ConfigError, which begins with `where`, unless `value` is finite and 0 or more."""
+    """Raises ConfigError unless `value` is finite and 0 or more."""
     require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number of 0 or more")
 
 
 def within(where: str, value: float, interval: str) -> None:
     """Raises ConfigError unless the value lies in an interval.
 
-    Args:
-        where: The field or the flag, for the message.
-        value: The value.
-        interval: The interval as text, such as "[0, 1)", in which a bracket includes the end and a
-            parenthesis excludes it.
+    The interval is a text such as "[0, 1)", in which a bracket includes the end and a parenthesis
+    excludes it.
     """
     low, high = map(float, interval[1:-1].split(","))
     is_above = value > low if interval.startswith("(") else value >= low
@@ -247,25 +229,15 @@ def within(where: str, value: float, interval: str) -> None:
 
 
 def at_least(where: str, value: int, least: int, unit: str) -> None:
-    """Raises ConfigError if a value is below `least`.
-
-    Args:
-        where: The field or the flag, for the message.
-        value: The value.
-        least: Smallest valid value.
-        unit: Unit of the value, for the message, such as "images".
-    """
+    """Raises ConfigError if a value, in a `unit` such as "images", is below `least`."""
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 
 def is_name(where: str, text: str) -> None:
     """Raises ConfigError unless a text can be the name of a folder.
 
-    A path with slashes, a name that begins with a dot, and an empty text are refused.
-
-    Args:
-        where: The field or the flag, for the message.
-        text: The text.
+    A path with slashes, a name that begins with a dot, and an empty text are refused; so are spaces
+    around the name and characters that cannot be printed.
     """
     is_trimmed = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
     require(
@@ -281,10 +253,8 @@ def is_name(where: str, text: str) -> None:
 def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
     """Raises ConfigError for invalid image statistics.
 
-    Args:
-        where: The field, for the message.
-        values: Valid are three means with three standard deviations above 0, one for each colour
-            channel, and an empty tuple.
+    Valid are three means with three standard deviations above 0, one for each colour channel, and
+    an empty tuple.
     """
     require(
         len(values) in (0, 6) and all(value > 0 for value in values[3:]),
@@ -295,10 +265,9 @@ def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns a copy of `value` in which each tuple is replaced by a list, as JSON needs it.
+    """Returns a copy of `value` with lists in place of tuples, as JSON needs it.
 
-    Args:
-        value: A dict, whose values are treated in the same way, a tuple, or a value for JSON.
+    The values of a dict are treated in the same way; other values are returned as they are.
     """
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
@@ -308,9 +277,7 @@ def plain(value: Any) -> Any:
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Returns {"optim.base_lr": value, ...} for all fields of a dataclass object.
 
-    Args:
-        section: The object. Fields of a dataclass or a dict inside it have names with dots.
-        prefix: Text before each name.
+    Fields of a dataclass or a dict inside it have names with dots. Each name begins with `prefix`.
     """
     named: dict[str, Any] = {}
     for f in fields(section):
@@ -327,12 +294,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"optim.base_lr": value, ...} for the values in nested dicts.
-
-    Args:
-        values: The nested dicts, such as the content of recipe.json.
-        prefix: Text before each name.
-    """
+    """Returns {"optim.base_lr": value, ...} for nested dicts, such as those of recipe.json."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         inside = isinstance(value, dict)
@@ -343,17 +305,12 @@ def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
     """Returns a dataclass made from nested dicts; absent fields have their defaults.
 
-    It is the inverse of `plain(asdict(...))`.
+    It is the inverse of `plain(asdict(...))`. The values are as read from JSON. If the fields of
+    `cls` depend on the values, it has a classmethod `class_for(values)`, which returns the subclass
+    to use. `prefix` stands before the fields' names in messages.
 
-    Args:
-        cls: The dataclass. If its fields depend on the values, it has a classmethod
-            `class_for(values)`, which returns the subclass to use.
-        values: The nested dicts, as read from JSON.
-        prefix: Prefix of the fields' names, for messages.
-
-    Raises:
-        ConfigError: If a name is unknown, a field without a default is absent, or a value is
-            invalid.
+    Raises: ConfigError: if a name is unknown, a field without a default is absent, or a value is
+        invalid.
     """
     where = prefix.rstrip(".") or "recipe"
     if not isinstance(values, dict):
@@ -389,13 +346,8 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
 def _entry(cls: type[_Section], values: Any, prefix: str, key: str) -> _Section:
     """Returns an entry of a dict of sections, made by `from_plain`.
 
-    Messages of errors have the entry's own name in place of NAME.
-
-    Args:
-        cls: Class of the section.
-        values: Values of the section's fields.
-        prefix: Name of the dict with a dot, such as "teachers.".
-        key: The entry's name.
+    The class cannot know the entry's name, and calls it NAME; in messages it is replaced by `key`.
+    `prefix` is the dict's name with a dot, such as "teachers.".
     """
     try:
         return from_plain(cls, values, f"{prefix}{key}.")

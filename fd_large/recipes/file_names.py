@@ -51,9 +51,6 @@ def refuse_links(folder: Path) -> None:
     A run's folder that came from elsewhere may contain such links. A subfolder may be a link, for
     example to a larger disk, unless the link leads to the folder of another run.
 
-    Args:
-        folder: Folder of the run.
-
     Raises: ConfigError: with the first refused link, or with a pipe or device in place of a file.
     """
     run_folder = folder.resolve()
@@ -82,10 +79,5 @@ def refuse_links(folder: Path) -> None:
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """Returns the subfolder of a step.
-
-    Args:
-        folder: The run's folder of incidents or of evaluations.
-        step: The step, counted from 1.
-    """
+    """Returns the subfolder of a step, counted from 1, in a run's incidents or evaluations."""
     return folder / f"{STEP}{step:08d}"

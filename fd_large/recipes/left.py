@@ -42,12 +42,7 @@ LEFT = {
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """Returns the message for a user who sets a removed field, or None for any other field.
-
-    Args:
-        name: Full name of the field, as the user typed it.
-        value: Value that the user set.
-    """
+    """Returns the message for a user who sets a removed field, or None for any other field."""
     left = LEFT.get(name)
     if left is None:
         return None
@@ -58,13 +53,10 @@ def refusal(name: str, value: Any) -> str | None:
 
 
 def without_left(recipe: Any) -> Any:
-    """Returns a stored recipe without removed fields.
+    """Returns a stored recipe, as read from JSON, without removed fields.
 
-    Removed fields that had an effect are logged once.
-
-    Args:
-        recipe: Recipe of a run or a checkpoint, as read from JSON. A value that is not nested dicts
-            is returned unchanged.
+    Removed fields that had an effect are logged once. A value that is not nested dicts is returned
+    unchanged.
     """
     active = []
     for name, left in LEFT.items():
@@ -105,11 +97,9 @@ def decided_steps(
 
 
 def recorded_length(step: int, decided: int | None) -> dict[str, Any]:
-    """Returns the entry of a checkpoint's manifest that `decided_steps` reads.
+    """Returns the entry of the manifest of step `step` that `decided_steps` reads.
 
-    Args:
-        step: Step of the checkpoint.
-        decided: The result of `decided_steps`; for None, the entry is empty.
+    `decided` is the result of `decided_steps`; for None, the entry is empty.
     """
     if decided is None:
         return {}

@@ -40,10 +40,7 @@ _MODULES = (
 
 
 def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
-    """Yields the recipes of `module`, which are its public functions without parameters.
-
-    Each is yielded as a function whose run has the function's name.
-    """
+    """Yields the public functions of `module` without parameters, each as `_named` makes it."""
     for name, make in vars(module).items():
         is_own = inspect.isfunction(make) and make.__module__ == module.__name__
         if is_own and not name.startswith("_") and not inspect.signature(make).parameters:
@@ -86,12 +83,9 @@ class Facts:
 def get(name: str, *, where: str = "--recipe") -> Run:
     """Returns the recipe with this name.
 
-    Args:
-        name: The name.
-        where: Flag or command that gave the name, for messages.
+    The flag or command `where` gave the name.
 
-    Raises:
-        ConfigError: If no recipe has the name; the message has the nearest names.
+    Raises: ConfigError: if no recipe has the name; the message has the nearest names.
     """
     if name not in RECIPES:
         raise ConfigError(

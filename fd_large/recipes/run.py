@@ -272,12 +272,7 @@ class Run:
         return {"student": self.student, "teacher": self.teacher, **several}
 
     def _with_model(self, where: str, section: Any) -> Run:
-        """Returns the run with one section of `_models` replaced.
-
-        Args:
-            where: Full name of the section, a key of `_models`.
-            section: The new section.
-        """
+        """Returns the run with one section replaced; `where` is its key in `_models`."""
         group, _, name = where.partition(".")
         changed: dict[str, Any] = {group: section}
         if name:
@@ -287,9 +282,8 @@ class Run:
     def _check_teachers(self) -> None:
         """Checks the sections about teachers.
 
-        Raises:
-            ConfigError: If a teacher's name is ambiguous, if both one teacher and several are set,
-                or if weighting is set for one teacher.
+        Raises: ConfigError: if a teacher's name is ambiguous, if both one teacher and several are
+            set, or if weighting is set for fewer than two teachers.
         """
         for name in self.teachers:
             if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:
@@ -314,11 +308,9 @@ class Run:
             )
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
-        """Refuses settings that only another task reads, since they would have no effect.
+        """Refuses settings that only another task `kind` reads, since they would have no effect.
 
-        Args:
-            kind: The other task.
-            read: The task of this run.
+        The run's own task is `read`.
 
         Raises: ConfigError: with the fields that are set.
         """
@@ -378,11 +370,7 @@ class Run:
         return self.teachers or {ONLY: NamedTeacher.joined(self.teacher, self.objective)}
 
     def with_taught_by(self, teachers: dict[str, NamedTeacher]) -> Run:
-        """Returns the run with other teachers.
-
-        Args:
-            teachers: The teachers, with the same keys as `taught_by`.
-        """
+        """Returns the run with other teachers, which have the same keys as `taught_by`."""
         if self.teachers:
             return replace(self, teachers=teachers)
         teacher, objective = teachers[ONLY].parted()
@@ -472,9 +460,6 @@ class Run:
         These are the entries of `changes_since` without fields that may later be completed from
         weights, such as the model. For a task of the user's own, which may complete any field, the
         result is empty.
-
-        Args:
-            stored: The stored run, as a result of `to_dict`.
         """
         if self.task.name not in TASKS:  # A job of the user's own may complete any field.
             return {}
@@ -576,12 +561,8 @@ def _with_other_model(
 ) -> Student | FrozenModel:
     """Returns a model's section in which fields that new values invalidate are reset.
 
-    `Run.with_fields` describes which values invalidate which fields.
-
-    Args:
-        section: The section.
-        where: Full name of the section.
-        values: The new values, by full name.
+    `Run.with_fields` describes which values invalidate which fields. `where` is the full name of
+    the section.
     """
     if isinstance(section, FrozenModel):
         source = values.get(f"{where}.source", section.source)
@@ -602,13 +583,9 @@ def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) 
     """Returns {full name: learning rate} for students whose own peak rate is among new values.
 
     The rates are those at the start of the warm-up and at the end of the schedule. Their ratios to
-    the student's peak are those in the section `optim`.
-
-    Args:
-        optim: The recipe's section `optim`.
-        values: The new values of fields, by full name.
-        named: Full names of fields that do not change with others. A rate is left out if this set
-            has the rate's own field, or the field of this rate in `optim`.
+    the student's peak are those in the section `optim`. A rate is left out if `named`, the full
+    names of fields that do not change with others, has the rate's own field, or the field of this
+    rate in `optim`.
     """
     ending = ".base_lr"
     peaks = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}
@@ -633,10 +610,7 @@ def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
 def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns {full name: (value, default)} of the fields that differ from their defaults.
 
-    Fields with the value "auto" are left out.
-
-    Args:
-        sections: Sections by their full names.
+    `sections` are given by their full names. Fields with the value "auto" are left out.
     """
     settings: dict[str, tuple[Any, Any]] = {}
     for name, section in sections.items():

@@ -46,9 +46,9 @@ class Given:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """Returns the beginning of a message, which says where the field `name` is set.
+        """Returns "FILE:LINE: " of the field `name`, with which a message begins.
 
-        It is "FILE:LINE: ", or "FILE: " if the line is unknown. For values from Python it is "".
+        It is "FILE: " if the line is unknown, and "" for values from Python.
         """
         if not self.path:
             return ""
@@ -121,11 +121,8 @@ def _given(tree: Any, path: str, lines: dict[str, int], twice: list[str]) -> Giv
 def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
     """Adds the line of each name in a YAML mapping to `lines`, and repeated names to `twice`.
 
-    Args:
-        node: The parsed node of YAML; other nodes than mappings are ignored.
-        prefix: Full name of the mapping with a dot, or "".
-        lines: Receives {full name: line number}.
-        twice: Receives a message for each repeated name.
+    Nodes other than mappings are ignored. `prefix` is the full name of the mapping with a dot, or
+    "".
 
     Raises: yaml.MarkedYAMLError: if there are more than `MOST_NAMES` names.
     """
@@ -153,7 +150,7 @@ def run_of(
     mistakes: list[str] | None = None,
     refused: set[str] | None = None,
 ) -> Run | None:
-    """Returns the recipe that given values describe.
+    """Returns the recipe that given values describe, or None if a mistake prevents making one.
 
     The values may have an entry `name`. If it is the name of a recipe, the other values change this
     recipe. Otherwise the values describe a new run of this name, and must include `student.model`.
@@ -164,8 +161,6 @@ def run_of(
         named: Whether the user chose `recipe`; the entry `name` is then ignored.
         mistakes: List to which a line for each mistake is added; None to raise an error instead.
         refused: Set to which the full names of refused values are added; None to drop them.
-
-    Returns: the recipe, or None if a mistake prevents making one.
 
     Raises: ConfigError: with a line for each mistake, if `mistakes` is None.
     """
@@ -204,11 +199,8 @@ def _task_of(values: Mapping[str, Any]) -> dict[str, Any]:
 def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
     """Returns given values by full name, {"optim.max_steps": 20, ...}.
 
-    Names that are no field of a recipe are left out.
-
-    Args:
-        source: The values, nested or by full names.
-        mistakes: List to which a line for each name that is no field is added.
+    Names that are no field of a recipe are left out, and a line for each is added to `mistakes`,
+    except for removed fields without effect.
     """
     task = Task
     task_name = next(
@@ -231,11 +223,9 @@ def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _is_of_own_task(name: str, task: type[Task]) -> bool:
-    """Whether a field belongs to a task of the user's own whose code may not be imported.
+    """Whether the field `name` is of a task of the user's own whose code may not be imported.
 
-    Args:
-        name: Full name of the field.
-        task: Class of the recipe's section `task`.
+    `task` is the class of the recipe's section `task`.
     """
     section = ".".join(name.split(".")[:2])
     return task is not Task and field_names(task, "task.").get(section) == dict[str, Any]

@@ -129,11 +129,8 @@ class Student:
     ) -> Student:
         """Returns the section with the defaults of those fields that have no use for a model.
 
-        Only the fields on image and window sizes are reset (`SIZE_FIELDS`).
-
-        Args:
-            architecture: The model.
-            unchanged: Names of fields that keep their values in any case.
+        Only the fields on image and window sizes are reset (`SIZE_FIELDS`), without those in
+        `unchanged`.
         """
         usual = Student(model=self.model).sizes()
         if architecture.can_pad:
@@ -143,9 +140,8 @@ class Student:
     def sizes(self) -> dict[str, Any]:
         """Returns {name: value} of the fields on image and window sizes (`SIZE_FIELDS`).
 
-        They decide what the model does with an image whose size is not a multiple of the patch
-        size, and with a map whose size is not a multiple of the window size. They also decide the
-        windows of each stage.
+        They decide what the model does with images and maps whose sizes are no multiples of the
+        patch size and of the window size, and the windows of each stage.
         """
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
@@ -192,8 +188,7 @@ class NamedStudent(Student):
     def optimised(self, optim: Optim) -> Optim:
         """Returns the section `optim` for a run that trains only this student.
 
-        Args:
-            optim: The section of the common run, whose values the student's own replace.
+        The student's own values replace those of `optim`, the section of the common run.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
         return replace(
@@ -242,8 +237,8 @@ class FrozenModel:
 
         Args:
             flag: The flag of the model's source, for messages.
-            others: Names of the other models, of which the message suggests the nearest, since
-                the model's name may be mistyped.
+            others: Names of the other models, of which the message suggests the nearest, since the
+                model's name may be mistyped.
 
         Raises: ConfigError: if `source` is empty.
         """

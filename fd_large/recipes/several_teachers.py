@@ -301,11 +301,7 @@ def _agglomerative(
 ) -> Run:
     """Returns a distillation of several teachers, with the settings that our recipes share.
 
-    Args:
-        student: The section of the student.
-        teachers: The teachers by name.
-        image_size: Side of the crops in pixels.
-        rates: Learning rates per 512 images: peak, start of the warm-up, and end.
+    The rates are as in `Rates` of distillation.py.
     """
     base_lr, warmup_lr, min_lr = rates
     return Run(

@@ -106,13 +106,8 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
     """Returns a run whose fields are fitted to its images and ranks, and a line for the log.
 
     In a run of the quick start with another student, only the learning rates are fitted, to the
-    student's kind of model (`PEAKS`).
-
-    Args:
-        run: The run.
-        images: Facts about the run's images.
-        ranks: Number of ranks.
-        named: Full names of the fields that the user set, which stay unchanged.
+    student's kind of model (`PEAKS`). Fields in `named` (full names), which the user set, stay
+    unchanged.
     """
     if run.name == NAME:
         run = override(run, _decided(run, images, ranks, named))
@@ -155,14 +150,7 @@ def fitted_fields(run: Run) -> tuple[str, ...]:
 
 
 def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> dict[str, Any]:
-    """Returns the fitted values by full name, without fields that the user set.
-
-    Args:
-        run: The run.
-        images: Facts about the run's images.
-        ranks: Number of ranks.
-        named: Full names of the fields that the user set.
-    """
+    """Returns the fitted values by full name, without fields that the user set (`named`)."""
     held_out: dict[str, Any] = {}
     if "eval.root" not in named and "data.val_fraction" not in named:
         if images.tested:
@@ -213,12 +201,8 @@ def _steps_an_epoch(run: Run, images: Images) -> int:
 def _rate(run: Run, batch: int) -> dict[str, float]:
     """Returns the learning rates by the full names of their fields.
 
-    The values are rates per 512 images, chosen so that the peak rate of a step is the rate in
-    `PEAKS`.
-
-    Args:
-        run: The run, whose student's kind of model selects the rate in `PEAKS`.
-        batch: The global batch size.
+    The values are rates per 512 images, chosen so that the peak rate of a step with `batch` images
+    is the rate in `PEAKS` for the student's kind of model.
     """
     base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
     return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}

@@ -21,9 +21,7 @@ _REMEDY = "Restore the file, or use the release that wrote it."
 def recipe_file(folder: str | Path, *, where: str) -> Path:
     """Returns the path of recipe.json in a run's folder.
 
-    Args:
-        folder: Folder of the run.
-        where: The command, for messages.
+    `where` is the command, for messages.
 
     Raises: ConfigError: if the folder is not a run's, or is the common folder of several students.
     """
@@ -43,10 +41,9 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
 
 
 def run_of_checkpoint(path: str | Path) -> Path:
-    """Returns the folder of the run to which a checkpoint belongs, or any other path unchanged.
+    """Returns the folder of the run to which the checkpoint RUN/checkpoints/NAME belongs.
 
-    Args:
-        path: The folder of a run, or RUN/checkpoints/NAME.
+    Any other path, such as the folder of a run, is returned unchanged.
     """
     path = Path(path)
     above = path.parent.parent
@@ -54,15 +51,10 @@ def run_of_checkpoint(path: str | Path) -> Path:
 
 
 def read_recipe(folder: str | Path, *, where: str) -> Run:
-    """Returns the recipe of a run.
+    """Returns the recipe of a run; `where` is the command, for messages.
 
-    Args:
-        folder: Folder of the run.
-        where: The command, for messages.
-
-    Raises:
-        ConfigError: If the folder is not a run's, or is the common folder of several students, or
-            if the recipe cannot be read.
+    Raises: ConfigError: if the folder is not a run's, or is the common folder of several students,
+        or if the recipe cannot be read.
     """
     path = recipe_file(folder, where=where)
     recipe = read_json(path, where=where, holds=dict, remedy=_REMEDY)
@@ -99,12 +91,9 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
 
     If base_lr is the same, the rates at the ends of the schedule and the warm-up are taken from the
     stored run, since runs of earlier versions computed them in another way. Fields that were fitted
-    to the images (`small_data.fit`) are taken from it, too. Without a stored run in the folder
-    `run.run_dir()`, the run is returned unchanged.
-
-    Args:
-        run: The run that the user requests now.
-        named: Full names of the fields that the user set, which stay unchanged.
+    to the images (`small_data.fit`) are taken from it, too. Fields in `named` (full names), which
+    the user set, stay unchanged. Without a stored run in the folder `run.run_dir()`, the run is
+    returned unchanged.
 
     Raises: ConfigError: if the stored values were fitted to other images.
     """
@@ -144,9 +133,7 @@ def _place(run: Run) -> str:
 def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
     """Returns the error for a folder with a run of other settings.
 
-    Args:
-        folder: Folder of the run.
-        changes: {field: (the stored run's value, the new value)}.
+    The changes are {field: (the stored run's value, the new value)}.
     """
     changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
     expected, longer = "the same", ""

@@ -12,11 +12,8 @@ DISTILLED_AT_192 = (12, 12, 12, 6)
 def vit(model: str, drop_path_rate: float) -> Student:
     """Returns the student section of a ViT that has a table of relative positions in each block.
 
-    Each table starts as a copy of the table that all blocks shared in the distillation.
-
-    Args:
-        model: Name of the ViT, whose blocks share one table.
-        drop_path_rate: Probability of dropping a branch, as in `student.drop_path_rate`.
+    Each table starts as a copy of the table that all blocks shared in the distillation; the blocks
+    of the named model share one table.
     """
     named = resolve(model)
     return Student(

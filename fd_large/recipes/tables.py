@@ -11,13 +11,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @cache
 def keys_of(file: str, *tables: str) -> tuple[str, ...]:
-    """Returns the keys of dicts that are defined in a file of the package.
+    """Returns the keys of the dicts `tables` that a file of the package defines.
 
-    A key has to be a string, or a name to which a string is assigned in the same file.
-
-    Args:
-        file: Path of the file in the package, such as "runtime/trackers.py".
-        tables: Names of the dicts.
+    A key has to be a string, or a name to which a string is assigned in the same file. The path of
+    the file begins in the package, such as "runtime/trackers.py".
     """
     values: dict[str, ast.expr] = {}
     for node in ast.parse((_PACKAGE / file).read_bytes()).body:

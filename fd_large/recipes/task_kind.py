@@ -91,9 +91,7 @@ class TaskKind:
 def check_metric(metric: str, known: Mapping[str, str]) -> None:
     """Refuses a value of `eval.best_metric` that is not a metric of the task.
 
-    Args:
-        metric: The value of the field.
-        known: The task's metrics, as `TrainingJob.metrics` returns them.
+    The task's metrics are `known`, as `TrainingJob.metrics` returns them.
 
     Raises: ConfigError: with the nearest names of metrics.
     """
