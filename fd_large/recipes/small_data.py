@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fd_large.recipes.architectures import resolve
@@ -21,7 +20,7 @@ from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
 NAME = "small_data"
 QUICKSTART = "quickstart"
-_QUICKSTART = replace(quickstart(), name=QUICKSTART)
+_QUICKSTARTS_MODEL = quickstart().student.model
 USUAL_IMAGES = 1_000
 """Number of images from which the values in the recipe `small_data` itself follow."""
 
@@ -72,7 +71,7 @@ def small_data() -> Run:
 
     Why these numbers:
     batch: a sixteenth of the images, as a power of two from 32 to 256, and a multiple of the ranks.
-        Then an epoch has at least 8 steps, and batch norms have 32 images.
+        Then an epoch of 300 images or more has at least 8 steps, and batch norms have 32 images.
     length: 40 epochs, or 400 steps if that is more, which is the length of the quick start.
     optim: the learning rate is 1e-3 for a convolutional network and for a ViT, and 4e-3 for a Swin,
         whatever the batch. With 300 photographs, a map of stride 8 and these values, a ResNet-18
@@ -118,13 +117,17 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
             held_out = f"{run.data.val_fraction:.0%} of them held out"
         elif run.eval.root:
             held_out = f"held out: {run.eval.root}"
-        share = f"a sixteenth of the images, {_BATCHES[0]} to {_BATCHES[1]}"
+        size = "there are few images"
+        if "batch.global_batch_size" in named:
+            size = "as set"
+        elif batch >= _BATCHES[0]:
+            size = f"a sixteenth of the images, {_BATCHES[0]} to {_BATCHES[1]}"
+        passes = steps / _steps_an_epoch(run, images)
         return run, (
-            f"{images.number:,} images, {ranks} rank{'s' * (ranks > 1)}: batch {batch} "
-            f"({share if batch >= _BATCHES[0] else 'there are few images'}), {steps:,} steps "
-            f"({steps / _steps_an_epoch(run, images):.3g} passes), learning rate "
-            f"{optim.rates(batch)[0]:.2g} ({_reason(run, named)}), warm-up {_WARM_UP:.0%}; "
-            f"{held_out}; crops of {run.data.image_size} px"
+            f"{images.number:,} images, {ranks} rank{'s' * (ranks > 1)}: batch {batch} ({size}), "
+            f"{steps:,} steps ({passes:.3g} passes), learning rate {optim.rates(batch)[0]:.2g} "
+            f"({_reason(run, named)}), warm-up {optim.warmup_epochs / passes:.0%}; {held_out}; "
+            f"crops of {run.data.image_size} px"
         )
     rate = _rate(run, run.batch.global_batch_size)
     run = override(run, _unnamed(rate | run.optim.implied(rate), named))
@@ -140,9 +143,9 @@ def fitted_fields(run: Run) -> tuple[str, ...]:
     start with a single student of another model, they are the learning rates. For all other runs,
     and for runs without teachers, the result is ().
     """
-    if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
+    if not run.frozen_models or run.name not in (NAME, QUICKSTART):
         return ()
-    is_known = run.student.model == _QUICKSTART.student.model
+    is_known = run.student.model == _QUICKSTARTS_MODEL
     return _ALL if run.name == NAME else () if is_known or run.students else _RATES
 
 

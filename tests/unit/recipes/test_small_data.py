@@ -73,7 +73,15 @@ def test_what_is_set_stays_and_the_rest_follows_it():
     assert run.eval.every == 20
     assert run.optim.warmup_epochs * 3 == pytest.approx(2.5, rel=1e-3)
     assert "50 steps" in line
-    assert "as set" in line
+    assert "batch 100 (as set)" in line
+    assert "learning rate 0.002 (as set)" in line
+
+
+def test_the_line_tells_the_warm_up_that_is_set():
+    fields = {"optim.max_steps": 50, "optim.warmup_epochs": 3.0}
+    _, line = fit(RECIPE.with_fields(fields), Images(160), 1, fields)
+    assert "50 steps (10 passes)" in line
+    assert "warm-up 30%" in line
 
 
 @pytest.mark.parametrize(
