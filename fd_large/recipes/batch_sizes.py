@@ -26,10 +26,8 @@ def check_division(*, global_batch_size: int, micro_batch_size: int, world_size:
         near = " or ".join(str(size) for size in (below, below + step) if size)
         remedy = f"Set --batch.global_batch_size to {near}"
         if global_batch_size % world_size == 0:
-            near = " or ".join(map(str, nearest_divisors(
-                global_batch_size // world_size, micro_batch_size
-            )))  # fmt: skip
-            remedy += f", or --batch.micro_batch_size to {near}"
+            sizes = nearest_divisors(global_batch_size // world_size, micro_batch_size)
+            remedy += f", or --batch.micro_batch_size to {' or '.join(map(str, sizes))}"
         elif global_batch_size % micro_batch_size == 0:
             ranks = nearest_divisors(global_batch_size // micro_batch_size, world_size)
             remedy += f", or start {' or '.join(map(str, ranks))} ranks"
