@@ -114,7 +114,7 @@ def hints_of(cls: type) -> dict[str, Any]:
     return _hints_of(cls)
 
 
-@cache  # It is needed whenever a section is made.
+@cache  # It is needed whenever a section is made; mypy takes no type[Any] for a cached argument.
 def _hints_of(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
