@@ -23,11 +23,11 @@ _MAX_REMEMBERED = 10_000
 
 
 class BadCount(NamedTuple):
-    """Counts of samples, which can be summed over ranks.
+    """Numbers of samples that were tried, which can be summed over ranks.
 
     Attributes:
-        num_bad: Number of samples that were tried and could not be used.
-        num_tried: Number of all samples that were tried.
+        num_bad: Number of tried samples that could not be used.
+        num_tried: Number of all tried samples.
     """
 
     num_bad: int
@@ -66,14 +66,11 @@ class BadImages:
 
 
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
-    """Whether a run must stop, because the fraction of bad samples exceeds `max_bad_fraction`.
+    """Whether a run must stop, because more than `data.max_bad_fraction` of its samples are bad.
 
     The fraction is the number of bad samples divided by the number of tried samples, or by
-    `FEWEST_SAMPLES` while fewer samples were tried.
-
-    Args:
-        count: The counts, summed over ranks so that all ranks get the same result.
-        max_bad_fraction: Value of `data.max_bad_fraction`.
+    `FEWEST_SAMPLES` while fewer samples were tried. The counts are summed over ranks, so that all
+    ranks get the same result.
     """
     return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
 
@@ -81,10 +78,9 @@ def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
 def agreed_error(
     count: BadCount, max_bad_fraction: float, names: Sequence[str]
 ) -> DataError | None:
-    """Returns the error that ends the run, or None if the run may go on.
+    """Returns the error that ends the run, or None if the run may go on; the same on all ranks.
 
-    All ranks must call this function, since it gathers the names of all ranks. All ranks get the
-    same result.
+    All ranks must call this function, since it gathers the names of all ranks.
 
     Args:
         count: The counts, summed over ranks.
@@ -102,10 +98,7 @@ def agreed_error(
 def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) -> DataError:
     """Returns the error for too many bad images, whose message lists at most `MAX_NAMES` names.
 
-    Args:
-        count: The counts, summed over ranks.
-        max_bad_fraction: Value of `data.max_bad_fraction`.
-        names: Names of bad images, from one rank or all ranks.
+    The arguments are those of `agreed_error`, except that the names may be those of all ranks.
     """
     distinct = sorted(set(names))
     named = first_names(distinct, MAX_NAMES) + " (see the log)" * (len(distinct) > MAX_NAMES)

@@ -1,10 +1,11 @@
 """Several datasets as one source, in which each dataset keeps its share throughout an epoch.
 
 The position in the epoch alone decides from which dataset an image comes. With datasets A and B of
-shares 2 and 1, positions repeat the pattern A B A. Each dataset is read in its own random order. A
-pass over a dataset may extend over several epochs; after all images of the dataset were read, a new
-pass begins, in another random order. Everything is a function of (seed, epoch, position), so that a
-resumed run continues exactly, on any number of ranks.
+shares 2 and 1, positions repeat the pattern A B A. With more datasets, the number of a dataset's
+images up to a position may differ from its share of them by a few images. Each dataset is read in
+its own random order. A pass over a dataset may extend over several epochs; after all images of the
+dataset were read, a new pass begins, in another random order. Everything is a function of (seed,
+epoch, position), so that a resumed run continues exactly, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -52,11 +53,8 @@ class Balanced:
     than the source's fraction of all images, some of these images therefore occur more than once in
     an epoch; if the share is smaller, some do not occur.
 
-    Args:
-        parts: The name and share of each source, and the source itself.
-
     Attributes:
-        kind: Description of the sources, for the log.
+        kind: Number, names and percentages of the sources, for the log.
         blocks: The order of an epoch, with the interface of `sampler.Blocks`.
         fingerprint: A hash of the sources' shares and fingerprints.
     """
@@ -85,20 +83,13 @@ class Balanced:
         return source.read(number)
 
     def datasets_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns for each image the index of its dataset in the sum.
-
-        Args:
-            images: (B,), indices of images.
-
-        Returns: (B,) int64, indices of datasets.
-        """
+        """Returns the index in the sum of each image's dataset, (B,) int64 for images (B,)."""
         return np.searchsorted(self.blocks.ends, images, side="right")
 
     def expect(self, places: Iterable[_Place]) -> None:
         """Starts to fetch the blocks that are needed next, in sources that are read in blocks.
 
-        Args:
-            places: (index of a source, number of one of its blocks) for each needed block.
+        Each place is (index of a source, number of one of its blocks).
         """
         blocks_of_part: dict[int, list[int]] = {}
         for part, block in places:
@@ -115,6 +106,8 @@ class Balanced:
 
 class _Order:
     """The order of an epoch over several sources, with the interface of `sampler.Blocks`.
+
+    The `seed`, `epoch` and `positions` of the methods are as in `sampler.Blocks.order`.
 
     Args:
         sources: The sources.
@@ -138,15 +131,7 @@ class _Order:
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns which images an epoch has at some positions.
-
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-            positions: (B,), positions in the epoch's order.
-
-        Returns: (B,) int64, indices of images.
-        """
+        """Returns which images an epoch has at some positions, (B,) int64."""
         images = np.empty(len(positions), np.int64)
         parts = self._pattern[positions % len(self._pattern)]
         turns = self._turns(epoch, positions)
@@ -163,12 +148,8 @@ class _Order:
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
         """Returns the index of an image that replaces the image at a position.
 
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-            position: Position in the epoch's order. The replacement is from the dataset of this
-                position.
-            draw: A random number in [0, 1), which chooses the replacement.
+        The replacement is from the dataset of this position, and `draw`, a random number in [0, 1),
+        chooses it.
         """
         part = int(self._pattern[position % len(self._pattern)])
         number, place = self._place(part, epoch, position)
@@ -181,13 +162,8 @@ class _Order:
     def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
         """Returns the blocks that are needed at a position and soon after it.
 
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-            position: Position in the epoch's order.
-
-        Returns: (index of a source, number of one of its blocks) for each block. A source that is
-            not read in blocks has no entry.
+        Each block is (index of a source, number of one of its blocks). A source that is not read in
+        blocks has none.
         """
         needed: list[_Place] = []
         for part, source in enumerate(self._sources):
@@ -198,7 +174,7 @@ class _Order:
         return needed
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
-        """Returns how far source `part` was read before position `position` of epoch `epoch`.
+        """Returns how far source `part` was read before a position of an epoch.
 
         Returns: the number of the current pass over the source's images, and the position in this
             pass.
@@ -209,10 +185,6 @@ class _Order:
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Counts the images that each source has provided before a position, since epoch 0.
-
-        Args:
-            epoch: The epoch, counted from 0.
-            positions: (B,), positions in this epoch.
 
         Returns: (B, num_sources) int64.
         """

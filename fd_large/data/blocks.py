@@ -61,12 +61,7 @@ class BlockWriter:
         self._names = bytearray()
 
     def add(self, name: bytes, encoded: Any) -> None:
-        """Writes the bytes of an image, and records its name and where its bytes lie.
-
-        Args:
-            name: Name of the image.
-            encoded: The bytes of the image file, in any object with a buffer.
-        """
+        """Writes the bytes of an image, an object with a buffer, and records where they lie."""
         start = self.file.tell()
         self.file.write(encoded)
         self.note(name, start, self.file.tell() - start)
@@ -147,8 +142,8 @@ class BlockCache(NamedTuple):
         Args:
             key: Name of the block in the cache (`block_key`).
             make: Function that writes the block.
-            wait: Whether to wait for another process that is writing the block. If False, the
-                function returns None while another process is writing the block.
+            wait: Whether to wait while another process is writing the block; if False, the function
+                returns None in this case.
 
         Raises:
             ConfigError: if the folder cannot be written.
@@ -222,8 +217,8 @@ def keep_blocks_in(folder: str, gigabytes: float) -> None:
     """Sets the folder and the size of this process's cache of blocks.
 
     Args:
-        folder: Value of `data.cache`: a folder on a disk of the node, or "" for the folder
-            `blocks` in the user's cache folder.
+        folder: Value of `data.cache`: a folder on a disk of the node, or "" for the folder `blocks`
+            in the user's cache folder.
         gigabytes: Value of `data.cache_gb`: disk space that the blocks may take, in GB (1e9 bytes).
     """
     place = Path(folder) if folder else cache_folder() / "blocks"
@@ -245,8 +240,6 @@ class BlockImages:
         table: (num_blocks, 4) int64. Each row has the index of the block's file in `files`, the
             block's index in this file, the block's number of images (at least one), and its
             approximate size on disk in bytes.
-        fingerprint: A hash of the samples.
-        kind: Description of the dataset.
 
     Attributes:
         blocks: The sizes of the blocks, and the order of an epoch over them.
@@ -310,8 +303,8 @@ class BlockImages:
         """Starts to fetch the blocks that are needed next, in a background thread.
 
         Args:
-            numbers: Numbers of these blocks, in the order in which they are needed. Only the first
-                of them are fetched, which together take at most half of the cache's limit.
+            numbers: Numbers of these blocks, in the order in which they are needed. Of these, the
+                first ones are fetched that together take at most half of the cache's limit.
         """
         process = self._here()
         if process.wanted == (numbers := list(numbers)):
@@ -325,13 +318,7 @@ class BlockImages:
 
     @abstractmethod
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
-        """Writes a block of a file, and raises DataError if the file cannot be used.
-
-        Args:
-            stored: The file or object that contains the block.
-            part: Index of the block in the file.
-            writer: Writer of the block.
-        """
+        """Writes block `part` of a file, and raises DataError if the file cannot be used."""
 
     def _place(self, number: int) -> str:
         return self.files[self._file_of[number]].url
@@ -395,7 +382,6 @@ class _Process:
     """The open blocks and the background thread of a dataset in one process.
 
     Attributes:
-        pid: The process's ID.
         open: Open blocks by number, the least recently used first.
         failed: Error messages of the blocks that could not be used, by number.
         wanted: Numbers of the blocks that the background thread is to fetch.
@@ -414,12 +400,10 @@ class _Process:
 
 
 def block_key(stored: Stored, part: int) -> str:
-    """Returns the name of a block in the cache.
+    """Returns the name in the cache of block `part` of a file.
 
-    Args:
-        stored: The file or object that contains the block. The name depends on the path or URL of
-            this file, its size in bytes, and its modification time or ETag.
-        part: Index of the block in the file.
+    The name depends on the path or URL of the file, its size in bytes, and its modification time or
+    ETag.
     """
     text = f"{stored!r} {part}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]

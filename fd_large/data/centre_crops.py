@@ -27,11 +27,11 @@ NO_LABEL = -1
 def central_view(image: Tensor, image_size: int) -> Tensor:
     """Resizes an image (bicubic, antialiased), and returns the square crop at its centre.
 
-    The short side of the resized image is 256/224 times the side of the crop.
+    The short side of the resized image is 256/224 times `image_size`, the side of the crop in
+    pixels.
 
     Args:
         image: (3, H, W) uint8.
-        image_size: Side of the crop, in pixels.
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     """
@@ -103,15 +103,16 @@ def central_batches(
 ) -> Iterator[CentralBatch]:
     """Yields the centre crops of a rank's images.
 
-    Batch b has the images b*B to (b+1)*B - 1, and belongs to rank b modulo W. So a batch has the
-    same images on any number of ranks, and results computed from it are the same to the bit.
+    Batch b has the images b*B to (b+1)*B - 1, and belongs to rank b modulo `world_size`. So a batch
+    has the same images on any number of ranks, and results computed from it are the same to the
+    bit.
 
     Args:
         source: The images.
         image_size: Side of a crop, in pixels.
         batch_size: B; the last batch may be smaller.
         rank: This rank, counted from 0.
-        world_size: W, the number of ranks.
+        world_size: Number of ranks.
         workers: Number of loading processes; 0 loads in this process.
         max_pixels: Largest number of pixels of an image. Larger images are not decoded, and count
             as images that cannot be used.

@@ -34,7 +34,7 @@ _TRIED = 10
 
 
 def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None:
-    """Opens the user's own source, or returns None if `root` names a file or folder instead.
+    """Opens the user's own source, or returns None if `root` names no such source (`is_custom`).
 
     Args:
         root: Value of the configuration field, such as "module:PATH/TO/FILE.py:NAME". (doors.py
@@ -44,7 +44,8 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
 
     Raises:
         ConfigError: if the source cannot be imported.
-        DataError: if the object is not a source of images, or has no image.
+        DataError: if the object is not a source of images, has no image, or none of ten images can
+            be read.
     """
     return _opened(root, where, part) if is_custom(root) else None
 
@@ -70,8 +71,8 @@ def is_custom(root: str) -> bool:
 class CustomImages:
     """`ImageSource` of the images of a user's source.
 
-    Images that the source returns as arrays are passed on as the bytes of PPM files, which decode
-    to the same pixels.
+    Images that the source returns as arrays are passed on as PPM files, which decode to the same
+    pixels.
 
     Attributes:
         fingerprint: The fingerprint of the user's source; if the source has none, a hash of the
@@ -148,10 +149,7 @@ class CustomImages:
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
     def _try(self) -> None:
-        """Checks that at least one of `_TRIED` images, spread evenly over the source, can be read.
-
-        Raises: DataError: if none of them can be read.
-        """
+        """Raises DataError if none of `_TRIED` images, spread over the source, can be read."""
         problems = []
         for place in self._spread(_TRIED):
             try:

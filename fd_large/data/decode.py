@@ -32,8 +32,8 @@ def decode(
 ) -> torch.Tensor:
     """Decodes the bytes of an image file to RGB pixels.
 
-    The EXIF orientation is applied. Grey is repeated to three channels, transparency is dropped,
-    16 bits are scaled to 8, CMYK is converted, and the first image of an animation is taken. Colour
+    The EXIF orientation is applied. Grey is repeated to three channels, transparency is dropped, 16
+    bits are scaled to 8, CMYK is converted, and the first image of an animation is taken. Colour
     profiles are ignored.
 
     Args:
@@ -67,12 +67,9 @@ def decode(
 
 
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
-    """Returns the size of an image whose lower rows `decode` can skip.
+    """Returns the height and width in pixels of an image whose lower rows `decode` can skip.
 
-    Args:
-        encoded: The bytes of an image file.
-
-    Returns: height and width in pixels, or None if the image has to be decoded whole.
+    The result is None if the image has to be decoded whole.
     """
     header = read_header(encoded)
     return (header.height, header.width) if _rows_in_order(header) else None
@@ -90,11 +87,6 @@ def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -
     height, and skips the rest of the scan up to the end marker, so that a truncated file is still
     noticed. One more row of coded units is decoded, because the chroma of the last row is
     interpolated with the row below.
-
-    Args:
-        encoded: The bytes of the file.
-        header: The header of the file.
-        num_rows: Number of needed rows, counted from the top.
 
     Returns: (3, rows, W) uint8, with rows >= `num_rows` unless the image has fewer.
     """

@@ -28,14 +28,13 @@ _PILLOW_MODES = (
 def decode_with_pillow(
     encoded: bytes | bytearray, where: str, *, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decodes the bytes of an image file by Pillow to RGB pixels, in the image's EXIF orientation.
+    """Decodes an image file to RGB pixels, (H, W, 3) uint8, in the image's EXIF orientation.
 
     Args:
         encoded: The bytes of an image file.
         where: Name of the image in error messages.
         max_pixels: Largest number of pixels; an image with more is not decoded.
 
-    Returns: (H, W, 3) uint8.
     Raises: DataError: if Pillow cannot read the image, or the image has too many pixels.
     """
     try:
@@ -54,12 +53,7 @@ def decode_with_pillow(
 
 
 def refused(where: str, got: str) -> DataError:
-    """Returns the error for a file that cannot be decoded.
-
-    Args:
-        where: Name of the image.
-        got: What the file is instead of a usable image.
-    """
+    """Returns the error for a file `where` that cannot be decoded, because it is `got` instead."""
     return DataError(
         f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."

@@ -52,13 +52,10 @@ def few_labels(
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:
-    """Returns a 64-bit hash that decides whether image `number` is chosen.
+    """Returns a 64-bit hash of the seed and of an image, which decides whether it is chosen.
 
-    Args:
-        images: The training images.
-        number: Index of the image. For images in folders or local tar files the hash depends on the
-            image's name, otherwise on this index.
-        seed: Seed of the choice, on which the hash depends too.
+    For images in folders or local tar files the hash depends on the image's name, otherwise on its
+    index `number`.
     """
     source, place = images.images, number
     if isinstance(source, Part):

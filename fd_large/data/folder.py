@@ -90,19 +90,15 @@ class ImageFolder:
         return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
-        """Returns the bytes of image `index`.
-
-        Raises: DataError: if the file cannot be read.
-        """
+        """Returns the bytes of image `index`; raises DataError if the file cannot be read."""
         return read_image(self[index])
 
     def labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """Returns the class of each image, and the names of the classes.
+        """Returns the class of each image, (len,) int64, and the sorted names of the classes.
 
         Each subfolder of the root is a class, and an image may lie anywhere below the subfolder of
-        its class. The classes are sorted by name, as in torchvision's ImageFolder.
+        its class. A class is an index into the names, as in torchvision's ImageFolder.
 
-        Returns: (len,) int64, indices into the names; the names.
         Raises: DataError: if an image lies in no subfolder.
         """
         starts, names = [0], []
@@ -144,11 +140,7 @@ class ImageFolder:
 def open_folder(root: str, *, where: str) -> ImageFolder | None:
     """Opens the folder of images `root`, or returns None if `root` is not a folder.
 
-    Args:
-        root: Value of a configuration field such as `data.root`.
-        where: Name of this configuration field, for messages.
-
-    Raises: DataError: if no image is below the folder, or a subfolder cannot be listed.
+    The arguments and errors are those of `ImageFolder`.
     """
     return ImageFolder(root, where=where) if local_kind(root, where=where) == "folder" else None
 
@@ -188,11 +180,7 @@ class OpenFile:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, size: int) -> bytearray:
-        """Returns the bytes of an image.
-
-        Args:
-            offset: Offset of the image's first byte in the file.
-            size: Number of bytes of the image.
+        """Returns the `size` bytes of an image at an offset of the file.
 
         Raises: OSError: if the bytes cannot be read, or `size` exceeds `MAX_FILE_BYTES`.
         """
@@ -214,10 +202,8 @@ def paths_below(name: str) -> Iterator[tuple[str, ...]]:
 
     For the name "/data/cats/1.jpg" the paths are data/cats/1.jpg, cats/1.jpg and 1.jpg, since the
     first folders of a name may not exist on this disk. A leading "/" and every ".." are dropped, so
-    that no name leads outside of the folder. Links are followed as usual.
-
-    Args:
-        name: Name of the image, as a file of the dataset (such as a table) has it.
+    that no name leads outside of the folder. Links are followed as usual. A name longer than 4,096
+    characters, or with a zero byte, has no paths.
     """
     if len(name) > _LONGEST_NAME or "\0" in name:
         return
@@ -227,11 +213,9 @@ def paths_below(name: str) -> Iterator[tuple[str, ...]]:
 
 
 def read_below(folder: str, name: str) -> bytearray:
-    """Returns the bytes of an image that a file of a dataset refers to by name.
+    """Returns the bytes of an image that a file of a dataset, in `folder`, refers to by name.
 
-    Args:
-        folder: Folder of the file that names the image.
-        name: Name of the image, which is looked up at each path of `paths_below`.
+    The image is looked up at each path of `paths_below`.
 
     Raises: DataError: if the image is missing or cannot be read.
     """
@@ -253,7 +237,7 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
 
     Paths are relative to `root` with "/" between the parts, and are yielded in the order of their
     bytes. A folder is sorted by its name with a "/" at the end, so that the names of only one
-    folder need sorting at a time.
+    folder need sorting at a time. Links to a folder that the path is already in are left out.
 
     Args:
         root: The folder.

@@ -53,12 +53,9 @@ class JpegHeader(Header):
 
 
 def read_header(encoded: bytes | bytearray) -> Header | None:
-    """Reads the header of a JPEG, PNG or WebP file.
+    """Reads the header of the bytes of a JPEG, PNG or WebP file.
 
-    Args:
-        encoded: The bytes of an image file.
-
-    Returns: the header, or None for other formats and for headers that cannot be read.
+    The result is None for other formats and for headers that cannot be read.
     """
     try:
         if encoded[:3] == b"\xff\xd8\xff":
@@ -76,10 +73,8 @@ def read_header(encoded: bytes | bytearray) -> Header | None:
 def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
     """Reads the header of a JPEG, which is all segments before the first scan.
 
-    Args:
-        encoded: The bytes of the file.
+    The result is None if there is no frame segment, or a segment does not start with 0xFF.
 
-    Returns: the header, or None if there is no frame segment or a segment does not start with 0xFF.
     Raises: IndexError or struct.error: if the file ends within the header.
     """
     at, upright = 2, True
@@ -115,10 +110,7 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether the EXIF data `tiff` of an image ask for no rotation.
-
-    The result is also False if this short parser cannot read the data.
-    """
+    """Whether an image's EXIF data ask for no rotation; False if this parser cannot read them."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return False
@@ -136,11 +128,9 @@ def _upright(tiff: bytes) -> bool:
 
 
 def _read_webp(encoded: bytes | bytearray) -> Header | None:
-    """Reads the header of the WebP file `encoded`.
+    """Reads the header of a WebP file; None if the first chunk is of none of the three known kinds.
 
     Source: RFC 9649 (the three kinds of first chunk).
-
-    Returns: the header, or None if the first chunk is of none of the three known kinds.
     """
     kind = encoded[12:16]
     if kind == b"VP8X":
@@ -157,16 +147,7 @@ def _read_webp(encoded: bytes | bytearray) -> Header | None:
 
 
 def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    """Checks that an image has at most `max_pixels` pixels.
-
-    Args:
-        width: Width of the image, in pixels.
-        height: Height of the image, in pixels.
-        max_pixels: Largest allowed number of pixels.
-        where: Name of the image, for the message.
-
-    Raises: DataError: if the image has more pixels.
-    """
+    """Raises DataError if an image, named `where`, has more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise DataError(
             f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "

@@ -27,9 +27,7 @@ class ImageSizes(NamedTuple):
     def at(self, epoch: int, position: int) -> int:
         """Returns the side in pixels of the images of a step; each side is equally likely.
 
-        Args:
-            epoch: Epoch, counted from 0.
-            position: Position in the epoch's order of any image of the step.
+        The position is that of any image of the step in the epoch's order.
         """
         step = position // self.global_batch_size
         draw = float(uniforms(self.seed, epoch, [step], "image_size", 1)[0, 0])

@@ -1,6 +1,8 @@
 """Opens labelled images and the training or test part of a dataset.
 
-Labels come from class folders, from tar shards with labels, or from another source with labels.
+Labels come from class folders, from tar shards with labels, or from another source with labels. In
+all functions, `root` is a dataset as in `open_images`, and `where` is the configuration field that
+holds the root, for messages.
 """
 
 from __future__ import annotations
@@ -54,10 +56,9 @@ class LabelledImages:
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Starts to fetch the blocks `numbers`; only for images that are read in blocks.
+        """Starts to fetch the blocks with these numbers; only for images that are read in blocks.
 
-        Args:
-            numbers: Numbers of the blocks, in the order in which they are needed.
+        The numbers are in the order in which the blocks are needed.
         """
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
@@ -77,15 +78,7 @@ class LabelledImages:
 
 
 def training_part(root: str, *, where: str = "data.root") -> str:
-    """Returns the root of a dataset's training part.
-
-    Args:
-        root: The dataset; see `open_images`.
-        where: Name of the configuration field that holds the root, for the log.
-
-    Returns: the root of the part `train` if the dataset has both this part and a test part;
-        otherwise `root`.
-    """
+    """Returns the root of the part `train` if the dataset has it and a test part, else `root`."""
     train, tested = _places(root, "train", where), _places(root, "val", where)
     if not (tested and train):
         return root
@@ -96,14 +89,7 @@ def training_part(root: str, *, where: str = "data.root") -> str:
 
 
 def evaluation_part(root: str) -> str:
-    """Returns the root of a dataset's test part.
-
-    Args:
-        root: The dataset; see `open_images`.
-
-    Returns: the root of the test part if the dataset has both this part and a part `train`;
-        otherwise `root`.
-    """
+    """Returns the root of the test part if the dataset has it and a part `train`, else `root`."""
     where = "data.root"
     tested = _places(root, "val", where)
     return tested[0] if tested and _places(root, "train", where) else root
@@ -113,10 +99,8 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
     """Opens the training images of a dataset, without labels.
 
     Args:
-        root: The dataset; see `open_images`.
-        val_fraction: Fraction of the images of a folder without parts that is left out for tests;
-            0 to leave out none.
-        where: Name of the configuration field that holds the root, for messages.
+        val_fraction: Fraction of the images of a folder without parts that is left out for tests; 0
+            to leave out none.
 
     Raises: DataError: if the dataset cannot be used.
     """
@@ -133,10 +117,7 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
 def open_held_out(root: str, val_fraction: float, *, where: str) -> ImageSource:
     """Opens the images of a folder that `open_training` leaves out for tests, without labels.
 
-    Args:
-        root: A folder of images without parts.
-        val_fraction: Fraction of the images that is left out, as given to `open_training`.
-        where: Name of the configuration field that holds the root, for messages.
+    The folder has no parts, and `val_fraction` is as given to `open_training`.
 
     Raises: DataError: if the folder cannot be used, or has the parts `train` and `val` or `test`.
     """
@@ -150,12 +131,7 @@ def _part(root: str, part: str, val_fraction: float, where: str) -> ImageSource:
 
 
 def has_parts(root: str, *, where: str = "data.root") -> bool:
-    """Whether a dataset has both a part `train` and a test part (`val`, `validation` or `test`).
-
-    Args:
-        root: The dataset; see `open_images`.
-        where: Name of the configuration field that holds the root, for messages.
-    """
+    """Whether a dataset has a part `train` and a test part (`val`, `validation` or `test`)."""
     return all(_places(root, split, where) for split in SPLITS)
 
 
@@ -178,16 +154,13 @@ def open_labelled(
     """Opens a dataset with labels.
 
     Args:
-        root: The dataset; see `open_images`.
         classes: Names of the classes by which labels are numbered: for a test set, the classes of
             the training set. None for the classes of the dataset itself.
         part: Part of a user's own source to open, "train" or "val"; "" for all images. Other
             sources ignore it.
-        where: Name of the configuration field that holds the root, for messages.
 
-    Raises:
-        DataError: if the dataset does not exist, if the dataset or an image in it has no label, or
-            if `classes` lacks a class of the dataset.
+    Raises: DataError: if the dataset does not exist, if the dataset or an image in it has no label,
+        or if `classes` lacks a class of the dataset.
     """
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
@@ -228,11 +201,9 @@ def open_split(
         root: The folder or URL of a dataset with both parts, a user's own source with both parts,
             or, if `val_fraction` is not 0, a folder of class folders.
         split: "train" or "val".
-        classes: Names of the classes by which labels are numbered: for a test part, the classes of
-            the training part. None for the classes of the opened part itself.
-        val_fraction: Fraction of the images that make the test part of a folder without parts;
-            the names of the files decide which images these are. 0 for a dataset with parts.
-        where: Name of the configuration field that holds the root, for messages.
+        classes: As in `open_labelled`.
+        val_fraction: Fraction of the images that make the test part of a folder without parts; the
+            names of the files decide which images these are. 0 for a dataset with parts.
 
     Raises: DataError: if the dataset lacks the part, or has a single class.
     """
@@ -265,18 +236,12 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Returns the places of a part of a dataset, as roots for `open_images`.
+    """Returns the places of the part "train" or "val" of a dataset, as roots for `open_images`.
 
     A place is a folder or URL below the dataset's root, or a pattern of files whose names begin
-    with the name of the part, such as "train-00000-of-00002.parquet".
-
-    Args:
-        root: The dataset.
-        split: "train" or "val".
-        where: Name of the configuration field that holds the root, for messages.
-
-    Returns: the places, of which callers open the first; empty if the part is missing. There may
-        be several, since the test part may be named `val`, `validation` or `test`.
+    with the name of the part, such as "train-00000-of-00002.parquet". There may be several places,
+    since the test part may be named `val`, `validation` or `test`; callers open the first. There is
+    none if the part is missing.
     """
     if is_url(root):
         start = root.rstrip("/") + "/"

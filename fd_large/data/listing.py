@@ -87,7 +87,7 @@ class Listing:
         return self.arrays["names"][start : int(ends[index])].tobytes()
 
     def number(self, column: str, index: int) -> int:
-        """Returns the integer that the column `column` holds for sample `index`."""
+        """Returns the integer that a column holds for sample `index`."""
         return int(self.arrays[column][index])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -193,8 +193,8 @@ def filled(columns: tuple[str, ...], fill: Fill) -> Made:
 def cache_folder() -> Path:
     """Returns the user's cache folder, which need not exist.
 
-    The folder is $FD_CACHE if this variable is set, else $XDG_CACHE_HOME/fd_large if that variable
-    is set, else ~/.cache/fd_large.
+    The folder is $FD_CACHE if it is set, else $XDG_CACHE_HOME/fd_large if that is set, else
+    ~/.cache/fd_large.
     """
     if folder := os.environ.get("FD_CACHE"):
         return Path(folder)
@@ -206,11 +206,8 @@ def cache_folder() -> Path:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds an exclusive file lock within the block; the system releases it if the process dies.
 
-    In a read-only folder, or on a file system without locks, the block runs without a lock.
-
-    Args:
-        path: The file of the lock, which is made if missing.
-        wait: Whether to wait while another process holds the lock.
+    In a read-only folder, or on a file system without locks, the block runs without a lock. The
+    file `path` of the lock is made if missing.
 
     Yields: False if `wait` is False and another process holds the lock, else True.
     """
@@ -247,7 +244,7 @@ class _Note(NamedTuple):
     Attributes:
         path: File of the listing, or None if the listing has no file.
         fingerprint: Fingerprint of the listing.
-        identity: What `_identity` returns for the dataset's anchor on the sending rank.
+        identity: `_identity` of the dataset's anchor on the sending rank.
     """
 
     path: Path | None
@@ -256,12 +253,10 @@ class _Note(NamedTuple):
 
 
 def _identity(anchor: str) -> tuple[int, ...]:
-    """Returns numbers that identify the file or folder `anchor`.
+    """Returns inode number, modification time and change time in ns of the file or folder `anchor`.
 
     The numbers are equal on all clients of a file system, and differ for a copy of the file on
-    another file system.
-
-    Returns: inode number, modification time and change time in ns; empty if they cannot be read.
+    another file system. The result is empty if they cannot be read.
     """
     try:
         status = os.stat(anchor)
@@ -330,13 +325,10 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
 
 
 def _opened(note: _Note) -> Listing | None:
-    """Maps the file of the listing that another rank has made.
+    """Maps the file of the listing that another rank has made, as the rank's message tells.
 
-    Args:
-        note: The message of the other rank about the listing.
-
-    Returns: the listing, or None if the listing has no file, or if this rank cannot read the file
-        or finds another listing in it.
+    The result is None if the listing has no file, or if this rank cannot read the file or finds
+    another listing in it.
     """
     if note.path is None:
         return None
@@ -359,10 +351,7 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes partial files older than `STALE_SECONDS` from the folder `folder`.
-
-    Killed processes left these files.
-    """
+    """Removes partial files of killed processes, older than `STALE_SECONDS`, from a folder."""
     for path in folder.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # Another process was faster.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:

@@ -70,10 +70,7 @@ class Batch:
         return self._through(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Returns the batch with images and targets in page-locked memory.
-
-        torch's DataLoader calls this method.
-        """
+        """Returns the batch with images and targets in page-locked memory, for the DataLoader."""
         return self._through(torch.Tensor.pin_memory)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -105,7 +102,8 @@ def build_loader(
         workers: Number of loading processes; 0 loads in this process.
 
     Raises:
-        ConfigError: if the batch sizes do not divide (`check_batch_sizes`).
+        ConfigError: if the batch sizes do not divide (`check_batch_sizes`), or the machine cannot
+            make use of this number of loading processes.
         DataError: if the global batch is larger than the dataset.
     """
     check_batch_sizes(
@@ -256,17 +254,9 @@ def load_at(
     seed: int,
     epoch: int,
 ) -> list[Loaded[T]]:
-    """Loads the samples of a source at some positions of the epoch's order, by `load_samples`.
+    """Loads the samples of a source at some positions of the epoch's order.
 
-    Args:
-        make: Function that takes an index into `positions` and the index of a sample, and returns
-            the loaded sample; raises DataError if the sample cannot be used.
-        source: The images.
-        positions: (B,), positions in the epoch's order.
-        seed: The run's seed.
-        epoch: Epoch, counted from 0.
-
-    Returns: a result for each position.
+    The arguments and results are those of `load_samples`.
     """
     return load_samples(
         make,
@@ -284,11 +274,7 @@ class Beside(Protocol):
     """Store of tensors for the views of images; the tensors become the targets of a batch."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
-        """Returns the stored tensors for a view of image `index`, in tuples or dicts.
-
-        Args:
-            index: Index of the image.
-            view: (3, S, S) uint8, the view.
+        """Returns the stored tensors, in tuples or dicts, for a view (3, S, S) uint8 of an image.
 
         Raises: DataError: if nothing is stored for the image; the loader then replaces the image.
         """
@@ -311,8 +297,8 @@ class ViewBatches(Dataset):
         beside: Store of tensors for the views; None for batches without targets.
         mixed_among: Number of images in a step over all ranks if each image is mixed with its
             neighbour (mixing.py); 0 if images are not mixed.
-        sizes: Image sizes of which each step draws one, instead of the size in `settings`; None
-            for a constant size.
+        sizes: Image sizes of which each step draws one, instead of the size in `settings`; None for
+            a constant size.
     """
 
     source: ImageSource
@@ -325,13 +311,9 @@ class ViewBatches(Dataset):
     sizes: ImageSizes | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads a batch of views.
+        """Loads the views at some positions, (B,), of the epoch's order; images (B, 3, S, S) uint8.
 
-        Args:
-            positions: (B,), positions in the epoch's order.
-
-        Returns: a batch with images (B, 3, S, S) uint8. A position for which no sample can be used
-            gets a black view.
+        A position for which no sample can be used gets a black view.
         """
         if not self.mixed_among:
             return self._load(positions, len(positions))
@@ -385,9 +367,6 @@ class ViewBatches(Dataset):
 
         The function takes an index into `positions` and the index of an image. With `fixed` views,
         only the index of the image is used; otherwise only the position.
-
-        Args:
-            positions: (B,), positions in the epoch's order.
         """
         fixed = self.fixed
         if fixed is not None:

@@ -26,11 +26,8 @@ def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArra
     """Returns for each position the first position of its group of `GROUP` positions, (B,).
 
     All images of a group are mixed with their partners by the same weight. Groups are consecutive
-    positions of a global batch, whose last group may be smaller.
-
-    Args:
-        positions: (B,), in the epoch's order.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    positions of a global batch, whose last group may be smaller. Here and below, a global batch has
+    the positions k*G to (k+1)*G - 1 of the epoch's order, where G is `global_batch_size`.
     """
     return positions - positions % global_batch_size % GROUP
 
@@ -40,10 +37,6 @@ def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np
 
     The first and second position of a global batch are partners, then the third and fourth, and so
     on. The last position of a global batch of odd size is its own partner.
-
-    Args:
-        positions: (B,), in the epoch's order.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
     """
     place = positions % global_batch_size
     other = place ^ 1
@@ -53,11 +46,7 @@ def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np
 def with_partners(
     positions: NDArray[np.int64], global_batch_size: int
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Adds the partners that are missing among some positions.
-
-    Args:
-        positions: (B,), in the epoch's order.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """Adds the partners that are missing among some positions (B,).
 
     Returns: (B + R,) the given positions followed by R missing partners; (B,) for each given
         position the index of its partner in the first result.
@@ -69,13 +58,9 @@ def with_partners(
 
 
 def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
-    """Returns the weighted mean of images and their partners.
+    """Returns the weighted mean of images and their partners, both (B, 3, H, W) floating-point.
 
-    Args:
-        images: (B, 3, H, W), floating-point.
-        others: (B, 3, H, W), the partners.
-        share: Weight of the image itself, as a number or as (B, 1, 1, 1); the weight of its partner
-            is 1 - share.
+    `share` is the weight of the image itself, a number or (B, 1, 1, 1); its partner's is 1 - share.
 
     Source: Zhang et al., arXiv 1710.09412.
     """
@@ -102,7 +87,7 @@ def mixed_views(
         partners: (B,), the index of each position's partner among the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+        global_batch_size: As in `group_starts`.
 
     Returns: (B, 3, S, S) uint8.
     Source: distillation in lightly-train, where teacher and student see the mixed images.

@@ -110,7 +110,6 @@ def asked(url: str, action: Callable[[], T]) -> T:
         url: URL for messages.
         action: Function that makes the request, and can be called repeatedly.
 
-    Returns: the result of `action`.
     Raises:
         StorageError: if transient failures go on.
         DataError: if the request fails in another way, such as by a refusal of the store.
@@ -135,13 +134,15 @@ def asked(url: str, action: Callable[[], T]) -> T:
 def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
     """Returns the files or objects of a root whose names have certain endings, sorted by name.
 
+    With braces, the names are sorted for each expanded pattern. The result is empty if there is no
+    such file.
+
     Args:
         root: Path or URL of a file or a folder, or a pattern with "{00..12}" or "*". A folder is
             searched with its subfolders, without names that start with a dot.
         endings: Endings of names, in lower case.
         where: Name of the configuration field that holds the root, for messages.
 
-    Returns: the files, or an empty list if there is none.
     Raises: DataError: if a named file is missing, or a needed package is not installed.
     """
     check_packages(root, where=where)
@@ -156,13 +157,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
 def find_objects(root: str, where: str) -> list[Stored]:
     """Returns the tar shards or the parquet files at a URL, which one rank finds for all ranks.
 
-    Args:
-        root: The URL; see `find`.
-        where: Name of the configuration field that holds the URL, for messages.
-
-    Raises:
-        DataError: if both kinds are at the URL, a named file is missing, or a needed package is not
-            installed.
+    Raises: DataError: as `find`, or if both kinds are at the URL.
     """
     objects = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
     kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in objects}
@@ -177,9 +172,7 @@ def find_objects(root: str, where: str) -> list[Stored]:
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
     """Returns a hash of the files' names below their common folder, and of a text for each file.
 
-    Args:
-        files: The files or objects, in order.
-        facts: A text for each file, such as its size and modification time.
+    Such a text is, for example, the file's size and modification time.
     """
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()
@@ -244,9 +237,6 @@ def _client(url: str) -> tuple[Any, str]:
     """Returns fsspec's file system for a path or URL, and the path within this file system.
 
     A forked process gets a file system of its own for a URL.
-
-    Args:
-        url: Path or URL.
     """
     if not is_url(url):  # In a path, fsspec would give `A::B` and `~` a special meaning.
         return LocalFileSystem(), os.path.abspath(url)
@@ -274,7 +264,7 @@ def _client(url: str) -> tuple[Any, str]:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether `error`, which a request to a store raised, is transient.
+    """Whether the error of a request to a store is transient.
 
     Transient are lost connections, timeouts, and answers that a server is busy or has failed.
     """

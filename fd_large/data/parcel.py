@@ -26,10 +26,8 @@ _Layout = list[tuple[torch.dtype, tuple[int, ...], int]]
 def parcel(batch: Any) -> Any:
     """Packs a batch for the transfer to the training process, where unpickling unpacks the batch.
 
-    Outside of a loading process, the batch is returned as it is.
-
-    Args:
-        batch: Anything that can be pickled. The tensors in the batch arrive contiguous.
+    Outside of a loading process, the batch is returned as it is. A batch is anything that can be
+    pickled; its tensors arrive contiguous.
     """
     return batch if get_worker_info() is None else _Parcel(batch)
 

@@ -57,11 +57,8 @@ SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 def open_photographs(root: str, *, where: str) -> Photographs | None:
     """Opens `builtin:photographs` or `builtin:photographs-held-out`.
 
-    Args:
-        root: Value of a configuration field such as `data.root`.
-        where: Name of this configuration field, for messages.
+    The result is None if `root` does not start with "builtin:".
 
-    Returns: the images, or None if `root` does not start with "builtin:".
     Raises: DataError: if there is no built-in dataset of this name, or a package is missing.
     """
     if not root.startswith(BUILTIN):
@@ -85,11 +82,7 @@ class Photographs:
     fingerprint: str
 
     def __init__(self, held_out: bool, *, where: str = "data.root") -> None:
-        """Reads and decodes the files.
-
-        Args:
-            held_out: Whether to take the two held-out photographs, or all others.
-            where: Name of the configuration field that holds the dataset's name, for messages.
+        """Reads and decodes the two held-out photographs, or all others.
 
         Raises: DataError: if a package is not installed, or one of its files cannot be read.
         """
@@ -135,9 +128,6 @@ def _without_profile(encoded: bytes) -> bytes:
 
     libpng would warn about the profile on every rank. `decode` ignores colour profiles, so that the
     pixels are the same.
-
-    Args:
-        encoded: The bytes of an image file.
     """
     if not encoded.startswith(b"\x89PNG"):
         return encoded

@@ -117,19 +117,11 @@ def random_words(
 def uniforms(
     seed: int, epoch: int, positions: ArrayLike, stream: str | int, count: int
 ) -> NDArray[np.float64]:
-    """Returns `count` uniform random numbers in [0, 1) for each position.
+    """Returns `count` uniform random numbers in [0, 1) for each position, (B, count) float64.
 
     The numbers of a position depend only on (seed, epoch, position, stream); a larger `count` only
-    appends numbers. Two words of 32 bits make one number of 53 bits.
-
-    Args:
-        seed: 0 to 2**64 - 1.
-        epoch: Epoch, counted from 0.
-        positions: (B,), in the epoch's order.
-        stream: Purpose of the numbers: a name in `STREAMS`, or a number below 256.
-        count: Number of random numbers for each position.
-
-    Returns: (B, count) float64.
+    appends numbers. Two words of 32 bits make one number of 53 bits. The other arguments are those
+    of `random_words`.
     """
     num_blocks = (count + 1) // 2
     words = random_words(seed, epoch, positions, stream, num_blocks=num_blocks)

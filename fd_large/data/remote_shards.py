@@ -97,12 +97,8 @@ class RemoteShards(BlockImages):
 def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:
     """Counts the images of each shard.
 
-    The counts are kept in the user's cache folder. A shard whose count was not kept is fetched.
-
-    Args:
-        root: The URL that the user gave, by which the counts are kept.
-        shards: The shards found at this URL.
-        where: Name of the configuration field that holds the URL, for messages.
+    The counts are kept in the user's cache folder, by the URL `root` that the user gave. A shard
+    whose count was not kept is fetched.
 
     Returns: for each shard its number of images, and a message about its damage or "".
     """
@@ -137,15 +133,9 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
 
 
 def _write(shard: Stored, writer: BlockWriter, where: str) -> str:
-    """Writes the contents and the index of a shard as a block.
-
-    Args:
-        shard: The shard, which is fetched whole.
-        writer: Writer of the block.
-        where: Name of the configuration field that holds the URL, for messages.
+    """Writes the contents and the index of a shard, which is fetched whole, as a block.
 
     Returns: a message about the shard's damage, or "" for an undamaged shard.
-
     Raises:
         DataError: if the shard is compressed, or has changed since it was listed.
         StorageError: if the store does not answer.

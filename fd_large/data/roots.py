@@ -7,6 +7,9 @@ dataset, a source of the user's own, or a weighted sum of several datasets:
 
 In a sum each dataset has a weight in front, and may have a name, as `web` here. Without a name, the
 last part of its path is the name of the dataset.
+
+In all functions, `root` is the value of `data.root` or of a field like it, and `where` is the name
+of this field, with which messages begin.
 """
 
 from __future__ import annotations
@@ -86,9 +89,6 @@ def name_of(url: str) -> str:
     """Returns a path or URL without its query.
 
     Only an http or https URL has a query, which begins at the first "?".
-
-    Args:
-        url: Path or URL.
     """
     return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
@@ -96,15 +96,12 @@ def name_of(url: str) -> str:
 def local_kind(
     root: str, *inside: str, where: str = "data.root"
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns what kind of local file a path is.
+    """Returns what kind of local file a path is, or None if nothing is there.
 
-    Args:
-        root: Value of `data.root`.
-        inside: Parts of a path below the root; without them, the root itself is looked up.
-        where: Name of the configuration field that holds the root, for messages.
+    The path is the root, or a path below the root with the parts `inside`. The result is also None
+    for a root that cannot be a path: a URL, or a pattern with braces that is longer than a file
+    name may be.
 
-    Returns: the kind, or None if nothing is at the path. None also for a root that cannot be a
-        path: a URL, or a pattern with braces that is longer than a file name may be.
     Raises: DataError: if the file system does not allow the look-up.
     """
     longest = max(map(len, os.fsencode(root).split(b"/")))
@@ -114,23 +111,14 @@ def local_kind(
 
 
 def is_saved(root: str, where: str) -> bool:
-    """Whether a root is a folder that `save_to_disk` of Hugging Face's `datasets` wrote.
-
-    Args:
-        root: Value of `data.root`.
-        where: Name of the configuration field that holds the root, for messages.
-    """
+    """Whether a root is a folder that `save_to_disk` of Hugging Face's `datasets` wrote."""
     return local_kind(root, where=where) == "folder" and all(
         local_kind(root, name, where=where) == "file" for name in SAVED
     )
 
 
 def listed(folder: str, where: str) -> list[str]:
-    """Returns the sorted names of the files and folders in the folder `folder`.
-
-    Args:
-        folder: The folder.
-        where: Name of the configuration field that holds a dataset's root, for messages.
+    """Returns the sorted names of the files and folders in a folder.
 
     Raises: DataError: if the folder cannot be listed.
     """
@@ -142,10 +130,6 @@ def listed(folder: str, where: str) -> list[str]:
 
 def check_packages(root: str, *, where: str) -> None:
     """Checks that the packages that a root needs are installed, and checks the root's braces.
-
-    Args:
-        root: Value of `data.root`.
-        where: Name of the configuration field that holds the root, for messages.
 
     Raises: DataError: if a package is missing, or if braces stand for more than a million names.
     """
@@ -163,14 +147,10 @@ def check_packages(root: str, *, where: str) -> None:
 def require(package: str, source: str, where: str) -> None:
     """Checks that a package is installed, and that pyarrow is recent enough.
 
-    Args:
-        package: Name of the package.
-        source: Kind of dataset that needs the package, for messages.
-        where: Name of the configuration field that holds the root, for messages.
+    `source` is the kind of dataset that needs the package, for messages.
 
-    Raises:
-        DataError: if the package is missing, or if the release of pyarrow may run code that is in a
-            file. The message has the command that installs the package.
+    Raises: DataError: if the package is missing, or if the release of pyarrow may run code that is
+        in a file. The message has the command that installs the package.
     """
     if find_spec(package) is None:
         raise DataError(
@@ -211,18 +191,13 @@ def _check_client(root: str, where: str) -> None:
 
 
 def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
-    """Returns all names that a pattern stands for, as a shell expands braces.
+    """Returns all names that a path or URL stands for, as a shell expands braces.
 
     "{00..12}" stands for the numbers from 00 to 12, with leading zeros, and "{a,b}" for a and b.
     Braces cannot be nested.
 
-    Args:
-        pattern: A path or URL that may have braces.
-        where: Name of the configuration field that holds the pattern, for messages.
-
-    Raises:
-        DataError: if the pattern stands for more than a million names, or a number in it has too
-            many digits.
+    Raises: DataError: if the pattern stands for more than a million names, or a number in it has
+        too many digits.
     """
     parts = _parts(pattern, where)
     written = ([format(choice, spec) for choice in choices] for choices, spec in parts)
@@ -230,32 +205,16 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 
 
 def check_braces(pattern: str, *, where: str) -> None:
-    """Checks the braces of a path or URL without expanding them.
-
-    Args:
-        pattern: A path or URL that may have braces, such as "train-{00..12}.tar".
-        where: Name of the configuration field that holds the pattern, for messages.
-
-    Raises:
-        DataError: if the pattern stands for more than a million names, or a number in it has too
-            many digits.
-    """
+    """Checks the braces of a path or URL without expanding them; raises as `expand_braces`."""
     _parts(pattern, where)
 
 
 def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
     """Splits a path or URL into its parts inside and outside of braces.
 
-    Args:
-        pattern: A path or URL that may have braces, such as "train-{00..12}.tar".
-        where: Name of the configuration field that holds the pattern, for messages.
-
     Returns: for each part, in order, the texts or numbers that may stand there, and the format
         specification with which they are written. A part outside of braces has one text.
-
-    Raises:
-        DataError: if the pattern stands for more than a million names, or a number in it has too
-            many digits.
+    Raises: DataError: as `expand_braces`.
     """
     # text, inside, text, inside, ..., text
     parts = [
@@ -305,13 +264,8 @@ class WeightedRoot(NamedTuple):
 def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot, ...]:
     """Returns the datasets of a weighted sum, or an empty tuple if `root` is not a weighted sum.
 
-    Args:
-        root: Value of `data.root`.
-        where: Name of the configuration field with this value, for messages.
-
-    Raises:
-        DataError: if a term is malformed, two datasets have the same name, or the weights need
-            whole numbers whose sum exceeds `MAX_PERIOD`.
+    Raises: DataError: if a term is malformed, two datasets have the same name, or the weights need
+        whole numbers whose sum exceeds `MAX_PERIOD`.
     """
     texts = root.split(" + ")
     matches = [_TERM.fullmatch(text.strip()) for text in texts]
@@ -350,10 +304,6 @@ def require_dataset(root: str, *, where: str) -> None:
 
     A path at which nothing exists is no error here.
 
-    Args:
-        root: Value of `data.root`.
-        where: Name of the configuration field that holds the root, for messages.
-
     Raises:
         DataError: if the root is empty or malformed, a file is neither a tar file nor a parquet
             file, or a folder has no file in it or below it.
@@ -381,14 +331,7 @@ def require_dataset(root: str, *, where: str) -> None:
 
 
 def require_builtin(root: str, where: str) -> None:
-    """Checks that `root`, such as "builtin:photographs", is the name of a built-in dataset.
-
-    Args:
-        root: Value of `data.root` that starts with "builtin:".
-        where: Name of the configuration field that holds the root, for messages.
-
-    Raises: DataError: if there is no such dataset; the message has the most similar name.
-    """
+    """Raises DataError, with the nearest name, if no built-in dataset is called `root`."""
     known = keys_of("data/photographs.py", "SETS")
     if root not in known:
         raise DataError(
@@ -416,19 +359,11 @@ def _require_archive(root: str, where: str) -> None:
 
 
 def _require_file_in(root: str, where: str) -> None:
-    """Checks that the folder `root` or a folder below it has a file.
+    """Raises DataError if neither the folder `root` nor a folder below it has a file.
 
-    Files whose names start with a dot do not count.
-
-    The search stops at the first such file, so that only a few names of a large folder are listed.
-    It also stops, without an error, after `_MOST_FOLDERS` folders and at a folder that cannot be
-    listed.
-
-    Args:
-        root: The folder.
-        where: Name of the configuration field that holds the root, for messages.
-
-    Raises: DataError: if there is no such file.
+    Files whose names start with a dot do not count. The search stops at the first such file, so
+    that only a few names of a large folder are listed. It also stops, without an error, after
+    `_MOST_FOLDERS` folders and at a folder that cannot be listed.
     """
     folders = [root]
     for _ in range(_MOST_FOLDERS):

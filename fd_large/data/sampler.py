@@ -42,9 +42,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
         epoch: Epoch, counted from 0.
         positions: (B,), each below num_samples.
 
-    Returns: (B,) sample indices.
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (the
-        generalised Feistel network and cycle walking).
+    Returns: (B,) int64, indices of samples.
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (the generalised
+        Feistel network and cycle walking).
     """
     return _permuted(num_samples, seed, epoch, positions, "order")
 
@@ -55,15 +55,9 @@ def _permuted(
     """Computes `epoch_order` with random numbers of another purpose.
 
     Args:
-        num_samples: Number of permuted items.
-        seed: The run's seed.
-        epoch: Epoch, counted from 0.
-        positions: (B,), each below `num_samples`.
         stream: Purpose of the random numbers, a name in `random_numbers.STREAMS`.
         first: Number that is added to the positions for which random numbers are drawn, so that
             several permutations can use one stream.
-
-    Returns: (B,) int64, indices of items.
     """
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
@@ -104,10 +98,7 @@ class Blocks:
         self.per_window = max(WINDOW_BLOCKS, math.ceil(WINDOW_SAMPLES / mean_size))
 
     def block(self, sample: int) -> tuple[int, int]:
-        """Returns which block has sample `sample`, and where in the block.
-
-        Returns: the number of the block; the index of the sample among the samples of this block.
-        """
+        """Returns the number of the block with a sample, and the sample's index in this block."""
         number = int(np.searchsorted(self.ends, sample, side="right"))
         return number, sample - (int(self.ends[number - 1]) if number else 0)
 
@@ -138,12 +129,8 @@ class Blocks:
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
         """Returns the index of a sample that replaces the sample at a position.
 
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-            position: Position in the epoch's order. The replacement is from the same window of
-                blocks.
-            draw: A random number in [0, 1), which chooses the replacement.
+        The replacement is from the same window of blocks as the position, and `draw`, a random
+        number in [0, 1), chooses it.
         """
         _, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
@@ -156,11 +143,6 @@ class Blocks:
 
         The result has the blocks of the position's window, and then the blocks of the next window.
         After the last window of an epoch, the next window is the first window of the next epoch.
-
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-            position: Position in the epoch's order.
         """
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
@@ -181,10 +163,6 @@ class Blocks:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Returns the order of the blocks in an epoch.
 
-        Args:
-            seed: The run's seed.
-            epoch: Epoch, counted from 0.
-
         Returns: (num_blocks,) the permuted numbers of the blocks; (num_blocks,) the position in the
             epoch at which each of these blocks ends; (num_windows,) the position at which each
             window starts.
@@ -199,17 +177,10 @@ class Blocks:
 def samples_at(
     source: Any, seed: int, epoch: int, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Returns which samples of a source an epoch has at some positions.
+    """Returns which samples of a source an epoch has at some positions, as `Blocks.order`.
 
-    If the source is read in blocks, this function also starts to fetch the blocks needed next.
-
-    Args:
-        source: The `ImageSource`.
-        seed: The run's seed.
-        epoch: Epoch, counted from 0.
-        positions: (B,), positions in the epoch's order.
-
-    Returns: (B,) int64, indices of samples.
+    If the source, an `ImageSource`, is read in blocks, this function also starts to fetch the
+    blocks needed next.
     """
     blocks: Blocks | None = getattr(source, "blocks", None)
     if blocks is None:
@@ -219,12 +190,7 @@ def samples_at(
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Returns the number of steps in an epoch; a last, incomplete global batch is dropped.
-
-    Args:
-        num_samples: Number of samples of the whole dataset.
-        global_batch_size: Number of images in a step over all ranks.
-    """
+    """Returns the number of steps in an epoch; a last, incomplete global batch is dropped."""
     return num_samples // global_batch_size
 
 

@@ -61,8 +61,8 @@ class TarShards:
                 tar files.
             where: Name of the configuration field that holds the root, for messages.
 
-        Raises:
-            DataError: if a shard is missing, unreadable or compressed, or no shard has an image.
+        Raises: DataError: if a shard is missing, unreadable or compressed, or no shard has an
+            image.
         """
         self._root, self._where = root, where
         self._anchor, self._rest = _anchor(root)
@@ -180,11 +180,7 @@ class _Files:
     def read(self, path: str, indexed: list[int], offset: int, size: int) -> bytearray:
         """Reads bytes of a shard; after a failed read, opens the shard again for a second read.
 
-        Args:
-            path: Path of the shard.
-            indexed: Size and modification time of the shard when it was indexed.
-            offset: Offset of the first byte.
-            size: Number of bytes.
+        `indexed` is the shard's size and modification time when it was indexed.
 
         Raises: OSError: if the bytes cannot be read, or the shard has changed since it was indexed.
         """
@@ -216,21 +212,15 @@ class _Files:
 
 
 def _most_open() -> int:
-    """Returns the largest number of shards that a process keeps open.
-
-    The number is half of the process's limit of open files, but at most `MOST_OPEN`.
-    """
+    """Returns half of the process's limit of open files, but at most `MOST_OPEN`."""
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 
 def open_shards(root: str, *, where: str) -> TarShards | None:
     """Opens a tar file, a pattern of tar files, or a folder with tar files and no image files.
 
-    Args:
-        root: Value of a configuration field such as `data.root`.
-        where: Name of this configuration field, for messages.
+    The result is None if the root is something else.
 
-    Returns: the source, or None if the root is something else.
     Raises: DataError: if a file of the pattern is missing, or the shards cannot be used.
     """
     kind = local_kind(root, where=where)
@@ -244,13 +234,9 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
 
 
 def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
-    """Returns the paths of the tar files that a root stands for.
+    """Returns the paths of the tar files that a root of `TarShards` stands for.
 
-    Args:
-        root: A tar file, a pattern of tar files, a folder with tar files, or a list of paths.
-        where: Name of the configuration field that holds the root, for messages.
-
-    Returns: the paths; empty for a folder without tar files, or with an image file.
+    The result is empty for a folder without tar files, or with an image file.
     """
     if not isinstance(root, str):
         return list(root)
@@ -266,12 +252,9 @@ def _is_pattern(root: str) -> bool:
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
     """Returns a path without braces and wildcards for a root, and a text that completes the path.
 
-    Args:
-        root: A tar file, a pattern of tar files, a folder with tar files, or a list of paths.
-
-    Returns: the path, and the text, which differs between roots with the same path. For a file or a
-        folder, these are the root and "". For a pattern, the folder before the first brace or
-        wildcard, and the rest of the pattern. For a list, its first path, and a hash of all paths.
+    The text differs between roots with the same path. For a file or a folder, path and text are the
+    root and "". For a pattern, they are the folder before the first brace or wildcard, and the rest
+    of the pattern. For a list, they are its first path, and a hash of all paths.
     """
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
@@ -297,12 +280,7 @@ def _matching(pattern: str, where: str) -> list[str]:
 
 
 def _only_shards(root: str, where: str) -> list[str]:
-    """Returns the paths of the tar files below the folder `root`; empty if image files are there.
-
-    Args:
-        root: The folder.
-        where: Name of the configuration field that holds the root, for messages.
-    """
+    """Returns the paths of the tar files below the folder `root`; empty if it has image files."""
     shards = []
     for kind, path, _ in walk(root, where):
         if kind == "image":

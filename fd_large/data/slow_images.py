@@ -55,7 +55,7 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 def longer_than(seconds: float) -> list[tuple[float, str]]:
     """Returns the images that processes have been loading for more than `seconds` until now.
 
-    Returns: (seconds since the loading began, name of the image) for each of these images.
+    Each is (seconds since the loading began, name of the image).
     """
     slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):

@@ -80,8 +80,8 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
         root: URL of a file or a folder, or a pattern of URLs.
         where: Name of the configuration field that holds the URL, for messages.
 
-    Raises:
-        DataError: if there are no such files, the store refuses a request, or a package is missing.
+    Raises: DataError: if there are no such files, the store refuses a request, or a package is
+        missing.
     """
     if not is_url(root):
         return None
@@ -98,10 +98,8 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
 def _open_parquet(root: str, *, where: str) -> ImageSource | None:
     """Opens local parquet files, or returns None if `root` names no parquet files.
 
-    Args:
-        root: A parquet file, a pattern of parquet files, or a folder with parquet files in it or
-            in its subfolder `data`.
-        where: Name of the configuration field that holds the root, for messages.
+    The root may be a parquet file, a pattern of parquet files, or a folder with parquet files in it
+    or in its subfolder `data`.
 
     Raises: DataError: if a file is missing or damaged, or a package is missing.
     """
@@ -133,11 +131,8 @@ def _open_tables(root: str, files: Sequence[Stored], *, where: str) -> ImageSour
 def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
     """Opens a folder that `save_to_disk` of Hugging Face's `datasets` wrote.
 
-    Args:
-        root: Value of a configuration field such as `data.root`.
-        where: Name of this configuration field, for messages.
+    The result is None if `root` is no such folder.
 
-    Returns: the source, or None if `root` is no such folder.
     Raises: DataError: if the folder has several parts of a dataset, or the package is missing.
     """
     if local_kind(root, SAVED_PARTS, where=where) == "file":

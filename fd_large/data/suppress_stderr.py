@@ -38,10 +38,7 @@ _lock = threading.Lock()
 
 
 def _forget() -> None:
-    """Makes a forked child use its own in-memory file for stderr instead of its parent's file.
-
-    The system calls this function in each child after a fork.
-    """
+    """Makes a forked child use its own in-memory file for stderr instead of its parent's file."""
     global _memory, _done, _lock
     _memory, _done, _lock = None, 0, threading.Lock()
 

@@ -52,10 +52,6 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
     The columns are those that Hugging Face's `datasets` recorded as features in the schema. If
     there are no features, columns are chosen by their types and names (`IMAGES` and `LABELS`).
 
-    Args:
-        schema: Schema of the table.
-        where: Name of the table or configuration field, for messages.
-
     Raises: DataError: if no column can be the column of images, or several can.
     """
     features = _features(schema)
@@ -101,14 +97,11 @@ def cells(column: pa.Array) -> list[tuple[Any, str]]:
 def labels_of(
     column: pa.ChunkedArray, columns: Columns, where: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-    """Returns the class of each row, and the names of the classes.
+    """Returns the class of each row, (num_rows,) int64, and the names of the classes.
 
-    Args:
-        column: The column of classes, with whole numbers or names.
-        columns: Description of the table's columns.
-        where: Name of the configuration field that holds the root, for messages.
+    The column of classes has whole numbers or names. The names of the classes are None if they are
+    not known.
 
-    Returns: (num_rows,) int64; the names of the classes, or None if they are not known.
     Raises: DataError: if a row has no class, or its number is negative or past the last class.
     """
     if column.null_count:
@@ -206,10 +199,6 @@ class ParquetImages(BlockImages):
 def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], Columns, str]:
     """Reads the footers of parquet files.
 
-    Args:
-        files: The files.
-        where: Name of the configuration field that holds the root, for messages.
-
     Returns: the table of blocks for `BlockImages`, without empty row groups; the columns, which all
         files must have in common; the fingerprint of the dataset.
     Raises: DataError: if a file is damaged or has no column of images, or the columns differ.
@@ -252,12 +241,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
 
 
 def _bytes_of(group: Any, column: str) -> int:
-    """Returns the uncompressed size of column `column` in a row group, in bytes.
-
-    Args:
-        group: Metadata of the row group, from the footer of a parquet file.
-        column: Name of the column.
-    """
+    """Returns the uncompressed size in bytes of a column in a row group (of metadata `group`)."""
     chunks = map(group.column, range(group.num_columns))
     return sum(
         chunk.total_uncompressed_size
@@ -267,16 +251,9 @@ def _bytes_of(group: Any, column: str) -> int:
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
-    """Checks that the mean size of a column's cells is not above the limit for an image file.
+    """Raises DataError if a column's cells in a row group exceed `MAX_FILE_BYTES` on average.
 
     The sizes are those in the footer of the file, so that nothing is decompressed.
-
-    Args:
-        stored: The parquet file.
-        group: Metadata of a row group, from the footer of the file.
-        column: Name of the column.
-
-    Raises: DataError: if the mean size exceeds `MAX_FILE_BYTES`.
     """
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
@@ -288,13 +265,10 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
 
 
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
-    """Returns the bytes of an image of which a table has only the path.
+    """Returns the bytes of an image of which a table, the file `stored`, has only the path.
 
-    Args:
-        stored: The file of the table.
-        path: Path of the image, which is looked up below the folder of this file.
-
-    Returns: the bytes; empty if no image is at the path, or the file of the table is not local.
+    The path is looked up below the folder of this file. The result is empty if no image is at the
+    path, or the file of the table is not local.
     """
     with suppress(DataError):
         if path and not stored.is_remote:

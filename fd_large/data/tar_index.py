@@ -42,12 +42,8 @@ class Torn(Exception):
 class TarImage(NamedTuple):
     """An image in an archive, at the bytes [offset, offset + size) of the archive.
 
-    Attributes:
-        name: Name of the image's member in the archive.
-        offset: Offset of the image's first byte in the archive.
-        size: Number of bytes of the image.
-        label: The number in the archive's member KEY.cls, where KEY is `name` up to the
-            first dot after the last slash; `NO_LABEL` without a valid number in such a member.
+    The label is the number in the archive's member KEY.cls, where KEY is `name` up to the first dot
+    after the last slash; `NO_LABEL` without a valid number in such a member.
     """
 
     name: bytes
@@ -97,7 +93,7 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
 
 
 def _key(name: bytes) -> bytes:
-    """Returns the part of a member's name `name` up to the first dot after the last slash."""
+    """Returns the part of a member's name up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
 
@@ -116,10 +112,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        """Reads the next header of `archive`.
-
-        Raises: Torn: at damage at which tarfile would end silently.
-        """
+        """Reads the next header; raises Torn at damage at which tarfile would end silently."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
@@ -134,12 +127,8 @@ class _Header(tarfile.TarInfo):
 def members(file: BinaryIO) -> Iterator[Member]:
     """Yields the regular files of an open tar archive, reading headers alone.
 
-    Args:
-        file: The archive, at its beginning.
-
-    Raises:
-        Torn: after the last whole member, if the archive is truncated or damaged, or the file is
-            not a tar archive.
+    Raises: Torn: after the last whole member, if the archive is truncated or damaged, or the file
+        is not a tar archive.
     """
     end = os.fstat(file.fileno()).st_size
     try:
@@ -163,12 +152,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
 def _check_tail(descriptor: int, start: int, end: int) -> None:
     """Raises `Torn` if anything but padding follows the end of an archive.
 
-    This finds concatenated archives, and files whose download has not finished.
-
-    Args:
-        descriptor: File descriptor of the archive.
-        start: Offset at which the archive ends.
-        end: Size of the file in bytes.
+    This finds concatenated archives, and files whose download has not finished. The archive ends at
+    the offset `start`, and the file has `end` bytes.
     """
     if end - start > _MAX_PADDING:
         raise Torn(f"it ends at byte {start}, the file at byte {end}")

@@ -87,18 +87,13 @@ class DivisibleImages(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Returns the path of image `index` of the dataset, counted from 0.
-
-        After `part`, the dataset has only the images of this part.
-        """
+        """Returns the path of image `index` of the images in use, counted from 0."""
 
     def part(self, part: str, fraction: float) -> Self:
-        """Returns the dataset of the training images or of the test images.
+        """Returns the dataset of the training images ("train") or of the test images ("val").
 
-        Args:
-            part: "train" for the training images, "val" for the test images.
-            fraction: Fraction of the images that are held out for tests. If it is 0, the dataset
-                itself is returned.
+        The fraction is that of the images that are held out for tests. If it is 0, the dataset
+        itself is returned.
 
         Raises: DataError: if one of the two parts would be empty.
         """
@@ -115,9 +110,8 @@ class DivisibleImages(ABC):
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether an image belongs to the test images.
 
-    Args:
-        name: Path of the image relative to the folder, with "/" between the parts.
-        fraction: Fraction of the images that are held out for tests.
+    The name is the image's path relative to the folder, with "/" between the parts, and the
+    fraction is that of the images that are held out for tests.
     """
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
@@ -145,15 +139,12 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
 
 
 def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> NDArray[np.int64]:
-    """Divides images into training images and test images by their names.
+    """Divides images by their names into parts as `places_of`, and returns the indices of a part.
 
     Args:
         names: Paths of all images relative to their folder, with "/" between the parts.
-        part: "train" or "val", the part to return.
-        fraction: Fraction of the images that are held out for tests, in (0, 1).
         root: The folder, for messages.
 
-    Returns: the indices of the part's images in `names`, in rising order.
     Raises: DataError: if one of the two parts would be empty.
     """
     held_out = np.fromiter((is_held_out(name, fraction) for name in names), bool)

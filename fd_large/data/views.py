@@ -71,10 +71,7 @@ class Draws(NamedTuple):
 def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
     """Returns the random numbers of a view for each place, which depend on (seed, epoch, place).
 
-    Args:
-        seed: 0 to 2**64 - 1.
-        epoch: Epoch, counted from 0.
-        places: (B,), whole numbers from 0, such as positions in the epoch's order.
+    The places are whole numbers from 0, (B,), such as positions in the epoch's order.
     """
     crops = uniforms(seed, epoch, places, "view", NUM_DRAWS).tolist()
     colors = uniforms(seed, epoch, places, "color", NUM_COLOR_DRAWS).tolist()
@@ -96,10 +93,7 @@ class FixedViews(NamedTuple):
     seed: int
 
     def draws(self, epoch: int, index: int) -> Draws:
-        """Returns the random numbers of the view of image `index` in epoch `epoch`.
-
-        Epochs count from 0; the views recur after `count` epochs.
-        """
+        """Returns the random numbers of the view of image `index` in an epoch, counted from 0."""
         return view_draws(self.seed, epoch % self.count, [index])[0]
 
 
@@ -107,12 +101,6 @@ def jittered_view(
     source: ImageSource, index: int, draws: Draws, settings: ViewSettings
 ) -> torch.Tensor:
     """Reads an image, and returns a view with crop, flip and colour jitter.
-
-    Args:
-        source: The images.
-        index: Index of the image.
-        draws: The random numbers of the view.
-        settings: Settings of the view.
 
     Returns: (3, image_size, image_size) uint8.
     Raises: DataError: if the image cannot be read or decoded.
@@ -130,14 +118,9 @@ def random_view(
 ) -> torch.Tensor:
     """Reads an image, crops a random box, resizes the crop, and flips it with probability 1/2.
 
-    If the size is known before decoding, the rows below the box are not decoded.
-
-    Args:
-        source: The images.
-        index: Index of the image.
-        draws: `NUM_DRAWS` numbers in [0, 1).
-        settings: Settings of the view, of which the colour settings are not used here
-            (`jitter_color`).
+    If the size is known before decoding, the rows below the box are not decoded. Of the settings,
+    those of colours are not used here (`jitter_color`). There are `NUM_DRAWS` numbers `draws`, each
+    in [0, 1).
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     Raises: DataError: if the image cannot be read or decoded.

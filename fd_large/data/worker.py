@@ -76,10 +76,7 @@ def _shorten_socket_name() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Returns the settings that Python's multiprocessing keeps for this process.
-
-    The result is an empty dict if Python keeps none.
-    """
+    """Returns the settings that Python's multiprocessing keeps for this process; {} if none."""
     return vars(multiprocessing.current_process()).get("_config", {})
 
 
