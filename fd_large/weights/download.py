@@ -61,8 +61,7 @@ def locate(source: str, *, where: str = "weights") -> Located:
     """Returns the file, folder or tensors of a source, downloading them if needed.
 
     Args:
-        source: The source; a source without a known prefix is a path, which need not exist.
-        where: Field that the user set, for messages.
+        source: A source without a known prefix is a path, which need not exist.
 
     Raises: WeightsError: if a package is not installed, or the weights cannot be downloaded.
     """
@@ -122,7 +121,7 @@ def _from_open_clip(name: str, where: str) -> Located:
         raise WeightsError(
             f"{where}: cannot be fetched from open_clip; got {first_line(error)} for {name}, "
             "expected weights that are cached or can be reached. Download the file elsewhere, and "
-            "give its path and --teacher.architecture.activation."
+            "give its path and its activation (the field architecture.activation)."
         ) from error
     # open_clip's entry for the weights says which activation they were trained with.
     quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
@@ -134,11 +133,10 @@ def _from_open_clip(name: str, where: str) -> Located:
 
 
 def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
-    """Downloads the weights of a source into a new folder, which appears when it is complete.
+    """Downloads the weights of a source into the folder `out`, which appears when it is complete.
 
     Args:
         source: `hf:REPO`, `open_clip:ARCH/TAG` or `timm:NAME`.
-        out: The folder.
 
     Returns: the names of the folder's files, and the licence of the weights as their publisher
         states it, or `UNKNOWN`.
@@ -169,9 +167,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 def _writer(source: str) -> Callable[[Path], str]:
     """Returns a function that downloads the weights of `source` into a folder.
 
-    The function takes the folder, and returns the licence of the weights, or "" if it is unknown.
-
-    Raises: WeightsError: if `source` is of a kind that is not downloaded, such as a path.
+    It returns the licence of the weights, or "" if unknown. A source that is not downloaded, such
+    as a path, raises WeightsError.
     """
     if source.startswith(HUB):
         return partial(_folder_of_hub, source.removeprefix(HUB))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,7 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check_push(repository: str) -> None:
-    """Checks that an upload to a new repository can succeed, before the export writes its files.
-
-    Args:
-        repository: OWNER/NAME of the repository, which must not exist yet.
+    """Checks, before the export writes its files, that an upload to OWNER/NAME can succeed.
 
     Raises:
         ConfigError: If the name is invalid or the repository exists.
@@ -31,28 +29,26 @@ def check_push(repository: str) -> None:
             "my-group/swinv2-giant. Name a repository that does not exist yet."
         )
     api = _api()
-    with _explained(repository, "Nothing was exported."):
+    renamed = "Nothing was exported: name another repository, or export without --push."
+    with _explained(repository, "Nothing was exported.", renamed):
         api.whoami()
         exists = api.repo_exists(repository)
     if exists:
-        raise _there(
-            repository, "Nothing was exported: name another repository, or export without --push."
-        )
+        raise _there(repository, renamed)
 
 
 def push(folder: Path, repository: str) -> str:
-    """Creates a private repository and uploads a folder to it; returns the repository's address.
+    """Uploads an export's folder to a new private repository, and returns the latter's address.
 
-    Args:
-        folder: Folder of an export, which stays on disk after an error.
-        repository: OWNER/NAME of the repository.
+    The folder stays on disk after an error.
 
     Raises: ConfigError: if the repository exists; WeightsError: if the upload fails.
     """
     api = _api()
-    later = f"{folder} is written: to upload it later, run hf upload {repository} {folder}"
-    with _explained(repository, f"{later}."):
-        # Private, since only its owner can decide whether the student may be public.
+    # Private, since only its owner can decide whether the student may be public.
+    later = f"{folder} is written: to upload it later, run hf upload --private"
+    path = shlex.quote(str(folder))
+    with _explained(repository, f"{later} {repository} {path}.", f"{later} OWNER/NAME {path}."):
         address = api.create_repo(repository, private=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Export of fd_large"
@@ -75,14 +71,11 @@ def _there(repository: str, remedy: str) -> ConfigError:
 
 
 @contextmanager
-def _explained(repository: str, remedy: str) -> Iterator[None]:
-    """Turns errors of the Hub's client in the `with` block into our errors.
+def _explained(repository: str, remedy: str, renamed: str) -> Iterator[None]:
+    """Turns errors of the Hub's client in the `with` block into a WeightsError, or a ConfigError.
 
-    Args:
-        repository: OWNER/NAME of the repository, for messages.
-        remedy: End of each error's message.
-
-    Raises: ConfigError: if the repository exists; WeightsError: for other errors.
+    The WeightsError ends with `remedy`. The ConfigError, which says that the repository exists,
+    ends with `renamed`.
     """
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -102,13 +95,17 @@ def _explained(repository: str, remedy: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         message = first_line(error).rstrip(".")
         if status == 409:
-            raise _there(repository, remedy) from error
+            raise _there(repository, renamed) from error
         if status in (401, 403):
             raise WeightsError(
-                f"--push: the token may not write to {repository}; got {message}, expected a token "
-                f"with write access there (huggingface.co/settings/tokens). {remedy}"
+                f"--push: the token is invalid or may not write to {repository}; got {message}, "
+                "expected a token with write access there (huggingface.co/settings/tokens). "
+                f"{remedy}"
             ) from error
+        expected = "a server that can be reached. Check the network."
+        if status:
+            expected = "a server that takes it. Check the name and HF_ENDPOINT, or try again later."
         raise WeightsError(
-            f"--push: cannot be uploaded to {repository}; got {message}, expected a server that "
-            f"can be reached. {remedy}"
+            f"--push: cannot be uploaded to {repository}; got {message}, expected {expected} "
+            f"{remedy}"
         ) from error

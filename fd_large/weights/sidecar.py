@@ -72,7 +72,6 @@ class Configuration:
         located: The location of the weights. It also has what a library states about them, if they
             are in the library's own list.
         folder: The folder of the weights.
-        where: Field that the user set, for messages.
     """
 
     def __init__(self, located: Located, folder: Path, where: str) -> None:
@@ -109,8 +108,8 @@ class Configuration:
     def model(self) -> Described | None:
         """The model of a library that config.json describes.
 
-        The value is None if there is no such file, or if the weights are read by the names of their
-        tensors into a model of this package.
+        The value is None if there is no such file, or if a model of this package reads the weights
+        by the names of their tensors.
         """
         config, where = self._config, self._where
         if OWN in config or not self._library:
@@ -128,7 +127,7 @@ class Configuration:
         raise WeightsError(
             f"{where}: {self._folder / 'config.json'}: an unsupported model; got "
             f"{self._called}, expected a model that docs/weights.md lists. If timm has this "
-            "model, set --teacher.source timm:NAME."
+            "model, name timm:NAME in place of these weights."
         )
 
     def stated(self, published: Published, library: str) -> Stated:
@@ -140,8 +139,8 @@ class Configuration:
             published: The family's description of its published files.
             library: Library whose configuration belongs to the format, or "".
 
-        Raises:
-            WeightsError: If the configuration is damaged, or describes a model of another family.
+        Raises: WeightsError: if the configuration is damaged, or describes a model of another
+            family.
         """
         listed = _stated(published, self._located.library, self._located.config, self._where)
         with _plain_errors(self._folder, self._where):
@@ -238,12 +237,7 @@ class Configuration:
 
 @contextmanager
 def _plain_errors(folder: Path, where: str) -> Iterator[None]:
-    """Turns errors that a damaged configuration causes in the `with` block into a WeightsError.
-
-    Args:
-        folder: The folder of the configuration, for the message.
-        where: Field that the user set, for the message.
-    """
+    """Turns errors in the block, caused by a damaged configuration, into a WeightsError."""
     try:
         yield
     except (
@@ -257,21 +251,20 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
         raise WeightsError(
             f"{where}: the configuration in {folder}: not valid for its format; got "
             f"{type(error).__name__} {error}, expected the file as it was published. Fetch the "
-            "file again, or move it away and set --teacher.architecture.*."
+            "file again, or move it away and set the fields of the architecture that are then "
+            "unknown."
         ) from error
 
 
 def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
     """Returns the architecture fields that a library's configuration states.
 
-    Returns None if the configuration describes a model of another family.
+    Returns None if the configuration describes a model of another family than `published`.
 
     Args:
-        published: The family's description of its published files.
         library: "timm", "hf", "open_clip", or "" for none.
         config: The configuration: contents of config.json, for "timm" also a module, for
             "open_clip" a model configuration.
-        where: Field that the user set, for messages.
 
     Raises: WeightsError: for an unsupported activation, or if timm cannot make the model.
     """
@@ -312,13 +305,9 @@ def own_config(
 
 
 def _timm_module(config: dict[str, Any], where: str) -> Any:
-    """Returns the module that a timm configuration describes, on the meta device.
+    """Returns the module that timm's config.json describes, on the meta device.
 
     Returns None if timm has no model of that name.
-
-    Args:
-        config: Contents of timm's config.json.
-        where: Field that the user set, for messages.
 
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
@@ -327,8 +316,8 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
         raise WeightsError(
             f"{where}: config.json: model_args that are not passed to timm; got "
             f"{', '.join(unknown)[:200]}, expected only {', '.join(sorted(ARGUMENTS))}, each a "
-            "text, list or number of the size that models have. Remove the argument, or set "
-            "--teacher.source timm:NAME."
+            "text, list or number of the size that models have. Remove the argument, or name "
+            "timm:NAME in place of these weights."
         )
     text = json.dumps(arguments, sort_keys=True)
     try:

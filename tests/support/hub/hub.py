@@ -30,12 +30,12 @@ class Hub(ThreadingHTTPServer):
         asked: Paths that were asked for.
         created: What was said of each new repository.
         objects: Large files that were uploaded, by their hash.
-        may_write: Whether the token may make a repository.
+        refusal: Status by which a new repository is refused; 0 makes the repository.
     """
 
     def __init__(self, repositories: dict[str, Path], uploads: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.repositories, self.uploads, self.may_write = dict(repositories), uploads, True
+        self.repositories, self.uploads, self.refusal = dict(repositories), uploads, 0
         self.asked: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.objects: dict[str, bytes] = {}
@@ -72,8 +72,8 @@ class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         hub, path, sent = self.server, self.path.partition("?")[0], self._sent()
         if path == "/api/repos/create":
-            if not hub.may_write:
-                self._say({"error": "no write access"}, 403)
+            if hub.refusal:
+                self._say({"error": "refused"}, hub.refusal)
                 return
             hub.created.append(json.loads(sent))
             name = "{organization}/{name}".format(**hub.created[-1])

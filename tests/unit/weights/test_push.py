@@ -21,7 +21,7 @@ from fd_large.backbones.registry import build
 from fd_large.cli import export as command
 from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import student_weights
-from fd_large.errors import ConfigError, WeightsError
+from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.recipes.sections import FrozenModel
 from fd_large.weights.load import fill
 from fd_large.weights.origin import Origin, origin_of
@@ -116,7 +116,7 @@ def test_what_is_there_already_stays_and_nothing_is_exported(hub, export, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("token", "words"), [("", "no token.*hf auth login"), ("hf_other", "token may not write")]
+    ("token", "words"), [("", "no token.*hf auth login"), ("hf_other", "token is invalid")]
 )
 def test_tokens(hub, export, tmp_path, monkeypatch, token, words):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -125,16 +125,24 @@ def test_tokens(hub, export, tmp_path, monkeypatch, token, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_token_that_only_reads_is_met_at_the_upload(hub, export, tmp_path):
-    hub.may_write = False
-    with pytest.raises(WeightsError, match=r"group/student.*later"):
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (403, "may not write to group/student.*run hf upload --private group/student "),
+        (404, "expected a server that takes it.*run hf upload --private group/student "),
+        (409, "exists already.*run hf upload --private OWNER/NAME "),
+    ],
+)
+def test_a_refusal_at_the_upload_says_how_to_upload_later(hub, export, tmp_path, status, words):
+    hub.refusal = status
+    with pytest.raises(FDError, match=words):
         export()
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_no_network(hub, export, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(WeightsError, match=r"--push: .*can be reached. Nothing"):
+    with pytest.raises(WeightsError, match=r"--push: .*can be reached. Check the network. Nothing"):
         export()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE=1.*Unset this"):
