@@ -187,7 +187,6 @@ def complaint(source: str, where: str) -> str:
 
     Args:
         source: The name; a name of another form gives "".
-        where: The field that the user set, for the message.
     """
     if not is_own(source):
         return ""
@@ -216,7 +215,6 @@ def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[s
     Args:
         source: The name.
         kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
-        where: The field that the user set, for messages.
         built_in: The built-in names of this kind.
 
     Raises: ConfigError: with the nearest names.
@@ -250,7 +248,6 @@ def refuse_scheme(
     Args:
         source: The name, which is not an existing path.
         schemes: The known prefixes of sources, such as "hf:".
-        where: The field that the user set, for messages.
         of: Class of the error.
     """
     start = f"{source.partition(':')[0]}:"
@@ -268,7 +265,6 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
     Args:
         source: The name.
         kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
-        where: The field that the user set, for messages.
         built_in: The built-in objects by name, which need no import.
 
     Raises: ConfigError: if the object does not exist, its import fails, or its file is not allowed.

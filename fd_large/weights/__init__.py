@@ -8,5 +8,6 @@ model have the same tensors. `export.py` and `convert.py` write weights.
 
 No code here depends on a family's name or states a shape: families describe their files
 (`backbones/NAME/published.py`), and modules on the meta device give the shapes. No code here knows
-runs or tasks.
+runs or tasks. An argument `where` is always the field or flag that the user set, or the command,
+with which messages begin.
 """

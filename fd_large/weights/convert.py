@@ -39,7 +39,6 @@ def write(
 
     Args:
         items: (our name, tensor) of the whole model.
-        architecture: The model.
         to: "fd" writes a folder with our names and a complete config.json, "official" a file with
             the names of the official repositories, "timm" a file with timm's names.
         out: A new folder for "fd"; a new .safetensors or .pth file for "official" and "timm".
@@ -101,8 +100,8 @@ def write(
 def _timm(architecture: FamilyArchitecture) -> Export:
     """Returns how a model is written with timm's tensor names.
 
-    Raises:
-        WeightsError: If timm has no model of this family, or none with all parts of `architecture`.
+    Raises: WeightsError: if timm has no model of this family, or none with all parts of
+        `architecture`.
     """
     export = family_of(architecture).exports.get("timm")
     lacks = export.lacks_place(architecture) if export else "timm has no model of this family"

@@ -43,22 +43,18 @@ class Fitted:
         expected: {name: shape} of every tensor of the model.
         allow: Patterns (*, ?) of names that may be missing in the file or in the model.
         label: Name of the file for messages and the log.
-        where: Field that the user set, for messages.
-        margin: Number added to the sides of the new grid when the scale factors of positions are
-            computed (DINO's 0.1).
-        antialias: Whether the filter is widened when positions are resized to a smaller grid.
+        margin, antialias: As in `resized`.
         notes: Descriptions of changes that the rules make, for the log.
         remedy: Remedy for tensors that do not fit, for messages.
         resize: Whether position tables of another grid in the file are accepted and resized.
 
     Attributes:
-        match: Result of comparing file and model.
+        match: The comparison of file and model.
         may_be_missing: Names of the model's tensors that the file lacks and that the user allowed
             to be missing.
 
-    Raises:
-        WeightsError: If the file does not cover the model, has unused tensors, or has tensors that
-            are not floating-point.
+    Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors
+        that are not floating-point.
     """
 
     def __init__(
@@ -127,10 +123,7 @@ class Fitted:
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the paths of the files that hold the tensors, after their index if there is one.
-
-        The list is empty if a library or a checkpoint provides the tensors.
-        """
+        """Returns the tensors' files after their index; [] if a library or checkpoint has them."""
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
@@ -149,7 +142,7 @@ _REMEDY = "Name the model that the file holds, or allow these tensors by name."
 
 @dataclass
 class Match:
-    """The result of comparing a file's tensors with a model's.
+    """The comparison of a file's tensors with a model's.
 
     Attributes:
         total: Number of elements in the model's tensors.
@@ -179,8 +172,7 @@ class Match:
     def summary(self) -> str:
         """Returns how much of the model fits: "98.5% of the model's 100 numbers, 12 tensors".
 
-        The numbers are the elements of all tensors of the model. The tensors are those that fit,
-        unchanged or resized.
+        The numbers are the elements of all tensors of the model; the tensors are those that fit.
         """
         share = 100 * self.parameters / self.total if self.total else 0.0
         # An incomplete model must not round up to 100 %.
@@ -192,13 +184,12 @@ class Match:
 def match(
     shapes: Shapes, expected: Shapes, *, allow: tuple[str, ...] = (), resize: bool = True
 ) -> Match:
-    """Compares the shapes of a file's tensors with the shapes of a model's tensors.
+    """Compares the shapes of a file's tensors with those of a model's, both by our names.
 
     Args:
         shapes: {our name: shape} of the file's tensors.
         expected: {our name: shape} of the model's tensors.
-        allow: Patterns (*, ?) of names that may be missing in the file or in the model.
-        resize: Whether position tables of another grid in the file are accepted, to be resized.
+        allow, resize: As in `Fitted`.
     """
     outcome = Match(sum(map(math.prod, expected.values())))
 
@@ -223,13 +214,7 @@ def match(
 
 
 def can_resize(name: str, old: Shape, new: Shape) -> bool:
-    """Whether a tensor is a position table that only needs to be resized to another grid.
-
-    Args:
-        name: Name of the tensor in the model.
-        old: Shape in the file.
-        new: Shape in the model.
-    """
+    """Whether a tensor is a position table that only needs resizing from shape `old` to `new`."""
     last = name.rpartition(".")[2]
     if last in _POSITIONS:
         return len(old) == len(new) == 3 and old[::2] == new[::2]
@@ -246,18 +231,16 @@ def resized(
     antialias: bool = False,
     where: str = "weights",
 ) -> Tensor:
-    """Resizes a file's position table to the grid of a model, and returns it.
+    """Returns the file's position table `tensor`, resized to its shape in the model.
 
     Args:
         name: Name of the tensor in the model.
-        tensor: The file's tensor.
         shape: Shape of the tensor in the model.
         expected: {name: shape} of the model's tensors, which show whether the model has class
             tokens.
         margin: Number added to the sides of the new grid when the scale factors of positions are
             computed (DINO's 0.1).
         antialias: Whether the filter is widened when positions are resized to a smaller grid.
-        where: Field that the user set, for messages.
     """
     where = f"{where}: {name}"
     if name.endswith(_TABLE):
@@ -271,15 +254,9 @@ def resized(
 
 
 def check_finite(name: str, tensor: Tensor, label: str, where: str) -> None:
-    """Checks that all elements of a tensor are finite, without copying the tensor.
+    """Raises WeightsError if an element of a tensor is NaN or infinite; copies no finite tensor.
 
-    Args:
-        name: Name of the tensor, for the message.
-        tensor: The tensor.
-        label: Name of the file, for the message.
-        where: Field that the user set, for the message.
-
-    Raises: WeightsError: if an element is NaN or infinite.
+    The message names the tensor by `name`, and its file by `label`.
     """
     if tensor.numel() == 0:
         return
@@ -305,12 +282,10 @@ def covered(
     Args:
         expected: {name: shape} of every tensor of the model.
         items: (our name, tensor) pairs.
-        where: Field that the user set, for the message.
-        may_be_missing: Names that the user allowed to be missing.
+        may_be_missing: Names of the model's tensors that may be missing.
 
-    Raises:
-        WeightsError: After the last tensor, naming tensors that are missing, unused, duplicate or
-            of another shape.
+    Raises: WeightsError: after the last pair, naming tensors that are missing, unused, duplicate or
+        of another shape.
     """
     checked: set[str] = set()
     left_over, misfits, twice = [], [], []

@@ -47,13 +47,11 @@ def export_of(
 
     Args:
         architecture: The student, with the image size of the export.
-        to: The value of `--to`, a key of `LIBRARIES`.
+        to: The value of `--to`.
         pads: Whether the run pads images whose size does not fit.
         window_rule: The run's rule for maps that windows do not divide.
 
-    Raises:
-        ConfigError: If the library lacks the model. The message names the formats that can hold the
-            model.
+    Raises: ConfigError: if the library lacks the model, with the formats that can hold it.
     """
     if LIBRARIES[to].graph:
         return None
@@ -74,10 +72,7 @@ def libraries_of(
 ) -> list[To]:
     """Returns the values of `--to` whose format can hold a model without a task's heads.
 
-    Args:
-        architecture: The student, with the image size of the export.
-        pads: Whether the run pads images whose size does not fit.
-        window_rule: The run's rule for maps that windows do not divide.
+    The arguments are those of `export_of`.
     """
     return [
         form
@@ -87,14 +82,7 @@ def libraries_of(
 
 
 def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: WindowRule) -> str:
-    """Returns why the format `to` cannot hold a model, in words; "" if it can.
-
-    Args:
-        architecture: The student, with the image size of the export.
-        to: A value of `--to` whose files hold tensors, not a graph.
-        pads: Whether the run pads images whose size does not fit.
-        window_rule: The run's rule for maps that windows do not divide.
-    """
+    """Returns why `to`, a format of tensors, cannot hold a model, in words; "" if it can."""
     exports = family_of(architecture).exports
     if to not in exports:
         return f"a {architecture.family} model, which has no export of this kind"
@@ -105,15 +93,10 @@ def _lacks(architecture: FamilyArchitecture, to: To, pads: bool, window_rule: Wi
 
 
 def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitecture:
-    """Returns the architecture of a trained model for images of another size.
+    """Returns a trained model for images of another side in pixels; 0 keeps that of its training.
 
-    Args:
-        architecture: The student, with the image size of its training.
-        image_size: Side of the images in pixels; 0 means the size of the training.
-
-    Raises:
-        ConfigError: If the model's tensors would change, since its positions are made for the size
-            of the training.
+    Raises: ConfigError: if the model's tensors would change, since its positions are made for the
+        size of the training.
     """
     if image_size in (0, architecture.image_size):
         return architecture
@@ -152,11 +135,9 @@ def export(
         architecture: The student, with the image size of the export.
         into: Result of `export_of`.
         out: The folder, which must not exist yet.
-        statistics: Mean and standard deviation by which the student's images are normalised.
         shard_size: Largest size of a file in bytes.
         card: Text of the model card.
-        code_hash: SHA-256 of the user's code file that makes the student, or "".
-        trained_by: Records of the training runs that led to the weights, the latest first.
+        statistics, code_hash, trained_by: As in `sidecar.own_config`.
         beside: Function that writes further files into the folder before it appears.
 
     Raises:
@@ -195,12 +176,7 @@ def configuration(
 ) -> dict[str, Any]:
     """Returns the contents of config.json: entries for the library's loader and for this package.
 
-    Args:
-        architecture: The student, with the image size of the export.
-        into: How the student is written in the library's format, the result of `export_of`.
-        statistics: Mean and standard deviation by which the student's images are normalised.
-        code_hash: SHA-256 of the user's code file that makes the student, or "".
-        trained_by: Records of the training runs that led to the weights, the latest first.
+    The arguments are those of `export`.
     """
     theirs = into.config(architecture, statistics) if into.config else {}
     return theirs | own_config(
@@ -222,7 +198,7 @@ def parse_size(text: str) -> int:
 
     Units are powers of 1000, also "GiB" and the like. A number without a unit is in bytes.
 
-    Raises: ConfigError: if `text` has another form or another unit, or states less than 1 byte.
+    Raises: ConfigError: if `text` has another form or unit, or states less than 1 byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
     size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
@@ -235,13 +211,9 @@ def parse_size(text: str) -> int:
 
 
 def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[str, Shape]]:
-    """Distributes float32 tensors over files, in their order.
+    """Distributes float32 tensors over files, in order; returns {name: shape} for each file.
 
-    Args:
-        shapes: (name, shape) of the tensors.
-        shard_size: Largest size of a file in bytes. A tensor that is larger has a file of its own.
-
-    Returns: {name: shape} of the tensors in each file.
+    No file is larger than `shard_size` bytes, unless a single tensor is, in a file of its own.
     """
     files: list[dict[str, Shape]] = [{}]
     file_bytes = 0
@@ -267,7 +239,7 @@ def write_shards(
         folder: An existing folder.
         shapes: (name, shape) of all tensors, in the order of `items`.
         items: (name, tensor) pairs.
-        size: Largest size of a file in bytes.
+        size: Largest size of a file in bytes, as in `planned`.
 
     Returns: the paths of the files, without the index.
     """

@@ -38,10 +38,7 @@ _TOLERANCE = 1e-3
 
 
 def check_packages(to: To) -> None:
-    """Checks that the packages that an export to the format `to` needs are installed.
-
-    Raises: ConfigError: naming the packages that are missing.
-    """
+    """Raises ConfigError if an export to the format `to` needs packages that are not installed."""
     if missing := [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]:
         raise ConfigError(
             f"export: --to {to}: packages are not installed; got no {', '.join(missing)}, expected "
@@ -72,10 +69,8 @@ def export_graph(
         to: "onnx" or "program".
         out: The folder, which must not exist yet.
         sizes: The student's rules for sizes that do not fit (`Student.sizes`).
-        statistics: Mean and standard deviation by which the student's images are normalised.
         card: Text of the model card.
-        code_hash: SHA-256 of the user's code file that makes the student, or "".
-        trained_by: Records of the training runs that led to the weights, the latest first.
+        statistics, code_hash, trained_by: As in `sidecar.own_config`.
 
     Returns: the paths of the graph's files.
     Raises:
@@ -158,12 +153,9 @@ _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
 def _metadata(side: int, feature_map: FeatureMap, statistics: Statistics) -> dict[str, str]:
-    """Returns {key: text} that describes the graph's input and output, for the graph's file.
+    """Returns {key: text} for the graph's file, which describes the graph's input and output.
 
-    Args:
-        side: Side of the graph's images, in pixels.
-        feature_map: Result of the backbone for images of this size.
-        statistics: Mean and standard deviation by which images are normalised.
+    The feature map is that of the backbone for images of `side` pixels.
     """
     return {
         "image_size": str(side),

@@ -44,7 +44,7 @@ class Inspection:
         statistics: Image statistics that the weights were trained with; None if unknown.
         named: Name of a model with this architecture, or "".
         parameters: Number of elements in the model's tensors.
-        dtypes: Names of the dtypes of the model's tensors.
+        dtypes: Names of their dtypes.
         match: Comparison of the file with the model that it shows, or with the requested model;
             None if too little is known, or the file is a run or export of a family without
             published files.
@@ -144,13 +144,9 @@ def _of_library(
     description: str,
     statistics: Statistics | None,
 ) -> Inspection:
-    """Describes weights whose model is built by a library.
+    """Describes weights whose model a library builds, and a configuration or the user names.
 
-    Args:
-        weights: Weights of a source, before they are matched with a model.
-        architecture: The model, which a configuration or the user names.
-        description: The format in words.
-        statistics: Image statistics that the weights were trained with; None if unknown.
+    `description` is the format in words.
     """
     fitted = weights.fitted(architecture)
     return Inspection(
@@ -170,10 +166,6 @@ def _of_own(source: str | Path, stored: Stored) -> Inspection:
     """Describes a model that this project stored and whose family has no published files.
 
     The user's code that makes the model is not imported.
-
-    Args:
-        source: The source as the user gave it.
-        stored: The model, opened from an exported folder or from a checkpoint.
     """
     is_file = stored.file.path is not None
     dropped = [name for name in stored.sizes if is_file and name.startswith(DECODER)]
@@ -215,11 +207,8 @@ def _compared(weights: PublishedWeights, architecture: FamilyArchitecture) -> Ma
 def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArchitecture | None:
     """Returns a complete architecture whose shapes are those of the known fields.
 
-    Returns None if a field that affects shapes is unknown, or no model has these fields.
-
-    Args:
-        known: The known fields.
-        without_shape: {field: value} for unknown fields that affect no shape.
+    `without_shape` has values for unknown fields that affect no shape. The result is None if
+    another field is unknown, or no model has these fields.
     """
     values = without_shape | set_fields(known)
     try:
@@ -233,10 +222,8 @@ def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArc
 def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
     """Returns the name of a named model that agrees with the known fields, or "".
 
-    Args:
-        known: The known fields.
-        prefix: Prefix of the names of the format's models; "" if there are none.
-        free: Fields that are not compared.
+    The name begins with `prefix`, that of the format's models ("" if there are none). The fields in
+    `free` are not compared.
     """
     for name, model in ARCHITECTURES.items():
         if not prefix or not name.startswith(prefix) or model.family != known.family:

@@ -34,9 +34,7 @@ def load_model(
         allow_code: Python files or `module:` names of the user's code that may be run to make the
             model.
         size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
-        window_rule: The value of `student.window_rule` in the model's recipe.
-        shift_stages: The value of `student.shift_stages` in the model's recipe.
-        stage_windows: The value of `student.stage_windows` in the model's recipe.
+        window_rule, shift_stages, stage_windows: The fields of `student` in the model's recipe.
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
@@ -66,11 +64,9 @@ def load_model(
 
 
 def fill(net: nn.Module, items: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies tensors into a module's parameters and buffers of the same names.
+    """Copies (name, tensor) pairs into the parameters and buffers of a whole module in CPU memory.
 
-    Args:
-        net: The whole module, in CPU memory.
-        items: (name, tensor) pairs; a tensor whose name the module lacks is ignored.
+    A tensor whose name the module lacks is ignored.
     """
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     with torch.no_grad():

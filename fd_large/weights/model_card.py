@@ -97,13 +97,7 @@ class Learned:
 
 
 def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned) -> str:
-    """Returns the text of a model card, in Markdown.
-
-    Args:
-        recipe: Contents of the run's recipe.json.
-        exported: Facts of the student, its checkpoint and its files.
-        learned: The task's part of the card.
-    """
+    """Returns the text of a model card in Markdown; `recipe` has the contents of recipe.json."""
     architecture, manifest, into = exported.architecture, exported.manifest, exported.into
     recipe = masked(recipe)
     name, init = without_folders(recipe["student"]["model"]), recipe["student"]["init"]
@@ -195,12 +189,11 @@ def _template() -> Any:
 
 
 def allowed_by(code: str) -> str:
-    """Returns the value for `allow_code` of `load_model` that permits a model's code.
+    """Returns the value for `allow_code` of `load_model` that permits the code of a model.
 
-    Args:
-        code: Name of the code. For `module:FOLDER/FILE.py:NAME` the result is FILE.py, and
-            `module:PACKAGE.MODULE:NAME` is returned unchanged. For any other name the result is "",
-            since an installed plugin and this package's own code need no permission.
+    For `module:FOLDER/FILE.py:NAME` the result is FILE.py, and `module:PACKAGE.MODULE:NAME` is
+    returned unchanged. For any other name the result is "", since an installed plugin and this
+    package's own code need no permission.
     """
     name = without_folders(code) if doors.is_own(code) else ""
     file = name.removeprefix(doors.PREFIX).rpartition(":")[0]
@@ -208,13 +201,9 @@ def allowed_by(code: str) -> str:
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:
-    """Returns arguments of `load_model`, as Python text, for size rules that are not the default.
+    """Returns arguments of `load_model`, such as ', size_rule="pad"', for the card's Python code.
 
-    The text is appended to other arguments, such as ', size_rule="pad"'. It is "" if all rules are
-    the defaults.
-
-    Args:
-        sizes: {name: value} of the student's rules for sizes (`Student.sizes`).
+    They are those of `sizes` (`Student.sizes`) that differ from the defaults; "" if none do.
     """
     usual = Student(model="").sizes()
     return "".join(
@@ -225,13 +214,9 @@ def _rules(sizes: Mapping[str, Any]) -> str:
 
 
 def map_of(net: nn.Module, side: int) -> str:
-    """Describes in words the map that a backbone returns for square images.
+    """Returns the map of a backbone for images of `side` pixels in words.
 
-    The result is, for example, "14 x 14 tokens of 768 channels at 224 px, after 1 class token".
-
-    Args:
-        net: The backbone.
-        side: Side of the images, in pixels.
+    For example, "14 x 14 tokens of 768 channels at 224 px, after 1 class token".
     """
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
@@ -259,10 +244,6 @@ def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Returns the planned length of the run in words: a number of steps, or "30 epochs".
 
     If a time limit decided the number of steps, the text says so.
-
-    Args:
-        optim: Section `optim` of the recipe, as a dict.
-        manifest: The checkpoint's manifest.
     """
     if decided := decided_steps(manifest):
         return f"{decided:,}, as many as its time limit allowed"

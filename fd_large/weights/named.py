@@ -36,7 +36,6 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
 
     Args:
         source: Source in the recipe. A path that does not exist is accepted here.
-        where: Field that the user set, for messages.
         folders: Prefixes of sources PREFIX:FOLDER that the recipe accepts besides weights; the
             folder must exist.
 
@@ -66,9 +65,7 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
 def file_in_package(name: str, where: str) -> Path:
     """Returns the only weights file inside the installed package `name`, without importing it.
 
-    Raises:
-        WeightsError: If the package is not installed, or has no weights file or several. The
-            message begins with `where`.
+    Raises: WeightsError: if the package is not installed, or has no weights file or several.
     """
     # A dotted name would import the packages above it.
     spec = find_spec(name) if name.isidentifier() else None
@@ -94,10 +91,7 @@ def file_in_package(name: str, where: str) -> Path:
 
 
 def no_open_clip(source: str, where: str) -> WeightsError:
-    """Returns the error for `source`, which needs open_clip, when open_clip is not installed.
-
-    The message begins with `where`.
-    """
+    """Returns the error for `source`, which needs open_clip, when open_clip is not installed."""
     return WeightsError(
         f"{where}: open_clip is not installed; got {source}, expected the package open_clip. Run "
         "pip install 'fd_large[open_clip]', or give the path of a file."
@@ -105,16 +99,11 @@ def no_open_clip(source: str, where: str) -> WeightsError:
 
 
 def require_in_timm(name: str, where: str) -> None:
-    """Checks that timm defines a model, without importing timm.
+    """Raises WeightsError if timm does not define a model, with similar names; imports no timm.
 
     If timm is already imported or not installed, every name is accepted here: timm checks the name
-    later, and also knows models that other code has registered.
-
-    Args:
-        name: NAME of `timm:NAME`, possibly with a tag or arguments.
-        where: Field that the user set, for messages.
-
-    Raises: WeightsError: if timm does not define the model; it names similar models.
+    later, and also knows models that other code has registered. The name is that of `timm:NAME`,
+    possibly with a tag or arguments.
     """
     model = split_arguments(name)[0].partition(".")[0]
     names = () if "timm" in sys.modules else _names_in_timm()
@@ -159,13 +148,9 @@ def _require_folder(source: str, where: str) -> None:
 
 
 def _require_tensors(path: Path, where: str) -> None:
-    """Checks that the file `path` begins as weights files do, unlike an empty file, text or HTML.
+    """Raises WeightsError unless the file `path` can be read and begins as weights files do.
 
-    An index (.json) and an exported graph are not checked here.
-
-    Raises:
-        WeightsError: If the file begins otherwise, or cannot be read. The message begins with
-            `where`.
+    Empty files, text and HTML do not. An index (.json) and an exported graph are not checked here.
     """
     if path.suffix in _OTHER_FILES:
         return

@@ -50,12 +50,9 @@ def is_random(source: str) -> bool:
 
 
 def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) -> Origin:
-    """Returns the known origin of a source of weights, without network access.
+    """Returns the known origin of a source of weights in a recipe, without network access.
 
-    Args:
-        source: The source, as a recipe states it.
-        model: Name of the weights' model.
-        architecture: Architecture of the weights' model; None if unknown.
+    The name of the weights' model is `model`; its architecture is None if unknown.
     """
     if is_random(source):
         return Origin("random weights, which have none")
@@ -96,13 +93,8 @@ def without_folders(source: str) -> str:
 def file_beside(source: str, name: str) -> Path | None:
     """Returns the path of the file `name` in the folder of weights, or None if it is not there.
 
-    For `hf:OWNER/NAME` the file is looked up in the local cache of the Hub. For a source that is
-    neither a path nor on the Hub, the result is None.
-
-    Args:
-        source: The source of the weights: a file beside which `name` lies, a folder, or another
-            source.
-        name: Name of the file.
+    The source is the folder, a file in it, or `hf:OWNER/NAME`, for which the file is looked up in
+    the local cache of the Hub. For any other source, the result is None.
     """
     if source.startswith(HUB):
         return _cached(source.removeprefix(HUB), name)
@@ -114,10 +106,7 @@ def file_beside(source: str, name: str) -> Path | None:
 
 
 def licence_of_card(card: Path | None) -> str:
-    """Returns the licence in the metadata of the model card `card`.
-
-    The result is "" if `card` is None, cannot be read, or states no licence.
-    """
+    """Returns the licence in the metadata of a model card, or "" if it states or is none."""
     if card is None or kind_of(card) != "file":
         return ""
     try:
@@ -138,10 +127,7 @@ def licence_of_card(card: Path | None) -> str:
 
 
 def _timm_licence(config: Path) -> str:
-    """Returns the licence that the file `config`, a config.json of timm, states.
-
-    The result is "" if the file is missing or damaged, or states no licence.
-    """
+    """Returns the licence in timm's config.json; "" if it is missing, damaged, or states none."""
     if kind_of(config) != "file":
         return ""
     try:

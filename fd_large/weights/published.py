@@ -41,11 +41,9 @@ FORMATS: dict[str, Known] = {
 
 
 def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str, ...] = ()) -> str:
-    """Returns the name of a file's format, which its tensor names show.
+    """Returns the name of a file's format, which the names of its tensors show.
 
     Args:
-        names: Names of the file's tensors.
-        where: Field that the user set, for messages.
         wrapping: Keys of the nested dicts that hold the tensors, outermost first.
 
     Raises: WeightsError: if the format is unknown or not supported.
@@ -140,13 +138,10 @@ class PublishedWeights:
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
     def unknown(self, architecture: Architecture) -> tuple[str, ...]:
-        """Returns names of architecture fields that the user has to state and has not stated.
+        """Returns the fields that the user has to set and that are None in `architecture`.
 
         These are the fields that the format's `ask` names, since no tensor shows them and files of
         the format differ in them, and that no configuration file next to the weights states.
-
-        Args:
-            architecture: The fields that the user set.
         """
         return tuple(
             name
@@ -159,10 +154,8 @@ class PublishedWeights:
     ) -> tuple[Pieces, list[str]]:
         """Returns the rules that make a model's tensors, and descriptions of changes for the log.
 
-        Args:
-            architecture: The model, which may differ from the file's model where the family
-                allows.
-            expected: {our name: shape} of the model's tensors.
+        The model may differ from the file's model where the family allows; `expected` has the
+        shapes of its tensors by our names.
         """
         pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
         target = TargetModel(architecture, expected, self.found, self.dropped)
@@ -183,10 +176,8 @@ class PublishedWeights:
         """Returns the weights for a model, after a check of names and shapes.
 
         Args:
-            architecture: The model.
             without: Names of tensors of the model that are not needed.
             allow: Patterns of names that may be missing in the file or in the model.
-            where: Field that the user set, for messages.
             remedy: Remedy for tensors that do not fit, for messages.
 
         Raises: WeightsError: if the file does not cover the model.
@@ -225,22 +216,18 @@ def in_our_names(
     part: str = "",
     ignored: Sequence[str] = (),
 ) -> PublishedWeights:
-    """Finds the format of a file, translates its tensor names, and finds facts of its model.
+    """Finds the format of one model's tensors, translates their names, and finds the model's facts.
 
     Args:
-        file: The tensors of one model.
-        source: The source by which the recipe names the weights after its sections are completed
-            with the model that the weights show.
+        source: As in `PublishedWeights`.
         stated: Returns what a configuration states, given the family's description of its files and
             the format's library.
-        where: Field that the user set, for messages.
         part: Name of the part of the file to which the tensors belong, such as "teacher" for the
             source FILE#teacher; "" if the source names no part.
         ignored: Names of the file's other tensors.
 
-    Raises:
-        WeightsError: If the format is unknown, or the tensors are not those of a model of the
-            format's family.
+    Raises: WeightsError: if the format is unknown, or the tensors are not those of a model of the
+        format's family.
     """
     form = detect(file, where=where, wrapping=file.wrapping)
     if form == "open_clip" and part == "teacher":
@@ -289,25 +276,15 @@ def in_our_names(
 
 
 def _model_flag(where: str) -> str:
-    """Returns the flag that names the model, such as "--student.model", for messages.
-
-    Args:
-        where: The flag of the source of the weights, such as "--student.init".
-    """
+    """Returns the flag of the model, as "--student.model" for the source's flag --student.init."""
     section = where.rpartition(".")[0]
     return f"{section}.model" if section.startswith("--") else "--teacher.model"
 
 
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
-    """Returns the architecture fields that the shapes of a file's tensors show.
+    """Returns the architecture fields that the shapes of a file's tensors, by our names, show.
 
     If there is no patch embedding, only the family is known, and all other fields are None.
-
-    Args:
-        family: The family of the model.
-        shapes: {our name: shape} of the tensors.
-        file: The tensors, by their names in the file.
-        where: Field that the user set, for messages.
 
     Raises: WeightsError: if a tensor is empty, or has a shape that is impossible in the family.
     """
@@ -336,16 +313,11 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
     """Returns the tensors of one part of a file, and the names of the file's other tensors.
 
     Only the files of Feature-Distillation have a teacher's tensors, under a prefix, among the
-    student's. For "teacher" these are returned, without the prefix; for any other part, all other
-    tensors. A file without such a teacher is returned whole, with an empty list.
+    student's. For the part "teacher" (FILE#teacher) these are returned, without the prefix; for any
+    other part, and "", all other tensors. A file without such a teacher is returned whole, with an
+    empty list.
 
-    Args:
-        file: The file's tensors.
-        part: Name of the part, as after `#` in a source; "" means the student.
-        name: Name of the file, for messages.
-        where: Field that the user set, for messages.
-
-    Raises: WeightsError: if the file lacks the part.
+    Raises: WeightsError: if the file, which the message calls `name`, lacks the part.
     """
     taught = {n.removeprefix(_TEACHER): n for n in file if n.startswith(_TEACHER)}
     has_projector = "decoder.0.weight" in file
@@ -365,8 +337,8 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
     """Returns the tensors of a segmentation model's backbone, and the names of all other tensors.
 
-    The prefix `backbone.` of the names is removed. A file without a tensor `decode_head.*` is not a
-    segmentation model: then all its tensors and an empty list are returned.
+    The prefix `backbone.` is removed. A file without a tensor `decode_head.*` is not a segmentation
+    model: then all its tensors and an empty list are returned.
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []

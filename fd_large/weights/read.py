@@ -132,11 +132,9 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
 
     Args:
         path: A configuration of at most 4 MB, or an index (`*.index.json`) of at most 64 MB.
-        where: Field that the user set, for messages.
 
-    Raises:
-        WeightsError: If the file is larger, not JSON, nested too deeply, or contains NaN or
-            infinity.
+    Raises: WeightsError: if the file is larger, not JSON, nested too deeply, or contains NaN or
+        infinity.
     """
     return files.read_json(
         path,
@@ -154,9 +152,7 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
 
     The part is "" if the source has none, or if a file or folder has the whole name, with the `#`.
 
-    Raises:
-        WeightsError: If PART is not one of `PARTS`, such as "student". The message begins with
-            `where`.
+    Raises: WeightsError: if PART is not one of `PARTS`, such as "student".
     """
     name, mark, part = str(source).rpartition("#")
     if not mark or kind_of(source):
@@ -177,13 +173,11 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
 
     Args:
         path: A weights file, an index of several files, or a folder that contains a file or index.
-        where: Field that the user set, for messages.
         part: "student" or "teacher", for a file with dicts of these two names; "" in such a file
             means the teacher, which DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
-    Raises:
-        WeightsError: If the file is missing, damaged, of another kind, or contains objects that
-            only arbitrary code could restore.
+    Raises: WeightsError: if the file is missing, damaged, of another kind, or contains objects that
+        only arbitrary code could restore.
     """
     path = file_of(Path(path), where=where)
     try:
@@ -205,9 +199,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
 def file_of(path: Path, *, where: str = "weights") -> Path:
     """Returns the path of a weights file or index: `path`, or the file inside the folder `path`.
 
-    Raises:
-        WeightsError: If there is no such file, or `path` is the folder of a run or an exported
-            graph. The message begins with `where`.
+    Raises: WeightsError: if there is no such file, or `path` is a run's folder or a graph.
     """
     kind = kind_of(path, where=where, of=WeightsError)
     if kind == "file" and path.suffix not in _GRAPHS:
@@ -235,10 +227,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Returns the paths of all files of weights: an index and the files that it names, or one file.
-
-    Args:
-        path: An index (.json), or any other file, for which the result is [path].
+    """Returns the paths of all files of weights: an index (.json) and its files, or [path].
 
     Raises: WeightsError: if the index cannot be read.
     """
@@ -254,13 +243,8 @@ def unwrap(
     """Returns {name: tensor} of a torch file, and the keys of the nested dicts around the tensors.
 
     The tensors are searched under the keys `model`, `state_dict` and `student` of nested dicts, and
-    before these under the key `part` unless it is "". Then the prefixes `module.` and `backbone.`
-    are removed if all names, except those of a head, have them.
-
-    Args:
-        contents: Contents of the file.
-        where: Field that the user set, for messages.
-        part: "student" or "teacher" in a file with both; "" to prefer no part.
+    before these under the key `part` ("student" or "teacher") unless it is "". Then the prefixes
+    `module.` and `backbone.` are removed if all names, except those of a head, have them.
 
     Raises: WeightsError: if there are no tensors, or other values besides dense tensors.
     """
@@ -293,14 +277,13 @@ def _unwrapped(
         raise WeightsError(
             f"{where}: holds other values than dense tensors; got {', '.join(strange[:5])}, "
             "expected a mapping of names to tensors, alone or under model, state_dict, student or "
-            "teacher. "
-            "Save the model's state_dict()."
+            "teacher. Save the model's state_dict()."
         )
     return contents, tuple(wrapping)
 
 
 def _has_both(contents: Any) -> bool:
-    """Whether `contents` of a file are dicts of a student and a teacher, as in DINO's training."""
+    """Whether a file has dicts of a student and a teacher, as in DINO's training."""
     if not isinstance(contents, Mapping) or "model" in contents or "state_dict" in contents:
         return False
     return all(isinstance(contents.get(part), Mapping) for part in ("student", "teacher"))
@@ -338,9 +321,7 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
 def _sharded(path: Path, where: str) -> dict[str, Any]:
     """Returns {name: tensor} of all files that the index `path` names.
 
-    Raises:
-        WeightsError: If the index is damaged, or a file or tensor is missing. The message begins
-            with `where`.
+    Raises: WeightsError: if the index is damaged, or a file or tensor is missing.
     """
     try:
         index = read_json(path, where=where)["weight_map"]

@@ -129,15 +129,13 @@ class ResolvedWeights:
     Args:
         source: The source as the user wrote it.
         read_stored: Opens runs and checkpoints.
-        was_settled: Whether an earlier launch of the command determined the model of the source. If
-            so, a file with a student and a teacher means the student unless the source names one.
+        was_settled: Whether the source is one of `Sources.settled`.
 
     Attributes:
         source: The source as the user wrote it.
         settled_source: The source by which the recipe names the same weights after its sections are
             completed: for a run, the checkpoint that was taken; for a file with two models,
             FILE#PART.
-        where: Field that the user set, for messages.
         brought: (family, name) if a family's library or the user's code provides the model with its
             weights, as for `timm:NAME`; None for other sources.
     """
@@ -184,8 +182,6 @@ class ResolvedWeights:
         """The model of a library that the config.json next to the weights describes.
 
         The value is None if there is no such file, or if the tensor names show the model.
-
-        Raises: WeightsError: if the file describes an unsupported model.
         """
         if brings_model(self.source) or self.source.startswith(OPEN_CLIP):
             return None
@@ -252,8 +248,7 @@ class ResolvedWeights:
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
         """Returns the image statistics that the weights or their configuration state, or None.
 
-        Args:
-            architecture: The model into which the weights are loaded.
+        The weights are loaded into the model `architecture`.
         """
         if family_of(architecture).matched is None:
             return self.published.statistics
@@ -269,13 +264,8 @@ class ResolvedWeights:
     ) -> Fitted:
         """Returns the weights for a model of any family, after a check of names and shapes.
 
-        Args:
-            architecture: The model.
-            without: Names of tensors of the model that are not needed; only for families with
-                published formats.
-            allow: Patterns of names that may be missing in the file or in the model.
-            remedy: Remedy for tensors that do not fit, for messages of families with published
-                formats.
+        The arguments are those of `PublishedWeights.fitted`; `without` and `remedy` are used only
+        for families with published formats.
 
         Raises: WeightsError: if the tensors do not cover the model.
         """
@@ -307,8 +297,8 @@ class ResolvedWeights:
     def fetch(self) -> None:
         """Downloads the weights into the library's cache, if a library provides them.
 
-        For sources that no library provides, nothing is done. All ranks must call this method, in a
-        meeting of ranks (`ranks.meeting`): one rank downloads for all ranks that share its cache.
+        All ranks must call this method, in a meeting of ranks (`ranks.meeting`): one rank downloads
+        for all ranks that share its cache.
 
         Raises: WeightsError: if the weights cannot be downloaded.
         """
@@ -358,12 +348,7 @@ class ResolvedWeights:
         return file, [*others, *heads]
 
     def _file(self, part: str) -> Tensors:
-        """Returns the tensors of one part of the file.
-
-        Args:
-            part: "student" or "teacher", if the file has dicts of these two names; "" in such a
-                file means the teacher. In any other file all tensors are returned.
-        """
+        """Returns the tensors of one part of the file (`read.read`)."""
         if part not in self._files:
             name, _ = self._name_and_part
             self._files[part] = read(name, where=self.where, part=part)
@@ -399,14 +384,7 @@ class _Brought(Tensors):
 
 
 def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
-    """Logs which of the two models in a file is taken.
-
-    Args:
-        file: The tensors of the file; `other_part` is the model that is not taken.
-        name: Path of the file.
-        taken: "student" or "teacher".
-        where: Field that the user set.
-    """
+    """Logs that of the two models in the file `name` the one called `taken` is used."""
     log.info(
         "%s: %s holds a student and a teacher: the %s is used; for the other, name %s#%s",
         where,
@@ -420,10 +398,7 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
 def other_model(
     source: str, stored: FamilyArchitecture, requested: FamilyArchitecture, where: str
 ) -> WeightsError:
-    """Returns the error for a `source` whose model is `stored` instead of `requested`.
-
-    The message begins with `where`.
-    """
+    """Returns the error for a `source` whose model is `stored` instead of `requested`."""
     return WeightsError(
         f"{where}: {source}: another model; got {name_of(stored)}, expected "
         f"{name_of(requested)}. {remedy_for(stored)}"
@@ -431,9 +406,5 @@ def other_model(
 
 
 def remedy_for(architecture: FamilyArchitecture) -> str:
-    """Returns the remedy for an error message: to set `--student.model` to the weights' model.
-
-    Args:
-        architecture: The model of the weights.
-    """
+    """Returns the remedy for an error message: to set `--student.model` to the weights' model."""
     return f"Set --student.model {name_of(architecture)}, the model of these weights."

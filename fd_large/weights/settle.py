@@ -48,11 +48,6 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     called before any model is built. A section that is already complete is returned unchanged, and
     so is a section without weights.
 
-    Args:
-        section: The section as the user set it.
-        sources: Finds the weights.
-        where: The flag of the source, for messages.
-
     Raises:
         WeightsError: If a file cannot be read, has weights of another model than the section names,
             or leaves fields unknown.
@@ -84,13 +79,10 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
 def _whole(
     section: FrozenModel, model: str, architecture: Architecture, statistics: Statistics | None
 ) -> FrozenModel:
-    """Returns the section with a completely described model.
+    """Returns the section with a completely described model, named by its name or its family's.
 
-    Args:
-        section: The section; statistics that the user set stay.
-        model: Name of the model or family.
-        architecture: The fields of the architecture.
-        statistics: Image statistics that the weights were trained with; None if unknown.
+    The statistics are those that the weights were trained with, or None if unknown; statistics that
+    the user set stay.
     """
     return replace(
         section,
@@ -103,13 +95,8 @@ def _whole(
 def _brought(section: FrozenModel, family: Family, name: str, where: str) -> FrozenModel:
     """Returns the section for a source such as `timm:NAME`, which provides the model.
 
-    For `timm:NAME=random` the source becomes `random`.
-
-    Args:
-        section: The section as the user set it.
-        family: The family of the source's prefix.
-        name: The rest of the source after the prefix.
-        where: The flag of the source, for messages.
+    For `timm:NAME=random` the source becomes `random`. The name is the source without its prefix,
+    which is that of `family`.
     """
     assert family.scheme is not None
     untrained = family.scheme.untrained(name)
@@ -125,11 +112,6 @@ def _brought(section: FrozenModel, family: Family, name: str, where: str) -> Fro
 
 def _of_library(section: FrozenModel, description: Described, where: str) -> FrozenModel:
     """Returns the section for a folder whose config.json describes a library's model.
-
-    Args:
-        section: The section as the user set it.
-        description: The model that config.json describes.
-        where: The flag of the source, for messages.
 
     Raises: WeightsError: if the user named another model.
     """
@@ -170,8 +152,7 @@ def _of_published(
         section: The section as the user set it.
         named: The model that the section names; None if it names none or a family alone.
         weights: The weights, with the architecture fields that they show.
-        sources: Has the image statistics that an earlier launch of the command determined.
-        where: The flag of the source, for messages.
+        sources: Has the image statistics that an earlier launch determined (`settled`).
 
     Raises: WeightsError: if the tensors are those of another model, or leave fields unknown.
     """
@@ -216,16 +197,7 @@ def settle_student(student: Student, sources: Sources) -> Student:
 
     A section without `init` is returned unchanged. If the model's family has no published formats,
     tensors do not show the model, and only `init` changes: for a run it becomes the path of the
-    checkpoint that is taken.
-
-    Args:
-        student: The section as the user set it.
-        sources: Finds the weights.
-
-    Raises:
-        WeightsError: If a file cannot be read, has weights of another model than the section names,
-            or leaves fields unknown.
-        ConfigError: If no model has the resulting fields.
+    checkpoint that is taken. The errors are those of `settle_model`.
     """
     if not student.init:
         return student
@@ -264,7 +236,6 @@ def reconcile(
         user_fields: Fields that the user set, which take precedence over the named model's.
         named: The named model; None takes the model that the weights show.
         name: Name of the named model, for messages.
-        where: Field that the user set, for messages.
         section: Section of the recipe that is the prefix of the model's flags; "" if the flags have
             no prefix, None if the command has no such flags.
         trained_with: Image statistics, in words, among which the user has to choose; "" if the user
@@ -314,16 +285,9 @@ def reconcile(
 def _nothing_shows(
     weights: PublishedWeights, fields: list[str], where: str, section: str | None, trained_with: str
 ) -> WeightsError:
-    """Returns the error for weights that leave fields or image statistics unknown.
+    """Returns the error for weights that leave `fields` or image statistics unknown.
 
-    Args:
-        weights: Weights in a published format.
-        fields: Names of the unknown fields.
-        where: Field that the user set, for messages.
-        section: Section of the recipe that is the prefix of the model's flags; "" if the flags have
-            no prefix, None if the command has no such flags.
-        trained_with: Image statistics, in words, among which the user has to choose; "" if the user
-            need not choose.
+    `section` and `trained_with` are those of `reconcile`.
     """
     start, remedy = f"--{section}." if section else "--", "Set"
     if section is None:

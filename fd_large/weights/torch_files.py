@@ -63,13 +63,7 @@ class _Mapped:
         self._copied = 0
 
     def held(self, begin: int, dtype: torch.dtype, numel: int) -> Held:
-        """Returns a storage in the file; equal arguments give the same object.
-
-        Args:
-            begin: Position of the storage in the file, in bytes.
-            dtype: Data type of the elements.
-            numel: Number of elements.
-        """
+        """Returns the storage at byte `begin`; equal arguments give the same object."""
         if (begin, dtype, numel) not in self._held:
             self._held[begin, dtype, numel] = self._new(begin, dtype, numel)
         return self._held[begin, dtype, numel]
@@ -116,9 +110,8 @@ class _Archive:
     def read(self, name: str) -> bytes:
         """Returns the bytes of the file `name` in the archive.
 
-        Raises:
-            ValueError: If the file has a compression that torch does not use, or all reads of this
-                archive together exceed a bound.
+        Raises: ValueError: if the file has a compression that torch does not use, or all reads of
+            this archive together exceed a bound.
         """
         info = self._zip.getinfo(self._root + name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -135,9 +128,8 @@ class _Archive:
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Held:
         """Returns the storage `key` of the archive, with `numel` elements of `dtype`.
 
-        Raises:
-            ValueError: If the storage is compressed or encrypted, which it never is in files of
-                torch, or is shorter than `numel` elements of `dtype`.
+        Raises: ValueError: if the storage is compressed or encrypted, which it never is in files of
+            torch, or is shorter than `numel` elements of `dtype`.
         """
         info = self._zip.getinfo(f"{self._root}data/{key}")
         with open(self._zip.filename, "rb") as file:
@@ -207,12 +199,10 @@ def _nowhere(key: str, dtype: torch.dtype, numel: int) -> Held:
 
 
 def _state_dict(root: Any, archive: _Archive, budget: Budget) -> dict[str, Tensor]:
-    """Returns {name: tensor} of the parameters and buffers of a TorchScript module.
+    """Returns {name: tensor} of the parameters and buffers of an unpickled TorchScript module.
 
-    Args:
-        root: The unpickled module.
-        archive: The archive, whose code lists the parameters and buffers of each class.
-        budget: Bound on the number of modules and attributes.
+    The archive's code lists the parameters and buffers of each class. The budget bounds the number
+    of modules and attributes.
     """
     state: dict[str, Tensor] = {}
     listed: dict[str, Mapping[str, frozenset[str]]] = {}
@@ -242,10 +232,7 @@ _CLASS = re.compile(
 
 
 def _named_tensors(code: bytes) -> dict[str, frozenset[str]]:
-    """Returns {class name: names of its parameters and buffers} for the classes in `code`.
-
-    Args:
-        code: A source file of a TorchScript archive, which lists these names.
+    """Returns {class name: names of its parameters and buffers} from a source file of TorchScript.
 
     Raises: RefusedError: if a class has code that restores its objects (`__setstate__`).
     """

@@ -188,10 +188,7 @@ class _Reader(pickle._Unpickler):
         self._storages, self._budget, self._script = storages, budget, script
 
     def find_class(self, module: str, name: str) -> _Global:
-        """Returns a `_Global` for the name `module.name`, if this reader knows it; imports nothing.
-
-        Raises: RefusedError: for any other name.
-        """
+        """Returns a `_Global` for a known name, and raises RefusedError for others; no imports."""
         name = f"{module}.{name}"
         scripted = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
         if scripted or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
@@ -276,7 +273,6 @@ def _called(function: Any, arguments: Any, budget: Budget) -> Any:
         inner, of, call_arguments = arguments[:3]
         plain = of in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter"))
         # Nested calls of this kind are not followed, since they could go on without end.
-
         return _called(inner, call_arguments, budget) if plain and inner != function else Passive()
     if _FIRST.fullmatch(function.name):
         return arguments[0]
@@ -327,20 +323,12 @@ def _storage(identity: Any, storages: Storages) -> Held:
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
 ) -> Tensor | Passive:
-    """Returns a tensor that is a view of a storage.
+    """Returns a tensor that is a view of a storage; offset and stride are in elements.
 
-    Returns a `Passive` object if the position of the storage in the file is not known yet.
+    Returns a `Passive` object if the position of the storage in the file is not known yet. Without
+    a dtype, that of the storage is taken.
 
-    Args:
-        storage: The `Held` storage.
-        offset: Index of the tensor's first element in the storage.
-        size: Size of the tensor.
-        stride: Stride of the tensor, in elements.
-        dtype: Data type of the tensor; None is that of the storage.
-
-    Raises:
-        ValueError: If the tensor goes beyond the end of the storage, or has more elements than the
-            storage.
+    Raises: ValueError: if the tensor goes beyond the end of the storage, or has more elements.
     """
     if not isinstance(storage, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")
