@@ -4,8 +4,7 @@ torch compiles an operation at its first use. Meanwhile a file `lock` is in the 
 for which other processes wait without a limit. A job that is killed while it compiles leaves this
 file behind, and every later launch would wait for ever. Here one rank of a node compiles, in a
 process that a time limit ends. Each process that compiles or loads holds a lock of the operating
-system, which is released when the process ends. If the holder of this lock finds a file `lock` of
-torch, the file is stale.
+system, which is released when the process ends; a file `lock` that its holder finds is stale.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Returns the state of each of DeepSpeed's compiled operations that fd_large uses (`NAMES`).
-
-    No operation is compiled.
-    """
+    """Returns the state of each of DeepSpeed's operations in `NAMES`; compiles none."""
     operations = []
     for name in NAMES:
         builder = _builder(name)
@@ -80,12 +76,8 @@ def ops() -> list[Op]:
 def load(name: str) -> str | None:
     """Builds an operation on each node that lacks it, then loads it on every rank.
 
-    All ranks must call this function, since all of them or none use the operation.
-
-    Args:
-        name: DeepSpeed's name of the operation.
-
-    Returns: why the operation cannot be used, the same on all ranks, or None if it can.
+    All ranks must call this function, since all of them or none use the operation. Returns why the
+    operation cannot be used, the same on all ranks, or None if it can. `name` is DeepSpeed's name.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
     # All waits here have limits of their own, which may add up to more than the watchdog's.
@@ -95,24 +87,17 @@ def load(name: str) -> str | None:
 
 
 def agreed(why_not: Callable[[], str | None]) -> str | None:
-    """Calls a check on every rank; returns the complaint of the lowest rank that has one.
+    """Calls a check, which returns a complaint or None, on every rank.
 
-    The result is the same on all ranks: the complaint with the name of that rank's node, or None if
-    no rank complains.
-
-    Args:
-        why_not: The check; returns a complaint, or None.
+    Returns the complaint of the lowest rank that has one, with the name of its node, or None if no
+    rank complains; the same on all ranks.
     """
     ranks = distributed.gather_objects((why_not(), distributed.node_name()))
     return next((f"{reason} (on {node})" for reason, node in ranks if reason), None)
 
 
 def folder() -> Path:
-    """Returns the folder of built operations.
-
-    This is the folder in the environment variable TORCH_EXTENSIONS_DIR, or, if the variable is not
-    set, a folder on the node's own disk.
-    """
+    """Returns the folder of built operations: TORCH_EXTENSIONS_DIR, or one on the node's disk."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _own_folder())
 
 
@@ -137,9 +122,9 @@ def _is_built(name: str) -> bool:
 
 
 def _build(name: str) -> str | None:
-    """Compiles the operation `name` in a separate process, unless it is compiled already.
+    """Compiles an operation in a separate process, unless it is compiled already.
 
-    Returns: why the operation cannot be compiled, or None if it is compiled now.
+    Returns why the operation cannot be compiled, or None if it is compiled now.
     """
     try:
         builder = _builder(name)
@@ -196,8 +181,7 @@ def _load(name: str) -> str | None:
 def _turn(name: str) -> Iterator[int]:
     """Holds this node's lock while the operation `name` is compiled or loaded.
 
-    A stale lock file that torch has left is removed. Yields the file descriptor of the node's
-    lock.
+    A stale lock file that torch has left is removed. Yields the file descriptor of the node's lock.
 
     Raises:
         TimeoutError: If another process holds a lock for more than BUILD_SECONDS.
@@ -243,9 +227,9 @@ def _wait(until: float, why: str) -> None:
 
 
 def _unchanged_seconds(path: Path) -> float:
-    """Returns the seconds since the newest file directly in the folder `path` was written.
+    """Returns the seconds since the newest file directly in a folder was written.
 
-    The times are those of the file server's clock. If the folder has no files, the result is the
+    The times are those of the file server's clock. For a folder without files, the result is the
     server's time in seconds since 1970.
     """
     with tempfile.NamedTemporaryFile(dir=path) as now:

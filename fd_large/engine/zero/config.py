@@ -148,7 +148,6 @@ class RunNumbers(NamedTuple):
     Attributes:
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
-        world_size: Number of ranks.
         node_size: Number of ranks per node.
         clip_norm: Global L2 norm at which gradients are clipped.
         bfloat16: Whether parameters and matrix products are bfloat16.
@@ -173,8 +172,7 @@ class RunNumbers(NamedTuple):
 def load(path: str | Path) -> dict[str, Any]:
     """Reads and checks a DeepSpeed JSON, and returns its content with "auto" values unchanged.
 
-    Args:
-        path: Path of the file, or name of a JSON that this package brings.
+    `path` is a file, or the name of a JSON that this package brings.
 
     Raises: ConfigError: if the file is missing, is not JSON, repeats a key, or fails `check`.
     """
@@ -204,9 +202,8 @@ def check(config: Any, *, where: str) -> None:
         where: Name of the JSON in messages.
 
     Raises:
-        ConfigError: If there are mistakes. The message has a line for each unknown key and each
-            invalid value. If there are none, it has a line for each setting without effect at
-            the JSON's stage.
+        ConfigError: With a line for each unknown key and each invalid value. If there are none,
+            with a line for each setting without effect at the JSON's stage.
     """
     wrong = list(_wrong_keys(config)) or list(_ignored(config))
     if wrong:
@@ -257,10 +254,7 @@ def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
 
 
 def _ignored(config: dict[str, Any]) -> Iterator[str]:
-    """Yields a line for each setting of the DeepSpeed JSON `config` that has no effect.
-
-    A setting may have no effect at the JSON's ZeRO stage, or in no run of this package.
-    """
+    """Yields a line for each setting without effect, at the JSON's ZeRO stage or in all runs."""
     zero, stage = config.get("zero_optimization", {}), stage_of(config)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
@@ -312,14 +306,14 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """Returns the ZeRO stage, 0 to 3, in the DeepSpeed JSON `config`; 0 if the JSON names none."""
+    """Returns the ZeRO stage in a DeepSpeed JSON, 0 to 3; 0 if the JSON names none."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def optimizer_class(config: dict[str, Any]) -> str | None:
     """Returns the name of the class in which DeepSpeed wraps the optimiser; None at stage 0.
 
-    `config` is a DeepSpeed JSON in which every "auto" is replaced.
+    `config` is a filled DeepSpeed JSON.
     """
     if config["bf16"].get("immediate_grad_update"):
         return "BF16_Optimizer"
@@ -330,35 +324,25 @@ def optimizer_class(config: dict[str, Any]) -> str | None:
 def offloads(config: dict[str, Any], block_name: str) -> bool:
     """Returns whether a DeepSpeed JSON offloads to host memory or to a disk.
 
-    Args:
-        config: The JSON's content.
-        block_name: "offload_optimizer" for the optimiser's state, "offload_param" for the weights.
+    `block_name` is "offload_optimizer" for the optimiser's state, "offload_param" for the weights.
     """
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device", "none") != "none"
 
 
 def offloads_to_disk(config: dict[str, Any], block_name: str = "offload_optimizer") -> bool:
-    """Returns whether a DeepSpeed JSON offloads to a disk.
-
-    Args:
-        config: The JSON's content.
-        block_name: "offload_optimizer" for the optimiser's state, "offload_param" for the weights.
-    """
+    """Returns whether a DeepSpeed JSON offloads to a disk; for `block_name` see `offloads`."""
     block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device") == "nvme"
 
 
 def nvme_path(config: dict[str, Any]) -> str:
-    """Returns the folder on a disk that the JSON `config` names for the optimiser's state.
-
-    The result is "" if the JSON names no folder.
-    """
+    """Returns the JSON's folder on a disk for the optimiser's state; "" if it names none."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of `config`, a filled JSON, for DeepSpeed itself.
+    """Returns a copy of a filled JSON for DeepSpeed itself.
 
     In the copy, offload to a disk is replaced by offload to host memory. DeepSpeed's timers are
     turned off too, because they wait for the device around each micro batch.
@@ -384,12 +368,12 @@ def check_owned(
 
     Args:
         config: Result of `load`.
-        clip_norm, nvme_path: See `RunNumbers`.
         global_batch_size: Images of a step.
-        micro_batch_size, accumulation, bfloat16: See `RunNumbers`. "auto" stands for a value that a
-            probe is to find, and None for a value that is not known yet and not checked.
+        clip_norm, nvme_path, micro_batch_size, accumulation, bfloat16: See `RunNumbers`. "auto"
+            stands for a value that a probe is to find, and None for a value that is not known yet
+            and not checked.
 
-    Raises: ConfigError: if values contradict the recipe; the message has a line for each value.
+    Raises: ConfigError: with a line for each contradiction.
     """
     bf16, types = config.get("bf16", {}), config.get("data_types", {})
     batch, micro = "--batch.global_batch_size", "--batch.micro_batch_size"
@@ -412,11 +396,7 @@ def check_owned(
 
 
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
-    """Returns a copy of the JSON in which every "auto" is replaced by a value for DeepSpeed.
-
-    Args:
-        config: Result of `load`.
-        numbers: Numbers from recipe, ranks and model.
+    """Returns a copy of the JSON of `load` with a value for DeepSpeed in place of every "auto".
 
     Raises:
         ConfigError: If JSON and recipe name different values, or if a value does not fit the number
@@ -463,10 +443,10 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
 
 
 def with_micro_batch(filled: dict[str, Any], size: int, accumulation: int) -> dict[str, Any]:
-    """Returns a copy of a DeepSpeed JSON with other batch sizes, for the same number of ranks.
+    """Returns a copy of a filled JSON with other batch sizes, for the same number of ranks.
 
     Args:
-        filled: A JSON in which every "auto" is replaced.
+        filled: The filled JSON.
         size: The new micro batch size.
         accumulation: The new number of micro batches of a rank in a step.
     """
@@ -519,16 +499,10 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 
 
 def _check_disk(config: dict[str, Any], folder: str) -> None:
-    """Checks that JSON and recipe agree on the folder for offload to a disk.
+    """Raises ConfigError unless JSON and recipe agree on the folder for offload to a disk.
 
-    Args:
-        config: The content of the DeepSpeed JSON.
-        folder: The recipe's `engine.nvme_path`; "" if the recipe names no folder.
-
-    Raises:
-        ConfigError: If the JSON offloads the optimiser's state to a disk, and JSON and recipe name
-            different folders or none. If the JSON keeps the state in memory, and the recipe names
-            a folder.
+    They must name the same folder if the JSON offloads the optimiser's state to a disk. Otherwise
+    the recipe must name none. `folder` is the recipe's `engine.nvme_path`.
     """
     if not offloads_to_disk(config):
         if folder:
@@ -552,9 +526,7 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
 def _check_groups(numbers: RunNumbers) -> None:
     """Checks that DeepSpeed can quantise the shards of all trained weights to 8 bits.
 
-    Raises:
-        ConfigError: If a shard is no multiple of EIGHT_BIT_GROUP elements, for which DeepSpeed
-            would fail an assertion.
+    DeepSpeed would fail an assertion if a shard is no multiple of EIGHT_BIT_GROUP elements.
     """
     ranks, of = numbers.world_size, EIGHT_BIT_GROUP
     odd = sorted({n for n in numbers.trained_sizes if -(-n // ranks) % of})

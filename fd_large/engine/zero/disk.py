@@ -1,11 +1,9 @@
-"""Keeps the optimiser's float32 state in memory-mapped files on a local disk.
-
-If `offload_param` is on the disk, the bfloat16 weights are there too.
+"""Keeps the optimiser's float32 state, and optionally the weights, in mapped files on a local disk.
 
 Masters, moments, gradients and moving average of a rank are the tensors of DeepSpeed's offload to
-host memory, but in mapped files. So all numbers equal those of offload to host memory. The
-operating system decides which pages stay in memory, and moves the least recently used pages to the
-disk.
+host memory, but in memory-mapped files, so that all numbers equal those of that offload. The
+operating system moves the least recently used pages to the disk. The bfloat16 weights are there too
+if `offload_param` is on the disk.
 
 DeepSpeed's own offload to a disk (ZeRO-Infinity, by libaio) is not used. Release 0.19.8 silently
 trains wrong if a swapped gradient does not begin at a multiple of 512 bytes, and also keeps a
@@ -36,20 +34,13 @@ _GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 class Disk:
-    """Makes tensors in memory-mapped files of a folder.
-
-    Args:
-        folder: A folder on a local disk.
-    """
+    """Makes tensors in memory-mapped files of a folder on a local disk."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns a flat tensor of `numel` zeros of type `dtype` on the disk.
-
-        The tensor's space on the disk is reserved until the tensor is freed.
-        """
+        """Returns a flat tensor of zeros, whose space on the disk is reserved until it is freed."""
         size = dtype.itemsize * numel
         with disks.refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
@@ -69,9 +60,9 @@ class Disk:
         """Lets a ZeRO-3 optimiser that is made in the block keep its float32 state on the disk.
 
         Args:
-            exact: Flat float32 values of the masters, by the `ds_id` of their parameters. Each
-                value is removed when it has been copied, so that the disk never holds all values
-                twice. Masters that `exact` lacks are copied from their parameters.
+            exact: Flat float32 masters, by the `ds_id` of their parameters; masters that it lacks
+                are copied from their parameters. Each value is removed once copied, so that the
+                disk never holds all values twice.
             weights: Whether weights that are offloaded to host memory go to the disk too.
         """
         stage_3 = get(_STAGE_3)
@@ -89,8 +80,7 @@ class Disk:
 def _make_room(optimizer: Any, disk: Disk) -> None:
     """Allocates the flat offloaded weights of each parameter group on the disk.
 
-    Replaces DeepSpeed's `_create_param_groups_fp16_flat_cpu_memory`, which allocates these weights
-    in host memory.
+    Replaces DeepSpeed's `_create_param_groups_fp16_flat_cpu_memory`, which uses host memory.
     """
     for group in optimizer.trainable_param_groups:
         numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])
@@ -103,12 +93,7 @@ def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
 
     Replaces DeepSpeed's `_setup_for_real_optimizer`. The gradient of a sub-group is a view of the
     flat buffer in which gradients are summed, whereas DeepSpeed makes a copy with the same elements
-    in the same order.
-
-    Args:
-        optimizer: DeepSpeed's ZeRO-3 optimiser.
-        disk: The disk.
-        exact: Values of the masters; see `Disk.holds_state`.
+    in the same order. For `exact` see `Disk.holds_state`.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
     state_fields, total = kept_by(inner), sum(sizes)

@@ -43,7 +43,7 @@ class Engine(NamedTuple):
         task: The trained Module.
         stage: The ZeRO stage, 0 to 3.
         config: DeepSpeed's filled JSON.
-        gate: Lets the ranks decide, before the optimiser makes a step, whether it makes the step.
+        gate: Lets the ranks decide whether the optimiser makes a step.
         averages: Moving averages of the running statistics of batch norms, by name; empty if the
             recipe has no average of the weights (`ema.py`).
         disk: Holds the optimiser's float32 state; None if the state is in memory.
@@ -129,11 +129,9 @@ def build_engine(
 
 
 def _check_quantiser(zero: Mapping[str, Any]) -> None:
-    """Checks that DeepSpeed's compiled quantiser can be used, if the JSON asks for it.
+    """Raises ConfigError if the JSON asks for DeepSpeed's compiled quantiser and it cannot be used.
 
     All ranks must call this function. `zero` is the section `zero_optimization` of the JSON.
-
-    Raises: ConfigError: if the quantiser cannot be used.
     """
     if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
         reason := compiled_ops.load("Quantizer")

@@ -30,13 +30,12 @@ _CHUNK_ON_CPU = 1 << 15  # They stay in the cache of one core, which is ten time
 def fingerprint(module: nn.Module, *, group: Any = None) -> str:
     """Hashes all parameters and floating-point buffers, independently of how they are sharded.
 
-    If parameters are sharded, all ranks of the group must call this function.
+    If parameters are sharded, all ranks of the group must call this function. Returns 16
+    hexadecimal digits.
 
     Args:
         module: A module with whole or partitioned parameters.
         group: Process group over which the parameters are sharded; None for all ranks.
-
-    Returns: 16 hexadecimal digits.
     """
     total = torch.zeros((), dtype=torch.int64)
     partitioned = False
@@ -60,10 +59,9 @@ def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
 
     Args:
         module: A module with whole or partitioned parameters.
-        whole: {name: hash} of the tensors that ZeRO-3 keeps whole. The first call that finds such a
-            tensor stores the tensor's hash here. Later calls add to the result only the change of
-            this hash, so that the result does not depend on the forward at which DeepSpeed gathers
-            the tensor.
+        whole: {name: hash} of the tensors that ZeRO-3 keeps whole, stored by the first call that
+            finds them. Later calls add only the change of this hash, so that the result does not
+            depend on the forward at which DeepSpeed gathers the tensor.
 
     Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
     """
@@ -90,10 +88,7 @@ def _digits(total: Tensor) -> str:
 
 
 def _hash(name: str, elements: Tensor, offset: int) -> Tensor:
-    """Hashes `elements`, a flat part of the tensor `name` that begins at position `offset`.
-
-    Returns an int64 scalar.
-    """
+    """Returns an int64 hash of the flat elements of the tensor `name` from position `offset` on."""
     total = torch.zeros((), dtype=torch.int64, device=elements.device)
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
     chunk = _CHUNK_ON_CPU if elements.device.type == "cpu" else _CHUNK

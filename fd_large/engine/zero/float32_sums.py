@@ -35,11 +35,9 @@ class Float32Sums:
         self._reductions = self._cut(bucket)
 
     def _cut(self, bucket: int) -> Reductions:
-        """Cuts the sums into buckets of at most `bucket` elements.
+        """Cuts the sums into buckets, about in the order in which backward completes the sums.
 
-        The buckets are about in the order in which backward completes the sums.
-
-        Returns: the object that sums the buckets over the ranks.
+        Returns the object that sums the buckets over the ranks.
         """
         cut = []
         self._buckets_of: dict[tuple[int, int], list[int]] = {}
@@ -67,16 +65,11 @@ class Float32Sums:
 
     @torch.no_grad()
     def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-        """Adds a parameter's gradient of one micro batch to the parameter's float32 sum.
+        """Adds a parameter's gradient of one micro batch, if it has one, to its float32 sum.
 
         Replaces DeepSpeed's `_update_hp_grad`. In the last micro batch of a step, the sum then
-        counts as complete in its buckets. A parameter without a gradient is left out.
-
-        Args:
-            parameter: The parameter.
-            group: Number of the parameter's group.
-            index: Number of the parameter in its group.
-            clear_lp_grads: Whether to set the gradient to zero afterwards.
+        counts as complete in its buckets. The parameter has number `index` in its `group`;
+        `clear_lp_grads` sets the gradient to zero afterwards.
         """
         optimizer = self._optimizer
         if parameter.grad is None:
@@ -118,11 +111,9 @@ class Float32Sums:
                 shard.div_(distributed.world_size())
 
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        """Returns what DeepSpeed reads to clip gradients or to compute their norm.
+        """Returns this rank's shards for clipping, or else ([L2 norm of all ranks' shards], {}).
 
-        Replaces DeepSpeed's `get_grads_for_norm`. If `for_clipping` is True, the result is the list
-        of this rank's shards. Otherwise it is the pair ([norm], {}), with the L2 norm of the shards
-        of all ranks.
+        Replaces DeepSpeed's `get_grads_for_norm`.
         """
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

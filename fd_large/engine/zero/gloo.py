@@ -3,8 +3,9 @@
 gloo gathers into a second buffer, which it then copies, and does a reduce-scatter as an all-reduce
 of a copy. An all-gather of 28M float32 parameters on two CPU ranks takes 130 ms of processor time
 by gloo, and 25 ms as broadcasts of each rank's shard in place. A reduce-scatter of as many
-gradients takes 50 ms by gloo's reductions, and 17 ms if one rank sends and the other adds. The
-values are the same.
+gradients takes 50 ms by gloo, and 17 ms if one rank sends and the other adds. The values are the
+same. With `async_op`, each function returns the unfinished work; otherwise it waits and returns
+None.
 """
 
 from __future__ import annotations
@@ -19,11 +20,7 @@ from torch import Tensor
 def gather_in_place(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> _Works | None:
-    """Replaces `all_gather_into_tensor`: gathers all shards into `output_tensor`, in rank order.
-
-    The shards are the `input_tensor` of each rank of `group`. Returns the unfinished work if
-    `async_op` is True; otherwise waits for the work and returns None.
-    """
+    """Replaces `all_gather_into_tensor`: gathers the `input_tensor` of all ranks, in rank order."""
     ranks, shards, mine = _shards(output_tensor, group)
     if mine.data_ptr() != input_tensor.data_ptr():
         mine.copy_(input_tensor.view(-1))
@@ -43,9 +40,7 @@ def scatter_in_place(
 ) -> _Works | None:
     """Replaces `reduce_scatter_tensor`: writes this rank's reduced shard to `output_tensor`.
 
-    `input_tensor`, which has the shards of all ranks of `group`, is reduced by `op` (by default
-    added up over the ranks) and overwritten. Returns the unfinished work if `async_op` is True;
-    otherwise waits for the work and returns None.
+    `input_tensor`, which has the shards of all ranks, is reduced by `op` and overwritten.
     """
     ranks, shards, mine = _shards(input_tensor, group)
     works = _Works(
@@ -64,12 +59,11 @@ def sum_on_owner(
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    """Replaces `reduce`: reduces `tensor` over the ranks of `group` by `op`, onto rank `dst`.
+    """Replaces `reduce`: reduces `tensor` over the ranks by `op`, onto rank `dst`.
 
     On other ranks `tensor` may be overwritten. If two CPU ranks add tensors, the other rank sends
     its tensor, and `dst` adds it. With more ranks gloo's own reduction is used, because additions
-    in another order would change the values. Returns the unfinished work if `async_op` is True,
-    else None.
+    in another order would change the values.
     """
     # Not at the top: `start` imports this file before DeepSpeed.
     from deepspeed.accelerator import get_accelerator
@@ -107,7 +101,7 @@ class _Works:
 def _shards(whole: Tensor, group: Any) -> tuple[list[int], tuple[Tensor, ...], Tensor]:
     """Splits `whole` into equal flat shards, one for each rank of `group`.
 
-    Returns: the ranks of the group, their shards (views of `whole`), and this rank's shard.
+    Returns the ranks of the group, their shards (views of `whole`), and this rank's shard.
     """
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     shards = whole.view(-1).split(whole.numel() // len(ranks))

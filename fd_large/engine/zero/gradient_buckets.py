@@ -20,18 +20,15 @@ MOST_COPIES = 2
 
 
 def sums_have_owners() -> bool:
-    """Returns whether a bucket's sum is sent only to the rank that needs it, and not to all ranks.
-
-    This is the case with at most `MOST_OWNERS` ranks.
-    """
+    """Returns whether a bucket's sum is sent to its owner only: with up to `MOST_OWNERS` ranks."""
     return distributed.world_size() <= MOST_OWNERS
 
 
 def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
     """Cuts a flat group of `size` gradient elements into buckets of at most `bucket` elements.
 
-    Returns: (begin, end, owner) of each bucket. The owner is the rank that needs the bucket's sum,
-        or None if all ranks get it.
+    Returns (begin, end, owner) of each bucket. The owner is the rank that needs the bucket's sum,
+    or None if all ranks get it.
     """
     world = distributed.world_size()
     if not sums_have_owners():
@@ -47,7 +44,7 @@ def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
 def start_sum(sent: Tensor, owner: int | None) -> Any:
     """Starts to sum `sent` over the ranks, in place, and returns the unfinished work.
 
-    The sum is made on the rank `owner`, or on all ranks if `owner` is None.
+    The sum is made on the rank `owner`, or on all ranks if it is None.
     """
     if owner is None:
         return deepspeed.comm.all_reduce(sent, async_op=True)
@@ -57,11 +54,8 @@ def start_sum(sent: Tensor, owner: int | None) -> Any:
 class InOrder(ABC):
     """Sends buckets of gradients in the same order on all ranks.
 
-    A bucket is sent when all its gradients and those of the earlier buckets are complete.
-
-    Args:
-        needs: For each bucket, the number of gradients that must be complete before it is sent.
-            Buckets are numbered in the order in which they are sent.
+    A bucket is sent when all its gradients and those of the earlier buckets are complete. `needs`
+    gives the number of gradients of each bucket; buckets are numbered in the order of sending.
     """
 
     def __init__(self, needs: Sequence[int]) -> None:
@@ -74,10 +68,7 @@ class InOrder(ABC):
         self._missing, self._next = list(self._needs), 0
 
     def arrived(self, bucket: int) -> None:
-        """Counts one more complete gradient of the bucket with number `bucket`.
-
-        Then sends each bucket whose gradients are complete and which is next in order.
-        """
+        """Counts a complete gradient of a bucket; sends the buckets that are next and complete."""
         assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._needs) and self._missing[self._next] == 0:
@@ -94,7 +85,7 @@ class InOrder(ABC):
 
     @abstractmethod
     def _start(self, bucket: int) -> None:
-        """Starts to sum the bucket with number `bucket` over the ranks."""
+        """Starts to sum a bucket over the ranks."""
 
     @abstractmethod
     def _settle(self) -> None:
@@ -107,7 +98,7 @@ class Reductions(InOrder):
     Args:
         engine: DeepSpeed's engine, which decides the data type that is sent.
         buckets: Tensors to sum, in the order in which they are sent.
-        needs: For each bucket, the number of gradients that must be complete before it is sent.
+        needs: See `InOrder`.
         owners: For each bucket the rank that needs its sum, or None if all ranks need it. On ranks
             that do not need it, the bucket's content is undefined afterwards.
     """

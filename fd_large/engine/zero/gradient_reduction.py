@@ -44,9 +44,7 @@ _STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 
 
 def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
-    """Replaces DeepSpeed's reduction and clipping of gradients by methods of this package.
-
-    The table at the top of this file compares these methods with those of DeepSpeed.
+    """Replaces DeepSpeed's reduction and clipping of gradients, as the table above says.
 
     Args:
         engine: DeepSpeed's engine, before its first forward.

@@ -42,9 +42,9 @@ class _Bucket(NamedTuple):
 
 
 class _Partition(list):
-    """List with this rank's flat gradients of a group as its only entry.
+    """List whose only entry is this rank's flat gradients of a group, as is its `flat_partition`.
 
-    DeepSpeed reads either the entry or the attribute `flat_partition`, which is the same tensor.
+    DeepSpeed reads either of them.
     """
 
     def __init__(self, flat: Tensor) -> None:
@@ -115,10 +115,7 @@ class OwnedShards(InOrder):
         replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
 
     def _cut(self, bucket_size: int) -> list[_Bucket]:
-        """Cuts the gradients of all groups into buckets of at most `bucket_size` elements.
-
-        The returned buckets are roughly in the order in which backward fills them.
-        """
+        """Cuts the gradients into buckets, roughly in the order in which backward fills them."""
         cut = []
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             size = self._optimizer.partition_size[group] * self._world
@@ -143,8 +140,7 @@ class OwnedShards(InOrder):
         """Counts the gradient of `parameter` as complete in each bucket with a part of it.
 
         Replaces DeepSpeed's `process_gradients`, whose argument `group` is ignored. At stage 1,
-        where autograd accumulates gradients, only the gradients of a step's last micro batch are
-        counted.
+        where autograd accumulates gradients, only those of a step's last micro batch are counted.
         """
         if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
             for number in self._buckets_of[id(parameter)]:
@@ -182,10 +178,9 @@ class OwnedShards(InOrder):
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
     def _own(self, bucket: _Bucket) -> tuple[Tensor, int]:
-        """Returns the part of a bucket that is in this rank's shard.
+        """Returns a view of the part of a bucket in this rank's shard, and its place in the bucket.
 
-        Returns: a view of the shard, empty if the shard has no part of the bucket; the position of
-            the view's first element in the bucket.
+        The view is empty if the shard has no part of the bucket.
         """
         shard = self._shards[bucket.group]
         begin = bucket.begin - self._rank * shard.numel()
@@ -206,8 +201,8 @@ class OwnedShards(InOrder):
     def _reduce(self, pipeline_parallel: bool = False) -> None:
         """Sums the remaining buckets after the backward of a micro batch.
 
-        After the last micro batch of a step, the summed shards are passed to the optimiser. This
-        method replaces methods of DeepSpeed, whose argument is ignored.
+        After the last micro batch of a step, the summed shards are passed to the optimiser.
+        Replaces methods of DeepSpeed, whose argument is ignored.
         """
         self.finish()
         self._first = self._engine.is_gradient_accumulation_boundary()
@@ -219,10 +214,9 @@ class OwnedShards(InOrder):
 
 
 def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
-    """Returns views of `filled`, the memory of a bucket: one for each parameter in the bucket.
+    """Returns a view of a bucket's memory `filled` for each parameter in the bucket.
 
-    The view for a whole parameter has the parameter's shape. If only a part of a parameter is in
-    the bucket, the view is flat.
+    The view has the parameter's shape, or is flat if the bucket has only a part of the parameter.
     """
     views = []
     for parameter, low, high, start in bucket.parts:
@@ -232,10 +226,10 @@ def _views(filled: Tensor, bucket: _Bucket) -> list[Tensor]:
 
 
 def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:
-    """Returns the L2 norm of the shards of all ranks together, a float32 scalar.
+    """Returns the L2 norm of the shards of all ranks, a float32 scalar; all ranks must call it.
 
-    All ranks must call this function, each with its own `shards`. Squares are summed by chunks,
-    whose float32 sums are exact to about 1e-7, whereas DeepSpeed makes float64 copies.
+    Squares are summed by chunks, whose float32 sums are exact to about 1e-7, whereas DeepSpeed
+    makes float64 copies.
     """
     chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
     square = torch.nn.utils.get_total_norm(chunks).double().square()

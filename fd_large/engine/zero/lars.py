@@ -19,12 +19,7 @@ TRUST_COEFFICIENT = 0.001
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum on gradients that already include weight decay and trust ratio.
-
-    Args:
-        groups: Parameter groups, in torch's form.
-        lr: Learning rate.
-    """
+    """SGD with momentum on gradients that already include weight decay and trust ratio."""
 
     def __init__(self, groups: Any, lr: float) -> None:
         # The decay is part of the gradient that `trust_ratio.py` makes.
@@ -48,13 +43,10 @@ class Lars(torch.optim.Optimizer):
 
     @staticmethod
     def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Returns the factor of each matrix's gradient.
+        """Returns each gradient's factor, TRUST_COEFFICIENT * weight_norm / gradient_norm.
 
-        The factor is TRUST_COEFFICIENT * weight_norm / gradient_norm, or 1 if a norm is 0.
-
-        Args:
-            weight_norm: L2 norms of the matrices.
-            gradient_norm: L2 norms of the gradients with weight decay, in the same shape.
+        The factor is 1 if a norm is 0. Both arguments hold L2 norms of the matrices, in the same
+        shape; the gradients include weight decay.
         """
         ratio = TRUST_COEFFICIENT * weight_norm / gradient_norm
         return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)

@@ -132,15 +132,9 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
 def _cut(
     owner_state: dict[str, Any], moments: Iterable[str], start: int, stop: int
 ) -> dict[str, Any]:
-    """Returns the optimiser's state for elements [start, stop) of a flattened tensor, by name.
+    """Returns the optimiser's state of elements [start, stop) of a flattened tensor, by name.
 
-    Args:
-        owner_state: The optimiser's state of the whole tensor.
-        moments: Names of the moments in that state.
-        start: First element.
-        stop: End of the elements.
-
-    Returns: a view of each moment, and a copy of the step count if the state has one.
+    The result has a view of each of `moments`, and a copy of the step count if there is one.
     """
     cut = {name: owner_state[name].view(-1)[start:stop] for name in moments}
     if "step" in owner_state:
@@ -150,9 +144,9 @@ def _cut(
 
 
 def _joined(cuts: list[LayerSlice]) -> list[LayerSlice]:
-    """Returns the slices in `cuts`, sorted, with neighbours of the same scale joined.
+    """Returns the slices, sorted, with neighbours of the same scale joined, padding included.
 
-    A joined slice includes the padding between its parts. Empty slices are left out.
+    Empty slices are left out.
     """
     joined: list[LayerSlice] = []
     for cut in sorted(cuts):

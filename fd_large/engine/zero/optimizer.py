@@ -37,19 +37,14 @@ _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 
 
 def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
-    """Returns which moments and step count `optimizer` keeps for each tensor.
-
-    `optimizer` is an optimiser that `make_optimizer` made.
-    """
+    """Returns which state an optimiser of `make_optimizer` keeps for each tensor."""
     return _kept[optimizer]
 
 
 def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
     """Returns the names of an optimiser's moments, each of which takes 4 bytes a parameter.
 
-    Args:
-        optim: The recipe's section.
-        device: Device on which an optimiser other than AdamW is tried.
+    An optimiser other than AdamW is tried on `device`.
 
     Raises: ConfigError: if the optimiser does not exist or fails its trial.
     """
@@ -67,13 +62,8 @@ def decays(
 ) -> bool:
     """Returns whether weight decay applies to a parameter.
 
-    Weight decay does not apply to one-dimensional parameters and to biases.
-
-    Args:
-        name: Name of the parameter.
-        ndim: Number of dimensions of the parameter.
-        skip_names: Names of further parameters to which weight decay does not apply.
-        skip_keywords: Weight decay does not apply if the name contains any of these words.
+    It does not apply to one-dimensional parameters, to biases, to the names `skip_names`, and to
+    names that contain any of `skip_keywords`.
 
     Source: official code, optimizer.py get_pretrain_param_groups.
     """
@@ -83,10 +73,9 @@ def decays(
 
 
 def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the groups "decay", with `weight_decay`, and "no_decay", without weight decay.
+    """Returns the trained parameters of a task in torch's groups "decay" and "no_decay".
 
-    The groups are dicts in torch's form, and have the trained parameters of `task`. An empty group
-    is left out.
+    The group "decay" has weight decay `weight_decay`, the other none. An empty group is left out.
     """
     skip_names, skip_keywords = task.no_weight_decay()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -113,8 +102,8 @@ def make_optimizer(
         on_gpu: Whether the masters are on a GPU, as fused CUDA kernels need.
 
     Raises:
-        ConfigError: If the recipe names an implementation of AdamW that does not work here, or an
-            optimiser that does not act element by element.
+        ConfigError: If the named implementation of AdamW does not work here, or the optimiser does
+            not act element by element.
     """
     if make := _maker_of(optim):
         device = distributed.device() if on_gpu else torch.device("cpu")
@@ -175,8 +164,8 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
     All ranks must call this function, and get the same result.
 
     Args:
-        kind: The implementation: "deepspeed", "apex" or "torch".
-        settings: Keyword arguments of its constructor.
+        kind: "deepspeed", "apex" or "torch".
+        settings: Keyword arguments of the constructor.
     """
     if kind == "torch":
         return None
@@ -191,11 +180,8 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
 def _off(kind: str, settings: dict[str, Any]) -> str | None:
     """Compares an implementation's steps on random numbers with those of torch's plain AdamW.
 
-    Args:
-        kind: The implementation: "deepspeed", "apex" or "torch".
-        settings: Keyword arguments of its constructor.
-
-    Returns: how the steps fail or differ, or None if they are right.
+    For the arguments see `_why_not`. Returns how the steps fail or differ, or None if they are
+    right.
     """
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(4, size, generator=generator) for size in _TRIED]

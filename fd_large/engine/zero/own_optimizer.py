@@ -139,10 +139,9 @@ def _trial(
 
 
 def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
-    """Returns a function of (tensor, steps) that returns the number `steps` in the type of `value`.
+    """Returns a function of (tensor, steps), of which the result is `steps` in the form of `value`.
 
-    If `value` is a tensor, the result is a tensor of the same data type on the same device. The
-    argument `tensor` is ignored.
+    If `value` is a tensor, the result has its data type and device. The argument tensor is ignored.
     """
     if not isinstance(value, Tensor):
         return lambda owner, steps: type(value)(steps)

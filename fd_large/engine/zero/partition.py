@@ -96,10 +96,10 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Returns this rank's elements of `parameter`, and the position of the first in the parameter.
+    """Returns this rank's elements of a parameter, and the position of the first in the parameter.
 
-    The elements are flat and without padding. A parameter that is not sharded counts as a single
-    shard at position 0. The returned tensor is a view, so that writing to it changes the parameter.
+    The elements are a flat view without padding. A parameter that is not sharded counts as a single
+    shard at position 0.
     """
     if not is_partitioned(parameter):
         return parameter.data.view(-1), 0
@@ -116,8 +116,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
     Only rank 0 reads the tensors and sends each to the other ranks, which keep the elements of
     their shards; otherwise a thousand ranks would read the same files from the file system.
 
-    Floating-point buffers that belong to the state (running statistics of batch norms) are weights
-    too; every rank holds them whole.
+    Running statistics of batch norms are weights too; every rank holds them whole.
 
     Args:
         module: A module with whole or partitioned parameters.
@@ -151,18 +150,14 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Tensor]:
-    """Casts a module's parameters to bfloat16 in place.
+    """Casts a module's parameters, whole or partitioned, from float32 to bfloat16 in place.
 
     Buffers that are combined with weights are cast by the module's `cast_buffers`, if it has this
     method. A bfloat16 engine copies its masters from the bfloat16 weights; `set_masters` then
     writes the exact values into the masters.
 
-    Args:
-        module: A module with whole or partitioned parameters in float32.
-        keep_exact: Whether to return the float32 values, for masters. If False, as for a frozen
-            model, each float32 tensor is freed before the next is cast.
-
-    Returns: this rank's float32 shards by name; empty if `keep_exact` is False.
+    With `keep_exact`, this rank's float32 shards are returned by name, for masters. Without, as for
+    a frozen model, the result is empty, and each float32 tensor is freed before the next is cast.
     """
     exact = {}
     for name, parameter in module.named_parameters():
@@ -183,12 +178,10 @@ def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Ten
 
 
 def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
-    """Writes float32 masters into a bfloat16 engine's optimiser, at ZeRO stages 1 to 3.
+    """Writes float32 masters into the optimiser of a bfloat16 engine at ZeRO stages 1 to 3.
 
-    Args:
-        module: The engine's module.
-        exact: The float32 values from `to_bfloat16`. Each value is removed when it has been
-            written, so that memory never holds all values twice.
+    `module` is the engine's module, and `exact` the values of `to_bfloat16`. Each value is removed
+    once written, so that memory never holds all values twice.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

@@ -57,12 +57,9 @@ def check() -> None:
 
 
 def get(path: str) -> Any:
-    """Returns a private class, function or global.
+    """Returns the private class, function or global MODULE:NAME.
 
-    Args:
-        path: MODULE:NAME. If `PARAMETERS` lists parameters for this path, they must exist.
-
-    Raises: VersionError: if the name does not exist or lacks a listed parameter.
+    Raises: VersionError: if it does not exist or lacks a parameter that `PARAMETERS` lists for it.
     """
     package = path.partition(":")[0].partition(".")[0]
     for part, parameters in PARAMETERS.items():
@@ -75,13 +72,9 @@ def get(path: str) -> Any:
 
 
 def replace(owner: Any, name: str, new: Any) -> Any:
-    """Replaces an existing method or value, and returns the old method or value.
+    """Replaces an existing method or value of an object or module, and returns the old one.
 
-    Args:
-        owner: The object or module that has the method or value.
-        name: Name of the attribute. A private name of DeepSpeed must be listed in
-            tests/unit/engine/zero/test_private_names.py.
-        new: The replacement.
+    A private name of DeepSpeed must be listed in tests/unit/engine/zero/test_private_names.py.
 
     Raises: VersionError: if the owner lacks the name.
     """

@@ -91,10 +91,10 @@ def forget_engines() -> None:
 
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
     parameter coordinator. The process group of hpZ is global, and the next engine would use it
-    whatever its own configuration; the group's communicator holds GPU memory until the group is
-    destroyed. DeepSpeed also replaces torch's linear function by a slower function that keeps other
-    tensors, which would change later counts in this process. So torch's function is put back;
-    `zero.Init` makes DeepSpeed's replacement again when it is needed.
+    whatever its own configuration; its communicator holds GPU memory until the group is destroyed.
+    DeepSpeed also replaces torch's linear function by a slower one that keeps other tensors, which
+    would change later counts in this process. So torch's function is put back; `zero.Init` replaces
+    it again when it is needed.
     """
     get = private_names.get
     get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()

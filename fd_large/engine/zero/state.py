@@ -34,8 +34,7 @@ class _Home(NamedTuple):
     Attributes:
         span: Range of these elements in the flattened parameter.
         master: View of the elements' float32 values.
-        owner: The tensor that the inner optimiser steps; the optimiser's state of this tensor holds
-            the moments.
+        owner: The tensor that the inner optimiser steps, whose state holds the moments.
         offset: Position of the first element in `owner`.
     """
 
@@ -46,10 +45,7 @@ class _Home(NamedTuple):
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Returns which elements of each tensor each rank stores in a checkpoint.
-
-    This function needs no communication.
-    """
+    """Returns which elements of each tensor each rank stores in a checkpoint."""
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
@@ -68,19 +64,18 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def _statistics(engine: Engine) -> dict[str, Tensor]:
-    """Returns the task's floating-point buffers that belong to its state dict, by name.
+    """Returns the task's running statistics, by name.
 
-    These running statistics are whole and equal on all ranks; in a checkpoint each rank stores a
-    shard.
+    They are whole and equal on all ranks; in a checkpoint each rank stores a shard.
     """
     return partition.running_statistics(engine.task)
 
 
 def shards(engine: Engine) -> Iterator[Piece]:
-    """Yields this rank's shards of masters, moments, moving average and running statistics.
+    """Yields views of this rank's shards of masters, moments, average and running statistics.
 
-    The shards are views of the live state. A shard's name is KIND.NAME: KIND is "master", the name
-    of a moment, or the key of the moving average, and NAME is the parameter's name.
+    A shard's name is KIND.NAME: KIND is "master", the name of a moment, or the key of the moving
+    average, and NAME is the parameter's name.
     """
     inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
@@ -106,8 +101,8 @@ def shards(engine: Engine) -> Iterator[Piece]:
 def not_finite(engine: Engine) -> list[str]:
     """Returns the names of this rank's shards that hold NaN or infinity, as `shards` yields them.
 
-    Shards of buffers that were not finite from the start (`Engine.infinite_buffers`) are left out.
-    The check takes one pass over the shards without a copy, and the host waits once per device.
+    Buffers that were not finite from the start (`Engine.infinite_buffers`) are left out. The check
+    takes one pass over the shards without a copy, and the host waits once per device.
     """
     extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
     keys: dict[torch.device, list[str]] = defaultdict(list)
@@ -126,8 +121,8 @@ def not_finite(engine: Engine) -> list[str]:
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, flat unsharded float32 tensor) of each parameter and running statistic.
 
-    All ranks must iterate over the result together. In a block of `Ema.in_place_of_weights`, the
-    values are those of the average.
+    All ranks must iterate together. In a block of `Ema.in_place_of_weights`, the values are those
+    of the average.
     """
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -213,10 +208,10 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
 
 
 def complete(engine: Engine) -> None:
-    """Makes all tensors complete on every rank, after `restore` has written the rank's shards.
+    """Makes all tensors complete after `restore`; all ranks must call this function.
 
-    All ranks must call this function. Tensors that each rank holds whole are gathered from the
-    other ranks, which is faster than if every rank read them from the files.
+    Tensors that each rank holds whole are gathered from the other ranks, which is faster than if
+    every rank read them from the files.
     """
     with torch.no_grad():
         for whole in _wholes(engine):
@@ -230,8 +225,8 @@ def complete(engine: Engine) -> None:
 def _wholes(engine: Engine) -> Iterator[Tensor]:
     """Yields the tensors that each rank holds whole, although it stores only a shard of each.
 
-    These tensors are the running statistics and their averages, and at stage 0 also weights,
-    moments and the average of the weights.
+    These are the running statistics and their averages, and at stage 0 also weights, moments and
+    the average of the weights.
     """
     yield from _statistics(engine).values()
     yield from engine.averages.values()
@@ -244,15 +239,12 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """Returns the range of elements of the tensor `whole` that this rank stores in a checkpoint."""
+    """Returns the range of elements of a whole tensor that this rank stores in a checkpoint."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
 def redistribute(engine: Engine) -> None:
-    """Copies the masters into the parameters that forward uses.
-
-    All ranks must call this function.
-    """
+    """Copies the masters into the parameters that forward uses; all ranks must call it."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
@@ -264,10 +256,7 @@ def redistribute(engine: Engine) -> None:
 
 
 def _forget_whole_copies(engine: Engine) -> None:
-    """Drops the whole copies of small tensors that ZeRO-3 keeps; other stages have none.
-
-    The next forward gathers these tensors again.
-    """
+    """Drops the whole copies of small tensors under ZeRO-3; the next forward gathers them again."""
     if engine.stage == 3:
         engine.deepspeed.optimizer._partition_all_parameters()
 
@@ -301,13 +290,10 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
-    """Returns the state that the optimiser `inner` keeps of a tensor: {name: moment or step count}.
+    """Returns the state {name: moment or step count} that the optimiser `inner` keeps of a tensor.
 
-    If the state does not exist yet, as before the first step, it is made with its initial values.
-
-    Args:
-        inner: An optimiser of `make_optimizer`.
-        owner: A tensor that the optimiser steps.
+    If it does not exist yet, as before the first step, it is made with its initial values. `inner`
+    is an optimiser of `make_optimizer`, and `owner` a tensor that it steps.
     """
     owner_state, state_fields = inner.state[owner], kept_by(inner)
     if state_fields.count is not None and "step" not in owner_state:

@@ -4,7 +4,7 @@ DeepSpeed's `step` computes the gradients' norm, asks whether it is finite, clip
 inner optimiser, once or once per group. The gate answers DeepSpeed's question by the ranks'
 decision about the step, so that the host waits for the device only once. At stage 0, where
 DeepSpeed does not ask, the ranks decide when the inner optimiser is called. In both cases the
-gradients are complete and no weight has moved yet, and a skipped step leaves weights, moments and
+gradients are complete and no weight has moved, so that a skipped step leaves weights, moments and
 step counts unchanged.
 """
 
@@ -35,8 +35,8 @@ class StepGate:
     """Lets an optimiser step only if the ranks decide so, once per step.
 
     Args:
-        inner: The torch optimiser. DeepSpeed wraps it, except at stage 0, where DeepSpeed calls its
-            `step` directly. The gate replaces its method `step`.
+        inner: The torch optimiser, whose method `step` the gate replaces. DeepSpeed wraps it,
+            except at stage 0, where DeepSpeed calls its `step` directly.
 
     Attributes:
         inner: The optimiser.
@@ -70,11 +70,9 @@ class StepGate:
     def answer(self, norm: Any = None) -> Answer:
         """Returns the ranks' decision about the present step.
 
-        The first call in a step lets the ranks decide; later calls return the same decision.
-        Outside of `step`, the optimiser may always step.
-
-        Args:
-            norm: Norm of the gradients before clipping; None at stage 0.
+        The first call in a step lets the ranks decide, from the `norm` of the gradients before
+        clipping (None at stage 0); later calls return the same decision. Outside of `step`, the
+        optimiser may always step.
         """
         if self._ask is not None:
             ask, self._ask = self._ask, None
@@ -107,12 +105,7 @@ def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu
     """Multiplies tensors in place by min(1, `max_norm` / (`global_norm` + 1e-6)).
 
     Replaces DeepSpeed's `clip_tensors_by_global_norm`, which makes the host wait for the norm.
-
-    Args:
-        input_tensors: The gradients.
-        max_norm: Largest norm after clipping.
-        global_norm: L2 norm of the gradients of all ranks, a scalar.
-        mpu: Ignored.
+    `global_norm` is the L2 norm of the gradients of all ranks, a scalar; `mpu` is ignored.
     """
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
     for tensor in input_tensors:

@@ -28,15 +28,10 @@ class Init(deepspeed.zero.Init):
     def _partition_param_sec(
         self, param: Any, buffer: Any = None, has_been_updated: bool = False
     ) -> None:
-        """Copies this rank's part of a parameter to its secondary copy, for hpZ's gathers.
+        """Copies this rank's part of a gathered parameter to its secondary copy, for hpZ's gathers.
 
-        Nothing is copied if the parameter is not gathered. An existing copy is overwritten only if
-        `has_been_updated` is True. On a GPU, an event is recorded after the copy.
-
-        Args:
-            param: The parameter; its part is written to `param.ds_secondary_tensor`.
-            buffer: Ignored.
-            has_been_updated: Whether the parameter has changed since the last copy.
+        An existing copy is overwritten only if `has_been_updated` says that the parameter has
+        changed since. On a GPU, an event is recorded after the copy. `buffer` is ignored.
         """
         # A parameter that is not gathered has nothing to copy.
         is_there = param.ds_secondary_tensor is not None and not has_been_updated
@@ -58,12 +53,9 @@ class Init(deepspeed.zero.Init):
 def order_gathers(engine: Any) -> None:
     """Makes all-gathers of a sharded model wait for writes of the shards.
 
-    All-gathers wait for the writes that were queued before this call. If the engine has an
-    optimiser, they also wait after each step for the optimiser's writes, and an all-gather of hpZ's
-    copies inside a node waits until these copies are written.
-
-    Args:
-        engine: DeepSpeed's engine at stage 3, with or without an optimiser.
+    All-gathers wait for the writes that were queued before this call. If the engine (at stage 3)
+    has an optimiser, they also wait after each step for the optimiser's writes, and an all-gather
+    of hpZ's copies inside a node waits until these copies are written.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
@@ -93,10 +85,7 @@ def record_gradients(engine: Any) -> None:
     """Keeps the memory of each gradient until the gradient is summed on its stream.
 
     DeepSpeed does so too, except for the gradient of a small tensor of which this rank has no
-    element.
-
-    Args:
-        engine: DeepSpeed's engine at stage 3, with an optimiser.
+    element. `engine` is at stage 3, with an optimiser.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.is_synchronized_device():

@@ -21,10 +21,7 @@ from fd_large.ranks import distributed
 
 
 class _Part(NamedTuple):
-    """Elements [start, stop) of a tensor that the optimiser steps.
-
-    The elements belong to the matrix of number `matrix`.
-    """
+    """Elements [start, stop), of matrix number `matrix`, in a tensor that the optimiser steps."""
 
     matrix: int
     start: int
@@ -57,8 +54,8 @@ class _TrustRatios:
     def step(self, *arguments: Any, **named: Any) -> None:
         """Adds weight decay to the gradients of matrices, scales the sums, and steps the optimiser.
 
-        The arguments are passed on to the optimiser's own step. A group that DeepSpeed has emptied
-        is left out.
+        The arguments are passed on to the optimiser's own step. Groups that DeepSpeed has emptied
+        are left out.
         """
         device = distributed.device()
         squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)
@@ -84,8 +81,7 @@ class _TrustRatios:
 def scale_by_norms(engine: Engine) -> None:
     """Lets an engine scale gradients before each step, if its optimiser has a trust ratio.
 
-    Args:
-        engine: The engine, before its first step and after layer-wise learning rates were set.
+    Called before the first step, and after layer-wise learning rates were set.
     """
     inner = engine.gate.inner
     if not hasattr(inner, "trust_ratio"):

@@ -4,9 +4,8 @@ DeepSpeed gathers the weights of every module before the module's forward and ba
 hooks around every module, also around modules without weights. A block of a ViT has nine modules.
 benchmarks/host_calls.py counts the calls that a block costs the host.
 
-DeepSpeed's own leaf modules cannot be used. DeepSpeed sums a leaf's gradients when the leaf's
-backward is over, and loses the later gradients of a submodule that is called outside of the leaf's
-forward.
+DeepSpeed's own leaf modules cannot be used: it sums a leaf's gradients when the leaf's backward is
+over, and loses the later gradients of a submodule that is called outside of the leaf's forward.
 """
 
 from __future__ import annotations
@@ -34,10 +33,9 @@ _UNIT = "_gathered_whole"
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
-    """Makes ZeRO-3 gather each block as one module, if the block's parameters fit a bucket.
+    """Makes ZeRO-3 gather each block as one module, if its parameters fit the prefetch bucket.
 
-    The bucket is that of prefetched parameters. `plan/buckets.py` chooses these blocks, because
-    `plan` counts them too.
+    `plan/buckets.py` chooses these blocks, because `plan` counts them too.
 
     Args:
         engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser the
@@ -78,9 +76,9 @@ def _spare_calls() -> None:
 
 @functools.wraps(_print_rank_0)
 def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
-    """Replaces DeepSpeed's `print_rank_0`: calls it only if `debug` or `force` is True.
+    """Calls DeepSpeed's `print_rank_0`, which it replaces, only for messages that it would print.
 
-    Other messages would not be printed anyway, but would cost the host a call.
+    Other messages would still cost the host a call.
     """
     if debug or force:
         _print_rank_0(message, debug, force)
@@ -90,7 +88,6 @@ def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
     """Replaces DeepSpeed's `iter_params`, which returns the parameters of `module`.
 
-    If `module` is a block that is gathered whole, all parameters of the block are returned, also
-    those of its submodules. For other modules, `iter_params` itself is called.
+    For a block that is gathered whole, these include the parameters of its submodules.
     """
     return module.__dict__.get(_UNIT) or _iter_params(module, recurse)

@@ -95,7 +95,7 @@ class _Averages:
     def finish(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
         """Reduces the remaining buckets after backward, and waits until all buckets are reduced.
 
-        This method replaces a method of DeepSpeed, and ignores its arguments.
+        Replaces a method of DeepSpeed, whose arguments are ignored.
         """
         for parameter, view in self._views.items():
             if parameter.grad is not view:
