@@ -52,12 +52,9 @@ SIZES = (2, 4)
 
 
 def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Recorder:
-    """Runs a step, and returns the recorder of its operations.
+    """Runs a step on the meta device, and returns the recorder of its operations.
 
-    Args:
-        models: The task and its frozen models, on the meta device.
-        batch: A micro-batch on the meta device.
-        like: Recorder of another micro-batch, whose operations the step must repeat, or None.
+    `like` is the recorder of another micro-batch, whose operations the step must repeat, or None.
 
     Raises: NotLinear: if the step calls other operations than `like` has recorded.
     """
@@ -77,10 +74,10 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
 @contextmanager
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
-    """Makes `recorder` count the forward calls of the modules in `models` within the context.
+    """Makes a recorder count the forward calls of modules within the context.
 
-    The counts are `recorder.inside`, `recorder.blocks` and `recorder.modules`. Within the context,
-    a parameter's gradient is freed as soon as backward has made it.
+    The counts are `recorder.inside`, `recorder.blocks` and `recorder.modules`. A parameter's
+    gradient is freed as soon as backward has made it.
     """
     handles = []
     blocks, within = _gathered_whole(models)
@@ -113,10 +110,7 @@ def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
 
 
 def _gathered_whole(models: Models) -> tuple[set[nn.Module], set[nn.Module]]:
-    """Returns two sets: the blocks that ZeRO-3 gathers whole, and the modules inside these blocks.
-
-    The blocks are those of all models in `models`.
-    """
+    """Returns the blocks of all models that ZeRO-3 gathers whole, and the modules inside them."""
     blocks: set[nn.Module] = set()
     within: set[nn.Module] = set()
     for model in models.all():
@@ -183,12 +177,7 @@ def count(
 def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
     """Returns the bytes of a micro-batch: images, targets and the outputs of frozen models.
 
-    The result is linear in the number of images.
-
-    Args:
-        job: The job that describes the task; no weights or images are read.
-        device: The device for which kernels are chosen.
-        frozen_bfloat16: Whether frozen models compute in bfloat16.
+    They are linear in the number of images. For the arguments see `count`.
 
     Raises: FDError: if the models cannot be built, or cannot run without values.
     """
@@ -203,10 +192,7 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
 
 
 def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
-    """Returns a probe batch of `images` images with the side `image_size`, in pixels.
-
-    If `image_size` is 0, the images have the side of the job's probe batch.
-    """
+    """Returns the job's probe batch of so many images, of side `image_size` pixels unless it is 0."""
     batch = job.probe_batch(images)
     if image_size:
         shape = (*batch.images.shape[:2], image_size, image_size)
@@ -227,12 +213,11 @@ def step_flops(
     The result is None if the FLOPs cannot be counted, as for a task that cannot run without values.
 
     Args:
-        job: The job that describes the task; no weights or images are read.
+        job, image_size: See `count`.
         micro_batch_size: Number of images.
         checkpointing: Whether blocks of the student use activation checkpointing.
         micro_batches: Number of a rank's micro-batches in a step, which decides whether the step
             takes two passes.
-        image_size: See `count`.
     """
     # A CPU computes the same FLOPs as a GPU's fused kernels, whose counting takes the least time.
     device = choose.Device((9, 0))
@@ -257,13 +242,8 @@ def kernel_calls(
 ) -> list[Call]:
     """Returns the distinct calls of fused operations in a step of two images.
 
-    Each call is one that `kernels/check.py` can compare with its reference.
-
-    Args:
-        job: The job that describes the task; no weights or images are read.
-        device: Device that will run the kernels.
-        bfloat16: Whether the task computes in bfloat16.
-        frozen_bfloat16: Whether the frozen models compute in bfloat16.
+    Each call is one that `kernels/check.py` can compare with its reference. For the arguments see
+    `count`.
 
     Raises: FDError: if a step cannot run on the meta device, where tensors have no values.
     """
@@ -276,11 +256,8 @@ def kernel_calls(
 def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
     """Compares the kernels that will run with their references, and turns off those that differ.
 
-    All ranks must call this function. Rank 0 finds the calls whose kernels are compared.
-
-    Args:
-        job: The job that describes the task; no weights or images are read.
-        bfloat16: Whether the task computes in bfloat16.
+    All ranks must call this function. Rank 0 finds the calls to compare. `bfloat16` tells whether
+    the task computes in bfloat16.
     """
     device = distributed.device()
     if not choose.may_run_kernels(device.type):
@@ -305,14 +282,10 @@ def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
 
 
 def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Models) -> Counts:
-    """Returns the counts of a step from two recorders.
+    """Returns the counts of a step from the recorders of a smaller and of a larger micro-batch.
 
-    Args:
-        first: Recorder of the smaller micro-batch.
-        second: Recorder of the larger micro-batch.
-        at: The two micro-batch sizes. If the first is 0, both recorders are the same, and the
-            counts hold for the second size only.
-        models: The models that ran.
+    `at` has the two sizes. If the first is 0, both recorders are the same, and the counts hold for
+    the second size only.
     """
     products: Counter[tuple] = Counter()
     moved: dict[str, Line] = {}

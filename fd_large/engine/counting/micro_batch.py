@@ -68,11 +68,10 @@ def largest_that_fits(
     All ranks must call this function and get the same size.
 
     Args:
-        share: Images of a rank per step.
         phases: Functions of a number of images, which together run a whole step: forward and
             backward, then the optimiser's step.
         memory: Measures the memory of this rank.
-        together: See `candidates`.
+        share, together: See `candidates`.
 
     Raises: OutOfMemory: if not even one image, or one group with shared statistics, fits.
     """
@@ -140,13 +139,12 @@ def probe(
     All ranks must call this function and get the same size.
 
     Args:
-        engines: Engines of one student, or of several students that learn from the same steps. The
-            engines do not accumulate, so that each of their steps is a whole step. The probe spoils
-            their weights and moments.
+        engines: Engines of one student, or of several students that learn from the same steps. They
+            do not accumulate, so that each of their steps is a whole step. The probe spoils their
+            weights and moments.
         batch_of: Function of a number of images, which makes a batch of the largest images.
-        share: Images of a rank per step.
         seed: Seed of the drop path.
-        together: See `candidates`.
+        share, together: See `candidates`.
 
     Raises: OutOfMemory: if not even one image fits.
     """
@@ -173,13 +171,10 @@ def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
 def _phases(
     engine: Engine, batch_of: Callable[[int], Batch], share: int, seed: int, *, keeps: bool
 ) -> tuple[Callable[[int], None], ...]:
-    """Returns the two phases of a step: forward and backward, and the optimiser's step.
+    """Returns two functions of a micro batch size: forward and backward, and the optimiser's step.
 
-    Each phase is a function of the micro batch size.
-
-    Args:
-        engine, batch_of, share, seed: See `probe`.
-        keeps: Whether all micro batches of a step stay on the device, for other students.
+    For the other arguments see `probe`. With `keeps`, all micro batches of a step stay on the
+    device, for other students.
     """
     # What `StepForSeveral` keeps of the other micro batches until the step is over.
     other_tensors: list[Tensor] = []
@@ -204,9 +199,9 @@ def _phases(
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
-    """Returns `count` copies of each tensor in the micro batch `batch`, on the device.
+    """Returns `count` copies on the device of each tensor in a micro batch.
 
-    The outputs of the frozen models of `task`, which are computed here, are copied too.
+    These include the outputs of the frozen models of `task`, which are computed here.
     """
     whole = completed(task, batch.to(distributed.device()))
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
@@ -216,12 +211,9 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     """Returns the micro batch size that an earlier probe stored in the run's folder.
 
     Returns None if no size is stored, or if the stored size was found in another setting or does
-    not divide `share`. All ranks must call this function; rank 0 reads the file.
-
-    Args:
-        folder: The run's folder.
-        setting: Everything that decides a step's memory: ranks, models, DeepSpeed's JSON, software.
-        share: Images of a rank per step.
+    not divide `share`, a rank's images per step. All ranks must call this function; rank 0 reads
+    the file. `setting` is everything that decides a step's memory: ranks, models, DeepSpeed's JSON,
+    software.
     """
     known_size = None
     if distributed.is_main():
@@ -246,10 +238,9 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
 
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
-    """Writes the micro batch size `size`, and the `setting` in which it was found, to a file.
+    """Writes the micro batch size and its setting to micro_batch.json in the run's folder.
 
-    The file is micro_batch.json in the run's folder `folder`. Only rank 0 writes. If writing fails,
-    the error is logged and not raised.
+    Only rank 0 writes. If writing fails, the error is logged and not raised.
     """
     if distributed.is_main():
         path = folder / "micro_batch.json"

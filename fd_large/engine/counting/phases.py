@@ -160,11 +160,7 @@ class Timer:
 def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple[int, ...]:
     """Returns the micro-batch sizes to time, at most two; () if not even the least size fits.
 
-    Args:
-        counts: The counts of a step.
-        together: `images_together` of the job.
-        room: Bytes of memory that a micro-batch may take.
-        on_gpu: Whether the device is a GPU.
+    They are multiples of `together`, the job's `images_together`, and take at most `room` bytes.
     """
     if counts.images:
         return (counts.images,) if counts.peak_at(counts.images) <= room else ()
@@ -177,10 +173,7 @@ def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple
 def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
     """Returns the bytes of all parameters and of the gradients of trained parameters together.
 
-    Args:
-        counts: The counts of a step, with the sizes of the models.
-        size: Bytes of an element of the trained parameters and their gradients.
-        frozen_size: Bytes of an element of the frozen models' parameters.
+    `size` and `frozen_size` are the bytes of an element of trained and of frozen parameters.
     """
     trained = sum(sizes(counts.student))
     frozen = sum(sum(sizes(model)) for model in counts.frozen)
@@ -190,12 +183,8 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
 def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
     """Returns a function that clips the gradient of a test parameter and steps the optimiser.
 
-    The returned function takes a callable. It calls the callable with the phase's name at the
-    beginning, and with "" at the end.
-
-    Args:
-        optim: The recipe's section of the optimiser.
-        device: Device of the test parameter, which has `UPDATED` float32 elements.
+    The parameter has `UPDATED` float32 elements. The function calls its argument with the phase's
+    name at the beginning, and with "" at the end.
     """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -215,12 +204,9 @@ def _seconds_of(
 ) -> dict[str, float]:
     """Runs a pass on all ranks at the same time, and returns {phase: seconds on this rank}.
 
-    Args:
-        one_pass: Runs the phases. Calls its argument with the name of each phase that begins, and
-            with "" when a phase ends and no other begins.
-        now: Returns the present time in seconds.
-
-    Returns: the seconds of each phase, by name; the entry "" has the seconds outside of phases.
+    The entry "" has the seconds outside of phases. `one_pass` calls its argument with the name of
+    each phase that begins, and with "" when a phase ends and no other begins; `now` returns the
+    present time in seconds.
     """
     seconds: dict[str, float] = defaultdict(float)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -240,11 +226,8 @@ def _seconds_of(
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     """Returns the longest seconds of each phase over the ranks; all ranks must call this function.
 
-    Time outside of phases is left out.
-
-    Args:
-        mine: {micro-batch size: {name of a phase: seconds on this rank}}; the size 0 stands for the
-            optimiser's step.
+    Time outside of phases is left out. `mine` is {micro-batch size: {phase: seconds on this rank}};
+    the size 0 stands for the optimiser's step.
     """
     ranks = distributed.gather_objects(mine)
     return {

@@ -32,8 +32,7 @@ SIDE, SIDE_ON_GPU = 1024, 8192
 def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Measures the rates on all ranks of torch's process group at the same time.
 
-    Args:
-        clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
+    `clock` returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
     Returns: the fields of `plan.rates.Rates` by name, with the figures of the slowest rank.
     """
@@ -86,10 +85,7 @@ def _machine(on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
 
 
 def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
-    """Returns a clock that first waits for the GPU's queued work, then returns `clock()`.
-
-    If there is no GPU, `clock` itself is returned.
-    """
+    """Returns a clock that waits for the GPU's queued work, if there is a GPU, before `clock()`."""
     if not torch.cuda.is_available():
         return clock
 
@@ -105,10 +101,6 @@ class _Clock:
 
     On a CPU the caches are overwritten before each call, so that operands come from memory, as in a
     step.
-
-    Args:
-        on_gpu: Whether the calls run on a GPU.
-        clock: Returns seconds.
     """
 
     def __init__(self, on_gpu: bool, clock: Callable[[], float]) -> None:
@@ -127,13 +119,7 @@ class _Clock:
 
 
 def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a large square linear layer, forward and backward together.
-
-    Args:
-        seconds: Measures the seconds of a call.
-        device: Device on which the layer runs.
-        dtype: Data type of the layer's weight and input.
-    """
+    """Returns the FLOP/s of a large square linear layer, forward and backward together."""
     side = SIDE_ON_GPU if device.type == "cuda" else SIDE
     x, weight, gradient = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
     x.requires_grad_()
@@ -149,12 +135,8 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 def _start(seconds: _Clock, device: torch.device) -> float:
     """Returns the seconds that it takes to call one tensor operation from Python.
 
-    The result is the time of a forward and backward through tiny layers, divided by the number of
+    This is the time of a forward and backward through tiny layers, divided by the number of
     operations that they call.
-
-    Args:
-        seconds: Measures the seconds of a call.
-        device: Device on which the layers run.
     """
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())

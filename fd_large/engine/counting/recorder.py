@@ -69,9 +69,9 @@ class Operation(NamedTuple):
         phase: Phase in which the operation runs.
         again: Whether the operation is in backward and repeats a computation of the forward pass.
         name: Name of the operator.
-        flops: FLOPs of the operation's matrix products.
-        read: Number of bytes that the operation reads.
-        written: Number of bytes that the operation writes.
+        flops: FLOPs of its matrix products.
+        read: Bytes that it reads.
+        written: Bytes that it writes.
     """
 
     phase: Phase
@@ -134,11 +134,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in model_tensors}
 
     def to(self, phase: str) -> None:
-        """Begins a phase.
-
-        Args:
-            phase: Name of the phase, as `run_step` passes it to its argument `to`.
-        """
+        """Begins a phase, named as `run_step` names it."""
         self.phase = PHASES.get(phase, "inference")
         if phase == FIRST_PASS:
             self.held = self.live
@@ -227,12 +223,7 @@ def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
     """Returns the bytes of the temporary copies that a convolution makes on a CPU.
 
     oneDNN copies tensors that are not channels-last: in forward the larger of input and output; in
-    backward input, output and a gradient that is not contiguous.
-
-    Args:
-        name: Name of the operator; if it is not a convolution, the result is 0.
-        args: Positional arguments of the call.
-        outs: Tensors of the result.
+    backward input, output and a gradient that is not contiguous. Other operators give 0.
     """
     if name not in ("convolution", "convolution_backward"):
         return 0
@@ -252,13 +243,9 @@ def tensors_of(thing: Any) -> list[Tensor]:
 
 
 def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[int, int]:
-    """Returns the number of bytes that an operation reads, and the number that it writes.
+    """Returns the bytes that an operation reads, and the bytes that it writes.
 
-    Args:
-        known: What `Recorder` knows about the operator, such as which arguments it changes.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        outs: Tensors of the result.
+    `known` tells which arguments it changes, and `outs` are the tensors of its result.
     """
     read_bytes: dict[Any, int] = {}
     written = 0

@@ -33,8 +33,7 @@ class Models(NamedTuple):
 
     Attributes:
         task: The task.
-        frozen: The models that the task uses and does not train, by the names of their sections in
-            the recipe.
+        frozen: The models that the task uses and does not train, by the names of their sections.
     """
 
     task: Task
@@ -52,10 +51,8 @@ class Models(NamedTuple):
 def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Models:
     """Constructs a job's models on torch's current default device, with random weights.
 
-    Args:
-        job: The job that describes the task; no weights or images are read.
-        bfloat16: Whether the task computes in bfloat16.
-        frozen_bfloat16: Whether the frozen models compute in bfloat16.
+    No weights or images are read. `bfloat16` and `frozen_bfloat16` tell whether the task and the
+    frozen models compute in bfloat16.
     """
     task, frozen = job.models_on_shapes()
     group_norms(task, job.run.norm_batch())
@@ -68,14 +65,11 @@ def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Mod
 
 
 def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
-    """Runs forward and backward of a micro batch.
+    """Runs forward and backward of a micro batch on the models' device.
 
-    Args:
-        models: The task and its frozen models.
-        batch: A micro batch on the models' device.
-        to: Called with the name of each phase that begins: FORWARD, BACKWARD, FIRST_PASS for the
-            sums of a step in two passes, the name of a frozen model, and "" at the end. When an
-            interrupted phase goes on, its name is passed again.
+    `to` is called with the name of each phase that begins: FORWARD, BACKWARD, FIRST_PASS for the
+    sums of a step in two passes, the name of a frozen model, and "" at the end. When an interrupted
+    phase goes on, its name is passed again.
     """
     handles, running = [], [FORWARD]
     sums = models.task.sums
@@ -156,8 +150,6 @@ def _attention(
 
     Calls the single operation that an imitated GPU (if `on_gpu` is True) or CPU would run. The
     other parameters are those of `scaled_dot_product_attention`.
-
-    Returns: the result on the meta device, in the shape of `q`, with the channels of `v`.
     """
     if q.ndim == 3:  # The heads are in the batch, as in SAM.
         q, k, v = (part[:, None] for part in (q, k, v))
