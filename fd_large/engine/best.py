@@ -27,8 +27,8 @@ class Best:
     Args:
         metric: Name of the number, as in evaluations.jsonl.
         lower_is_better: Whether a lower metric is better.
-        patience: Number of consecutive evaluations without a better value after which the run is
-            to stop early; 0 if the run is never to stop early.
+        patience: Number of consecutive evaluations without a better value after which the run is to
+            stop early; 0 if the run is never to stop early.
         values: {finished steps: value} of the evaluations so far.
     """
 
@@ -51,15 +51,7 @@ class Best:
     ) -> Best:
         """Returns a `Best` with a run's evaluations up to `finished` steps, read from its folder.
 
-        All ranks must call this method.
-
-        Args:
-            folder: The run's folder.
-            finished: Number of finished steps; later evaluations in the folder are left out.
-            metric: Name of the metric in evaluations.jsonl.
-            lower_is_better: Whether a lower value of the metric is better.
-            patience: Number of consecutive evaluations without a better value after which the run
-                is to stop early; 0 if the run is never to stop early.
+        All ranks must call this method. Later evaluations in the folder are left out.
         """
         values: dict[int, float] = {}
         if distributed.is_main():
@@ -82,7 +74,7 @@ class Best:
 
         Raises:
             ConfigError: On all ranks, if `all_made` is True and `metrics` has other numbers but not
-                the metric, so that the run would never measure the metric.
+                the metric, so that the run would never measure it.
         """
         value = distributed.broadcast_object(metrics.get(self.metric))
         if value is None:
@@ -102,10 +94,7 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Step of the best evaluation, or None if no value is finite.
-
-        Of evaluations with equal values, the earliest counts.
-        """
+        """Step of the best evaluation, the earliest if several are equal; None if none is finite."""
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 
@@ -119,7 +108,7 @@ class Best:
         return bool(self._patience) and since >= self._patience
 
     def reason(self) -> str:
-        """Returns a message that says why the run stops early: after how many worse evaluations."""
+        """Returns why the run stops early: the number of evaluations without a better value."""
         step = self.step
         value = "not finite" if step is None else f"{self._values[step]:.6g} at step {step}"
         return (

@@ -61,8 +61,8 @@ class FrozenPart(NamedTuple):
     Attributes:
         section: The recipe's section that describes the model.
         image_size: Side to which the run's images are resized for the model, in pixels. With 0 the
-            images keep their size, except if the model's table of positions allows only one side:
-            then they are resized to this side.
+            images keep their size, or have the only side that the model's table of positions
+            allows.
     """
 
     section: FrozenModel
@@ -70,12 +70,7 @@ class FrozenPart(NamedTuple):
 
 
 class TensorSizes(NamedTuple):
-    """Numbers of elements of tensors.
-
-    Attributes:
-        trained: Elements of each tensor that is trained.
-        frozen: Elements of each tensor of those frozen models that ZeRO-3 may shard.
-    """
+    """Element counts of the trained tensors, and of the frozen ones that ZeRO-3 may shard."""
 
     trained: tuple[int, ...]
     frozen: tuple[int, ...]
@@ -85,12 +80,9 @@ class TrainingJob:
     """A task's part in a training run, described by the run's recipe.
 
     The engine calls `settle`, and constructs a new job from the recipe that `settle` returns. On
-    the new job the engine calls `open_samples` and `check`, which raise errors for the user's
-    mistakes, without a collective and without a model in memory. It then calls `build`, and after
-    that `make_task` any number of times.
-
-    Args:
-        run: The recipe.
+    the new job it calls `open_samples` and `check`, which raise errors for the user's mistakes,
+    without a collective and without a model in memory. It then calls `build`, and after that
+    `make_task` any number of times.
 
     Attributes:
         run: The recipe.
@@ -127,11 +119,8 @@ class TrainingJob:
         """Returns the recipe with those fields set that the weights decide.
 
         These are the fields of the models, such as attention windows, and the image statistics.
-        Only headers of files are read. A recipe that `settle` has returned is not changed by
-        another call.
-
-        Args:
-            sources: Opens the weights.
+        `sources` opens the weights; only headers of files are read. Another call does not change a
+        recipe that `settle` has returned.
 
         Raises: WeightsError or ConfigError: if weights do not fit the recipe.
         """
@@ -184,7 +173,7 @@ class TrainingJob:
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns those facts about the task that decide a step's memory, by name; JSON-safe.
 
-        The engine itself adds the fields of the recipe's section `student`.
+        The engine itself adds the recipe's section `student`.
         """
         return {}
 
@@ -199,18 +188,14 @@ class TrainingJob:
         """
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Takes over the models that another student's job has built; called instead of `build`.
-
-        Args:
-            other: The other student's job, of this class.
-        """
+        """Takes over the models of another student's job of this class; called instead of `build`."""
 
     def make_task(self) -> Task:
         """Constructs the trained Module, with random weights from torch's global generator only."""
         raise NotImplementedError
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task, and the frozen models that it uses, on the meta device, for counts.
+        """Constructs the task and its frozen models on the meta device, for counts.
 
         `build`, weights and samples are not needed.
         """
@@ -232,11 +217,8 @@ class TrainingJob:
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields a rank's micro batches, from the step that `portion` names to the epoch's end.
 
-        By default a batch has one random view of each image, and no targets.
-
-        Args:
-            samples: The training samples.
-            portion: The epoch, its first step to take, the micro batch size, and the rank.
+        By default a batch has one random view of each image, and no targets. `portion` has the
+        epoch, its first step to take, the micro batch size, and the rank.
         """
         run = self.run
         return iter(
@@ -250,12 +232,7 @@ class TrainingJob:
         )
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns the dataset that makes the batches of views of an epoch.
-
-        Args:
-            samples: The training samples.
-            epoch: Epoch, counted from 0.
-        """
+        """Returns the dataset that makes the batches of views of an epoch, counted from 0."""
         run = self.run
         return ViewBatches(
             samples,
@@ -280,10 +257,7 @@ class TrainingJob:
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of `size` images, which are grey by default.
-
-        The images have the largest side that occurs in training.
-        """
+        """Makes a batch of `size` images, grey by default, of the largest side in training."""
         side, positions = max(self.run.data.sides), torch.arange(size)
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)
@@ -291,14 +265,14 @@ class TrainingJob:
     def images_together(self) -> int:
         """Returns the number of images that the task uses together, such as those of a mosaic.
 
-        Micro batches should be multiples of this number.
+        Micro batches should be multiples of it.
         """
         return 1
 
     def norm_group(self) -> int:
         """Returns the number of images that share statistics of the student's batch norms.
 
-        If the task trains no batch norm, the result is 0, and any micro batch size is valid.
+        It is 0 if the task trains no batch norm; then any micro batch size is valid.
         """
         return self.run.norm_batch()
 
@@ -307,12 +281,8 @@ class TrainingJob:
     ) -> Sequence[Evaluation]:
         """Returns the evaluations to make before, during and after training.
 
-        All ranks must call this method.
-
-        Args:
-            engine: The task in its engine.
-            samples: The training samples.
-            micro_batch_size: Images per rank and forward.
+        All ranks must call this method. `micro_batch_size` is the number of images per rank and
+        forward.
         """
         return ()
 
@@ -332,9 +302,8 @@ class TrainingJob:
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
         """Returns the entries of summary.json that come from evaluations.
 
-        Args:
-            first: Numbers of the first evaluation, by name.
-            last: The newest value of each number, by name.
+        `first` has the numbers of the first evaluation, and `last` the newest value of each, by
+        name.
         """
         return {**dict.fromkeys(_FOR_EVERY_TASK), **last}
 
@@ -345,9 +314,7 @@ class TrainingJob:
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
         """Refuses a checkpoint that belongs to another training.
 
-        Args:
-            manifest: The checkpoint's manifest, which contains the `facts` of the job that wrote
-                the checkpoint.
+        Its manifest contains the `facts` of the job that wrote it.
 
         Raises: CheckpointError: if the trainings differ; the message names what differs.
         """

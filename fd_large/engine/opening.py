@@ -71,8 +71,7 @@ class Checked(NamedTuple):
         job: The job of the recipe, with all fields set that the weights decide.
         samples: The training images, which all students share.
         numbers: Numbers from recipe, ranks and model that fill the DeepSpeed JSON.
-        config: The filled DeepSpeed JSON. Its micro batch size is 1 as long as a probe has to find
-            the size.
+        config: The filled DeepSpeed JSON, of micro batch size 1 until a probe has found the size.
     """
 
     job: TrainingJob
@@ -161,7 +160,7 @@ def open_together(
 
 
 def _share_cores(local_world_size: int) -> None:
-    """Divides a host's cores between its `local_world_size` CPU ranks.
+    """Divides a host's cores between its CPU ranks.
 
     Nothing is done on a GPU, or if OMP_NUM_THREADS is set. A launcher may have bound each rank to
     some cores; a rank never uses more threads than these.
@@ -177,9 +176,9 @@ def _share_cores(local_world_size: int) -> None:
 def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} from the stored recipes of those runs that have begun.
 
-    The sources are those of the frozen models and of the students' initial weights; for initial
-    weights the value is (). Earlier versions guessed statistics that a recipe now has to state; a
-    run that began with guessed statistics keeps them.
+    The sources are those of the frozen models, and of the students' initial weights with the value
+    (). Earlier versions guessed statistics that a recipe now has to state; a run that began with
+    guessed statistics keeps them.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -195,12 +194,8 @@ def _settle_each(
 ) -> list[TrainingJob]:
     """Calls `settle` for each recipe, and returns the jobs of the completed recipes.
 
-    All ranks must call this function.
-
-    Args:
-        runs, job_of: See `open_together`.
-        weights: The sources that open the recipes' weights.
-        others: Further checks, whose errors are reported together with those of the weights.
+    All ranks must call this function. `weights` opens the recipes' weights. The errors of `others`,
+    further checks, are reported together with those of the weights.
     """
     with activity.work("reading images and weights"):
         settled = meeting.meet(
@@ -215,14 +210,9 @@ def _settle_each(
 
 
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
-    """Returns the recipe with those fields set that its weights decide.
+    """Returns the job's recipe with those fields set that its weights decide.
 
-    These are the fields of the models, such as attention windows, and the image statistics.
-
-    Args:
-        job: The job of the recipe.
-        weights: The sources that open the recipe's weights.
-        others: Further checks, called only if weights do not fit the recipe.
+    See `TrainingJob.settle`. The further checks `others` are called only if weights do not fit.
 
     Raises:
         FDError: If weights do not fit the recipe. The message also names mistakes that `others`
@@ -248,10 +238,7 @@ def _check_each(
 ) -> list[Checked]:
     """Checks all runs and compares the nodes; all ranks must call this function.
 
-    Args:
-        jobs: Jobs of the runs.
-        load_config: Returns the DeepSpeed JSON, which is read only at the first call.
-        launch: The launcher's facts about the ranks, such as their number in all and on this node.
+    `load_config` returns the DeepSpeed JSON, which is read only at the first call.
     """
     open_samples = cache(jobs[0].open_samples)
 
@@ -310,12 +297,7 @@ def check(
 
 
 def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
-    """Returns the numbers from recipe, ranks and model that fill the DeepSpeed JSON.
-
-    Args:
-        job: The job of the recipe, which also knows the model's sizes.
-        launch: The launcher's facts about the ranks, such as their number in all and on this node.
-    """
+    """Returns the numbers from recipe, ranks and model that fill the DeepSpeed JSON."""
     run, size = job.run, job.run.batch.micro_batch_size
     sizes, is_probed = job.tensor_sizes(), size == "auto"
     size = 1 if size == "auto" else size
@@ -360,12 +342,7 @@ def _fetch_weights(job: TrainingJob) -> None:
 
 
 def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
-    """Compares code, images and weights of all nodes; all ranks must call this function.
-
-    Args:
-        jobs: Jobs of the runs, which name the weights.
-        samples: The training images.
-    """
+    """Compares code, images and weights of all nodes; all ranks must call this function."""
     for job in jobs:
         node_consistency.check(samples, job.sources(), job.weights, job.run.code())
 
@@ -374,12 +351,9 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 
 
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
-    """Writes the recipe into the run's folder and marks the lease as entered.
+    """Writes the settled recipe into the run's folder, and marks the lease as entered.
 
-    Args:
-        run: The recipe that `settle` returned.
-        lease: The right of this launch of the run to write the run's folder.
-        fresh: Whether to start over; if so, the files of an earlier run are moved aside first.
+    With `fresh`, the files of an earlier run are moved aside first.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -424,10 +398,8 @@ def _build_models(checked: Sequence[Checked]) -> None:
 def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
     """Builds the frozen models of a task; all ranks must call this function.
 
-    Args:
-        job: The job of the task.
-        numbers: Has the precision and the number of ranks per node.
-        persistence_threshold: See `TrainingJob.build`.
+    `numbers` has the precision and the number of ranks per node. For `persistence_threshold` see
+    `TrainingJob.build`.
     """
     with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
         job.build(
@@ -484,11 +456,9 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
 
 
 def _probed(checked: Sequence[Checked], share: int) -> int:
-    """Returns the micro batch size that a probe finds with temporary engines.
+    """Returns the micro batch size that a probe finds with temporary engines of all students.
 
-    Args:
-        checked: The runs of all students, with their frozen models built.
-        share: Number of images of a rank in a step.
+    `share` is the number of images of a rank in a step.
     """
     first, engines, averages = checked[0].job, [], []
     for checked_run in checked:
@@ -518,7 +488,7 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
         checked: The run, with its frozen models built.
         lease: The right of this launch of the run to write the run's folder; None if nothing is to
             be written there.
-        launch: The launcher's facts about the ranks, such as their number in all and on this node.
+        launch: The launcher's facts; only the launcher's name is used.
     """
     job, run = checked.job, checked.job.run
     folder = Path(run.run_dir())
@@ -612,10 +582,7 @@ def _average_of(engine: Engine, run: Run) -> Ema | None:
 
 
 def resume(opened: Opened) -> Opened:
-    """Restores the newest undamaged and finite checkpoint, if any, into a run of `build`.
-
-    Returns: the run, with `finished` set.
-    """
+    """Restores the newest sound checkpoint, if any, and returns the run with `finished` set."""
     opened.checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         finished = opened.checkpoints.resume()
@@ -643,10 +610,7 @@ def open_stored(
 ) -> Opened:
     """Opens a stored run again, even if its folder has moved.
 
-    Args:
-        folder: Folder of the run.
-        job_of, deepspeed_config, lease: See `open_together`.
-        where: The command, for messages.
+    For the other arguments see `open_together`; `where` is the command, for messages.
     """
     run = read_recipe(folder, where=where)
     run = replace(run, runtime=replace(run.runtime, run_dir=folder))
@@ -660,10 +624,6 @@ def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
 
     All ranks must call this function. The frozen models are sharded and compute as in the run
     itself. Neither student nor engine is built.
-
-    Args:
-        run: The recipe.
-        job_of: Makes the job of the recipe's task.
 
     Returns: the job of the recipe, with all fields set that the weights decide; the training
         images.

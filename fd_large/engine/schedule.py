@@ -35,17 +35,14 @@ class Schedule:
         raise NotImplementedError
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at step `step`, counted from 0.
-
-        The layer's peak learning rate is `peak` multiplied by `scale`.
-        """
+        """Returns the rate of a layer whose peak is `scale` * `peak`, at a step counted from 0."""
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """Returns the factor by which the warm-up multiplies the learning rate at `step`.
+        """Returns the warm-up's factor of the learning rate.
 
-        As in mmcv 1.x, the factor rises linearly from `warmup_start` / `peak` at step 0 to 1 at
-        step `warmup`, and stays 1.
+        As in mmcv 1.x, it rises linearly from `warmup_start` / `peak` at step 0 to 1 at step
+        `warmup`, and stays 1.
         """
         if step >= self.warmup:
             return 1.0
@@ -66,19 +63,15 @@ class CosineSchedule(Schedule):
         return self.minimum + 0.5 * (self.peak - self.minimum) * (1 + math.cos(phase))
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of step `step`, counted from 0.
+        """Returns L(max(step - 1, 0)), where L is `value`, for a step that is counted from 0.
 
-        The result is L(max(step - 1, 0)), where L is `value`. The official loop advances its
-        scheduler after the step with that step's own index, so the first two steps both have the
-        learning rate of the warm-up's start.
+        The official loop advances its scheduler after the step with that step's own index, so the
+        first two steps both have the learning rate of the warm-up's start.
         """
         return self.value(max(step - 1, 0))
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at step `step`, counted from 0.
-
-        The peak is multiplied by `scale`; the start of the warm-up and the minimum are not.
-        """
+        """As `Schedule.scaled_at`; the start of the warm-up and the minimum are not scaled."""
         return replace(self, peak=self.peak * scale).at_step(step)
 
 
@@ -111,10 +104,7 @@ class PolynomialSchedule(Schedule):
         return self.minimum + (self.peak - self.minimum) * left**self.power
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at step `step`, counted from 0.
-
-        The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
-        """
+        """As `Schedule.scaled_at`; the start of the warm-up is scaled too, the minimum is not."""
         scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
         return scaled.at_step(step)
 
@@ -131,10 +121,7 @@ class RiseAndFall(Schedule):
     power = 0.9
 
     def at_step(self, step: int) -> float:
-        """Returns the learning rate of step `step`, counted from 0.
-
-        The official code counts steps from 1.
-        """
+        """Returns the learning rate of a step, counted from 0; the official code counts from 1."""
         done = (step + 1) / max(self.warmup, 1)
         if done < 1:
             return self.warmup_start + (self.peak - self.warmup_start) * done**self.power
@@ -148,9 +135,7 @@ class RiseAndFall(Schedule):
 
 @dataclass(frozen=True)
 class StepSchedule(Schedule):
-    """The peak learning rate, divided by ten at each drop, with a linear warm-up.
-
-    The warm-up's factor is multiplied into the learning rate.
+    """The peak learning rate, divided by ten at each drop, times the factor of a linear warm-up.
 
     Attributes:
         drops: Fractions of the run after which the learning rate falls, in rising order.
@@ -166,10 +151,7 @@ class StepSchedule(Schedule):
         return max(self.peak * 0.1**fallen, self.minimum) * self._warm(step)
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer at step `step`, counted from 0.
-
-        The peak and the start of the warm-up are multiplied by `scale`, the minimum is not.
-        """
+        """As `Schedule.scaled_at`; the start of the warm-up is scaled too, the minimum is not."""
         scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
         return scaled.at_step(step)
 

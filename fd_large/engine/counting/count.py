@@ -192,7 +192,7 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
 
 
 def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
-    """Returns the job's probe batch of so many images, of side `image_size` pixels unless it is 0."""
+    """Returns the job's probe batch, with images of side `image_size` in pixels if it is not 0."""
     batch = job.probe_batch(images)
     if image_size:
         shape = (*batch.images.shape[:2], image_size, image_size)
