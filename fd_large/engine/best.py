@@ -94,7 +94,7 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Step of the best evaluation, the earliest if several are equal; None if none is finite."""
+        """Step of the best evaluation, the earliest of equal ones; None if no value is finite."""
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 

@@ -46,8 +46,8 @@ class Checkpoints:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the step of the restored checkpoint was made.
         decided_steps: Number of steps to which a time limit (optim.max_seconds, which only earlier
-            versions had) shortened the restored run; later checkpoints record this number again.
-            None if there was no such limit, or if the recipe's length has changed since.
+            versions had) shortened the restored run; later checkpoints record it again. None if
+            there was no such limit, or if the recipe's length has changed since.
         bad_images: Numbers of unusable and of tried images in all launches of the run, over all
             ranks. Set from the restored checkpoint; the trainer adds to them.
         stored_recipe: The recipe of the restored checkpoint; empty if none was restored.
@@ -100,10 +100,8 @@ class Checkpoints:
     def log_disk_use(self, total_steps: int) -> None:
         """Logs the sizes of a checkpoint, of all checkpoints to keep, and of the free disk space.
 
-        The message is a warning if the checkpoints do not fit.
-
-        Args:
-            total_steps: Number of steps of the whole run.
+        `total_steps` is the number of steps of the whole run. The message is a warning if the
+        checkpoints do not fit.
         """
         each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
@@ -129,9 +127,7 @@ class Checkpoints:
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Returns whether the recipe asks for a checkpoint after `step` finished steps.
 
-        Args:
-            step: Number of finished steps.
-            steps_per_epoch: Number of steps between two checkpoints if `runtime.save_every` is 0.
+        If `runtime.save_every` is 0, `steps_per_epoch` steps lie between two checkpoints.
         """
         return step % (self._runtime.save_every or steps_per_epoch) == 0
 
@@ -139,9 +135,9 @@ class Checkpoints:
     def flags(self) -> list[bool]:
         """Three flags of this rank for the loop's all-reduce.
 
-        The flags say whether the rank is still writing a checkpoint, whether writing has failed,
-        and whether it has failed because the rank's state is not finite. The last flag stays set
-        until a state is restored or the next save begins.
+        They say whether the rank is still writing a checkpoint, whether writing has failed, and
+        whether it has failed because the rank's state is not finite. The last flag stays set until
+        a state is restored or the next save begins.
         """
         return [self._saver.busy, self._saver.failed, bool(self._saver.not_finite)]
 
@@ -150,12 +146,8 @@ class Checkpoints:
     ) -> float | None:
         """Completes the checkpoint that is being written, if no rank is still writing.
 
-        If a rank has failed, the checkpoint is not committed.
-
-        Args:
-            busy_anywhere: Whether any rank is still writing the checkpoint.
-            failed_anywhere: Whether any rank has failed to write the checkpoint.
-            broken_anywhere: Whether any rank has failed because its state is not finite.
+        The arguments are the `flags` of any rank. If a rank has failed, the checkpoint is not
+        committed.
 
         Returns: the seconds that the save took; None if no checkpoint was committed.
         """
@@ -226,10 +218,7 @@ class Checkpoints:
                 )
 
     def mark_best(self, step: int) -> None:
-        """Points the link `checkpoints/best` at the checkpoint of step `step`.
-
-        If that checkpoint is still being written, the link is set when the checkpoint is complete.
-        """
+        """Points the link `checkpoints/best` at the checkpoint of a step, when it is complete."""
         self._best = step
         if not self._saver.begun:
             self._link_best()
@@ -246,7 +235,7 @@ class Checkpoints:
     def settle(self) -> bool:
         """Waits on all ranks for a save that has begun, and closes the saver.
 
-        Returns: whether the last save succeeded; True if there was no save.
+        Returns whether the last save succeeded; True if there was no save.
         """
         self._wait()
         self._saver.close()
@@ -267,8 +256,8 @@ class Checkpoints:
         Returns: the step of the checkpoint, or 0 if the run has no checkpoints.
 
         Raises:
-            CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints
-                is sound, or the newest sound checkpoint belongs to another model or training.
+            CheckpointError: If the checkpoints' folder is a broken link, none of the checkpoints is
+                sound, or the newest sound checkpoint belongs to another model or training.
             NotFiniteError: If no checkpoint is sound, and a checkpoint has numbers that are not
                 finite.
         """
@@ -293,9 +282,9 @@ class Checkpoints:
         return step or 0
 
     def roll_back(self, at_most: int) -> int | None:
-        """Restores the newest undamaged and finite checkpoint whose step is at most `at_most`.
+        """Restores the newest sound checkpoint whose step is at most `at_most`.
 
-        Returns: the step of the checkpoint, or None if there is no such checkpoint.
+        Returns its step, or None if there is no such checkpoint.
         """
         self.settle()
         return self._restore_newest(at_most)[0]
@@ -303,13 +292,10 @@ class Checkpoints:
     def _restore_newest(
         self, at_most: int | None = None
     ) -> tuple[int | None, list[str], list[str]]:
-        """Restores the newest checkpoint that is undamaged and finite.
+        """Restores the newest sound checkpoint, of at most `at_most` steps unless this is None.
 
         All ranks must call this method. When a checkpoint has been restored, the newer checkpoints
         that are damaged or not finite have been renamed (`store.set_aside`).
-
-        Args:
-            at_most: Largest step of a checkpoint that may be restored; None for no limit.
 
         Returns: the step of the restored checkpoint, or None if there is none; messages about
             damaged newer checkpoints; messages about newer checkpoints that are not finite.
@@ -336,9 +322,7 @@ class Checkpoints:
             return step, damaged, list(broken.values())
 
     def _restore(self, reader: Reader) -> None:
-        """Writes the state in the checkpoint `reader` into the engine.
-
-        All ranks must call this method.
+        """Writes a stored state into the engine; all ranks must call this method.
 
         Raises:
             CheckpointError: If the checkpoint belongs to another model or training.

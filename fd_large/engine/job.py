@@ -188,7 +188,7 @@ class TrainingJob:
         """
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Takes over the models of another student's job of this class; called instead of `build`."""
+        """Takes over the models of another student's job of this class, instead of `build`."""
 
     def make_task(self) -> Task:
         """Constructs the trained Module, with random weights from torch's global generator only."""

@@ -69,12 +69,12 @@ class TrainingPlan(NamedTuple):
 
 @dataclass
 class _Passed:
-    """Results of the forward and backward passes of a step.
+    """Results of the forward and backward passes of a step on this rank.
 
     Attributes:
-        batches: This rank's micro batches.
-        losses: Losses of the micro batches, on the device.
-        waited: Seconds that this rank waited for the micro batches.
+        batches: The micro batches.
+        losses: Their losses, on the device.
+        waited: Seconds that the rank waited for the micro batches.
     """
 
     batches: list[Batch] = field(default_factory=list)
@@ -116,8 +116,7 @@ class Trainer:
         setting: Facts that the hooks get before the first step.
         checkpoints: The run's checkpoints; a resumed run has restored its state from them.
         evaluations: Measurements before, during and after training.
-        layer_rates: Steps each layer at its own learning rate; None if all layers have the same
-            learning rate.
+        layer_rates: Steps each layer at its own learning rate; None if all layers have the same.
         ema: Moving average of the weights, or None.
         best: Finds the best evaluation, whose checkpoint is then kept, and may end the run early.
             With None, the run keeps no best checkpoint and never ends early.
@@ -125,9 +124,6 @@ class Trainer:
             tells these hooks of an error that ends the run.
 
     Attributes:
-        engine: The task in its engine.
-        setting: Facts that the hooks get before the first step.
-        best: See the arguments.
         stopped_early: Whether the run ended before its last step because patience was exhausted.
     """
 
@@ -182,8 +178,8 @@ class Trainer:
     def begin(self) -> None:
         """Starts the hooks, and makes the evaluation that is due before the next step, if any.
 
-        An evaluation is due before the first step of a run. In a resumed run, an evaluation is due
-        if the earlier launch of the run did not finish it.
+        It is due before the first step of a run, and in a resumed run if the earlier launch of the
+        run did not finish it.
         """
         with activity.work("opening logs and trackers"):
             for hook in self._hooks:
@@ -217,8 +213,8 @@ class Trainer:
     def end(self) -> str:
         """Waits for the checkpoint and for pending metrics, ends the hooks, and returns the status.
 
-        A preempted run does not wait for pending metrics. The status is `done`, `preempted`,
-        `not saved`, or that of the hook that ended the run.
+        A preempted run does not wait for pending metrics. The status is `done`, `preempted`, `not
+        saved`, or that of the hook that ended the run.
         """
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
@@ -242,12 +238,7 @@ class Trainer:
         return self._plan.schedule.total
 
     def take_step(self, micro_batches: Batches, epoch: int) -> None:
-        """Takes one step, then calls the hooks, and rolls back, saves and evaluates if due.
-
-        Args:
-            micro_batches: Yields the step's micro batches.
-            epoch: Number of the epoch.
-        """
+        """Takes one step, then calls the hooks, and rolls back, saves and evaluates if due."""
         passed = self._forward_backward(micro_batches)
         agreed = self._step_agreed(passed, epoch, micro_batches.students)
         update, verdict = agreed.update, agreed.verdict
@@ -286,10 +277,7 @@ class Trainer:
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward(self, micro_batches: Batches) -> _Passed:
-        """Takes the micro batches of a step from `micro_batches`, and runs forward and backward.
-
-        Returns: the micro batches, their losses, and the seconds that this rank waited for them.
-        """
+        """Runs forward and backward of the micro batches of a step."""
         engine, plan = self.engine, self._plan
         passed = _Passed()
 
@@ -321,12 +309,8 @@ class Trainer:
     def _step_agreed(self, passed: _Passed, epoch: int, students: int) -> _Agreed:
         """Lets the ranks agree on the step, then steps the optimiser unless the step is skipped.
 
-        Args:
-            passed: Results of the forward and backward passes.
-            epoch: Number of the epoch.
-            students: Number of students that take the step together.
-
-        Returns: the agreed facts, with the step's final numbers in `update`.
+        `students` is the number of students that take the step together. Returns the agreed facts,
+        with the step's final numbers in `update`.
         """
         engine, schedule, size = self.engine, self._plan.schedule, len(passed.batches[-1].positions)
         learning_rate = schedule.at_step(self._finished)
@@ -364,12 +348,8 @@ class Trainer:
     ) -> _Agreed:
         """Lets the ranks decide on a step by one collective, whose result the host reads once.
 
-        Args:
-            losses: Losses of this rank's micro batches.
-            epoch: Number of the epoch.
-            learning_rate: Learning rate of the step.
-            norm: Norm of the gradients before clipping. If it is None, as at stage 0, the norm is
-                read from an attribute of DeepSpeed's optimiser.
+        `losses` are those of this rank's micro batches, and `norm` is that of the gradients before
+        clipping. If it is None, as at stage 0, an attribute of DeepSpeed's optimiser has it.
         """
         wishes = [hook.wish() for hook in self._hooks]
         own_flags = [
@@ -395,15 +375,10 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores the newest undamaged and finite checkpoint of at most `at_most` steps.
+        """Restores the newest sound checkpoint of at most `at_most` steps; returns whether it did.
 
-        If there is no such checkpoint, the run ends.
-
-        Args:
-            update: The numbers of the step that is rolled back, for the hooks.
-            at_most: The largest number of finished steps that the checkpoint may have.
-
-        Returns: whether a checkpoint was restored.
+        If there is no such checkpoint, the run ends. `update` has the numbers of the step that is
+        rolled back, for the hooks.
         """
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
@@ -463,10 +438,7 @@ class Trainer:
         """Keeps this step's checkpoint if the step's evaluation is the best so far.
 
         If patience is exhausted, the run ends. In a run that keeps no best checkpoint, nothing is
-        done.
-
-        Args:
-            saved: Whether a checkpoint of this step is stored or being written.
+        done. `saved` tells whether a checkpoint of this step is stored or being written.
         """
         best = self.best
         if best is None or self._status:
@@ -513,10 +485,8 @@ class Trainer:
     def _evaluate(self, *, last: bool) -> bool:
         """Makes the evaluations that are due.
 
-        Args:
-            last: Whether the run has made its last step.
-
-        Returns: True, or False if the evaluations were interrupted because a hook asked to stop.
+        `last` tells whether the run has made its last step. Returns True, or False if the
+        evaluations were interrupted because a hook asked to stop.
         """
         due = [item for item in self._evaluations if item.due(self._finished, last)]
         if not due:
@@ -557,9 +527,7 @@ class Trainer:
     def _take_numbers(self, meanwhile: Callable[[], None]) -> None:
         """Waits for a pending evaluation, if any, and passes its metrics to the hooks.
 
-        Args:
-            meanwhile: Called repeatedly while this rank waits; an error that it raises ends the
-                wait.
+        `meanwhile` is called repeatedly; an error that it raises ends the wait.
         """
         if self._pending is None:
             return

@@ -71,8 +71,7 @@ def train(
         lease: The right of this launch of the run to write the run's folder.
         fresh: Whether to start over instead of resuming; if so, the old run's files are moved
             aside.
-        profile: Number of steps to trace by torch's profiler, after the first three steps; 0 traces
-            none.
+        profile: Number of steps to trace by torch's profiler, after the first three; 0 traces none.
         hooks: Further hooks besides the recipe's; each student's run calls them.
 
     Raises: FDError: for the user's mistakes, if possible before training.
@@ -107,10 +106,6 @@ def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
     """Waits for the other ranks; then catches signals and watches for hangs in the block.
 
     Yields a hook for the runs of all students, which combines the signal handler and the watchdog.
-
-    Args:
-        run: The recipe.
-        lease: The right of this launch of the run to write the run's folder.
     """
     with activity.work("meeting the other ranks"):
         launch = distributed.start()
@@ -134,8 +129,7 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     Args:
         trainers: One trainer for each student that is not finished.
         opened: Any of the opened runs, which share images and batches.
-        lease: The right of this launch of the run to write the folder that contains all students'
-            folders.
+        lease: The right to write the folder that contains all students' folders.
         shared: The hooks that all students' runs share.
     """
     if not trainers:
@@ -176,11 +170,7 @@ def _trainer_of(
 ) -> Trainer | None:
     """Makes the trainer of an opened run, from its present step; None if the run is finished.
 
-    Args:
-        opened: The run.
-        lease: The right of this launch of the run to write the run's folder.
-        hooks: Hooks that watch the run.
-        begun: See `Trainer`.
+    `hooks` watch the run; for `begun` see `Trainer`.
     """
     run, job, engine, checkpoints = opened.run, opened.job, opened.engine, opened.checkpoints
     finished = opened.finished
@@ -224,12 +214,8 @@ def _trainer_of(
 def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
     """Returns whether a run is finished, and logs that it is finished or resumed.
 
-    A run is finished if its folder says so, and it has all steps or its patience is exhausted.
-
-    Args:
-        opened: The run.
-        total: Number of steps of the whole run.
-        best: The run's evaluations, for its patience; None if the recipe names no metric.
+    A run is finished if its folder says so, and it has all `total` steps or the patience of `best`
+    is exhausted.
 
     Raises: CheckpointError: if the folder says that the run is finished but has no checkpoint.
     """
@@ -253,11 +239,6 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
     """Returns the learning rate schedule of a run of `total` steps.
 
     If the warm-up takes the whole run, a warning is logged.
-
-    Args:
-        run: The recipe.
-        steps_per_epoch: Number of steps in an epoch, which converts the recipe's warm-up to steps.
-        total: Number of steps of the run.
     """
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     warmup = int(run.optim.warmup_epochs * steps_per_epoch)
@@ -274,13 +255,7 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
 
 
 def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
-    """Returns the facts that a run's hooks get before the first step.
-
-    Args:
-        opened: The run.
-        lease: The right of this launch of the run to write the run's folder.
-        total: Number of steps of the whole run.
-    """
+    """Returns the facts that a run's hooks get before the first step."""
     run, job = opened.run, opened.job
     size, accumulation = opened.micro_batch_size, opened.accumulation
     return Setting(
@@ -307,10 +282,7 @@ def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
 def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
     """Returns the `Best` of a run's evaluations so far, or None if the recipe names no metric.
 
-    Args:
-        job: The job of the run's recipe.
-        folder: The run's folder.
-        finished: Number of finished steps; later evaluations in the folder are left out.
+    Evaluations in the folder that were made after `finished` steps are left out.
     """
     section = job.run.eval
     if not section.best_metric:
@@ -365,12 +337,7 @@ def _step_flops(
     """Returns {side of the images: FLOPs of a micro-batch} on rank 0, and {} on other ranks.
 
     If the recipe has a single image size, the key is 0. A size whose FLOPs cannot be counted is
-    left out.
-
-    Args:
-        job: The job of the run's recipe.
-        micro_batch_size: Number of images in a micro-batch.
-        micro_batches: Number of micro-batches of a rank in a step.
+    left out. `micro_batches` is the number of micro-batches of a rank in a step.
     """
     if not distributed.is_main():
         return {}
@@ -416,11 +383,7 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
     """Installs and returns the handler of signals, or returns None if the recipe turns it off.
 
     Only the main thread of a process can catch signals; in another thread the result is None.
-
-    Args:
-        run: The recipe.
-        lease: The right of this launch of the run to write the run's folder.
-        launcher: The name of the program that started the ranks.
+    `launcher` is the name of the program that started the ranks.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -455,9 +418,8 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
 def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
     """Records in the runs' folders why the runs end: an error in the block, or the loss of a rank.
 
-    Args:
-        runs: For each run, the right of this launch of the run to write its folder, and the hooks
-            whose `on_start` has returned.
+    `runs` has, for each run, the right of this launch to write its folder, and the hooks whose
+    `on_start` has returned.
     """
 
     def lost(reason: str) -> None:
@@ -477,11 +439,7 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
 def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
     """Tells other ranks and hooks of an error that ends runs, and records it in the runs' folders.
 
-    This function makes no collective, since ranks may be gone.
-
-    Args:
-        error: The error that ends the runs.
-        runs: See `ends_told`.
+    This function makes no collective, since ranks may be gone. For `runs` see `ends_told`.
     """
     status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
     if isinstance(error, KeyboardInterrupt):
@@ -505,13 +463,8 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
     """Writes the status with which a run ended, and the reason, into its folder.
 
-    Nothing is written unless this launch of the run has entered the folder and still owns it.
-
-    Args:
-        lease: The right of this launch of the run to write the run's folder.
-        status: Status with which the run ended.
-        reason: Why the run ended.
-        first: Whether to write even if a rank of this start has already written a status.
+    Nothing is written unless this launch of the run has entered the folder and still owns it, nor,
+    if `first` is False, if a rank of this launch has already written a status.
     """
     known = summary_of(lease.folder).get("start") == lease.start
     # Before this start has entered the folder, it may hold another run.
