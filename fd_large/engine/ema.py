@@ -53,8 +53,8 @@ class Ema:
     def in_place_of_weights(self) -> Iterator[None]:
         """Lets the task compute with the average within the context; all ranks must enter it.
 
-        Weights and average are exchanged at the start of the context. They are exchanged back at
-        its end and after `Interrupted`, but not after other errors.
+        Weights and average are exchanged back at its end and after `Interrupted`, but not after
+        other errors.
         """
         self._exchange()
         try:

@@ -28,8 +28,7 @@ T = TypeVar("T")
 class Pending(Protocol):
     """Metrics of an evaluation that rank 0 still computes, in a separate process.
 
-    The inputs of the metrics are kept on disk, so that a later launch of the run can finish the
-    work.
+    Their inputs are kept on disk, so that a later launch of the run can finish the work.
     """
 
     @property
@@ -39,9 +38,7 @@ class Pending(Protocol):
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
         """Waits for the metrics and returns them by name; all ranks must call this method.
 
-        Args:
-            meanwhile: Called repeatedly while waiting, on all ranks; an error that it raises ends
-                the wait.
+        `meanwhile` is called repeatedly on all ranks; an error that it raises ends the wait.
 
         Raises: FDError: on all ranks, if the process that computes the metrics failed.
         """
@@ -58,17 +55,16 @@ class Evaluation(NamedTuple):
 
     Attributes:
         measure: Function that makes the measurement, called on all ranks with the task in training
-            mode. If the run keeps an average of the weights, the task then has the average instead
-            of the weights. Arguments: the number of finished steps; whether this is the last
-            evaluation; a function to call between batches. Returns a pair. Its first element is a
-            dict of numbers by name, or a `Pending` if training goes on while the numbers are
-            computed. Its second element is the panel of maps for `Hook.on_features`, or None.
+            mode, and with the average of the weights in the task if the run keeps one. Arguments:
+            the number of finished steps; whether this is the last evaluation; a function to call
+            between batches. Returns a dict of numbers by name, or a `Pending` if training goes on
+            while the numbers are computed; and the panel of maps for `Hook.on_features`, or None.
         every: Number of steps between two evaluations. 0 evaluates only before the first step and
             after the last step.
         left: Function that a resumed run calls once, on all ranks. Arguments: the run's number of
             finished steps; whether the evaluation due at that step is repeated. Returns the step
             and the `Pending` of an evaluation that an earlier launch of the run did not finish, or
-            None if there is no such evaluation.
+            None.
     """
 
     measure: Callable[
@@ -78,12 +74,7 @@ class Evaluation(NamedTuple):
     left: Callable[[int, bool], tuple[int, Pending] | None] = lambda finished, again: None
 
     def due(self, step: int, last: bool) -> bool:
-        """Returns whether the evaluation is due after a number of steps.
-
-        Args:
-            step: Number of finished steps.
-            last: Whether the run ends after these steps.
-        """
+        """Returns whether the evaluation is due after `step` steps; `last` tells if the run ends."""
         return last or step == 0 or (bool(self.every) and step % self.every == 0)
 
 
@@ -112,7 +103,7 @@ class Interrupted(Exception):
 
 
 class evaluating:
-    """Context manager that puts an engine's task into evaluation mode, and turns gradients off.
+    """Puts an engine's task into evaluation mode within a context, without gradients.
 
     At its end, also after an error, the task is put into training mode.
     """
@@ -136,13 +127,10 @@ def in_float32(
     """Yields the task's forward in evaluation mode and float32, as a function of (images, targets).
 
     If the engine computes in bfloat16 at stages 0 to 2, the function calls a float32 copy of the
-    task with the values of the master weights. The copy takes 4 bytes a parameter within the block.
-    Under ZeRO-3 the function computes in the precision of training instead, since a rank's memory
-    may not hold the whole model. Making the copy is a collective, and so is each call under ZeRO-3.
-
-    Args:
-        engine: The engine.
-        make_task: Constructs the engine's task.
+    task, from `make_task`, with the values of the master weights. The copy takes 4 bytes a
+    parameter within the block. Under ZeRO-3 the function computes in the precision of training
+    instead, since a rank's memory may not hold the whole model. Making the copy is a collective,
+    and so is each call under ZeRO-3.
 
     Raises: OutOfMemory: if the copy or the forward of a batch does not fit into memory.
     """

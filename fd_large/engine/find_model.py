@@ -50,8 +50,8 @@ class NamedModel:
         seed: Seed of the model's run, which decides random weights.
         weights: The `Sources` by which the model's weights were found.
         checkpoint: Folder of the checkpoint from which a run's trained student is read; None for
-            other models. With this folder, recipe and weights come from the same checkpoint, even
-            if the run still trains and writes a newer checkpoint.
+            other models. So recipe and weights come from the same checkpoint, even if the run still
+            trains and writes a newer one.
     """
 
     label: str
@@ -78,7 +78,7 @@ class NamedModel:
     def build(self) -> tuple[nn.Module, Statistics]:
         """Builds the model with its weights, in float32 on this process's device.
 
-        Returns: the backbone, and the statistics with which its images are normalised.
+        Returns the backbone, and the statistics with which its images are normalised.
         """
         weights = frozen_weights(self.section, self.weights, where=_where(self.source))
         # The weights do not show how the model treats image sizes that its windows do not divide.
@@ -155,14 +155,9 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 
 
 def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
-    """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
+    """Finds several models; their labels are distinct, also as folder names (`slug`).
 
-    Args:
-        sources: The words by which the user named the models. Each is a folder of a run or a
-            checkpoint, RUN#NAME, RUN#scratch, weights, or MODEL=SOURCE.
-        job_of: Makes the job of a stored recipe.
-        image_size: Side of the models' images, in pixels, to which tables of positions are resized.
-            0 stands for the side with which each model was trained.
+    For the arguments see `find_model`.
 
     Raises: FDError: if a model is not found, or if two sources are the same.
     """
@@ -188,20 +183,17 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
 
 
 def slug(label: str) -> str:
-    """Returns `label` with the characters replaced by "_" that a folder's name should not have.
+    """Returns `label` as a folder's name: letters, digits, ".", "-" and "_" are kept.
 
-    Letters, digits, ".", "-" and "_" are kept, except for "_" at the ends. If nothing or only dots
-    would be left, the result is "model".
+    Other characters become "_", which is removed at the ends. If nothing or only dots would be
+    left, the result is "model".
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
     return name if name.strip(".") else "model"  # Dots alone lead out of the folder.
 
 
 def _checkpoint_of(path: Path) -> Reader | None:
-    """Opens the checkpoint at `path`, or the newest checkpoint if `path` is the folder of a run.
-
-    Returns None if `path` is neither a run nor a checkpoint.
-    """
+    """Opens the checkpoint at `path`, or the newest of the run at `path`; None if it is neither."""
     if store.manifest_of(path) is None and kind_of(store.checkpoints_of(path)) != "folder":
         return None
     return stream.newest(path, where=str(path))
@@ -237,10 +229,8 @@ def _label(named: str, weights: str) -> str:
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
     """Returns the side of the images that a model's backbone gets, in pixels.
 
-    Args:
-        section: A recipe's section with the model.
-        image_size: Side of the images that the model is given, in pixels.
-        own_image_size: See `frozen_maker`, which may resize the images for the model.
+    `image_size` is the side of the images that the model is given. `frozen_maker` may resize them,
+    also to `own_image_size`.
     """
     with torch.device("meta"):
         model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()
@@ -248,12 +238,8 @@ def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -
 
 
 def _sized(whole: FamilyArchitecture, overrides: Architecture, image_size: int) -> Architecture:
-    """Returns the fields `overrides` with the image size `image_size`, if the model can be resized.
+    """Returns `overrides` with the side `image_size` in pixels, if the model can be resized.
 
-    Args:
-        whole: The model's architecture, which says whether its position tables can be resized. If
-            they cannot, `overrides` is returned unchanged.
-        overrides: Fields of the architecture that differ from the model's own.
-        image_size: Side of the images in pixels.
+    `whole` is the model's architecture, which says whether its position tables can be resized.
     """
     return replace(overrides, image_size=image_size) if whole.resizes_positions else overrides

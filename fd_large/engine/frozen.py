@@ -101,9 +101,7 @@ def frozen_maker(
     Args:
         section: The model's section of the recipe, with all fields set that its weights decide.
         image_size: Side of the images that the model will be given, in pixels.
-        own_image_size: Side to which the images are resized for the model, in pixels. With 0 the
-            images keep their size, except if the model's table of positions allows only one side:
-            then they are resized to this side.
+        own_image_size: See `FrozenPart.image_size`.
         sides: See `Frozen`; for training with images of several sides.
         residual_dtype: See `backbones.family.Options`.
         before_norm: Whether the map is taken before the final norm instead of after it.
@@ -146,7 +144,7 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
     Args:
         section: See `frozen_maker`.
         sources: The sources that open the weights.
-        where: The flag of the source, for messages.
+        where: For messages: the flag of the source, or the name by which the user named the model.
 
     Returns: The tensors of the model, complete as far as the headers show; None if the weights are
         random or the user's own Module brings them.
@@ -185,10 +183,10 @@ def built_from(
     """Builds an unsharded model on this rank's device without any memory beyond its weights.
 
     Parameters take no memory until the file's tensors replace them, one by one, in the requested
-    type. On a CPU, tensors that the file has in this type stay mapped: pages of the file, which
-    all processes of a host share and the system may drop and read again. A write to a tensor
-    copies its page and leaves the file unchanged. `mapped_files.check` of the model tells whether
-    the file has changed since.
+    type. On a CPU, tensors that the file has in this type stay mapped: pages of the file, which all
+    processes of a host share and the system may drop and read again. A write to a tensor copies its
+    page and leaves the file unchanged. `mapped_files.check` of the model tells whether the file has
+    changed since.
 
     Args:
         weights: The tensors of the backbone, on every rank.

@@ -25,9 +25,9 @@ from fd_large.runtime import terminal
 
 
 def cuda_devices() -> list[int]:
-    """Returns a list with the index of the current GPU, whose random state a run may change.
+    """Returns [index of the current GPU], whose random state a run may change; [] without CUDA.
 
-    The list is empty if this process has not initialised CUDA.
+    CUDA counts only if this process has initialised it.
     """
     import torch
 
@@ -91,10 +91,9 @@ def guest() -> Iterator[None]:
 
 
 def _logging() -> list[Any]:
-    """Returns functions that restore the present handlers and level of a logger each.
+    """Returns functions that restore handlers, level and propagation of a logger each.
 
-    The loggers are the root logger and DeepSpeed's. Whether a logger passes messages on to its
-    parent is restored too.
+    The loggers are the root logger and DeepSpeed's.
     """
 
     def restoring(logger: logging.Logger) -> Any:

@@ -76,9 +76,9 @@ def free_bytes() -> int:
 
 
 def memory_setting() -> dict[str, Any]:
-    """Returns the entries "device", the name of this rank's device, and "memory_bytes".
+    """Returns {"device": name of this rank's device, "memory_bytes": least memory of any rank's}.
 
-    "memory_bytes" is the least memory of any rank's device. All ranks must call this function.
+    All ranks must call this function.
     """
     device = distributed.device()
     if device.type == "cuda":
@@ -122,8 +122,7 @@ def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> 
 def out_of_memory_named(size: int) -> Iterator[None]:
     """Turns an out-of-memory error in the block into an `OutOfMemory` that names what to try next.
 
-    Args:
-        size: The micro batch size that was tried.
+    `size` is the micro batch size that was tried.
     """
     try:
         yield
@@ -161,9 +160,6 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
 
     A forked process shares its parent's pages, and each page that the parent writes afterwards is
     in memory twice. A child that reads one of these tensors is ended by a signal.
-
-    Args:
-        tensors: Tensors that the children do not need.
     """
     advise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
     if advise is None or not hasattr(mmap, "MADV_DONTFORK"):
@@ -183,10 +179,7 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Returns (address, bytes) of the whole memory pages in each tensor's storage.
-
-    Tensors that are not in host memory, or whose storage has no whole page, are left out.
-    """
+    """Returns (address, bytes) of the whole memory pages of each tensor in host memory."""
     spans = {}
     for tensor in tensors:
         if tensor.device.type == "cpu":
@@ -199,14 +192,9 @@ def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _advised(advise: Callable[..., int], span: tuple[int, int], advice: int) -> bool:
-    """Calls `advise`, which is madvise, on a range of memory; returns whether the call succeeded.
+    """Calls `advise`, which is madvise, on an (address, bytes); returns whether the call succeeded.
 
-    A failure is logged.
-
-    Args:
-        advise: Function of an address, a number of bytes and the advice; returns 0 on success.
-        span: (address, bytes) of the range.
-        advice: Number of the advice, such as MADV_DONTFORK.
+    `advice` is the number of the advice, such as MADV_DONTFORK. A failure is logged.
     """
     address, size = span
     if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice)) == 0:

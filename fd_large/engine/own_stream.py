@@ -50,10 +50,9 @@ def _has_streams(device: torch.device) -> bool:
 
 
 def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
-    """Keeps the allocator from reusing the memory of `tensors` before `stream` has read it.
+    """Keeps the allocator from reusing the GPU memory of `tensors` before `stream` has read it.
 
-    `tensors` is a tensor, or a nest of tuples, lists and dicts. Entries that are not tensors, or
-    not on a GPU, are skipped.
+    `tensors` is a tensor, or a nest of tuples, lists and dicts.
     """
     for tensor in tree_leaves(tensors):
         if isinstance(tensor, Tensor) and _has_streams(tensor.device):

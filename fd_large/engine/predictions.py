@@ -26,14 +26,14 @@ class Predictions(NamedTuple):
     labels: NDArray[np.int64]
 
     def write(self, folder: Path) -> None:
-        """Writes the predictions into `folder`, the folder of a run."""
+        """Writes the predictions into the folder of a run."""
         np.savez_compressed(unlinked(folder / FILE), predicted=self.predicted, labels=self.labels)
 
     @classmethod
     def read(cls, folder: Path) -> Predictions | None:
-        """Returns the predictions in `folder`, the folder of a run.
+        """Returns the predictions in the folder of a run, or None if none can be read.
 
-        The result is None if there are none that can be read. Earlier versions stored none.
+        Earlier versions stored none.
         """
         try:
             with np.load(folder / FILE) as file:

@@ -11,11 +11,7 @@ from fd_large.data.loader import Batch
 
 
 class Batches(Protocol):
-    """Micro batches of a run, in order.
-
-    Attributes:
-        students: Number of students that take the micro batches.
-    """
+    """Micro batches of a run, in order, for a number of students."""
 
     students: int
 
@@ -23,12 +19,9 @@ class Batches(Protocol):
         """Returns the next micro batch as the loader yielded it, and its copy on the device."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns a micro batch, with frozen models' outputs added if students share the outputs.
+        """Returns a micro batch, with frozen models' outputs added if several students share them.
 
-        For a single student, which runs the frozen models itself, `batch` is returned unchanged.
-
-        Args:
-            batch: The micro batch that was yielded last, on the device.
+        `batch`, on the device, was yielded last. A single student runs the frozen models itself.
         """
 
     def stage(self) -> None:
@@ -38,12 +31,8 @@ class Batches(Protocol):
 class Prefetch:
     """Yields a loader's micro batches, each with its copy on the device.
 
-    On a GPU, `stage` fetches the next micro batch while the device is busy, and copies it on a
-    separate stream. On other devices `stage` does nothing.
-
-    Args:
-        batches: The micro batches, in pinned memory if the device is a GPU.
-        device: The device that computes.
+    On a GPU, `stage` fetches the next micro batch while the device is busy, and copies it from
+    pinned memory on a separate stream. On other devices `stage` does nothing.
     """
 
     students = 1
@@ -87,14 +76,9 @@ class Prefetch:
 class StepForSeveral:
     """The micro batches of one step, which several students take one after another.
 
-    For the first student each micro batch is read, and the frozen models' outputs are added; the
-    other students get the same tensors. All micro batches of the step stay on the device until the
-    step ends.
-
-    Args:
-        source: The run's micro batches.
-        complete: Adds the frozen models' outputs to a micro batch; called once per micro batch.
-        students: Number of students.
+    For the first student each micro batch is read from `source`, and `complete` adds the frozen
+    models' outputs; the other students get the same tensors. All micro batches of the step stay on
+    the device until the step ends.
     """
 
     def __init__(self, source: Batches, complete: Callable[[Batch], Batch], students: int) -> None:
@@ -107,10 +91,7 @@ class StepForSeveral:
         self._next = 0
 
     def stage(self) -> None:
-        """While the first student runs, starts to copy the next micro batch to the device.
-
-        For the other students, the micro batches of the step are already on the device.
-        """
+        """While the first student runs, starts to copy the next micro batch to the device."""
         if self._next == len(self._taken):
             self._source.stage()
 
@@ -124,8 +105,8 @@ class StepForSeveral:
     def completed(self, batch: Batch) -> Batch:
         """Returns the micro batch that was yielded last, with the frozen models' outputs added.
 
-        The outputs are computed for the first student; the other students get the same tensors.
-        `batch` is that micro batch, on the device.
+        `batch` is that micro batch, on the device. The outputs are computed for the first student
+        only.
         """
         if self._done < self._next:
             self._taken[self._done] = self._taken[self._done][0], self._complete(batch)

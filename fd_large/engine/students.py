@@ -27,10 +27,7 @@ class HooksOfAll(Hook):
 
     `on_start` and `on_end` of the given hooks are called once for all students, and `after_update`
     once for each step, when the first student has taken the step. So the time between two calls is
-    the time that all students take for a step.
-
-    Args:
-        hooks: The hooks to combine; their verdicts on steps are ignored.
+    the time that all students take for a step. The hooks' verdicts on steps are ignored.
     """
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
@@ -39,9 +36,7 @@ class HooksOfAll(Hook):
     def begin(self, settings: Sequence[Setting], folder: Path) -> None:
         """Calls the hooks' `on_start` with facts about the runs of all students.
 
-        Args:
-            settings: The facts of each student's run.
-            folder: The folder that this launch of the run owns.
+        `folder` is the folder that this launch of the run owns.
         """
         whole = replace(
             settings[0],
@@ -83,12 +78,12 @@ class HooksOfAll(Hook):
             hook.on_stop()
 
     def on_saved(self, seconds: float) -> None:
-        """Passes the call on to each hook; see `Hook`."""
+        """Passes the call on to each hook."""
         for hook in self._hooks:
             hook.on_saved(seconds)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Passes the call on to each hook; see `Hook`."""
+        """Passes the call on to each hook."""
         for hook in self._hooks:
             hook.on_evaluation(index, metrics)
 
@@ -122,15 +117,10 @@ def train_together(
 def _train_epoch(
     trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
 ) -> None:
-    """Trains from step `finished` to the end of its epoch.
+    """Trains from step `finished`, that of the students furthest behind, to the end of its epoch.
 
     Training ends earlier when no student can take the next step, since each student has stopped or
     is at a later step.
-
-    Args:
-        trainers: A trainer for each student.
-        finished: Number of finished steps of the students that are furthest behind.
-        batches: See `train_together`.
     """
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
