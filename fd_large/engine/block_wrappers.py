@@ -50,9 +50,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compiles the blocks' forward in place; the names of parameters do not change.
-
-    Call this function before `checkpoint_blocks` or other code wraps the blocks.
+    """Compiles the blocks' forward in place, before other code wraps them; keeps parameters' names.
 
     Blocks with the same computation on the same shapes share a compiled graph. Under ZeRO-3 the
     hooks that fetch a module's parameters break the graph, and the parts between the hooks are
@@ -74,10 +72,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that reports this rank's progress to the watchdog, then calls `compiled`.
+    """Returns a function that reports progress to the watchdog, then calls a compiled forward.
 
-    `compiled` is the compiled forward of a block. Its first call compiles for up to a minute, and
-    the watchdog would take the compilation of dozens of blocks for a hang.
+    Its first call compiles for up to a minute, and the watchdog would take the compilation of
+    dozens of blocks for a hang.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:

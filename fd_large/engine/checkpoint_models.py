@@ -45,14 +45,10 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
 
 
 def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
-    """Copies the weights of a checkpoint into a task.
+    """Copies the weights of a checkpoint into a task that is not sharded, in host memory.
 
     A tensor on the meta device gets no values: only its name and shape are compared with the
-    checkpoint.
-
-    Args:
-        task: The task, not sharded, with its tensors in host memory or on the meta device.
-        reader, kind: See `stored_task`.
+    checkpoint. For `reader` and `kind` see `stored_task`.
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
@@ -74,9 +70,8 @@ def sources_of(
 ) -> Sources:
     """Returns sources of weights that can also open the student in a run's folder.
 
-    Args:
-        job_of: Makes the job of a stored recipe, which describes the stored student.
-        guesses, settled: See `Sources`.
+    `job_of` makes the job of a stored recipe, which describes the student; for the rest see
+    `Sources`.
     """
     return Sources(
         lambda path, where: student_of(path, where, job_of), guesses=guesses, settled=settled
@@ -86,9 +81,9 @@ def sources_of(
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest checkpoint, or of the checkpoint at a path.
 
-    Rank 0 alone checks the checkpoint's bytes. The ranks do not communicate, and may find
-    different checkpoints if the run is still training. So the result names the checkpoint that was
-    opened, and all ranks must then open the checkpoint that rank 0 has found.
+    Rank 0 alone checks the checkpoint's bytes. The ranks do not communicate, and may find different
+    checkpoints if the run is still training. So the result names the checkpoint that was opened,
+    and all ranks must then open the checkpoint that rank 0 has found.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.
@@ -127,11 +122,10 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 
 
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
-    """Returns the tensors of the student that `student` describes, by name, from a checkpoint.
+    """Returns the tensors of a checkpoint's student by name; each is read when it is accessed.
 
-    Each tensor is read when it is accessed. At the first access, names and shapes are compared with
-    those in the checkpoint. If the student is a model of the user's own, and its source file has
-    changed since the checkpoint was written, a warning is logged.
+    At the first access, names and shapes are compared with those in the checkpoint. If the student
+    is a model of the user's own, and its source file has changed since, a warning is logged.
     """
     warn_of_changed_code(reader, student.architecture)
     return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
@@ -140,12 +134,8 @@ def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
 def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
     """Returns the SHA-256 of the user's own source file that defines the model of a checkpoint.
 
-    If the checkpoint has no hash, because an earlier version wrote it, the result is the hash of
-    the file as it is now. The result is "" if the model is not the user's own.
-
-    Args:
-        reader: The checkpoint.
-        architecture: The architecture of the checkpoint's model.
+    If the checkpoint has no hash, because an earlier version wrote it, the result is that of the
+    file as it is now. The result is "" if the model is not the user's own.
     """
     code = architecture.code
     recorded = _recorded_code(reader).get(code)
@@ -153,10 +143,10 @@ def code_hash(reader: Reader, architecture: FamilyArchitecture) -> str:
 
 
 def _recorded_code(reader: Reader) -> dict[str, str]:
-    """Returns {name: SHA-256} of the user's own source files, from the manifest of a checkpoint.
+    """Returns {file as in the recipe: SHA-256} of the user's own source files, from a manifest.
 
-    A name is that of the file in the recipe. The result is {} if the manifest has no dict of
-    hashes. The manifest may come from somebody else, so its types are checked.
+    The result is {} if the manifest has no dict of hashes. The manifest may come from somebody
+    else, so its types are checked.
     """
     code = reader.manifest.get("code")
     return {name: str(digest) for name, digest in code.items()} if isinstance(code, dict) else {}
@@ -165,10 +155,7 @@ def _recorded_code(reader: Reader) -> dict[str, str]:
 def warn_of_changed_code(reader: Reader, architecture: FamilyArchitecture) -> None:
     """Logs a warning if the user's own source file has changed since a checkpoint was written.
 
-    Args:
-        reader: The checkpoint.
-        architecture: The architecture of the checkpoint's model, which names the file. Without
-            such a file, nothing is logged.
+    Without such a file in the architecture, nothing is logged.
     """
     made_by = code_hash(reader, architecture)
     doors.warn_if_changed(architecture.code, made_by, model=str(reader.path))
@@ -179,10 +166,9 @@ class _Tensors(Tensors):
 
     Args:
         reader: The checkpoint.
-        shapes: Returns the shape of each tensor by name. Called on first access only, since it
-            may import the user's own code.
-        absent: {name: fill value} of the tensors that the task left out of its student, so that
-            the checkpoint lacks them. Names that the student does not have are ignored.
+        shapes: Returns the shape of each tensor by name. Called on first access only, since it may
+            import the user's own code.
+        absent: See `StoredStudent`. Names that the student does not have are ignored.
     """
 
     def __init__(

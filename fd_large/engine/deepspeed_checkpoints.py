@@ -60,10 +60,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """Makes every torch.load in the block refuse files that would run code.
-
-    Without this, DeepSpeed would load such files and run the code.
-    """
+    """Makes every torch.load in the block, also DeepSpeed's, refuse files that would run code."""
     allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
@@ -76,10 +73,7 @@ def _without_code() -> Iterator[None]:
 
 
 def _culprit(error: UnpicklingError) -> str:
-    """Returns the name of the class that torch.load refused to load, from the message of `error`.
-
-    If the message names no class, the result is "an object of another kind".
-    """
+    """Returns the class that torch.load refused to load, from the message of `error`."""
     return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "an object of another kind"
 
 

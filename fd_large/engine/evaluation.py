@@ -74,7 +74,7 @@ class Evaluation(NamedTuple):
     left: Callable[[int, bool], tuple[int, Pending] | None] = lambda finished, again: None
 
     def due(self, step: int, last: bool) -> bool:
-        """Returns whether the evaluation is due after `step` steps; `last` tells if the run ends."""
+        """Returns whether the evaluation is due after `step` steps, or after the `last` step."""
         return last or step == 0 or (bool(self.every) and step % self.every == 0)
 
 

@@ -35,10 +35,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Returns the micro batch `batch` with the outputs of the task's frozen models in its targets.
-
-    `batch` must be on the device.
-    """
+    """Returns a micro batch, on the device, with the frozen models' outputs in its targets."""
     with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
@@ -62,10 +59,9 @@ def arguments_of_step(
     with the number of ranks and micro batches by rounding.
 
     Args:
-        task: The trained Module, outside of its engine.
+        task, seed: See `prepared`.
         forward: Calls the task's `forward`, through the engine if there is an engine.
         batches: This rank's micro batches of the step, on any device.
-        seed: See `prepared`.
         count: Number of the micro batches.
     """
     if not task.two_passes(count):
@@ -92,10 +88,7 @@ def arguments_of_step(
 def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
     """Runs forward and backward of one micro batch; returns its loss, a detached scalar.
 
-    Args:
-        engine: The task in its engine.
-        arguments: Arguments of the task's `forward`. The dict is emptied, to free memory that
-            backward does not need.
+    The dict of `forward`'s arguments is emptied, to free memory that backward does not need.
     """
     loss, _ = engine.deepspeed(**arguments)
     arguments.clear()
@@ -105,14 +98,9 @@ def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
 
 
 def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
-    """Runs forward and backward of a step with a single micro batch.
+    """Runs forward and backward of a step with a single micro batch, on any device.
 
-    Args:
-        engine: The task in its engine.
-        batch: The micro batch, on any device.
-        seed: Seed of the drop path and of the task's random draws.
-
-    Returns: the loss, a detached scalar.
+    Returns the loss, a detached scalar. For `seed` see `prepared`.
     """
     (arguments,) = arguments_of_step(engine.task, engine.deepspeed, [batch], seed, count=1)
     return backward(engine, arguments)

@@ -58,10 +58,10 @@ def make_head(
 def check_head(
     head: nn.Module, name: str, shape: tuple[int, ...], out_width: int, *, where: str
 ) -> None:
-    """Checks the output shape of a head by running the head on the meta device.
+    """Checks the output shape of a head by running the head on the meta device, where it was built.
 
     Args:
-        head: The head, built on the meta device.
+        head: The head.
         name: Name of the head in the recipe.
         shape: Shape of the input, with the channels last.
         out_width: Number of channels that the output must have.

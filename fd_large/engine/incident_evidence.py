@@ -25,13 +25,10 @@ from fd_large.runtime.hooks import Evidence
 def evidence_of(
     engine: Engine, batches: Sequence[Batch], losses: Sequence[float], seed: int
 ) -> Evidence:
-    """Gathers the evidence of a skipped step; all ranks must call this function.
+    """Gathers the evidence of a skipped step; all ranks must call this function after the step.
 
-    Args:
-        engine: The engine, after the skipped step.
-        batches: This rank's micro batches of the step, as the loader yielded them.
-        losses: Losses of these micro batches.
-        seed: Seed of the drop path.
+    `batches` are this rank's micro batches of the step as the loader yielded them, with their
+    losses. `seed` is that of the drop path.
     """
     with layer_maxima(engine.task) as maxima, torch.no_grad():
         for arguments in arguments_of_step(
@@ -56,8 +53,8 @@ def layer_maxima(task: Task) -> Iterator[dict[str, Tensor]]:
     """Records the largest magnitude of each layer's output within the context.
 
     A layer is a module of `task.models()` with parameters of its own. Yields a dictionary from the
-    layer's name to a float32 scalar on the device, which forward passes within the context fill in
-    execution order. If a layer runs several times, the largest value counts.
+    layer's name to a float32 scalar on the device, which forward passes fill in execution order. If
+    a layer runs several times, the largest value counts.
     """
     maxima: dict[str, Tensor] = {}
 

@@ -99,8 +99,7 @@ def software() -> dict[str, Fact]:
 def hardware(device: torch.device) -> dict[str, Fact]:
     """Returns this rank's GPU model and its versions of CUDA, NCCL and driver as facts, by name.
 
-    Kernels are chosen by these facts. If `device` is not a GPU, the only fact is that there is no
-    GPU.
+    Kernels are chosen by these facts. Without a GPU, the only fact is that there is none.
     """
     same_cards = (
         "Use nodes of one kind (sbatch --constraint), or exclude the other nodes (--exclude)"
@@ -129,9 +128,8 @@ def hardware(device: torch.device) -> dict[str, Fact]:
 def compare(ranks: Sequence[_NodeFacts]) -> None:
     """Compares the facts of nodes; the majority's value counts as right.
 
-    Args:
-        ranks: The node and facts of every rank, in rank order. A rank may lack some facts, which
-            are then compared between the other ranks only.
+    `ranks` has the node and facts of every rank, in rank order. A fact that a rank lacks is
+    compared between the other ranks only.
 
     Raises: FDError: for the first difference that is an error; the message names the others too.
     """
@@ -168,10 +166,6 @@ def weights_digest(source: str, weights: Sources) -> str:
 
     Returns "" if the source has no file, as for random weights and models of libraries. 4 MB of a
     file suffice, because two trainings of one model differ in all weights.
-
-    Args:
-        source: As the recipe names it.
-        weights: Locates the source's files.
 
     Raises: WeightsError: if a file is missing or cannot be read.
     """
@@ -213,15 +207,9 @@ def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -
 
 
 def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
-    """Passes a sample of a file's bytes and the file's size to `update`.
+    """Passes an open file's first and last bytes, blocks between them and its size to `update`.
 
-    The sample has the first and last bytes and blocks between them.
-
-    Args:
-        descriptor: Descriptor of the open file.
-        update: Adds bytes to a hash.
-
-    Returns: the size of the file in bytes.
+    Returns the size of the file in bytes.
     """
     size = os.fstat(descriptor).st_size
     stride = max(_BLOCK, size // _BLOCKS)
@@ -255,15 +243,11 @@ def _driver() -> str | None:
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
-    """Compares the fact `name` of all ranks that have it; returns None if these ranks agree.
+    """Compares a fact of all ranks that have it, at least one; returns None if these ranks agree.
 
-    Args:
-        ranks: The node and facts of every rank, in rank order. At least one rank has the fact.
-        name: Name of the fact.
-
-    Returns: the nodes that differ from the majority, the value of the first of these nodes, a node
-        of the majority, and the majority's value. Of equally frequent values, the value of the
-        lowest rank counts as the majority's.
+    Otherwise returns the nodes that differ from the majority, the value of the first of these
+    nodes, a node of the majority, and the majority's value. Of equally frequent values, that of the
+    lowest rank counts as the majority's.
     """
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Among equally frequent values the one of the lowest rank comes first.

@@ -90,11 +90,7 @@ class Replayed(NamedTuple):
 def replay(path: Path, job_of: JobOf) -> Replayed:
     """Runs forward and backward of a step again that the guard refused.
 
-    Args:
-        path: incident.json inside the run's folder, or the folder of incident.json.
-        job_of: Makes the job of the run's recipe.
-
-    Returns: the recorded and the replayed values.
+    `path` is incident.json inside the run's folder, or the folder of incident.json.
 
     Raises:
         ConfigError: If the incident does not exist, is damaged, is outside of its run's folder or
@@ -130,7 +126,8 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
 def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
     """Reads an incident, whose record is the JSON `file`, and the images beside this file.
 
-    Returns: the content of the JSON, and the micro batches whose images were kept.
+    Returns the content of the JSON, and the micro batches whose images were kept.
+
     Raises: ConfigError: if the incident is missing or damaged, or has no images.
     """
     if kind_of(file) != "file":
@@ -161,9 +158,6 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 def _require_numbers(incident: dict[str, Any]) -> None:
     """Checks that the entries of incident.json that are used or shown are numbers.
-
-    Args:
-        incident: The content of incident.json.
 
     Raises:
         KeyError, TypeError or ValueError: If an entry is missing or no valid number.
@@ -210,7 +204,7 @@ def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
 def _weights(folder: Path, step: int) -> Reader:
     """Opens a run's newest sound checkpoint with at most `step` finished steps.
 
-    If there is no such checkpoint, opens the oldest sound checkpoint with more steps.
+    If there is none, opens the oldest sound checkpoint with more steps.
 
     Raises: CheckpointError: if no checkpoint is sound.
     """
@@ -229,13 +223,10 @@ def _weights(folder: Path, step: int) -> Reader:
 
 
 def _job(folder: Path, job_of: JobOf) -> tuple[TrainingJob, str]:
-    """Returns the job of the run in `folder`, set to a single process, and the run's precision.
+    """Returns the job of the run in a folder, set to a single process.
 
-    Args:
-        folder: The run's folder.
-        job_of: Makes the job of the run's recipe.
+    Also returns the precision in which the run computed, "float32" or "bfloat16".
 
-    Returns: the job; the precision in which the run computed, "float32" or "bfloat16".
     Raises: ConfigError: if the folder has no recipe, or the task learns from more than images.
     """
     if kind_of(folder / RECIPE) != "file":
@@ -306,14 +297,9 @@ def _with_whole_groups(
 
 
 def _step(task: Task, batches: list[Batch], seed: int) -> tuple[list[float], float]:
-    """Runs all micro batches of a step forward and backward.
+    """Runs the micro batches of all ranks forward and backward, outside of an engine.
 
-    Args:
-        task: The task, not in an engine.
-        batches: The micro batches of all ranks.
-        seed: Seed of the drop path and of the task's random draws.
-
-    Returns: the loss of each micro batch, and the L2 norm of the mean loss's gradient.
+    Returns the loss of each micro batch, and the L2 norm of the mean loss's gradient.
     """
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]

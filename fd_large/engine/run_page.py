@@ -22,23 +22,20 @@ class RunPage(Tracker):
 
     The full report of a finished run is written elsewhere. A run that fails writes no page, so that
     nothing delays its end.
-
-    Args:
-        clock: Returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
 
     def on_start(self, setting: Setting) -> None:
-        """Stores `setting`, the facts of the run; writes nothing yet."""
+        """Stores the facts of the run; writes nothing yet."""
         self._setting = setting
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the page if enough time has passed since the page was last written.
+        """Writes the page if the time since it was last written is long enough.
 
-        The time must be more than 1 / `SHARE` (100) times the seconds that the last writing took.
+        This is more than 1 / `SHARE` (100) times the seconds that the last writing took.
         """
         if self._cost < SHARE * (self._clock() - self._last):
             begin = self._clock()
@@ -47,10 +44,7 @@ class RunPage(Tracker):
             self._cost = self._last - begin
 
     def on_end(self, status: str) -> None:
-        """Writes the page, unless `status` says that the run is done, failed or was interrupted.
-
-        So the page is written, for example, if the run was preempted.
-        """
+        """Writes the page unless the run is done, failed or was interrupted."""
         if status not in (DONE, FAILED, INTERRUPTED):
             self._write(running=False)
 

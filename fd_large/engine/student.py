@@ -47,8 +47,8 @@ def make_student(
 
     Args:
         student: The recipe's section `student`.
-        image_size: Side of the images for which position tables are made, in pixels; 0 for the
-            side that the architecture states.
+        image_size: Side of the images for which position tables are made, in pixels; 0 for the side
+            that the architecture states.
         sequential_stages, resizes_positions: See `backbones.family.Options`.
 
     Raises: ConfigError: if the model cannot be trained.
@@ -75,23 +75,17 @@ def make_student(
 
 
 def check_layers(student: nn.Module) -> None:
-    """Checks that a student says to which layers its parameters belong, as layer decay needs.
+    """Raises ConfigError unless a student says to which layers its parameters belong.
 
-    Raises:
-        ConfigError: If the student does not say this; the message names a remedy for
-            `optim.layer_decay`.
+    Layer decay needs them; the message names a remedy for `optim.layer_decay`.
     """
     student.layer_id(next(name for name, _ in student.named_parameters()))
 
 
 def has_layers(student: Student, *, image_size: int) -> bool:
-    """Returns whether a student can be trained with `optim.layer_decay`.
+    """Returns whether a student can be built, and trained with `optim.layer_decay`.
 
-    The result is False for a model that cannot be built.
-
-    Args:
-        student: The recipe's section.
-        image_size: Side of the images, in pixels.
+    `image_size` is the side of the images, in pixels.
     """
     try:
         with torch.device("meta"):
@@ -114,8 +108,7 @@ def check_norm_batch(
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
 
-    Returns: the number of images of a group; 0 if the student has no batch norms, or its batch
-        norms have no groups.
+    Returns: `group`, or 0 if the student has no batch norms, or its batch norms have no groups.
     Raises: ConfigError: if the sizes do not fit; the message names the nearest valid numbers.
     """
     if not group or not resolve(student.model, student.architecture).has_batch_norms:
@@ -159,13 +152,12 @@ def check_norm_batch(
 
 
 def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: int = 0) -> None:
-    """Lets the student's batch norms normalise by groups of images.
+    """Lets the student's batch norms, if any, normalise by groups of images.
 
-    All ranks must call this function.
+    All ranks must call this function. Batch norms of a user's own model keep their groups.
 
     Args:
-        task: The task, whose student may have no batch norm. Batch norms of a user's own model keep
-            their groups.
+        task: The task.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         global_batch: Images of a step over all ranks. With 0, each micro batch begins a group.
         micro_batch: Images of a micro batch.
@@ -215,8 +207,7 @@ def as_student(
         named: The section of the model and its weights, with all fields set that these decide.
         architecture: The student's architecture in training.
         section: The section that gives the student's other fields.
-        trained_as: The student of the run that trained the model; None for a model that no run
-            trained.
+        trained_as: The student of the run that trained the model; None if no run did.
     """
     model = trained_as.model if trained_as else named.model
     if by_name(model) is None:
@@ -235,13 +226,10 @@ def as_student(
 
 
 def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
-    """Checks that the user set no field of a student that a named model decides.
+    """Raises ConfigError if the user set fields of a student that a named model decides.
 
-    Args:
-        fields: Fields that the user set.
-        allowed: Fields that a user may set.
-
-    Raises: ConfigError: if a field is not allowed; the message has a line for each such field.
+    `fields` are those that the user set, of which only `allowed` may be set. The message has a line
+    for each other field.
     """
     if mistakes := [name for name in fields if name not in allowed]:
         raise ConfigError(
@@ -257,7 +245,7 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
 def attention_memory(mode: str) -> str:
     """Returns the value of `student.attention_memory` for the recipe's value `mode`.
 
-    "auto" becomes "recompute" on GPUs and "keep" on CPUs. Other values are returned unchanged.
+    "auto" becomes "recompute" on GPUs and "keep" on CPUs.
 
     Raises: ConfigError: if `mode` is "keep" on a GPU.
     """

@@ -21,9 +21,6 @@ from fd_large.ranks import distributed
 class Task(nn.Module):
     """A trainable Module with a loss: a backbone, and new heads.
 
-    Args:
-        student: A backbone of `fd_large.backbones`.
-
     Attributes:
         student: The backbone; its weights are the result of a run.
         drop_path_rates: Drop-path rate of each site (residual branch) of the student, in execution
@@ -43,27 +40,22 @@ class Task(nn.Module):
 
         The result depends on no student, and students that train together share it. With the
         returned targets, `prepare` runs no frozen model. A task without frozen models returns the
-        targets unchanged.
-
-        Args:
-            images: See `prepare`.
-            targets: See `prepare`.
+        targets unchanged. For the arguments see `prepare`.
         """
         return targets
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Mapping[str, Tensor]:
         """Returns the random numbers that the task needs for each image, by name.
 
-        Random numbers of views and drop path are not among them. The numbers are a function of the
-        arguments alone, so that ranks, micro batches, a resume and a replay do not change them. A
-        result that is not empty is passed to `prepare` as the keyword argument `draws`.
+        They are tensors (..., B) on the CPU, without the random numbers of views and drop path.
+        They are a function of the arguments alone, so that ranks, micro batches, a resume and a
+        replay do not change them. A result that is not empty is passed to `prepare` as the keyword
+        argument `draws`.
 
         Args:
             seed: The run's seed.
             epoch: Epoch, counted from 0.
             positions: (B,) int64, positions in the epoch's order, on the CPU.
-
-        Returns: tensors (..., B) on the CPU, by name.
         """
         return {}
 
@@ -92,10 +84,8 @@ class Task(nn.Module):
         If it does, the engine prepares and holds all micro batches of the step, adds up `sums` over
         the micro batches and the ranks, and gives the totals to each micro batch (`with_totals`).
         The numbers of ranks and micro batches then change a step by no more than the rounding of
-        float64 sums. By default a step needs sums if one of `parts` does.
-
-        Args:
-            micro_batches: Number of micro batches of a rank in the step.
+        float64 sums. By default a step needs sums if one of `parts` does. `micro_batches` counts
+        those of a rank.
         """
         return bool(self._parts_of_step)
 
@@ -106,8 +96,7 @@ class Task(nn.Module):
     def begin_sums(self, micro_batches: int) -> None:
         """Called on all ranks before the first `sums` of a step in two passes.
 
-        Args:
-            micro_batches: Number of micro batches of a rank in the step.
+        `micro_batches` is the number of micro batches of a rank in the step.
         """
         for part in self._parts_of_step:
             part.begin(micro_batches)
@@ -132,11 +121,10 @@ class Task(nn.Module):
 
         Args:
             prepared: Result of `prepare` for a micro batch.
-            totals: (K,) float64, the sum of `sums` over the micro batches of all ranks; the same
-                on all ranks.
+            totals: (K,) float64, the sum of `sums` over the micro batches of all ranks.
             parts: Number of micro batches of all ranks in the step. The engine averages their
                 losses and gradients, so that a loss that is a sum over the step has to be
-                multiplied by this number.
+                multiplied by it.
         """
         for part, total in zip(self._parts_of_step, totals.split(self._sizes), strict=True):
             part.take(total, parts)
@@ -145,8 +133,7 @@ class Task(nn.Module):
     def before_step(self, progress: float) -> None:
         """Called on all ranks before the first forward of a step.
 
-        Args:
-            progress: Fraction of the run's steps that came before this step, in [0, 1).
+        `progress` is the fraction of the run's steps that came before this step, in [0, 1).
         """
         batch_norm.forget(self.norms)
         for part in self.parts:
@@ -176,7 +163,7 @@ class Task(nn.Module):
     def student_norms(self) -> list[Any]:
         """Returns the student's batch norms whose images can be divided into groups.
 
-        Each group then has its own statistics (`student.group_norms`).
+        Each group has its own statistics (`student.group_norms`).
         """
         return batch_norm.norms_of(self.student)
 
@@ -185,9 +172,6 @@ class Task(nn.Module):
 
         By default this is all of `prepare` and `forward`. A task whose work depends on the content
         of images overrides this method with the largest possible work.
-
-        Args:
-            batch: A micro batch on the meta device.
 
         Returns: a scalar that backward can run through.
         """
@@ -203,7 +187,7 @@ class Task(nn.Module):
     def keep_all(self, images: Tensor) -> Tensor | None:
         """Returns drop-path masks that keep every branch, (num_sites, B) bool of True.
 
-        B is the number of images in `images`. Returns None if the student has no drop path.
+        Returns None if the student has no drop path.
         """
         if not any(self.drop_path_rates):
             return None
@@ -213,19 +197,16 @@ class Task(nn.Module):
     def models(self) -> dict[str, nn.Module]:
         """Returns {prefix: model}, the models whose layers an incident's record lists.
 
-        In the record, a layer's name is the prefix followed by the layer's name in the model.
+        In the record, the prefix precedes the layer's name in the model.
         """
         return {"": self}
 
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        The factor falls from the student's last layer to its first; heads, pyramids and projections
-        have the full learning rate. Parameters with factor 0 are not trained.
-
-        Args:
-            name: The parameter's name in this Module.
-            decay: Factor of the learning rate from each layer to the layer before it.
+        The factor falls by `decay` from each layer of the student to the layer before it; heads,
+        pyramids and projections have the full learning rate. Parameters with factor 0 are not
+        trained.
         """
         inside = name.removeprefix("student.")
         if inside == name or decay == 1.0:
@@ -235,8 +216,8 @@ class Task(nn.Module):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        By default the student names these parameters. One-dimensional parameters (norms, biases)
-        are always exempt and need not be named.
+        By default the student names them. One-dimensional parameters (norms, biases) are always
+        exempt and need not be named.
         """
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
         return names, tuple(self.student.no_weight_decay_keywords())

@@ -1,8 +1,8 @@
 """Embeds class names by a CLIP's text tower, for zero-shot classification.
 
 The embeddings of a class's prompts are normalised to an L2 norm of 1. Their mean, normalised in the
-same way, is the vector of the class. An image belongs to the class whose vector
-has the largest cosine with the image's embedding.
+same way, is the vector of the class. An image belongs to the class whose vector has the largest
+cosine with the image's embedding.
 
 Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 """
@@ -44,10 +44,7 @@ class Classes(NamedTuple):
 
 
 def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
-    """Checks that class names are a list, and that prompts are a list and have a placeholder.
-
-    Raises: ConfigError: if names or prompts are a single string or empty, or a prompt lacks {}.
-    """
+    """Raises ConfigError unless class names and prompts are lists, and each prompt has a {}."""
     if isinstance(class_names, str) or not class_names:
         raise ConfigError(
             f"{_WHERE}: not a list of class names; got {class_names!r}, expected names such as "
@@ -71,8 +68,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
         class_names: The names of the classes, K.
         prompts: Texts that have {} in the place of the class name.
 
-    Raises:
-        ConfigError, WeightsError: If the text tower is missing or cannot be read.
+    Raises: ConfigError, WeightsError: If the text tower is missing or cannot be read.
     """
     check_prompts(class_names, prompts)
     encode, scale = _tower(source)
@@ -88,9 +84,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
 def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
     """Returns the probability of each class for each image, (B, K) float32.
 
-    Args:
-        embeddings: (B, C), image embeddings in the embedding space of the texts, of any norm.
-        classes: The classes.
+    `embeddings` are those of the images in the embedding space of the texts, (B, C), of any norm.
 
     Raises: ConfigError: if the embeddings of images and texts differ in width.
     """
@@ -106,10 +100,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Opens the text tower of a CLIP.
-
-    Args:
-        source: See `classes_of`.
+    """Opens the text tower of a CLIP; for `source` see `classes_of`.
 
     Returns: a function that maps N texts to embeddings (N, C); the factor by which the model
         multiplies cosines before the softmax.
@@ -152,16 +143,12 @@ _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 
 
 def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Builds a folder's text tower from open_clip's class and the folder's tensors.
+    """Builds a folder's text tower from open_clip's class and the folder's tensors, as `_tower`.
 
     No code of the folder is run. The configuration may give sizes and flags but no names, since a
     named model or tokenizer would be downloaded from the Hub and built from its own files.
+    `package` is the module open_clip.
 
-    Args:
-        package: The module open_clip.
-        folder: The folder.
-
-    Returns: as `_tower`.
     Raises: ValueError: if the configuration gives other entries, or the tensors do not fit it.
     """
     config = read_json(folder / _SIDECAR, where=_WHERE)["model_cfg"]
@@ -241,14 +228,9 @@ def _fetched(repository: str) -> Path:
 def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensors) -> Any:
     """Builds a text tower in float32 from transformers' class and a folder's tensors.
 
-    No code of the folder is run. Only sizes and flags of the configuration are used, since other
-    entries may name a kernel or code.
-
-    Args:
-        package: The module transformers.
-        name: Name of the tower's class of models, a key of `TEXT_KINDS`.
-        config: The content of the folder's config.json.
-        tensors: The folder's tensors.
+    No code of the folder is run. Only sizes and flags of its config.json are used, since other
+    entries may name a kernel or code. `package` is the module transformers, and `name` a key of
+    `TEXT_KINDS`.
 
     Raises: ValueError: if the tensors do not fit the configuration.
     """
@@ -290,12 +272,12 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
 
 def _plain_name(key: str) -> str:
-    """Returns `key`, the name of a tensor, without "text_model.", which only some releases have."""
+    """Returns a tensor's name without "text_model.", which only some releases have."""
     return key.replace("text_model.", "")
 
 
 def _tokenizer(package: Any, folder: Path) -> Any:
-    """Returns the tokenizer that the module transformers (`package`) reads from `folder`.
+    """Returns the tokenizer that the module transformers (`package`) reads from a folder.
 
     Raises: ValueError: if the folder names a class that is not in `_TOKENIZERS`.
     """

@@ -34,9 +34,7 @@ class TrainedModel(nn.Module):
         heads: Reads the heads that predict teachers' maps, by name; see `StoredRun.heads`.
 
     Attributes:
-        backbone: The module.
         image_size: Side of the images that `preprocess` returns, in pixels.
-        source: Source of the weights.
     """
 
     def __init__(
