@@ -35,15 +35,11 @@ UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 
 
 def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config: str) -> int:
-    """Writes a run's newest checkpoint in DeepSpeed's format, for the present number of ranks.
+    """Writes a run's newest checkpoint in DeepSpeed's format into the folder `out`.
 
-    Args:
-        run_dir: The run's folder.
-        out: The folder to write.
-        job_of: Makes the job of the run's recipe.
-        deepspeed_config: Path of the DeepSpeed JSON, which decides the stage.
+    The present number of ranks, and the stage of the DeepSpeed JSON, decide its files. Returns the
+    checkpoint's step.
 
-    Returns: the checkpoint's step.
     Raises: CheckpointError: if the run has no checkpoint.
     """
     opened = open_stored(run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint")

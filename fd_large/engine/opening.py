@@ -85,7 +85,6 @@ class Opened(NamedTuple):
 
     Attributes:
         run: The recipe, with all fields set that the weights decide.
-        folder: The run's folder.
         job: The recipe's job, with its frozen models built.
         samples: The training images.
         engine: The task in its engine.
@@ -266,11 +265,7 @@ def check(
 ) -> Checked:
     """Checks a run for the user's mistakes, without a collective and without a model in memory.
 
-    Args:
-        job: The job of the recipe that `settle` returned.
-        load_config: Reads the DeepSpeed JSON.
-        open_samples: Opens the training images.
-        launch: The launcher's facts about the ranks, such as their number in all and on this node.
+    `job` is that of the recipe that `settle` returned.
 
     Raises: FDError: for the user's mistakes; the message names all that can be found at once.
     """
@@ -414,10 +409,8 @@ def _with_probed_micro_batch(
 ) -> list[Checked]:
     """Returns the runs with a micro batch size, read from the folder or found by a probe.
 
-    Args:
-        checked: The runs, with their frozen models built.
-        folder: The folder of the whole run, which contains all students' folders.
-        keep: Whether to store the probe's result in the folder.
+    The runs have their frozen models built. `folder` is that of the whole run, which contains all
+    students' folders; `keep` tells whether to store the probe's result there.
     """
     share = checked[0].numbers.accumulation
     setting, *others = map(_memory_of, checked)
@@ -484,11 +477,7 @@ def _probed(checked: Sequence[Checked], share: int) -> int:
 def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
     """Builds a run's engine with its initial weights, and the object that saves its checkpoints.
 
-    Args:
-        checked: The run, with its frozen models built.
-        lease: The right of this launch of the run to write the run's folder; None if nothing is to
-            be written there.
-        launch: The launcher's facts; only the launcher's name is used.
+    The run has its frozen models built. Without a lease, nothing is written into its folder.
     """
     job, run = checked.job, checked.job.run
     folder = Path(run.run_dir())
@@ -554,11 +543,8 @@ def engine_of(
 ) -> Engine:
     """Builds a task in its engine as the recipe says, and sets the groups of its batch norms.
 
-    Args:
-        run: The recipe.
-        make: Constructs the task.
-        config: The filled DeepSpeed JSON.
-        initial: Weights of the modules that do not start at random; None if all start at random.
+    `make` constructs the task, and `config` is the filled DeepSpeed JSON. `initial` has the weights
+    of the modules that do not start at random; None if all start at random.
     """
     engine = build_engine(
         make,

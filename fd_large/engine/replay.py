@@ -267,14 +267,9 @@ def _with_whole_groups(
 ) -> list[MicroBatch]:
     """Returns the micro batches; joins them into one if groups of a batch norm span ranks.
 
-    A group consists of the images that share the statistics of the task's batch norms.
-
-    Args:
-        task: The task, whose batch norms get their groups here.
-        group: Number of images in a group; 0 for no groups.
-        micro_batches: The kept micro batches, in the order of the ranks.
-        ranks: The number of ranks of the run.
-        file: The path of incident.json, for messages.
+    A group has the `group` images that share statistics; 0 stands for no groups. The task's batch
+    norms get their groups here. `ranks` counts the run's ranks; `file` is incident.json, for
+    messages.
 
     Raises: ConfigError: if images of a group were not kept.
     """

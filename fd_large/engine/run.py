@@ -300,14 +300,10 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Logs a warning if a resumed run has another length than the recipe of its checkpoint.
+    """Logs a warning if a resumed run has another length than its checkpoint's recipe, `stored`.
 
-    Args:
-        stored: The recipe of the checkpoint, as a dict.
-        run: The present recipe.
-        folder: The run's folder.
-        schedule: The learning rates of the present recipe.
-        finished: Number of finished steps.
+    `schedule` has the learning rates of the present recipe `run`, and `finished` counts the
+    finished steps.
     """
     with suppress(FDError):
         changed = {
@@ -364,7 +360,7 @@ def hooks_of(
         job: The job, after its `build`.
         profile: Number of steps to trace; 0 traces none.
         more: Further hooks besides those of recipe and task.
-        student: Name of the student among several, or "" for a single student.
+        student: Name of the student among several, or "".
     """
     run = job.run
     hooks: list[Hook] = [

@@ -29,12 +29,7 @@ aten = torch.ops.aten
 
 
 class Models(NamedTuple):
-    """The models that run in a step.
-
-    Attributes:
-        task: The task.
-        frozen: The models that the task uses and does not train, by the names of their sections.
-    """
+    """The task of a step, and the models that it uses and does not train, by section."""
 
     task: Task
     frozen: Mapping[str, nn.Module]

@@ -145,10 +145,9 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
 def _holding_state(
     disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
 ) -> AbstractContextManager[Any]:
-    """Returns a context manager under which DeepSpeed makes the optimiser's state on a disk.
+    """Returns a context in which DeepSpeed makes the optimiser's state on a disk, if there is one.
 
     Args:
-        disk: The disk; if it is None, the context manager does nothing.
         task: The task, sharded by ZeRO-3.
         exact: Values of the float32 masters by parameter name, which are removed from the dict. If
             it is empty, the masters are copied from the parameters.
