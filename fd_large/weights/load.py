@@ -34,7 +34,9 @@ def load_model(
         allow_code: Python files or `module:` names of the user's code that may be run to make the
             model.
         size_rule: "pad" lets Swin models pad images whose size does not fit; "drop" pads no image.
-        window_rule, shift_stages, stage_windows: The fields of `student` in the model's recipe.
+        window_rule: As in the `student` section of the model's recipe.
+        shift_stages: As in that section.
+        stage_windows: As in that section.
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
