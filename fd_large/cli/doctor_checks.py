@@ -310,8 +310,9 @@ def _named(variable: str) -> list[str]:
 def state_disk(folder: str) -> Finding:
     """Checks whether ZeRO can keep the optimiser's state in `folder` (`engine.nvme_path`).
 
-    For each parameter, the disk stores 16 bytes of state, and a step moves 32 bytes (read and
-    written together). An empty `folder` is not checked, and the verdict is then "-".
+    For each parameter, the disk stores 16 bytes of state, or 20 with `optim.ema_decay`, and a step
+    moves at most 32 bytes (read and written together). An empty `folder` is not checked, and the
+    verdict is then "-".
     """
     if not folder:
         return Finding("no folder given; --nvme_path FOLDER checks one", "-")

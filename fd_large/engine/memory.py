@@ -113,8 +113,8 @@ def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> 
             raise
         raise OutOfMemory(
             f"engine: out of memory on rank {distributed.rank()} while {subject} built; got too "
-            "little memory, expected room for parameters and optimiser. Use ds_configs/zero3.json "
-            f"or zero3_offload.json, {remedy}{', ' if remedy else ''}or more ranks."
+            "little memory, expected room for all tensors. Use ds_configs/zero3.json or "
+            f"zero3_offload.json, {remedy}{', ' if remedy else ''}or more ranks."
         ) from error
 
 

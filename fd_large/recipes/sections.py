@@ -563,8 +563,9 @@ class Engine:
     # Parts of the student that torch.compile compiles. off: none. blocks: each block; under ZeRO-3,
     # the parts of a block between the all-gathers of its parameters.
     compile: Literal["off", "blocks"] = "off"
-    # Folder on a local disk for master weights, moments and gradients, 16 bytes per parameter, with
-    # ds_configs/zero3_nvme.json. The folder is empty again when the run ends.
+    # Folder on a local disk for master weights, moments and gradients, 16 bytes per parameter (20
+    # with optim.ema_decay), with ds_configs/zero3_nvme.json. The folder is empty again when the run
+    # ends.
     nvme_path: str = ""
 
     def __post_init__(self) -> None:

@@ -201,13 +201,13 @@ def parse_size(text: str) -> int:
     Raises: ConfigError: if `text` has another form or unit, or states less than 1 byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
-    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
-    if size < 1 or (match and match[2] == "B"):
+    size = float(match[1]) * _UNITS.get(match[2], 1) if match else 0
+    if not 1 <= size < math.inf or (match and match[2] == "B"):
         raise ConfigError(
             f"--shard_size: not a file size; got {text!r}, expected a number with KB, MB, GB or "
             "TB. Write for example 5GB."
         )
-    return size
+    return int(size)
 
 
 def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[str, Shape]]:

@@ -516,8 +516,8 @@ def _check_disk(config: dict[str, Any], folder: str) -> None:
     if (nvme_path(config) or AUTO) == AUTO and not folder:
         raise ConfigError(
             f"{where}.nvme_path: no folder is set; got none, expected a folder on a local disk "
-            "with 16 bytes free per parameter, or 18 if the weights are there too. Set "
-            "--engine.nvme_path FOLDER."
+            "with 16 bytes free per parameter (18 if the weights are there too), and 4 more with "
+            "optim.ema_decay. Set --engine.nvme_path FOLDER."
         )
     block = config["zero_optimization"]["offload_optimizer"]
     _check_same(block, "nvme_path", folder, "--engine.nvme_path", f"{where}.")

@@ -61,7 +61,7 @@ class Segmentation:
     # four times data.image_size.
     scale_range: tuple[float, float] = (0.5, 2.0)
     # Fraction of a crop's labelled pixels, in (0, 1]. If one class has at least this fraction, or
-    # if no pixel is labelled, another crop is drawn, up to ten in all. 1 accepts the first crop.
+    # if no pixel is labelled, another crop is drawn, up to 11 in all. 1 accepts the first crop.
     cat_max_ratio: float = 0.75
     # Whether brightness, contrast, saturation and hue of training images are changed at random.
     photometric: bool = True
