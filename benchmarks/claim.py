@@ -8,7 +8,8 @@ an image-level teacher. The same net with new weights learns the teacher's token
 The teacher trained on for as long by its own loss is the control. Each of them is fine-tuned on
 5,000 labels at four learning rates; 2,500 other labels choose the rate of a kind of row, for all
 its models together; 10,000 test images give the figure. All is done several times from the start:
-the pairs. Every part is a command that a user has.
+the pairs. Every part is a command that a user has. The first pairs have another student besides,
+of the teacher's pooled vector alone, which takes no part in the judgement.
 
 A finished row leaves its figures, its predictions and, of a teacher, its weights in the folder of
 results, and is not made again: the same command goes on with what is left, on another machine too
@@ -26,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +43,8 @@ DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 
 ROWS = ("teacher", "control", "student")
 """In the order in which those of a pair are made; the last two start from the first."""
+EXPLORED = {"pooled": 4}
+"""The rows of the second registration, with the number of pairs that have them: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,21 @@ class Claim:
         data: FD_DATA, or the official archive.
         work: Folder of images and runs, which may be lost.
         results: Folder of finished rows, which must be kept.
+        explored: Numbers of pairs that have rows of the second registration, by the row's name.
     """
 
-    def __init__(self, design: Design, data: Path, work: Path, results: Path) -> None:
+    def __init__(
+        self,
+        design: Design,
+        data: Path,
+        work: Path,
+        results: Path,
+        explored: Mapping[str, int] | None = None,
+    ) -> None:
         self.design, self.data, self.work, self.results = design, data, work, results
+        registered = [(pair, row) for pair in range(design.pairs) for row in ROWS]
+        more = [(pair, row) for row, pairs in (explored or {}).items() for pair in range(pairs)]
+        self.planned = registered + more
         self.stopped = False
         self._processes: set[int] = set()
 
@@ -144,18 +159,20 @@ class Claim:
 
     def make(self, jobs: int) -> None:
         """Makes all rows that are not finished, several pairs at a time."""
-        if not self.left():
+        left = self.left()
+        if not left:
             return
         folder = self.work / "images"
         if not (folder / "done").exists():
             write_images(self.data, folder, self.design.images)
             (folder / "done").touch()
-        # Started again it finds what is there.
-        self._call(
-            self.work,
-            *("cache", "fd_deit_vit_base", self.work / "targets", "--views", self.design.views),
-            *(*self._net(), *self._images(), *self._efficientnet()),
-        )
+        if any(row in ("teacher", "control") for _, row in left):
+            # Started again it finds what is there.
+            self._call(
+                self.work,
+                *("cache", "fd_deit_vit_base", self.work / "targets", "--views", self.design.views),
+                *(*self._net(), *self._images(), *self._efficientnet()),
+            )
         with ThreadPoolExecutor(jobs) as workers:
             list(workers.map(self._pair, range(self.design.pairs)))
 
@@ -165,13 +182,12 @@ class Claim:
         Raises: SystemExit: if a finished row is of another design.
         """
         rows = []
-        for pair in range(self.design.pairs):
-            for row in ROWS:
-                path = self._row(pair, row) / "row.json"
-                if not path.is_file():
-                    rows.append((pair, row))
-                elif json.loads(path.read_text())["design"] != _plain(asdict(self.design)):
-                    sys.exit(f"{path}: of another design; name another folder by --results")
+        for pair, row in self.planned:
+            path = self._row(pair, row) / "row.json"
+            if not path.is_file():
+                rows.append((pair, row))
+            elif json.loads(path.read_text())["design"] != _plain(asdict(self.design)):
+                sys.exit(f"{path}: of another design; name another folder by --results")
         return rows
 
     def rows(self) -> dict[tuple[int, str], dict[str, Any]]:
@@ -180,20 +196,19 @@ class Claim:
         `right` is (rates, seeds, N) bool, and `held_out` (N,) says which images chose the rate.
         """
         finished = {}
-        for pair in range(self.design.pairs):
-            for row in ROWS:
-                folder = self._row(pair, row)
-                if (folder / "row.json").is_file():
-                    with np.load(folder / "predictions.npz") as stored:
-                        right = stored["predicted"] == stored["labels"]
-                        held_out = stored["held_out"]
-                    figures = json.loads((folder / "row.json").read_text())
-                    finished[pair, row] = {**figures, "right": right, "held_out": held_out}
+        for pair, row in self.planned:
+            folder = self._row(pair, row)
+            if (folder / "row.json").is_file():
+                with np.load(folder / "predictions.npz") as stored:
+                    right = stored["predicted"] == stored["labels"]
+                    held_out = stored["held_out"]
+                figures = json.loads((folder / "row.json").read_text())
+                finished[pair, row] = {**figures, "right": right, "held_out": held_out}
         return finished
 
     def _pair(self, pair: int) -> None:
-        for row in ROWS:
-            if (pair, row) in self.left() and not self.stopped:
+        for row in (row for of, row in self.left() if of == pair):
+            if not self.stopped:
                 self._make_row(pair, row)
 
     def _make_row(self, pair: int, row: str) -> None:
@@ -225,7 +240,7 @@ class Claim:
         left, total = len(self.left()), sum(hours.values())
         print(
             f"pair {pair}, {row}: {total:.2f} CPU hours; left: {left} of "
-            f"{self.design.pairs * len(ROWS)} rows, about {total * left:.1f} CPU hours",
+            f"{len(self.planned)} rows, about {total * left:.1f} CPU hours",
             flush=True,
         )
 
@@ -268,10 +283,13 @@ class Claim:
             *(*self._net(), *self._images(), "--student.drop_path_rate", 0),
             *("--task.distillation.views", self.design.views),
             *_optim(DISTILLATION_RATE, epochs),
-            *("--runtime.seed", 1000 * pair + ROWS.index(row)),
+            *("--runtime.seed", 1000 * pair + [*ROWS, *EXPLORED].index(row)),
         ]
         if row == "student":
             return [*flags, "--teacher.model", "auto", "--teacher.source", teacher]
+        if row == "pooled":
+            flags += ["--teachers.pooled.model", "auto", "--teachers.pooled.source", teacher]
+            return [*flags, "--teachers.pooled.targets", "summary"]
         if row == "control":
             flags += ["--student.init", teacher]
         return [*flags, *self._efficientnet(self.work / "targets" / "lite")]
@@ -402,7 +420,8 @@ def main() -> int:
     design = QUICK if flags.quick else FULL
     work = flags.work or ROOT / "runs" / name
     results = flags.results or (work / "results" if flags.quick else RESULTS / name)
-    claim = Claim(design, flags.data, work.resolve(), results.resolve())
+    explored = None if flags.quick else EXPLORED
+    claim = Claim(design, flags.data, work.resolve(), results.resolve(), explored)
     if not flags.table:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, claim.stop)
@@ -410,7 +429,7 @@ def main() -> int:
             claim.make(flags.jobs)
         finally:
             left = len(claim.left())
-            print(f"{left} of {design.pairs * len(ROWS)} rows left; the same command goes on")
+            print(f"{left} of {len(claim.planned)} rows left; the same command goes on")
     table = table_of(claim.rows(), design.rates, design.pairs)
     out = results.with_suffix(".json")
     harness.write({**harness.conditions(__file__, __doc__), **table}, out)

@@ -23,12 +23,20 @@ TITLES = {
     "teacher": "teacher, of pooled vectors",
     "control": "control: teacher, trained on",
     "student": "student of the teacher's map",
+    "pooled": "student of its pooled vector",
 }
-COMPARISONS = (("student", "control"), ("student", "teacher"), ("control", "teacher"))
+REGISTERED = ("teacher", "control", "student")
+"""The kinds of rows without which nothing is judged."""
+COMPARISONS = (
+    *(("student", "control"), ("student", "teacher"), ("control", "teacher")),
+    *(("student", "pooled"), ("pooled", "teacher")),
+)
 """Pairs of rows that are compared; the first two decide, and the second is the paper's own."""
 MARGIN = 1.0
 """Largest difference of accuracies, in points, that counts as none."""
-COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
+COLOURS = {
+    **{"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2", "pooled": "#009E73"}
+}
 
 Interval = Sequence[float]
 Rows = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -101,7 +109,7 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
     differences = [_difference(rows, kinds, *names) for names in COMPARISONS]
     gaps = [gap for gap in differences if gap]
     judged = f"not judged before all {pairs} pairs are finished"
-    if len(rows) == pairs * len(TITLES):
+    if all((pair, kind) in rows for pair in range(pairs) for kind in REGISTERED):
         judged = judgement(gaps[0]["interval"], gaps[1]["interval"])
     return {
         "rates": list(rates),
