@@ -4,7 +4,7 @@
 
 The paper's claim on CIFAR-10 at 32 pixels, with rows, rates, seeds and judgement fixed beforehand
 (docs/claim.md). A small ViT learns EfficientNet-Lite0's pooled vector from images without labels:
-an image-level teacher. The same net with new weights learns the teacher's token map: the student.
+an image-level teacher. The same model with new weights learns the teacher's token map: the student.
 The teacher trained on for as long by its own loss is the control. Each of them is fine-tuned on
 5,000 labels at four learning rates; 2,500 other labels choose the rate of a kind of row, for all
 its models together; 10,000 test images give the figure. All is done several times from the start:
@@ -20,6 +20,7 @@ benchmarks/results/claim.json and a plot.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -36,13 +37,11 @@ from typing import Any
 import harness
 import numpy as np
 from claim_images import Counts, is_held_out, write_images
-from claim_table import draw, table_of, text_of
+from claim_table import REGISTERED, draw, table_of, text_of
 from harness import RESULTS, ROOT
 
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 
-ROWS = ("teacher", "control", "student")
-"""In the order in which those of a pair are made; the last two start from the first."""
 EXPLORED = {"pooled": 4}
 """The rows of the second registration, with the number of pairs that have them: the first ones."""
 
@@ -145,9 +144,11 @@ class Claim:
         explored: Mapping[str, int] | None = None,
     ) -> None:
         self.design, self.data, self.work, self.results = design, data, work, results
-        registered = [(pair, row) for pair in range(design.pairs) for row in ROWS]
+        registered = [(pair, row) for pair in range(design.pairs) for row in REGISTERED]
         more = [(pair, row) for row, pairs in (explored or {}).items() for pair in range(pairs)]
         self.planned = registered + more
+        # Read once: the commit that the whole run is of.
+        self.commit = _commit()
         self.stopped = False
         self._processes: set[int] = set()
 
@@ -155,7 +156,7 @@ class Claim:
         """Lets the commands that run save and end, and starts no other."""
         self.stopped = True
         for process in list(self._processes):
-            os.kill(process, signal.SIGTERM)
+            _terminate(process)
 
     def make(self, jobs: int) -> None:
         """Makes all rows that are not finished, several pairs at a time."""
@@ -171,7 +172,7 @@ class Claim:
             self._call(
                 self.work,
                 *("cache", "fd_deit_vit_base", self.work / "targets", "--views", self.design.views),
-                *(*self._net(), *self._images(), *self._efficientnet()),
+                *(*self._model(), *self._images(), *self._efficientnet()),
             )
         with ThreadPoolExecutor(jobs) as workers:
             list(workers.map(self._pair, range(self.design.pairs)))
@@ -231,7 +232,10 @@ class Claim:
         trained = json.loads((place / TRAINED).read_text())
         hours = {**_cpu_hours(work), "train": trained.pop("cpu_hours")}
         figures = {
-            **{"pair": pair, "row": row, "commit": _commit(), **trained},
+            "pair": pair,
+            "row": row,
+            "commit": self.commit,
+            **trained,
             "cpu_hours": {command: round(value, 3) for command, value in hours.items()},
             "design": asdict(self.design),
         }
@@ -255,6 +259,7 @@ class Claim:
             _round(work / "export", place / "weights")
         summary = json.loads((run / "summary.json").read_text())
         figures = {name: summary[name] for name in ("loss_start", "loss_end")}
+        figures["trained_by"] = self.commit
         _write({**figures, "cpu_hours": _cpu_hours(work)["train"]}, place / TRAINED)
 
     def _finetune(self, work: Path, model: Path, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,10 +285,10 @@ class Claim:
         teacher = self._row(pair, "teacher") / "weights"
         flags = [
             *("--recipe", "fd_deit_vit_base", "--deepspeed_config", "zero1"),
-            *(*self._net(), *self._images(), "--student.drop_path_rate", 0),
+            *(*self._model(), *self._images(), "--student.drop_path_rate", 0),
             *("--task.distillation.views", self.design.views),
             *_optim(DISTILLATION_RATE, epochs),
-            *("--runtime.seed", 1000 * pair + [*ROWS, *EXPLORED].index(row)),
+            *("--runtime.seed", 1000 * pair + [*REGISTERED, *EXPLORED].index(row)),
         ]
         if row == "student":
             return [*flags, "--teacher.model", "auto", "--teacher.source", teacher]
@@ -294,11 +299,15 @@ class Claim:
             flags += ["--student.init", teacher]
         return [*flags, *self._efficientnet(self.work / "targets" / "lite")]
 
-    def _net(self) -> list[object]:
+    def _model(self) -> list[object]:
         design = self.design
         architecture = {
-            **{"embed_dim": design.width, "depths": design.depth, "num_heads": design.heads},
-            **{"patch_size": 4, "image_size": IMAGE_SIZE, "class_token": False},
+            "embed_dim": design.width,
+            "depths": design.depth,
+            "num_heads": design.heads,
+            "patch_size": 4,
+            "image_size": IMAGE_SIZE,
+            "class_token": False,
         }
         fields = [(f"--student.architecture.{name}", value) for name, value in architecture.items()]
         return ["--student.model", "dino_vit_base_patch16", *(word for f in fields for word in f)]
@@ -338,7 +347,9 @@ class Claim:
         command = [sys.executable, "-m", "fd_large", *map(str, words)]
         environment = {
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
             **KEPT_MEMORY,
         }
         log, code = folder / OUTPUT, RETRY
@@ -350,10 +361,15 @@ class Claim:
                 # its own, which Linux would schedule as if it had no `nice`.
                 process = subprocess.Popen(
                     command,
-                    **{"env": environment, "cwd": ROOT, "stdout": file, "stderr": file},
+                    env=environment,
+                    cwd=ROOT,
+                    stdout=file,
+                    stderr=file,
                     process_group=0,
                 )
                 self._processes.add(process.pid)
+                if self.stopped:  # by a signal that came before this process was known
+                    _terminate(process.pid)
                 _, status, usage = os.wait4(process.pid, 0)
                 self._processes.discard(process.pid)
             code = process.returncode = os.waitstatus_to_exitcode(status)
@@ -364,6 +380,12 @@ class Claim:
         if code:
             tail = log.read_text().splitlines()[-25:]
             raise SystemExit("\n".join([*tail, f"ended with code {code}: {log}"]))
+
+
+def _terminate(process: int) -> None:
+    """Lets a process save and end, if it has not ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
 
 
 def _cpu_hours(folder: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import harness
 import numpy as np
 
-from fd_large.probes.paired import T95, difference
+from fd_large.probes.paired import difference, student_t
 
 TITLES = {
     "teacher": "teacher, of pooled vectors",
@@ -26,16 +26,22 @@ TITLES = {
     "pooled": "student of its pooled vector",
 }
 REGISTERED = ("teacher", "control", "student")
-"""The kinds of rows without which nothing is judged."""
+"""The kinds of rows of the first registration, in the order in which those of a pair are made."""
 COMPARISONS = (
-    *(("student", "control"), ("student", "teacher"), ("control", "teacher")),
-    *(("student", "pooled"), ("pooled", "teacher")),
+    ("student", "control"),
+    ("student", "teacher"),
+    ("control", "teacher"),
+    ("student", "pooled"),
+    ("pooled", "teacher"),
 )
 """Pairs of rows that are compared; the first two decide, and the second is the paper's own."""
 MARGIN = 1.0
 """Largest difference of accuracies, in points, that counts as none."""
 COLOURS = {
-    **{"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2", "pooled": "#009E73"}
+    "teacher": "#5f5f5f",
+    "control": "#D55E00",
+    "student": "#0072B2",
+    "pooled": "#009E73",
 }
 
 Interval = Sequence[float]
@@ -68,7 +74,7 @@ def half_width(gaps: Sequence[float], of_images: float) -> float:
     """
     if len(gaps) < 2:
         return float("inf")
-    of_pairs = T95[len(gaps) - 2] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    of_pairs = student_t(len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
     return float(np.hypot(of_pairs, of_images))
 
 
@@ -106,15 +112,15 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
             "loss_end": float(np.mean([row["loss_end"] for row in models])),
             "cpu_hours": float(np.mean(hours)),
         }
-    differences = [_difference(rows, kinds, *names) for names in COMPARISONS]
-    gaps = [gap for gap in differences if gap]
+    differences = [gap for names in COMPARISONS if (gap := _difference(rows, kinds, *names))]
     judged = f"not judged before all {pairs} pairs are finished"
     if all((pair, kind) in rows for pair in range(pairs) for kind in REGISTERED):
-        judged = judgement(gaps[0]["interval"], gaps[1]["interval"])
+        control, teacher = (gap["interval"] for gap in differences[:2])
+        judged = judgement(control, teacher)
     return {
         "rates": list(rates),
         "rows": kinds,
-        "differences": gaps,
+        "differences": differences,
         "judgement": judged,
         "cpu_hours": sum(sum(row["cpu_hours"].values()) for row in rows.values()),
     }
@@ -131,7 +137,7 @@ def _difference(
         name: The first kind.
         other: The kind that is subtracted.
     """
-    pairs = sorted({pair for pair, _ in rows if {(pair, name), (pair, other)} <= set(rows)})
+    pairs = sorted(pair for pair, kind in rows if kind == name and (pair, other) in rows)
     if not pairs:
         return None
     place = {kind: int(np.argmax(row["held_out"])) for kind, row in kinds.items()}
@@ -148,6 +154,7 @@ def _difference(
     return {
         "row": name,
         "other": other,
+        "accuracies": [100 * float(scored.mean()) for scored in (right, beside)],
         "of_pairs": gaps.tolist(),
         "mean": mean,
         "half_width": half if np.isfinite(half) else None,
@@ -169,31 +176,39 @@ def text_of(table: Mapping[str, Any]) -> str:
         lines.append(f"{TITLES[kind]:34}{values}  {row['rate']:7g}  {row['pairs']:5}")
     for gap in table["differences"]:
         ends = gap["interval"]
-        interval = f"({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else "(one pair: no interval)"
-        lines.append(f"{gap['row']} less {gap['other']}: {gap['mean']:+.2f} {interval}")
+        interval = f"({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else "(no interval)"
+        accuracies = "{:.2f} - {:.2f}".format(*gap["accuracies"])
+        lines.append(
+            f"{gap['row']} less {gap['other']}, {len(gap['of_pairs'])} pairs: "
+            f"{accuracies} = {gap['mean']:+.2f} {interval}"
+        )
     lines.append(f"the claim: {table['judgement']}")
     return "\n".join(lines)
 
 
 def draw(table: Mapping[str, Any], path: Path) -> None:
-    """Draws accuracy over learning rate, and the differences of the pairs with their intervals."""
+    """Draws accuracy over learning rate, and the differences of the pairs with their intervals.
+
+    The rows of the second registration have fewer pairs, so that their mean accuracy does not
+    compare with that of the others: only their differences are drawn.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
     rates = table["rates"]
-    for kind, row in table["rows"].items():
-        colour = COLOURS[kind]
+    for kind in (kind for kind in REGISTERED if kind in table["rows"]):
+        row, colour = table["rows"][kind], COLOURS[kind]
         for values in row["test_of_pairs"]:
             left.plot(rates, values, color=colour, lw=0.7, alpha=0.35)
-        left.plot(rates, row["test"], color=colour, lw=2, label=TITLES[kind])
+        left.plot(rates, row["test"], color=colour, lw=2, label=kind)
         left.plot(row["rate"], row["accuracy"], "o", ms=7, color=colour)
     left.set_xscale("log")
     left.set_xticks(rates, [f"{rate:g}" for rate in rates])
     left.set_xticks([], minor=True)
-    left.set_xlabel("learning rate for 512 images (dot: chosen on held-out images)")
+    left.set_xlabel("learning rate for a batch of 512 (dot: chosen)")
     left.set_ylabel("test accuracy, per cent")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     right.axvspan(-MARGIN, MARGIN, color="#eeeeee", zorder=0)
     right.axvline(0, color="#7f7f7f", lw=1)
     gaps = table["differences"]
@@ -203,6 +218,11 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
         right.plot(gap["mean"], place, "o", color=colour)
         if gap["interval"]:
             right.plot(gap["interval"], [place] * 2, color=colour, lw=2)
+    registered = sum({gap["row"], gap["other"]} <= set(REGISTERED) for gap in gaps)
+    if registered < len(gaps):
+        right.axhline(registered - 0.5, color="#7f7f7f", lw=0.7, ls=":")
+        fields = {"transform": right.get_yaxis_transform(), "ha": "right", "fontsize": 9}
+        right.text(0.99, registered - 0.3, "exploratory", color="#5f5f5f", **fields)
     right.set_yticks(range(len(gaps)), [f"{gap['row']}\nless {gap['other']}" for gap in gaps])
     right.set_ylim(len(gaps) - 0.5, -0.5)
     right.set_xlabel("points, 95% interval (strokes: pairs; grey: within one point)")

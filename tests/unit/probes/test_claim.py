@@ -194,11 +194,30 @@ def test_table_and_plot_of_some_rows(tmp_path):
     assert len(first["of_pairs"]) == 5
     assert first["interval"][0] > 0
     assert table["judgement"].startswith("not judged before all 6")
-    assert "student less control: +" in claim_table.text_of(table)
+    assert "student less control, 5 pairs: " in claim_table.text_of(table)
     claim_table.draw(table, tmp_path / "table.png")
     assert Image.open(tmp_path / "table.png").width > 1000
     one = {key: row for key, row in rows.items() if key[0] == 0}
     assert claim_table.table_of(one, (1, 2), 6)["differences"][0]["interval"] is None
+
+
+def test_rows_of_the_second_registration_leave_the_judgement_as_it_is(tmp_path):
+    rows = rows_of(np.random.default_rng(1), gap=0.3)
+    judged = claim_table.table_of(rows, (0.002, 0.004), 6)
+    for pair in (0, 1):
+        rows[pair, "pooled"] = rows[pair, "teacher"]
+    table = claim_table.table_of(rows, (0.002, 0.004), 6)
+    assert table["judgement"] == judged["judgement"] == "shown"
+    assert table["differences"][:3] == judged["differences"]
+    compared = [(gap["row"], gap["other"]) for gap in table["differences"][3:]]
+    assert compared == [("student", "pooled"), ("pooled", "teacher")]
+    last = table["differences"][-1]
+    assert (last["of_pairs"], last["mean"]) == ([0, 0], 0)
+    # The accuracies beside a difference are of the two pairs that have both rows.
+    of_two = np.mean(table["rows"]["teacher"]["test_of_pairs"][:2], 0)[0]
+    assert last["accuracies"] == pytest.approx([of_two] * 2)
+    claim_table.draw(table, tmp_path / "table.png")
+    assert Image.open(tmp_path / "table.png").width > 1000
 
 
 def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch):
@@ -229,15 +248,23 @@ def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch)
 
     monkeypatch.setattr(claim.Claim, "_call", call)
     data = fd_data(tmp_path / "data", images)
-    first = claim.Claim(design, data, tmp_path / "work", tmp_path / "results")
+    explored = {"pooled": 1}
+    first = claim.Claim(design, data, tmp_path / "work", tmp_path / "results", explored)
     with pytest.raises(SystemExit, match="lost"):
         first.make(jobs=1)
     assert first.left() == [(1, "student")]
+    trained = [words for command, words in made if command == "train"]
+    seeds = [int(words[words.index("--runtime.seed") + 1]) for words in trained]
+    assert seeds == [0, 1, 2, 3, 1000, 1001, 1002]
+    teacher = str(tmp_path / "results/pair_0_teacher/weights")
+    pooled = trained[3]
+    assert pooled[pooled.index("--teachers.pooled.source") + 1] == teacher
+    assert pooled[pooled.index("--teachers.pooled.targets") + 1] == "summary"
     # Another machine, to which only the results were carried over, one teacher's before its end.
     (tmp_path / "results/pair_1_teacher/row.json").unlink()
     broken.clear()
     made.clear()
-    second = claim.Claim(design, data, tmp_path / "elsewhere", tmp_path / "results")
+    second = claim.Claim(design, data, tmp_path / "elsewhere", tmp_path / "results", explored)
     second.make(jobs=2)
     tests = ["evaluate", "evaluate"]
     assert [command for command, _ in made] == ["cache", *tests, "train", *tests]
