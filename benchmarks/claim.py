@@ -105,7 +105,7 @@ QUICK = replace(
 IMAGE_SIZE, TEACHER_IMAGE_SIZE, BATCH = 32, 96, 64
 DISTILLATION_RATE = 12e-3
 OUTPUT, CPU_SECONDS, WEIGHTS = "output.txt", "cpu_seconds.txt", "model.safetensors"
-TRAINED = "trained.json"
+TRAINED, DESIGN = "trained.json", "design.json"
 # Freed memory stays with the process: of a step on a CPU a fifth is its return to the system.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 RETRY = 75
@@ -121,7 +121,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=None, help="folder of images and runs")
     parser.add_argument("--results", type=Path, default=None, help="folder of finished rows")
     parser.add_argument("--table", action="store_true", help="only the table of finished rows")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.jobs < 1:
+        parser.error(f"--jobs: too few pairs at a time; got {flags.jobs}, expected 1 or more")
+    return flags
 
 
 class Claim:
@@ -159,10 +162,17 @@ class Claim:
             _terminate(process)
 
     def make(self, jobs: int) -> None:
-        """Makes all rows that are not finished, several pairs at a time."""
+        """Makes all rows that are not finished, several pairs at a time.
+
+        Raises: SystemExit: if the work folder is of another design, or a command fails.
+        """
         left = self.left()
         if not left:
             return
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not (self.work / DESIGN).is_file():
+            _write(asdict(self.design), self.work / DESIGN)
+        self._check(json.loads((self.work / DESIGN).read_text()), self.work / DESIGN, "--work")
         folder = self.work / "images"
         if not (folder / "done").exists():
             write_images(self.data, folder, self.design.images)
@@ -175,42 +185,60 @@ class Claim:
                 *(*self._model(), *self._images(), *self._efficientnet()),
             )
         with ThreadPoolExecutor(jobs) as workers:
-            list(workers.map(self._pair, range(self.design.pairs)))
+            finished = list(workers.map(self._pair, range(self.design.pairs)))
+        if not all(finished):
+            sys.exit("stopped" if self.stopped else "some rows failed; the reasons stand above")
 
     def left(self) -> list[tuple[int, str]]:
         """Returns the rows that are not finished.
 
         Raises: SystemExit: if a finished row is of another design.
         """
-        rows = []
-        for pair, row in self.planned:
-            path = self._row(pair, row) / "row.json"
-            if not path.is_file():
-                rows.append((pair, row))
-            elif json.loads(path.read_text())["design"] != _plain(asdict(self.design)):
-                sys.exit(f"{path}: of another design; name another folder by --results")
-        return rows
+        return [names for names in self.planned if self._figures(*names) is None]
 
     def rows(self) -> dict[tuple[int, str], dict[str, Any]]:
         """Returns the finished rows: their figures, and which images each rate and seed got right.
 
         `right` is (rates, seeds, N) bool, and `held_out` (N,) says which images chose the rate.
+
+        Raises: SystemExit: if a finished row is of another design.
         """
         finished = {}
-        for pair, row in self.planned:
-            folder = self._row(pair, row)
-            if (folder / "row.json").is_file():
-                with np.load(folder / "predictions.npz") as stored:
+        for names in self.planned:
+            if figures := self._figures(*names):
+                with np.load(self._row(*names) / "predictions.npz") as stored:
                     right = stored["predicted"] == stored["labels"]
-                    held_out = stored["held_out"]
-                figures = json.loads((folder / "row.json").read_text())
-                finished[pair, row] = {**figures, "right": right, "held_out": held_out}
+                    finished[names] = {**figures, "right": right, "held_out": stored["held_out"]}
         return finished
 
-    def _pair(self, pair: int) -> None:
+    def _figures(self, pair: int, row: str) -> dict[str, Any] | None:
+        """Returns what row.json of a row says, or None if the row is not finished."""
+        path = self._row(pair, row) / "row.json"
+        if not path.is_file():
+            return None
+        figures: dict[str, Any] = json.loads(path.read_text())
+        self._check(figures["design"], path, "--results")
+        return figures
+
+    def _check(self, design: Mapping[str, Any], path: Path, flag: str) -> None:
+        """Refuses what another design has left in the folder that a flag names."""
+        expected = _plain(asdict(self.design))
+        if other := [name for name in expected if design.get(name) != expected[name]]:
+            got, wanted = ({name: of.get(name) for name in other} for of in (design, expected))
+            sys.exit(f"{path}: of another design; got {got}, expected {wanted}. Change {flag}.")
+
+    def _pair(self, pair: int) -> bool:
+        """Makes the rows of a pair, and returns whether all of them are finished."""
         for row in (row for of, row in self.left() if of == pair):
-            if not self.stopped:
+            if self.stopped:
+                return False
+            try:
                 self._make_row(pair, row)
+            except SystemExit as error:
+                # Told at once: the other pairs may go on for hours.
+                print(f"pair {pair}, {row}: {error}", flush=True)
+                return False
+        return True
 
     def _make_row(self, pair: int, row: str) -> None:
         """Trains one model without labels, fine-tunes it, and stores what came out."""
@@ -427,7 +455,11 @@ def _write(figures: dict[str, Any], path: Path) -> None:
 def _commit() -> str:
     """The commit of this checkout, with a mark where files that git knows differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # no git on this machine
+        described = ""
+    return described.strip() or "unknown"
 
 
 def _plain(value: Any) -> Any:
@@ -442,8 +474,9 @@ def main() -> int:
     design = QUICK if flags.quick else FULL
     work = flags.work or ROOT / "runs" / name
     results = flags.results or (work / "results" if flags.quick else RESULTS / name)
+    results = results.resolve()
     explored = None if flags.quick else EXPLORED
-    claim = Claim(design, flags.data, work.resolve(), results.resolve(), explored)
+    claim = Claim(design, flags.data, work.resolve(), results, explored)
     if not flags.table:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, claim.stop)
@@ -452,10 +485,16 @@ def main() -> int:
         finally:
             left = len(claim.left())
             print(f"{left} of {len(claim.planned)} rows left; the same command goes on")
-    table = table_of(claim.rows(), design.rates, design.pairs)
-    out = results.with_suffix(".json")
+    rows = claim.rows()
+    if not rows:
+        sys.exit(
+            f"{results}: no finished row, pair_0_teacher/row.json. Name its folder by --results."
+        )
+    # The pairs of the registration: a quick look is not judged.
+    table = table_of(rows, design.rates, FULL.pairs)
+    out = results.with_name(f"{results.name}.json")
     harness.write({**harness.conditions(__file__, __doc__), **table}, out)
-    draw(table, out.with_suffix(".png"))
+    draw(table, results.with_name(f"{results.name}.png"))
     print(text_of(table))
     print(f"written: {out}")
     return 0

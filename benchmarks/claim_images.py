@@ -13,11 +13,12 @@ import io
 import pickle
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import RESULTS, ROOT
+from harness import ROOT
 from PIL import Image
 
 sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
@@ -25,10 +26,12 @@ sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 from cifar import read_cifar  # noqa: E402
 
 ARCHIVES = {"train": "cifar10_train20k.tar", "test": "cifar10_test10k.tar"}
-LIST = RESULTS / "claim" / "images.npy"
+LIST = ROOT / "benchmarks/results/claim/images.npy"
 """File with the first five bytes of the hash of each training image, (20000, 5) uint8."""
 HELD_OUT = "held_out_"
 """Prefix of the names of those images in the test folder by which learning rates are chosen."""
+
+REMEDY = "Name by --data FD_DATA's folder, cifar-10-python.tar.gz or cifar-10-binary.tar.gz."
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -71,8 +74,20 @@ def write_images(source: Path, folder: Path, counts: Counts, *, listed: Path = L
         folder: The folder to write to, which is created.
         counts: Number of images of each kind.
         listed: File with the list of training images.
+
+    Raises: SystemExit: if the source has too few images.
     """
     train, test = read(source, listed)
+    for split, images, count in (
+        ("training", train, counts.labelled + counts.held_out),
+        ("test", test, counts.test),
+    ):
+        fewest = np.bincount(images.labels, minlength=len(CLASSES)).min()
+        if fewest < count // len(CLASSES):
+            sys.exit(
+                f"{source}: too few {split} images of a class; got {fewest}, "
+                f"expected {count // len(CLASSES)}. {REMEDY}"
+            )
     names, tested = train.names(), test.names()
     for place in np.argsort(names)[: counts.unlabelled]:
         _save(train.pixels[place], folder / "unlabelled" / f"{names[place]}.png")
@@ -96,19 +111,29 @@ def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
         source: The folder of FD_DATA, or the official archive.
         listed: File with the hashes of the training images to use.
 
-    Raises: SystemExit: if a listed image is missing.
+    Raises: SystemExit: if the source is not one of the two, or a listed image is missing.
     """
-    if source.is_dir():
-        train, test = (
-            Images(*read_cifar(source / name, count)[:2])
-            for name, count in zip(ARCHIVES.values(), (20_000, 10_000), strict=True)
-        )
-    else:
-        train, test = (_official(source, word) for word in ("data_batch", "test_batch"))
+    try:
+        if source.is_dir():
+            train, test = (
+                Images(*read_cifar(source / name, count)[:2])
+                for name, count in zip(ARCHIVES.values(), (20_000, 10_000), strict=True)
+            )
+        else:
+            train, test = (_official(source, word) for word in ("data_batch", "test_batch"))
+    except (OSError, EOFError, LookupError, ValueError, tarfile.TarError, zlib.error) as error:
+        # The first line: of a file that is no archive, more lines tell what each reader said.
+        reason = str(error).partition(":\n")[0]
+        sys.exit(f"{source}: not read as CIFAR-10: {reason}. {REMEDY}")
+    except pickle.UnpicklingError as error:
+        sys.exit(f"{source}: holds more than arrays: {error}. {REMEDY}")
     hashes = {bytes(row) for row in np.load(listed)}
     is_listed = np.array([bytes.fromhex(name[:10]) in hashes for name in train.names()])
     if is_listed.sum() != len(hashes):
-        sys.exit(f"{source}: {is_listed.sum()} of the {len(hashes)} training images of {listed}")
+        sys.exit(
+            f"{source}: training images that {listed} lists are missing; got {is_listed.sum()}, "
+            f"expected {len(hashes)}. {REMEDY}"
+        )
     return Images(train.pixels[is_listed], train.labels[is_listed]), test
 
 
@@ -147,7 +172,7 @@ def _official(archive: Path, word: str) -> Images:
                 pixels.append(arrays[b"data"])
                 labels.append(np.array(arrays[b"labels"]))
     if not pixels:
-        sys.exit(f"{archive}: no {word}; expected CIFAR-10's official archive, python or binary")
+        raise LookupError(f"no {word}")
     planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)
     return Images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.concatenate(labels))
 

@@ -73,7 +73,7 @@ def official(path: Path, images: dict[str, claim_images.Images], form: str) -> P
     splits = {
         "data_batch_1": (images["train"], order[:30]),
         "data_batch_2": (images["train"], order[30:]),
-        "test_batch": (images["test"], np.arange(TEST)),
+        "test_batch": (images["test"], np.arange(len(images["test"].labels))),
     }
     with tarfile.open(path, "w:gz") as archive:
         for name, (split, places) in splits.items():
@@ -128,8 +128,23 @@ def test_an_archive_runs_nothing(tmp_path, listed):
 
     with tarfile.open(tmp_path / "evil.tar", "w") as archive:
         put(archive, "x/data_batch_1", pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="exec"):
+    with pytest.raises(SystemExit, match="exec: neither a plain value nor an array"):
         claim_images.read(tmp_path / "evil.tar", listed)
+
+
+def test_a_source_that_is_not_cifar_is_refused(tmp_path, images, listed):
+    (tmp_path / "text.tar.gz").write_text("no archive")
+    whole = official(tmp_path / "whole.tar.gz", images, "binary").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    for name in ("missing.tar.gz", "text.tar.gz", "cut.tar.gz", "empty"):
+        with pytest.raises(SystemExit, match=f"{name}: not read as CIFAR-10.* Name by --data"):
+            claim_images.read(tmp_path / name, listed)
+    few = {**images, "test": claim_images.Images(*(part[:15] for part in images["test"]))}
+    source = official(tmp_path / "few.tar.gz", few, "binary")
+    with pytest.raises(SystemExit, match="too few test images of a class; got 1, expected 2"):
+        claim_images.write_images(source, tmp_path / "images", COUNTS, listed=listed)
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +235,7 @@ def test_rows_of_the_second_registration_leave_the_judgement_as_it_is(tmp_path):
     assert Image.open(tmp_path / "table.png").width > 1000
 
 
-def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch):
+def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch, capsys):
     design = replace(claim.QUICK, pairs=2, images=COUNTS, rates=(1e-3, 2e-3))
     monkeypatch.setattr(claim_images.write_images, "__kwdefaults__", {"listed": listed})
     made, broken = [], [True]
@@ -250,8 +265,9 @@ def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch)
     data = fd_data(tmp_path / "data", images)
     explored = {"pooled": 1}
     first = claim.Claim(design, data, tmp_path / "work", tmp_path / "results", explored)
-    with pytest.raises(SystemExit, match="lost"):
+    with pytest.raises(SystemExit, match="some rows failed"):
         first.make(jobs=1)
+    assert "pair 1, student: lost" in capsys.readouterr().out
     assert first.left() == [(1, "student")]
     trained = [words for command, words in made if command == "train"]
     seeds = [int(words[words.index("--runtime.seed") + 1]) for words in trained]
@@ -275,6 +291,32 @@ def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch)
     assert rows[0, "control"]["cpu_hours"] == {"train": 0.5, "evaluate": 1.0}
     stored = load_file(tmp_path / "results/pair_0_teacher/weights" / claim.WEIGHTS)
     assert stored["weight"].dtype == torch.float16
-    other = claim.Claim(replace(design, seeds=9), data, tmp_path / "work", tmp_path / "results")
-    with pytest.raises(SystemExit, match="another design"):
-        other.left()
+    another = replace(design, seeds=9)
+    other = claim.Claim(another, data, tmp_path / "work", tmp_path / "results")
+    for reading in (other.left, other.rows):
+        with pytest.raises(SystemExit, match=r"got {'seeds': 1}, expected {'seeds': 9}.*--results"):
+            reading()
+    # A work folder, with its images, is of one design too.
+    other = claim.Claim(another, data, tmp_path / "work", tmp_path / "empty")
+    with pytest.raises(SystemExit, match=r"design\.json: of another design.*--work"):
+        other.make(jobs=1)
+
+
+def test_the_command_judges_no_quick_look(tmp_path, monkeypatch, capsys):
+    rows = rows_of(np.random.default_rng(0), gap=0.3, pairs=claim.QUICK.pairs)
+    monkeypatch.setattr(claim.Claim, "rows", lambda self: rows)
+    # The name of the folder of rows has a dot.
+    flags = ["claim.py", "--quick", "--table", "--results", str(tmp_path / "rows.1")]
+    monkeypatch.setattr(sys, "argv", flags)
+    monkeypatch.setattr(claim, "QUICK", replace(claim.QUICK, rates=(1, 2)))
+    assert claim.main() == 0
+    table = json.loads((tmp_path / "rows.1.json").read_text())
+    assert table["judgement"].startswith("not judged")
+    assert (tmp_path / "rows.1.png").is_file()
+    rows.clear()
+    with pytest.raises(SystemExit, match=r"rows\.1: no finished row.*--results"):
+        claim.main()
+    monkeypatch.setattr(sys, "argv", ["claim.py", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        claim.main()
+    assert "--jobs: too few pairs at a time; got 0" in capsys.readouterr().err
