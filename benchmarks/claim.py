@@ -105,7 +105,7 @@ QUICK = replace(
 IMAGE_SIZE, TEACHER_IMAGE_SIZE, BATCH = 32, 96, 64
 DISTILLATION_RATE = 12e-3
 OUTPUT, CPU_SECONDS, WEIGHTS = "output.txt", "cpu_seconds.txt", "model.safetensors"
-TRAINED, DESIGN = "trained.json", "design.json"
+TRAINED = "trained.json"
 # Freed memory stays with the process: of a step on a CPU a fifth is its return to the system.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 RETRY = 75
@@ -124,6 +124,9 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.jobs < 1:
         parser.error(f"--jobs: too few pairs at a time; got {flags.jobs}, expected 1 or more")
+    for flag, folder in (("--work", flags.work), ("--results", flags.results)):
+        if folder and folder.is_file():
+            parser.error(f"{flag}: not a folder; got the file {folder}, expected a folder")
     return flags
 
 
@@ -169,14 +172,16 @@ class Claim:
         left = self.left()
         if not left:
             return
-        self.work.mkdir(parents=True, exist_ok=True)
-        if not (self.work / DESIGN).is_file():
-            _write(asdict(self.design), self.work / DESIGN)
-        self._check(json.loads((self.work / DESIGN).read_text()), self.work / DESIGN, "--work")
         folder = self.work / "images"
-        if not (folder / "done").exists():
-            write_images(self.data, folder, self.design.images)
-            (folder / "done").touch()
+        if not folder.exists():
+            new = self.work / "images.new"
+            shutil.rmtree(new, ignore_errors=True)
+            write_images(self.data, new, self.design.images)
+            _write(asdict(self.design), new / "design.json")
+            new.rename(folder)
+        # The runs beside the images are of the same design.
+        path = folder / "design.json"
+        self._check(json.loads(path.read_text()) if path.is_file() else {}, path, "--work")
         if any(row in ("teacher", "control") for _, row in left):
             # Started again it finds what is there.
             self._call(
@@ -187,7 +192,8 @@ class Claim:
         with ThreadPoolExecutor(jobs) as workers:
             finished = list(workers.map(self._pair, range(self.design.pairs)))
         if not all(finished):
-            sys.exit("stopped" if self.stopped else "some rows failed; the reasons stand above")
+            ending = "stopped" if self.stopped else "some rows failed, as told above"
+            sys.exit(f"{ending}: {len(self.left())} of {len(self.planned)} rows are left")
 
     def left(self) -> list[tuple[int, str]]:
         """Returns the rows that are not finished.
@@ -214,16 +220,17 @@ class Claim:
     def _figures(self, pair: int, row: str) -> dict[str, Any] | None:
         """Returns what row.json of a row says, or None if the row is not finished."""
         path = self._row(pair, row) / "row.json"
-        if not path.is_file():
+        if not (path.is_file() and (path.parent / "predictions.npz").is_file()):
             return None
         figures: dict[str, Any] = json.loads(path.read_text())
-        self._check(figures["design"], path, "--results")
+        self._check(figures.get("design") or {}, path, "--results")
         return figures
 
     def _check(self, design: Mapping[str, Any], path: Path, flag: str) -> None:
         """Refuses what another design has left in the folder that a flag names."""
         expected = _plain(asdict(self.design))
-        if other := [name for name in expected if design.get(name) != expected[name]]:
+        names = {**expected, **design}
+        if other := [name for name in names if design.get(name) != expected.get(name)]:
             got, wanted = ({name: of.get(name) for name in other} for of in (design, expected))
             sys.exit(f"{path}: of another design; got {got}, expected {wanted}. Change {flag}.")
 
@@ -234,9 +241,9 @@ class Claim:
                 return False
             try:
                 self._make_row(pair, row)
-            except SystemExit as error:
+            except (SystemExit, OSError) as error:
                 # Told at once: the other pairs may go on for hours.
-                print(f"pair {pair}, {row}: {error}", flush=True)
+                print(f"pair {pair}, {row}: {error}", file=sys.stderr, flush=True)
                 return False
         return True
 
@@ -480,15 +487,12 @@ def main() -> int:
     if not flags.table:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, claim.stop)
-        try:
-            claim.make(flags.jobs)
-        finally:
-            left = len(claim.left())
-            print(f"{left} of {len(claim.planned)} rows left; the same command goes on")
+        claim.make(flags.jobs)
     rows = claim.rows()
     if not rows:
         sys.exit(
-            f"{results}: no finished row, pair_0_teacher/row.json. Name its folder by --results."
+            f"{results}: no finished row; got 0, expected folders such as pair_0_teacher. "
+            "Name by --results the folder that holds them."
         )
     # The pairs of the registration: a quick look is not judged.
     table = table_of(rows, design.rates, FULL.pairs)

@@ -113,7 +113,7 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
             "cpu_hours": float(np.mean(hours)),
         }
     differences = [gap for names in COMPARISONS if (gap := _difference(rows, kinds, *names))]
-    judged = f"not judged before all {pairs} pairs are finished"
+    judged = f"not judged without all {pairs} pairs of the registration"
     if all((pair, kind) in rows for pair in range(pairs) for kind in REGISTERED):
         control, teacher = (gap["interval"] for gap in differences[:2])
         judged = judgement(control, teacher)
@@ -224,7 +224,7 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
         fields = {"transform": right.get_yaxis_transform(), "ha": "right", "fontsize": 9}
         right.text(0.99, registered - 0.3, "exploratory", color="#5f5f5f", **fields)
     right.set_yticks(range(len(gaps)), [f"{gap['row']}\nless {gap['other']}" for gap in gaps])
-    right.set_ylim(len(gaps) - 0.5, -0.5)
+    right.set_ylim(max(len(gaps), 1) - 0.5, -0.5)
     right.set_xlabel("points, 95% interval (strokes: pairs; grey: within one point)")
     if gaps:
         right.set_title(f"the claim: {table['judgement']}", loc="left", fontsize=10)

@@ -208,7 +208,7 @@ def test_table_and_plot_of_some_rows(tmp_path):
     assert (first["row"], first["other"]) == ("student", "control")
     assert len(first["of_pairs"]) == 5
     assert first["interval"][0] > 0
-    assert table["judgement"].startswith("not judged before all 6")
+    assert table["judgement"].startswith("not judged without all 6")
     assert "student less control, 5 pairs: " in claim_table.text_of(table)
     claim_table.draw(table, tmp_path / "table.png")
     assert Image.open(tmp_path / "table.png").width > 1000
@@ -267,7 +267,7 @@ def test_a_finished_row_is_not_made_again(tmp_path, images, listed, monkeypatch,
     first = claim.Claim(design, data, tmp_path / "work", tmp_path / "results", explored)
     with pytest.raises(SystemExit, match="some rows failed"):
         first.make(jobs=1)
-    assert "pair 1, student: lost" in capsys.readouterr().out
+    assert "pair 1, student: lost" in capsys.readouterr().err
     assert first.left() == [(1, "student")]
     trained = [words for command, words in made if command == "train"]
     seeds = [int(words[words.index("--runtime.seed") + 1]) for words in trained]
@@ -311,7 +311,7 @@ def test_the_command_judges_no_quick_look(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claim, "QUICK", replace(claim.QUICK, rates=(1, 2)))
     assert claim.main() == 0
     table = json.loads((tmp_path / "rows.1.json").read_text())
-    assert table["judgement"].startswith("not judged")
+    assert table["judgement"].startswith("not judged without all 8")
     assert (tmp_path / "rows.1.png").is_file()
     rows.clear()
     with pytest.raises(SystemExit, match=r"rows\.1: no finished row.*--results"):
