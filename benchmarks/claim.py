@@ -40,6 +40,9 @@ from claim_images import Counts, is_held_out, write_images
 from claim_table import REGISTERED, draw, table_of, text_of
 from harness import RESULTS, ROOT
 
+from fd_large.errors import ConfigError
+from fd_large.files import check_out, new_folder, read_json, write_json
+
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 
 EXPLORED = {"pooled": 4}
@@ -125,8 +128,8 @@ def parse() -> argparse.Namespace:
     if flags.jobs < 1:
         parser.error(f"--jobs: too few pairs at a time; got {flags.jobs}, expected 1 or more")
     for flag, folder in (("--work", flags.work), ("--results", flags.results)):
-        if folder and folder.is_file():
-            parser.error(f"{flag}: not a folder; got the file {folder}, expected a folder")
+        if folder:
+            check_out(folder, where=flag, holds="folder")
     return flags
 
 
@@ -167,21 +170,21 @@ class Claim:
     def make(self, jobs: int) -> None:
         """Makes all rows that are not finished, several pairs at a time.
 
-        Raises: SystemExit: if the work folder is of another design, or a command fails.
+        Raises: SystemExit: if the images or the work folder are of no use, or a command fails.
         """
         left = self.left()
         if not left:
             return
         folder = self.work / "images"
         if not folder.exists():
-            new = self.work / "images.new"
-            shutil.rmtree(new, ignore_errors=True)
-            write_images(self.data, new, self.design.images)
-            _write(asdict(self.design), new / "design.json")
-            new.rename(folder)
+            with new_folder(folder, where="--work") as new:
+                write_images(self.data, new, self.design.images)
+                write_json(new / "design.json", asdict(self.design))
         # The runs beside the images are of the same design.
         path = folder / "design.json"
-        self._check(json.loads(path.read_text()) if path.is_file() else {}, path, "--work")
+        remedy = "Name another folder by --work."
+        design = read_json(path, where="--work", holds=dict, remedy=remedy)
+        self._check(design, path, "--work")
         if any(row in ("teacher", "control") for _, row in left):
             # Started again it finds what is there.
             self._call(
@@ -190,17 +193,17 @@ class Claim:
                 *(*self._model(), *self._images(), *self._efficientnet()),
             )
         with ThreadPoolExecutor(jobs) as workers:
-            finished = list(workers.map(self._pair, range(self.design.pairs)))
-        if not all(finished):
+            list(workers.map(self._pair, range(self.design.pairs)))
+        if left := self.left():
             ending = "stopped" if self.stopped else "some rows failed, as told above"
-            sys.exit(f"{ending}: {len(self.left())} of {len(self.planned)} rows are left")
+            sys.exit(f"{ending}: {len(left)} of {len(self.planned)} rows are left")
 
     def left(self) -> list[tuple[int, str]]:
         """Returns the rows that are not finished.
 
         Raises: SystemExit: if a finished row is of another design.
         """
-        return [names for names in self.planned if self._figures(*names) is None]
+        return [key for key in self.planned if self._figures(*key) is None]
 
     def rows(self) -> dict[tuple[int, str], dict[str, Any]]:
         """Returns the finished rows: their figures, and which images each rate and seed got right.
@@ -210,42 +213,46 @@ class Claim:
         Raises: SystemExit: if a finished row is of another design.
         """
         finished = {}
-        for names in self.planned:
-            if figures := self._figures(*names):
-                with np.load(self._row(*names) / "predictions.npz") as stored:
+        for key in self.planned:
+            if figures := self._figures(*key):
+                with np.load(self._row(*key) / "predictions.npz") as stored:
                     right = stored["predicted"] == stored["labels"]
-                    finished[names] = {**figures, "right": right, "held_out": stored["held_out"]}
+                    finished[key] = {**figures, "right": right, "held_out": stored["held_out"]}
         return finished
 
     def _figures(self, pair: int, row: str) -> dict[str, Any] | None:
-        """Returns what row.json of a row says, or None if the row is not finished."""
+        """Returns the figures of a row, or None if the row is not finished."""
         path = self._row(pair, row) / "row.json"
         if not (path.is_file() and (path.parent / "predictions.npz").is_file()):
             return None
-        figures: dict[str, Any] = json.loads(path.read_text())
+        figures: dict[str, Any] = read_json(path, where="--results", holds=dict)
         self._check(figures.get("design") or {}, path, "--results")
         return figures
 
     def _check(self, design: Mapping[str, Any], path: Path, flag: str) -> None:
-        """Refuses what another design has left in the folder that a flag names."""
-        expected = _plain(asdict(self.design))
-        names = {**expected, **design}
-        if other := [name for name in names if design.get(name) != expected.get(name)]:
-            got, wanted = ({name: of.get(name) for name in other} for of in (design, expected))
+        """Refuses a stored design, in the folder that a flag names, other than this design."""
+        # Through JSON, as the stored one: tuples become lists.
+        expected = json.loads(json.dumps(asdict(self.design)))
+        fields = [
+            field for field in {**expected, **design} if design.get(field) != expected.get(field)
+        ]
+        if fields:
+            got, wanted = (
+                {field: sizes.get(field) for field in fields} for sizes in (design, expected)
+            )
             sys.exit(f"{path}: of another design; got {got}, expected {wanted}. Change {flag}.")
 
-    def _pair(self, pair: int) -> bool:
-        """Makes the rows of a pair, and returns whether all of them are finished."""
+    def _pair(self, pair: int) -> None:
+        """Makes the rows of a pair that are left; the first one that fails ends the pair."""
         for row in (row for of, row in self.left() if of == pair):
             if self.stopped:
-                return False
+                return
             try:
                 self._make_row(pair, row)
             except (SystemExit, OSError) as error:
                 # Told at once: the other pairs may go on for hours.
                 print(f"pair {pair}, {row}: {error}", file=sys.stderr, flush=True)
-                return False
-        return True
+                return
 
     def _make_row(self, pair: int, row: str) -> None:
         """Trains one model without labels, fine-tunes it, and stores what came out."""
@@ -275,7 +282,7 @@ class Claim:
             "design": asdict(self.design),
         }
         # Last and whole: a row is finished once it stands there.
-        _write(figures, stored / "row.json")
+        write_json(stored / "row.json", figures)
         left, total = len(self.left()), sum(hours.values())
         print(
             f"pair {pair}, {row}: {total:.2f} CPU hours; left: {left} of "
@@ -295,7 +302,7 @@ class Claim:
         summary = json.loads((run / "summary.json").read_text())
         figures = {name: summary[name] for name in ("loss_start", "loss_end")}
         figures["trained_by"] = self.commit
-        _write({**figures, "cpu_hours": _cpu_hours(work)["train"]}, place / TRAINED)
+        write_json(place / TRAINED, {**figures, "cpu_hours": _cpu_hours(work)["train"]})
 
     def _finetune(self, work: Path, model: Path, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the classes that each rate and seed gives, (R, S, N), and the true ones, (N,)."""
@@ -453,12 +460,6 @@ def _round(export: Path, folder: Path) -> None:
     shutil.copy(export / "config.json", folder)
 
 
-def _write(figures: dict[str, Any], path: Path) -> None:
-    """Writes JSON that stands there whole or not at all."""
-    harness.write(figures, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
-
-
 def _commit() -> str:
     """The commit of this checkout, with a mark where files that git knows differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -467,11 +468,6 @@ def _commit() -> str:
     except FileNotFoundError:  # no git on this machine
         described = ""
     return described.strip() or "unknown"
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back."""
-    return json.loads(json.dumps(value))
 
 
 def main() -> int:
@@ -505,4 +501,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ConfigError as mistake:
+        sys.exit(str(mistake))

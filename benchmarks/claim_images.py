@@ -31,8 +31,11 @@ LIST = ROOT / "benchmarks/results/claim/images.npy"
 HELD_OUT = "held_out_"
 """Prefix of the names of those images in the test folder by which learning rates are chosen."""
 
-UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError)
-"""Errors of Python by which a file shows that it is not what it should be."""
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, TypeError, ValueError),
+    *(pickle.UnpicklingError, tarfile.TarError, zlib.error),
+)
+"""Errors of the readers of an archive that is damaged, or is something else."""
 REMEDY = "Name by --data FD_DATA's folder, cifar-10-python.tar.gz or cifar-10-binary.tar.gz."
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -123,7 +126,7 @@ def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
             )
         else:
             train, test = (_official(source, word) for word in ("data_batch", "test_batch"))
-    except (*UNREADABLE, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
+    except UNREADABLE as error:
         # The first line: of a file that is no archive, more lines tell what each reader said.
         reason = str(error).partition(":\n")[0]
         sys.exit(f"{source}: not read as CIFAR-10: {reason}. {REMEDY}")
